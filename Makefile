@@ -1,0 +1,48 @@
+# Every target makes the environment it needs. Versions are those of constraints.txt, the ones everything was run with.
+PYTHON ?= python3.11
+ifeq ($(shell command -v $(PYTHON) 2>/dev/null),)
+PYTHON := python3
+endif
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.PHONY: setup demo test lint format clean
+
+setup: $(DEV_STAMP)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and by its exact version: left to the resolver it may be a build with gigabytes of CUDA libraries.
+$(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+	$(PIP) install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# Two language models from real abstracts, dense and 75 % sparse, then fine-tuning and soft prompts; ends with a report.
+demo: $(RUN_STAMP)
+	$(BIN)/sparsetrain pipeline experiment=demo
+
+# --cov needs one file per process; torch with one thread per test process is as fast as the machine allows.
+test: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=85 tests
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,231 @@
+"""``sparsetrain VERB [overrides]``: the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparsetrain import __version__
+from sparsetrain.errors import UserError, nearest
+
+ABOUT = {
+    "data": "Download or read a corpus, train its tokenizer, write its token files.",
+    "pretrain": "Train a language model on text, dense or sparse from the first step.",
+    "finetune": "Train a pre-trained model (or a fresh one) on a labelled task, dense or with its masks.",
+    "prompt": "Learn a soft prompt for a task, alone or together with the model.",
+    "pipeline": "Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
+    "generate": "Continue a text with the model of a run.",
+    "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
+}
+
+EXAMPLES = {
+    "data": ["sparsetrain data", "sparsetrain data data.path=notes.txt data.vocab_size=2048"],
+    "pretrain": [
+        "sparsetrain pretrain model=demo sparsity.sparsity=0.75 schedule.tokens=2000000",
+        "sparsetrain pretrain data.path=notes.txt model.d_model=64 model.n_heads=2 schedule.steps=200 run_dir=runs/notes",
+        "sparsetrain pretrain -m sparsity.sparsity=0,0.5,0.75 optimizer.lr=1e-3,2e-3,4e-3",
+    ],
+    "finetune": [
+        "sparsetrain finetune init_from=RUN_DIR task=section_roles",
+        "sparsetrain finetune init_from=RUN_DIR task=pubmedqa task.path=PUBMEDQA_DIR mode=sparse",
+    ],
+    "prompt": ["sparsetrain prompt init_from=RUN_DIR n_tokens=16", "sparsetrain prompt init_from=RUN_DIR train=both"],
+    "pipeline": [
+        "sparsetrain pipeline experiment=demo",
+        "sparsetrain pipeline experiment=demo pipeline.sparsities=[0,0.5,0.75]",
+    ],
+    "generate": ["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
+    "report": ["sparsetrain report RUN_DIR"],
+}
+
+HYDRA_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
+MULTIRUN_FLAGS = ("-m", "--multirun")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0, 1 for a diverged run, 2 for input that cannot be used."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(given)
+    except UserError as error:
+        print(f"sparsetrain: {_single_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sparsetrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+def _single_line(error: BaseException) -> str:
+    return " ".join(str(error).split("\n"))
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if given[0] in ("-V", "--version"):
+        print(f"sparsetrain {__version__}")
+        return 0
+    verb, rest = given[0], given[1:]
+    if verb not in ABOUT:
+        raise UserError(f"no verb '{verb}'{nearest(verb, ABOUT)}; there are {', '.join(ABOUT)}")
+    if any(word in ("-h", "--help") for word in rest):
+        print(_verb_help(verb))
+        return 0
+    if verb == "report":
+        return _report(rest)
+    if any(word in (*MULTIRUN_FLAGS, *HYDRA_FLAGS) for word in rest):
+        return _through_hydra(verb, rest)
+    for word in rest:
+        if word.startswith("-"):
+            known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
+            raise UserError(f"no option '{word}'{nearest(word, known)}; settings are written key=value")
+    return _execute(verb, rest)
+
+
+def _execute(verb: str, overrides: list[str]) -> int:
+    from sparsetrain.config import load
+
+    return _start(verb, load(verb, overrides))
+
+
+def _start(verb: str, config: Any) -> int:
+    """Run a verb with its complete configuration; return the exit status."""
+    from sparsetrain import stages
+    from sparsetrain.training.state import Diverged, Interrupted
+
+    runs: dict[str, Callable[[Any], Any]] = {
+        "data": _data,
+        "pretrain": stages.pretrain,
+        "finetune": stages.finetune,
+        "prompt": stages.prompt,
+        "pipeline": stages.pipeline,
+        "generate": lambda settings: print(stages.generate(settings)),
+    }
+    try:
+        result = runs[verb](config)
+    except Diverged as error:
+        print(f"sparsetrain: diverged: {_single_line(error)}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"sparsetrain: {_single_line(error)}", file=sys.stderr)
+        return error.exit_code
+    if isinstance(result, stages.RunResult) and verb != "pipeline":
+        _summary(result)
+    return 0
+
+
+def _data(config: Any) -> None:
+    from rich.console import Console
+
+    from sparsetrain.data import load_task, prepare
+
+    console = Console()
+    corpus = prepare(config.data, progress=True, console=console)
+    for split, counts in corpus.manifest["splits"].items():
+        entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
+        console.print(f"{split}: {', '.join(entries)}", highlight=False)
+    console.print(f"licence: {corpus.manifest['licence']}", highlight=False, soft_wrap=True)
+    if config.task is not None:
+        task = load_task(config.task)
+        console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
+        overlap = task.overlap(corpus.train_ids())
+        console.print(f"test documents in the training text: {overlap}", highlight=False)
+
+
+def _summary(result: Any) -> None:
+    shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
+    parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
+    print(f"{result.values['stage']}: {result.values['status']}; {', '.join(parts)}")
+    print(f"run directory: {result.directory}")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_number(item) for item in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _report(words: list[str]) -> int:
+    from rich.console import Console
+
+    from sparsetrain.report.show import show_run
+
+    if len(words) != 1:
+        raise UserError(f"report takes one run directory, not {len(words)}: sparsetrain report RUN_DIR")
+    show_run(Path(words[0]), Console())
+    return 0
+
+
+def _through_hydra(verb: str, rest: list[str]) -> int:
+    """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
+    import hydra
+
+    from sparsetrain.config import check, complete, config_directory, register
+
+    flags = [word for word in rest if word.startswith("-")]
+    values = {
+        rest[place + 1] for place, word in enumerate(rest[:-1]) if word in HYDRA_FLAGS and "=" not in rest[place + 1]
+    }
+    overrides = complete(word for word in rest if not word.startswith("-") and word not in values)
+    check(verb, overrides)
+    register()
+    # Hydra would otherwise replace the error of a job by a page of its own.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
+    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *flags, *sorted(values), *overrides]
+    try:
+        launch(_Job(verb, overrides))()
+    finally:
+        sys.argv = before
+    return 0
+
+
+class _Job:
+    """One point of a multirun. A class, so that a launcher can send it to another process."""
+
+    def __init__(self, verb: str, overrides: list[str]) -> None:
+        self.verb, self.overrides = verb, overrides
+
+    def __call__(self, tree: Any) -> None:
+        from sparsetrain.config import convert
+
+        try:
+            status = _start(self.verb, convert(self.verb, tree, self.overrides))
+        except UserError as error:
+            # Said at once: the sweep goes on with its other points and reports the first failure at its end.
+            print(f"sparsetrain: {_single_line(error)}", file=sys.stderr, flush=True)
+            raise
+        if status > 2:
+            raise KeyboardInterrupt
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {verb:10} {about}" for verb, about in ABOUT.items())
+    return (
+        "sparsetrain: train language models whose weights are sparse from the first step\n\n"
+        "usage: sparsetrain VERB [key=value ...]        one run\n"
+        "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
+        "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
+        "       sparsetrain --version\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "A run lives in a directory named after its configuration: the same command again goes on where it was\n"
+        "stopped, or says that it is done. Start with: sparsetrain pipeline experiment=demo"
+    )
+
+
+def _verb_help(verb: str) -> str:
+    examples = "\n".join(f"  {example}" for example in EXAMPLES[verb])
+    head = f"sparsetrain {verb}: {ABOUT[verb]}\n\nexamples:\n{examples}"
+    if verb == "report":
+        return head
+    from sparsetrain.config import describe
+
+    return f"{head}\n\n{describe(verb)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,28 @@
+"""Text to tokens to batches: corpora, tokenizers, token files, and labelled tasks."""
+
+from sparsetrain.data.corpus import Corpus, DataConfig, open_corpus, prepare
+from sparsetrain.data.split import split_of
+from sparsetrain.data.task_batches import ScoringBatch, TaskBatches, scoring_rows
+from sparsetrain.data.tasks import Example, Task, TaskConfig, load_task
+from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.data.tokens import Batch, PackedSamples, TokenFile, sequential_windows
+
+__all__ = [
+    "Batch",
+    "Corpus",
+    "DataConfig",
+    "Example",
+    "PackedSamples",
+    "ScoringBatch",
+    "Task",
+    "TaskBatches",
+    "TaskConfig",
+    "TokenFile",
+    "Tokenizer",
+    "load_task",
+    "open_corpus",
+    "prepare",
+    "scoring_rows",
+    "sequential_windows",
+    "split_of",
+]

@@ -1,0 +1,380 @@
+"""A corpus on disk: found in the cache, or made from a source by splitting, training a tokenizer, and encoding.
+
+`prepare` is the one way in. A corpus's directory is named by a hash of everything its content depends on, is built
+under a temporary name and renamed, and holds ``train.bin``, ``validation.bin``, ``tokenizer.json``, ``train_ids.txt``
+and ``manifest.json``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from sparsetrain.data.cache import cache_directory, sha256_of, whole_directory
+from sparsetrain.data.hub import HubDataset
+from sparsetrain.data.medline import Medline
+from sparsetrain.data.sources import Document, LocalFiles, Source
+from sparsetrain.data.split import (
+    TEST_FRACTION,
+    VALIDATION_FRACTION,
+    Split,
+    assign,
+    check_fractions,
+    position,
+    split_of,
+)
+from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from sparsetrain.data.tokens import TokenFile, token_dtype
+from sparsetrain.errors import UserError, check_choice
+
+_FORMAT = 1  # of a corpus directory; a new number makes every corpus build again
+_CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
+# A tokenizer is trained on about this much text, spread evenly over the training documents: more of it costs time
+# and hardly changes the tokens per byte (on MEDLINE, by 0.1 %).
+_TOKENIZER_BYTES = 1 << 24
+_SPLITS = ("train", "validation")
+
+Report = Callable[[float], None]
+
+
+@dataclass
+class DataConfig:
+    """What a corpus is made of.
+
+    Args:
+        name: where the text comes from: ``medline`` (the embedded default), ``file`` or ``hub``.
+        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory or a glob of those; implies ``name=file``.
+        hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
+        text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
+        tokenizer_path: a ``tokenizer.json`` to use instead.
+        vocab_size: tokens of the trained tokenizer at most.
+        max_documents: train and validate on at most so many documents, a random subset; a larger number adds to it.
+        context: tokens a sample has; does not change the corpus.
+        validation_fraction: share of the documents held out for validation.
+        test_fraction: share held out for the tasks' tests; None means 0.1 for ``medline``, else 0.
+        token_dtype: ``auto``, ``uint16`` or ``uint32``.
+    """
+
+    name: str = "medline"
+    path: str | None = None
+    hub_name: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    text_field: str = "text"
+    tokenizer: str = "bpe"
+    tokenizer_path: str | None = None
+    vocab_size: int = 4096
+    max_documents: int | None = None
+    context: int = 128
+    validation_fraction: float = VALIDATION_FRACTION
+    test_fraction: float | None = None
+    token_dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_choice("data.name", self.name, ("medline", "file", "hub"))
+        check_choice("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
+        check_fractions(self.validation_fraction, self.resolved_test_fraction)
+        if self.kind == "file" and self.path is None:
+            raise UserError("data.name=file needs data.path: a .txt, .jsonl or .parquet file or a directory")
+        if self.kind == "hub" and self.hub_name is None:
+            raise UserError("data.name=hub needs data.hub_name: OWNER/DATASET")
+        if self.context < 1:
+            raise UserError(f"data.context={self.context} is too small; the least is 1")
+        if self.max_documents is not None and self.max_documents < 2:
+            raise UserError(f"data.max_documents={self.max_documents} is too small; the least is 2")
+        trained = self.tokenizer == "bpe" and self.tokenizer_path is None
+        if trained and self.vocab_size < SMALLEST_VOCABULARY:
+            raise UserError(
+                f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
+            )
+        token_dtype(self.token_dtype, self.vocab_size if trained else 1)
+
+    @property
+    def kind(self) -> str:
+        """The kind of source: a path stands for ``file`` whatever ``name`` says."""
+        return "file" if self.path is not None else self.name
+
+    @property
+    def resolved_test_fraction(self) -> float:
+        """The share of documents held out for tests."""
+        if self.test_fraction is not None:
+            return self.test_fraction
+        return TEST_FRACTION if self.kind == "medline" else 0.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A prepared corpus. ``cached`` tells whether it was found rather than built."""
+
+    directory: Path
+    manifest: dict[str, Any]
+    tokenizer: Tokenizer
+    train: TokenFile
+    validation: TokenFile
+    cached: bool
+
+    def train_ids(self) -> set[str]:
+        """Return the ids of the documents that ``train`` was made of."""
+        return set((self.directory / "train_ids.txt").read_text(encoding="utf-8").split("\n")[:-1])
+
+    def describe(self) -> str:
+        """Return one line: where it is and how large."""
+        counts = [self.manifest["splits"][split] for split in _SPLITS]
+        documents, tokens, size = (sum(count[key] for count in counts) for key in ("documents", "tokens", "bytes"))
+        origin = "found in cache" if self.cached else "built in"
+        return (
+            f"corpus: {origin} {self.directory} "
+            f"({documents:,} documents, {tokens:,} tokens, {size:,} bytes, vocabulary {self.tokenizer.vocab_size:,})"
+        )
+
+
+def prepare(config: DataConfig, progress: bool = True, console: Console | None = None) -> Corpus:
+    """Return the corpus that ``config`` describes, built if the cache does not have it.
+
+    ``progress`` shows what is being done and, at the end, `Corpus.describe`. Raises `UserError` for input that
+    cannot be read or used, and for a full disk; nothing half written stays.
+    """
+    screen = console or Console()
+    source = _source(config)
+    given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
+    key = _key(config, source, given)
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+    directory = cache_directory() / "corpora" / f"{source.name}-{digest}"
+    cached = directory.is_dir()
+    if not cached:
+        with _Display(screen, progress) as display:
+            source.open(display.task("read"))
+            # A byte tokenizer writes two bytes per byte of text, a trained one less than one.
+            with whole_directory(directory, 2 * source.size_estimate()) as temporary:
+                _build(temporary, config, source, given, key, display)
+    corpus = replace(open_corpus(directory), cached=cached)
+    if progress:
+        screen.print(corpus.describe(), soft_wrap=True, highlight=False, markup=False)
+    return corpus
+
+
+def open_corpus(directory: Path) -> Corpus:
+    """Read a prepared corpus.
+
+    Raises `UserError` if a file is missing or of the wrong length, or if the tokens are of another tokenizer than
+    the one beside them.
+    """
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        splits, dtype, expected = manifest["splits"], manifest["dtype"], manifest["tokenizer_sha256"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} has no readable manifest.json; delete the directory to build it again") from error
+    tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    if tokenizer.sha256 != expected:
+        raise UserError(
+            f"{directory}: token file of another tokenizer (tokens: {expected}, tokenizer.json: {tokenizer.sha256})"
+        )
+    train, validation = (TokenFile(directory / f"{split}.bin", dtype, splits[split]["tokens"]) for split in _SPLITS)
+    return Corpus(directory, manifest, tokenizer, train, validation, cached=True)
+
+
+def _source(config: DataConfig) -> Source:
+    if config.path is not None:
+        return LocalFiles(config.path, config.text_field)
+    if config.kind == "hub":
+        assert config.hub_name is not None  # checked by DataConfig
+        return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.text_field)
+    return Medline()
+
+
+def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[str, Any]:
+    """Return all that the corpus's content depends on."""
+    tokenizer: dict[str, Any] = {"kind": config.tokenizer}
+    if given is not None:
+        tokenizer = {"kind": "given", "sha256": given.sha256}
+    elif config.tokenizer == "bpe":
+        tokenizer["vocab_size"] = config.vocab_size
+    return {
+        "format": _FORMAT,
+        "source": source.name,
+        **source.identity(),
+        "tokenizer": tokenizer,
+        "max_documents": config.max_documents,
+        "validation_fraction": config.validation_fraction,
+        "test_fraction": config.resolved_test_fraction,
+        "token_dtype": config.token_dtype,
+    }
+
+
+class _Display:
+    """A progress bar per step, or nothing."""
+
+    def __init__(self, console: Console, enabled: bool) -> None:
+        columns = (TextColumn("{task.description:>16}"), BarColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True)
+
+    def __enter__(self) -> _Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self._bars.stop()
+
+    def task(self, name: str) -> Report:
+        """Add a bar; return the function that sets it to a share between 0 and 1."""
+        bar = self._bars.add_task(name, total=None)
+        return lambda share: self._bars.update(bar, total=1.0, completed=share)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The split of each document of a source, by its place in it; None where ``max_documents`` leaves it out.
+
+    ``cut`` tells that there is only one document, whose last tenth is the validation text.
+    """
+
+    splits: list[Split | None]
+    cut: bool
+    bytes: int
+
+    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
+        """Yield the documents to use with their split."""
+        for split, document in zip(self.splits, documents, strict=True):
+            if split is None:
+                continue
+            if self.cut:
+                head, tail = _cut(document.text)
+                yield "train", replace(document, text=head)
+                yield "validation", replace(document, text=tail, id=f"{document.id}#end")
+                return
+            yield split, document
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Cut one text in two at the last white space before 90 % of it."""
+    place = max(1, len(text) * 9 // 10)
+    space = max(text.rfind(mark, 1, place + 1) for mark in (" ", "\n", "\t"))
+    if space > len(text) // 2:
+        place = space
+    return text[:place], text[place:]
+
+
+def _plan(config: DataConfig, source: Source) -> _Plan:
+    ids: list[str] = []
+    sizes: list[int] = []
+    length = 0
+    for document in source.documents():
+        ids.append(document.id)
+        sizes.append(len(document.text))
+        length += len(document.text.encode())
+    if not ids:
+        where = f"path={config.path}" if config.path is not None else f"source {source.name}"
+        raise UserError(f"{where}: no text in it")
+    test = config.resolved_test_fraction
+    splits: list[Split | None] = ["test" if split_of(name, 0.0, test) == "test" else None for name in ids]
+    kept = [index for index, split in enumerate(splits) if split is None]
+    if config.max_documents is not None:
+        by_place = sorted(kept, key=lambda index: (position(ids[index], "subset"), index))
+        kept = sorted(by_place[: config.max_documents])
+    if len({ids[index] for index in kept}) == 1:
+        if sizes[kept[0]] < 2:
+            raise UserError("the corpus is one character; it needs a text to train on and one to validate on")
+        splits[kept[0]] = "train"
+        return _Plan(splits, True, length)
+    chosen = assign([ids[index] for index in kept], [sizes[index] for index in kept], config.validation_fraction, test)
+    for index, split in zip(kept, chosen, strict=True):
+        splits[index] = split
+    return _Plan(splits, False, length)
+
+
+def _tokenizer(config: DataConfig, plan: _Plan, source: Source, report: Report) -> Tokenizer:
+    if config.tokenizer == "bytes":
+        return Tokenizer.bytes()
+
+    share = _TOKENIZER_BYTES / plan.bytes
+
+    def texts() -> Iterator[str]:
+        done = taken = 0
+        for split, document in plan.parts(source.documents()):
+            if split == "train" and taken <= share * done:
+                taken += len(document.text)
+                report(0.99 * done / plan.bytes)  # the merges, at the end, are not in this measure
+                yield document.text
+            done += len(document.text)
+
+    return Tokenizer.train(texts(), config.vocab_size)
+
+
+def _chunks(parts: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
+    chunk: list[tuple[Split, Document]] = []
+    characters = 0
+    for part in parts:
+        chunk.append(part)
+        characters += len(part[1].text)
+        if characters >= _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encode(
+    directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], plan: _Plan, source: Source, report: Report
+) -> tuple[dict[str, dict[str, int]], int]:
+    """Write the token files and ``train_ids.txt``; return the counts per split and the documents left for tests."""
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in _SPLITS}
+    left_out = done = 0
+    eos = np.array([tokenizer.eos_id], dtype=dtype)
+    with contextlib.ExitStack() as stack:
+        files = {split: stack.enter_context((directory / f"{split}.bin").open("wb")) for split in _SPLITS}
+        train_ids = stack.enter_context((directory / "train_ids.txt").open("w", encoding="utf-8"))
+        for chunk in _chunks(plan.parts(source.documents())):
+            used = [(split, document) for split, document in chunk if split != "test"]
+            left_out += len(chunk) - len(used)
+            encoded = tokenizer.encode_batch([document.text for _, document in used])
+            for (split, document), ids in zip(used, encoded, strict=True):
+                files[split].write(np.asarray(ids, dtype=dtype).tobytes() + eos.tobytes())
+                count = counts[split]
+                count["documents"] += 1
+                count["tokens"] += len(ids) + 1
+                count["bytes"] += len(document.text.encode())
+                if split == "train":
+                    train_ids.write(document.id + "\n")
+            done += sum(len(document.text) for _, document in chunk)
+            report(done / plan.bytes)
+    return counts, left_out
+
+
+def _build(
+    directory: Path,
+    config: DataConfig,
+    source: Source,
+    given: Tokenizer | None,
+    key: dict[str, Any],
+    display: _Display,
+) -> None:
+    plan = _plan(config, source)
+    tokenizer = given or _tokenizer(config, plan, source, display.task("train tokenizer"))
+    dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
+    tokenizer.save(directory / "tokenizer.json")
+    counts, left_out = _encode(directory, tokenizer, dtype, plan, source, display.task("encode"))
+    splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in _SPLITS}
+    manifest = {
+        "source": source.name,
+        "licence": source.licence,
+        "built_from": key,
+        "about_source": source.note(),
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": tokenizer.vocab_size,
+        "dtype": dtype.name,
+        "splits": splits,
+        "left_out": {"test_documents": left_out, "beyond_max_documents": plan.splits.count(None)},
+        "versions": {name: metadata.version(name) for name in ("tokenizers", "numpy")},
+    }
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

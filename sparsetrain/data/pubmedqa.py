@@ -1,0 +1,109 @@
+"""PubMedQA (Jin et al. 2019): is the answer to a question yes, no or maybe, given an abstract without its conclusion.
+
+The test set is the official one of 500 questions; the other 500 expert-labelled ones are 450 to train on and 50 to
+validate on.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.data.hub import load_rows
+from sparsetrain.data.labelled import Example, Task, take
+from sparsetrain.data.split import position
+from sparsetrain.errors import UserError
+
+LABELS = ("yes", "no", "maybe")
+QUESTIONS_FILE = "ori_pqal.json"
+TEST_FILE = "test_ground_truth.json"
+_HUB = ("qiaojin/PubMedQA", "pqa_labeled", "train")
+_N_VALIDATION = 50
+
+
+def _pmids(name: str) -> frozenset[str]:
+    text = resources.files("sparsetrain.data").joinpath(name).read_text(encoding="utf-8")
+    return frozenset(line for line in text.split("\n") if line and not line.startswith("#"))
+
+
+def expert_pmids() -> frozenset[str]:
+    """Return the PMIDs of the 1000 expert-labelled questions, whose abstracts no corpus may train on."""
+    return _pmids("pubmedqa_pmids.txt")
+
+
+def official_test_pmids() -> frozenset[str]:
+    """Return the PMIDs of the official test set, which the hub's copy of the data does not mark."""
+    return _pmids("pubmedqa_test_pmids.txt")
+
+
+def _example(pmid: str, question: str, contexts: list[str], decision: str) -> Example:
+    # The question and the cue come last: a source too long for the model is cut on the left, in the context.
+    source = f"{' '.join(contexts)}\nquestion: {question}\nanswer:"
+    if decision not in LABELS:
+        raise UserError(f"PubMedQA question {pmid}: final_decision={decision!r} is not one of {', '.join(LABELS)}")
+    return Example(pmid, source, LABELS.index(decision))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"task.path={path.parent}: no {path.name} there; it must hold {QUESTIONS_FILE} and {TEST_FILE} "
+            "of https://github.com/pubmedqa/pubmedqa"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object keyed by PMID")
+    return content
+
+
+def _from_directory(directory: Path) -> tuple[list[Example], frozenset[str]]:
+    rows = _read_json(directory / QUESTIONS_FILE)
+    test = frozenset(_read_json(directory / TEST_FILE))
+    if missing := test - rows.keys():
+        raise UserError(f"{directory}: {len(missing)} PMIDs of {TEST_FILE} are not in {QUESTIONS_FILE}")
+    try:
+        return [
+            _example(pmid, row["QUESTION"], row["CONTEXTS"], row["final_decision"]) for pmid, row in rows.items()
+        ], test
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{directory / QUESTIONS_FILE}: a question has no field {error}") from error
+
+
+def _from_hub() -> tuple[list[Example], frozenset[str]]:
+    otherwise = f"give task.path, a directory with {QUESTIONS_FILE} and {TEST_FILE}"
+    rows = load_rows(*_HUB, otherwise=otherwise)
+    examples = [
+        _example(str(row["pubid"]), row["question"], row["context"]["contexts"], row["final_decision"]) for row in rows
+    ]
+    return examples, official_test_pmids()
+
+
+def load(path: str | None, n_train: int, n_validation: int, n_test: int, seed: int) -> Task:
+    """Return the task with at most so many examples a split.
+
+    ``path`` is a directory that holds the two files of the public repository; None takes the hub's copy. Which
+    question is in which split depends on neither ``seed`` nor the counts.
+    """
+    examples, test_ids = _from_directory(Path(path).expanduser()) if path is not None else _from_hub()
+    test = [example for example in examples if example.id in test_ids]
+    rest = sorted(
+        (example for example in examples if example.id not in test_ids),
+        key=lambda example: (position(example.id, "pubmedqa"), example.id),
+    )
+    # A tenth of the questions outside of the test set: 50 of 500.
+    n_held_out = min(_N_VALIDATION, max(1, len(rest) // 10))
+    if not test or len(rest) < 2:
+        raise UserError(f"PubMedQA: {len(test)} test questions and {len(rest)} others are too few")
+    return Task(
+        name="pubmedqa",
+        labels=LABELS,
+        answers=tuple(f" {label}" for label in LABELS),
+        train=take(rest[n_held_out:], n_train, seed),
+        validation=take(rest[:n_held_out], n_validation, seed),
+        test=take(test, n_test, seed),
+    )

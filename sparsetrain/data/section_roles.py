@@ -1,0 +1,66 @@
+"""Section roles: which part of an abstract a sentence is from, the form of PubMed RCT, out of MEDLINE.
+
+The label of a sentence is NLM's category of the section it stands in. Abstracts are split by the same function of their
+id as the pre-training corpus, so that no sentence of the test abstracts is trained on in either stage.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from sparsetrain.data.labelled import Example, Task, take
+from sparsetrain.data.medline import Medline
+from sparsetrain.data.sentences import split_sentences
+from sparsetrain.data.sources import Document
+from sparsetrain.data.split import Split, split_of
+from sparsetrain.errors import UserError
+
+CATEGORIES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
+_CUE = "\nrole:"
+_SHORTEST = 20  # characters; what is shorter is debris such as "NCT01234567."
+
+# Some authors repeat the label in the text, which would give the answer away.
+_INLINE_LABEL = re.compile(
+    r"^(?:the\s+)?(?:aims?|background|objectives?|purpose|(?:(?:patients|materials?)\s*and\s*)?methods?|"
+    r"(?:main\s+)?(?:results?|findings)|conclusions?)\s*:\s*",
+    re.IGNORECASE,
+)
+
+
+def examples(documents: Iterable[Document]) -> dict[Split, list[Example]]:
+    """Return all labelled sentences, by split. Ids are ``PMID/n``, counted through the abstract.
+
+    A sentence that an earlier abstract has too (registry notices, mostly) is left out, so that none is in two splits.
+    """
+    found: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
+    seen: set[str] = set()
+    for document in documents:
+        number = 0
+        for section in document.sections:
+            if section.category not in CATEGORIES:
+                continue
+            label = CATEGORIES.index(section.category)
+            for sentence in split_sentences(_INLINE_LABEL.sub("", section.text)):
+                if len(sentence) < _SHORTEST or sentence in seen:
+                    continue
+                seen.add(sentence)
+                found[split_of(document.id)].append(Example(f"{document.id}/{number}", sentence + _CUE, label))
+                number += 1
+    return found
+
+
+def load(n_train: int, n_validation: int, n_test: int, seed: int) -> Task:
+    """Return the task with at most so many examples a split, in the labels' natural proportions."""
+    found = examples(Medline().documents())
+    for split, members in found.items():
+        if not members:
+            raise UserError(f"task section_roles: no {split} example in the corpus")
+    return Task(
+        name="section_roles",
+        labels=tuple(category.lower() for category in CATEGORIES),
+        answers=tuple(f" {category.lower()}" for category in CATEGORIES),
+        train=take(found["train"], n_train, seed),
+        validation=take(found["validation"], n_validation, seed),
+        test=take(found["test"], n_test, seed),
+    )

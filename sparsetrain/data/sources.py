@@ -1,0 +1,272 @@
+"""Documents, and the readers that find them in files the user has: text, JSON lines, Parquet.
+
+A source can be read more than once and holds one document at a time where its format allows that, so that a corpus
+need not fit in memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import importlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsetrain.data.cache import sha256_of
+from sparsetrain.errors import UserError, nearest
+
+_CUT_CHARACTERS = 1000
+_READERS = (".txt", ".jsonl", ".parquet")
+_BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a structured abstract. ``category`` is NLM's normalised name of it, e.g. ``METHODS``, or empty."""
+
+    label: str
+    category: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document of a corpus. ``text`` is what a model is trained on: neither title nor section labels are in it."""
+
+    id: str
+    text: str
+    title: str = ""
+    sections: tuple[Section, ...] = ()
+
+
+class Source(Protocol):
+    """Where documents come from."""
+
+    name: str
+    licence: str
+
+    def identity(self) -> dict[str, object]:
+        """Return what tells this source's content from another's; JSON values, equal for equal content."""
+        ...
+
+    def open(self, report: Callable[[float], None]) -> None:
+        """Make the content ready to be read, telling ``report`` the share that is done, 0 to 1."""
+        ...
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents, in the same order at each call."""
+        ...
+
+    def note(self) -> dict[str, object]:
+        """Return what the manifest says about the content beside ``identity``, e.g. what was left out of it."""
+        ...
+
+    def size_estimate(self) -> int:
+        """Return about how many bytes of text there are."""
+        ...
+
+
+def content_id(text: str) -> str:
+    """Return the id of a document that has none: a hash of its text, so that copies of it share a split."""
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def clean_id(value: object) -> str:
+    """Return a document id as one line without surrounding space."""
+    return " ".join(str(value).split())
+
+
+def check_text(text: object, where: str) -> str:
+    """Return ``text`` if it is a string that UTF-8 can hold, else raise `UserError` that begins with ``where``."""
+    if not isinstance(text, str):
+        raise UserError(f"{where}: the text is {type(text).__name__}, not a string")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: lone surrogate at character {error.start}, which is not text") from error
+    return text
+
+
+def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
+    """Return ``row[field]``, or raise `UserError` that names the fields there are."""
+    if field not in row:
+        options = ", ".join(sorted(row)) or "none"
+        raise UserError(f"{where}: no field text_field={field!r}; it has {options}{nearest(field, row)}")
+    return row[field]
+
+
+def _decode(path: Path) -> str:
+    raw = path.read_bytes()
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        byte = raw[error.start]
+        raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def split_text(text: str) -> list[str]:
+    """Cut plain text into documents.
+
+    Blank lines separate them; without a blank line, each line is one; a single line longer than 1000 characters is
+    cut at white space into pieces of about that length.
+    """
+    text = text.strip()
+    if _BLANK_LINE.search(text):
+        pieces = _BLANK_LINE.split(text)
+    elif "\n" in text:
+        pieces = text.split("\n")
+    else:
+        pieces = _cut(text)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def _cut(text: str) -> list[str]:
+    pieces = []
+    start = 0
+    while len(text) - start > _CUT_CHARACTERS:
+        end = start + _CUT_CHARACTERS
+        # Look back over half a piece; a text without spaces (some scripts) is cut at the length itself.
+        space = max(text.rfind(mark, start + _CUT_CHARACTERS // 2, end) for mark in (" ", "\t", "\u3000"))
+        if space > 0:
+            end = space
+        pieces.append(text[start:end])
+        start = end
+    pieces.append(text[start:])
+    return pieces
+
+
+def _read_text(path: Path, text_field: str) -> Iterator[Document]:
+    del text_field  # plain text has no fields
+    for text in split_text(_decode(path)):
+        yield Document(content_id(text), text)
+
+
+def _document(row: dict[str, Any], text_field: str, where: str) -> Document | None:
+    text = check_text(pick_field(row, text_field, where), where)
+    if not text.strip():
+        return None
+    name = row.get("id")
+    return Document(content_id(text) if name is None else clean_id(name), text)
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+    offset = 0
+    with path.open("rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                place = offset + error.start
+                raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {place}") from error
+            offset += len(raw)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+            document = _document(row, text_field, where)
+            if document is not None:
+                yield document
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise UserError(f"reading {path} needs pyarrow: pip install 'sparsetrain[parquet]'") from error
+    try:
+        table = parquet.ParquetFile(path)
+    except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
+        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
+    with table:
+        names = table.schema_arrow.names
+        pick_field(dict.fromkeys(names), text_field, str(path))
+        columns = [name for name in (text_field, "id") if name in names]
+        row_number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                row_number += 1
+                if row[text_field] is None:
+                    continue
+                document = _document(row, text_field, f"{path}, row {row_number}")
+                if document is not None:
+                    yield document
+
+
+def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]]:
+    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_text)
+
+
+def find_files(path: str) -> list[Path]:
+    """Return the data files that a path, a directory or a glob pattern stands for, sorted.
+
+    A directory is searched through its subdirectories. Raises `UserError` if there is no file, if one is empty, or
+    if its suffix is none of ``.txt``, ``.jsonl``, ``.parquet``.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
+        if not files:
+            raise UserError(f"path={path}: no {', '.join(_READERS)} file in this directory")
+    elif place.exists():
+        files = [place]
+    else:
+        files = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+        if not files:
+            known = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
+            raise UserError(f"path={path}: no such file{nearest(place.name, known)}")
+    for file in files:
+        if file.suffix.lower() not in _READERS:
+            raise UserError(f"path={file}: cannot read {file.suffix or 'a file without suffix'}; "
+                            f"allowed are {', '.join(_READERS)}")  # fmt: skip
+        if file.stat().st_size == 0:
+            raise UserError(f"path={file}: the file is empty")
+        if not os.access(file, os.R_OK):
+            raise UserError(f"path={file}: no permission to read it")
+    return files
+
+
+class LocalFiles:
+    """The documents of a file, a directory or a glob pattern of ``.txt``, ``.jsonl`` and ``.parquet`` files."""
+
+    name = "file"
+    licence = "as given by the owner of the files"
+
+    def __init__(self, path: str, text_field: str = "text") -> None:
+        self.path = path
+        self.text_field = text_field
+        self.files = find_files(path)
+
+    def identity(self) -> dict[str, object]:
+        """Return size and sha256 of each file: a moved file is the same corpus, a changed one is another."""
+        return {
+            "files": [{"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in self.files],
+            "text_field": self.text_field,
+        }
+
+    def open(self, report: Callable[[float], None]) -> None:
+        """Do nothing: the files are there."""
+        report(1.0)
+
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents file by file; raises `UserError` that names the file and the place of what is wrong."""
+        for file in self.files:
+            yield from _reader(file)(file, self.text_field)
+
+    def note(self) -> dict[str, object]:
+        """Return the file names."""
+        return {"files": [file.name for file in self.files]}
+
+    def size_estimate(self) -> int:
+        """Return the size of the files in bytes."""
+        return sum(file.stat().st_size for file in self.files)

@@ -1,0 +1,203 @@
+"""Examples of a task as rows of tokens, to train on and to score.
+
+Shapes: B rows, T tokens of the longest row, rounded up to a multiple of 8 but to no more than the context. A row is
+
+    source tokens, soft-prompt slots, answer tokens, end of document
+
+and has a loss on the answer and on the end only. A source that does not fit loses tokens on its left.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from sparsetrain.data.labelled import Example, Task
+from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.data.tokens import IGNORED, Batch
+from sparsetrain.errors import UserError
+from sparsetrain.seeds import derive_seed
+
+_POOL_BATCHES = 16  # batches among which rows are sorted by length
+_MULTIPLE = 8
+
+
+class _Rows:
+    """Makes rows of one length limit, number of slots and set of answers."""
+
+    def __init__(self, tokenizer: Tokenizer, answers: Sequence[str], context: int, n_slots: int) -> None:
+        self.answers = tokenizer.encode_batch(answers)
+        self._eos = tokenizer.eos_id
+        self._context = context
+        self._n_slots = n_slots
+        self._tokenizer = tokenizer
+        # The same for all answers, so that the answers of one question are scored after the same source. The end
+        # is never an input, hence the missing one.
+        self._room = context - n_slots - max(len(answer) for answer in self.answers)
+        if self._room < 1:
+            longest = context - n_slots - self._room
+            raise UserError(
+                f"context={context} leaves no room for a source beside {n_slots} soft-prompt slots and an answer of "
+                f"{longest} tokens; use at least {n_slots + longest + 1}"
+            )
+
+    def sources(self, examples: Sequence[Example]) -> list[list[int]]:
+        """Return the tokens of each example's source, cut to the room there is."""
+        encoded = self._tokenizer.encode_batch([example.source for example in examples])
+        for example, ids in zip(examples, encoded, strict=True):
+            if not ids:
+                raise UserError(f"example {example.id} has an empty source")
+        return [ids[-self._room :] for ids in encoded]
+
+    def length(self, source: Sequence[int], label: int) -> int:
+        """Return the number of input tokens of a row."""
+        return len(source) + self._n_slots + len(self.answers[label])
+
+    def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int], end: bool) -> Batch:
+        """Return a batch of the rows; ``end`` tells whether the end of the document is a target."""
+        lengths = [self.length(source, label) for source, label in zip(sources, labels, strict=True)]
+        width = min(-(-max(lengths) // _MULTIPLE) * _MULTIPLE, self._context)
+        shape = (len(sources), width)
+        tokens = np.full(shape, self._eos, dtype=np.int64)
+        targets = np.full(shape, IGNORED, dtype=np.int64)
+        slots = np.full(shape, -1, dtype=np.int64) if self._n_slots else None
+        for row, (source, label) in enumerate(zip(sources, labels, strict=True)):
+            answer = self.answers[label]
+            start = len(source) + self._n_slots
+            tokens[row, : len(source)] = source
+            tokens[row, start : start + len(answer)] = answer
+            targets[row, start - 1 : start - 1 + len(answer)] = answer
+            if end:
+                targets[row, start - 1 + len(answer)] = self._eos
+            if slots is not None:
+                slots[row, len(source) : start] = np.arange(self._n_slots)
+        return Batch(
+            tokens=torch.from_numpy(tokens),
+            targets=torch.from_numpy(targets),
+            slots=None if slots is None else torch.from_numpy(slots),
+        )
+
+
+class TaskBatches:
+    """Training batches of a task.
+
+    Each epoch has every example once. Its order is random but for this: rows are sorted by length within pools of
+    16 batches, whose batches then come in random order, so that little of a batch is padding. A row is a function
+    of (seed, phase, global example index) alone.
+
+    Args:
+        examples: the training examples.
+        tokenizer: the tokenizer of the model.
+        answers: the text that stands for each label, e.g. `Task.answers`.
+        context: input tokens a row has at most.
+        batch_size: the batch size the order is made for; `batch` takes any count.
+        seed, phase: name the order.
+        n_slots: soft-prompt vectors between source and answer.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: Tokenizer,
+        answers: Sequence[str],
+        context: int,
+        batch_size: int,
+        seed: int,
+        phase: str | int,
+        n_slots: int = 0,
+    ) -> None:
+        if not examples:
+            raise UserError("the task has no examples to train on")
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size} is too small; the least is 1")
+        self._rows = _Rows(tokenizer, answers, context, n_slots)
+        self._sources = self._rows.sources(examples)
+        self._labels = [example.label for example in examples]
+        self._lengths = np.array([self._rows.length(*row) for row in zip(self._sources, self._labels, strict=True)])
+        self._batch_size = batch_size
+        self._seed = seed
+        self._phase = phase
+        self.examples_per_epoch: int = len(examples)
+        self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def _order_of_epoch(self, epoch: int) -> list[int]:
+        random = np.random.default_rng(derive_seed(self._seed, "task", self._phase, epoch))
+        order = random.permutation(self.examples_per_epoch)
+        # An epoch need not begin where a batch does: its first rows fill up the last batch of the epoch before.
+        filling = -epoch * self.examples_per_epoch % self._batch_size
+        head, rest = order[:filling], order[filling:]
+        pool = _POOL_BATCHES * self._batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(rest), pool):
+            members = rest[start : start + pool]
+            members = members[np.argsort(self._lengths[members], kind="stable")]
+            batches.extend(
+                members[first : first + self._batch_size].tolist() for first in range(0, len(members), self._batch_size)
+            )
+        full = [batch for batch in batches if len(batch) == self._batch_size]
+        tail = [index for batch in batches if len(batch) < self._batch_size for index in batch]
+        shuffled = [index for place in random.permutation(len(full)).tolist() for index in full[place]]
+        return [*head.tolist(), *shuffled, *tail]
+
+    def indices(self, first: int, count: int) -> list[int]:
+        """Return which of the examples the rows ``first`` to ``first + count - 1`` of the run are."""
+        size = self.examples_per_epoch
+        return [self._order(index // size)[index % size] for index in range(first, first + count)]
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return rows ``first`` to ``first + count - 1`` of the run; tensors are [count, T]."""
+        chosen = self.indices(first, count)
+        return self._rows.collate(
+            [self._sources[index] for index in chosen], [self._labels[index] for index in chosen], end=True
+        )
+
+
+@dataclass
+class ScoringBatch:
+    """Rows to score. ``examples`` and ``labels`` are LongTensor [B]: what row b asks, and which answer it tries."""
+
+    batch: Batch
+    examples: torch.Tensor
+    labels: torch.Tensor
+
+
+def scoring_rows(
+    examples: Sequence[Example],
+    task: Task,
+    tokenizer: Tokenizer,
+    context: int,
+    n_slots: int = 0,
+    batch_size: int = 64,
+) -> Iterator[ScoringBatch]:
+    """Yield every example with every answer, rows of similar length together.
+
+    Adding up the log-probabilities of a row's targets gives the log-probability of its answer. The end of the document
+    is a target only where an answer's tokens begin another's; without it, the answers exclude each other already.
+    Rows are in order of length, so ``scores[batch.examples, batch.labels] = row sums`` fills a table
+    [examples, labels].
+    """
+    if not examples:
+        return
+    rows = _Rows(tokenizer, task.answers, context, n_slots)
+    sources = rows.sources(examples)
+    end = _one_begins_another(rows.answers)
+    pairs = [(index, label) for index in range(len(examples)) for label in range(len(task.answers))]
+    pairs.sort(key=lambda pair: rows.length(sources[pair[0]], pair[1]))
+    for start in range(0, len(pairs), batch_size):
+        chosen = pairs[start : start + batch_size]
+        indices, labels = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
+        yield ScoringBatch(
+            batch=rows.collate([sources[index] for index in indices], labels, end),
+            examples=torch.tensor(indices),
+            labels=torch.tensor(labels),
+        )
+
+
+def _one_begins_another(answers: Sequence[Sequence[int]]) -> bool:
+    ordered = sorted(tuple(answer) for answer in answers)
+    return any(after[: len(before)] == before for before, after in itertools.pairwise(ordered))

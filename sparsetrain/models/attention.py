@@ -1,0 +1,146 @@
+"""Causal multi-head attention with grouped queries, on fused kernels, with or without a cache.
+
+Shapes: B batch, T tokens, S keys (T and what a cache holds), H query heads, K key and value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from sparsetrain.models.cache import KVCache
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.positions import alibi_bias, alibi_features, alibi_slopes, rope_tables, rotate
+
+_QUERY_BLOCK = 128  # queries whose explicit mask [H, block, S] is held at once when a cache is read
+
+
+@dataclass
+class Span:
+    """What all layers share about the tokens of one call: their positions, and the tables that follow from them.
+
+    Attributes:
+        first: position of the first token; more than 0 only with a cache.
+        length: T.
+        rope: cosines and sines ``[T, 1, D]`` for rotary positions.
+        alibi: extra features ``[T, 3 H, E]`` for ALiBi, when the tokens attend to one another only.
+    """
+
+    first: int
+    length: int
+    rope: tuple[Tensor, Tensor] | None = None
+    alibi: Tensor | None = None
+
+
+def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
+    """Return what the layers share about tokens ``x`` ``[B, T, d_model]`` at positions from ``first`` on."""
+    length = x.shape[1]
+    span = Span(first, length)
+    if config.positions == "rope":
+        span.rope = rope_tables(first, length, config.d_head, config.rope_base, x.device)
+    elif config.positions == "alibi" and first == 0:
+        slopes, dtype = alibi_slopes(config.n_heads), attention_dtype(x)
+        span.alibi = alibi_features(slopes, length, scale, config.d_head, dtype, x.device)
+    return span
+
+
+def attention_dtype(x: Tensor) -> torch.dtype:
+    """Return the type that attention computes in: float32 where a CPU would be given 16 bits, else that of autocast.
+
+    The CPU's fused kernel takes 4 to 7 times longer in bfloat16 than in float32.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return torch.float32 if device == "cpu" and dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+class Attention(nn.Module):
+    """``out(softmax(scale * q k^T + position bias) v)`` over the tokens up to and including each query's own.
+
+    The rows of ``qkv`` are those of all queries, then all keys, then all values, head by head.
+
+    Args:
+        config: shapes and positions.
+        scale: what the scores are multiplied with before the position bias is added.
+    """
+
+    def __init__(self, config: ModelConfig, scale: float) -> None:
+        super().__init__()
+        self.n_heads, self.kv_heads, self.d_head = config.n_heads, config.kv_heads, config.d_head
+        self.positions = config.positions
+        self.scale = scale
+        rows = (self.n_heads + 2 * self.kv_heads) * self.d_head
+        self.qkv = nn.Linear(config.d_model, rows, bias=config.bias)
+        self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
+
+    def forward(self, x: Tensor, span: Span, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+        """Map ``x`` ``[B, T, d_model]`` to the same shape; ``layer`` says which part of a cache to use."""
+        qkv = rearrange(self.qkv(x), "b t (h d) -> b t h d", d=self.d_head)
+        if span.rope is not None:
+            turned, v = qkv.split((self.n_heads + self.kv_heads, self.kv_heads), dim=2)
+            qkv = torch.cat((rotate(turned, *span.rope), v), dim=2)
+        if cache is not None:
+            q, k, v = qkv.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
+            k, v = cache.append(layer, k, v)
+            if span.first > 0:
+                return self.out(self._attend_to_cache(q, k, v, span.first))
+        return self.out(self._attend(qkv, span.alibi))
+
+    def _attend(self, qkv: Tensor, alibi: Tensor | None) -> Tensor:
+        """Causal attention of tokens ``[B, T, H + 2 K, D]`` to one another: ``[B, T, H D]``."""
+        dtype = qkv.dtype
+        qkv = qkv.to(attention_dtype(qkv))
+        q, k, v = qkv.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
+        if alibi is not None:
+            if self.kv_heads < self.n_heads:
+                qkv = torch.cat((q, self._repeat(k), self._repeat(v)), dim=2)
+            extra = alibi.expand(qkv.shape[0], -1, -1, -1)
+            # One copy appends the features of queries, keys and values alike.
+            q, k, v = torch.cat((qkv, extra), dim=-1).chunk(3, dim=2)
+        else:
+            k, v = self._repeat(k), self._repeat(v)
+        y = self._fused(q, k, v, mask=None)[..., : self.d_head]
+        return rearrange(y, "b h t d -> b t (h d)").to(dtype)
+
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """Attention of queries ``[B, T, H, D]`` from position ``first`` to keys ``[B, S, K, D]``: ``[B, T, H D]``."""
+        dtype = attention_dtype(q)
+        k, v = self._repeat(k.to(dtype)), self._repeat(v.to(dtype))
+        blocks = []
+        for start in range(0, q.shape[1], _QUERY_BLOCK):
+            block = q[:, start : start + _QUERY_BLOCK].to(dtype)
+            y = self._fused(block, k, v, self._mask(first + start, block.shape[1], k.shape[1], block))
+            blocks.append(rearrange(y, "b h t d -> b t (h d)"))
+        return torch.cat(blocks, dim=1).to(q.dtype)
+
+    def _mask(self, first: int, n_queries: int, n_keys: int, like: Tensor) -> Tensor | None:
+        """Return the additive mask of queries from position ``first``: ``[1 or H, n_queries, n_keys]``."""
+        alibi = self.positions == "alibi"
+        if not alibi and n_queries == 1 and first == n_keys - 1:
+            return None
+        shape = (n_queries, n_keys)
+        hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu(first + 1)
+        if alibi:
+            bias = alibi_bias(alibi_slopes(self.n_heads), first, n_queries, n_keys, like)
+        else:
+            bias = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
+        return bias.masked_fill(hidden, -torch.inf)
+
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of ``[B, T, H, D]`` to ``[B, S, H, D]``: ``[B, H, T, D]``; causal if S = T and there is no mask."""
+        causal = mask is None and q.shape[1] == k.shape[1]
+        if mask is not None:
+            mask = mask.expand(q.shape[0], *mask.shape)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        # Autocast would turn the CPU's float32 back into 16 bits.
+        with torch.autocast(q.device.type, enabled=False):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
+
+    def _repeat(self, x: Tensor) -> Tensor:
+        """Repeat each key or value head for the queries that share it: ``[B, S, K, D]`` to ``[B, S, H, D]``."""
+        groups = self.n_heads // self.kv_heads
+        return x if groups == 1 else x.repeat_interleave(groups, dim=2)

@@ -1,0 +1,43 @@
+"""Keys and values of the tokens that a model has read, so that the next token costs one token's work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+from sparsetrain.models.config import ModelConfig
+
+
+class KVCache:
+    """Preallocated keys and values of every layer, ``[batch, capacity, kv_heads, d_head]`` each.
+
+    Keys are stored as attention computes them (rotated, for RoPE) and without the ALiBi bias, which depends on the
+    distance to the query and is added when they are read.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        shape = (config.n_layers, batch, capacity, config.kv_heads, config.d_head)
+        self.keys = torch.empty(shape, device=device, dtype=dtype)
+        self.values = torch.empty(shape, device=device, dtype=dtype)
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``[B, T, kv_heads, d_head]`` behind what layer ``layer`` holds; return all of it, views of the cache.
+
+        Raises:
+            UserError: the tokens do not fit into the capacity.
+        """
+        end = self.length + keys.shape[1]
+        if end > self.capacity:
+            raise UserError(f"the cache holds {self.capacity} tokens; {end} do not fit")
+        self.keys[layer, :, self.length : end] = keys
+        self.values[layer, :, self.length : end] = values
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Count ``tokens`` more as read, once every layer has appended them."""
+        self.length += tokens

@@ -1,0 +1,135 @@
+"""What a `Transformer` is made of: one strict dataclass, checked when it is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.init import PATTERNS
+
+MLPS = ("gelu", "swiglu")
+NORMS = ("layernorm", "rmsnorm")
+POSITIONS = ("alibi", "rope", "learned", "none")
+
+
+@dataclass
+class ModelConfig:
+    """Shape, parts and initial scale of a decoder-only transformer.
+
+    Args:
+        d_model: width of the residual stream.
+        n_layers: number of blocks.
+        n_heads: number of query heads; must divide ``d_model``.
+        vocab_size: rows of the embedding and of the head.
+        n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None is ``n_heads``.
+        max_context: tokens in the longest training sequence. A bound on the length only for learned positions.
+        mlp: ``"gelu"`` (up, down) or ``"swiglu"`` (gate, up, down).
+        d_ff: width inside the MLP; None is ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, so that
+            both have the same number of parameters.
+        norm: ``"layernorm"`` or ``"rmsnorm"``.
+        norm_eps: what a norm adds to the variance (layernorm) or the mean square (rmsnorm).
+        bias: whether linear layers and layer norms have a bias. RMSNorm never has one.
+        positions: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
+        rope_base: base of the geometric sequence of rotary wavelengths.
+        tie_embeddings: whether the head reads the embedding's weight.
+        init_std: standard deviation sigma of the initial weights, before a parameterization's multipliers.
+        sparsity: fraction of zeros in each hidden matrix, in [0, 1). 0 builds plain ``nn.Linear`` layers.
+        sparsity_pattern: where the zeros are; see `sparsetrain.sparsity`.
+        seed: seed of masks and initial values; None draws one from torch's global generator.
+        dropout: probability of dropping an element of the embeddings and of each residual branch.
+
+    Raises:
+        UserError: a field is out of range or two fields do not fit together.
+    """
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    vocab_size: int
+    n_kv_heads: int | None = None
+    max_context: int = 2048
+    mlp: str = "gelu"
+    d_ff: int | None = None
+    norm: str = "layernorm"
+    norm_eps: float = 1e-5
+    bias: bool = False
+    positions: str = "alibi"
+    rope_base: float = 10000.0
+    tie_embeddings: bool = True
+    init_std: float = 0.02
+    sparsity: float = 0.0
+    sparsity_pattern: str = "random"
+    seed: int | None = None
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_layers", "n_heads", "vocab_size", "max_context"):
+            _check_count(name, getattr(self, name))
+        for name in ("n_kv_heads", "d_ff"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        if self.d_model % self.n_heads:
+            raise UserError(f"d_model={self.d_model} is not divisible by n_heads={self.n_heads}")
+        if self.n_heads % self.kv_heads:
+            raise UserError(f"n_heads={self.n_heads} is not divisible by n_kv_heads={self.n_kv_heads}")
+        check_choice("mlp", self.mlp, MLPS)
+        check_choice("norm", self.norm, NORMS)
+        check_choice("positions", self.positions, POSITIONS)
+        check_choice("sparsity_pattern", self.sparsity_pattern, PATTERNS)
+        if self.positions == "rope" and self.d_head % 2:
+            raise UserError(
+                f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs, use an even width a head"
+            )
+        for name in ("bias", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise UserError(f"{name}={getattr(self, name)!r} is not true or false")
+        for name in ("sparsity", "dropout"):
+            _check_real(name, getattr(self, name))
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise UserError(f"{name}={getattr(self, name)} is not in [0, 1)")
+        for name in ("norm_eps", "rope_base", "init_std"):
+            _check_real(name, getattr(self, name))
+            if getattr(self, name) <= 0.0:
+                raise UserError(f"{name}={getattr(self, name)} is not positive")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
+            raise UserError(f"seed={self.seed!r} is not a non-negative integer or null")
+
+    @property
+    def d_head(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads, ``n_kv_heads`` resolved."""
+        return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
+
+    @property
+    def ffn_width(self) -> int:
+        """Width inside the MLP, ``d_ff`` resolved."""
+        if self.d_ff is not None:
+            return self.d_ff
+        return 4 * self.d_model if self.mlp == "gelu" else 8 * self.d_model // 3
+
+    def width_multipliers(self, base_width: int) -> tuple[float, float]:
+        """Return fan_in over fan_in at ``d_model = base_width``: (of matrices read by d_model, of ``mlp.down``).
+
+        An MLP width that was given shrinks in proportion; one that follows from ``d_model`` is recomputed, so that
+        its rounding is that of the base model itself.
+        """
+        m_d = self.d_model / base_width
+        if self.d_ff is not None:
+            return m_d, m_d
+        base_ffn = 4 * base_width if self.mlp == "gelu" else 8 * base_width // 3
+        return m_d, self.ffn_width / base_ffn
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UserError(f"{name}={value!r} is not a positive integer")
+
+
+def _check_real(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{name}={value!r} is not a finite number")

@@ -1,0 +1,106 @@
+"""Sampling from a `Transformer`, one token's work at a time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+from sparsetrain.models.attention import attention_dtype
+from sparsetrain.models.cache import KVCache
+from sparsetrain.models.soft_prompt import SoftPrompt
+
+if TYPE_CHECKING:
+    from sparsetrain.models.transformer import Transformer
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+    prompt: SoftPrompt | None = None,
+) -> Tensor:
+    """Continue each row of ``tokens``, without dropout, on a key-value cache.
+
+    Args:
+        tokens: ``[B, T]``, rows of equal length.
+        max_new_tokens: how many to add at most.
+        temperature: what the logits are divided by; 0 takes the most likely token.
+        top_p: sample from the fewest tokens whose probabilities sum to at least this (Holtzman et al. 2020).
+        stop_token: a row that has drawn it is filled with it; generation ends when all rows have.
+        generator: source of the draws, on the model's device; None is torch's global one.
+        prompt: a soft prompt, read between ``tokens`` and what is generated.
+
+    Returns:
+        ``[B, T + n]``, n at most ``max_new_tokens``: the tokens given and those drawn (the soft prompt has none).
+
+    Raises:
+        UserError: a setting out of range, or more tokens than learned positions.
+    """
+    _check_settings(max_new_tokens, temperature, top_p)
+    was_training = model.training
+    model.eval()
+    try:
+        embeddings = model.embed_tokens(tokens)
+        if prompt is not None:
+            vectors = prompt.vectors.to(embeddings.dtype).expand(len(tokens), -1, -1)
+            embeddings = torch.cat((embeddings, vectors), dim=1)
+        capacity = embeddings.shape[1] + max_new_tokens - 1
+        if model.positions is not None and capacity > model.config.max_context:
+            raise UserError(
+                f"max_new_tokens={max_new_tokens} behind {embeddings.shape[1]} tokens needs {capacity} positions; "
+                f"the model has learned {model.config.max_context}"
+            )
+        cache = KVCache(model.config, len(tokens), capacity, embeddings.device, attention_dtype(embeddings))
+        hidden = model.hidden(embeddings=embeddings, cache=cache)
+        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        for step in range(max_new_tokens):
+            if step > 0:
+                hidden = model.hidden(tokens[:, -1:], cache=cache)
+            drawn = sample(model.logits(hidden[:, -1]), temperature, top_p, generator)
+            if stop_token is not None:
+                drawn = torch.where(finished, stop_token, drawn)
+                finished |= drawn == stop_token
+            tokens = torch.cat((tokens, drawn[:, None]), dim=1)
+            if stop_token is not None and bool(finished.all()):
+                break
+        return tokens
+    finally:
+        model.train(was_training)
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
+    """Draw a token from each row of logits ``[B, V]``: int64 ``[B]``; temperature 0 takes the largest."""
+    if temperature == 0.0:
+        return logits.argmax(dim=-1)
+    probabilities = nucleus(logits.float() / temperature, top_p).softmax(dim=-1)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+
+
+def nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """Return logits ``[B, V]`` with -inf outside the fewest most likely tokens that sum to at least ``top_p``."""
+    if top_p >= 1.0:
+        return logits
+    ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+    probabilities = ranked.softmax(dim=-1)
+    # A token stays if those before it do not reach top_p yet; the first one always does.
+    before = probabilities.cumsum(dim=-1) - probabilities
+    dropped = before >= top_p
+    dropped[..., 0] = False
+    return logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
+
+
+def _check_settings(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} is not a positive integer")
+    if not temperature >= 0.0:
+        raise UserError(f"temperature={temperature} is negative")
+    if not 0.0 < top_p <= 1.0:
+        raise UserError(f"top_p={top_p} is not in (0, 1]")

@@ -1,0 +1,55 @@
+"""The optimizer of a run, from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsetrain.errors import UserError, check_choice
+
+OPTIMIZERS = ("adamw",)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and gradient clipping.
+
+    Args:
+        lr: base peak learning rate eta; the parameterization turns it into one per tensor.
+        weight_decay: base lambda; likewise.
+        beta1, beta2, eps: of Adam.
+        clip: largest global norm of the gradient; 0 switches clipping off.
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("optimizer.name", self.name, OPTIMIZERS)
+        for name in ("weight_decay", "clip"):
+            if getattr(self, name) < 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+        for name in ("lr", "eps"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+
+
+def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Return torch's AdamW over ``groups``, each with its own lr, weight decay and eps; fused on CPU and CUDA.
+
+    The peak learning rate of each group is kept as ``initial_lr``, which the schedule multiplies.
+    """
+    groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=devices <= {"cpu", "cuda"})

@@ -1,0 +1,331 @@
+"""Give every parameter of a model its initial values and its place in the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain import seeds
+from sparsetrain.errors import UserError
+from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
+from sparsetrain.sparsity import SparseLinear
+
+# Module names of the usual architectures, after the last "." or in full; the first match wins.
+MATRIX_ROLES: tuple[tuple[str, Role], ...] = (
+    *((name, Role.HEAD) for name in ("head", "lm_head", "embed_out", "score", "classifier")),
+    *(
+        (name, Role.OUTPUT)
+        for name in (
+            "c_proj",
+            "o_proj",
+            "out_proj",
+            "wo",
+            "attn.out",
+            "attention.dense",
+            "self_attention.dense",
+        )
+    ),
+    *((name, Role.OUTPUT) for name in ("down_proj", "mlp.down", "fc2", "fc_out", "dense_4h_to_h")),
+    *((name, Role.HIDDEN) for name in ("c_attn", "q_proj", "k_proj", "v_proj", "qkv", "qkv_proj", "Wqkv")),
+    *((name, Role.HIDDEN) for name in ("query_key_value", "wq", "wk", "wv")),
+    *((name, Role.HIDDEN) for name in ("c_fc", "up_proj", "gate_proj", "mlp.up", "mlp.gate", "fc1", "fc_in")),
+    ("dense_h_to_4h", Role.HIDDEN),
+)
+POSITION_NAMES = ("wpe", "positions", "embed_positions", "position_embeddings", "pos_emb")
+FINAL_NORM_NAMES = (
+    "ln_f",
+    "final_norm",
+    "norm_f",
+    "final_layer_norm",
+    "final_layernorm",
+    "model.norm",
+    "norm",
+)
+
+
+def initialise(
+    model: nn.Module,
+    specs: Mapping[str, TensorSpec],
+    rules: Parameterization,
+    sigma: float,
+    n_layers: int,
+    seed: int,
+) -> None:
+    """Fill every parameter from its rule and a seed of its own, and record the assignment for `param_groups`.
+
+    Matrices are normal with the standard deviation of the rules, norms one, biases zero. A sparse layer takes the
+    numbers that the dense matrix of the same name would get, at its positions, so that models which differ in
+    density alone are compared on common random numbers.
+
+    Args:
+        model: parameters on any device; on ``meta`` nothing is drawn.
+        specs: one per parameter name, as ``named_parameters`` gives them.
+        sigma: the base standard deviation.
+        n_layers: number of transformer blocks.
+        seed: of all draws; see `sparsetrain.seeds`.
+
+    Raises:
+        UserError: a parameter without a spec.
+    """
+    assign(model, specs, rules, n_layers)
+    owners = dict(model.named_modules())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            spec = specs[name]
+            if parameter.is_meta:
+                continue
+            if spec.role in (Role.NORM, Role.FINAL_NORM):
+                parameter.fill_(1.0)
+                continue
+            if spec.role in (Role.BIAS, Role.FINAL_BIAS):
+                parameter.zero_()
+                continue
+            module_name, _, leaf = name.rpartition(".")
+            owner = owners[module_name]
+            std = rules.init_std(spec, sigma, n_layers)
+            key = f"{module_name}.weight" if isinstance(owner, SparseLinear) else name
+            shape = owner.pattern.shape if isinstance(owner, SparseLinear) else parameter.shape
+            draws = torch.empty(shape).normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key)) * std
+            if isinstance(owner, SparseLinear) and leaf == "values":
+                draws = owner.pattern.gather(draws.to(parameter.device))
+            parameter.copy_(draws)
+
+
+def assign(model: nn.Module, specs: Mapping[str, TensorSpec], rules: Parameterization, n_layers: int) -> None:
+    """Record which rules and specs hold for the parameters of ``model``, without touching their values."""
+    names = [name for name, _ in model.named_parameters()]
+    missing = [name for name in names if name not in specs]
+    if missing:
+        raise UserError(f"parameter '{missing[0]}' has no role ({len(missing)} without one)")
+    model.tensor_specs = {name: specs[name] for name in names}  # type: ignore[assignment]
+    model.rules = rules  # type: ignore[assignment]
+    model.depth = n_layers  # type: ignore[assignment]
+
+
+def param_groups(
+    model: nn.Module,
+    rules: Parameterization,
+    lr: float,
+    weight_decay: float = 0.0,
+    eps: float = 1e-8,
+) -> list[dict[str, Any]]:
+    """Return optimizer groups with the learning rate, weight decay and eps that the rules give each tensor.
+
+    Parameters with the same role and the same settings share a group. Frozen parameters are left out.
+
+    Args:
+        model: a `Transformer`, or a model that `parameterize` has seen.
+        rules: those for which the model was initialised.
+        lr: base peak learning rate eta. weight_decay: base lambda. eps: base eps of Adam.
+
+    Returns:
+        Dicts with ``params``, ``name``, ``lr``, ``weight_decay``, ``eps`` for any torch optimizer that takes eps.
+
+    Raises:
+        UserError: a model without roles, other rules than those it was initialised for, a parameter without a role, or
+            a layer whose density is not the one it was initialised for.
+    """
+    specs: Any = getattr(model, "tensor_specs", None)
+    if not isinstance(specs, dict):
+        raise UserError("the model's tensors have no roles yet: call parameterize(model, rules, base) first")
+    if model.rules != rules:
+        raise UserError(f"the model was initialised for {model.rules}, not for {rules}")
+    depth = int(model.depth)  # type: ignore[arg-type]
+    _check_densities(model, specs)
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if name not in specs:
+            raise UserError(f"parameter '{name}' has no role: parameterize after sparsify, densify or adding layers")
+        if not parameter.requires_grad:
+            continue
+        spec = specs[name]
+        settings = {
+            "lr": rules.learning_rate(spec, lr, depth),
+            "weight_decay": rules.weight_decay(spec, weight_decay),
+            "eps": rules.epsilon(spec, eps, depth),
+        }
+        key = (spec.role, *settings.values())
+        group = groups.setdefault(key, {"params": [], "name": str(spec.role), **settings})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def _check_densities(model: nn.Module, specs: Mapping[str, TensorSpec]) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLinear):
+            spec = specs.get(f"{name}.values")
+            if spec is not None and abs(spec.density - module.pattern.density) > 1e-9:
+                raise UserError(
+                    f"layer '{name}' has density {module.pattern.density:.6g} but was initialised for "
+                    f"{spec.density:.6g}: call parameterize again"
+                )
+
+
+def parameterize(
+    model: nn.Module,
+    rules: Parameterization,
+    base: nn.Module | None = None,
+    *,
+    roles: Mapping[str, Role | str] | None = None,
+    sigma: float = 0.02,
+    n_layers: int | None = None,
+    seed: int | None = None,
+    reinitialise: bool = True,
+) -> nn.Module:
+    """Apply a parameterization to any ``nn.Module``: initial values, forward multipliers, optimizer roles.
+
+    Call it after `sparsify`. Roles come from module types and the names of the usual architectures; ``roles`` adds to
+    them. The multipliers alpha_in, alpha_out / m_d and m_L^(-alpha) become forward hooks on the embeddings, the head
+    and the output projections (whose output must be the end of its residual branch). The attention scale is the
+    model's own: with the same d_head at every width it is a constant.
+
+    Args:
+        model: changed in place.
+        base: the same architecture at the base width (and any density), for m_d; needed by all rules but SP.
+        roles: glob over module names -> role; checked before the built-in names, first match wins.
+        sigma: base standard deviation. n_layers: number of blocks; by default, as many as hold matrices.
+        seed: of the initial values; None draws it from torch's global generator.
+        reinitialise: False keeps the weights, for example to fine-tune.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UserError: a parameter without a role, or a base that lacks one of the parameters.
+    """
+    if rules.uses_width and base is None:
+        raise UserError(f"parameterize: {rules.scheme} needs base=, the same model at the base width")
+    modules = dict(model.named_modules())
+    module_roles = {name: _role(name, module, roles or {}) for name, module in modules.items()}
+    widths = _widths(base) if base is not None else {}
+    specs: dict[str, TensorSpec] = {}
+    blocks: set[str] = set()
+    for name, _ in model.named_parameters():
+        module_name, _, leaf = name.rpartition(".")
+        module = modules[module_name]
+        role = module_roles[module_name]
+        if role is None:
+            raise UserError(
+                f"parameter '{name}' ({type(module).__name__}) has no known role: pass "
+                f"roles={{'{module_name}': 'hidden'}} or one of {', '.join(Role)}"
+            )
+        width = _width(module)
+        m_d = 1.0
+        if base is not None:
+            if module_name not in widths:
+                raise UserError(f"parameterize: the base model has no module '{module_name}'")
+            m_d = width / widths[module_name]
+        if role in (Role.HIDDEN, Role.OUTPUT):
+            blocks.add(_block_prefix(module_name))
+        density = module.pattern.density if isinstance(module, SparseLinear) and leaf == "values" else 1.0
+        specs[name] = TensorSpec(_leaf_role(role, leaf), m_d, density)
+    depth = n_layers if n_layers is not None else max(1, len(blocks))
+    if reinitialise:
+        initialise(model, specs, rules, sigma, depth, seeds.resolve_seed(seed))
+    else:
+        assign(model, specs, rules, depth)
+    for module_name, role in module_roles.items():
+        module = modules[module_name]
+        _remove_scales(module)
+        if role in (Role.EMBEDDING, Role.POSITION):
+            _scale_output(module, rules.embedding_multiplier())
+        elif role is Role.HEAD:
+            m_d = _width(module) / widths[module_name] if base is not None else 1.0
+            _scale_input(module, rules.logit_multiplier(m_d))
+        elif role is Role.OUTPUT:
+            _scale_output(module, rules.residual_multiplier(depth))
+    return model
+
+
+def _role(name: str, module: nn.Module, roles: Mapping[str, Role | str]) -> Role | None:
+    """Return the role of a module's weight, or None for a module whose parameters are not known."""
+    if not any(True for _ in module.parameters(recurse=False)):
+        return None
+    for glob, role in roles.items():
+        if fnmatchcase(name, glob):
+            try:
+                return Role(role)
+            except ValueError:
+                raise UserError(f"roles['{glob}']={role!r} is not one of {', '.join(Role)}") from None
+    if isinstance(module, nn.Embedding):
+        return Role.POSITION if _ends_with(name, POSITION_NAMES) else Role.EMBEDDING
+    if type(module).__name__.endswith("Norm"):
+        # "norm" alone is the final one only at the top: inside a block it is that block's.
+        final = _ends_with(name, FINAL_NORM_NAMES[:-1]) or name == FINAL_NORM_NAMES[-1]
+        return Role.FINAL_NORM if final else Role.NORM
+    for known, role in MATRIX_ROLES:
+        if _ends_with(name, (known,)):
+            return role
+    return None
+
+
+def _leaf_role(role: Role, leaf: str) -> Role:
+    if leaf != "bias":
+        return role
+    return Role.FINAL_BIAS if role in (Role.FINAL_NORM, Role.HEAD) else Role.BIAS
+
+
+def _ends_with(name: str, endings: tuple[str, ...]) -> bool:
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _block_prefix(name: str) -> str:
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[0] + 1]) if numbers else ""
+
+
+def _width(module: nn.Module) -> int:
+    """Return the fan_in of a matrix, the width of a norm or an embedding."""
+    if isinstance(module, (nn.Linear, SparseLinear)):
+        return module.in_features
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    return weight.shape[0]  # norms [width]; Conv1D [fan_in, fan_out]
+
+
+def _widths(base: nn.Module) -> dict[str, int]:
+    return {
+        name: _width(module)
+        for name, module in base.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+    }
+
+
+class _Scale:
+    """A forward hook that multiplies; a class, so that a model with it can be copied and pickled."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+
+class _OutputScale(_Scale):
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output * self.factor
+
+
+class _InputScale(_Scale):
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (inputs[0] * self.factor, *inputs[1:])
+
+
+def _scale_output(module: nn.Module, factor: float) -> None:
+    if factor != 1.0:
+        module.register_forward_hook(_OutputScale(factor))
+
+
+def _scale_input(module: nn.Module, factor: float) -> None:
+    if factor != 1.0:
+        module.register_forward_pre_hook(_InputScale(factor))
+
+
+def _remove_scales(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _Scale)]:
+            del hooks[key]

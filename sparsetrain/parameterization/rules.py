@@ -1,0 +1,250 @@
+"""What each parameterization means: pure functions from (role, multipliers) to initialisation and optimizer settings.
+
+With m_d the fan_in of a matrix over the fan_in of the same matrix at the base width, m_rho its density over the base
+density, m_L the number of layers over the base number, and L_ref the number of layers (SP, muP, SuPar) or the base
+number (CompleteP and the product):
+
+==========================  ===========================  ==============================  ============  ==========
+tensor                      init std                     learning rate                   weight decay  eps
+==========================  ===========================  ==============================  ============  ==========
+hidden matrix               sigma / sqrt(m_d m_rho)      eta / (m_d m_rho) m_L^(a - 1)   by wd_rule    by eps_rule
+output projection           the same / sqrt(2 L_ref)     the same                        by wd_rule    by eps_rule
+bias, norm inside a block   0, 1                         eta m_L^(a - 1)                 0             by eps_rule
+embedding, positions        sigma                        eta embedding_lr_multiplier     lambda        eps
+final norm                  1                            eta                             0             eps
+head                        sigma                        eta                             lambda        eps
+==========================  ===========================  ==============================  ============  ==========
+
+SP uses none of the multipliers, muP m_d, SuPar m_d and m_rho, CompleteP m_d and m_L, their product all three; one that
+is not used is 1. Papers: SμPar (arXiv 2405.15743, Table 1) and CompleteP (arXiv 2505.01618, Table 1). The rules hold
+for Adam-family optimizers, whose update does not depend on the scale of the gradient, and for static random masks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+from sparsetrain.errors import UserError, check_choice
+
+
+class Role(StrEnum):
+    """What a tensor does in the network; the rules depend on nothing else but its multipliers."""
+
+    EMBEDDING = "embedding"
+    POSITION = "position"
+    HIDDEN = "hidden"  # a matrix that reads the residual stream: q, k, v, up, gate
+    OUTPUT = "output"  # a matrix that writes to it: attention output, down
+    NORM = "norm"  # a gain inside a block
+    BIAS = "bias"  # a bias, of a matrix or a norm, inside a block
+    FINAL_NORM = "final_norm"
+    FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head
+    HEAD = "head"
+    PROMPT = "prompt"  # soft-prompt vectors
+
+
+MATRICES = (Role.HIDDEN, Role.OUTPUT)
+INSIDE_BLOCK = (Role.HIDDEN, Role.OUTPUT, Role.NORM, Role.BIAS)
+UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT)
+
+SCHEMES = ("sp", "mup", "supar", "completep", "supar_completep")
+ATTENTION_SCALES = ("auto", "sqrt", "linear")
+WD_RULES = ("coupled", "width", "width_density")
+EPS_RULES = ("fixed", "table")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as the rules see it.
+
+    Args:
+        role: what it does.
+        m_d: fan_in over the fan_in of the same matrix at the base width; for a norm or a bias the same ratio of its
+            width.
+        density: nnz over the number of elements; 1 for everything dense.
+    """
+
+    role: Role
+    m_d: float = 1.0
+    density: float = 1.0
+
+
+@dataclass(frozen=True)
+class Parameterization:
+    """One column of the table. Build it with `sp`, `mup`, `supar`, `completep` or `supar_completep`.
+
+    Args:
+        scheme: the name of the column.
+        base_width, base_density, base_layers: of the model on which the hyperparameters were tuned.
+        alpha: depth exponent of CompleteP in [0.5, 1]; residual branches are multiplied by m_L^(-alpha).
+        alpha_in, alpha_out: multipliers of the embeddings and of the logits.
+        embedding_lr_multiplier: learning rate of embeddings and positions over eta.
+        attention_scale: ``sqrt`` for 1/sqrt(d_head), ``linear`` for 1/d_head, ``auto`` for sqrt under SP and linear
+            elsewhere.
+        wd_rule: ``coupled`` leaves lambda as it is, so that the decay per step lr * lambda follows the learning rate;
+            ``width`` multiplies it by m_d and ``width_density`` by m_d m_rho, which keeps lr * lambda constant.
+        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks.
+
+    Raises:
+        UserError: an unknown choice, or a multiplier or base that is not positive.
+    """
+
+    scheme: str = "sp"
+    base_width: int | None = None
+    base_density: float = 1.0
+    base_layers: int | None = None
+    alpha: float = 1.0
+    alpha_in: float = 1.0
+    alpha_out: float = 1.0
+    embedding_lr_multiplier: float = 1.0
+    attention_scale: str = "auto"
+    wd_rule: str = "width_density"
+    eps_rule: str = "fixed"
+
+    def __post_init__(self) -> None:
+        check_choice("parameterization", self.scheme, SCHEMES)
+        check_choice("parameterization.attention_scale", self.attention_scale, ATTENTION_SCALES)
+        check_choice("parameterization.wd_rule", self.wd_rule, WD_RULES)
+        check_choice("parameterization.eps_rule", self.eps_rule, EPS_RULES)
+        if self.uses_width and not self.base_width:
+            raise UserError(f"parameterization {self.scheme}: base_width={self.base_width} must be at least 1")
+        if self.uses_depth and not self.base_layers:
+            raise UserError(f"parameterization {self.scheme}: base_layers={self.base_layers} must be at least 1")
+        if not 0.0 < self.base_density <= 1.0:
+            raise UserError(f"parameterization.base_density={self.base_density} must lie in (0, 1]")
+        if not 0.5 <= self.alpha <= 1.0:
+            raise UserError(f"parameterization.alpha={self.alpha} must lie in [0.5, 1]")
+        for name in ("base_width", "base_layers", "alpha_in", "alpha_out", "embedding_lr_multiplier"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"parameterization.{name}={value} must be above 0")
+
+    # -- constructors ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def sp(cls, **options: float | str) -> Parameterization:
+        """Standard parameterization: no multiplier depends on width, density or depth."""
+        return cls._make("sp", **options)
+
+    @classmethod
+    def mup(cls, base_width: int, **options: float | str) -> Parameterization:
+        """Maximal update parameterization (arXiv 2203.03466) for width."""
+        return cls._make("mup", base_width=base_width, **options)
+
+    @classmethod
+    def supar(cls, base_width: int, base_density: float = 1.0, **options: float | str) -> Parameterization:
+        """SμPar (arXiv 2405.15743): muP with the effective width m_d * m_rho."""
+        return cls._make("supar", base_width=base_width, base_density=base_density, **options)
+
+    @classmethod
+    def completep(
+        cls, base_width: int, base_layers: int, alpha: float = 1.0, **options: float | str
+    ) -> Parameterization:
+        """CompleteP (arXiv 2505.01618): width and depth."""
+        return cls._make("completep", base_width=base_width, base_layers=base_layers, alpha=alpha, **options)
+
+    @classmethod
+    def supar_completep(
+        cls,
+        base_width: int,
+        base_density: float,
+        base_layers: int,
+        alpha: float = 1.0,
+        **options: float | str,
+    ) -> Parameterization:
+        """The product of SμPar and CompleteP: width, density and depth."""
+        return cls._make(
+            "supar_completep",
+            base_width=base_width,
+            base_density=base_density,
+            base_layers=base_layers,
+            alpha=alpha,
+            **options,
+        )
+
+    @classmethod
+    def _make(cls, scheme: str, **options: float | str) -> Parameterization:
+        options.setdefault("eps_rule", "table" if scheme in ("completep", "supar_completep") else "fixed")
+        return cls(scheme=scheme, **options)  # type: ignore[arg-type]
+
+    # -- which multipliers are on ------------------------------------------------------------------------------------
+
+    @property
+    def uses_width(self) -> bool:
+        return self.scheme != "sp"
+
+    @property
+    def uses_density(self) -> bool:
+        return self.scheme in ("supar", "supar_completep")
+
+    @property
+    def uses_depth(self) -> bool:
+        return self.scheme in ("completep", "supar_completep")
+
+    def _m_d(self, spec: TensorSpec) -> float:
+        return spec.m_d if self.uses_width else 1.0
+
+    def _m_rho(self, spec: TensorSpec) -> float:
+        return spec.density / self.base_density if self.uses_density and spec.role in MATRICES else 1.0
+
+    def _m_l(self, n_layers: int) -> float:
+        return n_layers / self.base_layers if self.uses_depth and self.base_layers else 1.0
+
+    # -- the table ---------------------------------------------------------------------------------------------------
+
+    def init_std(self, spec: TensorSpec, sigma: float, n_layers: int) -> float:
+        """Return the standard deviation of the initial values; 0 for biases and for norms, which start at 1."""
+        if spec.role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS):
+            return 0.0
+        if spec.role not in MATRICES:
+            return sigma
+        std = sigma / math.sqrt(self._m_d(spec) * self._m_rho(spec))
+        if spec.role is Role.OUTPUT:
+            reference = self.base_layers if self.uses_depth and self.base_layers else n_layers
+            std /= math.sqrt(2 * reference)
+        return std
+
+    def learning_rate(self, spec: TensorSpec, lr: float, n_layers: int) -> float:
+        """Return the peak learning rate of the tensor for the base rate ``lr``."""
+        if spec.role in (Role.EMBEDDING, Role.POSITION):
+            return lr * self.embedding_lr_multiplier
+        if spec.role not in INSIDE_BLOCK:
+            return lr
+        if spec.role in MATRICES:
+            lr = lr / (self._m_d(spec) * self._m_rho(spec))
+        return lr * self._m_l(n_layers) ** (self.alpha - 1.0)
+
+    def weight_decay(self, spec: TensorSpec, weight_decay: float) -> float:
+        """Return the decay coefficient of AdamW, whose decay per step is learning rate times this."""
+        if spec.role in UNDECAYED:
+            return 0.0
+        if spec.role not in MATRICES or self.wd_rule == "coupled":
+            return weight_decay
+        density = self._m_rho(spec) if self.wd_rule == "width_density" else 1.0
+        return weight_decay * self._m_d(spec) * density
+
+    def epsilon(self, spec: TensorSpec, eps: float, n_layers: int) -> float:
+        """Return Adam's eps."""
+        if self.eps_rule == "fixed" or spec.role not in INSIDE_BLOCK:
+            return eps
+        return eps / self._m_d(spec) * self._m_l(n_layers) ** -self.alpha
+
+    # -- multipliers of the forward pass, in training and in generation ------------------------------------------------
+
+    def embedding_multiplier(self) -> float:
+        """Return the factor of the sum of token and position embeddings."""
+        return self.alpha_in
+
+    def residual_multiplier(self, n_layers: int) -> float:
+        """Return m_L^(-alpha), the factor of every residual branch."""
+        return self._m_l(n_layers) ** -self.alpha
+
+    def logit_multiplier(self, m_d: float) -> float:
+        """Return alpha_out / m_d for the head's ``m_d``."""
+        return self.alpha_out / (m_d if self.uses_width else 1.0)
+
+    def attention_multiplier(self, d_head: int) -> float:
+        """Return the factor of q . k before the softmax."""
+        linear = self.uses_width if self.attention_scale == "auto" else self.attention_scale == "linear"
+        return 1.0 / d_head if linear else 1.0 / math.sqrt(d_head)

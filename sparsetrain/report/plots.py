@@ -1,0 +1,335 @@
+"""Figures of a report, as SVG bytes: what was measured, and FLOPs by the formula.
+
+Every figure is drawn on its own `Figure` object under matplotlib's default settings, whatever the reader's own are, and
+holds no date, no random identifier and no installed font: the same report gives the same bytes. The first three colours
+are those of Okabe and Ito; the others were chosen so that all six stay apart under the common colour-vision
+deficiencies and stand out from the page. Arms differ in marker as well.
+
+matplotlib's settings are process-wide while a figure is drawn: do not draw from several threads at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import font_manager
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from sparsetrain.report.findings import STAGE_NAMES, scored
+from sparsetrain.report.schema import STAGES, Arm, Point, Report, terms
+from sparsetrain.report.tables import TERM_NAMES, Group, results, term_names
+from sparsetrain.report.text import byte_size, clean, percent, shorten, si, tick
+
+INK = "#24292f"
+RULE = "#d5dae0"
+MUTED = "#667080"
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#60280a", "#324345")
+"""Colours of text, grid, secondary lines and data. `html` replaces exactly these when a page is dark."""
+
+MARKERS = ("o", "s", "^", "D", "v", "P")
+_FONT = "DejaVu Sans"
+_STYLE: dict[Any, Any] = {
+    "font.family": [_FONT],
+    "font.size": 9.0,
+    "axes.titlesize": 10.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "text.color": INK,
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "svg.hashsalt": "sparsetrain",
+    "svg.fonttype": "path",
+}
+_WIDTH_INCHES = 5.2
+_MAX_POINTS = 600
+_LOSS_CAPTION = (
+    "Faint: the loss of each step. Line: its trailing mean. Points: validation. The vertical axis is fitted to what "
+    "follows the first tenth."
+)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One finished figure: a short name, SVG bytes, and in words what it shows, for readers who do not see it."""
+
+    name: str
+    title: str
+    svg: bytes
+    alt: str
+    caption: str = ""
+
+
+def pictures(report: Report) -> list[Picture]:
+    """Return every figure that the report has data for, in reading order."""
+    figures = [
+        loss_curves(report, "pretrain"),
+        bits_per_byte(report),
+        accuracy(report),
+        loss_curves(report, "finetune"),
+        loss_curves(report, "prompt"),
+        stacked(report, "flops"),
+        stacked(report, "bytes"),
+    ]
+    return [figure for figure in figures if figure is not None]
+
+
+def loss_curves(report: Report, stage: str) -> Picture | None:
+    """Training loss against tokens: raw values faint, their moving average on top, validation losses as points."""
+    arms = [(index, arm, _curve(arm, stage)) for index, arm in enumerate(report["arms"]) if _curve(arm, stage)]
+    if not any(_series(points, "loss")[0].size for _, _, points in arms):
+        return None
+    title = f"Loss, {STAGE_NAMES.get(stage, clean(stage))}"
+    with _axes(title) as (figure, axes):
+        shown: list[np.ndarray] = []
+        for index, _, points in arms:
+            colour, marker = _look(index)
+            x, y = _series(points, "loss")
+            smooth = moving_average(y)
+            raw_x, raw_y = thin(x, y)
+            axes.plot(raw_x, raw_y, color=colour, alpha=0.25, linewidth=0.7)
+            axes.plot(*thin(x, smooth), color=colour, linewidth=1.7)
+            value_x, value_y = _series(points, "val_loss")
+            axes.plot(
+                value_x,
+                value_y,
+                marker,
+                color=colour,
+                markersize=4.5,
+                markeredgecolor=INK,
+                markeredgewidth=0.6,
+            )
+            shown += [smooth, value_y]
+        _limit(axes, shown)
+        _tokens_axis(axes, "nats per token")
+        _legend(axes, [(index, arm) for index, arm, _ in arms])
+        svg = _svg(figure)
+    ends = "; ".join(
+        f"{clean(arm['name'])} ends at {moving_average(_series(points, 'loss')[1])[-1]:.3f}"
+        for _, arm, points in arms
+        if _series(points, "loss")[1].size
+    )
+    alt = f"Line chart. {title} against tokens, smoothed: {ends}."
+    return Picture(f"loss-{stage}", title, svg, alt, _LOSS_CAPTION)
+
+
+def bits_per_byte(report: Report) -> Picture | None:
+    """Bits per byte of the validation text during pre-training: comparable across tokenizers, unlike the loss."""
+    arms = [
+        (index, arm, *_series(_curve(arm, "pretrain"), "bits_per_byte")) for index, arm in enumerate(report["arms"])
+    ]
+    arms = [entry for entry in arms if entry[2].size]
+    if not arms:
+        return None
+    title = "Bits per byte, validation text"
+    with _axes(title) as (figure, axes):
+        for index, _, x, y in arms:
+            colour, marker = _look(index)
+            axes.plot(x, y, marker=marker, color=colour, linewidth=1.7, markersize=4.5)
+        _tokens_axis(axes, "bits per byte")
+        _legend(axes, [(index, arm) for index, arm, _, _ in arms])
+        svg = _svg(figure)
+    ends = "; ".join(f"{clean(arm['name'])} ends at {y[-1]:.3f}" for _, arm, _, y in arms)
+    return Picture("bits-per-byte", title, svg, f"Line chart. {title} against tokens: {ends}.")
+
+
+def accuracy(report: Report) -> Picture | None:
+    """Accuracy with its 95 % interval for each arm and stage, beside the majority class and training from scratch."""
+    arms = [(index, arm) for index, arm in enumerate(report["arms"]) if scored(arm)]
+    if not arms:
+        return None
+    title = "Accuracy on the test set, 95 % intervals"
+    with _axes(title, height=1.5 + 0.42 * len(arms)) as (figure, axes):
+        for row, (index, arm) in enumerate(arms):
+            for stage, result in scored(arm):
+                low, high = result["ci95"]
+                # Soft prompts stand just below fine-tuning, open instead of filled.
+                y, fill = (row - 0.11, None) if stage == STAGES[0] else (row + 0.11, "none")
+                colour, marker = _look(index)
+                axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
+                axes.plot(result["accuracy"], y, marker, color=colour, markerfacecolor=fill or colour, markersize=6)
+        keys = [Line2D([], [], marker="o", color=INK, linewidth=1.2, label=STAGE_NAMES["finetune"])]
+        if any(arm.get("prompt") is not None for _, arm in arms):
+            keys.append(Line2D([], [], marker="o", color=INK, markerfacecolor="none", label=STAGE_NAMES["prompt"]))
+        if (scratch := report["scratch"]) is not None:
+            axes.axvspan(*scratch["ci95"], color=MUTED, alpha=0.15, linewidth=0)
+            label = f"no pre-training, {percent(scratch['accuracy'])}"
+            keys.append(axes.axvline(scratch["accuracy"], color=MUTED, linestyle="--", linewidth=1.2, label=label))
+        if (majority := report["majority"]) is not None:
+            label = f"majority class, {percent(majority)}"
+            keys.append(axes.axvline(majority, color=INK, linestyle=":", linewidth=1.4, label=label))
+        axes.set_yticks(range(len(arms)), [_label(arm["name"]) for _, arm in arms])
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(percent(value))))
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+        figure.legend(handles=keys, loc="outside lower left", ncols=2, handlelength=2.2)
+        svg = _svg(figure)
+    sheet = results(report)
+    numbers = "; ".join(", ".join(f"{c}: {v}" for c, v in zip(sheet.columns, row, strict=True)) for row in sheet.rows)
+    return Picture("accuracy", title, svg, f"Dot chart with error bars. {title}. {numbers}.")
+
+
+def stacked(report: Report, group: Group) -> Picture | None:
+    """One horizontal bar an arm, split into terms: training FLOPs by the formula, or measured bytes."""
+    arms = [arm for arm in report["arms"] if terms(arm.get(group, {}))]
+    if not arms:
+        return None
+    names = term_names(arms, group)
+    is_flops = group == "flops"
+    title = "Training FLOPs by the formula (not measured)" if is_flops else "Bytes of the training state"
+    show: Callable[[float], str] = (lambda value: si(value, "FLOP")) if is_flops else byte_size
+    totals = [sum(terms(arm[group]).values()) for arm in arms]
+    with _axes(title, height=1.45 + 0.36 * len(arms)) as (figure, axes):
+        left = np.zeros(len(arms))
+        for index, name in enumerate(names):
+            widths = np.array([arm[group].get(name, 0.0) for arm in arms])
+            colour = SERIES[index % len(SERIES)]
+            label = _label(TERM_NAMES.get(name, name))
+            axes.barh(range(len(arms)), widths, left=left, height=0.62, color=colour, label=label)
+            left += widths
+        longest = max(totals) or 1.0
+        for row, total in enumerate(totals):
+            axes.text(total + 0.015 * longest, row, show(total), va="center", fontsize=8.5)
+        axes.set_yticks(range(len(arms)), [_label(arm["name"]) for arm in arms])
+        axes.set_ylim(len(arms) - 0.5, -0.5)
+        unit = 1.0 if is_flops else 1024.0 ** int(np.log(max(longest, 1.0)) / np.log(1024.0))
+        axes.set_xticks(unit * np.asarray(MaxNLocator(4).tick_values(0.0, 1.2 * longest / unit)))
+        axes.set_xlim(0.0, 1.24 * longest)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(show(value))))
+        axes.grid(axis="x")
+        axes.tick_params(axis="y", length=0)
+        figure.legend(loc="outside lower left", ncols=3, handlelength=1.0, handleheight=1.0)
+        svg = _svg(figure)
+    numbers = "; ".join(f"{clean(arm['name'])} {show(total)}" for arm, total in zip(arms, totals, strict=True))
+    return Picture(group, title, svg, f"Stacked bar chart. {title}, totals: {numbers}.")
+
+
+def moving_average(values: np.ndarray) -> np.ndarray:
+    """Return the trailing mean of ``values`` [n] over a twentieth of them; the first entries average what there is.
+
+    A trailing window shows no point before the loss that made it, so a jump in the loss is a jump here too.
+    """
+    if not values.size:
+        return values
+    window = max(1, values.size // 20)
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    stop = np.arange(1, values.size + 1)
+    start = np.maximum(stop - window, 0)
+    return (sums[stop] - sums[start]) / (stop - start)
+
+
+def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """Return at most about ``limit`` of the points ``(x, y)`` [n] that draw the same line, spikes included.
+
+    Of every run of neighbours the lowest and the highest stay, and both ends of the curve.
+    """
+    if y.size <= limit:
+        return x, y
+    keep = {0, y.size - 1}
+    for chunk in np.array_split(np.arange(y.size), limit // 2):
+        keep |= {int(chunk[np.argmin(y[chunk])]), int(chunk[np.argmax(y[chunk])])}
+    kept = np.array(sorted(keep))
+    return x[kept], y[kept]
+
+
+@contextmanager
+def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure with one set of axes, drawn under this file's settings alone."""
+    with mpl.rc_context():
+        mpl.rcdefaults()  # unlike rcParams.update(rcParamsDefault), this leaves the backend and pyplot alone
+        mpl.rcParams.update(_STYLE)
+        figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
+        axes = figure.add_subplot()
+        figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")
+        yield figure, axes
+
+
+def _svg(figure: Figure) -> bytes:
+    target = io.BytesIO()
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    FigureCanvasSVG(figure).print_svg(target, metadata=nothing)
+    return target.getvalue()
+
+
+def _curve(arm: Arm, stage: str) -> list[Point]:
+    return arm.get("curves", {}).get(stage, [])
+
+
+def _series(points: Sequence[Point], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and values [n] of the points that have a finite ``key``."""
+    pairs = [(point["tokens"], point.get(key)) for point in points]
+    values = np.array([(x, y) for x, y in pairs if isinstance(y, int | float) and np.isfinite(y)], dtype=float)
+    return (values[:, 0], values[:, 1]) if values.size else (np.empty(0), np.empty(0))
+
+
+def _look(index: int) -> tuple[str, str]:
+    """Return the colour and the marker of the arm at ``index``; both repeat, but never together before 36 arms."""
+    return SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
+
+
+def _limit(axes: Axes, shown: list[np.ndarray]) -> None:
+    """Fit the value axis to the smoothed curves after the first tenth, so that the start does not flatten the rest."""
+    later = np.concatenate([values[values.size // 10 :] for values in shown])
+    if later.size:
+        low, high = float(later.min()), float(later.max())
+        margin = 0.08 * (high - low) or 0.05
+        axes.set_ylim(low - margin, high + margin)
+
+
+def _tokens_axis(axes: Axes, label: str) -> None:
+    axes.set_xlabel("training tokens")
+    axes.set_ylabel(label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: tick(si(value, ""))))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="y")
+
+
+def _legend(axes: Axes, arms: Sequence[tuple[int, Arm]]) -> None:
+    keys = []
+    for index, arm in arms:
+        colour, marker = _look(index)
+        keys.append(Line2D([], [], color=colour, marker=marker, markersize=4.5, label=_label(arm["name"])))
+    axes.legend(handles=keys, loc="best", handlelength=2.0)
+
+
+def _label(name: str) -> str:
+    """Return ``name`` short enough for a figure, in characters that its font has."""
+    known = _charmap()
+    text = "".join(c if ord(c) in known else "\ufffd" for c in shorten(name, 24))
+    # matplotlib leaves labels that begin with an underscore out of legends.
+    return f" {text}" if text.startswith("_") else text
+
+
+@functools.cache
+def _charmap() -> frozenset[int]:
+    return frozenset(FT2Font(font_manager.findfont(_FONT)).get_charmap())

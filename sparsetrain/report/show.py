@@ -1,0 +1,53 @@
+"""What ``sparsetrain report`` shows of a directory: a pipeline's tables, or one run's result and curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import read_json
+from sparsetrain.report.html import write_html
+from sparsetrain.report.schema import load_report
+from sparsetrain.report.tables import print_report, run_metrics
+from sparsetrain.report.text import scalar
+from sparsetrain.training.metrics import read_metrics
+
+REPORT, PAGE, RESULT, METRICS = "report.json", "report.html", "result.json", "metrics.jsonl"
+
+_HEADLINES = ("stage", "status", "message", "parameterization", "sparsity", "density", "lr", "seed", "steps", "tokens")
+_RESULTS = ("loss_first", "loss_last", "bits_per_byte", "task", "n_test", "accuracy", "ci95", "macro_f1", "majority")
+
+
+def show_report(directory: Path, console: Console) -> None:
+    """Print a pipeline's tables and the path of its page.
+
+    Raises:
+        UserError: no readable ``report.json`` there.
+    """
+    print_report(load_report(directory / REPORT), console)
+    console.print(f"report: {(directory / PAGE).absolute()}", highlight=False, soft_wrap=True)
+
+
+def show_run(directory: Path, console: Console) -> None:
+    """Show a pipeline, whose page is written again, or a single run, finished or not.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if (directory / REPORT).exists():
+        write_html(load_report(directory / REPORT), directory / PAGE)
+        show_report(directory, console)
+        return
+    if not (directory / METRICS).exists() and not (directory / RESULT).exists():
+        raise UserError(f"{directory} holds no run: neither {REPORT}, {RESULT} nor {METRICS} is there")
+    if (directory / RESULT).exists():
+        result = read_json(directory / RESULT)
+        for key in (*_HEADLINES, *_RESULTS):
+            if key in result:
+                console.print(f"{key:18} {scalar(result[key])}", highlight=False, soft_wrap=True)
+    else:
+        console.print("status             not finished; the command that started it goes on", highlight=False)
+    if (directory / METRICS).exists():
+        console.print(run_metrics(read_metrics(directory / METRICS)).rich())

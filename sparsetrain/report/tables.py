@@ -1,0 +1,230 @@
+"""The tables of a report, each built once and shown three ways: in a terminal, as Markdown, and by `html` as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from textwrap import wrap
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sparsetrain.report.findings import (
+    FLOPS_ARE_THEORETICAL,
+    STAGE_NAMES,
+    baseline,
+    cautions,
+    diverged,
+    findings,
+    reduction,
+    scored,
+)
+from sparsetrain.report.schema import STAGES, Arm, Report, Scored, terms
+from sparsetrain.report.text import ABSENT, brackets, byte_size, clean, duration, percent, scalar, si
+
+Group = Literal["flops", "bytes", "seconds"]
+
+TERM_NAMES = {
+    "sparse_linears": "hidden matrices",
+    "head": "output head",
+    "attention": "attention",
+    "parameters": "parameters",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "index": "sparse index",
+    "buffers": "other buffers",
+}
+"""How terms of FLOPs and bytes are called; also the order in which they are shown."""
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table of finished strings. The first column names the row and stands left, the others stand right."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str = ""
+
+    def rich(self) -> Table:
+        """Return the table for a terminal. Cells are literal text: markup in a name is shown, not obeyed."""
+        caption = Text(self.note) if self.note else None
+        table = Table(title=Text(self.title), caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        table.title_justify = "left"
+        for index, column in enumerate(self.columns):
+            # Headers are broken over lines before cells are: a number with its interval is read as one.
+            widest = max([cell_len(row[index]) for row in self.rows] + [cell_len(word) for word in column.split()])
+            table.add_column(
+                Text("\n".join(wrap(column, widest, break_on_hyphens=False))), justify="right" if index else "left"
+            )
+        for row in self.rows:
+            table.add_row(*(Text(cell) for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """Return the table as GitHub-flavoured Markdown, title and note included."""
+        rule = " | ".join("---:" if index else "---" for index in range(len(self.columns)))
+        lines = [f"**{_escape(self.title)}**", "", _line(self.columns), f"| {rule} |", *map(_line, self.rows)]
+        if self.note:
+            lines += ["", _escape(self.note)]
+        return "\n".join(lines) + "\n"
+
+
+def sheets(report: Report) -> list[Sheet]:
+    """Return every table that the report has data for: results, cost, FLOPs by term, bytes."""
+    candidates = (results(report), cost(report), flops(report), memory(report))
+    return [sheet for sheet in candidates if sheet.rows]
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """Print what was found, what to be wary of, and every table; to the terminal if no ``console`` is given."""
+    console = console or Console()
+    for sentence in findings(report):
+        console.print(Text(f"- {sentence}"))
+    for sentence in cautions(report):
+        console.print(Text(f"! {sentence}", style="yellow"))
+    for sheet in sheets(report):
+        console.print()
+        console.print(sheet.rich())
+
+
+def results(report: Report) -> Sheet:
+    """Return losses and accuracies, one row an arm, then the baselines: no pre-training, and the majority class."""
+    stages = [stage for stage in STAGES if any(arm.get(stage) is not None for arm in report["arms"])]
+    columns = ["Arm", "Sparsity", "Pre-training loss", "Bits per byte"]
+    for stage in stages:
+        columns += [f"Accuracy %, {STAGE_NAMES[stage]}", "Macro F1"]
+    rows = []
+    for arm in report["arms"]:
+        pretrain = arm["pretrain"]
+        row = [
+            clean(arm["name"]),
+            percent(arm["sparsity"]),
+            _loss(pretrain["loss_last"]),
+            _loss(pretrain["bits_per_byte"]),
+        ]
+        for stage in stages:
+            row += _accuracy(arm.get(stage))
+        rows.append(tuple(row))
+    if stages:
+        rest = [ABSENT] * (len(columns) - 5)
+        empty = [ABSENT] * 3
+        if (scratch := report["scratch"]) is not None:
+            accuracy = f"{100 * scratch['accuracy']:.1f} {brackets(scratch['ci95'])}"
+            rows.append(("no pre-training", *empty, accuracy, *rest))
+        if (majority := report["majority"]) is not None:
+            rows.append(("majority class", *empty, f"{100 * majority:.1f}", *rest))
+    return Sheet("Results", tuple(columns), tuple(rows), _results_note(report))
+
+
+def cost(report: Report) -> Sheet:
+    """Return training FLOPs by the formula beside the wall time that was measured; never one as the other."""
+    reference = clean(baseline(report)["name"])
+    stages = term_names(report["arms"], "seconds")
+    columns = ["Arm", "Training FLOPs (formula)", f"FLOPs of {reference} / arm", "Wall time (measured)"]
+    columns += [f"of it {STAGE_NAMES.get(stage, clean(stage))}" for stage in stages]
+    rows = []
+    for arm in report["arms"]:
+        factor = reduction(report, arm)
+        seconds = terms(arm.get("seconds", {}))
+        row = [
+            clean(arm["name"]),
+            si(arm["train_flops"], "FLOP"),
+            ABSENT if factor is None else f"{factor:.2f}x",
+            duration(sum(seconds.values())) if seconds else ABSENT,
+            *(duration(seconds[stage]) if stage in seconds else ABSENT for stage in stages),
+        ]
+        rows.append(tuple(row))
+    return Sheet("Cost", tuple(columns), tuple(rows), FLOPS_ARE_THEORETICAL)
+
+
+def flops(report: Report) -> Sheet:
+    """Return training FLOPs by term; no rows where no arm has its terms."""
+    note = "Computed by the formula, not measured."
+    return _by_term(report, "flops", "Training FLOPs by term", lambda value: si(value, "FLOP"), note)
+
+
+def memory(report: Report) -> Sheet:
+    """Return measured bytes by purpose; no rows where no arm has them."""
+    peak = f"Peak resident memory of the whole process, all arms: {byte_size(report['peak_rss_bytes'])}."
+    return _by_term(report, "bytes", "Bytes of the training state", byte_size, peak)
+
+
+def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
+    """Return the metrics of one run, as its ``metrics.jsonl`` holds them, in at most about ``limit`` rows.
+
+    The first and the last row are always shown, and so is each one with a validation loss as long as those
+    fit; the others are evenly spaced. A column is shown if any row has it.
+    """
+    columns = {"step": "Step", "tokens": "Tokens", "loss": "Loss", "val_loss": "Validation loss"}
+    columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate"}
+    present = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    evaluated = [index for index, row in enumerate(rows) if row.get("val_loss") is not None]
+    kept = set(_spread(evaluated, limit)) or set(_spread(range(len(rows)), limit))
+    if rows:
+        kept |= {0, len(rows) - 1}
+    body = tuple(tuple(_metric(rows[index].get(key)) for key in present) for index in sorted(kept))
+    shown = f"{len(body)} of {len(rows)} rows." if len(body) < len(rows) else ""
+    return Sheet("Metrics", tuple(columns[key] for key in present), body, shown)
+
+
+def term_names(arms: Sequence[Arm], group: Group) -> list[str]:
+    """Return the names under ``group`` that any arm has: known ones in their usual order, then the others by name."""
+    found = {name for arm in arms for name in terms(arm.get(group, {}))}
+    known = STAGE_NAMES if group == "seconds" else TERM_NAMES
+    return [name for name in known if name in found] + sorted(found - set(known))
+
+
+def _by_term(report: Report, group: Group, title: str, show: Callable[[float], str], note: str) -> Sheet:
+    names = term_names(report["arms"], group)
+    columns = ("Arm", *(TERM_NAMES.get(name, clean(name)) for name in names), "total")
+    rows = []
+    for arm in report["arms"]:
+        if group in arm:
+            values = terms(arm[group])
+            cells = [show(values[name]) if name in values else ABSENT for name in names]
+            rows.append((clean(arm["name"]), *cells, show(sum(values.values()))))
+    return Sheet(title, columns, tuple(rows), note)
+
+
+def _accuracy(result: Scored | None) -> list[str]:
+    if result is None:
+        return [ABSENT, ABSENT]
+    return [f"{100 * result['accuracy']:.1f} {brackets(result['ci95'])}", f"{result['macro_f1']:.3f}"]
+
+
+def _results_note(report: Report) -> str:
+    tested = {(clean(r["task"]), r["n_test"]) for arm in report["arms"] for _, r in scored(arm)}
+    if not tested:
+        return "Loss in nats per token."
+    tests = "; ".join(f"{task}, {count:,} test examples" for task, count in sorted(tested))
+    return f"Accuracy on {tests}, with its 95 % interval in brackets. Loss in nats per token."
+
+
+def _loss(value: float | None) -> str:
+    return "diverged" if value is None or diverged(value) else f"{value:.4f}"
+
+
+def _metric(value: object) -> str:
+    return ABSENT if value is None else scalar(value)
+
+
+def _spread(indices: Sequence[int], limit: int) -> list[int]:
+    """Return at most ``limit`` of ``indices``, evenly spaced, with both ends."""
+    if len(indices) <= limit:
+        return list(indices)
+    stride = (len(indices) - 1) / max(limit - 1, 1)
+    return [indices[round(i * stride)] for i in range(limit)]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(map(_escape, cells))} |"
+
+
+def _escape(text: str) -> str:
+    """Return ``text`` with every character that Markdown or HTML would read as a mark made literal."""
+    return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~!$&" else c for c in text)

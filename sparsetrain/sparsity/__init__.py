@@ -1,0 +1,22 @@
+"""Patterns, sparse layers, and the surgery that puts them into a model."""
+
+from sparsetrain.sparsity.allocation import SparsityConfig, SparsityGroup, allocate
+from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, sparse_linear
+from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
+
+__all__ = [
+    "Backend",
+    "SparseLinear",
+    "SparsityConfig",
+    "SparsityGroup",
+    "SparsityPattern",
+    "allocate",
+    "backend_names",
+    "densify",
+    "register_backend",
+    "sparse_layers",
+    "sparse_linear",
+    "sparsify",
+]

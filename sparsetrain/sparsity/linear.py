@@ -1,0 +1,240 @@
+"""A linear layer whose weight matrix is stored as the values of its nonzeros."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain import seeds
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.init import random_pattern
+from sparsetrain.sparsity.ops import backend_names, sparse_linear
+from sparsetrain.sparsity.pattern import SparsityPattern
+
+
+class SparseLinear(nn.Module):
+    """``y = x @ W.T + b`` with W stored as ``values`` ``[nnz]`` over a `SparsityPattern`.
+
+    ``values`` is the only weight parameter, so gradients, optimizer moments, clipping and checkpoints cost nnz. The
+    buffers ``row_ptr`` (int64) and ``col`` (int32) own the topology, travel in the ``state_dict`` and are adopted by
+    ``load_state_dict``, which resizes ``values``; the Parameter object itself survives every change of topology.
+
+    ``values`` has one dimension: code that decays only parameters with ``ndim >= 2`` gives it no weight decay. Group
+    by role instead (`sparsetrain.param_groups`), or by name.
+
+    Args:
+        in_features, out_features: K and M of the dense matrix ``[M, K]``.
+        density: fraction of nonzeros in (0, 1], drawn at random with an exact count. Give this or ``pattern``.
+        pattern: the positions, of shape ``(out_features, in_features)``.
+        bias: whether to add a bias ``[M]``.
+        backend: ``auto`` or a registered backend; can be assigned later.
+        seed: of the mask and the initial values; None draws both from torch's global generator.
+        strict_topology: make ``load_state_dict`` refuse a topology other than the layer's own.
+
+    Raises:
+        UserError: neither or both of density and pattern, a pattern of another shape, density outside (0, 1], or a
+            layer without any weight.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        density: float | None = None,
+        pattern: SparsityPattern | None = None,
+        bias: bool = True,
+        backend: str = "auto",
+        seed: int | None = None,
+        strict_topology: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if (density is None) == (pattern is None):
+            raise UserError("SparseLinear needs either density or pattern, not both and not neither")
+        self.in_features, self.out_features = in_features, out_features
+        self.strict_topology = strict_topology
+        self.backend = backend
+        seed = seeds.resolve_seed(seed)
+        if pattern is None:
+            assert density is not None
+            shape = (out_features, in_features)
+            pattern = random_pattern(shape, density, seeds.generator(seed, "mask"))
+        if pattern.shape != (out_features, in_features):
+            raise UserError(f"pattern has shape {pattern.shape}; the layer needs ({out_features}, {in_features})")
+        if pattern.nnz == 0:
+            raise UserError(f"SparseLinear({in_features}, {out_features}) would have no weight at all")
+        if pattern.empty_rows:
+            warnings.warn(
+                f"{pattern.empty_rows} of {out_features} outputs of a SparseLinear({in_features}, {out_features}) "
+                "have no weight: they are constant",
+                stacklevel=2,
+            )
+        pattern = pattern.to(device or torch.get_default_device())
+        self.register_buffer("row_ptr", pattern.row_ptr)
+        self.register_buffer("col", pattern.col)
+        self._pattern = pattern
+        factory: dict[str, Any] = {"device": pattern.device, "dtype": dtype or torch.get_default_dtype()}
+        self.values = nn.Parameter(torch.empty(pattern.nnz, **factory))
+        self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
+        self.reset_parameters(seed)
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Draw values and bias uniformly as ``nn.Linear`` does, with fan_in counted in live inputs (density * K)."""
+        draws = seeds.generator(seeds.resolve_seed(seed), "init")
+        bound = 1.0 / math.sqrt(max(1.0, self.pattern.density * self.in_features))
+        with torch.no_grad():
+            for tensor in (self.values, self.bias):
+                if tensor is not None:
+                    tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=draws))
+
+    @property
+    def backend(self) -> str:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        check_choice("backend", name, backend_names())
+        self._backend = name
+
+    @property
+    def pattern(self) -> SparsityPattern:
+        """The topology as a `SparsityPattern`: a cached view of the buffers."""
+        if self._pattern.row_ptr is not self.row_ptr or self._pattern.col is not self.col:
+            block = _block_of(self.row_ptr, self.col, self.values.numel(), self.out_features)
+            pattern = SparsityPattern((self.out_features, self.in_features), self.row_ptr, self.col, block)
+            # The view and the buffers share their storage; only a device move leaves it stale.
+            self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
+        return self._pattern
+
+    def set_topology(self, pattern: SparsityPattern, values: Tensor) -> None:
+        """Replace positions and values; the Parameter object stays, its gradient is dropped.
+
+        Raises:
+            UserError: a pattern of another shape, without weights, or values that do not fit it.
+        """
+        if pattern.shape != (self.out_features, self.in_features):
+            raise UserError(
+                f"pattern has shape {pattern.shape}; the layer needs ({self.out_features}, {self.in_features})"
+            )
+        if pattern.nnz == 0 or values.shape != (pattern.nnz,):
+            raise UserError(
+                f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros (at least 1 needed)"
+            )
+        pattern = pattern.to(self.values.device)
+        self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
+        self.values.grad = None
+        self.values.data = values.detach().to(self.values)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, pattern: SparsityPattern, backend: str = "auto") -> SparseLinear:
+        """Return a sparse layer with the weights that ``linear`` has at the positions of ``pattern``."""
+        weight = linear.weight
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            pattern=pattern,
+            bias=linear.bias is not None,
+            backend=backend,
+            seed=0,
+            device=weight.device,
+            dtype=weight.dtype,
+        )
+        with torch.no_grad():
+            layer.values.copy_(layer.pattern.gather(weight))
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+        layer.values.requires_grad_(weight.requires_grad)
+        if layer.bias is not None:
+            layer.bias.requires_grad_(linear.bias.requires_grad)
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """Return a dense layer with the same function; it is exactly zero where the mask was, and all of it trains."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.values.device,
+            dtype=self.values.dtype,
+        )
+        with torch.no_grad():
+            linear.weight.copy_(self.dense_weight())
+            if self.bias is not None:
+                linear.bias.copy_(self.bias)
+        linear.weight.requires_grad_(self.values.requires_grad)
+        if self.bias is not None:
+            linear.bias.requires_grad_(self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def dense_weight(self) -> Tensor:
+        """Return the dense ``[out_features, in_features]`` matrix, differentiable in ``values``."""
+        return self.pattern.scatter(self.values)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense matrix, read-only, for code that looks for a ``weight``; writing to it changes nothing."""
+        return self.dense_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        return sparse_linear(x, self.values, self.pattern, self.bias, self.backend)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        found = [state_dict.get(prefix + key) for key in ("row_ptr", "col", "values")]
+        if all(isinstance(tensor, Tensor) for tensor in found):
+            try:
+                self._adopt(*found)  # type: ignore[arg-type]
+            except UserError as error:
+                error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _adopt(self, row_ptr: Tensor, col: Tensor, values: Tensor) -> None:
+        block = _block_of(row_ptr, col, values.numel(), self.out_features)
+        # A clone: the buffers must not alias the caller's state_dict.
+        shape = (self.out_features, self.in_features)
+        pattern = SparsityPattern(shape, row_ptr.clone(), col.clone(), block).to(self.values.device)
+        if pattern.equals(self.pattern):
+            return
+        if self.strict_topology:
+            raise UserError(
+                f"the stored topology ({pattern.nnz} nonzeros) differs from the layer's ({self.pattern.nnz}) "
+                "and strict_topology is set"
+            )
+        self.set_topology(pattern, values.detach().reshape(-1).clone())
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, density={self.pattern.density:.4g}, "
+            f"nnz={self.pattern.nnz}, bias={self.bias is not None}, backend={self.backend!r}"
+        )
+
+
+def _block_of(row_ptr: Tensor, col: Tensor, nnz: int, out_features: int) -> tuple[int, int]:
+    """Return the block that the sizes of the stored tensors imply, so that no separate entry can disagree."""
+    block_rows = row_ptr.numel() - 1
+    if block_rows < 1 or out_features % block_rows or col.numel() < 1:
+        raise UserError(f"row_ptr with {row_ptr.numel()} and col with {col.numel()} entries fit no {out_features} rows")
+    bh = out_features // block_rows
+    if nnz % (col.numel() * bh):
+        raise UserError(f"{nnz} values do not fill {col.numel()} stored blocks of {bh} rows")
+    return bh, nnz // (col.numel() * bh)

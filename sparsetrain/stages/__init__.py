@@ -1,0 +1,23 @@
+"""Pre-training, fine-tuning, soft prompts, and the pipeline that runs them at several sparsities."""
+
+from sparsetrain.stages.config import FinetuneConfig, PipelineConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages.finetune import finetune
+from sparsetrain.stages.generate import GenerateConfig, generate
+from sparsetrain.stages.pipeline import pipeline
+from sparsetrain.stages.pretrain import pretrain
+from sparsetrain.stages.prompt import prompt
+from sparsetrain.stages.run import RunResult
+
+__all__ = [
+    "FinetuneConfig",
+    "GenerateConfig",
+    "PipelineConfig",
+    "PretrainConfig",
+    "PromptConfig",
+    "RunResult",
+    "finetune",
+    "generate",
+    "pipeline",
+    "pretrain",
+    "prompt",
+]

@@ -1,0 +1,291 @@
+"""The configuration of a run: strict sections, checked before anything starts, and what identifies a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from sparsetrain.data import DataConfig, TaskConfig
+from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.models import ModelConfig
+from sparsetrain.optim import OptimizerConfig, ScheduleConfig
+from sparsetrain.parameterization import Parameterization
+from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.sparsity.init import check_sparsity
+from sparsetrain.training.state import DEVICES, LoopConfig
+
+T = TypeVar("T")
+
+# What does not change the result, and so does not make another run of it.
+INCIDENTAL = ("run_dir", "runs_dir", "device", "threads", "log_every", "checkpoint_every", "keep_last")
+
+TRAINABLE = ("prompt", "both")
+PROMPT_STARTS = ("pretrain", "finetune")
+FINETUNE_MODES = ("dense", "sparse")
+PROMPT_INITS = ("words", "random")
+
+
+@dataclass
+class RunConfig:
+    """What every verb that trains has in common.
+
+    Args:
+        model: fields of `ModelConfig`; ``vocab_size`` may be null, for the tokenizer's. Its ``sparsity`` fields are
+            set by the section ``sparsity``.
+        seed: of everything that has no seed of its own. data_seed: of the order of the samples.
+        init_from: a run directory whose model, tokenizer and weights to start from.
+        run_dir: where the run goes; null for a directory below ``runs_dir`` named by the configuration.
+        device: auto, cpu or cuda. threads: of torch on the CPU; null leaves torch's choice.
+    """
+
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    sparsity: SparsityConfig = field(default_factory=SparsityConfig)
+    parameterization: Parameterization = field(default_factory=Parameterization)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stage: LoopConfig = field(default_factory=LoopConfig)
+    seed: int = 0
+    data_seed: int | None = None
+    init_from: str | None = None
+    run_dir: str | None = None
+    runs_dir: str = "runs"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("device", self.device, DEVICES)
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0")
+        if self.threads is not None and self.threads < 1:
+            raise UserError(f"threads={self.threads} must be at least 1")
+        if self.model.get("sparsity"):
+            raise UserError(f"model.sparsity={self.model['sparsity']}: set sparsity.sparsity instead")
+        model_config(self.model, self.model.get("vocab_size") or 1)
+
+    @property
+    def samples_seed(self) -> int:
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+@dataclass
+class PretrainConfig(RunConfig):
+    """Train on text, from scratch or from the weights of ``init_from``."""
+
+
+@dataclass
+class FinetuneConfig(RunConfig):
+    """Train on a labelled task.
+
+    Args:
+        mode: ``dense`` turns every sparse layer of ``init_from`` into a dense one whose zeros train; ``sparse`` keeps
+            the masks.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    mode: str = "dense"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mode", self.mode, FINETUNE_MODES)
+
+
+@dataclass
+class PromptConfig(FinetuneConfig):
+    """Learn a soft prompt for a labelled task.
+
+    Args:
+        n_tokens: number of learned vectors between source and answer.
+        init: ``words`` copies the embeddings of ``words``, repeated or cut to ``n_tokens``; ``random`` draws them.
+        train: ``prompt`` freezes the model; ``both`` trains it along.
+    """
+
+    n_tokens: int = 8
+    init: str = "words"
+    words: str = "the answer to the question is"
+    train: str = "prompt"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("train", self.train, TRAINABLE)
+        check_choice("init", self.init, PROMPT_INITS)
+        if self.n_tokens < 1:
+            raise UserError(f"n_tokens={self.n_tokens} must be at least 1")
+        if self.init == "words" and not self.words.strip():
+            raise UserError(f"words={self.words!r} is empty; init=words needs some")
+
+
+@dataclass
+class FinetuneSection:
+    """Fine-tuning inside a pipeline."""
+
+    mode: str = "dense"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stage: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class PromptSection:
+    """The soft prompt inside a pipeline; ``start`` names the stage whose model it starts from."""
+
+    start: str = "pretrain"
+    n_tokens: int = 8
+    init: str = "words"
+    words: str = "the answer to the question is"
+    train: str = "both"
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    stage: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("pipeline.prompt.start", self.start, PROMPT_STARTS)
+
+
+@dataclass
+class PipelineSection:
+    """Which arms and stages a pipeline has.
+
+    Args:
+        sparsities: one arm each; null for a dense arm and one of ``sparsity.sparsity``.
+        finetune, prompt: settings of the two stages; null leaves the prompt out.
+        scratch: also fine-tune a dense model from scratch, as the control.
+    """
+
+    sparsities: list[float] | None = None
+    finetune: FinetuneSection = field(default_factory=FinetuneSection)
+    prompt: PromptSection | None = field(default_factory=PromptSection)
+    scratch: bool = True
+
+
+@dataclass
+class PipelineConfig(RunConfig):
+    """Pre-train, fine-tune and soft-prompt at several sparsities, and report what that cost and saved.
+
+    The sections at the top (``optimizer``, ``schedule``, ``stage``) are those of pre-training.
+    """
+
+    task: TaskConfig = field(default_factory=TaskConfig)
+    pipeline: PipelineSection = field(default_factory=PipelineSection)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.init_from is not None:
+            raise UserError(f"init_from={self.init_from}: a pipeline pre-trains its own models; use finetune or prompt")
+        arms = self.arms
+        for sparsity in arms:
+            check_sparsity(sparsity, "pipeline.sparsities")
+        if not arms or len(set(arms)) != len(arms):
+            raise UserError(f"pipeline.sparsities={arms} must name at least one sparsity, and none twice")
+
+    @property
+    def arms(self) -> list[float]:
+        """The sparsity of each arm."""
+        if self.pipeline.sparsities is not None:
+            return self.pipeline.sparsities
+        return [0.0, self.sparsity.sparsity] if self.sparsity.sparsity > 0 else [0.0]
+
+
+def model_config(section: Mapping[str, Any], vocab_size: int, seed: int | None = None) -> ModelConfig:
+    """Return the `ModelConfig` of a ``model`` section, with the vocabulary of the data and a seed if it names none."""
+    known = {f.name for f in fields(ModelConfig)}
+    for key in section:
+        if key not in known:
+            raise UserError(f"model.{key} is no field of a model{nearest(key, known)}")
+    values = {key: value for key, value in section.items() if value is not None}
+    given = values.get("vocab_size")
+    if given is not None and given < vocab_size:
+        raise UserError(f"model.vocab_size={given} is smaller than the tokenizer's {vocab_size}")
+    values["vocab_size"] = given or vocab_size
+    if seed is not None:
+        values.setdefault("seed", seed)
+    for name in ("d_model", "n_layers", "n_heads"):
+        if name not in values:
+            raise UserError(f"model.{name} is missing; choose a preset (model=demo) or set it")
+    try:
+        return ModelConfig(**values)
+    except UserError as error:
+        raise UserError(f"model: {error}") from None
+
+
+def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
+    """Return the number of updates of a run: the schedule's, or as many as ``stage.epochs`` take.
+
+    Raises:
+        UserError: the configuration says neither.
+    """
+    batch = config.stage.batch_size
+    if config.schedule.steps is not None or config.schedule.tokens is not None:
+        return config.schedule.total_steps(batch * config.data.context)
+    if config.stage.epochs is None:
+        raise UserError("how long to train is open: set schedule.steps, schedule.tokens or stage.epochs")
+    return max(1, round(config.stage.epochs * samples_per_epoch / batch))
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration as nested dicts of plain values, in the order of its fields."""
+    return asdict(config)
+
+
+def fingerprint(config: RunConfig, corpus: str) -> str:
+    """Return eight hexadecimal digits of all that the result depends on: the configuration and the corpus's content."""
+    content = _essential(as_plain(config))
+    content["data"] = corpus
+    text = json.dumps([type(config).__name__, content], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _essential(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _essential(item) for key, item in value.items() if key not in INCIDENTAL}
+    if isinstance(value, list):
+        return [_essential(item) for item in value]
+    return value
+
+
+def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
+    """Return ``"field=ours (there: theirs)"`` for every essential field in which two plain configurations differ."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        found = []
+        for key in [*ours, *(key for key in theirs if key not in ours)]:
+            if key not in INCIDENTAL:
+                inner = f"{path}.{key}" if path else key
+                found += differences(ours.get(key), theirs.get(key), inner)
+        return found
+    return [] if ours == theirs else [f"{path}={ours} (there: {theirs})"]
+
+
+def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """Return the dataclass ``kind`` from nested plain values.
+
+    Raises:
+        UserError: a key that ``kind`` does not have, or a value that it refuses.
+    """
+    hints = get_type_hints(kind)
+    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    arguments = {}
+    for key, value in values.items():
+        if key not in known:
+            raise UserError(f"{path}{key} is no setting{nearest(str(key), known)}")
+        arguments[str(key)] = _convert(hints[key], value, f"{path}{key}.")
+    for name, entry in known.items():
+        if name not in arguments and entry.default is MISSING and entry.default_factory is MISSING:
+            raise UserError(f"{path}{name} is missing")
+    return kind(**arguments)
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+    """Build what a type hint names a dataclass for, alone, in a list, or optional; leave the rest as it is."""
+    if value is None:
+        return None
+    arms = [hint, *getattr(hint, "__args__", ())]
+    target = next((arm for arm in arms if is_dataclass(arm)), None)
+    if target is None:
+        return list(value) if isinstance(value, (list, tuple)) else value
+    assert isinstance(target, type)
+    if isinstance(value, (list, tuple)):
+        return [build(target, item, path) for item in value]
+    return build(target, value, path)

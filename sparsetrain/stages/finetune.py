@@ -1,0 +1,225 @@
+"""Fine-tuning on a labelled task: dense from a sparse checkpoint, sparse, or from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsetrain.cost.flops import training_flops_per_token
+from sparsetrain.data import Batch, Corpus, TaskBatches, Tokenizer, load_task, prepare, scoring_rows
+from sparsetrain.data.tasks import Example
+from sparsetrain.models import Transformer, tensor_specs
+from sparsetrain.optim import Schedule, build_optimizer
+from sparsetrain.parameterization import assign, param_groups
+from sparsetrain.sparsity import densify
+from sparsetrain.stages.config import FinetuneConfig, as_plain, total_steps
+from sparsetrain.stages.pretrain import (
+    build_model,
+    describe,
+    layer_densities,
+    overall_density,
+    progress_entries,
+    run_directory,
+)
+from sparsetrain.stages.run import (
+    RunResult,
+    claimed,
+    commit,
+    finish,
+    machine,
+    run_tokenizer,
+    run_weights,
+    save_tokenizer,
+)
+from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
+from sparsetrain.training.loop import Trainer, load_weights
+from sparsetrain.training.state import Diverged, resolve_device, resolve_precision
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResult:
+    """Fine-tune to the end, from where it stopped if it was stopped, and return the result.
+
+    Without ``init_from`` the model starts from its initial values: the control that shows what pre-training is worth.
+
+    Raises:
+        UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there.
+    """
+    rules = config.parameterization
+
+    def prepare_model(model: Transformer, _tokenizer: Tokenizer) -> TaskModel:
+        if config.mode == "dense":
+            densify(model)
+            assign(model, tensor_specs(model, rules), rules, model.config.n_layers)
+        return TaskModel(model, model, lambda batch: model.loss(batch.tokens, batch.targets), _plain_losses(model))
+
+    return run_task(config, "finetune", prepare_model, 0, console or Console())
+
+
+@dataclass(frozen=True)
+class TaskModel:
+    """A model in training on a task.
+
+    Args:
+        network: the transformer. module: all that a checkpoint holds.
+        loss: mean cross-entropy of a batch's targets. token_losses: each target's, ``[B, T]``.
+    """
+
+    network: Transformer
+    module: nn.Module
+    loss: Callable[[Batch], Tensor]
+    token_losses: Callable[[Batch], Tensor]
+
+
+def _plain_losses(model: Transformer) -> Callable[[Batch], Tensor]:
+    return lambda batch: model.token_losses(batch.tokens, batch.targets)
+
+
+def run_task(
+    config: FinetuneConfig,
+    verb: str,
+    prepare_model: Callable[[Transformer, Tokenizer], TaskModel],
+    n_slots: int,
+    console: Console,
+) -> RunResult:
+    """Train and score a model on ``config.task``: what fine-tuning and soft prompts have in common.
+
+    Args:
+        prepare_model: makes the loaded (or fresh) transformer what is to be trained.
+        n_slots: soft-prompt places in every row.
+    """
+    corpus = prepare(config.data, progress=True, console=console)
+    directory = run_directory(verb, config, corpus)
+    with claimed(directory, config) as done:
+        if done is not None:
+            console.print(f"{verb}: already done in {directory}", highlight=False, soft_wrap=True)
+            return done
+        return _train(config, verb, corpus, directory, prepare_model, n_slots, console)
+
+
+def load_model(config: FinetuneConfig, corpus: Corpus, device: torch.device) -> tuple[Transformer, Tokenizer]:
+    """Return the model that a stage starts from, with its topology, and the tokenizer it was trained with."""
+    if config.init_from is None:
+        # From scratch there is nothing whose masks could be kept: the model is what the sparsity section says.
+        return build_model(config, corpus.tokenizer.vocab_size, device), corpus.tokenizer
+    source = Path(config.init_from)
+    weights, tokenizer = run_weights(source), run_tokenizer(source)
+    weights = {name.removeprefix("model."): value for name, value in weights.items() if not name.startswith("prompt.")}
+    sparse = any(name.endswith(".row_ptr") for name in weights)
+    model = build_model(config, tokenizer.vocab_size, device, sparse=sparse)
+    load_weights(model, weights, str(source))
+    # The layers now have the checkpoint's densities, whatever the configuration said.
+    assign(model, tensor_specs(model, config.parameterization), config.parameterization, model.config.n_layers)
+    return model, tokenizer
+
+
+def _train(
+    config: FinetuneConfig,
+    verb: str,
+    corpus: Corpus,
+    directory: Path,
+    prepare_model: Callable[[Transformer, Tokenizer], TaskModel],
+    n_slots: int,
+    console: Console,
+) -> RunResult:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    autocast, reason = resolve_precision(config.stage.precision, device)
+    network, tokenizer = load_model(config, corpus, device)
+    pretrained_density = overall_density(network)
+    subject = prepare_model(network, tokenizer)
+    subject.module.to(device)
+    task = load_task(config.task)
+    save_tokenizer(tokenizer, directory)
+    describe(network, reason, device, console)
+    console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
+
+    settings, opt = config.stage, config.optimizer
+    context = config.data.context
+    samples = TaskBatches(
+        task.train, tokenizer, task.answers, context, settings.batch_size, config.samples_seed, verb, n_slots
+    )
+    schedule = Schedule(config.schedule, total_steps(config, samples.examples_per_epoch))
+    rules = config.parameterization
+    optimizer = build_optimizer(param_groups(subject.module, rules, opt.lr, opt.weight_decay, opt.eps), opt)
+    flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, context)
+
+    def losses(batch: Batch) -> Tensor:
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return subject.token_losses(batch.to(device))
+
+    def score(examples: list[Example]) -> TaskScore:
+        rows = scoring_rows(examples, task, tokenizer, context, n_slots)
+        likelihoods = label_likelihoods(subject.module, losses, rows)
+        truth = np.array([example.label for example in examples])
+        return score_labels(likelihoods.argmax(1).numpy(), truth)
+
+    def evaluate(_final: bool) -> dict[str, float]:
+        result = score(task.validation[: settings.eval_sequences])
+        return {"val_accuracy": result.accuracy, "val_macro_f1": result.macro_f1}
+
+    trainer = Trainer(
+        module=subject.module,
+        loss=subject.loss,
+        samples=samples,
+        optimizer=optimizer,
+        schedule=schedule,
+        config=settings,
+        clip=opt.clip,
+        seed=config.seed,
+        device=device,
+        directory=directory,
+        evaluate=evaluate,
+        flops_per_token=flops.total,
+        base_lr=opt.lr,
+        autocast=autocast,
+        title=verb,
+        console=console,
+    )
+    common = {
+        "stage": verb,
+        "parameterization": config.parameterization.scheme,
+        "sparsity": config.sparsity.sparsity,
+        "pretrained_density": pretrained_density,
+        "density": overall_density(network),
+        "width": network.config.d_model,
+        "depth": network.config.n_layers,
+        "lr": opt.lr,
+        "seed": config.seed,
+        "init_from": config.init_from,
+        "precision": reason,
+        "machine": machine(device),
+        "commit": commit(),
+    }
+    try:
+        state = trainer.run()
+    except Diverged as error:
+        finish(directory, {**common, "status": "diverged", "message": str(error)})
+        raise
+    test = score(task.test)
+    overlap = task.overlap(corpus.train_ids())
+    return finish(
+        directory,
+        {
+            **common,
+            **progress_entries(state),
+            "task": task.name,
+            "n_test": test.n,
+            "accuracy": test.accuracy,
+            "ci95": list(test.ci95),
+            "macro_f1": test.macro_f1,
+            "majority": task.majority(),
+            "n_train": len(task.train),
+            "overlap_train_test": overlap,
+            "flops": flops.for_tokens(state.tokens_seen).as_dict(),
+            "trained_parameters": sum(p.numel() for group in optimizer.param_groups for p in group["params"]),
+            "model": asdict(network.config),
+            "config": as_plain(config),
+        },
+    )

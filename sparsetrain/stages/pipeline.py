@@ -1,0 +1,240 @@
+"""The whole recipe at several sparsities: pre-train, fine-tune, soft-prompt, compare, report."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsetrain.data import Corpus, prepare
+from sparsetrain.files import write_json
+from sparsetrain.report.html import write_html
+from sparsetrain.report.schema import validate_report
+from sparsetrain.report.show import show_report
+from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.stages.config import (
+    FinetuneConfig,
+    PipelineConfig,
+    PretrainConfig,
+    PromptConfig,
+    RunConfig,
+)
+from sparsetrain.stages.finetune import finetune
+from sparsetrain.stages.pretrain import pretrain, run_directory
+from sparsetrain.stages.prompt import prompt
+from sparsetrain.stages.run import RunResult, claimed, command_line, commit, finish
+from sparsetrain.training.metrics import read_metrics
+
+SCRATCH = "scratch"
+
+
+def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResult:
+    """Run every arm and stage that is not done yet, write ``report.json`` and ``report.html``, print the table.
+
+    Raises:
+        UserError, Interrupted, Diverged: as the stages do; what was finished stays and is skipped next time.
+    """
+    console = console or Console()
+    corpus = prepare(config.data, progress=True, console=console)
+    directory = run_directory("pipeline", config, corpus)
+    with claimed(directory, config) as done:
+        if done is not None:
+            console.print(f"pipeline: already done in {directory}", highlight=False, soft_wrap=True)
+            show_report(directory, console)
+            return done
+        arms = [_run_arm(config, sparsity, directory, console) for sparsity in config.arms]
+        scratch = None
+        if config.pipeline.scratch:
+            console.rule("from scratch")
+            scratch = finetune(_finetune_config(config, 0.0, None, directory / SCRATCH / "finetune"), console)
+        report = _report(config, corpus, arms, scratch)
+        validate_report(report)
+        write_json(directory / "report.json", report)
+        write_html(report, directory / "report.html")  # type: ignore[arg-type]
+        result = finish(directory, {"status": "complete", "stage": "pipeline", "report": "report.html"})
+    show_report(directory, console)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Arm:
+    sparsity: float
+    pretrain: RunResult
+    finetune: RunResult
+    prompt: RunResult | None
+
+    @property
+    def name(self) -> str:
+        return arm_name(self.sparsity)
+
+    @property
+    def stages(self) -> list[RunResult]:
+        return [stage for stage in (self.pretrain, self.finetune, self.prompt) if stage is not None]
+
+
+def arm_name(sparsity: float) -> str:
+    """Return what an arm is called in directories and reports."""
+    return "dense" if sparsity == 0 else f"sparse-{sparsity:g}"
+
+
+def _run_arm(config: PipelineConfig, sparsity: float, directory: Path, console: Console) -> _Arm:
+    home = directory / arm_name(sparsity)
+    console.rule(arm_name(sparsity))
+    shared = {**_shared(config, sparsity, home / "pretrain")}
+    pretrained = pretrain(
+        PretrainConfig(**shared, optimizer=config.optimizer, schedule=config.schedule, stage=config.stage),
+        console,
+    )
+    tuned = finetune(_finetune_config(config, sparsity, pretrained.directory, home / "finetune"), console)
+    section = config.pipeline.prompt
+    if section is None:
+        return _Arm(sparsity, pretrained, tuned, None)
+    start = {"pretrain": pretrained, "finetune": tuned}[section.start]
+    prompted = prompt(
+        PromptConfig(
+            **_shared(config, sparsity, home / "prompt"),
+            init_from=str(start.directory),
+            task=config.task,
+            n_tokens=section.n_tokens,
+            init=section.init,
+            words=section.words,
+            train=section.train,
+            optimizer=section.optimizer,
+            schedule=section.schedule,
+            stage=section.stage,
+        ),
+        console,
+    )
+    return _Arm(sparsity, pretrained, tuned, prompted)
+
+
+def _finetune_config(
+    config: PipelineConfig, sparsity: float, init_from: Path | None, directory: Path
+) -> FinetuneConfig:
+    section = config.pipeline.finetune
+    return FinetuneConfig(
+        **_shared(config, sparsity, directory),
+        init_from=None if init_from is None else str(init_from),
+        task=config.task,
+        mode=section.mode,
+        optimizer=section.optimizer,
+        schedule=section.schedule,
+        stage=section.stage,
+    )
+
+
+def _shared(config: PipelineConfig, sparsity: float, directory: Path) -> dict[str, Any]:
+    """Return the fields that every stage of an arm takes over from the pipeline."""
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    own = ("sparsity", "optimizer", "schedule", "stage", "init_from", "run_dir")
+    shared = {name: getattr(config, name) for name in names if name not in own}
+    if sparsity > 0:
+        plan = dataclasses.replace(config.sparsity, sparsity=sparsity)
+    else:
+        plan = SparsityConfig(seed=config.sparsity.seed)
+    return {**shared, "sparsity": plan, "run_dir": str(directory)}
+
+
+def _report(config: PipelineConfig, corpus: Corpus, arms: list[_Arm], scratch: RunResult | None) -> dict[str, Any]:
+    runs = [stage for arm in arms for stage in arm.stages] + ([] if scratch is None else [scratch])
+    first = arms[0]
+    return {
+        "arms": [_arm_entry(arm) for arm in arms],
+        "scratch": None
+        if scratch is None
+        else {key: scratch[key] for key in ("accuracy", "ci95", "macro_f1", "n_test")},
+        "majority": first.finetune["majority"],
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
+        "seconds": sum(run["seconds"] for run in runs),
+        "commit": commit(),
+        "overlap_train_test": max(run["overlap_train_test"] for run in runs if "overlap_train_test" in run.values),
+        "command": command_line(),
+        "machine": first.pretrain["machine"],
+        "task": {
+            "name": first.finetune["task"],
+            "n_train": first.finetune["n_train"],
+            "n_test": first.finetune["n_test"],
+        },
+        "model": first.pretrain["model"],
+        "data": {
+            key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
+        },
+        "settings": _settings(config),
+        "limits": _limits(config, arms),
+    }
+
+
+def _arm_entry(arm: _Arm) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "name": arm.name,
+        "sparsity": arm.sparsity,
+        "density": arm.pretrain["density"],
+        "train_flops": arm.pretrain["flops"]["total"],
+        "pretrain": {key: arm.pretrain[key] for key in ("tokens", "loss_first", "loss_last", "bits_per_byte")},
+        "finetune": _scored(arm.finetune),
+        "flops": arm.pretrain["flops"],
+        "bytes": arm.pretrain["bytes"],
+        "seconds": {stage["stage"]: stage["seconds"] for stage in arm.stages},
+        "curves": {stage["stage"]: _curve(stage.directory) for stage in arm.stages},
+        "finetune_flops": arm.finetune["flops"]["total"],
+    }
+    if arm.prompt is not None:
+        entry["prompt"] = _scored(arm.prompt)
+    return entry
+
+
+def _scored(run: RunResult) -> dict[str, Any]:
+    return {key: run[key] for key in ("task", "n_test", "accuracy", "ci95", "macro_f1")}
+
+
+def _curve(directory: Path) -> list[dict[str, Any]]:
+    keep = ("step", "tokens", "loss", "lr", "val_loss", "bits_per_byte")
+    records = read_metrics(directory / "metrics.jsonl")
+    return [{key: record[key] for key in keep if key in record} for record in records]
+
+
+def _settings(config: PipelineConfig) -> dict[str, Any]:
+    """Return the settings that a reader needs to judge the numbers, by stage."""
+    sections: dict[str, Any] = {
+        "pretrain": config,
+        "finetune": config.pipeline.finetune,
+        "prompt": config.pipeline.prompt,
+    }
+    shown: dict[str, Any] = {"seed": config.seed, "parameterization": dataclasses.asdict(config.parameterization)}
+    for name, section in sections.items():
+        if section is not None:
+            shown[name] = {
+                "lr": section.optimizer.lr,
+                "weight_decay": section.optimizer.weight_decay,
+                "schedule": section.schedule.name,
+                "batch_size": section.stage.batch_size,
+                "context": config.data.context,
+            }
+    if config.pipeline.prompt is not None:
+        shown["prompt"] |= {key: getattr(config.pipeline.prompt, key) for key in ("n_tokens", "train", "start")}
+    return shown
+
+
+def _limits(config: PipelineConfig, arms: list[_Arm]) -> list[str]:
+    """Return what the report does not show, for this configuration."""
+    first = arms[0]
+    tokens, stored = first.pretrain["tokens"], first.pretrain["bytes"]["parameters"] // 4
+    limits = [
+        f"One seed ({config.seed}): the intervals are those of the test set's size, not of initialisation, masks or "
+        "sample order. Differences inside them mean nothing here.",
+        f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
+        "the papers. Only signs and rough ratios can be expected to carry over.",
+        "The FLOPs are those of a machine that skips every zero. The wall time is that of this machine with the "
+        "backend named in the settings; the masked backend computes densely and saves no time.",
+        "Every arm used the same base hyperparameters"
+        + (
+            ", transferred by SμPar from the dense model; none was tuned for its sparsity."
+            if config.parameterization.uses_density
+            else "; under a parameterization without a density rule these are not equally good at every sparsity."
+        ),
+    ]
+    if config.pipeline.scratch:
+        limits.append("The control from scratch has the same fine-tuning as the others, not a longer one.")
+    return limits

@@ -1,0 +1,194 @@
+"""Pre-training: text in, a run directory with a language model out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.cost.memory import state_bytes
+from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
+from sparsetrain.errors import UserError
+from sparsetrain.models import Transformer
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.optim import Schedule, build_optimizer
+from sparsetrain.parameterization import param_groups
+from sparsetrain.sparsity import SparsityConfig, sparse_layers
+from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
+from sparsetrain.stages.run import RunResult, claimed, commit, finish, machine, run_weights, save_tokenizer
+from sparsetrain.training.evaluate import score_text
+from sparsetrain.training.loop import Trainer, load_weights
+from sparsetrain.training.metrics import read_metrics
+from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
+
+FINAL_EVALUATION = 1024  # sequences of validation text, at most, for the loss that a run reports
+
+
+def pretrain(config: PretrainConfig, console: Console | None = None) -> RunResult:
+    """Run pre-training to its end, from where it stopped if it was stopped, and return its result.
+
+    Raises:
+        UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there; the
+            result then has the status ``diverged``.
+    """
+    console = console or Console()
+    corpus = prepare(config.data, progress=True, console=console)
+    directory = run_directory("pretrain", config, corpus)
+    with claimed(directory, config) as done:
+        if done is not None:
+            console.print(f"pretrain: already done in {directory}", highlight=False, soft_wrap=True)
+            return done
+        save_tokenizer(corpus.tokenizer, directory)
+        return _train(config, corpus, directory, console)
+
+
+def run_directory(verb: str, config: RunConfig, corpus: Corpus) -> Path:
+    """Return the directory that the configuration names, or one below ``runs_dir`` named after what it is."""
+    if config.run_dir is not None:
+        return Path(config.run_dir)
+    model = model_config(config.model, 1)
+    name = f"{verb}-d{model.d_model}-L{model.n_layers}-s{config.sparsity.sparsity:g}-lr{config.optimizer.lr:g}"
+    return Path(config.runs_dir) / f"{name}-seed{config.seed}-{fingerprint(config, corpus.directory.name)}"
+
+
+def build_model(config: RunConfig, vocab_size: int, device: torch.device, sparse: bool = True) -> Transformer:
+    """Return the freshly initialised model of a configuration, on ``device``."""
+    plan = SparsityConfig(**{**vars(config.sparsity), "seed": _mask_seed(config)}) if sparse else SparsityConfig()
+    shape = model_config(config.model, vocab_size, config.seed)
+    return Transformer(shape, config.parameterization, plan).to(device)
+
+
+def _mask_seed(config: RunConfig) -> int:
+    return config.seed if config.sparsity.seed is None else config.sparsity.seed
+
+
+def layer_densities(model: Transformer) -> dict[str, float]:
+    """Return the density of each sparse layer, by name; the rest is dense."""
+    return {name: layer.pattern.density for name, layer in sparse_layers(model)}
+
+
+def overall_density(model: Transformer) -> float:
+    """Return nonzeros over elements of all hidden matrices: those of the blocks."""
+    hidden = matrices(model.config, layer_densities(model) or 1.0)
+    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
+
+
+def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Console) -> RunResult:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    autocast, reason = resolve_precision(config.stage.precision, device)
+    model = build_model(config, corpus.tokenizer.vocab_size, device)
+    if config.init_from is not None:
+        load_weights(model, run_weights(Path(config.init_from)), config.init_from)
+    check_context(model.config, config.data.context)
+    densities = layer_densities(model)
+    flops = training_flops_per_token(model.config, densities or 1.0, config.data.context)
+    describe(model, reason, device, console)
+
+    context, settings = config.data.context, config.stage
+    schedule = Schedule(config.schedule, total_steps(config, len(corpus.train) // context))
+    opt = config.optimizer
+    optimizer = build_optimizer(param_groups(model, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
+    token_bytes = corpus.tokenizer.token_bytes
+
+    def losses(batch: Batch) -> torch.Tensor:
+        batch = batch.to(device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            return model.token_losses(batch.tokens, batch.targets)
+
+    def evaluate(final: bool) -> dict[str, float]:
+        windows = sequential_windows(corpus.validation, context, FINAL_EVALUATION if final else settings.eval_sequences)
+        score = score_text(model, losses, windows.split(settings.batch_size), token_bytes)
+        return {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+
+    trainer = Trainer(
+        module=model,
+        loss=lambda batch: model.loss(batch.tokens, batch.targets),
+        samples=PackedSamples(corpus.train, context, config.samples_seed, "pretrain"),
+        optimizer=optimizer,
+        schedule=schedule,
+        config=settings,
+        clip=opt.clip,
+        seed=config.seed,
+        device=device,
+        directory=directory,
+        evaluate=evaluate,
+        flops_per_token=flops.total,
+        base_lr=opt.lr,
+        autocast=autocast,
+        title=f"pretrain s={config.sparsity.sparsity:g}",
+        console=console,
+    )
+    common = {
+        "stage": "pretrain",
+        "parameterization": config.parameterization.scheme,
+        "sparsity": config.sparsity.sparsity,
+        "density": overall_density(model),
+        "width": model.config.d_model,
+        "depth": model.config.n_layers,
+        "lr": opt.lr,
+        "seed": config.seed,
+        "corpus": corpus.directory.name,
+        "precision": reason,
+        "machine": machine(device),
+        "commit": commit(),
+    }
+    try:
+        state = trainer.run()
+    except Diverged as error:
+        finish(directory, {**common, "status": "diverged", "message": str(error)})
+        raise
+    evaluated = [record for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
+    used = state_bytes(model, optimizer)
+    return finish(
+        directory,
+        {
+            **common,
+            **progress_entries(state),
+            "loss_first": evaluated[0]["val_loss"],
+            "loss_last": evaluated[-1]["val_loss"],
+            "bits_per_byte": evaluated[-1]["bits_per_byte"],
+            "flops": flops.for_tokens(state.tokens_seen).as_dict(),
+            "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
+            "model": asdict(model.config),
+            "config": as_plain(config),
+        },
+    )
+
+
+def progress_entries(state: TrainState) -> dict[str, Any]:
+    """Return what every finished run says about its course."""
+    return {
+        "status": "complete",
+        "steps": state.step,
+        "samples": state.samples_seen,
+        "tokens": state.tokens_seen,
+        "seconds": state.seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+    }
+
+
+def check_context(model: ModelConfig, context: int) -> None:
+    """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
+    if model.positions == "learned" and context > model.max_context:
+        raise UserError(f"data.context={context} is longer than model.max_context={model.max_context}")
+
+
+def describe(model: Transformer, precision: str, device: torch.device, console: Console) -> None:
+    """Print one line about the model that is about to be trained."""
+    stored = sum(parameter.numel() for parameter in model.parameters())
+    layers = list(sparse_layers(model))
+    backends = ", ".join(sorted({layer.backend for _, layer in layers})) or "dense"
+    empty = sum(layer.pattern.empty_rows for _, layer in layers)
+    warning = f"; {empty} outputs have no weight at all" if empty else ""
+    console.print(
+        f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends}, "
+        f"{device.type}, {precision}{warning}",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,173 @@
+"""A run's directory: who may write to it, what it holds, and when it is done."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+import sparsetrain
+from sparsetrain.data import Tokenizer
+from sparsetrain.errors import UserError
+from sparsetrain.files import file_errors, read_json, whole_file, write_json, write_text
+from sparsetrain.stages.config import RunConfig, as_plain, differences
+from sparsetrain.training.checkpoint import load_checkpoint
+
+CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a stage leaves behind: its directory and the content of its ``result.json``."""
+
+    directory: Path
+    values: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        return self.values.get("status") == "complete"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+
+@contextmanager
+def claimed(directory: Path, config: RunConfig) -> Iterator[RunResult | None]:
+    """Claim a run directory for this process and check that it belongs to ``config``; yield its result, if it is done.
+
+    Raises:
+        UserError: another process is writing to it, it holds a run of another configuration, or it is not writable.
+    """
+    with file_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"run_dir={directory} is in use by another process; wait for it or choose another"
+            ) from None
+        ours = as_plain(config)
+        if (directory / CONFIG).exists():
+            changed = differences(ours, read_config(directory))
+            if changed:
+                raise UserError(
+                    f"run_dir={directory} holds a run with another configuration: {', '.join(changed[:3])}; "
+                    "choose another run_dir or delete that one"
+                )
+        else:
+            write_text(directory / CONFIG, yaml.safe_dump(ours, sort_keys=False))
+        yield finished(directory)
+    finally:
+        os.close(lock)
+
+
+def finished(directory: Path) -> RunResult | None:
+    """Return the result of a run that ended, or None."""
+    path = directory / RESULT
+    return RunResult(directory, read_json(path)) if path.exists() else None
+
+
+def finish(directory: Path, values: dict[str, Any]) -> RunResult:
+    """Write ``result.json``, after which the run counts as done."""
+    write_json(directory / RESULT, values)
+    return RunResult(directory, values)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return the resolved configuration of a run as plain values.
+
+    Raises:
+        UserError: no run there, or an unreadable file.
+    """
+    path = directory / CONFIG
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{directory} is no run directory: it has no {CONFIG}") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no configuration")
+    return content
+
+
+def run_weights(directory: Path, prefix: str = "") -> dict[str, Tensor]:
+    """Return the newest valid weights of a run, those whose name begins with ``prefix``, without it.
+
+    Raises:
+        UserError: no run there, or no readable checkpoint.
+    """
+    if not directory.is_dir():
+        raise UserError(f"init_from={directory}: no such run directory")
+    stored = load_checkpoint(
+        directory / CHECKPOINTS, on_refused=lambda line: print(f"warning: {line}", file=sys.stderr)
+    )
+    return {name.removeprefix(prefix): value for name, value in stored.model.items() if name.startswith(prefix)}
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Keep a run's tokenizer beside its weights, so that the run can be used without the corpus."""
+    with whole_file(directory / TOKENIZER) as temporary:
+        tokenizer.save(temporary)
+
+
+def run_tokenizer(directory: Path) -> Tokenizer:
+    """Return the tokenizer that a run was trained with."""
+    return Tokenizer.load(directory / TOKENIZER)
+
+
+def commit() -> str | None:
+    """Return the git commit of the source tree that the package is imported from, with ``+`` if it was changed."""
+    root = Path(sparsetrain.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparsetrain": sparsetrain.__version__,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def command_line() -> str:
+    """Return the command that started this process, as a person would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

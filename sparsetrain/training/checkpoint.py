@@ -1,0 +1,379 @@
+"""Checkpoints that are complete or absent, and that are verified before anything in them is used.
+
+    checkpoints/
+        latest                   name of the newest complete checkpoint, one line
+        step-00000100/
+            model.safetensors
+            optimizer.safetensors
+            state.json           the run's own state, the optimizer's groups, the names that share a tensor
+            manifest.json        step, and size and SHA-256 of each file; says if a byte of itself has changed
+
+A checkpoint is written into a hidden directory beside its place, made durable, and renamed; whatever interrupts a
+save, the directory holds the old newest checkpoint or the new one, whole. Only one process may save into a
+directory, but any number may read from it meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sparsetrain.errors import UserError, nearest
+from sparsetrain.files import flush
+from sparsetrain.training.manifest import (
+    RefusedError,
+    canonical,
+    read_file,
+    read_manifest,
+    seal,
+    write_durably,
+)
+from sparsetrain.training.optimizer_state import JSON, OptimizerTensors, optimizer_tensors, restore_optimizer
+
+__all__ = [
+    "JSON",
+    "Checkpoint",
+    "OptimizerTensors",
+    "checkpoint_name",
+    "list_checkpoints",
+    "load_checkpoint",
+    "optimizer_tensors",
+    "restore_optimizer",
+    "save_checkpoint",
+    "verify_checkpoint",
+]
+
+MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+LATEST = "latest"
+
+_CONTENTS = (MODEL, OPTIMIZER, STATE)
+_NAME = re.compile(r"step-([0-9]{8,})")
+# Hidden directories: being written, standing in for one that is being replaced, being deleted.
+_WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
+_POINTER = ".latest"  # the next ``latest``
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint; every tensor is on the CPU.
+
+    Attributes:
+        step: number of updates done.
+        model: the model's state dict; names that shared a tensor when it was saved share one here.
+        optimizer: for `restore_optimizer`.
+        state: what the run saved beside them.
+        path: the directory that it was read from.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    optimizer: OptimizerTensors
+    state: dict[str, JSON]
+    path: Path
+
+
+def checkpoint_name(step: int) -> str:
+    """Return the directory name of the checkpoint after ``step`` updates, e.g. ``step-00000100``."""
+    if step < 0:
+        raise ValueError(f"step={step} must be at least 0")
+    return f"step-{step:08d}"
+
+
+def _step(name: str) -> int | None:
+    """Return the step that a directory name stands for, or None if it is not the name of a checkpoint."""
+    match = _NAME.fullmatch(name)
+    step = int(match[1]) if match else None
+    return step if step is not None and name == checkpoint_name(step) else None
+
+
+# ----------------------------------------------------------------------------------------------------- writing
+
+
+def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return contiguous tensors of which no two share memory, and ``{name left out: name of the same tensor}``."""
+    kept: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    first_name: dict[tuple[Any, ...], str] = {}
+    storages: set[tuple[Any, int]] = set()
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:  # has no memory to share
+            kept[name] = tensor.detach().contiguous()
+            continue
+        storage = (tensor.device, tensor.untyped_storage().data_ptr())
+        view = (*storage, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if view in first_name:
+            aliases[name] = first_name[view]
+            continue
+        first_name[view] = name
+        dense = tensor.detach().contiguous()
+        # Different views of one storage, e.g. the rows of a fused matrix, become tensors of their own.
+        shares = storage in storages and dense.untyped_storage().data_ptr() == storage[1]
+        kept[name] = dense.clone() if shares else dense
+        storages.add(storage)
+    return kept, aliases
+
+
+def _remove(path: Path) -> None:
+    """Delete a checkpoint directory; it disappears from view at once and as a whole."""
+    hidden = path.with_name(_REMOVING + path.name)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
+def _tidy(directory: Path) -> None:
+    """Clear what an interrupted save left behind."""
+    for path in sorted(directory.iterdir()):
+        if path.name.startswith(_REPLACED):
+            original = directory / path.name.removeprefix(_REPLACED)
+            if original.exists():
+                shutil.rmtree(path)
+            else:
+                os.rename(path, original)
+        elif path.name.startswith((_WRITING, _REMOVING)):
+            shutil.rmtree(path)
+
+
+def _publish(working: Path, final: Path) -> None:
+    """Rename a finished directory to its name and point ``latest`` to it, durably."""
+    directory = final.parent
+    pointer, replaced = directory / _POINTER, directory / (_REPLACED + final.name)
+    write_durably(pointer, f"{final.name}\n".encode())  # first, because this may need space and renaming does not
+    if final.exists():
+        # Two renames cannot be one; between them a reader takes the replaced directory for the one that is missing.
+        os.rename(final, replaced)
+    os.rename(working, final)
+    flush(directory)
+    os.replace(pointer, directory / LATEST)
+    flush(directory)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _discard(directory: Path, working: Path) -> None:
+    """Remove what a save that failed has begun, as far as that is possible."""
+    shutil.rmtree(working, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (directory / _POINTER).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _reporting(name: str, directory: Path, working: Path) -> Iterator[None]:
+    """Turn a failure of the file system into one line, and leave no unfinished directory behind."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        _discard(directory, working)
+        text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        full = text == os.strerror(errno.ENOSPC) or os.strerror(errno.ENOSPC) in text
+        advice = "free some space there" if full else "check that the directory can be written"
+        raise UserError(
+            f"checkpoint {name} could not be saved in {directory}: {text}; {advice} or choose another run_dir, "
+            "then resume from the previous checkpoint"
+        ) from error
+    except BaseException:
+        _discard(directory, working)
+        raise
+
+
+def save_checkpoint(
+    directory: Path,
+    step: int,
+    model_state: Mapping[str, Tensor],
+    optimizer_state: OptimizerTensors,
+    state: Mapping[str, JSON],
+    keep_last: int,
+) -> Path:
+    """Write the checkpoint of ``step`` and return its path, once it is durable.
+
+    Tensors may be on any device, non-contiguous, tied, or views of one storage. A checkpoint of the same step is
+    replaced. Of the checkpoints before ``step`` the newest ``keep_last - 1`` stay and older ones are removed, after
+    the new one is complete; later ones, which a run has that went back to an older checkpoint, are left alone.
+
+    Args:
+        directory: the run's ``checkpoints`` directory, made if absent.
+        step: number of updates done.
+        model_state: ``model.state_dict()``.
+        optimizer_state: from `optimizer_tensors`.
+        state: anything JSON; object keys must be strings.
+        keep_last: how many checkpoints to keep, this one included; at least 1.
+
+    Raises:
+        UserError: the disk is full, or the directory cannot be written; earlier checkpoints are as they were.
+        TypeError: ``state`` holds something that JSON does not.
+    """
+    if keep_last < 1:
+        raise UserError(f"keep_last={keep_last} must be at least 1")
+    name = checkpoint_name(step)
+    model, model_aliases = _without_duplicates(model_state)
+    optimizer, optimizer_aliases = _without_duplicates(optimizer_state.tensors)
+    aliases = {MODEL: model_aliases, OPTIMIZER: optimizer_aliases}
+    document = canonical({"state": dict(state), "optimizer": optimizer_state.groups, "aliases": aliases})
+
+    directory = Path(directory)
+    working, final = directory / (_WRITING + name), directory / name
+    with _reporting(name, directory, working):
+        if not directory.is_dir():
+            directory.mkdir(parents=True)
+            flush(directory.parent)
+        _tidy(directory)
+        working.mkdir()
+        safetensors.torch.save_file(model, working / MODEL)
+        safetensors.torch.save_file(optimizer, working / OPTIMIZER)
+        (working / STATE).write_bytes(document)
+        seal(working, step, _CONTENTS)
+        _publish(working, final)
+        older = [other for other in list_checkpoints(directory) if (_step(other) or 0) < step]
+        for other in older[: max(len(older) - (keep_last - 1), 0)]:
+            _remove(directory / other)
+    return final
+
+
+# ----------------------------------------------------------------------------------------------------- reading
+
+
+def list_checkpoints(directory: Path) -> list[str]:
+    """Return the names of the checkpoints in ``directory``, oldest first; damaged ones are not told apart."""
+    try:
+        entries = os.listdir(directory)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = {entry.removeprefix(_REPLACED) for entry in entries}
+    steps = {name: step for name in names if (step := _step(name)) is not None}
+    return sorted(steps, key=lambda name: steps[name])
+
+
+def _latest(directory: Path) -> str | None:
+    """Return the name in ``latest``, or None when it is absent or cannot be one."""
+    try:
+        name = (directory / LATEST).read_bytes().decode("ascii").removesuffix("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return name if _step(name) is not None else None
+
+
+def _read_verified(path: Path, step: int) -> Checkpoint:
+    """Read each file once, so that the bytes that are used are the bytes that were verified."""
+    manifest = read_manifest(path, step)
+    document = json.loads(read_file(path, STATE, manifest))
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for file in (MODEL, OPTIMIZER):
+        try:
+            tensors[file] = safetensors.torch.load(read_file(path, file, manifest))
+        except SafetensorError as error:
+            raise RefusedError(f"{file} cannot be read: {error}") from None
+        for alias, kept in document["aliases"][file].items():
+            tensors[file][alias] = tensors[file][kept]
+    optimizer = OptimizerTensors(tensors[OPTIMIZER], document["optimizer"])
+    return Checkpoint(step, tensors[MODEL], optimizer, document["state"], path)
+
+
+class _VanishedError(RefusedError):
+    """The run that writes the directory has removed the checkpoint meanwhile."""
+
+
+def _find(directory: Path, name: str) -> tuple[Path, tuple[int, int] | None]:
+    """Return where the checkpoint lies, and what tells it from one that has taken its place since."""
+    path, replaced = directory / name, directory / (_REPLACED + name)
+    # The third look is for a replacement that was completed between the first two.
+    for place in (path, replaced, path):
+        with contextlib.suppress(OSError):
+            status = place.stat()
+            return place, (status.st_ino, status.st_mtime_ns)
+    return path, None
+
+
+def _read_current(directory: Path, name: str) -> Checkpoint:
+    """Read a checkpoint; if it is moved or another takes its place meanwhile, read it again."""
+    step = _step(name)
+    assert step is not None  # names come from list_checkpoints
+    while True:
+        found = _find(directory, name)
+        try:
+            return _read_verified(found[0], step)
+        except RefusedError:
+            now = _find(directory, name)
+            if now[1] is None:
+                raise _VanishedError("it is no longer there") from None
+            if now == found:
+                raise
+
+
+def verify_checkpoint(path: Path) -> None:
+    """Read the checkpoint at ``path`` and compare every byte with its manifest.
+
+    Raises:
+        UserError: it is damaged or incomplete, or its name is not that of a checkpoint; the message gives its name
+            and the reason.
+    """
+    path = Path(path)
+    step = _step(path.name)
+    if step is None:
+        raise UserError(f"checkpoint {path} refused: its name is not like {checkpoint_name(100)}")
+    try:
+        manifest = read_manifest(path, step)
+        for file in _CONTENTS:
+            read_file(path, file, manifest)
+    except RefusedError as error:
+        raise UserError(f"checkpoint {path.name} refused: {error}") from None
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def load_checkpoint(directory: Path, name: str | None = None, on_refused: Callable[[str], None] = _warn) -> Checkpoint:
+    """Return the newest usable checkpoint of ``directory``, or the one called ``name``.
+
+    ``latest`` says which is the newest; where it names none that is there, the highest step is. A damaged
+    checkpoint is refused and the one before it is tried. Peak memory is about twice the size of the checkpoint.
+
+    Args:
+        directory: a run's ``checkpoints`` directory.
+        name: e.g. ``step-00000100``.
+        on_refused: called with one line for every checkpoint that was passed over; by default a warning.
+
+    Raises:
+        UserError: no checkpoint is usable, or the one called ``name`` is absent or damaged.
+    """
+    directory = Path(directory)
+    if name is not None:
+        present = list_checkpoints(directory)
+        if name not in present:
+            raise UserError(
+                f"checkpoint={name!r} is not in {directory}, which has {', '.join(present) or 'none'}"
+                + nearest(name, present)
+            )
+        try:
+            return _read_current(directory, name)
+        except RefusedError as error:
+            raise UserError(f"checkpoint {name} refused: {error}") from None
+
+    refused: list[str] = []
+    tried: set[str] = set()
+    # The directory is listed anew for each attempt: the run that writes it may remove what was listed before.
+    while candidates := [other for other in list_checkpoints(directory) if other not in tried]:
+        latest = _latest(directory)
+        chosen = latest if latest in candidates else candidates[-1]
+        tried.add(chosen)
+        try:
+            return _read_current(directory, chosen)
+        except _VanishedError:
+            continue
+        except RefusedError as error:
+            refused.append(f"{chosen} refused: {error}")
+            on_refused(f"checkpoint {refused[-1]}")
+    reasons = f" that can be used ({'; '.join(refused)})" if refused else ""
+    raise UserError(f"{directory} has no checkpoint{reasons}")

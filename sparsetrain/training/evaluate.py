@@ -1,0 +1,109 @@
+"""Measure a model: loss and bits per byte on held-out text, accuracy on a labelled task.
+
+Legend: B rows, T positions, E examples, C labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from torch import Tensor, nn
+
+from sparsetrain.data import Batch, ScoringBatch
+
+TokenLosses = Callable[[Batch], Tensor]
+"""Maps a batch to the cross-entropy of every target, in nats ``[B, T]``, 0 where there is no target."""
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Held-out text: mean cross-entropy in nats per token, and bits per byte of the text that the targets stand for."""
+
+    loss: float
+    bits_per_byte: float
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """A labelled test set of ``n`` examples.
+
+    ``ci95`` is the Wilson interval of the accuracy. ``macro_f1`` averages the F1 of the labels that occur in the test
+    set or among the answers.
+    """
+
+    n: int
+    accuracy: float
+    ci95: tuple[float, float]
+    macro_f1: float
+
+
+@torch.no_grad()
+def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], token_bytes: Tensor) -> TextScore:
+    """Return loss and bits per byte over ``batches``.
+
+    Bits per byte divide the total cross-entropy in bits by the UTF-8 bytes of the target tokens, so that tokenizers can
+    be compared; the end-of-text token counts no byte but its cross-entropy is counted.
+
+    Args:
+        model: put into evaluation mode for the time being.
+        losses: see `TokenLosses`.
+        token_bytes: int64 ``[vocabulary]``, the bytes of each token.
+    """
+    nats, tokens, size = 0.0, 0, 0
+    with evaluating(model):
+        for batch in batches:
+            counted = batch.targets >= 0
+            nats += losses(batch).double().sum().item()
+            tokens += int(counted.sum())
+            size += int(token_bytes.to(batch.targets.device)[batch.targets[counted]].sum())
+    return TextScore(nats / tokens, nats / math.log(2) / size, tokens, size)
+
+
+def label_likelihoods(model: nn.Module, losses: TokenLosses, rows: Iterable[ScoringBatch]) -> Tensor:
+    """Return float64 ``[E, C]``: the log-likelihood in nats of each label's answer after each example's source.
+
+    Args:
+        rows: every pair of an example and a label once, in any order.
+    """
+    with evaluating(model), torch.no_grad():
+        entries = [(row.examples, row.labels, -losses(row.batch).double().sum(1).cpu()) for row in rows]
+    examples, labels, values = (torch.cat(parts) for parts in zip(*entries, strict=True))
+    result = torch.full((int(examples.max()) + 1, int(labels.max()) + 1), float("nan"), dtype=torch.float64)
+    result[examples, labels] = values
+    return result
+
+
+def score_labels(predicted: np.ndarray, truth: np.ndarray) -> TaskScore:
+    """Return accuracy with its Wilson interval, and macro F1, of int arrays ``[E]`` of label indices."""
+    n, right = len(truth), int((predicted == truth).sum())
+    interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
+    return TaskScore(n, right / n, (float(interval.low), float(interval.high)), macro_f1(predicted, truth))
+
+
+def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
+    """Return the unweighted mean over labels of the harmonic mean of precision and recall."""
+    scores = []
+    for label in np.union1d(predicted, truth):
+        hits = int(((predicted == label) & (truth == label)).sum())
+        scores.append(2 * hits / (int((predicted == label).sum()) + int((truth == label).sum())))
+    return float(np.mean(scores))
+
+
+class evaluating:  # noqa: N801 - reads as a word: with evaluating(model)
+    """Put a model into evaluation mode for a while and back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.was_training = model, model.training
+
+    def __enter__(self) -> None:
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.train(self.was_training)

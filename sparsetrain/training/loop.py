@@ -1,0 +1,214 @@
+"""The training loop: the same for pre-training, fine-tuning and soft prompts.
+
+Everything that a step does is a function of the configuration, the seeds and the step number, so that a run which was
+killed and resumed ends with the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from sparsetrain import seeds
+from sparsetrain.data import Batch
+from sparsetrain.errors import UserError
+from sparsetrain.optim.schedule import Schedule
+from sparsetrain.training.checkpoint import (
+    list_checkpoints,
+    load_checkpoint,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from sparsetrain.training.metrics import MetricsLog
+from sparsetrain.training.progress import ProgressBar
+from sparsetrain.training.state import Diverged, Interrupted, LoopConfig, TrainState, stop_requests
+
+
+class Samples(Protocol):
+    """Training data as a pure function of the sample index."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return samples ``first`` to ``first + count - 1``."""
+        ...
+
+
+@dataclass
+class Trainer:
+    """Runs one stage to its last step, from its newest checkpoint if there is one.
+
+    Args:
+        module: holds every parameter and buffer that a checkpoint must carry.
+        loss: maps a batch on the device to the mean cross-entropy of its targets in nats.
+        samples: the training data.
+        optimizer: its groups carry ``initial_lr``, the peak of each.
+        schedule: the factor of the peak learning rate at each step.
+        config: settings of the loop. clip: largest gradient norm, 0 for none.
+        seed: of dropout.
+        directory: the run's; ``checkpoints/`` and ``metrics.jsonl`` go there.
+        evaluate: called before the first step, every ``eval_every`` steps and after the last one (``final``); returns
+            numbers for the metrics.
+        flops_per_token: of training, for the progress line and the metrics.
+        base_lr: the peak learning rate before the parameterization, for the progress line and the metrics.
+        autocast: dtype of the autocast region, or None.
+    """
+
+    module: nn.Module
+    loss: Callable[[Batch], Tensor]
+    samples: Samples
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    config: LoopConfig
+    clip: float
+    seed: int
+    device: torch.device
+    directory: Path
+    evaluate: Callable[[bool], Mapping[str, float]]
+    flops_per_token: float
+    base_lr: float
+    autocast: torch.dtype | None
+    title: str
+    console: Console
+
+    def run(self) -> TrainState:
+        """Train to the end and return the final state.
+
+        Raises:
+            Diverged: a loss or gradient that is not finite.
+            Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
+            UserError: no readable checkpoint although there are some, no space left, or a checkpoint of another shape.
+        """
+        state = self._resume()
+        total = self.schedule.total_steps
+        metrics = MetricsLog(self.directory / "metrics.jsonl", state.step if state.step else -1)
+        started = time.monotonic() - state.seconds
+        self.module.train()
+        try:
+            with stop_requests() as stop, ProgressBar(self.title, total, self.console) as bar:
+                if state.step == 0:
+                    metrics.write(step=0, tokens=0, **self.evaluate(False))
+                while state.step < total:
+                    before = time.monotonic()
+                    tokens = state.tokens_seen
+                    loss, norm, lr = self._step(state)
+                    elapsed = time.monotonic() - before
+                    last = state.step == total
+                    speed = (state.tokens_seen - tokens) / elapsed
+                    flops = speed * self.flops_per_token
+                    bar.update(state.step, loss, lr, speed, flops)
+                    if state.step == 1 or self._due(self.config.log_every, state.step, last):
+                        metrics.write(
+                            step=state.step,
+                            tokens=state.tokens_seen,
+                            loss=loss,
+                            lr=lr,
+                            grad_norm=norm,
+                            tokens_per_second=speed,
+                            flops_per_second=flops,
+                            seconds=time.monotonic() - started,
+                        )
+                    if self._due(self.config.eval_every, state.step, last):
+                        metrics.write(step=state.step, tokens=state.tokens_seen, **self.evaluate(last))
+                        self.module.train()
+                    stopping = stop.signal_number is not None
+                    if stopping or self._due(self.config.checkpoint_every, state.step, last):
+                        state.seconds = time.monotonic() - started
+                        metrics.sync()
+                        self._save(state)
+                    if stopping and not last:
+                        assert stop.signal_number is not None
+                        raise Interrupted(
+                            f"stopped after step {state.step} of {total}, saved in {self.directory}; "
+                            "the same command goes on from there",
+                            stop.signal_number,
+                        )
+        finally:
+            metrics.close()
+        return state
+
+    @staticmethod
+    def _due(every: int, step: int, last: bool) -> bool:
+        return last or (every > 0 and step % every == 0)
+
+    def _step(self, state: TrainState) -> tuple[float, float, float]:
+        """Do one optimizer step; return the mean loss of the batch, the gradient norm before clipping, the base lr."""
+        factor = self.schedule.factor(state.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        # Dropout is a function of (seed, step), not of a generator that a checkpoint would have to carry.
+        torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
+        micro = self.config.batch_size // self.config.accumulation
+        batches = [
+            self.samples.batch(state.samples_seen + index * micro, micro).to(self.device)
+            for index in range(self.config.accumulation)
+        ]
+        targets = [int((batch.targets >= 0).sum()) for batch in batches]
+        loss = 0.0
+        for batch, count in zip(batches, targets, strict=True):
+            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                # Weighted by targets, so that accumulation does not change the mean.
+                part = self.loss(batch) * (count / sum(targets))
+            part.backward()
+            loss += part.item()
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(self._diagnosis(state.step + 1, loss, norm, factor))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        state.step += 1
+        state.samples_seen += self.config.batch_size
+        state.tokens_seen += sum(batch.tokens.numel() for batch in batches)
+        return loss, norm, self.base_lr * factor
+
+    def _diagnosis(self, step: int, loss: float, norm: float, factor: float) -> str:
+        saved = list_checkpoints(self.directory / "checkpoints")
+        return (
+            f"{self.title}: loss {loss} and gradient norm {norm} at step {step}; "
+            f"last good checkpoint: {saved[-1] if saved else 'none'}; likely causes: learning rate too high ({self.base_lr * factor:.2g} now), "
+            f"warmup too short, no clipping (clip={self.clip:g}), or bf16 (autocast: {self.autocast})"
+        )
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def _save(self, state: TrainState) -> None:
+        save_checkpoint(
+            self.directory / "checkpoints",
+            state.step,
+            self.module.state_dict(),
+            optimizer_tensors(self.optimizer, self._trained()),
+            asdict(state),
+            self.config.keep_last,
+        )
+
+    def _resume(self) -> TrainState:
+        directory = self.directory / "checkpoints"
+        if not list_checkpoints(directory):
+            return TrainState()
+        stored = load_checkpoint(directory, on_refused=lambda line: self.console.print(f"warning: {line}"))
+        load_weights(self.module, stored.model, str(stored.path))
+        restore_optimizer(self.optimizer, stored.optimizer, self._trained())
+        self.console.print(f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
+        return TrainState(**stored.state)  # type: ignore[arg-type]
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
+    """Load a ``state_dict`` and turn torch's page of complaints into one line.
+
+    Raises:
+        UserError: names or shapes differ, or the topology of a sparse layer is malformed.
+    """
+    try:
+        module.load_state_dict(dict(tensors))
+    except RuntimeError as error:
+        complaints = [line.strip() for line in str(error).splitlines()[1:]]
+        raise UserError(f"checkpoint {source} does not fit this model: {' '.join(complaints[:2])}") from None

@@ -1,0 +1,102 @@
+"""The manifest of a checkpoint directory: what its files must be, in a form of which every byte is checked.
+
+``manifest.json`` holds a format version, the step, the size and SHA-256 of every other file, and a digest of all of
+that. There is one valid serialisation of a given content, and a manifest is compared with it byte for byte, so that
+no byte of the directory can change unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.files import flush, sha256_of
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class RefusedError(Exception):
+    """Why a checkpoint cannot be used."""
+
+
+def canonical(value: Any) -> bytes:
+    """Return the one JSON serialisation of ``value`` that a checkpoint may contain.
+
+    Raises:
+        TypeError: ``value`` holds something that JSON does not.
+    """
+    return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
+
+
+def _sealed(body: Mapping[str, Any]) -> bytes:
+    return canonical({**body, "digest": hashlib.sha256(canonical(body)).hexdigest()})
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file whose bytes are on the disk on return."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def seal(directory: Path, step: int, names: Iterable[str]) -> None:
+    """Make the files ``names`` durable, and write the manifest over them."""
+    files = {}
+    for name in names:
+        path = directory / name
+        flush(path)
+        files[name] = {"size": path.stat().st_size, "sha256": sha256_of(path)}
+    write_durably(directory / MANIFEST, _sealed({"format": FORMAT, "step": step, "files": files}))
+    flush(directory)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise RefusedError(f"{path.name} is missing") from None
+    except OSError as error:
+        raise RefusedError(f"{path.name} cannot be read: {error.strerror}") from None
+
+
+def read_manifest(directory: Path, step: int) -> dict[str, Any]:
+    """Return the manifest of the checkpoint of ``step``.
+
+    Raises:
+        RefusedError: it is missing, changed, of another format, or of another step.
+    """
+    content = _read(directory / MANIFEST)
+    try:
+        manifest = json.loads(content)
+        body = {key: value for key, value in manifest.items() if key != "digest"}
+        genuine = content == _sealed(body)
+    except (ValueError, AttributeError, RecursionError):  # not UTF-8, not JSON, not an object, nested to the limit
+        genuine = False
+    if not genuine:
+        raise RefusedError(f"{MANIFEST} has been changed or is incomplete")
+    if body.get("format") != FORMAT:
+        raise RefusedError(f"it has format {body.get('format')}, and this version reads format {FORMAT}")
+    if body["step"] != step:
+        raise RefusedError(f"{MANIFEST} is of step {body['step']}")
+    return body
+
+
+def read_file(directory: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
+    """Return the content of the file ``name``: the very bytes that were compared with the manifest.
+
+    Raises:
+        RefusedError: the file is missing, unreadable, or not what the manifest says.
+    """
+    expected = manifest["files"][name]
+    content = _read(directory / name)
+    if len(content) != expected["size"]:
+        raise RefusedError(f"{name} has {len(content)} bytes, expected {expected['size']}")
+    if hashlib.sha256(content).hexdigest() != expected["sha256"]:
+        raise RefusedError(f"{name} does not have the SHA-256 that {MANIFEST} gives")
+    return content

@@ -1,0 +1,58 @@
+"""`metrics.jsonl`: one JSON object a line, in the order of the steps, never with a line twice."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import write_text
+
+# Entries that depend on the clock and the machine; all others are the same in every run of the same seed.
+TIMED = ("seconds", "tokens_per_second", "flops_per_second")
+
+
+class MetricsLog:
+    """Appends records to a file; a resumed run first drops what lies behind its checkpoint."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.exists() else []
+        write_text(path, "".join(_line(record) for record in kept))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, **record: Any) -> None:
+        self._stream.write(_line(record))
+        self._stream.flush()
+
+    def sync(self) -> None:
+        """Force everything to the disk, before a checkpoint that relies on it."""
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a metrics file; a last line cut short by a kill is left out.
+
+    Raises:
+        UserError: no such file, or a broken line before the last.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise UserError(f"{path}, line {number} is no valid JSON") from None
+    return records

@@ -1,0 +1,66 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINES_PER_RUN = 10
+
+
+class ProgressBar:
+    """Shows steps, time left, loss, learning rate, tokens per second and model FLOP/s of one run.
+
+    On a terminal it is a live bar; elsewhere it prints about ten lines in all.
+    """
+
+    def __init__(self, title: str, total: int, console: Console) -> None:
+        self.title, self.total, self.console = title, total, console
+        self.live = console.is_terminal
+        self.started: float | None = None
+        self.first_step = 0
+        self.printed = 0
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            console=console,
+            transient=True,
+        )
+        self.task = self.progress.add_task(title, total=total, numbers="")
+
+    def __enter__(self) -> ProgressBar:
+        if self.live:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live:
+            self.progress.stop()
+
+    def update(self, step: int, loss: float, lr: float, tokens_per_second: float, flops_per_second: float) -> None:
+        """Show the state after ``step`` updates."""
+        numbers = (
+            f"loss {loss:.3f}  lr {lr:.1e}  {tokens_per_second / 1e3:.1f}k tok/s  {flops_per_second / 1e9:.1f} GFLOP/s"
+        )
+        if self.live:
+            self.progress.update(self.task, completed=step, numbers=numbers)
+            return
+        now = time.monotonic()
+        if self.started is None:
+            self.started, self.first_step = now, step
+        due = step * LINES_PER_RUN // self.total
+        if due > self.printed or step == self.total:
+            self.printed = due
+            done = step - self.first_step
+            left = (now - self.started) / done * (self.total - step) if done else 0.0
+            self.console.print(
+                f"{self.title}  {step}/{self.total}  {numbers}  ETA {left:.0f}s", highlight=False, soft_wrap=True
+            )

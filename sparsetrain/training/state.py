@@ -1,0 +1,137 @@
+"""What a run counts, what stops it, and the settings of its loop."""
+
+from __future__ import annotations
+
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+
+from sparsetrain.errors import UserError, check_choice
+
+DEVICES = ("auto", "cpu", "cuda")
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+@dataclass
+class LoopConfig:
+    """Settings of the training loop.
+
+    Args:
+        batch_size: sequences per optimizer step. accumulation: micro-batches into which they are split.
+        epochs: length of the run in passes over its examples, when the schedule names neither steps nor tokens.
+        precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
+        log_every, eval_every, checkpoint_every: in steps; 0 leaves only the last one (and, for evaluation, the first).
+        eval_sequences: sequences of held-out text, or examples, per evaluation on the way.
+        keep_last: checkpoints that stay on the disk.
+    """
+
+    batch_size: int = 32
+    accumulation: int = 1
+    epochs: float | None = None
+    precision: str = "auto"
+    log_every: int = 10
+    eval_every: int = 100
+    eval_sequences: int = 256
+    checkpoint_every: int = 200
+    keep_last: int = 2
+
+    def __post_init__(self) -> None:
+        check_choice("stage.precision", self.precision, PRECISIONS)
+        for name in ("batch_size", "accumulation", "keep_last", "eval_sequences"):
+            if getattr(self, name) < 1:
+                raise UserError(f"stage.{name}={getattr(self, name)} must be at least 1")
+        for name in ("log_every", "eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"stage.{name}={getattr(self, name)} must be at least 0")
+        if self.epochs is not None and not self.epochs > 0:
+            raise UserError(f"stage.epochs={self.epochs} must be above 0")
+        if self.batch_size % self.accumulation:
+            raise UserError(f"stage.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}")
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; with its configuration, all that a resumed run needs besides tensors."""
+
+    step: int = 0
+    samples_seen: int = 0
+    tokens_seen: int = 0
+    seconds: float = 0.0
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient stopped being finite; the message names step, checkpoint and likely causes."""
+
+
+class Interrupted(RuntimeError):
+    """A signal ended the run after its state was saved; ``exit_code`` is 128 + the signal."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+class StopRequest:
+    """Set by the first SIGINT or SIGTERM; a second SIGINT raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal_number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_number = number
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Yield a `StopRequest` that listens to SIGINT and SIGTERM; outside the main thread it never fires."""
+    request = StopRequest()
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, request)
+    except ValueError:  # only the main thread may set handlers
+        previous.clear()
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        UserError: another name, or ``cuda`` where there is none.
+    """
+    check_choice("device", name, DEVICES)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: this torch sees no CUDA device; use device=cpu or device=auto")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """Return the autocast dtype (None: no autocast) and the reason for it."""
+    if name == "fp32":
+        return None, "fp32: asked for"
+    if name == "bf16":
+        return torch.bfloat16, "bf16 autocast: asked for"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return torch.bfloat16, "bf16 autocast: this GPU computes in bf16"
+    if device.type == "cuda":
+        return None, "fp32: this GPU does not compute in bf16"
+    return None, "fp32: the reference on a CPU; stage.precision=bf16 uses autocast"
+
+
+def peak_rss_bytes() -> int:
+    """Return the largest resident size of this process so far, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,124 @@
+"""Readers of local files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsetrain.data.sources import LocalFiles, content_id, split_text
+from sparsetrain.errors import UserError
+
+
+def texts(path: Path | str, text_field: str = "text") -> list[str]:
+    return [document.text for document in LocalFiles(str(path), text_field).documents()]
+
+
+def test_blank_lines_separate_documents_of_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffone\r\nstill one\r\n \t\r\n\r\ntwo\n\n\nthree\n".encode())
+    assert texts(file) == ["one\nstill one", "two", "three"]
+
+
+def test_without_blank_lines_each_line_is_a_document() -> None:
+    assert split_text("one\ntwo\n") == ["one", "two"]
+
+
+def test_a_single_long_line_is_cut_at_spaces() -> None:
+    words = " ".join(f"word{number}" for number in range(2000))
+    pieces = split_text(words)
+    assert " ".join(pieces) == words
+    assert all(500 <= len(piece) <= 1000 for piece in pieces[:-1])
+
+
+def test_a_line_without_spaces_is_cut_at_the_length() -> None:
+    assert split_text("x" * 2500) == ["x" * 1000, "x" * 1000, "x" * 500]
+
+
+@given(st.text())
+def test_cutting_text_loses_white_space_only(text: str) -> None:
+    joined = "".join("".join(split_text(text)).split())
+    assert joined == "".join(text.split())
+
+
+def test_jsonl_takes_field_and_id(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    rows = [{"body": "one", "id": 7}, {"body": "two"}, {"body": " "}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    documents = list(LocalFiles(str(file), "body").documents())
+    assert [(document.id, document.text) for document in documents] == [("7", "one"), (content_id("two"), "two")]
+
+
+def test_parquet_matches_pyarrow(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    columns = {"text": [f"text {number}" for number in range(3000)], "other": list(range(3000))}
+    pyarrow.parquet.write_table(pyarrow.table(columns), file)
+    assert texts(file) == columns["text"]
+
+
+def test_parquet_skips_missing_text(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one", None, "two"], "id": ["a", "b", "c"]}), file)
+    assert [document.id for document in LocalFiles(str(file)).documents()] == ["a", "c"]
+
+
+def test_parquet_without_pyarrow_names_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"pip install 'sparsetrain\[parquet\]'"):
+        texts(tmp_path / "a.parquet")
+
+
+def test_directory_and_glob_read_all_files_in_order(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "b.txt").write_text("b")
+    (tmp_path / "sub" / "a.jsonl").write_text('{"text": "a"}')
+    (tmp_path / "notes.md").write_text("not read")
+    assert texts(tmp_path) == ["b", "a"]
+    assert texts(f"{tmp_path}/*.txt") == ["b"]
+    assert texts(f"{tmp_path}/**/*.jsonl") == ["a"]
+
+
+def test_identity_depends_on_content_not_on_place(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("same")
+    (tmp_path / "b.txt").write_text("same")
+    (tmp_path / "c.txt").write_text("else")
+    a, b, c = (LocalFiles(str(tmp_path / name)).identity() for name in ("a.txt", "b.txt", "c.txt"))
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"good \xff bad", r"a\.txt is not UTF-8: byte 0xff at offset 5"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xfe"}\n', r"a\.jsonl is not UTF-8: byte 0xfe at offset 24"),
+        ("a.jsonl", b'{"text": "x"}\n{oops}\n', r"line 2: not JSON"),
+        ("a.jsonl", b"[1]\n", r"line 1: a JSON list, not an object"),
+        ("a.jsonl", b'{"texts": "x"}\n', r"no field text_field='text'; it has texts \(did you mean 'texts'\?\)"),
+        ("a.jsonl", b'{"text": 3}\n', r"line 1: the text is int"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: lone surrogate"),
+        ("a.txt", b"", r"a\.txt: the file is empty"),
+        ("a.csv", b"x", r"cannot read \.csv; allowed are \.txt, \.jsonl, \.parquet"),
+        ("a.parquet", b"no parquet at all", r"a\.parquet is not a Parquet file"),
+    ],
+)
+def test_unusable_files_are_one_line(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        texts(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(UserError, match=r"no such file \(did you mean 'corpus\.txt'\?\)"):
+        texts(tmp_path / "corpsu.txt")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no \.txt, \.jsonl, \.parquet file in this directory"):
+        texts(tmp_path / "empty")

@@ -1,0 +1,139 @@
+"""Rows of tasks against rows built by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsetrain.data.labelled import Example, Task
+from sparsetrain.data.task_batches import TaskBatches, scoring_rows
+from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.data.tokens import IGNORED, Batch
+from sparsetrain.errors import UserError
+
+BYTES = Tokenizer.bytes()
+EOS = BYTES.eos_id
+ANSWERS = (" yes", " no", " maybe")
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(str(number), f"q{'u' * (number * 7 % 23)} {number}?", number % 3) for number in range(count)]
+
+
+def row(batch: Batch, index: int) -> tuple[list[int], list[int], list[int]]:
+    slots = batch.slots if batch.slots is not None else torch.full_like(batch.tokens, -1)
+    return batch.tokens[index].tolist(), batch.targets[index].tolist(), slots[index].tolist()
+
+
+@pytest.mark.parametrize("n_slots", [0, 3])
+def test_row_matches_one_built_by_hand(n_slots: int) -> None:
+    batches = TaskBatches([Example("1", "abc?", 1)], BYTES, ANSWERS, 64, 4, seed=0, phase="x", n_slots=n_slots)
+    tokens, targets, slots = row(batches.batch(0, 1), 0)
+    full = [*b"abc?", *[EOS] * n_slots, *b" no", EOS]
+    inputs, width = full[:-1], 8 if n_slots == 0 else 16
+    padding = [EOS] * (width - len(inputs))
+    assert tokens == inputs + padding
+    before = 4 + n_slots - 1
+    assert targets == [IGNORED] * before + [*b" no", EOS] + [IGNORED] * (width - before - 4)
+    assert slots == [-1] * 4 + list(range(n_slots)) + [-1] * (width - 4 - n_slots)
+    assert (batches.batch(0, 1).slots is None) == (n_slots == 0)
+
+
+@given(length=st.integers(1, 60), context=st.integers(9, 40), n_slots=st.integers(0, 2), label=st.integers(0, 2))
+def test_long_sources_lose_their_left_end_only(length: int, context: int, n_slots: int, label: int) -> None:
+    source = "".join(chr(ord("a") + place % 26) for place in range(length))
+    batches = TaskBatches([Example("1", source, label)], BYTES, ANSWERS, context, 1, 0, "x", n_slots)
+    batch = batches.batch(0, 1)
+    assert batch.tokens.shape[1] <= context
+    tokens, targets, _ = row(batch, 0)
+    answered = [token for token in targets if token != IGNORED]
+    assert answered == [*ANSWERS[label].encode(), EOS]
+    kept = bytes(tokens[: targets.index(answered[0]) + 1 - n_slots]).decode()
+    assert source.endswith(kept)
+    # What is kept does not depend on the label: the longest answer, " maybe", always has room.
+    assert len(kept) == min(length, context - n_slots - len(" maybe"))
+
+
+def test_no_room_for_a_source_is_refused() -> None:
+    with pytest.raises(UserError, match=r"context=8 leaves no room .* 2 soft-prompt slots .* 6 tokens; use at least 9"):
+        TaskBatches(examples(2), BYTES, ANSWERS, 8, 1, 0, "x", n_slots=2)
+    with pytest.raises(UserError, match="example 5 has an empty source"):
+        TaskBatches([Example("5", "", 0)], BYTES, ANSWERS, 64, 1, 0, "x")
+    with pytest.raises(UserError, match="no examples"):
+        TaskBatches([], BYTES, ANSWERS, 64, 1, 0, "x")
+    with pytest.raises(UserError, match="batch_size=0"):
+        TaskBatches(examples(2), BYTES, ANSWERS, 64, 0, 0, "x")
+
+
+@given(count=st.integers(1, 70), batch_size=st.integers(1, 9), seed=st.integers(0, 2))
+def test_each_epoch_has_every_example_once(count: int, batch_size: int, seed: int) -> None:
+    batches = TaskBatches(examples(count), BYTES, ANSWERS, 64, batch_size, seed, "x")
+    assert batches.examples_per_epoch == count
+    for epoch in range(3):
+        assert sorted(batches.indices(epoch * count, count)) == list(range(count))
+
+
+def test_batches_do_not_depend_on_how_they_are_asked_for() -> None:
+    whole = TaskBatches(examples(50), BYTES, ANSWERS, 64, 8, 0, "x", n_slots=2).batch(0, 120)
+    other = TaskBatches(examples(50), BYTES, ANSWERS, 64, 8, 0, "x", n_slots=2)
+    for first in (100, 40, 0):
+        part = other.batch(first, 20)
+        width = part.tokens.shape[1]
+        assert torch.equal(part.tokens, whole.tokens[first : first + 20, :width])
+        assert torch.equal(part.targets, whole.targets[first : first + 20, :width])
+        assert part.slots is not None
+        assert whole.slots is not None
+        assert torch.equal(part.slots, whole.slots[first : first + 20, :width])
+
+
+def test_seed_phase_and_epoch_change_the_order() -> None:
+    def order(seed: int, phase: str, epoch: int) -> list[int]:
+        return TaskBatches(examples(40), BYTES, ANSWERS, 64, 4, seed, phase).indices(epoch * 40, 40)
+
+    orders = [order(0, "a", 0), order(1, "a", 0), order(0, "b", 0), order(0, "a", 1)]
+    assert order(0, "a", 0) == orders[0]
+    assert len({tuple(places) for places in orders}) == 4
+
+
+def test_sorting_by_length_saves_padding() -> None:
+    """Also in later epochs, which do not begin where a batch does."""
+    rows = [Example(str(number), "x" * (1 + number * 37 % 100), 0) for number in range(403)]
+    batches = TaskBatches(rows, BYTES, ANSWERS, 256, 8, 0, "x")
+    cells = sum(batches.batch(first, 8).tokens.numel() for first in range(0, 403 * 4, 8))
+    needed = 4 * sum(len(example.source) + len(" yes") for example in rows)
+    unsorted = 4 * sum(
+        8 * max(len(example.source) + 4 for example in rows[first : first + 8]) for first in range(0, 403, 8)
+    )
+    assert cells < 1.25 * needed < unsorted
+
+
+@given(count=st.integers(1, 20), batch_size=st.integers(1, 16), n_slots=st.integers(0, 2))
+def test_scoring_rows_try_every_answer_once(count: int, batch_size: int, n_slots: int) -> None:
+    asked = examples(count)
+    task = Task("t", ("yes", "no", "maybe"), ANSWERS, asked, asked, asked)
+    seen = []
+    widths = []
+    for scored in scoring_rows(asked, task, BYTES, 64, n_slots, batch_size):
+        assert len(scored.batch.tokens) == len(scored.examples) == len(scored.labels) <= batch_size
+        widths.append(scored.batch.tokens.shape[1])
+        for place, (index, label) in enumerate(zip(scored.examples.tolist(), scored.labels.tolist(), strict=True)):
+            seen.append((index, label))
+            tokens, targets, _ = row(scored.batch, place)
+            source, answer = asked[index].source.encode(), ANSWERS[label].encode()
+            assert tokens[: len(source)] == list(source)
+            start = len(source) + n_slots - 1
+            assert targets[start : start + len(answer)] == list(answer)
+            assert sum(target != IGNORED for target in targets) == len(answer)  # the end is not scored
+    assert sorted(seen) == [(index, label) for index in range(count) for label in range(3)]
+    assert widths == sorted(widths)
+
+
+def test_the_end_is_scored_where_an_answer_begins_another() -> None:
+    asked = examples(1)
+    task = Task("t", ("a", "b"), (" no", " none"), asked, asked, asked)
+    (scored,) = scoring_rows(asked, task, BYTES, 64)
+    for place in range(2):
+        assert [target for target in row(scored.batch, place)[1] if target != IGNORED][-1] == EOS
+    assert list(scoring_rows([], task, BYTES, 64)) == []

@@ -1,0 +1,177 @@
+"""Schedules against a table, torch's own schedulers, and the EMA coefficients of "Straight to Zero"."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsetrain.errors import UserError
+from sparsetrain.optim import SCHEDULES, Schedule, ScheduleConfig
+
+# T = 10 updates, w = 2 of them warmup: f = (t - 2) / 8.
+TABLE = {
+    "linear_to_zero": [1 / 2, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8],
+    "linear_10x": [0.5, 1, 1, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125],
+    "cosine": [0.5, 1, *(0.55 + 0.45 * math.cos(math.pi * k / 8) for k in range(8))],
+    "constant": [0.5, *([1] * 9)],
+}
+FINAL = {"linear_to_zero": 0.0, "linear_10x": 0.1, "cosine": 0.1, "constant": 1.0}
+
+
+def factors(config: ScheduleConfig, total_steps: int) -> list[float]:
+    schedule = Schedule(config, total_steps)
+    return [schedule.factor(step) for step in range(total_steps)]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_factors_match_the_table(name: str) -> None:
+    config = ScheduleConfig(name=name, warmup_steps=2)
+    assert factors(config, 10) == pytest.approx(TABLE[name], abs=1e-15)
+    assert Schedule(config, 10).factor(10) == pytest.approx(FINAL[name], abs=1e-15)
+    assert Schedule(config, 10).factor(11) == Schedule(config, 10).factor(10)
+
+
+def test_linear_to_zero_is_exact_and_wastes_no_update() -> None:
+    total, warmup = 997, 100
+    values = factors(ScheduleConfig(warmup=0.1), total)
+    assert values == [(t + 1) / warmup if t < warmup else (total - t) / (total - warmup) for t in range(total)]
+    assert min(values) == values[-1] == 1 / (total - warmup)
+
+
+def test_final_moves_the_end_of_the_decay() -> None:
+    for name in ("linear_10x", "cosine"):
+        config = ScheduleConfig(name=name, warmup=0.0, final=0.00845)
+        assert Schedule(config, 50).factor(50) == pytest.approx(0.00845, rel=1e-12)
+
+
+configs = st.builds(
+    ScheduleConfig,
+    name=st.sampled_from(SCHEDULES),
+    warmup=st.floats(0, 1, exclude_max=True),
+) | st.builds(
+    ScheduleConfig,
+    name=st.sampled_from(["linear_10x", "cosine"]),
+    warmup=st.floats(0, 1, exclude_max=True),
+    final=st.floats(0, 1),
+)
+
+
+@given(configs, st.integers(1, 300))
+def test_factors_rise_to_one_and_then_never_rise(config: ScheduleConfig, total_steps: int) -> None:
+    schedule = Schedule(config, total_steps)
+    values = [schedule.factor(step) for step in range(total_steps)]
+    warmup = schedule.warmup_steps
+    assert all(0 < value <= 1 for value in values)
+    assert max(values) == values[warmup] == 1
+    assert all(later > earlier for earlier, later in itertools.pairwise(values[:warmup]))
+    after = values[warmup:]
+    assert all(later <= earlier + 1e-15 for earlier, later in itertools.pairwise(after))
+    assert all(value >= schedule.final for value in after)
+
+
+def learning_rates(make: type[torch.optim.lr_scheduler.LRScheduler], steps: int, **options: float) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = make(optimizer, **options)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize(("name", "final"), [("linear_to_zero", 0.0), ("linear_10x", 0.1)])
+def test_decay_matches_torch_linear_lr(name: str, final: float) -> None:
+    theirs = learning_rates(torch.optim.lr_scheduler.LinearLR, 40, start_factor=1.0, end_factor=final, total_iters=40)
+    assert factors(ScheduleConfig(name=name, warmup=0.0), 40) == pytest.approx(theirs, rel=1e-12)
+
+
+def test_decay_matches_torch_cosine_annealing() -> None:
+    theirs = learning_rates(torch.optim.lr_scheduler.CosineAnnealingLR, 40, T_max=40, eta_min=0.1)
+    assert factors(ScheduleConfig(name="cosine", warmup=0.0), 40) == pytest.approx(theirs, rel=1e-12)
+
+
+def test_factor_drives_torch_lambda_lr() -> None:
+    schedule = Schedule(ScheduleConfig(warmup_steps=3), 20)
+    theirs = learning_rates(torch.optim.lr_scheduler.LambdaLR, 20, lr_lambda=schedule.factor)  # type: ignore[arg-type]
+    assert theirs == factors(ScheduleConfig(warmup_steps=3), 20)
+
+
+# With alpha_t = factor(t) / (tau T) at tau = 0.2105, T = 10000 and w = 1000, theta_T is the average of the initial
+# value and of the updates with weights c_i = alpha_i * prod_{j > i} (1 - alpha_j). The published figures are c_0, the
+# weight of the last 1% of the updates, and T * sum of c_i^2. They hold for exactly this module's convention:
+# (t + 1) / w in the warmup, and f = (t - w) / (T - w) from t = w to T - 1.
+EMA = {
+    "constant": (0.011, 0.0464, 2.38),
+    "linear_10x": (0.075, 0.0050, 0.987),
+    "cosine": (0.075, 0.0047, 1.027),
+    "linear_to_zero": (0.093, 0.00027, 0.990),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ema_coefficients_match_the_published_values(name: str) -> None:
+    total = 10_000
+    alphas = [value / (0.2105 * total) for value in factors(ScheduleConfig(name=name, warmup_steps=1000), total)]
+    weights, left = [], 1.0
+    for alpha in reversed(alphas):
+        weights.append(alpha * left)
+        left *= 1 - alpha
+    initial, last, spread = EMA[name]
+    assert left + math.fsum(weights) == pytest.approx(1, abs=1e-12)
+    assert left == pytest.approx(initial, abs=5e-4)
+    assert sum(weights[: total // 100]) == pytest.approx(last, abs=5e-5 if last > 1e-3 else 5e-6)
+    assert total * sum(weight**2 for weight in weights) == pytest.approx(spread, abs=5e-3 if spread > 2 else 5e-4)
+
+
+@pytest.mark.parametrize(
+    ("total_steps", "warmup", "expected"),
+    [(100, 0.1, 10), (30, 0.1, 3), (5, 0.1, 1), (4, 0.1, 0), (1, 0.1, 0), (1, 0.9, 0), (10, 0.0, 0), (10, 0.99, 9)],
+)
+def test_warmup_fraction_rounds_to_the_nearest_update(total_steps: int, warmup: float, expected: int) -> None:
+    assert Schedule(ScheduleConfig(warmup=warmup), total_steps).warmup_steps == expected
+
+
+@pytest.mark.parametrize(("tokens", "per_step", "expected"), [(1000, 100, 10), (1001, 100, 11), (1, 100, 1)])
+def test_tokens_become_steps_rounded_up(tokens: int, per_step: int, expected: int) -> None:
+    assert ScheduleConfig(tokens=tokens).total_steps(per_step) == expected
+    assert ScheduleConfig(steps=7).total_steps(per_step) == 7
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "cosin"}, "schedule.name='cosin' .*did you mean 'cosine'"),
+        ({"steps": 3, "tokens": 4}, "schedule.steps=3 and schedule.tokens=4"),
+        ({"steps": 0}, "schedule.steps=0 must be at least 1"),
+        ({"tokens": -5}, "schedule.tokens=-5 must be at least 1"),
+        ({"warmup": 1.0}, "schedule.warmup=1.0"),
+        ({"warmup": math.nan}, "schedule.warmup=nan"),
+        ({"warmup_steps": -1}, "schedule.warmup_steps=-1"),
+        ({"name": "cosine", "final": 1.5}, "schedule.final=1.5"),
+        ({"name": "cosine", "final": math.nan}, "schedule.final=nan"),
+        ({"final": 0.1}, "schedule.final=0.1 has no meaning for linear_to_zero; it is for linear_10x, cosine"),
+    ],
+)
+def test_a_bad_field_is_named_in_one_line(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        ScheduleConfig(**fields)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+
+
+def test_a_length_that_cannot_be_is_refused() -> None:
+    with pytest.raises(UserError, match=r"schedule.steps or schedule.tokens"):
+        ScheduleConfig().total_steps(10)
+    with pytest.raises(UserError, match=r"schedule.warmup_steps=10 must be below the 10 steps"):
+        Schedule(ScheduleConfig(warmup_steps=10), 10)
+    with pytest.raises(ValueError, match="tokens_per_step=0"):
+        ScheduleConfig(steps=1).total_steps(0)
+    with pytest.raises(ValueError, match="total_steps=0"):
+        Schedule(ScheduleConfig(), 0)
+    with pytest.raises(ValueError, match="step=-1"):
+        Schedule(ScheduleConfig(), 10).factor(-1)
