@@ -25,7 +25,7 @@ EXAMPLES = {
     "data": ["sparsetrain data", "sparsetrain data data.path=notes.txt data.vocab_size=2048"],
     "pretrain": [
         "sparsetrain pretrain model=demo sparsity.sparsity=0.75 schedule.tokens=2000000",
-        "sparsetrain pretrain data.path=notes.txt model.d_model=64 model.n_heads=2 schedule.steps=200 run_dir=runs/notes",
+        "sparsetrain pretrain data.path=notes.txt model.d_model=64 schedule.steps=200 run_dir=runs/notes",
         "sparsetrain pretrain -m sparsity.sparsity=0,0.5,0.75 optimizer.lr=1e-3,2e-3,4e-3",
     ],
     "finetune": [

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparsetrain.data.cache import cache_directory, sha256_of, whole_directory
+from sparsetrain.data.cache import cache_directory, whole_directory
 from sparsetrain.data.hub import HubDataset
 from sparsetrain.data.medline import Medline
 from sparsetrain.data.sources import Document, LocalFiles, Source
@@ -36,6 +36,7 @@ from sparsetrain.data.split import (
 from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from sparsetrain.data.tokens import TokenFile, token_dtype
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.files import sha256_of
 
 _FORMAT = 1  # of a corpus directory; a new number makes every corpus build again
 _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time

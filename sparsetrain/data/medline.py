@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -38,10 +39,25 @@ LICENCE = (
 
 # Shorter abstracts are "Not available.", corrections, and announcements.
 SHORTEST_ABSTRACT = 100
-_FORMAT = 1  # of the cached JSON lines; a new number makes every cache parse again
+_FORMAT = 2  # of the cached JSON lines; a new number makes every cache parse again
 _PARSED_SHARE = 1.1  # bytes of JSON lines per compressed byte of XML
 
 Progress = Callable[[float], None]
+
+# Some authors write the label of a section into its text. It would give the task of naming the section away.
+_WRITTEN_LABEL = re.compile(
+    r"(^|[.!?;)\]]\s*)(?:the\s+)?"
+    r"(?:aims?|background|introduction|objectives?|purpose|(?:main\s+)?(?:results?|findings)|conclusions?|"
+    r"(?:(?:patients|subjects|materials?)\s*(?:and|&)\s*)?methods?)\s*:\s*",
+    re.IGNORECASE,
+)
+
+
+def without_labels(text: str) -> str:
+    """Return ``text`` without section labels such as ``Results:`` at its start or behind the end of a sentence."""
+    if ":" not in text:
+        return text
+    return _WRITTEN_LABEL.sub(lambda match: f"{match[1].rstrip()} " if match[1] else "", text).strip()
 
 
 def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
@@ -92,6 +108,7 @@ def _keep(lines: Iterator[str], seen_ids: set[str], seen_texts: set[str], counts
             counts["records"] += entry["records"]
             continue
         counts["with_abstract"] += 1
+        entry["sections"] = [[label, category, without_labels(text)] for label, category, text in entry["sections"]]
         text = " ".join(section[2] for section in entry["sections"])
         digest = content_id(text.lower())
         if entry["id"] in seen_ids:
@@ -103,7 +120,7 @@ def _keep(lines: Iterator[str], seen_ids: set[str], seen_texts: set[str], counts
         else:
             seen_ids.add(entry["id"])
             seen_texts.add(digest)
-            yield line
+            yield json.dumps(entry, ensure_ascii=False) + "\n"
 
 
 def _parsed_directory() -> Path:

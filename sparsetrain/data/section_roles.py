@@ -6,7 +6,6 @@ id as the pre-training corpus, so that no sentence of the test abstracts is trai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from sparsetrain.data.labelled import Example, Task, take
@@ -19,13 +18,6 @@ from sparsetrain.errors import UserError
 CATEGORIES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 _CUE = "\nrole:"
 _SHORTEST = 20  # characters; what is shorter is debris such as "NCT01234567."
-
-# Some authors repeat the label in the text, which would give the answer away.
-_INLINE_LABEL = re.compile(
-    r"^(?:the\s+)?(?:aims?|background|objectives?|purpose|(?:(?:patients|materials?)\s*and\s*)?methods?|"
-    r"(?:main\s+)?(?:results?|findings)|conclusions?)\s*:\s*",
-    re.IGNORECASE,
-)
 
 
 def examples(documents: Iterable[Document]) -> dict[Split, list[Example]]:
@@ -41,7 +33,7 @@ def examples(documents: Iterable[Document]) -> dict[Split, list[Example]]:
             if section.category not in CATEGORIES:
                 continue
             label = CATEGORIES.index(section.category)
-            for sentence in split_sentences(_INLINE_LABEL.sub("", section.text)):
+            for sentence in split_sentences(section.text):
                 if len(sentence) < _SHORTEST or sentence in seen:
                     continue
                 seen.add(sentence)

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsetrain.data.cache import sha256_of
 from sparsetrain.errors import UserError, nearest
+from sparsetrain.files import sha256_of
 
 _CUT_CHARACTERS = 1000
 _READERS = (".txt", ".jsonl", ".parquet")

@@ -52,8 +52,8 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
     """Return the split of each document of a corpus, with a usable validation set also for a small corpus.
 
     `split_of` decides. If the validation documents then hold fewer than 4096 characters (or than a tenth of the
-    text, where that is less), the training documents next on the line are added to them; if that leaves nothing to
-    train on, the last document on the line stays in train. Equal ids always share a split. At least two distinct
+    text, where that is less), the training documents next on the line are added to them, but for one that is more
+    than half of the text; one document always stays in train. Equal ids share a split. At least two distinct
     ids outside of the test split are needed.
     """
     splits = [split_of(name, validation, test) for name in ids]
@@ -66,14 +66,17 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
             f"the corpus has {len(size_of)} distinct documents outside of the test split; it needs at least 2"
         )
     line = sorted(size_of, key=lambda name: (position(name), name))
-    floor = min(_SMALLEST_VALIDATION, _LARGEST_SHARE * sum(size_of.values()))
+    total = sum(size_of.values())
+    floor = min(_SMALLEST_VALIDATION, _LARGEST_SHARE * total)
     chosen: set[str] = set()
     held = 0
-    for name in line[:-1]:
-        if split_of(name, validation, test) == "train" and held >= floor and chosen:
+    for name in line:
+        drawn = split_of(name, validation, test) == "validation"
+        if len(chosen) == len(line) - 1 or (not drawn and chosen and held >= floor):
             break
-        chosen.add(name)
-        held += size_of[name]
+        if drawn or size_of[name] <= total / 2:
+            chosen.add(name)
+            held += size_of[name]
     return [
         split if split == "test" else ("validation" if name in chosen else "train")
         for name, split in zip(ids, splits, strict=True)

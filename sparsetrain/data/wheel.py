@@ -8,8 +8,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetrain.data.cache import cache_directory, file_errors, sha256_of, whole_file
+from sparsetrain.data.cache import cache_directory, file_errors, whole_file
 from sparsetrain.errors import UserError
+from sparsetrain.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -31,18 +31,23 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         A float32 (float64 for float64 input) scalar; NaN if every target is -100, as from
         ``torch.nn.functional.cross_entropy``.
     """
+    kept = targets != IGNORED
+    if not bool(kept.all()):
+        # A fine-tuning row has few targets: the head, the largest product of a small model, runs for those alone.
+        hidden, targets = hidden[kept], targets[kept]
     return _CrossEntropy.apply(hidden, weight, targets)
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return each token's cross-entropy in nats ``[N]``, 0 where the target is -100; without gradients."""
+    kept = targets != IGNORED
     with torch.no_grad():
-        hidden, weight = _in_autocast_dtype(hidden, weight)
+        chosen, weight = _in_autocast_dtype(hidden[kept], weight)
         losses = [
-            F.cross_entropy(_wide(h @ weight.t()), t, ignore_index=IGNORED, reduction="none")
-            for h, t in zip(*_chunks(hidden, targets, weight.shape[0]), strict=True)
+            F.cross_entropy(_wide(h @ weight.t()), t, reduction="none")
+            for h, t in zip(*_chunks(chosen, targets[kept], weight.shape[0]), strict=True)
         ]
-        return torch.cat(losses)
+        return _wide(hidden.new_zeros(targets.shape)).masked_scatter(kept, torch.cat(losses))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -51,24 +56,22 @@ class _CrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         inputs = (hidden, weight)
         hidden, weight = _in_autocast_dtype(hidden, weight)
-        count = (targets != IGNORED).sum()
+        count = max(1, len(targets))  # of none the mean is NaN, below, and there is no gradient
         total = torch.zeros((), dtype=_wide(hidden[:0]).dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(inputs[1]) if needs_weight else None
         start = 0
         for h, t in zip(*_chunks(hidden, targets, weight.shape[0]), strict=True):
             logits = _wide(h @ weight.t())
-            kept = t != IGNORED
-            index = t.clamp_min(0)[:, None]
+            index = t[:, None]
             top = logits.amax(dim=1, keepdim=True)
             label = logits.gather(1, index) - top
             # In place from here on: the logits become the softmax, then the gradient.
             sums = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
-            total += ((sums.log() - label).squeeze(1) * kept).sum()
+            total += (sums.log() - label).sum()
             if grad_hidden is not None or grad_weight is not None:
-                scale = kept.to(logits) / count
-                grad = logits.mul_((scale / sums.squeeze(1))[:, None]).scatter_add_(1, index, -scale[:, None])
-                grad = grad.to(h.dtype)
+                minus_one = logits.new_full(index.shape, -1.0 / count)
+                grad = logits.mul_(1.0 / (count * sums)).scatter_add_(1, index, minus_one).to(h.dtype)
                 if grad_hidden is not None:
                     torch.mm(grad, weight, out=grad_hidden[start : start + len(h)])
                 if grad_weight is not None:
@@ -76,7 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
             start += len(h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.hidden_dtype = inputs[0].dtype
-        return total / count
+        return total / count if len(targets) else total * torch.nan
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

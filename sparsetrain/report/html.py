@@ -111,7 +111,7 @@ def _table(sheet: Sheet) -> str:
     lines = []
     for first, *others in sheet.rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
+        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
     note = f'<p class="note">{escape(sheet.note)}</p>' if sheet.note else ""
     title = escape(sheet.title)
     # A region that scrolls must be reachable by keyboard, and then needs a name.

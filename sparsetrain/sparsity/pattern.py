@@ -147,7 +147,7 @@ class SparsityPattern:
         return dense.reshape(-1).index_select(0, self.positions())
 
     def transpose(self) -> tuple[SparsityPattern, Tensor]:
-        """Return the transposed matrix's pattern and int64 ``[nnz]`` such that its values are ``values[permutation]``."""
+        """Return the transposed matrix's pattern and a permutation, int64 ``[nnz]``: its values are ``values[it]``."""
         rows, columns = self.shape
         bh, bw = self.block
         order = torch.argsort(self.col.to(torch.int64), stable=True)

@@ -173,8 +173,9 @@ class Trainer:
         saved = list_checkpoints(self.directory / "checkpoints")
         return (
             f"{self.title}: loss {loss} and gradient norm {norm} at step {step}; "
-            f"last good checkpoint: {saved[-1] if saved else 'none'}; likely causes: learning rate too high ({self.base_lr * factor:.2g} now), "
-            f"warmup too short, no clipping (clip={self.clip:g}), or bf16 (autocast: {self.autocast})"
+            f"last good checkpoint: {saved[-1] if saved else 'none'}; "
+            f"likely causes: learning rate too high ({self.base_lr * factor:.2g} now), warmup too short, "
+            f"no clipping (clip={self.clip:g}), or bf16 (autocast: {self.autocast})"
         )
 
     def _trained(self) -> list[tuple[str, nn.Parameter]]:

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsetrain.data.cache import sha256_of
 from sparsetrain.data.corpus import Corpus, DataConfig, open_corpus, prepare
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import TokenFile
 from sparsetrain.errors import UserError
+from sparsetrain.files import sha256_of
 
 PARAGRAPHS = [f"Paragraph {number} tells of {number * number} things, at some length." for number in range(400)]
 

@@ -14,7 +14,7 @@ import pytest
 
 from sparsetrain.data import medline, medline_xml, pubmedqa
 from sparsetrain.data.corpus import DataConfig, prepare
-from sparsetrain.data.medline import Medline, parsed
+from sparsetrain.data.medline import Medline, parsed, without_labels
 from sparsetrain.data.sources import Section
 from sparsetrain.data.split import split_of
 from sparsetrain.data.wheel import Wheel, fetch
@@ -67,6 +67,21 @@ def test_documents_carry_text_without_labels(small_medline: Wheel) -> None:
     assert first.text == " ".join(section.text for section in first.sections)
     assert "METHODS" not in first.text
     assert documents[-1].sections[0].category == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [
+        ("Results: There were three.", "There were three."),
+        ("It is unclear.Methods: We asked. RESULTS : Few did.", "It is unclear. We asked. Few did."),
+        ("PATIENTS AND METHODS: We asked them (n = 3).Conclusion: No.", "We asked them (n = 3). No."),
+        ("The results: a, b. The methods were: c.", "a, b. The methods were: c."),
+        ("We report methods: one and two, and these results: three.",) * 2,
+        ("No label at all.", "No label at all."),
+    ],
+)
+def test_labels_that_authors_wrote_are_left_out(written: str, kept: str) -> None:
+    assert without_labels(written) == kept
 
 
 def test_copies_short_abstracts_and_pubmedqa_are_left_out(make_wheel: WheelMaker) -> None:

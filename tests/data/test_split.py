@@ -66,6 +66,12 @@ def test_assign_gives_two_disjoint_splits_that_are_not_empty(
     assert not by_split["train"] & by_split["validation"]
 
 
+def test_a_document_of_more_than_half_of_the_text_stays_in_train() -> None:
+    for number in range(20):
+        ids = [f"large {number}", f"small {number}"]
+        assert assign(ids, [10_000, 100], 0.0, 0.0) == ["train", "validation"]
+
+
 def test_assign_of_a_large_corpus_is_split_of() -> None:
     ids = [str(number) for number in range(3000)]
     assert assign(ids, [1000] * 3000, 0.02, 0.1) == [split_of(name) for name in ids]

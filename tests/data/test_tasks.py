@@ -52,9 +52,9 @@ def test_section_roles_follow_sections_and_the_one_split() -> None:
             str(number),
             "",
             sections=(
-                Section("AIM", "OBJECTIVE", f"Background: we asked question {number}. It is the question {number}."),
+                Section("AIM", "OBJECTIVE", f"We asked question {number}. It is the question {number}."),
                 Section("ETHICS", "UNASSIGNED", f"This study {number} was approved by all."),
-                Section("RESULTS", "RESULTS", f"Results: there were {number} of them (p < 0.05). Short. Yes."),
+                Section("RESULTS", "RESULTS", f"There were {number} of them (p < 0.05). Short. Yes."),
             ),
         )
         for number in range(200)
@@ -64,8 +64,8 @@ def test_section_roles_follow_sections_and_the_one_split() -> None:
     assert len(everything) == 3 * 200
     assert all(split_of(example.document) == split for split, members in found.items() for example in members)
     by_id = {example.id: example for example in everything}
-    assert by_id["7/0"] == Example("7/0", "we asked question 7.\nrole:", CATEGORIES.index("OBJECTIVE"))
-    assert by_id["7/2"] == Example("7/2", "there were 7 of them (p < 0.05).\nrole:", CATEGORIES.index("RESULTS"))
+    assert by_id["7/0"] == Example("7/0", "We asked question 7.\nrole:", CATEGORIES.index("OBJECTIVE"))
+    assert by_id["7/2"] == Example("7/2", "There were 7 of them (p < 0.05).\nrole:", CATEGORIES.index("RESULTS"))
 
 
 def test_a_sentence_stands_in_one_split_only() -> None:
