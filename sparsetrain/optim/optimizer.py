@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -35,11 +36,11 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
         for name in ("weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and finite")
         for name in ("lr", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0 and finite")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")

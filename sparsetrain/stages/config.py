@@ -233,7 +233,7 @@ def as_plain(config: Any) -> dict[str, Any]:
 def fingerprint(config: RunConfig, corpus: str) -> str:
     """Return eight hexadecimal digits of all that the result depends on: the configuration and the corpus's content."""
     content = _essential(as_plain(config))
-    content["data"] = corpus
+    content["data"] = {"corpus": corpus, "context": config.data.context}
     text = json.dumps([type(config).__name__, content], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 

@@ -36,6 +36,7 @@ from sparsetrain.stages.run import (
     run_tokenizer,
     run_weights,
     save_tokenizer,
+    skipped,
 )
 from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
 from sparsetrain.training.loop import Trainer, load_weights
@@ -95,10 +96,9 @@ def run_task(
     """
     corpus = prepare(config.data, progress=True, console=console)
     directory = run_directory(verb, config, corpus)
-    with claimed(directory, config) as done:
+    with claimed(directory, config, corpus.directory.name) as done:
         if done is not None:
-            console.print(f"{verb}: already done in {directory}", highlight=False, soft_wrap=True)
-            return done
+            return skipped(done, console)
         return _train(config, verb, corpus, directory, prepare_model, n_slots, console)
 
 

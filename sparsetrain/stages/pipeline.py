@@ -24,7 +24,7 @@ from sparsetrain.stages.config import (
 from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.pretrain import pretrain, run_directory
 from sparsetrain.stages.prompt import prompt
-from sparsetrain.stages.run import RunResult, claimed, command_line, commit, finish
+from sparsetrain.stages.run import RunResult, claimed, command_line, commit, finish, skipped
 from sparsetrain.training.metrics import read_metrics
 
 SCRATCH = "scratch"
@@ -39,9 +39,9 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
     directory = run_directory("pipeline", config, corpus)
-    with claimed(directory, config) as done:
+    with claimed(directory, config, corpus.directory.name) as done:
         if done is not None:
-            console.print(f"pipeline: already done in {directory}", highlight=False, soft_wrap=True)
+            skipped(done, console)
             show_report(directory, console)
             return done
         arms = [_run_arm(config, sparsity, directory, console) for sparsity in config.arms]

@@ -19,7 +19,7 @@ from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import SparsityConfig, sparse_layers
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
-from sparsetrain.stages.run import RunResult, claimed, commit, finish, machine, run_weights, save_tokenizer
+from sparsetrain.stages.run import RunResult, claimed, commit, finish, machine, run_weights, save_tokenizer, skipped
 from sparsetrain.training.evaluate import score_text
 from sparsetrain.training.loop import Trainer, load_weights
 from sparsetrain.training.metrics import read_metrics
@@ -38,10 +38,9 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> RunResul
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
     directory = run_directory("pretrain", config, corpus)
-    with claimed(directory, config) as done:
+    with claimed(directory, config, corpus.directory.name) as done:
         if done is not None:
-            console.print(f"pretrain: already done in {directory}", highlight=False, soft_wrap=True)
-            return done
+            return skipped(done, console)
         save_tokenizer(corpus.tokenizer, directory)
         return _train(config, corpus, directory, console)
 

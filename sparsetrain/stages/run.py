@@ -9,13 +9,14 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
 from torch import Tensor
 
 import sparsetrain
@@ -24,8 +25,10 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, read_json, whole_file, write_json, write_text
 from sparsetrain.stages.config import RunConfig, as_plain, differences
 from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.state import Diverged
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
+METRICS, LOCK = "metrics.jsonl", ".lock"
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,22 @@ class RunResult:
 
 
 @contextmanager
-def claimed(directory: Path, config: RunConfig) -> Iterator[RunResult | None]:
+def claimed(directory: Path, config: RunConfig, corpus: str) -> Iterator[RunResult | None]:
     """Claim a run directory for this process and check that it belongs to ``config``; yield its result, if it is done.
+
+    A `UserError` inside, before the first checkpoint, leaves no trace: with the mistake put right, the same directory
+    can be used.
+
+    Args:
+        corpus: the name of the corpus, which is a hash of its content; a changed file makes another run.
 
     Raises:
         UserError: another process is writing to it, it holds a run of another configuration, or it is not writable.
     """
+    made = [place for place in (directory, *directory.parents) if not place.exists()]
     with file_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -60,8 +70,9 @@ def claimed(directory: Path, config: RunConfig) -> Iterator[RunResult | None]:
             raise UserError(
                 f"run_dir={directory} is in use by another process; wait for it or choose another"
             ) from None
-        ours = as_plain(config)
-        if (directory / CONFIG).exists():
+        ours = {**as_plain(config), "corpus": corpus}
+        fresh = not (directory / CONFIG).exists()
+        if not fresh:
             changed = differences(ours, read_config(directory))
             if changed:
                 raise UserError(
@@ -70,15 +81,44 @@ def claimed(directory: Path, config: RunConfig) -> Iterator[RunResult | None]:
                 )
         else:
             write_text(directory / CONFIG, yaml.safe_dump(ours, sort_keys=False))
-        yield finished(directory)
+        try:
+            yield finished(directory)
+        except UserError:
+            if fresh:
+                _remove_traces(directory, made)
+            raise
     finally:
         os.close(lock)
+
+
+def _remove_traces(directory: Path, made: list[Path]) -> None:
+    """Remove what a run wrote that did not come to a checkpoint, and the directories ``made`` for it."""
+    traces = {LOCK, CONFIG, TOKENIZER, METRICS}
+    if not traces.issuperset(entry.name for entry in directory.iterdir()):
+        return
+    with suppress(OSError):
+        for name in traces:
+            (directory / name).unlink(missing_ok=True)
+        for place in made:
+            place.rmdir()
 
 
 def finished(directory: Path) -> RunResult | None:
     """Return the result of a run that ended, or None."""
     path = directory / RESULT
     return RunResult(directory, read_json(path)) if path.exists() else None
+
+
+def skipped(done: RunResult, console: Console) -> RunResult:
+    """Say that a run was done before and return its result.
+
+    Raises:
+        Diverged: that is how it ended, and how it would again.
+    """
+    if done.values.get("status") == "diverged":
+        raise Diverged(f"{done['message']} (as recorded in {done.directory}; delete it to try again)")
+    console.print(f"{done['stage']}: already done in {done.directory}", highlight=False, soft_wrap=True, markup=False)
+    return done
 
 
 def finish(directory: Path, values: dict[str, Any]) -> RunResult:
@@ -138,7 +178,7 @@ def commit() -> str | None:
     try:
         head = _git(root, "rev-parse", "HEAD")
         return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.SubprocessError):
         return None
 
 

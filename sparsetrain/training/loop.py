@@ -94,7 +94,7 @@ class Trainer:
         try:
             with stop_requests() as stop, ProgressBar(self.title, total, self.console) as bar:
                 if state.step == 0:
-                    metrics.write(step=0, tokens=0, **self.evaluate(False))
+                    metrics.write(step=0, tokens=0, **self._evaluate(state, False))
                 while state.step < total:
                     before = time.monotonic()
                     tokens = state.tokens_seen
@@ -116,20 +116,22 @@ class Trainer:
                             seconds=time.monotonic() - started,
                         )
                     if self._due(self.config.eval_every, state.step, last):
-                        metrics.write(step=state.step, tokens=state.tokens_seen, **self.evaluate(last))
+                        metrics.write(step=state.step, tokens=state.tokens_seen, **self._evaluate(state, last))
                         self.module.train()
                     stopping = stop.signal_number is not None
                     if stopping or self._due(self.config.checkpoint_every, state.step, last):
                         state.seconds = time.monotonic() - started
                         metrics.sync()
                         self._save(state)
-                    if stopping and not last:
-                        assert stop.signal_number is not None
-                        raise Interrupted(
-                            f"stopped after step {state.step} of {total}, saved in {self.directory}; "
-                            "the same command goes on from there",
-                            stop.signal_number,
-                        )
+                    if stopping:
+                        break
+                if stop.signal_number is not None:
+                    # Also after the last step: what comes next, scoring or another stage, is not to begin.
+                    raise Interrupted(
+                        f"stopped after step {state.step} of {total}, saved in {self.directory}; "
+                        "the same command goes on from there",
+                        stop.signal_number,
+                    )
         finally:
             metrics.close()
         return state
@@ -161,7 +163,7 @@ class Trainer:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise Diverged(self._diagnosis(state.step + 1, loss, norm, factor))
+            raise Diverged(self._diagnosis(f"loss {loss} and gradient norm {norm} at step {state.step + 1}", factor))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
@@ -169,10 +171,22 @@ class Trainer:
         state.tokens_seen += sum(batch.tokens.numel() for batch in batches)
         return loss, norm, self.base_lr * factor
 
-    def _diagnosis(self, step: int, loss: float, norm: float, factor: float) -> str:
+    def _evaluate(self, state: TrainState, final: bool) -> Mapping[str, float]:
+        """Return the numbers of `evaluate`; a model that can only be trained, not evaluated, has diverged."""
+        numbers = self.evaluate(final)
+        broken = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if broken:
+            raise Diverged(self._diagnosis(f"{broken[0]} after step {state.step}", self._factor_before(state.step)))
+        return numbers
+
+    def _factor_before(self, step: int) -> float:
+        """Return the schedule's factor in the update that led to ``step``."""
+        return self.schedule.factor(max(0, step - 1))
+
+    def _diagnosis(self, what: str, factor: float) -> str:
         saved = list_checkpoints(self.directory / "checkpoints")
         return (
-            f"{self.title}: loss {loss} and gradient norm {norm} at step {step}; "
+            f"{self.title}: {what}; "
             f"last good checkpoint: {saved[-1] if saved else 'none'}; "
             f"likely causes: learning rate too high ({self.base_lr * factor:.2g} now), warmup too short, "
             f"no clipping (clip={self.clip:g}), or bf16 (autocast: {self.autocast})"
@@ -182,6 +196,11 @@ class Trainer:
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     def _save(self, state: TrainState) -> None:
+        for name, parameter in self._trained():
+            # An update can break weights although its loss and gradient were finite; no checkpoint may hold them.
+            if not bool(torch.isfinite(parameter).all()):
+                what = f"{name} is not finite after step {state.step}"
+                raise Diverged(self._diagnosis(what, self._factor_before(state.step)))
         save_checkpoint(
             self.directory / "checkpoints",
             state.step,
@@ -195,11 +214,18 @@ class Trainer:
         directory = self.directory / "checkpoints"
         if not list_checkpoints(directory):
             return TrainState()
-        stored = load_checkpoint(directory, on_refused=lambda line: self.console.print(f"warning: {line}"))
+        stored = load_checkpoint(directory, on_refused=self._warn)
         load_weights(self.module, stored.model, str(stored.path))
         restore_optimizer(self.optimizer, stored.optimizer, self._trained())
-        self.console.print(f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
+        self.console.print(
+            f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}",
+            highlight=False,
+            soft_wrap=True,
+        )
         return TrainState(**stored.state)  # type: ignore[arg-type]
+
+    def _warn(self, line: str) -> None:
+        self.console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import UserError
-from sparsetrain.files import write_text
+from sparsetrain.files import file_errors, write_text
 
 # Entries that depend on the clock and the machine; all others are the same in every run of the same seed.
 TIMED = ("seconds", "tokens_per_second", "flops_per_second")
@@ -19,16 +19,25 @@ class MetricsLog:
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.exists() else []
+        self._directory = path.parent
         write_text(path, "".join(_line(record) for record in kept))
-        self._stream = path.open("a", encoding="utf-8")
+        with file_errors(self._directory):
+            # Unbuffered, so that a record that could not be written is not tried again when the file is closed.
+            self._stream = path.open("ab", buffering=0)
 
     def write(self, **record: Any) -> None:
-        self._stream.write(_line(record))
-        self._stream.flush()
+        """Append one record.
+
+        Raises:
+            UserError: no space left.
+        """
+        with file_errors(self._directory):
+            self._stream.write(_line(record).encode())
 
     def sync(self) -> None:
         """Force everything to the disk, before a checkpoint that relies on it."""
-        os.fsync(self._stream.fileno())
+        with file_errors(self._directory):
+            os.fsync(self._stream.fileno())
 
     def close(self) -> None:
         self._stream.close()
@@ -48,6 +57,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
     records = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 from collections.abc import Iterator
@@ -48,8 +49,8 @@ class LoopConfig:
         for name in ("log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"stage.{name}={getattr(self, name)} must be at least 0")
-        if self.epochs is not None and not self.epochs > 0:
-            raise UserError(f"stage.epochs={self.epochs} must be above 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise UserError(f"stage.epochs={self.epochs} must be above 0 and finite")
         if self.batch_size % self.accumulation:
             raise UserError(f"stage.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}")
 

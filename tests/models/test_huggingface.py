@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -20,15 +19,6 @@ from transformers import (
 from sparsetrain.models import ModelConfig, Transformer
 
 VOCAB, LAYERS = 61, 2
-
-
-def _scramble(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """Give every parameter, norms and biases too, a value that matters."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            gain = name.endswith("weight") and ("norm" in name or ".ln_" in name)
-            parameter.copy_(float(gain) + 0.1 * torch.randn_like(parameter))
-    return model.eval().state_dict()
 
 
 def _assert_same_logits(ours: Transformer, theirs: PreTrainedModel, state: dict[str, Tensor]) -> None:
@@ -43,32 +33,17 @@ def _assert_same_logits(ours: Transformer, theirs: PreTrainedModel, state: dict[
     assert expected.std() > 0.1
 
 
-def test_learned_positions_gelu_and_biases_match_transformers_gpt2() -> None:
-    config = GPT2Config(
-        vocab_size=VOCAB, n_positions=32, n_embd=24, n_layer=LAYERS, n_head=3, activation_function="gelu"
-    )
-    theirs = GPT2LMHeadModel(config)
-    source = _scramble(theirs)
-    state = {"embed.weight": source["transformer.wte.weight"], "positions.weight": source["transformer.wpe.weight"]}
-    for leaf in ("weight", "bias"):
-        state[f"final_norm.{leaf}"] = source[f"transformer.ln_f.{leaf}"]
-        for i in range(LAYERS):
-            for ours, other in (
-                ("attn_norm", "ln_1"),
-                ("attn.qkv", "attn.c_attn"),
-                ("attn.out", "attn.c_proj"),
-                ("mlp_norm", "ln_2"),
-                ("mlp.up", "mlp.c_fc"),
-                ("mlp.down", "mlp.c_proj"),
-            ):
-                tensor = source[f"transformer.h.{i}.{other}.{leaf}"]
-                state[f"blocks.{i}.{ours}.{leaf}"] = tensor.t() if tensor.ndim == 2 else tensor
-    model = Transformer(ModelConfig(24, LAYERS, 3, VOCAB, positions="learned", bias=True, max_context=32, seed=0))
-    _assert_same_logits(model, theirs, state)
+def test_learned_positions_gelu_and_biases_match_transformers_gpt2(
+    gpt2_pair: tuple[Transformer, GPT2LMHeadModel],
+) -> None:
+    ours, theirs = gpt2_pair
+    _assert_same_logits(ours, theirs, dict(ours.state_dict()))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
-def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(kv_heads: int) -> None:
+def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(
+    kv_heads: int, scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]]
+) -> None:
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
@@ -81,7 +56,7 @@ def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(kv_hea
         tie_word_embeddings=False,
     )
     theirs = LlamaForCausalLM(config)
-    source = _scramble(theirs)
+    source = scramble(theirs)
     state = {
         "embed.weight": source["model.embed_tokens.weight"],
         "final_norm.weight": source["model.norm.weight"],
@@ -120,12 +95,14 @@ def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(kv_hea
 
 
 @pytest.mark.parametrize("n_heads", [4, 8])
-def test_alibi_matches_transformers_mpt(n_heads: int) -> None:
+def test_alibi_matches_transformers_mpt(
+    n_heads: int, scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]]
+) -> None:
     config = MptConfig(
         vocab_size=VOCAB, d_model=32, n_heads=n_heads, n_layers=LAYERS, expansion_ratio=4, max_seq_len=64
     )
     theirs = MptForCausalLM(config)
-    source = _scramble(theirs)
+    source = scramble(theirs)
     state = {
         "embed.weight": source["transformer.wte.weight"],
         "final_norm.weight": source["transformer.norm_f.weight"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import PromptTuningConfig, get_peft_model
+from transformers import GPT2LMHeadModel
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
@@ -63,3 +65,19 @@ def test_bad_shapes_are_named() -> None:
         SoftPrompt.from_embeddings(torch.zeros(4))
     with pytest.raises(UserError, match="do not fit a soft prompt of width 4"):
         SoftPrompt(2, 4).inject(torch.zeros(1, 3, 5), torch.zeros(1, 3, dtype=torch.long))
+
+
+# peft 0.21 asks transformers 5.23 for a property by its old name.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_prompt_in_front_matches_peft_prompt_tuning(gpt2_pair: tuple[Transformer, GPT2LMHeadModel]) -> None:
+    ours, theirs = gpt2_pair
+    tokens = torch.randint(0, ours.config.vocab_size, (3, 11))
+    tuned = get_peft_model(theirs, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+    vectors = tuned.get_prompt_embedding_to_save("default")
+    prompt = SoftPrompt.from_embeddings(vectors)
+    slots = torch.cat([torch.arange(5).expand(3, -1), torch.full((3, 11), -1)], dim=1)
+    padded = torch.cat([torch.zeros(3, 5, dtype=torch.int64), tokens], dim=1)
+    with torch.no_grad():
+        mixed = prompt.inject(ours.embed_tokens(padded), slots)
+        logits = ours.logits(ours.hidden(embeddings=mixed))
+        torch.testing.assert_close(logits, tuned(tokens).logits, atol=2e-5, rtol=1e-4)

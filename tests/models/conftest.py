@@ -1,0 +1,65 @@
+"""Pairs of a transformers model and ours with the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from sparsetrain.models import ModelConfig, Transformer
+
+VOCAB, LAYERS, WIDTH, HEADS = 61, 2, 24, 3
+
+
+def _scramble(model: PreTrainedModel) -> Mapping[str, Tensor]:
+    """Give every parameter, norms and biases too, a value that matters."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            gain = name.endswith("weight") and ("norm" in name or ".ln_" in name)
+            parameter.copy_(float(gain) + 0.1 * torch.randn_like(parameter))
+    return model.eval().state_dict()
+
+
+@pytest.fixture
+def scramble() -> Callable[[PreTrainedModel], Mapping[str, Tensor]]:
+    """Random values for every parameter of a transformers model."""
+    return _scramble
+
+
+@pytest.fixture
+def gpt2_pair() -> tuple[Transformer, GPT2LMHeadModel]:
+    """Ours and the transformers GPT-2: learned positions, exact GELU, biases, tied embeddings."""
+    theirs = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=48,
+            n_embd=WIDTH,
+            n_layer=LAYERS,
+            n_head=HEADS,
+            activation_function="gelu",
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
+    source = _scramble(theirs)
+    state = {"embed.weight": source["transformer.wte.weight"], "positions.weight": source["transformer.wpe.weight"]}
+    state["head.weight"] = state["embed.weight"]
+    for leaf in ("weight", "bias"):
+        state[f"final_norm.{leaf}"] = source[f"transformer.ln_f.{leaf}"]
+        for i in range(LAYERS):
+            for name, other in (
+                ("attn_norm", "ln_1"),
+                ("attn.qkv", "attn.c_attn"),
+                ("attn.out", "attn.c_proj"),
+                ("mlp_norm", "ln_2"),
+                ("mlp.up", "mlp.c_fc"),
+                ("mlp.down", "mlp.c_proj"),
+            ):
+                tensor = source[f"transformer.h.{i}.{other}.{leaf}"]
+                state[f"blocks.{i}.{name}.{leaf}"] = tensor.t() if tensor.ndim == 2 else tensor
+    ours = Transformer(ModelConfig(WIDTH, LAYERS, HEADS, VOCAB, positions="learned", bias=True, max_context=48, seed=0))
+    ours.load_state_dict(state)
+    return ours.eval(), theirs
