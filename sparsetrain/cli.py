@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from uuid import uuid4
 
 from sparsetrain import __version__
-from sparsetrain.errors import UserError, nearest
+from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.files import file_errors
 
 ABOUT = {
     "data": "Download or read a corpus, train its tokenizer, write its token files.",
@@ -77,23 +82,24 @@ def _run(given: list[str]) -> int:
         return 0
     if verb == "report":
         return _report(rest)
-    if any(word in (*MULTIRUN_FLAGS, *HYDRA_FLAGS) for word in rest):
-        return _through_hydra(verb, rest)
-    for word in rest:
-        if word.startswith("-"):
-            known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
+    options = [word.partition("=")[0] for word in rest if word.startswith("-")]
+    for word in options:
+        known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
+        if word not in known:
             raise UserError(f"no option '{word}'{nearest(word, known)}; settings are written key=value")
+    if options:
+        return _through_hydra(verb, rest)
     return _execute(verb, rest)
 
 
 def _execute(verb: str, overrides: list[str]) -> int:
     from sparsetrain.config import load
 
-    return _start(verb, load(verb, overrides))
+    return _start(verb, load(verb, overrides), shlex.join(["sparsetrain", verb, *overrides]))
 
 
-def _start(verb: str, config: Any) -> int:
-    """Run a verb with its complete configuration; return the exit status."""
+def _start(verb: str, config: Any, command: str) -> int:
+    """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
     from sparsetrain import stages
     from sparsetrain.training.state import Diverged, Interrupted
 
@@ -111,7 +117,7 @@ def _start(verb: str, config: Any) -> int:
         print(f"sparsetrain: diverged: {_single_line(error)}", file=sys.stderr)
         return 1
     except Interrupted as error:
-        print(f"sparsetrain: {_single_line(error)}", file=sys.stderr)
+        print(f"sparsetrain: {_single_line(error)}: {command}", file=sys.stderr)
         return error.exit_code
     if isinstance(result, stages.RunResult) and verb != "pipeline":
         _summary(result)
@@ -163,44 +169,59 @@ def _report(words: list[str]) -> int:
 def _through_hydra(verb: str, rest: list[str]) -> int:
     """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
     import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
-    from sparsetrain.config import check, complete, config_directory, register
+    from sparsetrain.config import check, complete, config_directory, one_line, register
 
     flags = [word for word in rest if word.startswith("-")]
     values = {
         rest[place + 1] for place, word in enumerate(rest[:-1]) if word in HYDRA_FLAGS and "=" not in rest[place + 1]
     }
     overrides = complete(word for word in rest if not word.startswith("-") and word not in values)
-    check(verb, overrides)
+    for flag, value in pairwise([*(part for word in rest for part in word.split("=", 1)), ""]):
+        if flag in ("--cfg", "-c"):
+            check_choice(flag, value, ("job", "hydra", "all"))
+    check(verb, overrides, sweep=any(word in MULTIRUN_FLAGS for word in flags))
     register()
     # Hydra would otherwise replace the error of a job by a page of its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
     before, sys.argv = sys.argv, [f"sparsetrain {verb}", *flags, *sorted(values), *overrides]
+    command = shlex.join(["sparsetrain", verb, *rest])
     try:
-        launch(_Job(verb, overrides))()
+        # Here and not in a temporary directory: the points of a sweep may run on other machines that share this one.
+        with file_errors(Path.cwd()), TemporaryDirectory(prefix=".sweep-", dir=Path.cwd()) as failures:
+            launch(_Job(verb, overrides, command, Path(failures)))()
+            return max((int(path.name.partition("-")[0]) for path in Path(failures).iterdir()), default=0)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(one_line(error)) from None
     finally:
         sys.argv = before
-    return 0
 
 
 class _Job:
-    """One point of a multirun. A class, so that a launcher can send it to another process."""
+    """One point of a multirun. A class, so that a launcher can send it to another process.
 
-    def __init__(self, verb: str, overrides: list[str]) -> None:
-        self.verb, self.overrides = verb, overrides
+    What fails is said at once and noted in the directory ``failures``, and the sweep goes on with its other points;
+    an exception would make Hydra say it again in its own words.
+    """
+
+    def __init__(self, verb: str, overrides: list[str], command: str, failures: Path) -> None:
+        self.verb, self.overrides, self.command, self.failures = verb, overrides, command, failures
 
     def __call__(self, tree: Any) -> None:
         from sparsetrain.config import convert
 
         try:
-            status = _start(self.verb, convert(self.verb, tree, self.overrides))
+            status = _start(self.verb, convert(self.verb, tree, self.overrides), self.command)
         except UserError as error:
-            # Said at once: the sweep goes on with its other points and reports the first failure at its end.
             print(f"sparsetrain: {_single_line(error)}", file=sys.stderr, flush=True)
-            raise
+            status = 2
         if status > 2:
             raise KeyboardInterrupt
+        if status:
+            (self.failures / f"{status}-{uuid4().hex}").touch()
 
 
 def _help() -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -12,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -74,6 +76,7 @@ def _schema(kind: type) -> type:
     return dataclasses.make_dataclass(kind.__name__, members)
 
 
+@functools.cache
 def register() -> None:
     """Make the schema of every verb known to Hydra."""
     store = ConfigStore.instance()
@@ -82,10 +85,14 @@ def register() -> None:
 
 
 def groups(verb: str) -> dict[str, list[str]]:
-    """Return the configuration groups of a verb and the options of each."""
-    defaults = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
-    names = [next(iter(entry)) for entry in defaults if isinstance(entry, dict)]
-    return {name: options(name) for name in names if not name.startswith("override")}
+    """Return the configuration groups of a verb and the options of each, null among them where it is the default."""
+    members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
+    entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
+    return {
+        name: options(name) + ([] if default else ["null"])
+        for name, default in entries
+        if not name.startswith("override")
+    }
 
 
 def options(group: str) -> list[str]:
@@ -107,31 +114,52 @@ def complete(overrides: Iterable[str]) -> list[str]:
     return given
 
 
-def check(verb: str, overrides: list[str]) -> None:
-    """Raise `UserError` for the first override whose key or choice does not exist, naming the nearest that does."""
+def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
+    """Raise `UserError` for the first override whose key or choice does not exist, naming the nearest that does.
+
+    Several values for one key are wrong too, unless for a ``sweep``; there each must be of the right type.
+    """
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except OverrideParseException as error:
         raise UserError(f"cannot read the override: {str(error).splitlines()[0]}") from None
     known_groups = groups(verb)
-    tree = _load(verb, [])
+    tree = defaults(verb)
     for override in parsed:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra":
             continue
+        if override.is_sweep_override() and not sweep:
+            raise UserError(f"{override.input_line}: several values need a multirun, sparsetrain {verb} -m ...")
         if key in known_groups:
             for choice in _choices(override):
-                if isinstance(choice, str) and choice not in known_groups[key]:
+                if choice not in known_groups[key]:
                     hint = nearest(choice, known_groups[key])
+                    if not hint and f"{key}.{key}" in flat(tree):  # sparsity=0.75
+                        hint = f" (did you mean '{key}.{key}={choice}'?)"
                     raise UserError(f"{key}={choice} is not one of {', '.join(known_groups[key])}{hint}")
             continue
         _check_key(verb, key, tree, known_groups)
+        if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
+            for value in override.sweep_iterator():
+                _check_type(key, value, tree)
 
 
-def _choices(override: Override) -> list[Any]:
+def _choices(override: Override) -> list[str]:
+    """Return the options of a group that an override names; those that match a glob exist."""
+    if override.is_delete() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return []
     if override.is_sweep_override():
         return [value.strip() for value in override.sweep_string_iterator()]
-    return [override.value()]
+    return ["null" if override.value() is None else str(override.value())]
+
+
+def _check_type(key: str, value: Any, tree: DictConfig) -> None:
+    """Raise `UserError` for a value of the wrong type: a sweep is refused before its first point, not in the middle."""
+    try:
+        OmegaConf.update(copy.deepcopy(tree), key, value)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{key}={value}: {one_line(error)}") from None
 
 
 def _check_key(verb: str, key: str, tree: DictConfig, known_groups: Mapping[str, list[str]]) -> None:
@@ -175,6 +203,12 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
     return convert(verb, _load(verb, given), given)
 
 
+@functools.cache
+def defaults(verb: str) -> DictConfig:
+    """Return the configuration of a verb without any override, not to be changed."""
+    return _load(verb, [])
+
+
 def _load(verb: str, overrides: list[str]) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
@@ -182,10 +216,10 @@ def _load(verb: str, overrides: list[str]) -> DictConfig:
         with initialize_config_dir(str(config_directory().absolute()), version_base="1.3"):
             return compose(verb, overrides)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return what Hydra and OmegaConf say in several lines and layers as one line, the innermost cause last."""
     parts = [str(error).splitlines()[0]]
     cause = error.__cause__
@@ -200,7 +234,7 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     try:
         plain = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(_one_line(error)) from None
+        raise UserError(one_line(error)) from None
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
     if verb in ("pretrain", "finetune", "prompt") and values.get("init_from"):
@@ -240,7 +274,7 @@ def describe(verb: str) -> str:
     lines = ["groups (group=choice):"]
     lines += [f"  {name:18} {', '.join(choices)}" for name, choices in groups(verb).items()]
     lines += ["", "settings (key=value) with their defaults:"]
-    lines += [f"  {name} = {_shown(value)}" for name, value in flat(_load(verb, [])).items()]
+    lines += [f"  {name} = {_shown(value)}" for name, value in flat(defaults(verb)).items()]
     lines += ["", "what the settings mean:"]
     for path, kind in _sections(verb, ROOTS[verb]):
         lines += [f"  {path or verb}:", *(f"    {line}".rstrip() for line in (kind.__doc__ or "").split("\n"))]

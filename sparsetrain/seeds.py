@@ -20,11 +20,11 @@ def derive_seed(seed: int, *names: object) -> int:
 
 def generator(seed: int, *names: object) -> torch.Generator:
     """Return a CPU generator seeded by `derive_seed`; draws made on the CPU do not depend on the device."""
-    return torch.Generator().manual_seed(derive_seed(seed, *names))
+    return torch.Generator("cpu").manual_seed(derive_seed(seed, *names))
 
 
 def resolve_seed(seed: int | None) -> int:
     """Return ``seed``, or one drawn from torch's global generator when it is None."""
     if seed is not None:
         return seed
-    return int(torch.randint(0, 2**62, (), dtype=torch.int64).item())
+    return int(torch.randint(0, 2**62, (), dtype=torch.int64, device="cpu").item())

@@ -2,7 +2,7 @@
 
 from sparsetrain.data.corpus import Corpus, DataConfig, open_corpus, prepare
 from sparsetrain.data.split import split_of
-from sparsetrain.data.task_batches import ScoringBatch, TaskBatches, scoring_rows
+from sparsetrain.data.task_batches import ScoringBatch, TaskBatches, answer_tokens, scoring_batches
 from sparsetrain.data.tasks import Example, Task, TaskConfig, load_task
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import Batch, PackedSamples, TokenFile, sequential_windows
@@ -19,10 +19,11 @@ __all__ = [
     "TaskConfig",
     "TokenFile",
     "Tokenizer",
+    "answer_tokens",
     "load_task",
     "open_corpus",
     "prepare",
-    "scoring_rows",
+    "scoring_batches",
     "sequential_windows",
     "split_of",
 ]

@@ -58,8 +58,8 @@ class _Rows:
         """Return the number of input tokens of a row."""
         return len(source) + self._n_slots + len(self.answers[label])
 
-    def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int], end: bool) -> Batch:
-        """Return a batch of the rows; ``end`` tells whether the end of the document is a target."""
+    def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
+        """Return a batch of rows, padded on the right."""
         lengths = [self.length(source, label) for source, label in zip(sources, labels, strict=True)]
         width = min(-(-max(lengths) // _MULTIPLE) * _MULTIPLE, self._context)
         shape = (len(sources), width)
@@ -72,8 +72,7 @@ class _Rows:
             tokens[row, : len(source)] = source
             tokens[row, start : start + len(answer)] = answer
             targets[row, start - 1 : start - 1 + len(answer)] = answer
-            if end:
-                targets[row, start - 1 + len(answer)] = self._eos
+            targets[row, start - 1 + len(answer)] = self._eos
             if slots is not None:
                 slots[row, len(source) : start] = np.arange(self._n_slots)
         return Batch(
@@ -81,6 +80,15 @@ class _Rows:
             targets=torch.from_numpy(targets),
             slots=None if slots is None else torch.from_numpy(slots),
         )
+
+    def questions(self, sources: Sequence[Sequence[int]]) -> Batch:
+        """Return sources of equal length with their slots behind them, and no targets."""
+        tokens = torch.tensor([[*source, *[self._eos] * self._n_slots] for source in sources])
+        slots = None
+        if self._n_slots:
+            slots = torch.full_like(tokens, -1)
+            slots[:, -self._n_slots :] = torch.arange(self._n_slots)
+        return Batch(tokens, torch.full_like(tokens, IGNORED), slots)
 
 
 class TaskBatches:
@@ -152,21 +160,34 @@ class TaskBatches:
     def batch(self, first: int, count: int) -> Batch:
         """Return rows ``first`` to ``first + count - 1`` of the run; tensors are [count, T]."""
         chosen = self.indices(first, count)
-        return self._rows.collate(
-            [self._sources[index] for index in chosen], [self._labels[index] for index in chosen], end=True
-        )
+        return self._rows.collate([self._sources[index] for index in chosen], [self._labels[index] for index in chosen])
 
 
 @dataclass
 class ScoringBatch:
-    """Rows to score. ``examples`` and ``labels`` are LongTensor [B]: what row b asks, and which answer it tries."""
+    """Sources of equal length, without answers: ``batch`` has no padding and no targets.
+
+    ``examples`` is LongTensor [B]: the place of each row in the list of examples.
+    """
 
     batch: Batch
     examples: torch.Tensor
-    labels: torch.Tensor
 
 
-def scoring_rows(
+def answer_tokens(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return the tokens to score for each label.
+
+    The end of the document belongs to them only where an answer's tokens begin another's; without it, the answers
+    exclude each other already.
+    """
+    answers = tokenizer.encode_batch(task.answers)
+    ordered = sorted(answers)
+    if any(after[: len(before)] == before for before, after in itertools.pairwise(ordered)):
+        return [[*answer, tokenizer.eos_id] for answer in answers]
+    return answers
+
+
+def scoring_batches(
     examples: Sequence[Example],
     task: Task,
     tokenizer: Tokenizer,
@@ -174,30 +195,17 @@ def scoring_rows(
     n_slots: int = 0,
     batch_size: int = 64,
 ) -> Iterator[ScoringBatch]:
-    """Yield every example with every answer, rows of similar length together.
+    """Yield every example's source, with its soft-prompt slots, once; only rows of equal length stand together.
 
-    Adding up the log-probabilities of a row's targets gives the log-probability of its answer. The end of the document
-    is a target only where an answer's tokens begin another's; without it, the answers exclude each other already.
-    Rows are in order of length, so ``scores[batch.examples, batch.labels] = row sums`` fills a table
-    [examples, labels].
+    Sources are cut as `TaskBatches` cuts them, so that a row is scored after the very tokens it would be trained with.
     """
-    if not examples:
-        return
     rows = _Rows(tokenizer, task.answers, context, n_slots)
+    by_length: dict[int, list[int]] = {}
     sources = rows.sources(examples)
-    end = _one_begins_another(rows.answers)
-    pairs = [(index, label) for index in range(len(examples)) for label in range(len(task.answers))]
-    pairs.sort(key=lambda pair: rows.length(sources[pair[0]], pair[1]))
-    for start in range(0, len(pairs), batch_size):
-        chosen = pairs[start : start + batch_size]
-        indices, labels = [pair[0] for pair in chosen], [pair[1] for pair in chosen]
-        yield ScoringBatch(
-            batch=rows.collate([sources[index] for index in indices], labels, end),
-            examples=torch.tensor(indices),
-            labels=torch.tensor(labels),
-        )
-
-
-def _one_begins_another(answers: Sequence[Sequence[int]]) -> bool:
-    ordered = sorted(tuple(answer) for answer in answers)
-    return any(after[: len(before)] == before for before, after in itertools.pairwise(ordered))
+    for index, source in enumerate(sources):
+        by_length.setdefault(len(source), []).append(index)
+    for length in sorted(by_length):
+        members = by_length[length]
+        for start in range(0, len(members), batch_size):
+            chosen = members[start : start + batch_size]
+            yield ScoringBatch(rows.questions([sources[index] for index in chosen]), torch.tensor(chosen))

@@ -38,6 +38,10 @@ class KVCache:
         self.values[layer, :, self.length : end] = values
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens; what follows is written over the rest."""
+        self.length = length
+
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` more as read, once every layer has appended them."""
         self.length += tokens

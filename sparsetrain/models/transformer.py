@@ -5,6 +5,8 @@ Shapes: B batch, T tokens, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from sparsetrain.models.cache import KVCache
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.generation import generate
 from sparsetrain.models.mlp import MLP
+from sparsetrain.models.scoring import continuation_scores
 from sparsetrain.models.soft_prompt import SoftPrompt
 from sparsetrain.parameterization import Parameterization, Role, TensorSpec, initialise
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparse_layers, sparsify
@@ -163,6 +166,10 @@ class Transformer(nn.Module):
             hidden = self._scaled(self._read(tokens, targets, embeddings))
             losses = head.token_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
         return losses.view_as(targets)
+
+    def continuation_scores(self, embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
+        """Return each continuation's log-probability after each row, ``[B, C]``; see `scoring.continuation_scores`."""
+        return continuation_scores(self, embeddings, continuations)
 
     def generate(
         self,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain import seeds
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
 from sparsetrain.sparsity import SparseLinear
+from sparsetrain.sparsity.surgery import is_conv1d
 
 # Module names of the usual architectures, after the last "." or in full; the first match wins.
 MATRIX_ROLES: tuple[tuple[str, Role], ...] = (
@@ -36,15 +37,8 @@ MATRIX_ROLES: tuple[tuple[str, Role], ...] = (
     ("dense_h_to_4h", Role.HIDDEN),
 )
 POSITION_NAMES = ("wpe", "positions", "embed_positions", "position_embeddings", "pos_emb")
-FINAL_NORM_NAMES = (
-    "ln_f",
-    "final_norm",
-    "norm_f",
-    "final_layer_norm",
-    "final_layernorm",
-    "model.norm",
-    "norm",
-)
+# Only outside the numbered blocks: OPT, for one, has a final_layer_norm in each of them.
+FINAL_NORM_NAMES = ("ln_f", "final_norm", "norm_f", "final_layer_norm", "final_layernorm", "norm")
 
 
 def initialise(
@@ -87,12 +81,17 @@ def initialise(
             module_name, _, leaf = name.rpartition(".")
             owner = owners[module_name]
             std = rules.init_std(spec, sigma, n_layers)
-            key = f"{module_name}.weight" if isinstance(owner, SparseLinear) else name
-            shape = owner.pattern.shape if isinstance(owner, SparseLinear) else parameter.shape
-            draws = torch.empty(shape).normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key)) * std
-            if isinstance(owner, SparseLinear) and leaf == "values":
+            sparse = isinstance(owner, SparseLinear)
+            key = name.removesuffix(leaf) + "weight" if sparse else name
+            # A Conv1D holds the transposed matrix; drawn as [M, K] too, so that its sparse successor gets its numbers.
+            transposed = is_conv1d(owner) and parameter.ndim == 2
+            shape = owner.pattern.shape if sparse else parameter.shape[::-1] if transposed else parameter.shape
+            # On the CPU and in float32, so that neither torch's default device nor its default dtype changes a number.
+            draws = torch.empty(shape, dtype=torch.float32, device="cpu")
+            draws.normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key)).mul_(std)
+            if sparse:
                 draws = owner.pattern.gather(draws.to(parameter.device))
-            parameter.copy_(draws)
+            parameter.copy_(draws.t() if transposed else draws)
 
 
 def assign(model: nn.Module, specs: Mapping[str, TensorSpec], rules: Parameterization, n_layers: int) -> None:
@@ -139,7 +138,10 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if name not in specs:
-            raise UserError(f"parameter '{name}' has no role: parameterize after sparsify, densify or adding layers")
+            raise UserError(
+                f"parameter '{name}' has no role: call parameterize after sparsify, densify or adding layers (a "
+                "Transformer takes its sparsity when it is built)"
+            )
         if not parameter.requires_grad:
             continue
         spec = specs[name]
@@ -195,13 +197,25 @@ def parameterize(
         ``model``.
 
     Raises:
-        UserError: a parameter without a role, or a base that lacks one of the parameters.
+        UserError: a parameter without a role, a base that lacks one of the modules or has none of the rules' base
+            width, roles that name no module, or a model such as `Transformer` that applies its rules itself.
     """
+    if hasattr(model, "tensor_specs") and not hasattr(model, "parameterized"):
+        raise UserError(
+            f"parameterize: a {type(model).__name__} applies its rules in its own forward pass; give them to it when "
+            "it is built"
+        )
     if rules.uses_width and base is None:
         raise UserError(f"parameterize: {rules.scheme} needs base=, the same model at the base width")
     modules = dict(model.named_modules())
     module_roles = {name: _role(name, module, roles or {}) for name, module in modules.items()}
+    _check_globs(roles or {}, modules)
     widths = _widths(base) if base is not None else {}
+    if rules.uses_width and rules.base_width not in widths.values():
+        raise UserError(
+            f"parameterize: base_width={rules.base_width} is the width of no module of the base model (its widths: "
+            f"{', '.join(str(width) for width in sorted(set(widths.values())))})"
+        )
     specs: dict[str, TensorSpec] = {}
     blocks: set[str] = set()
     for name, _ in model.named_parameters():
@@ -210,8 +224,8 @@ def parameterize(
         role = module_roles[module_name]
         if role is None:
             raise UserError(
-                f"parameter '{name}' ({type(module).__name__}) has no known role: pass "
-                f"roles={{'{module_name}': 'hidden'}} or one of {', '.join(Role)}"
+                f"parameter '{name}' ({type(module).__name__}) has no known role: pass roles={{'{module_name}': ROLE}} "
+                f"with one of {', '.join(Role)}"
             )
         width = _width(module)
         m_d = 1.0
@@ -238,7 +252,15 @@ def parameterize(
             _scale_input(module, rules.logit_multiplier(m_d))
         elif role is Role.OUTPUT:
             _scale_output(module, rules.residual_multiplier(depth))
+    model.parameterized = True  # type: ignore[assignment]
     return model
+
+
+def _check_globs(roles: Mapping[str, Role | str], modules: Mapping[str, nn.Module]) -> None:
+    for glob, role in roles.items():
+        check_choice(f"roles['{glob}']", role, Role)
+        if not any(fnmatchcase(name, glob) for name in modules):
+            raise UserError(f"parameterize: roles['{glob}'] matches no module{nearest(glob, modules)}")
 
 
 def _role(name: str, module: nn.Module, roles: Mapping[str, Role | str]) -> Role | None:
@@ -247,15 +269,11 @@ def _role(name: str, module: nn.Module, roles: Mapping[str, Role | str]) -> Role
         return None
     for glob, role in roles.items():
         if fnmatchcase(name, glob):
-            try:
-                return Role(role)
-            except ValueError:
-                raise UserError(f"roles['{glob}']={role!r} is not one of {', '.join(Role)}") from None
+            return Role(role)
     if isinstance(module, nn.Embedding):
         return Role.POSITION if _ends_with(name, POSITION_NAMES) else Role.EMBEDDING
     if type(module).__name__.endswith("Norm"):
-        # "norm" alone is the final one only at the top: inside a block it is that block's.
-        final = _ends_with(name, FINAL_NORM_NAMES[:-1]) or name == FINAL_NORM_NAMES[-1]
+        final = _ends_with(name, FINAL_NORM_NAMES) and not _block_prefix(name)
         return Role.FINAL_NORM if final else Role.NORM
     for known, role in MATRIX_ROLES:
         if _ends_with(name, (known,)):
@@ -264,7 +282,7 @@ def _role(name: str, module: nn.Module, roles: Mapping[str, Role | str]) -> Role
 
 
 def _leaf_role(role: Role, leaf: str) -> Role:
-    if leaf != "bias":
+    if not leaf.endswith("bias"):  # also in_proj_bias of nn.MultiheadAttention
         return role
     return Role.FINAL_BIAS if role in (Role.FINAL_NORM, Role.HEAD) else Role.BIAS
 
@@ -281,21 +299,16 @@ def _block_prefix(name: str) -> str:
 
 def _width(module: nn.Module) -> int:
     """Return the fan_in of a matrix, the width of a norm or an embedding."""
-    if isinstance(module, (nn.Linear, SparseLinear)):
+    if isinstance(module, SparseLinear):
         return module.in_features
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    return weight.shape[0]  # norms [width]; Conv1D [fan_in, fan_out]
+    # Everything else keeps it last, be it [M, K], [vocabulary, D] or [D]; only a Conv1D is [K, M].
+    weight = next(module.parameters(recurse=False))
+    return weight.shape[0 if is_conv1d(module) else -1]
 
 
 def _widths(base: nn.Module) -> dict[str, int]:
-    return {
-        name: _width(module)
-        for name, module in base.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-    }
+    owners = {name: module for name, module in base.named_modules() if any(True for _ in module.parameters(False))}
+    return {name: _width(module) for name, module in owners.items()}
 
 
 class _Scale:

@@ -52,9 +52,15 @@ def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
     """Return the sparsity of each layer that takes part, by name; layers that stay dense are left out.
 
     Raises:
-        UserError: a group that no layer takes its sparsity from, which is a misspelt glob or one shadowed by an
-            earlier group; or nothing to make sparse although ``sparsity`` is above 0.
+        UserError: an ``include`` glob that matches no layer; a group that no layer takes its sparsity from, which is
+            a misspelt glob or one shadowed by an earlier group; or nothing to make sparse although ``sparsity`` is
+            above 0.
     """
+    names = list(names)
+    if config.sparsity > 0.0 or config.groups:
+        for glob in config.include:
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise UserError(f"sparsity include '{glob}' matches no linear layer; layers: {_some(names)}")
     candidates = [name for name in names if matches(name, config.include) and not matches(name, config.exclude)]
     used: set[int] = set()
     result: dict[str, float] = {}
@@ -69,9 +75,14 @@ def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
             result[name] = sparsity
     for index, group in enumerate(config.groups):
         if index not in used:
-            raise UserError(f"sparsity group '{group.match}' applies to no layer; layers: {_some(candidates)}")
+            shadowed = any(fnmatchcase(name, group.match) for name in candidates)
+            why = " (earlier groups take all that it matches)" if shadowed else ""
+            raise UserError(f"sparsity group '{group.match}' applies to no layer{why}; layers: {_some(candidates)}")
     if config.sparsity > 0.0 and not candidates:
-        raise UserError(f"sparsity={config.sparsity}: no linear layer matches include={config.include}")
+        raise UserError(
+            f"sparsity={config.sparsity}: no linear layer matches include={config.include} and not "
+            f"exclude={config.exclude}"
+        )
     return result
 
 

@@ -12,8 +12,8 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 
 def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
     """Raise `UserError` unless ``sparsity`` lies in [0, 1)."""
-    if not 0.0 <= sparsity < 1.0:
-        raise UserError(f"{field}={sparsity} must lie in [0, 1)")
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise UserError(f"{field}={sparsity!r} must be a number in [0, 1)")
 
 
 def random_pattern(shape: tuple[int, int], density: float, generator: torch.Generator) -> SparsityPattern:
@@ -29,10 +29,11 @@ def random_pattern(shape: tuple[int, int], density: float, generator: torch.Gene
         raise UserError(f"density={density} must lie in (0, 1]")
     rows, columns = shape
     nnz = round(density * rows * columns)
-    if nnz == 0:
+    if nnz < 1:
         raise UserError(f"density={density} leaves no weight at all in a {rows}x{columns} matrix")
-    mask = torch.zeros(rows * columns, dtype=torch.bool)
-    mask[torch.randperm(rows * columns, generator=generator)[:nnz]] = True
+    # On the CPU whatever torch's default device is: so is the generator.
+    mask = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
+    mask[torch.randperm(rows * columns, generator=generator, device="cpu")[:nnz]] = True
     return SparsityPattern.from_mask(mask.view(rows, columns))
 
 

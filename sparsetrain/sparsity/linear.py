@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError, check_choice
@@ -63,6 +64,9 @@ class SparseLinear(nn.Module):
         self.strict_topology = strict_topology
         self.backend = backend
         seed = seeds.resolve_seed(seed)
+        device = torch.device(device or torch.get_default_device())
+        if device.type == "meta":
+            raise UserError("SparseLinear cannot be built on the meta device: its positions are data, not only a shape")
         if pattern is None:
             assert density is not None
             shape = (out_features, in_features)
@@ -77,7 +81,8 @@ class SparseLinear(nn.Module):
                 "have no weight: they are constant",
                 stacklevel=2,
             )
-        pattern = pattern.to(device or torch.get_default_device())
+        # A pattern of its own: no two layers share the memory of their buffers, which safetensors would refuse to save.
+        pattern = SparsityPattern(pattern.shape, pattern.row_ptr.to(device), pattern.col.to(device), pattern.block)
         self.register_buffer("row_ptr", pattern.row_ptr)
         self.register_buffer("col", pattern.col)
         self._pattern = pattern
@@ -93,7 +98,8 @@ class SparseLinear(nn.Module):
         with torch.no_grad():
             for tensor in (self.values, self.bias):
                 if tensor is not None:
-                    tensor.copy_(torch.empty(tensor.shape).uniform_(-bound, bound, generator=draws))
+                    noise = torch.empty(tensor.shape, dtype=torch.float32, device="cpu")
+                    tensor.copy_(noise.uniform_(-bound, bound, generator=draws))
 
     @property
     def backend(self) -> str:
@@ -110,7 +116,8 @@ class SparseLinear(nn.Module):
         if self._pattern.row_ptr is not self.row_ptr or self._pattern.col is not self.col:
             block = _block_of(self.row_ptr, self.col, self.values.numel(), self.out_features)
             pattern = SparsityPattern((self.out_features, self.in_features), self.row_ptr, self.col, block)
-            # The view and the buffers share their storage; only a device move leaves it stale.
+            # The view and the buffers are the same tensors; what replaces the buffers (a device move, a load) leaves
+            # it stale.
             self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
         return self._pattern
 
@@ -131,7 +138,7 @@ class SparseLinear(nn.Module):
         pattern = pattern.to(self.values.device)
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
         self.values.grad = None
-        self.values.data = values.detach().to(self.values)
+        self.values.data = values.detach().to(self.values, copy=True)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, pattern: SparsityPattern, backend: str = "auto") -> SparseLinear:
@@ -158,7 +165,8 @@ class SparseLinear(nn.Module):
 
     def to_linear(self) -> nn.Linear:
         """Return a dense layer with the same function; it is exactly zero where the mask was, and all of it trains."""
-        linear = nn.Linear(
+        linear = skip_init(
+            nn.Linear,
             self.in_features,
             self.out_features,
             bias=self.bias is not None,
@@ -197,10 +205,10 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = [state_dict.get(prefix + key) for key in ("row_ptr", "col", "values")]
-        if all(isinstance(tensor, Tensor) for tensor in found):
+        found = {key: state_dict[prefix + key] for key in ("row_ptr", "col", "values") if prefix + key in state_dict}
+        if found:
             try:
-                self._adopt(*found)  # type: ignore[arg-type]
+                self._adopt(found)
             except UserError as error:
                 error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
                 return
@@ -208,19 +216,27 @@ class SparseLinear(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _adopt(self, row_ptr: Tensor, col: Tensor, values: Tensor) -> None:
+    def _adopt(self, found: dict[str, Tensor]) -> None:
+        if len(found) < 3:
+            # Values of one topology under the indices of another would be read as another matrix.
+            raise UserError(f"the state has {', '.join(found)}; row_ptr, col and values belong together")
+        row_ptr, col, values = found["row_ptr"], found["col"], found["values"]
+        if values.ndim != 1:
+            raise UserError(f"values have shape {tuple(values.shape)}; one dimension is needed")
         block = _block_of(row_ptr, col, values.numel(), self.out_features)
-        # A clone: the buffers must not alias the caller's state_dict.
-        shape = (self.out_features, self.in_features)
-        pattern = SparsityPattern(shape, row_ptr.clone(), col.clone(), block).to(self.values.device)
-        if pattern.equals(self.pattern):
+        pattern = SparsityPattern((self.out_features, self.in_features), row_ptr, col, block)
+        # Compared with the buffers, not with the view: after `to_empty` there is no valid one.
+        same = values.shape == self.values.shape and all(
+            torch.equal(new.cpu(), old.cpu()) for new, old in ((pattern.row_ptr, self.row_ptr), (pattern.col, self.col))
+        )
+        if same:
             return
         if self.strict_topology:
             raise UserError(
-                f"the stored topology ({pattern.nnz} nonzeros) differs from the layer's ({self.pattern.nnz}) "
+                f"the stored topology ({pattern.nnz} nonzeros) differs from the layer's ({self.values.numel()}) "
                 "and strict_topology is set"
             )
-        self.set_topology(pattern, values.detach().reshape(-1).clone())
+        self.set_topology(pattern, values)
 
     def extra_repr(self) -> str:
         return (

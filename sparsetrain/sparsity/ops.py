@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.errors import check_choice
+from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 
@@ -83,7 +83,13 @@ BACKENDS: dict[str, Backend] = {}
 
 
 def register_backend(backend: Backend) -> None:
-    """Make ``backend`` available to every sparse layer under ``backend.name``."""
+    """Make ``backend`` available to every sparse layer under ``backend.name``; an earlier one of that name is replaced.
+
+    Raises:
+        UserError: the name ``auto``, which stands for a choice among backends.
+    """
+    if backend.name == "auto":
+        raise UserError("backend name 'auto' is taken: it stands for the choice among the registered ones")
     BACKENDS[backend.name] = backend
 
 
@@ -191,8 +197,9 @@ def _(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        torch.empty_like(x) if need_x else x.new_empty(0),
-        torch.empty_like(values) if need_values else values.new_empty(0),
+        # Contiguous whatever the strides of x are: that is how a backend writes it.
+        x.new_empty(x.shape) if need_x else x.new_empty(0),
+        values.new_empty(values.shape) if need_values else values.new_empty(0),
     )
 
 
@@ -231,11 +238,17 @@ def sparse_linear(
 
     Returns:
         ``[..., M]``.
+
+    Raises:
+        UserError: an input of another width, or values that do not fit the pattern.
     """
+    if x.ndim == 0 or x.shape[-1] != pattern.shape[1]:
+        raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
+    if values.shape != (pattern.nnz,):
+        raise UserError(f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros")
     if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, values = x.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+        x, values = _autocast(x), _autocast(values)
+        bias = None if bias is None else _autocast(bias)
     rows = x.reshape(-1, x.shape[-1])
     y, _ = _sparse_linear(
         rows,
@@ -249,3 +262,8 @@ def sparse_linear(
     )
     y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    # float64 stays what it is, as in torch's own casts.
+    return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))

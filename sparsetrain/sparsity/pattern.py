@@ -38,15 +38,19 @@ class SparsityPattern:
     col: Tensor
     block: tuple[int, int] = (1, 1)
     # Derived layouts (flat positions, kernel tilings): computed once, on first use, per pattern.
-    _derived: dict[str, Any] = field(default_factory=dict, repr=False)
+    _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         object.__setattr__(self, "block", (int(self.block[0]), int(self.block[1])))
-        object.__setattr__(self, "row_ptr", torch.as_tensor(self.row_ptr).detach().to(torch.int64).contiguous())
-        col = torch.as_tensor(self.col).detach().contiguous()
+        row_ptr, col = _indices("row_ptr", self.row_ptr), _indices("col", self.col)
+        if row_ptr.device != col.device:
+            raise UserError(f"row_ptr is on {row_ptr.device} and col on {col.device}; one device is needed")
+        if col.is_meta:
+            raise UserError("a pattern cannot live on the meta device: its indices are data, not only a shape")
         # Validated as int64: an index beyond int32 must be reported, not wrapped around.
-        _validate(self.shape, self.row_ptr, col.to(torch.int64), self.block)
+        _validate(self.shape, row_ptr, col, self.block)
+        object.__setattr__(self, "row_ptr", row_ptr)
         object.__setattr__(self, "col", col.to(torch.int32))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -185,6 +189,14 @@ class SparsityPattern:
                 f"patterns differ in shape or block: {self.shape} in blocks of {self.block}, "
                 f"{other.shape} in blocks of {other.block}"
             )
+
+
+def _indices(name: str, given: Any) -> Tensor:
+    indices = torch.as_tensor(given).detach()
+    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
+        raise UserError(f"{name} has dtype {indices.dtype}; integers are needed")
+    # A copy: a pattern is immutable, whatever happens to the tensor it was made of.
+    return indices.to(torch.int64, copy=True).contiguous()
 
 
 def _check_block(shape: tuple[int, int], block: tuple[int, int]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import skip_init
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
@@ -16,6 +17,7 @@ from sparsetrain.sparsity.init import make_pattern
 from sparsetrain.sparsity.linear import SparseLinear
 
 Model = TypeVar("Model", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
@@ -45,7 +47,7 @@ def sparsify(
         model: changed in place.
         sparsity: fraction of zeros in [0, 1). Give this with the options beside it, or ``plan`` alone.
         include, exclude: globs over qualified names.
-        pattern, backend: as in `SparsityConfig`.
+        pattern, backend: as in `SparsityConfig`; with a plan, its own count.
         seed: None draws from torch's global generator. ``plan.seed``, when set, wins.
         plan: several groups with a sparsity of their own.
 
@@ -53,8 +55,9 @@ def sparsify(
         ``model``.
 
     Raises:
-        UserError: bad sparsity, globs that match nothing, a layer left without weights, weights shared with another
-            module, or a model that is itself a linear layer.
+        UserError: bad sparsity, globs that match nothing, a layer left without weights, a weight that is shared with
+            another module or computed from other parameters, or a model that is itself a linear layer. The model is
+            then unchanged.
     """
     if (sparsity is None) == (plan is None):
         raise UserError("sparsify needs either sparsity or plan, not both and not neither")
@@ -63,18 +66,24 @@ def sparsify(
         globs: dict[str, Any] = {"include": include, "exclude": exclude}
         chosen = {key: value for key, value in globs.items() if value is not None}
         plan = SparsityConfig(sparsity=sparsity, pattern=pattern, backend=backend, **chosen)
-    elif include is not None or exclude is not None:
-        raise UserError("sparsify: include and exclude belong into the plan when one is given")
+    elif include is not None or exclude is not None or pattern != "random" or backend != "auto":
+        raise UserError("sparsify: include, exclude, pattern and backend belong into the plan when one is given")
     base_seed = seeds.resolve_seed(plan.seed if plan.seed is not None else seed)
 
     linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if "" in linears:
         raise UserError("the model is itself a linear layer: use SparseLinear.from_linear(layer, pattern)")
-    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    # With duplicates: a module that the model holds under two names shares its weight with itself.
+    everything = [module for _, module in model.named_modules(remove_duplicate=False)]
+    uses = Counter(id(parameter) for module in everything for parameter in module.parameters(recurse=False))
+    layers: dict[str, SparseLinear] = {}
     for name, layer_sparsity in allocate(linears, plan).items():
-        linear = _as_linear(linears[name])
-        if uses[id(linears[name].weight)] > 1:
+        weight = linears[name]._parameters.get("weight")
+        if weight is None:
+            raise UserError(f"{name}: its weight is computed (weight norm, a parametrization); exclude it from sparsify")
+        if uses[id(weight)] > 1:
             raise UserError(f"{name}: its weight is shared with another module; exclude it from sparsify")
+        linear = _as_linear(linears[name])
         try:
             mask = make_pattern(
                 plan.pattern,
@@ -84,7 +93,9 @@ def sparsify(
             )
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        _replace(model, name, SparseLinear.from_linear(linear, mask, plan.backend))
+        layers[name] = _with_hooks_of(linears[name], SparseLinear.from_linear(linear, mask, plan.backend))
+    for name, layer in layers.items():
+        _replace(model, name, layer)
     return model
 
 
@@ -93,20 +104,26 @@ def densify(model: Model) -> Model:
 
     All of the dense weights train afterwards. The parameters are new objects: build the optimizer after this.
     """
-    for name, layer in list(sparse_layers(model)):
-        if not name:
-            raise UserError("the model is itself a sparse layer: use layer.to_linear()")
-        _replace(model, name, layer.to_linear())
+    if isinstance(model, SparseLinear):
+        raise UserError("the model is itself a sparse layer: use layer.to_linear()")
+    dense: dict[SparseLinear, nn.Linear] = {}
+    # With duplicates: a layer that the model uses in two places stays one layer.
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(layer, SparseLinear):
+            if layer not in dense:
+                dense[layer] = _with_hooks_of(layer, layer.to_linear())
+            _replace(model, name, dense[layer])
     return model
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    # Hugging Face's GPT-2 layer, a linear layer with a transposed weight; recognised without importing transformers.
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is Hugging Face's GPT-2 layer, a linear layer with a transposed weight ``[K, M]``."""
+    # By its attributes: transformers is an optional dependency.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:
@@ -115,13 +132,33 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     weight, bias = module.weight, module.bias
     assert isinstance(weight, nn.Parameter)
     assert isinstance(bias, nn.Parameter)
-    linear = nn.Linear(weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype)
+    linear = skip_init(nn.Linear, weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         linear.weight.copy_(weight.t())
         linear.bias.copy_(bias)
     linear.weight.requires_grad_(weight.requires_grad)
     linear.bias.requires_grad_(bias.requires_grad)
     return linear.train(module.training)
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+
+
+def _with_hooks_of(old: nn.Module, new: Layer) -> Layer:
+    """Return ``new`` with the hooks of ``old``, among them a parameterization's multipliers."""
+    for name in _HOOKS:
+        # The very dictionaries: the handles that `register_forward_hook` gave out still remove what is in them.
+        setattr(new, name, getattr(old, name))
+    return new
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

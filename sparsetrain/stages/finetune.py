@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsetrain.cost.flops import training_flops_per_token
-from sparsetrain.data import Batch, Corpus, TaskBatches, Tokenizer, load_task, prepare, scoring_rows
+from sparsetrain.data import Batch, Corpus, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
 from sparsetrain.data.tasks import Example
 from sparsetrain.models import Transformer, tensor_specs
 from sparsetrain.optim import Schedule, build_optimizer
@@ -57,7 +57,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
         if config.mode == "dense":
             densify(model)
             assign(model, tensor_specs(model, rules), rules, model.config.n_layers)
-        return TaskModel(model, model, lambda batch: model.loss(batch.tokens, batch.targets), _plain_losses(model))
+        return TaskModel(
+            network=model,
+            module=model,
+            loss=lambda batch: model.loss(batch.tokens, batch.targets),
+            embeddings=lambda batch: model.embed_tokens(batch.tokens),
+        )
 
     return run_task(config, "finetune", prepare_model, 0, console or Console())
 
@@ -68,17 +73,14 @@ class TaskModel:
 
     Args:
         network: the transformer. module: all that a checkpoint holds.
-        loss: mean cross-entropy of a batch's targets. token_losses: each target's, ``[B, T]``.
+        loss: mean cross-entropy of a batch's targets in nats.
+        embeddings: of a batch's tokens and soft prompt, ``[B, T, d_model]``.
     """
 
     network: Transformer
     module: nn.Module
     loss: Callable[[Batch], Tensor]
-    token_losses: Callable[[Batch], Tensor]
-
-
-def _plain_losses(model: Transformer) -> Callable[[Batch], Tensor]:
-    return lambda batch: model.token_losses(batch.tokens, batch.targets)
+    embeddings: Callable[[Batch], Tensor]
 
 
 def run_task(
@@ -150,13 +152,15 @@ def _train(
     optimizer = build_optimizer(param_groups(subject.module, rules, opt.lr, opt.weight_decay, opt.eps), opt)
     flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, context)
 
-    def losses(batch: Batch) -> Tensor:
+    answers = answer_tokens(task, tokenizer)
+
+    def row_scores(batch: Batch) -> Tensor:
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            return subject.token_losses(batch.to(device))
+            return network.continuation_scores(subject.embeddings(batch.to(device)), answers)
 
     def score(examples: list[Example]) -> TaskScore:
-        rows = scoring_rows(examples, task, tokenizer, context, n_slots)
-        likelihoods = label_likelihoods(subject.module, losses, rows)
+        batches = scoring_batches(examples, task, tokenizer, context, n_slots)
+        likelihoods = label_likelihoods(subject.module, row_scores, batches, len(examples))
         truth = np.array([example.label for example in examples])
         return score_labels(likelihoods.argmax(1).numpy(), truth)
 

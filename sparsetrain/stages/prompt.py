@@ -32,10 +32,6 @@ class Prompted(nn.Module):
     def loss(self, batch: Batch) -> Tensor:
         return self.model.loss(batch.tokens, batch.targets, self.embeddings(batch))
 
-    @torch.no_grad()
-    def token_losses(self, batch: Batch) -> Tensor:
-        return self.model.token_losses(batch.tokens, batch.targets, self.embeddings(batch))
-
 
 def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
     """Learn a soft prompt (and, with ``train=both``, the model) and return the result.
@@ -56,7 +52,7 @@ def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
         specs = {f"model.{name}": spec for name, spec in tensor_specs(model, rules).items()}
         specs["prompt.vectors"] = TensorSpec(Role.PROMPT)
         assign(prompted, specs, rules, model.config.n_layers)
-        return TaskModel(model, prompted, prompted.loss, prompted.token_losses)
+        return TaskModel(model, prompted, prompted.loss, prompted.embeddings)
 
     return run_task(config, "prompt", prepare_model, config.n_tokens, console or Console())
 

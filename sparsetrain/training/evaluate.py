@@ -20,6 +20,10 @@ TokenLosses = Callable[[Batch], Tensor]
 """Maps a batch to the cross-entropy of every target, in nats ``[B, T]``, 0 where there is no target."""
 
 
+RowScores = Callable[[Batch], Tensor]
+"""Maps a batch of questions to the log-probability of every label's answer, in nats ``[B, C]``."""
+
+
 @dataclass(frozen=True)
 class TextScore:
     """Held-out text: mean cross-entropy in nats per token, and bits per byte of the text that the targets stand for."""
@@ -66,17 +70,22 @@ def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], 
     return TextScore(nats / tokens, nats / math.log(2) / size, tokens, size)
 
 
-def label_likelihoods(model: nn.Module, losses: TokenLosses, rows: Iterable[ScoringBatch]) -> Tensor:
+def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[ScoringBatch], examples: int) -> Tensor:
     """Return float64 ``[E, C]``: the log-likelihood in nats of each label's answer after each example's source.
 
     Args:
-        rows: every pair of an example and a label once, in any order.
+        model: put into evaluation mode for the time being.
+        score: see `RowScores`. batches: every one of the E ``examples`` once, in any order.
     """
+    result: Tensor | None = None
     with evaluating(model), torch.no_grad():
-        entries = [(row.examples, row.labels, -losses(row.batch).double().sum(1).cpu()) for row in rows]
-    examples, labels, values = (torch.cat(parts) for parts in zip(*entries, strict=True))
-    result = torch.full((int(examples.max()) + 1, int(labels.max()) + 1), float("nan"), dtype=torch.float64)
-    result[examples, labels] = values
+        for batch in batches:
+            scores = score(batch.batch).double().cpu()
+            if result is None:
+                result = scores.new_full((examples, scores.shape[1]), float("nan"))
+            result[batch.examples] = scores
+    if result is None or bool(result.isnan().any()):
+        raise ValueError(f"not every one of {examples} examples was scored")
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -31,8 +32,10 @@ class MetricsLog:
         Raises:
             UserError: no space left.
         """
+        line = _line(record).encode()
         with file_errors(self._directory):
-            self._stream.write(_line(record).encode())
+            if self._stream.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
         """Force everything to the disk, before a checkpoint that relies on it."""

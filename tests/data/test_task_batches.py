@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.data.labelled import Example, Task
-from sparsetrain.data.task_batches import TaskBatches, scoring_rows
+from sparsetrain.data.task_batches import TaskBatches, answer_tokens, scoring_batches
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError
@@ -110,30 +110,26 @@ def test_sorting_by_length_saves_padding() -> None:
 
 
 @given(count=st.integers(1, 20), batch_size=st.integers(1, 16), n_slots=st.integers(0, 2))
-def test_scoring_rows_try_every_answer_once(count: int, batch_size: int, n_slots: int) -> None:
+def test_scoring_batches_hold_every_source_once(count: int, batch_size: int, n_slots: int) -> None:
     asked = examples(count)
     task = Task("t", ("yes", "no", "maybe"), ANSWERS, asked, asked, asked)
     seen = []
-    widths = []
-    for scored in scoring_rows(asked, task, BYTES, 64, n_slots, batch_size):
-        assert len(scored.batch.tokens) == len(scored.examples) == len(scored.labels) <= batch_size
-        widths.append(scored.batch.tokens.shape[1])
-        for place, (index, label) in enumerate(zip(scored.examples.tolist(), scored.labels.tolist(), strict=True)):
-            seen.append((index, label))
-            tokens, targets, _ = row(scored.batch, place)
-            source, answer = asked[index].source.encode(), ANSWERS[label].encode()
-            assert tokens[: len(source)] == list(source)
-            start = len(source) + n_slots - 1
-            assert targets[start : start + len(answer)] == list(answer)
-            assert sum(target != IGNORED for target in targets) == len(answer)  # the end is not scored
-    assert sorted(seen) == [(index, label) for index in range(count) for label in range(3)]
-    assert widths == sorted(widths)
+    for scored in scoring_batches(asked, task, BYTES, 64, n_slots, batch_size):
+        assert len(scored.batch.tokens) == len(scored.examples) <= batch_size
+        for place, index in enumerate(scored.examples.tolist()):
+            seen.append(index)
+            tokens, targets, slots = row(scored.batch, place)
+            source = list(asked[index].source.encode())
+            assert tokens == source + [EOS] * n_slots
+            assert slots == [-1] * len(source) + list(range(n_slots))
+            assert set(targets) == {IGNORED}
+    assert sorted(seen) == list(range(count))
 
 
 def test_the_end_is_scored_where_an_answer_begins_another() -> None:
     asked = examples(1)
-    task = Task("t", ("a", "b"), (" no", " none"), asked, asked, asked)
-    (scored,) = scoring_rows(asked, task, BYTES, 64)
-    for place in range(2):
-        assert [target for target in row(scored.batch, place)[1] if target != IGNORED][-1] == EOS
-    assert list(scoring_rows([], task, BYTES, 64)) == []
+    apart = Task("t", ("a", "b"), ANSWERS[:2], asked, asked, asked)
+    assert answer_tokens(apart, BYTES) == [[*b" yes"], [*b" no"]]
+    nested = Task("t", ("a", "b"), (" no", " none"), asked, asked, asked)
+    assert answer_tokens(nested, BYTES) == [[*b" no", EOS], [*b" none", EOS]]
+    assert list(scoring_batches([], nested, BYTES, 64)) == []

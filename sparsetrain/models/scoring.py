@@ -1,0 +1,54 @@
+"""How likely a model finds each of several continuations of the same text.
+
+Shapes: B rows, T tokens, D features, C continuations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+from sparsetrain.models.attention import attention_dtype
+from sparsetrain.models.cache import KVCache
+
+if TYPE_CHECKING:
+    from sparsetrain.models.transformer import Transformer
+
+
+@torch.no_grad()
+def continuation_scores(model: Transformer, embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
+    """Return the log-probability, in nats, of each continuation of each row: float32 ``[B, C]``.
+
+    The rows are read once; every continuation then starts from their cached keys and values.
+
+    Args:
+        embeddings: ``[B, T, D]``, rows of equal length without padding, as `Transformer.embed_tokens` returns them.
+        continuations: C lists of at least one token.
+
+    Raises:
+        UserError: an empty continuation.
+    """
+    if not all(continuations):
+        raise UserError("a continuation has no token: there is nothing to score")
+    rows, length = embeddings.shape[:2]
+    capacity = length + max(len(tokens) for tokens in continuations) - 1
+    cache = KVCache(model.config, rows, capacity, embeddings.device, attention_dtype(embeddings))
+    first = _log_probabilities(model, model.hidden(embeddings=embeddings, cache=cache)[:, -1])
+    scores = []
+    for tokens in continuations:
+        score = first[:, tokens[0]]
+        if len(tokens) > 1:
+            cache.rewind(length)
+            ids = torch.tensor(tokens, device=embeddings.device)
+            rest = _log_probabilities(model, model.hidden(ids[:-1].expand(rows, -1), cache=cache))
+            score = score + rest.gather(2, ids[1:].expand(rows, -1)[..., None]).sum((1, 2))
+        scores.append(score)
+    return torch.stack(scores, dim=1)
+
+
+def _log_probabilities(model: Transformer, hidden: Tensor) -> Tensor:
+    return model.logits(hidden).float().log_softmax(dim=-1)
