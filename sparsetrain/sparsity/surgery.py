@@ -80,7 +80,9 @@ def sparsify(
     for name, layer_sparsity in allocate(linears, plan).items():
         weight = linears[name]._parameters.get("weight")
         if weight is None:
-            raise UserError(f"{name}: its weight is computed (weight norm, a parametrization); exclude it from sparsify")
+            raise UserError(
+                f"{name}: its weight is computed (weight norm, a parametrization); exclude it from sparsify"
+            )
         if uses[id(weight)] > 1:
             raise UserError(f"{name}: its weight is shared with another module; exclude it from sparsify")
         linear = _as_linear(linears[name])

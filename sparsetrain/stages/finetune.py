@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -161,6 +162,8 @@ def _train(
     def score(examples: list[Example]) -> TaskScore:
         batches = scoring_batches(examples, task, tokenizer, context, n_slots)
         likelihoods = label_likelihoods(subject.module, row_scores, batches, len(examples))
+        if bool(likelihoods.isnan().any()):
+            return TaskScore(len(examples), math.nan, (math.nan, math.nan), math.nan)
         truth = np.array([example.label for example in examples])
         return score_labels(likelihoods.argmax(1).numpy(), truth)
 
@@ -203,10 +206,12 @@ def _train(
     }
     try:
         state = trainer.run()
+        test = score(task.test)
+        if math.isnan(test.accuracy):
+            raise Diverged(f"{verb}: the trained model gives the answers of the test set no likelihood")
     except Diverged as error:
         finish(directory, {**common, "status": "diverged", "message": str(error)})
         raise
-    test = score(task.test)
     overlap = task.overlap(corpus.train_ids())
     return finish(
         directory,

@@ -73,19 +73,23 @@ def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], 
 def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[ScoringBatch], examples: int) -> Tensor:
     """Return float64 ``[E, C]``: the log-likelihood in nats of each label's answer after each example's source.
 
+    It is NaN where the model's is: a model that diverged.
+
     Args:
         model: put into evaluation mode for the time being.
         score: see `RowScores`. batches: every one of the E ``examples`` once, in any order.
     """
     result: Tensor | None = None
+    missing = set(range(examples))
     with evaluating(model), torch.no_grad():
         for batch in batches:
             scores = score(batch.batch).double().cpu()
             if result is None:
                 result = scores.new_full((examples, scores.shape[1]), float("nan"))
             result[batch.examples] = scores
-    if result is None or bool(result.isnan().any()):
-        raise ValueError(f"not every one of {examples} examples was scored")
+            missing -= set(batch.examples.tolist())
+    if result is None or missing:
+        raise ValueError(f"{len(missing)} of {examples} examples were not scored")
     return result
 
 

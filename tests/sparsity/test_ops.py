@@ -1,0 +1,349 @@
+"""The differentiable product against dense torch and torch's own CSR, and how it behaves inside torch."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity import Backend, SparseLinear, SparsityPattern, backend_names, register_backend, sparse_linear
+from sparsetrain.sparsity import ops
+
+K, M = 12, 10
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[SparsityPattern, tuple[int, ...], int]:
+    """A pattern with at least one value, the leading dimensions of an input, and a seed."""
+    block = draw(st.sampled_from([(1, 1), (1, 2), (2, 3)]))
+    tiles = torch.tensor(draw(st.lists(st.booleans(), min_size=12, max_size=12)), dtype=torch.bool).view(3, 4)
+    tiles[draw(st.integers(0, 2)), draw(st.integers(0, 3))] = True
+    mask = tiles.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    leading = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
+    return SparsityPattern.from_mask(mask, block), leading, draw(st.integers(0, 2**31))
+
+
+def pattern_of(rows: int = M, columns: int = K, density: float = 0.4, seed: int = 0) -> SparsityPattern:
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+    mask[0, 0] = True
+    return SparsityPattern.from_mask(mask)
+
+
+def inputs(pattern: SparsityPattern, *leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    """x, values and bias that want gradients, and a gradient of the output."""
+    rows, columns = pattern.shape
+    made = [torch.randn(*shape, dtype=dtype) for shape in ((*leading, columns), (pattern.nnz,), (rows,))]
+    return *(tensor.to(pattern.device).requires_grad_() for tensor in made), torch.randn(
+        *leading, rows, dtype=dtype
+    ).to(pattern.device)
+
+
+def assert_matches_dense(pattern: SparsityPattern, x: Tensor, values: Tensor, bias: Tensor | None, g: Tensor) -> None:
+    wanted = [tensor for tensor in (x, values, bias) if tensor is not None]
+    ours = sparse_linear(x, values, pattern, bias)
+    theirs = F.linear(x, pattern.scatter(values), bias)
+    torch.testing.assert_close(ours, theirs)
+    for mine, other in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@given(problem=problems(), with_bias=st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_forward_and_gradients_match_dense_torch(
+    problem: tuple[SparsityPattern, tuple[int, ...], int], with_bias: bool
+) -> None:
+    pattern, leading, seed = problem
+    torch.manual_seed(seed)
+    x, values, bias, g = inputs(pattern, *leading)
+    assert_matches_dense(pattern, x, values, bias if with_bias else None, g)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)])
+def test_any_leading_dimensions_match_dense_torch(leading: tuple[int, ...], device: torch.device) -> None:
+    pattern = pattern_of().to(device)
+    x, values, bias, g = inputs(pattern, *leading)
+    assert sparse_linear(x, values, pattern, bias).shape == (*leading, M)
+    assert_matches_dense(pattern, x, values, bias, g)
+
+
+def test_non_contiguous_inputs_and_gradients_match_dense_torch() -> None:
+    pattern = pattern_of()
+    _, values, bias, _ = inputs(pattern, 1)
+    for x in (torch.randn(K, 5).t(), torch.randn(5, 2 * K)[:, ::2], torch.randn(1, K).expand(5, K)):
+        leaf = x.double().requires_grad_() if x.stride(0) else x.double().expand(5, K).requires_grad_()
+        for g in (torch.randn(M, 5).double().t(), torch.ones((), dtype=torch.float64).expand(5, M)):
+            assert_matches_dense(pattern, leaf, values, bias, g)
+
+
+def test_forward_and_gradients_match_torch_csr() -> None:
+    pattern = pattern_of()
+    x, values, bias, g = inputs(pattern, 7)
+    ours = torch.autograd.grad(sparse_linear(x, values, pattern, bias), (x, values, bias), g)
+    with pytest.warns(UserWarning, match="Sparse CSR tensor support is in beta"):
+        torch._C._sparse_csr_tensor_warned = True if False else None  # type: ignore[attr-defined]
+        csr = torch.sparse_csr_tensor(pattern.row_ptr, pattern.col.long(), values, pattern.shape)
+    theirs = (csr @ x.t()).t() + bias
+    torch.testing.assert_close(sparse_linear(x, values, pattern, bias), theirs)
+    for mine, other in zip(ours, torch.autograd.grad(theirs, (x, values, bias), g), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("block", [(1, 1), (2, 3)])
+def test_gradcheck_in_float64(block: tuple[int, int], device: torch.device) -> None:
+    tiles = torch.tensor([[1, 0, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    mask = tiles.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    pattern = SparsityPattern.from_mask(mask, block).to(device)
+    x, values, bias, _ = inputs(pattern, 2, 2)
+    assert torch.autograd.gradcheck(lambda *args: sparse_linear(args[0], args[1], pattern, args[2]), (x, values, bias))
+
+
+# -- inside torch ----------------------------------------------------------------------------------------------------
+
+
+def arguments(pattern: SparsityPattern, x: Tensor, values: Tensor) -> tuple[Any, ...]:
+    shape, block = list(pattern.shape), list(pattern.block)
+    return x, values, pattern.row_ptr, pattern.col, shape, block, "masked", ops.layout_id(pattern)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_opcheck_of_forward_and_backward(transposed: bool, device: torch.device) -> None:
+    pattern = pattern_of().to(device)
+    x, values, _, g = inputs(pattern, 3, dtype=torch.float32)
+    if transposed:
+        x = torch.randn(K, 3, device=device).t().requires_grad_()
+    call = arguments(pattern, x, values)
+    torch.library.opcheck(ops._sparse_linear, call)
+    packed = ops._sparse_linear(*call)[1].detach()
+    for needs in ((True, True), (False, True), (True, False)):
+        detached = (g, x.detach(), values.detach(), packed, *call[2:], *needs)
+        torch.library.opcheck(ops._sparse_linear_backward, detached)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_computes_in_the_type_that_linear_does(dtype: torch.dtype, device: torch.device) -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0, device=device)
+    dense = layer.to_linear()
+    x = torch.randn(6, K, device=device)
+    with torch.autocast(device.type, dtype):
+        ours, theirs = layer(x), dense(x)
+    assert ours.dtype == theirs.dtype == dtype
+    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    ours.sum().backward()
+    theirs.sum().backward()
+    assert layer.values.grad is not None
+    assert dense.weight.grad is not None
+    assert layer.values.grad.dtype == dense.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(layer.values.grad, layer.pattern.gather(dense.weight.grad), atol=2e-2, rtol=2e-2)
+
+
+def test_autocast_leaves_float64_alone_as_linear_does() -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0, dtype=torch.float64)
+    x = torch.randn(6, K, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(x), layer.to_linear()(x)
+    assert ours.dtype == theirs.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_compiled_without_graph_breaks_equals_eager() -> None:
+    # `aot_eager` traces forward and backward through the shape functions but calls no C++ compiler.
+    torch.compiler.reset()
+    model = nn.Sequential(SparseLinear(K, M, density=0.5, seed=0), nn.GELU(), SparseLinear(M, 4, density=0.5, seed=1))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(5, K)
+
+    def assert_equal() -> None:
+        outputs, gradients = [], []
+        for run in (model, compiled):
+            model.zero_grad()
+            output = run(x)
+            output.square().sum().backward()
+            outputs.append(output.detach())
+            gradients.append([parameter.grad for parameter in model.parameters()])
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+    assert_equal()
+    # A new topology behind the compiled graph's back.
+    layer = model[0]
+    assert isinstance(layer, SparseLinear)
+    pattern = pattern_of(seed=5)
+    layer.set_topology(pattern, torch.randn(pattern.nnz))
+    assert_equal()
+    torch.compiler.reset()
+
+
+def test_gradient_checkpointing_matches_plain_backward() -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0)
+    x = torch.randn(4, K, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), (x, *layer.parameters()))
+    torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+def test_double_backward_is_refused_in_words() -> None:
+    pattern = pattern_of()
+    x, values, bias, _ = inputs(pattern, 3)
+    output = sparse_linear(x, values, pattern, bias).square().sum()
+    first = torch.autograd.grad(output, (x, values), create_graph=True)
+    with pytest.raises(RuntimeError, match="a sparse layer has no second derivative"):
+        sum(gradient.square().sum() for gradient in first).backward()
+
+
+@pytest.mark.parametrize(
+    ("shape", "nnz", "message"),
+    [
+        ((3, K + 1), 0, rf"the input has shape \(3, {K + 1}\); its last dimension must be {K}"),
+        ((), 0, r"the input has shape \(\)"),
+        ((3, K), 1, "values have shape .* nonzeros"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], nnz: int, message: str) -> None:
+    pattern = pattern_of()
+    with pytest.raises(UserError, match=message):
+        sparse_linear(torch.randn(shape), torch.randn(pattern.nnz + nnz), pattern)
+
+
+# -- backends --------------------------------------------------------------------------------------------------------
+
+
+class Loops(Backend):
+    """Three contractions in the plainest torch, and a list of the calls."""
+
+    name = "loops"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def _entries(self, pattern: SparsityPattern) -> list[tuple[int, int]]:
+        return [(int(at) // pattern.shape[1], int(at) % pattern.shape[1]) for at in pattern.positions()]
+
+    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        self.calls.append("matmul")
+        y = x.new_zeros(x.shape[0], pattern.shape[0])
+        for value, (row, column) in zip(values, self._entries(pattern), strict=True):
+            y[:, row] += value * x[:, column]
+        return y
+
+    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        self.calls.append("matmul_t")
+        x = g.new_zeros(g.shape[0], pattern.shape[1])
+        for value, (row, column) in zip(values, self._entries(pattern), strict=True):
+            x[:, column] += value * g[:, row]
+        return x
+
+    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        self.calls.append("sampled")
+        return torch.stack([g[:, row] @ x[:, column] for row, column in self._entries(pattern)])
+
+
+@pytest.fixture
+def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loops]:
+    monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
+    backend = Loops()
+    register_backend(backend)
+    yield backend
+
+
+def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
+    assert backend_names() == ["auto", "masked", "loops"]
+    layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops", dtype=torch.float64)
+    x = torch.randn(2, 3, K, dtype=torch.float64, requires_grad=True)
+    results = []
+    for name in ("loops", "masked"):
+        layer.backend = name
+        output = layer(x)
+        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
+    assert loops.calls == ["matmul", "matmul_t", "sampled"]
+    torch.testing.assert_close(*results)
+    torch.library.opcheck(
+        ops._sparse_linear, (*arguments(layer.pattern, x.detach()[0], layer.values)[:6], "loops", 10**9), raise_exception=False
+    )
+
+
+def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> None:
+    layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops")
+    layer(torch.randn(2, K)).sum().backward()
+    assert loops.calls == ["matmul", "sampled"]
+    loops.calls.clear()
+    layer.requires_grad_(False)
+    x = torch.randn(2, K, requires_grad=True)
+    layer(x).sum().backward()
+    assert loops.calls == ["matmul", "matmul_t"]
+    assert layer.values.grad is x.grad is None or layer.values.grad is None
+    loops.calls.clear()
+    assert not layer(torch.randn(2, K)).requires_grad
+    assert loops.calls == ["matmul"]
+
+
+def test_the_masked_backends_contractions_match_numpy() -> None:
+    backend, pattern = ops.MaskedBackend(), pattern_of()
+    x, values, _, g = (tensor.detach() for tensor in inputs(pattern, 4))
+    dense = pattern.scatter(values).numpy()
+    torch.testing.assert_close(backend.matmul(x, values, pattern), torch.from_numpy(x.numpy() @ dense.T))
+    torch.testing.assert_close(backend.matmul_t(g, values, pattern), torch.from_numpy(g.numpy() @ dense))
+    torch.testing.assert_close(
+        backend.sampled(g, x, pattern), torch.from_numpy((g.numpy().T @ x.numpy())[pattern.mask().numpy()])
+    )
+
+
+def test_bad_backend_names_are_refused() -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0)
+    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, masked \(did you mean 'masked'\?\)"):
+        layer.backend = "maskd"
+    assert layer.backend == "auto"
+    with pytest.raises(UserError, match="'auto' is taken"):
+        register_backend(type("Auto", (Backend,), {"name": "auto"})())
+
+
+# -- the registry of layouts -----------------------------------------------------------------------------------------
+
+
+def test_a_collected_pattern_is_rebuilt_from_its_tensors() -> None:
+    pattern = pattern_of()
+    x, values, _, g = inputs(pattern, 3)
+    call = arguments(pattern, x, values)
+    expected = F.linear(x, pattern.scatter(values))
+    output = ops._sparse_linear(*call)[0]
+    expected_gradients = torch.autograd.grad(expected, (x, values), g)
+    number = call[-1]
+    del pattern
+    gc.collect()
+    assert number not in ops._LAYOUTS
+    torch.testing.assert_close(ops._sparse_linear(*call)[0], expected)
+    torch.testing.assert_close(torch.autograd.grad(output, (x, values), g), expected_gradients)
+
+
+def test_two_layers_never_hit_each_others_layout() -> None:
+    # As many patterns as a run goes through, each collected before the next: a number is never given twice.
+    numbers = []
+    for seed in range(20):
+        pattern = pattern_of(seed=seed)
+        numbers.append(ops.layout_id(pattern))
+        assert ops.layout_id(pattern) == numbers[-1]
+        x, values, bias, g = inputs(pattern, 2)
+        assert_matches_dense(pattern, x, values, bias, g)
+        del pattern
+        gc.collect()
+    assert len(set(numbers)) == 20
+
+
+def test_a_topology_that_changes_between_forward_and_backward_does_not_matter() -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0, bias=False)
+    x = torch.randn(3, K, requires_grad=True)
+    expected = torch.ones(3, M) @ layer.dense_weight().detach()
+    output = layer(x)
+    pattern = pattern_of(seed=9)
+    layer.set_topology(pattern, torch.randn(pattern.nnz))
+    gc.collect()
+    (gradient,) = torch.autograd.grad(output.sum(), (x,))
+    torch.testing.assert_close(gradient, expected)
