@@ -114,12 +114,17 @@ def small_medline(make_wheel: WheelMaker) -> Wheel:
 @pytest.fixture(scope="session")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A text file of 200 short paragraphs."""
+    path = tmp_path_factory.mktemp("text") / "notes.txt"
+    write_notes(path)
+    return path
+
+
+def write_notes(path: Path) -> None:
+    """Write the text of the fixture ``notes``, always the same."""
     draw = random.Random(0)
     words = "study of the patients group treated with placebo control results were significant risk dose trial".split()
     paragraphs = (f"Note {n}: {' '.join(draw.choices(words, k=24))}." for n in range(200))
-    path = tmp_path_factory.mktemp("text") / "notes.txt"
     path.write_text("\n\n".join(paragraphs))
-    return path
 
 
 @pytest.fixture(scope="session")

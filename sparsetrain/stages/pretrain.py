@@ -18,6 +18,7 @@ from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import SparsityConfig, sparse_layers
+from sparsetrain.sparsity.ops import resolve_backend
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
 from sparsetrain.stages.run import RunResult, claimed, commit, finish, machine, run_weights, save_tokenizer, skipped
 from sparsetrain.training.evaluate import score_text
@@ -134,6 +135,7 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
         "seed": config.seed,
         "corpus": corpus.directory.name,
         "precision": reason,
+        "backend": backends(model),
         "machine": machine(device),
         "commit": commit(),
     }
@@ -172,6 +174,13 @@ def progress_entries(state: TrainState) -> dict[str, Any]:
     }
 
 
+def backends(model: Transformer) -> str:
+    """Return the names of the backends that compute the sparse layers, ``dense`` for a model without any."""
+    tokens = model.config.max_context
+    names = {resolve_backend(layer.backend, layer.pattern, tokens) for _, layer in sparse_layers(model)}
+    return ", ".join(sorted(names)) or "dense"
+
+
 def check_context(model: ModelConfig, context: int) -> None:
     """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
     if model.positions == "learned" and context > model.max_context:
@@ -182,11 +191,10 @@ def describe(model: Transformer, precision: str, device: torch.device, console: 
     """Print one line about the model that is about to be trained."""
     stored = sum(parameter.numel() for parameter in model.parameters())
     layers = list(sparse_layers(model))
-    backends = ", ".join(sorted({layer.backend for _, layer in layers})) or "dense"
     empty = sum(layer.pattern.empty_rows for _, layer in layers)
     warning = f"; {empty} outputs have no weight at all" if empty else ""
     console.print(
-        f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends}, "
+        f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends(model)}, "
         f"{device.type}, {precision}{warning}",
         highlight=False,
         soft_wrap=True,

@@ -42,9 +42,8 @@ def inputs(pattern: SparsityPattern, *leading: int, dtype: torch.dtype = torch.f
     """x, values and bias that want gradients, and a gradient of the output."""
     rows, columns = pattern.shape
     made = [torch.randn(*shape, dtype=dtype) for shape in ((*leading, columns), (pattern.nnz,), (rows,))]
-    return *(tensor.to(pattern.device).requires_grad_() for tensor in made), torch.randn(
-        *leading, rows, dtype=dtype
-    ).to(pattern.device)
+    g = torch.randn(*leading, rows, dtype=dtype).to(pattern.device)
+    return *(tensor.to(pattern.device).requires_grad_() for tensor in made), g
 
 
 def assert_matches_dense(pattern: SparsityPattern, x: Tensor, values: Tensor, bias: Tensor | None, g: Tensor) -> None:
@@ -78,19 +77,18 @@ def test_any_leading_dimensions_match_dense_torch(leading: tuple[int, ...], devi
 def test_non_contiguous_inputs_and_gradients_match_dense_torch() -> None:
     pattern = pattern_of()
     _, values, bias, _ = inputs(pattern, 1)
-    for x in (torch.randn(K, 5).t(), torch.randn(5, 2 * K)[:, ::2], torch.randn(1, K).expand(5, K)):
-        leaf = x.double().requires_grad_() if x.stride(0) else x.double().expand(5, K).requires_grad_()
+    for x in (torch.randn(K, 5).double().t(), torch.randn(5, 2 * K).double()[:, ::2], torch.ones(1, K).double().expand(5, K)):
+        assert not x.is_contiguous()
         for g in (torch.randn(M, 5).double().t(), torch.ones((), dtype=torch.float64).expand(5, M)):
-            assert_matches_dense(pattern, leaf, values, bias, g)
+            assert_matches_dense(pattern, x.requires_grad_(), values, bias, g)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:Sparse invariant checks")
 def test_forward_and_gradients_match_torch_csr() -> None:
     pattern = pattern_of()
     x, values, bias, g = inputs(pattern, 7)
     ours = torch.autograd.grad(sparse_linear(x, values, pattern, bias), (x, values, bias), g)
-    with pytest.warns(UserWarning, match="Sparse CSR tensor support is in beta"):
-        torch._C._sparse_csr_tensor_warned = True if False else None  # type: ignore[attr-defined]
-        csr = torch.sparse_csr_tensor(pattern.row_ptr, pattern.col.long(), values, pattern.shape)
+    csr = torch.sparse_csr_tensor(pattern.row_ptr, pattern.col.long(), values, pattern.shape, check_invariants=True)
     theirs = (csr @ x.t()).t() + bias
     torch.testing.assert_close(sparse_linear(x, values, pattern, bias), theirs)
     for mine, other in zip(ours, torch.autograd.grad(theirs, (x, values, bias), g), strict=True):
@@ -265,9 +263,6 @@ def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
         results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
     assert loops.calls == ["matmul", "matmul_t", "sampled"]
     torch.testing.assert_close(*results)
-    torch.library.opcheck(
-        ops._sparse_linear, (*arguments(layer.pattern, x.detach()[0], layer.values)[:6], "loops", 10**9), raise_exception=False
-    )
 
 
 def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> None:
@@ -275,11 +270,13 @@ def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> No
     layer(torch.randn(2, K)).sum().backward()
     assert loops.calls == ["matmul", "sampled"]
     loops.calls.clear()
+    assert layer.values.grad is not None
+    trained = layer.values.grad.clone()
     layer.requires_grad_(False)
     x = torch.randn(2, K, requires_grad=True)
     layer(x).sum().backward()
     assert loops.calls == ["matmul", "matmul_t"]
-    assert layer.values.grad is x.grad is None or layer.values.grad is None
+    assert torch.equal(layer.values.grad, trained)
     loops.calls.clear()
     assert not layer(torch.randn(2, K)).requires_grad
     assert loops.calls == ["matmul"]
@@ -333,7 +330,6 @@ def test_two_layers_never_hit_each_others_layout() -> None:
         x, values, bias, g = inputs(pattern, 2)
         assert_matches_dense(pattern, x, values, bias, g)
         del pattern
-        gc.collect()
     assert len(set(numbers)) == 20
 
 

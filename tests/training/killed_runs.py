@@ -1,0 +1,78 @@
+"""Kill a small run with SIGKILL at random moments, resume it, and compare it with one that was left alone.
+
+Usage: python killed_runs.py CONFIG.json DIRECTORY TIMES. Runs are forked, so that the imports are paid for once. Prints
+how many kills hit a run that was under way; exits with 1 at the first difference.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from sparsetrain.stages import PretrainConfig, pretrain
+from sparsetrain.stages.config import build
+from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.metrics import TIMED, read_metrics
+
+
+def start(settings: dict, directory: Path) -> int:
+    """Fork a process that trains in ``directory``; return its id."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            config = build(PretrainConfig, {**settings, "run_dir": str(directory)})
+            pretrain(config, Console(file=io.StringIO()))
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def outcome(directory: Path) -> tuple[list[tuple], dict[str, torch.Tensor]]:
+    """Return what must be the same in two runs: the metrics but for the times, and the final tensors."""
+    records = read_metrics(directory / "metrics.jsonl")
+    metrics = [tuple(sorted((k, v) for k, v in record.items() if k not in TIMED)) for record in records]
+    last = load_checkpoint(directory / "checkpoints", on_refused=sys.exit)
+    return metrics, {**last.model, **{f"optimizer {name}": t for name, t in last.optimizer.tensors.items()}}
+
+
+def main(settings: dict, home: Path, times: int) -> int:
+    draw = random.Random()
+    began = time.monotonic()
+    if os.waitpid(start(settings, home / "alone"), 0)[1]:
+        return 1
+    whole = time.monotonic() - began
+    metrics, tensors = outcome(home / "alone")
+    hits = 0
+    for number in range(times):
+        directory = home / f"killed-{number}"
+        child = start(settings, directory)
+        time.sleep(draw.uniform(0, whole))
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        hits += os.WIFSIGNALED(status)
+        if os.waitpid(start(settings, directory), 0)[1]:
+            print(f"run {number} could not be resumed")
+            return 1
+        other_metrics, other_tensors = outcome(directory)
+        same = other_tensors.keys() == tensors.keys() and all(torch.equal(other_tensors[k], tensors[k]) for k in tensors)
+        if not same or other_metrics != metrics:
+            print(f"run {number} differs: tensors equal {same}, metrics equal {other_metrics == metrics}")
+            return 1
+    print(hits)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2]), int(sys.argv[3])))
