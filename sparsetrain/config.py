@@ -124,7 +124,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     except OverrideParseException as error:
         raise UserError(f"cannot read the override: {str(error).splitlines()[0]}") from None
     known_groups = groups(verb)
-    tree = defaults(verb)
+    tree = _with_optional_groups(verb, parsed, known_groups)
     for override in parsed:
         key = override.key_or_group
         if key.split(".")[0].split("/")[0] == "hydra":
@@ -143,6 +143,18 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             for value in override.sweep_iterator():
                 _check_type(key, value, tree)
+
+
+def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: Mapping[str, list[str]]) -> DictConfig:
+    """Return the configuration of a verb with those sections that are null unless a group is chosen for them."""
+    tree = defaults(verb)
+    chosen = [
+        f"{override.key_or_group}={choice}"
+        for override in parsed
+        for choice in _choices(override)[:1]
+        if choice in known_groups.get(override.key_or_group, ()) and tree.get(override.key_or_group, 0) is None
+    ]
+    return _load(verb, chosen) if chosen else tree
 
 
 def _choices(override: Override) -> list[str]:

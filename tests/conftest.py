@@ -122,22 +122,22 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_notes(path: Path) -> None:
     """Write the text of the fixture ``notes``, always the same."""
     draw = random.Random(0)
-    words = "study of the patients group treated with placebo control results were significant risk dose trial".split()
+    words = [start + end for start in ("pla", "tri", "do", "con") for end in ("cebo", "al", "se", "trol")]
     paragraphs = (f"Note {n}: {' '.join(draw.choices(words, k=24))}." for n in range(200))
     path.write_text("\n\n".join(paragraphs))
 
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the form of PubMedQA: 60 questions, 20 of them to test on, whose answers show in the context."""
+    """A folder in the form of PubMedQA: 60 questions, 20 of them to test on, whose answers show in their wording."""
     draw = random.Random(0)
-    told = {"yes": "It did help.", "no": "It did not.", "maybe": "Unclear."}
+    told = {"yes": "+", "no": "-", "maybe": "?"}
     rows = {}
     for number in range(60):
         answer = draw.choice(list(told))
         rows[str(900_000 + number)] = {
-            "QUESTION": f"Does drug {number} help?",
-            "CONTEXTS": [told[answer]],
+            "QUESTION": f"{number}: {told[answer]}",
+            "CONTEXTS": [f"Drug {number}."],
             "final_decision": answer,
         }
     folder = tmp_path_factory.mktemp("questions")

@@ -65,14 +65,14 @@ class Attention(nn.Module):
 
     Args:
         config: shapes and positions.
-        scale: what the scores are multiplied with before the position bias is added.
+        scale: what the scores are multiplied with before the position bias is added; None is 1 / sqrt(d_head).
     """
 
-    def __init__(self, config: ModelConfig, scale: float) -> None:
+    def __init__(self, config: ModelConfig, scale: float | None = None) -> None:
         super().__init__()
         self.n_heads, self.kv_heads, self.d_head = config.n_heads, config.kv_heads, config.d_head
         self.positions = config.positions
-        self.scale = scale
+        self.scale = self.d_head**-0.5 if scale is None else scale
         rows = (self.n_heads + 2 * self.kv_heads) * self.d_head
         self.qkv = nn.Linear(config.d_model, rows, bias=config.bias)
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)

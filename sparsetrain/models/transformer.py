@@ -21,20 +21,21 @@ from sparsetrain.models.generation import generate
 from sparsetrain.models.mlp import MLP
 from sparsetrain.models.scoring import continuation_scores
 from sparsetrain.models.soft_prompt import SoftPrompt
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, initialise
+from sparsetrain.parameterization import Parameterization, Role, TensorSpec, assign, initialise
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparse_layers, sparsify
 
 
 class Block(nn.Module):
     """Pre-norm attention and MLP, each branch times ``residual_scale`` (m_L^-alpha) before it is added."""
 
-    def __init__(self, config: ModelConfig, attention_scale: float, residual_scale: float) -> None:
+    residual_scale = 1.0
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.attn_norm = _norm(config)
-        self.attn = Attention(config, attention_scale)
+        self.attn = Attention(config)
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
-        self.residual_scale = residual_scale
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None, layer: int = 0) -> Tensor:
@@ -73,14 +74,10 @@ class Transformer(nn.Module):
         super().__init__()
         rules = Parameterization.sp() if rules is None else rules
         self.config = config
-        self.attention_scale = rules.attention_multiplier(config.d_head)
-        self.embedding_scale = rules.embedding_multiplier()
-        self.logit_scale = rules.logit_multiplier(config.d_model / (rules.base_width or config.d_model))
-        residual_scale = rules.residual_multiplier(config.n_layers)
 
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.positions = nn.Embedding(config.max_context, config.d_model) if config.positions == "learned" else None
-        self.blocks = nn.ModuleList(Block(config, self.attention_scale, residual_scale) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = _norm(config)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -95,7 +92,36 @@ class Transformer(nn.Module):
             sparsify(self, plan=plan, seed=seed)
             if "head" in dict(sparse_layers(self)):
                 raise UserError("the head stays dense: add '*head*' to the exclude list of the sparsity plan")
-        initialise(self, tensor_specs(self, rules), rules, config.init_std, config.n_layers, seed)
+        self.parameterize(rules, seed=seed)
+
+    def parameterize(
+        self, rules: Parameterization, sigma: float | None = None, seed: int | None = None, reinitialise: bool = True
+    ) -> Transformer:
+        """Put the model under ``rules``: forward multipliers, roles for `param_groups`, and fresh values.
+
+        Call it again when surgery has changed the layers, `sparsetrain.sparsify` or `sparsetrain.densify`.
+
+        Args:
+            rules: the parameterization.
+            sigma: base standard deviation; None is ``config.init_std``.
+            seed: of the initial values; None draws one from torch's global generator.
+            reinitialise: False keeps the values, for example to fine-tune.
+        """
+        config = self.config
+        self.attention_scale = rules.attention_multiplier(config.d_head)
+        self.embedding_scale = rules.embedding_multiplier()
+        self.logit_scale = rules.logit_multiplier(config.d_model / (rules.base_width or config.d_model))
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attn.scale = self.attention_scale
+            block.residual_scale = rules.residual_multiplier(config.n_layers)
+        specs = tensor_specs(self, rules)
+        if reinitialise:
+            sigma = config.init_std if sigma is None else sigma
+            initialise(self, specs, rules, sigma, config.n_layers, seeds.resolve_seed(seed))
+        else:
+            assign(self, specs, rules, config.n_layers)
+        return self
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits ``[B, T, V]`` of the token after each of ``tokens`` ``[B, T]`` (int64)."""
@@ -195,10 +221,7 @@ class Transformer(nn.Module):
 
 
 def tensor_specs(model: Transformer, rules: Parameterization) -> dict[str, TensorSpec]:
-    """Return role, m_d and density of every parameter of ``model``, by its name in ``named_parameters``.
-
-    Call it again, and `parameterization.assign` with the result, when surgery has changed the model's layers.
-    """
+    """Return role, m_d and density of every parameter of ``model``, by its name in ``named_parameters``."""
     m_d, m_ffn = model.config.width_multipliers(rules.base_width or model.config.d_model)
     modules = dict(model.named_modules())
     specs = {}

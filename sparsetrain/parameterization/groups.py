@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ MATRIX_ROLES: tuple[tuple[str, Role], ...] = (
     *((name, Role.HIDDEN) for name in ("c_fc", "up_proj", "gate_proj", "mlp.up", "mlp.gate", "fc1", "fc_in")),
     ("dense_h_to_4h", Role.HIDDEN),
 )
+DEFAULT_SIGMA = 0.02
 POSITION_NAMES = ("wpe", "positions", "embed_positions", "position_embeddings", "pos_emb")
 # Only outside the numbered blocks: OPT, for one, has a final_layer_norm in each of them.
 FINAL_NORM_NAMES = ("ln_f", "final_norm", "norm_f", "final_layer_norm", "final_layernorm", "norm")
@@ -138,10 +139,7 @@ def param_groups(
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if name not in specs:
-            raise UserError(
-                f"parameter '{name}' has no role: call parameterize after sparsify, densify or adding layers (a "
-                "Transformer takes its sparsity when it is built)"
-            )
+            raise UserError(f"parameter '{name}' has no role: parameterize after sparsify, densify or adding layers")
         if not parameter.requires_grad:
             continue
         spec = specs[name]
@@ -167,13 +165,22 @@ def _check_densities(model: nn.Module, specs: Mapping[str, TensorSpec]) -> None:
                 )
 
 
+@runtime_checkable
+class AppliesRules(Protocol):
+    """A model, such as `sparsetrain.Transformer`, that knows its roles and applies the multipliers itself."""
+
+    def parameterize(
+        self, rules: Parameterization, sigma: float | None, seed: int | None, reinitialise: bool
+    ) -> nn.Module: ...
+
+
 def parameterize(
     model: nn.Module,
     rules: Parameterization,
     base: nn.Module | None = None,
     *,
     roles: Mapping[str, Role | str] | None = None,
-    sigma: float = 0.02,
+    sigma: float | None = None,
     n_layers: int | None = None,
     seed: int | None = None,
     reinitialise: bool = True,
@@ -189,7 +196,8 @@ def parameterize(
         model: changed in place.
         base: the same architecture at the base width (and any density), for m_d; needed by all rules but SP.
         roles: glob over module names -> role; checked before the built-in names, first match wins.
-        sigma: base standard deviation. n_layers: number of blocks; by default, as many as hold matrices.
+        sigma: base standard deviation; None is 0.02, or what the model's own configuration says.
+        n_layers: number of blocks; by default, as many as hold matrices.
         seed: of the initial values; None draws it from torch's global generator.
         reinitialise: False keeps the weights, for example to fine-tune.
 
@@ -198,18 +206,15 @@ def parameterize(
 
     Raises:
         UserError: a parameter without a role, a base that lacks one of the modules or has none of the rules' base
-            width, roles that name no module, or a model such as `Transformer` that applies its rules itself.
+            width, or roles that name no module.
     """
-    if hasattr(model, "tensor_specs") and not hasattr(model, "parameterized"):
-        raise UserError(
-            f"parameterize: a {type(model).__name__} applies its rules in its own forward pass; give them to it when "
-            "it is built"
-        )
+    if isinstance(model, AppliesRules):
+        return model.parameterize(rules, sigma, seed, reinitialise)
     if rules.uses_width and base is None:
         raise UserError(f"parameterize: {rules.scheme} needs base=, the same model at the base width")
     modules = dict(model.named_modules())
-    module_roles = {name: _role(name, module, roles or {}) for name, module in modules.items()}
     _check_globs(roles or {}, modules)
+    module_roles = {name: _role(name, module, roles or {}) for name, module in modules.items()}
     widths = _widths(base) if base is not None else {}
     if rules.uses_width and rules.base_width not in widths.values():
         raise UserError(
@@ -239,7 +244,7 @@ def parameterize(
         specs[name] = TensorSpec(_leaf_role(role, leaf), m_d, density)
     depth = n_layers if n_layers is not None else max(1, len(blocks))
     if reinitialise:
-        initialise(model, specs, rules, sigma, depth, seeds.resolve_seed(seed))
+        initialise(model, specs, rules, DEFAULT_SIGMA if sigma is None else sigma, depth, seeds.resolve_seed(seed))
     else:
         assign(model, specs, rules, depth)
     for module_name, role in module_roles.items():
@@ -252,7 +257,6 @@ def parameterize(
             _scale_input(module, rules.logit_multiplier(m_d))
         elif role is Role.OUTPUT:
             _scale_output(module, rules.residual_multiplier(depth))
-    model.parameterized = True  # type: ignore[assignment]
     return model
 
 

@@ -15,6 +15,7 @@ from sparsetrain.optim import OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.init import check_sparsity
+from sparsetrain.sparsity.ops import backend_names
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
@@ -58,6 +59,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
+        check_choice("sparsity.backend", self.sparsity.backend, backend_names())
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
         if self.threads is not None and self.threads < 1:
@@ -110,12 +112,7 @@ class PromptConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("train", self.train, TRAINABLE)
-        check_choice("init", self.init, PROMPT_INITS)
-        if self.n_tokens < 1:
-            raise UserError(f"n_tokens={self.n_tokens} must be at least 1")
-        if self.init == "words" and not self.words.strip():
-            raise UserError(f"words={self.words!r} is empty; init=words needs some")
+        _check_prompt(self)
 
 
 @dataclass
@@ -126,6 +123,9 @@ class FinetuneSection:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     stage: LoopConfig = field(default_factory=LoopConfig)
+
+    def __post_init__(self) -> None:
+        check_choice("pipeline.finetune.mode", self.mode, FINETUNE_MODES)
 
 
 @dataclass
@@ -143,6 +143,16 @@ class PromptSection:
 
     def __post_init__(self) -> None:
         check_choice("pipeline.prompt.start", self.start, PROMPT_STARTS)
+        _check_prompt(self, "pipeline.prompt.")
+
+
+def _check_prompt(settings: PromptConfig | PromptSection, path: str = "") -> None:
+    check_choice(f"{path}train", settings.train, TRAINABLE)
+    check_choice(f"{path}init", settings.init, PROMPT_INITS)
+    if settings.n_tokens < 1:
+        raise UserError(f"{path}n_tokens={settings.n_tokens} must be at least 1")
+    if settings.init == "words" and not settings.words.strip():
+        raise UserError(f"{path}words={settings.words!r} is empty; init=words needs some")
 
 
 @dataclass

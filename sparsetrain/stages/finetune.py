@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.data import Batch, Corpus, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
 from sparsetrain.data.tasks import Example
-from sparsetrain.models import Transformer, tensor_specs
+from sparsetrain.models import Transformer
 from sparsetrain.optim import Schedule, build_optimizer
-from sparsetrain.parameterization import assign, param_groups
+from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.config import FinetuneConfig, as_plain, total_steps
 from sparsetrain.stages.pretrain import (
@@ -57,7 +57,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> RunResul
     def prepare_model(model: Transformer, _tokenizer: Tokenizer) -> TaskModel:
         if config.mode == "dense":
             densify(model)
-            assign(model, tensor_specs(model, rules), rules, model.config.n_layers)
+            model.parameterize(rules, reinitialise=False)
         return TaskModel(
             network=model,
             module=model,
@@ -117,7 +117,7 @@ def load_model(config: FinetuneConfig, corpus: Corpus, device: torch.device) -> 
     model = build_model(config, tokenizer.vocab_size, device, sparse=sparse)
     load_weights(model, weights, str(source))
     # The layers now have the checkpoint's densities, whatever the configuration said.
-    assign(model, tensor_specs(model, config.parameterization), config.parameterization, model.config.n_layers)
+    model.parameterize(config.parameterization, reinitialise=False)
     return model, tokenizer
 
 

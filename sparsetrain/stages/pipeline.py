@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsetrain.data import Corpus, prepare
+from sparsetrain.data import Corpus, TaskBatches, load_task, prepare
 from sparsetrain.files import write_json
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
@@ -20,6 +20,7 @@ from sparsetrain.stages.config import (
     PretrainConfig,
     PromptConfig,
     RunConfig,
+    total_steps,
 )
 from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.pretrain import pretrain, run_directory
@@ -44,6 +45,7 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
             skipped(done, console)
             show_report(directory, console)
             return done
+        _check_task(config, corpus)
         arms = [_run_arm(config, sparsity, directory, console) for sparsity in config.arms]
         scratch = None
         if config.pipeline.scratch:
@@ -56,6 +58,17 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
         result = finish(directory, {"status": "complete", "stage": "pipeline", "report": "report.html"})
     show_report(directory, console)
     return result
+
+
+def _check_task(config: PipelineConfig, corpus: Corpus) -> None:
+    """Raise `UserError` before the first arm is trained if its model could not be fine-tuned afterwards."""
+    task, section = load_task(config.task), config.pipeline.prompt
+    n_slots = 0 if section is None else section.n_tokens
+    TaskBatches(task.train, corpus.tokenizer, task.answers, config.data.context, 1, config.seed, "check", n_slots)
+    total_steps(config, len(corpus.train))
+    for stage in (config.pipeline.finetune, section):
+        if stage is not None:
+            total_steps(dataclasses.replace(config, schedule=stage.schedule, stage=stage.stage), len(task.train))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -72,16 +72,14 @@ def claimed(directory: Path, config: RunConfig, corpus: str) -> Iterator[RunResu
             ) from None
         ours = {**as_plain(config), "corpus": corpus}
         fresh = not (directory / CONFIG).exists()
-        if not fresh:
-            changed = differences(ours, read_config(directory))
-            if changed:
+        try:
+            if fresh:
+                write_text(directory / CONFIG, yaml.safe_dump(ours, sort_keys=False))
+            elif changed := differences(ours, read_config(directory)):
                 raise UserError(
                     f"run_dir={directory} holds a run with another configuration: {', '.join(changed[:3])}; "
                     "choose another run_dir or delete that one"
                 )
-        else:
-            write_text(directory / CONFIG, yaml.safe_dump(ours, sort_keys=False))
-        try:
             yield finished(directory)
         except UserError:
             if fresh:

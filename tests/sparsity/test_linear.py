@@ -58,7 +58,8 @@ def test_values_are_drawn_as_linear_does_for_the_live_fan_in() -> None:
 
 
 def test_a_seed_gives_one_layer_and_no_seed_follows_the_global_generator() -> None:
-    assert all(torch.equal(a, b) for a, b in zip(layer().state_dict().values(), layer().state_dict().values()))
+    first, second = layer().state_dict(), layer().state_dict()
+    assert all(torch.equal(tensor, second[key]) for key, tensor in first.items())
     assert not layer(seed=1).pattern.equals(layer(seed=2).pattern)
     made = []
     for _ in range(2):
@@ -213,7 +214,7 @@ def test_strict_topology_refuses_any_difference() -> None:
     same = layer(0.4, seed=1)
     nn.init.ones_(same.values)
     for other in (layer(0.4, seed=2), layer(0.3, seed=1)):
-        with pytest.raises(RuntimeError, match="differs from the layer's .* and strict_topology is set"):
+        with pytest.raises(RuntimeError, match=r"differs from the layer's .* and strict_topology is set"):
             target.load_state_dict(other.state_dict())
         assert torch.equal(target.dense_weight(), before)
     target.load_state_dict(same.state_dict())
@@ -277,7 +278,9 @@ def test_blocks_survive_the_state_dict() -> None:
 def test_safetensors_round_trip(tmp_path: Path) -> None:
     # Two layers of one pattern: safetensors refuses tensors that share memory.
     pattern = layer().pattern
-    models = [nn.Sequential(*(SparseLinear(K, M, pattern=pattern, seed=s) for s in seeds)) for seeds in ((0, 1), (2, 3))]
+    models = [
+        nn.Sequential(*(SparseLinear(K, M, pattern=pattern, seed=s) for s in seeds)) for seeds in ((0, 1), (2, 3))
+    ]
     save_file(models[0].state_dict(), tmp_path / "model.safetensors")
     models[1].load_state_dict(load_file(tmp_path / "model.safetensors"))
     for a, b in zip(models[0], models[1], strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +14,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import Backend, SparseLinear, SparsityPattern, backend_names, register_backend, sparse_linear
-from sparsetrain.sparsity import ops
+from sparsetrain.sparsity import (
+    Backend,
+    SparseLinear,
+    SparsityPattern,
+    backend_names,
+    ops,
+    register_backend,
+    sparse_linear,
+)
 
 K, M = 12, 10
 
@@ -77,7 +83,8 @@ def test_any_leading_dimensions_match_dense_torch(leading: tuple[int, ...], devi
 def test_non_contiguous_inputs_and_gradients_match_dense_torch() -> None:
     pattern = pattern_of()
     _, values, bias, _ = inputs(pattern, 1)
-    for x in (torch.randn(K, 5).double().t(), torch.randn(5, 2 * K).double()[:, ::2], torch.ones(1, K).double().expand(5, K)):
+    wide = torch.randn(5, 2 * K, dtype=torch.float64)
+    for x in (wide[:, :K].t().contiguous().t(), wide[:, ::2], wide[:1, :K].expand(5, K)):
         assert not x.is_contiguous()
         for g in (torch.randn(M, 5).double().t(), torch.ones((), dtype=torch.float64).expand(5, M)):
             assert_matches_dense(pattern, x.requires_grad_(), values, bias, g)
@@ -245,11 +252,11 @@ class Loops(Backend):
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loops]:
+def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
     monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
     backend = Loops()
     register_backend(backend)
-    yield backend
+    return backend
 
 
 def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
@@ -263,6 +270,8 @@ def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
         results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
     assert loops.calls == ["matmul", "matmul_t", "sampled"]
     torch.testing.assert_close(*results)
+    call = arguments(layer.pattern, x.detach()[0], layer.values.detach())
+    torch.library.opcheck(ops._sparse_linear, (*call[:6], "loops", call[7]))
 
 
 def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> None:

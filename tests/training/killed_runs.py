@@ -1,7 +1,7 @@
 """Kill a small run with SIGKILL at random moments, resume it, and compare it with one that was left alone.
 
-Usage: python killed_runs.py CONFIG.json DIRECTORY TIMES. Runs are forked, so that the imports are paid for once. Prints
-how many kills hit a run that was under way; exits with 1 at the first difference.
+Usage: python killed_runs.py CONFIG.json DIRECTORY TIMES. Runs are forked, so that imports and what torch does at its
+first steps are paid for once. Prints how many kills hit a run that was under way; exits with 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from sparsetrain.training.checkpoint import load_checkpoint
 from sparsetrain.training.metrics import TIMED, read_metrics
 
 
+def train(settings: dict, directory: Path) -> None:
+    torch.set_num_threads(1)
+    config = build(PretrainConfig, {**settings, "run_dir": str(directory)})
+    pretrain(config, Console(file=io.StringIO()))
+
+
 def start(settings: dict, directory: Path) -> int:
     """Fork a process that trains in ``directory``; return its id."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
-            torch.set_num_threads(1)
-            config = build(PretrainConfig, {**settings, "run_dir": str(directory)})
-            pretrain(config, Console(file=io.StringIO()))
+            train(settings, directory)
             status = 0
         finally:
             os._exit(status)
@@ -49,8 +53,9 @@ def outcome(directory: Path) -> tuple[list[tuple], dict[str, torch.Tensor]]:
 
 def main(settings: dict, home: Path, times: int) -> int:
     draw = random.Random()
+    train(settings, home / "alone")
     began = time.monotonic()
-    if os.waitpid(start(settings, home / "alone"), 0)[1]:
+    if os.waitpid(start(settings, home / "forked"), 0)[1]:
         return 1
     whole = time.monotonic() - began
     metrics, tensors = outcome(home / "alone")
@@ -66,7 +71,9 @@ def main(settings: dict, home: Path, times: int) -> int:
             print(f"run {number} could not be resumed")
             return 1
         other_metrics, other_tensors = outcome(directory)
-        same = other_tensors.keys() == tensors.keys() and all(torch.equal(other_tensors[k], tensors[k]) for k in tensors)
+        same = other_tensors.keys() == tensors.keys() and all(
+            torch.equal(other_tensors[k], tensors[k]) for k in tensors
+        )
         if not same or other_metrics != metrics:
             print(f"run {number} differs: tensors equal {same}, metrics equal {other_metrics == metrics}")
             return 1

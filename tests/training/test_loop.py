@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -23,8 +24,9 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsetrain import files
+from sparsetrain.data import Batch, PackedSamples
 from sparsetrain.errors import UserError
-from sparsetrain.models import Transformer
+from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import as_plain, build
 from sparsetrain.training import checkpoint
@@ -129,7 +131,7 @@ def test_a_signal_saves_and_resume_is_bitwise(
     pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "whole"), screen)
     with monkeypatch.context() as patch:
         on_loss(patch, 7, send(number))
-        with pytest.raises(Interrupted, match="stopped after step 7 of 12, saved in .*; the same command") as caught:
+        with pytest.raises(Interrupted, match=r"stopped after step 7 of 12, saved in .*; the same command") as caught:
             pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "cut"), screen)
     assert caught.value.exit_code == 128 + number
     assert list_checkpoints(tmp_path / "cut" / "checkpoints")[-1] == "step-00000007"
@@ -151,7 +153,7 @@ def test_a_signal_in_the_last_step_stops_too(
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure, tmp_path: Path) -> None:
-    changes = {"schedule.steps": 40, "stage.checkpoint_every": 3, "model.dropout": 0.1, "model.n_layers": 1}
+    changes = {"schedule.steps": 40, "stage.checkpoint_every": 4, "model.dropout": 0.1, "model.n_layers": 1}
     settings = as_plain(configure(PretrainConfig, changes))
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     script = Path(__file__).with_name("killed_runs.py")
@@ -182,8 +184,6 @@ def test_accumulation_does_not_change_the_step(
 def test_accumulation_weighs_micro_batches_by_their_targets(
     configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparsetrain.data import Batch, PackedSamples
-
     true_batch = PackedSamples.batch
 
     def uneven(self: PackedSamples, first: int, count: int) -> Batch:
@@ -231,7 +231,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_checkpoint_and_causes
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values() if value.is_floating_point())
     assert [record["step"] for record in records(tmp_path / "run")][-1] == 6
     # The same run would end in the same way: it is not taken for one that is done.
-    with pytest.raises(Diverged, match="loss nan .* as recorded in .*delete it to try again"):
+    with pytest.raises(Diverged, match=r"loss nan .*as recorded in .*delete it to try again"):
         pretrain(config, screen)
 
 
@@ -244,8 +244,11 @@ def test_an_update_that_breaks_the_weights_is_not_saved(configure: Configure, tm
 
 def test_a_model_that_cannot_be_evaluated_has_diverged(configure: Configure, tmp_path: Path, screen: Console) -> None:
     changes = {
-        **{"optimizer.lr": 1e25, "optimizer.clip": 0.0, "schedule.warmup": 0.0},
-        **{"schedule.steps": 1, "stage.checkpoint_every": 0},
+        "optimizer.lr": 1e25,
+        "optimizer.clip": 0.0,
+        "schedule.warmup": 0.0,
+        "schedule.steps": 1,
+        "stage.checkpoint_every": 0,
     }
     with pytest.raises(Diverged, match="val_loss nan after step 1"):
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
@@ -300,7 +303,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.safetensors.torch, "save_file", full)
-        with pytest.raises(UserError, match="step-00000008 could not be saved .*No space left.* free some space"):
+        with pytest.raises(UserError, match=r"step-00000008 could not be saved .*No space left.* free some space"):
             pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
     pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -339,24 +342,20 @@ def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(
 
 
 def test_a_checkpoint_of_another_shape_is_one_line() -> None:
-    small, large = (
-        Transformer(build_model_config(d_model=width), None) for width in (16, 32)
-    )
+    small, large = (Transformer(shape(d_model=width), None) for width in (16, 32))
     with pytest.raises(UserError, match=r"checkpoint X does not fit this model: .*size mismatch") as caught:
         load_weights(large, small.state_dict(), "X")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
 
 
-def build_model_config(d_model: int) -> Any:
-    from sparsetrain.models import ModelConfig
-
+def shape(d_model: int) -> ModelConfig:
     return ModelConfig(d_model=d_model, n_layers=2, n_heads=2, vocab_size=20, seed=0, sparsity=0.5)
 
 
 @pytest.mark.parametrize("damage", ["column out of range", "columns not sorted", "row pointer decreasing"])
 def test_malformed_indices_in_a_checkpoint_are_one_line(damage: str) -> None:
-    model = Transformer(build_model_config(16), None)
+    model = Transformer(shape(16), None)
     stored = {name: value.clone() for name, value in model.state_dict().items()}
     columns, rows = stored["blocks.1.mlp.up.col"], stored["blocks.1.mlp.up.row_ptr"]
     if damage == "column out of range":
@@ -373,6 +372,17 @@ def test_malformed_indices_in_a_checkpoint_are_one_line(damage: str) -> None:
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "up." in name)
 
 
+def test_training_runs_and_resumes_on_every_device(
+    configure: Configure, tmp_path: Path, screen: Console, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure(PretrainConfig, {"stage.precision": "fp32"}, run_dir=tmp_path / "run", device=device.type)
+    with monkeypatch.context() as patch:
+        on_loss(patch, 6, send(signal.SIGTERM))
+        with pytest.raises(Interrupted):
+            pretrain(config, screen)
+    assert pretrain(config, screen)["loss_last"] < records(tmp_path / "run")[0]["val_loss"]
+
+
 def test_progress_lines_are_about_ten_and_name_everything(
     configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
@@ -384,8 +394,6 @@ def test_progress_lines_are_about_ten_and_name_everything(
 
 
 def test_on_a_terminal_there_is_a_bar(configure: Configure, tmp_path: Path) -> None:
-    import io
-
     console = Console(file=io.StringIO(), force_terminal=True, width=160)
     pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]

@@ -84,7 +84,7 @@ def test_a_full_disk_is_one_line(tmp_path: Path, failure: str) -> None:
     log.close()
     stream: Any = Full()
     log._stream = stream
-    with pytest.raises(UserError, match="no space left on .*; free some and run the same command again"):
+    with pytest.raises(UserError, match=r"no space left on .*; free some and run the same command again"):
         log.write(step=1)
 
 

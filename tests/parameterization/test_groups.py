@@ -1,0 +1,387 @@
+"""Initial values, optimizer groups and the surgery-free way to parameterize any model."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
+
+from sparsetrain.errors import UserError
+from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.parameterization import Parameterization, Role, TensorSpec, initialise, param_groups, parameterize
+from sparsetrain.sparsity import SparseLinear, densify, sparse_layers, sparsify
+
+P = Parameterization
+VOCAB = 37
+# Two layers where the base has one: m_L = 2, and at alpha = 1/2 a residual multiplier of 1 / sqrt(2).
+RULES = P.supar_completep(16, 0.5, 1, alpha=0.5, alpha_in=2.0, alpha_out=3.0, embedding_lr_multiplier=4.0)
+
+
+def gpt2(width: int = 32) -> GPT2LMHeadModel:
+    config = GPT2Config(vocab_size=VOCAB, n_positions=16, n_embd=width, n_layer=2, n_head=2)
+    return GPT2LMHeadModel(config).eval()
+
+
+def llama(width: int = 32) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def mlp(width: int = 32) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(7, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 5))
+
+
+MLP_ROLES = {"0": "embedding", "2": "hidden", "4": "head"}
+
+
+def logits(model: nn.Module) -> Tensor:
+    tokens = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+# -- roles -----------------------------------------------------------------------------------------------------------
+
+
+def test_roles_and_multipliers_of_gpt2() -> None:
+    model = parameterize(sparsify(gpt2(), 0.75, seed=0), RULES, gpt2(16), seed=0)
+    expected: dict[str, TensorSpec] = {
+        "transformer.wte.weight": TensorSpec(Role.EMBEDDING, 2.0),
+        "transformer.wpe.weight": TensorSpec(Role.POSITION, 2.0),
+        "transformer.ln_f.weight": TensorSpec(Role.FINAL_NORM, 2.0),
+        "transformer.ln_f.bias": TensorSpec(Role.FINAL_BIAS, 2.0),
+    }
+    for block in ("transformer.h.0.", "transformer.h.1."):
+        for norm in ("ln_1", "ln_2"):
+            expected[f"{block}{norm}.weight"] = TensorSpec(Role.NORM, 2.0)
+            expected[f"{block}{norm}.bias"] = TensorSpec(Role.BIAS, 2.0)
+        for name, role in (
+            ("attn.c_attn", Role.HIDDEN),
+            ("mlp.c_fc", Role.HIDDEN),
+            ("attn.c_proj", Role.OUTPUT),
+            ("mlp.c_proj", Role.OUTPUT),
+        ):
+            expected[f"{block}{name}.values"] = TensorSpec(role, 2.0, 0.25)
+            expected[f"{block}{name}.bias"] = TensorSpec(Role.BIAS, 2.0)
+    assert model.tensor_specs == expected
+    assert model.depth == 2
+
+
+def test_roles_and_multipliers_of_llama() -> None:
+    model = parameterize(llama(), P.mup(16), llama(16), seed=0)
+    roles = {name: spec.role for name, spec in model.tensor_specs.items()}  # type: ignore[union-attr, operator]
+    expected = {"model.embed_tokens": Role.EMBEDDING, "model.norm": Role.FINAL_NORM, "lm_head": Role.HEAD}
+    for block in ("model.layers.0.", "model.layers.1."):
+        expected |= {f"{block}{norm}": Role.NORM for norm in ("input_layernorm", "post_attention_layernorm")}
+        expected |= {f"{block}self_attn.{part}_proj": Role.HIDDEN for part in "qkv"}
+        expected |= {f"{block}mlp.{part}_proj": Role.HIDDEN for part in ("gate", "up")}
+        expected |= {f"{block}self_attn.o_proj": Role.OUTPUT, f"{block}mlp.down_proj": Role.OUTPUT}
+    assert roles == {f"{name}.weight": role for name, role in expected.items()}
+    assert {spec.m_d for spec in model.tensor_specs.values()} == {2.0}  # type: ignore[union-attr, operator]
+
+
+def test_a_norm_inside_a_numbered_block_is_not_the_final_one() -> None:
+    # OPT calls both of them final_layer_norm.
+    config = OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_hidden_layers=1,
+        ffn_dim=32,
+        num_attention_heads=2,
+        max_position_embeddings=8,
+        word_embed_proj_dim=16,
+    )
+    specs: Any = parameterize(OPTForCausalLM(config), P.sp(), seed=0).tensor_specs
+    assert specs["model.decoder.layers.0.final_layer_norm.weight"].role is Role.NORM
+    assert specs["model.decoder.final_layer_norm.weight"].role is Role.FINAL_NORM
+    assert specs["model.decoder.embed_positions.weight"].role is Role.POSITION
+
+
+def test_roles_of_a_plain_mlp_are_given_by_name() -> None:
+    with pytest.raises(UserError, match=r"parameter '0.weight' \(Linear\) has no known role: pass roles=\{'0': ROLE\}"):
+        parameterize(mlp(), P.mup(16), mlp(16))
+    model = parameterize(mlp(), P.mup(16), mlp(16), roles=MLP_ROLES, seed=0)
+    assert model.tensor_specs == {
+        "0.weight": TensorSpec(Role.EMBEDDING, 1.0),
+        "0.bias": TensorSpec(Role.BIAS, 1.0),
+        "2.weight": TensorSpec(Role.HIDDEN, 2.0),
+        "2.bias": TensorSpec(Role.BIAS, 2.0),
+        "4.weight": TensorSpec(Role.HEAD, 2.0),
+        "4.bias": TensorSpec(Role.FINAL_BIAS, 2.0),
+    }
+
+
+def test_modules_with_other_parameter_names_take_a_role_too() -> None:
+    class Model(nn.Module):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.zeros(3, width))
+            self.attend = nn.MultiheadAttention(width, 2)
+
+    roles = {"attend": "hidden", "": "prompt"}
+    assert parameterize(Model(32), P.mup(16), Model(16), roles=roles, seed=0).tensor_specs == {
+        "query": TensorSpec(Role.PROMPT, 2.0),
+        "attend.in_proj_weight": TensorSpec(Role.HIDDEN, 2.0),
+        "attend.in_proj_bias": TensorSpec(Role.BIAS, 2.0),
+        "attend.out_proj.weight": TensorSpec(Role.OUTPUT, 2.0),
+        "attend.out_proj.bias": TensorSpec(Role.BIAS, 2.0),
+    }
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: parameterize(gpt2(), P.mup(16)), "parameterize: mup needs base=, the same model at the base width"),
+        (lambda: parameterize(gpt2(), P.mup(24), gpt2(16)), r"base_width=24 is the width of no module .* 16, 64\)"),
+        (lambda: parameterize(gpt2(), P.mup(16), llama(16)), "the base model has no module 'transformer.wte'"),
+        (lambda: parameterize(mlp(), P.sp(), roles={"*": "hiden"}), r"roles\['\*'\]='hiden' is not one of .*'hidden'"),
+        (lambda: parameterize(gpt2(), P.sp(), roles={"wet": "head"}), r"roles\['wet'\] matches no module"),
+    ],
+)
+def test_what_cannot_be_parameterized_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        call()
+
+
+# -- forward multipliers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_hooks_equal_the_multipliers_put_into_the_weights(make: Callable[..., Any]) -> None:
+    model = parameterize(make(), RULES, make(16), reinitialise=False)
+    # The oracle has no hooks: its own copy of the weights carries the factors, the head untied from the embedding.
+    reference = copy.deepcopy(make())
+    reference.load_state_dict(model.state_dict())
+    reference.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * (3.0 / 2.0))
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            if any(part in name for part in (".wte.", ".wpe.", "embed_tokens")):
+                parameter.mul_(2.0)
+            if any(part in name for part in ("c_proj", "o_proj", "down_proj")):
+                parameter.mul_(1 / sqrt(2))
+    torch.testing.assert_close(logits(model), logits(reference))
+    assert not torch.allclose(logits(model), logits(make()), atol=1e-3)
+
+
+def test_hooks_are_idempotent_and_follow_the_last_rules() -> None:
+    model = parameterize(gpt2(), RULES, gpt2(16), seed=0)
+    once = logits(model)
+    hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    parameterize(model, RULES, gpt2(16), seed=0)
+    assert torch.equal(logits(model), once)
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert sum(hooks) == 2 + 4 + 1
+    parameterize(model, P.sp(), seed=0)
+    assert not any(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_hooks_and_roles_survive_copies(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    model = parameterize(sparsify(gpt2(), 0.5, seed=0), RULES, gpt2(16), seed=0)
+    other = duplicate(model)
+    assert torch.equal(logits(other), logits(model))
+    groups = [param_groups(m, RULES, lr=0.1) for m in (model, other)]
+    assert [g["name"] for g in groups[0]] == [g["name"] for g in groups[1]]
+    assert {id(p) for g in groups[1] for p in g["params"]} == {id(p) for p in other.parameters()}
+
+
+def test_a_transformer_parameterized_after_surgery_equals_one_built_so() -> None:
+    def build(rules: Parameterization, sparsity: float) -> Transformer:
+        return Transformer(ModelConfig(32, 2, 2, VOCAB, seed=0, sparsity=sparsity, init_std=0.1), rules)
+
+    built = build(RULES, 0.75)
+    changed = parameterize(sparsify(build(P.sp(), 0.0), 0.75, seed=0), RULES, seed=0)
+    tokens = torch.randint(0, VOCAB, (2, 9))
+    assert torch.equal(changed(tokens), built(tokens))
+    assert not torch.allclose(changed(tokens), build(P.sp(), 0.75)(tokens))
+    for ours, theirs in zip(param_groups(changed, RULES, lr=1.0), param_groups(built, RULES, lr=1.0), strict=True):
+        assert {**ours, "params": len(ours["params"])} == {**theirs, "params": len(theirs["params"])}
+
+
+def test_densify_after_parameterize_keeps_the_function() -> None:
+    model = parameterize(sparsify(gpt2(), 0.5, seed=0), RULES, gpt2(16), seed=0)
+    expected = logits(model)
+    torch.testing.assert_close(logits(densify(model)), expected)
+    # And again under the roles that a dense model needs.
+    parameterize(model, RULES, gpt2(16), reinitialise=False)
+    torch.testing.assert_close(logits(model), expected)
+    param_groups(model, RULES, lr=0.1)
+
+
+def test_without_reinitialise_the_weights_stay() -> None:
+    model = gpt2()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    parameterize(model, RULES, gpt2(16), reinitialise=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+# -- initial values --------------------------------------------------------------------------------------------------
+
+
+def test_measured_std_of_each_role_of_gpt2() -> None:
+    rules = P.supar(32, 0.5)
+    model = parameterize(sparsify(gpt2(128), 0.75, seed=0), rules, gpt2(32), sigma=0.1, seed=0)
+    matrix = 0.1 / sqrt(4 * 0.5)  # m_d = 4, m_rho = 0.25 / 0.5
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if ".ln_" in name:
+            assert torch.equal(values, torch.full_like(values, float(name.endswith("weight"))))
+        elif name.endswith("bias"):
+            assert torch.count_nonzero(values) == 0
+        else:
+            std = matrix / sqrt(2 * 2) if "c_proj" in name else matrix if ".h." in name else 0.1
+            # 5 standard errors of the standard deviation of as many draws.
+            assert float(values.std()) == pytest.approx(std, rel=5 / sqrt(2 * values.numel())), name
+            assert abs(float(values.mean())) < 5 * std / sqrt(values.numel()), name
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_sparse_and_dense_models_share_their_draws(make: Callable[..., Any]) -> None:
+    # Under muP the density changes no standard deviation: the numbers are the same ones.
+    dense = parameterize(make(), P.mup(16), make(16), seed=3)
+    sparse = parameterize(sparsify(make(), 0.6, seed=0), P.mup(16), make(16), seed=3)
+    compared = 0
+    for name, layer in sparse_layers(sparse):
+        module = dense.get_submodule(name)
+        weight: Any = module.weight
+        weight = weight if isinstance(module, nn.Linear) else weight.t()
+        assert torch.equal(layer.values, layer.pattern.gather(weight)), name
+        compared += 1
+    assert compared >= 8
+    # Under SuPar they are the same but for the factor of the density.
+    scaled = parameterize(sparsify(make(), 0.6, seed=0), P.supar(16), make(16), seed=3)
+    for (_, a), (_, b) in zip(sparse_layers(scaled), sparse_layers(sparse), strict=True):
+        torch.testing.assert_close(a.values, b.values / sqrt(a.pattern.density))
+
+
+def test_a_bare_sparse_layer_shares_the_draws_of_a_bare_linear_layer() -> None:
+    linear, sparse = nn.Linear(16, 16, bias=False), SparseLinear(16, 16, density=0.5, bias=False, seed=0)
+    initialise(linear, {"weight": TensorSpec(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)
+    initialise(sparse, {"values": TensorSpec(Role.HIDDEN, 1.0, 0.5)}, P.sp(), 0.1, 1, seed=0)
+    assert torch.equal(sparse.values, sparse.pattern.gather(linear.weight))
+
+
+def test_initial_values_depend_on_seed_and_name_only() -> None:
+    first, other = mlp(), nn.Sequential(*mlp(), nn.Linear(5, 5))
+    parameterize(first, P.sp(), roles=MLP_ROLES, seed=0)
+    torch.set_default_dtype(torch.float64)
+    try:
+        parameterize(other, P.sp(), roles={**MLP_ROLES, "5": "head"}, seed=0)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, other.get_parameter(name))
+    assert not torch.equal(first[2].weight, parameterize(mlp(), P.sp(), roles=MLP_ROLES, seed=1)[2].weight)  # type: ignore[index]
+
+
+def test_without_a_seed_initial_values_follow_the_global_generator() -> None:
+    drawn = []
+    for seed in (3, 3, 4):
+        model = mlp()
+        torch.manual_seed(seed)
+        drawn.append(parameterize(model, P.sp(), roles=MLP_ROLES)[2].weight)  # type: ignore[index]
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+def test_a_parameter_without_a_spec_is_named() -> None:
+    with pytest.raises(UserError, match=r"parameter 'bias' has no role \(1 without one\)"):
+        initialise(nn.Linear(2, 2), {"weight": TensorSpec(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)
+
+
+# -- optimizer groups ------------------------------------------------------------------------------------------------
+
+
+def transformer(rules: Parameterization, **options: Any) -> Transformer:
+    return Transformer(ModelConfig(32, 2, 2, VOCAB, bias=True, seed=0, **options), rules)
+
+
+def test_groups_partition_the_parameters_and_hold_the_table() -> None:
+    model = transformer(RULES, sparsity=0.75, tie_embeddings=False)
+    groups = param_groups(model, RULES, lr=1.0, weight_decay=1.0, eps=1.0)
+    members = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(members) == sorted(id(parameter) for parameter in model.parameters())
+    assert {group["name"]: (group["lr"], group["weight_decay"], group["eps"]) for group in groups} == {
+        "embedding": (4.0, 1.0, 1.0),
+        # m_d = 2, m_rho = 1/2, m_L = 2.
+        "hidden": (pytest.approx(sqrt(0.5)), 1.0, pytest.approx(sqrt(0.5) / 2)),
+        "output": (pytest.approx(sqrt(0.5)), 1.0, pytest.approx(sqrt(0.5) / 2)),
+        "norm": (pytest.approx(sqrt(0.5)), 0.0, pytest.approx(sqrt(0.5) / 2)),
+        "bias": (pytest.approx(sqrt(0.5)), 0.0, pytest.approx(sqrt(0.5) / 2)),
+        "final_norm": (1.0, 0.0, 1.0),
+        "final_bias": (1.0, 0.0, 1.0),
+        "head": (1.0, 1.0, 1.0),
+    }
+
+
+def test_layers_of_different_density_get_groups_of_their_own() -> None:
+    model = parameterize(sparsify(gpt2(), 0.75, include=["*c_fc"], seed=0), P.supar(16), gpt2(16), seed=0)
+    rates = {group["lr"] for group in param_groups(model, P.supar(16), lr=1.0) if group["name"] == "hidden"}
+    assert rates == {2.0, 0.5}  # 1 / (m_d m_rho): sparse c_fc, dense c_attn
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop],
+)
+def test_groups_fit_torch_optimizers(optimizer: type[torch.optim.Optimizer]) -> None:
+    model = transformer(RULES, sparsity=0.5)
+    made: Any = optimizer(param_groups(model, RULES, lr=1e-3, weight_decay=0.1))  # type: ignore[call-arg]
+    tokens = torch.randint(0, VOCAB, (2, 9))
+    before = model.loss(tokens[:, :-1], tokens[:, 1:])
+    before.backward()
+    made.step()
+    assert model.loss(tokens[:, :-1], tokens[:, 1:]) < before
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = transformer(RULES)
+    model.embed.requires_grad_(False)
+    groups = param_groups(model, RULES, lr=1.0)
+    assert "embedding" not in {group["name"] for group in groups}
+    assert all(parameter.requires_grad for group in groups for parameter in group["params"])
+
+
+def _resparsified() -> nn.Module:
+    model = transformer(RULES, sparsity=0.5)
+    layer = next(layer for _, layer in sparse_layers(model))
+    other = SparseLinear(layer.in_features, layer.out_features, density=0.25, seed=0)
+    layer.set_topology(other.pattern, other.values)
+    return model
+
+
+def _with_a_new_parameter() -> nn.Module:
+    model = transformer(RULES)
+    model.extra = nn.Parameter(torch.zeros(3))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mlp, r"the model's tensors have no roles yet: call parameterize\(model, rules, base\) first"),
+        (lambda: transformer(P.sp()), "the model was initialised for .*'sp'.*, not for .*'supar_completep'"),
+        (_resparsified, "layer 'blocks.0.attn.qkv' has density 0.25 but was initialised for 0.5: call parameterize"),
+        (_with_a_new_parameter, "parameter 'extra' has no role"),
+        (lambda: sparsify(transformer(RULES), 0.5, seed=0), "parameter 'blocks.0.attn.qkv.values' has no role"),
+        (lambda: densify(transformer(RULES, sparsity=0.5)), "parameter 'blocks.0.attn.qkv.weight' has no role"),
+    ],
+)
+def test_a_model_that_the_rules_do_not_describe_is_refused(model: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        param_groups(model(), RULES, lr=1.0)
+    assert "\n" not in str(caught.value)

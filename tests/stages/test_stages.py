@@ -1,0 +1,620 @@
+"""Pre-training, fine-tuning, soft prompts and generation, one after the other, on tensors that can be compared."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from sparsetrain.config import load
+from sparsetrain.data import load_task, prepare
+from sparsetrain.errors import UserError
+from sparsetrain.parameterization import param_groups
+from sparsetrain.sparsity import SparsityPattern, densify
+from sparsetrain.stages import (
+    FinetuneConfig,
+    GenerateConfig,
+    PretrainConfig,
+    PromptConfig,
+    RunResult,
+    finetune,
+    generate,
+    pretrain,
+    prompt,
+)
+from sparsetrain.stages.config import build, fingerprint
+from sparsetrain.stages.finetune import load_model
+from sparsetrain.stages.generate import load_run
+from sparsetrain.stages.prompt import initial_prompt
+from sparsetrain.stages.run import claimed, run_tokenizer, run_weights
+from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.metrics import read_metrics
+from sparsetrain.training.state import Diverged
+
+Configure = Callable[..., Any]
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def sparse(configure: Configure, tmp_path: Path, screen: Console) -> RunResult:
+    """A finished pre-training at 75 % sparsity."""
+    return pretrain(configure(PretrainConfig, run_dir=tmp_path / "sparse"), screen)
+
+
+def dense_weight(tensors: dict[str, Tensor], layer: str, shape: tuple[int, int]) -> Tensor:
+    pattern = SparsityPattern(shape, tensors[f"{layer}.row_ptr"], tensors[f"{layer}.col"])
+    return pattern.mask().to(torch.float32).masked_scatter_(pattern.mask(), tensors[f"{layer}.values"])
+
+
+def listing(directory: Path) -> list[str]:
+    return sorted(str(path.relative_to(directory)) for path in directory.rglob("*"))
+
+
+def test_a_run_directory_holds_exactly_what_is_documented(sparse: RunResult) -> None:
+    top = {path.name for path in sparse.directory.iterdir()}
+    assert top == {".lock", "config.yaml", "tokenizer.json", "metrics.jsonl", "result.json", "checkpoints"}
+    kept = {path.name for path in (sparse.directory / "checkpoints").iterdir()}
+    assert kept == {"step-00000008", "step-00000012", "latest"}
+
+
+def test_results_of_pretraining_match_metrics_and_model(sparse: RunResult) -> None:
+    metrics = read_metrics(sparse.directory / "metrics.jsonl")
+    assert sparse["loss_first"] == metrics[0]["val_loss"]
+    assert (sparse["loss_last"], sparse["bits_per_byte"]) == (metrics[-1]["val_loss"], metrics[-1]["bits_per_byte"])
+    assert sparse["loss_last"] < sparse["loss_first"]
+    weights = run_weights(sparse.directory)
+    nnz = sum(value.numel() for name, value in weights.items() if name.endswith(".values"))
+    assert sparse["density"] == pytest.approx(nnz / (2 * 12 * 32 * 32)) == 0.25
+    del weights["head.weight"]  # the embedding's
+    parameters = sum(value.numel() for value in weights.values() if value.is_floating_point())
+    assert sparse["bytes"]["parameters"] == 4 * parameters
+    # 6 (nnz + V d + 2 L T d) a token
+    assert sparse["flops"]["total"] == 6 * (nnz + 257 * 32 + 2 * 2 * 64 * 32) * sparse["tokens"]
+    config = yaml.safe_load((sparse.directory / "config.yaml").read_text())
+    assert {key: value for key, value in config.items() if key != "corpus"} == sparse["config"]
+    assert config["corpus"] == sparse["corpus"]
+
+
+def test_the_score_of_a_run_can_be_recomputed_from_its_directory(sparse: RunResult, configure: Configure) -> None:
+    model, no_prompt = load_run(sparse.directory, CPU)
+    assert no_prompt is None
+    corpus = prepare(configure(PretrainConfig).data, progress=False)
+    tokens = corpus.validation.window(0, len(corpus.validation))
+    nats = count = 0.0
+    for start in range(0, len(tokens) - 1, 64):
+        piece = tokens[start : start + 65]
+        with torch.no_grad():
+            nats += F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum").item()
+        count += len(piece) - 1
+    assert sparse["loss_last"] == pytest.approx(nats / count, rel=1e-5)
+    size = int((tokens[1:] < 256).sum())  # every token but the end of a document is a byte
+    assert sparse["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+
+
+def test_masks_do_not_change_in_pretraining_and_follow_the_seed(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    checkpoints = sparse.directory / "checkpoints"
+    earlier, later = (load_checkpoint(checkpoints, f"step-{step:08d}").model for step in (8, 12))
+    masks = [name for name in earlier if name.endswith((".row_ptr", ".col"))]
+    assert len(masks) == 2 * 4 * 2
+    assert all(torch.equal(earlier[name], later[name]) for name in masks)
+    shape = {"schedule.steps": 1}
+    for name, changes in (("seed", {}), ("mask", {"sparsity.seed": 0}), ("again", {"sparsity.seed": 5})):
+        pretrain(configure(PretrainConfig, {**shape, **changes}, run_dir=tmp_path / name, seed=1), screen)
+    column = "blocks.0.attn.qkv.col"
+    columns = {name: run_weights(tmp_path / name)[column] for name in ("seed", "mask", "again")}
+    assert torch.equal(columns["mask"], later[column])  # sparsity.seed alone fixes the masks
+    assert not torch.equal(columns["seed"], later[column])
+    assert not torch.equal(columns["again"], later[column])
+
+
+def test_dense_finetuning_starts_with_exact_zeros_which_then_train(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    config = configure(
+        FinetuneConfig, {"stage.checkpoint_every": 1, "stage.keep_last": 99}, run_dir=tmp_path / "tuned",
+        init_from=sparse.directory,
+    )  # fmt: skip
+    result = finetune(config, screen)
+    before = run_weights(sparse.directory)
+    after = run_weights(result.directory)
+    assert not any(name.endswith((".values", ".col", ".row_ptr")) for name in after)
+    first = load_checkpoint(tmp_path / "tuned" / "checkpoints", "step-00000001").model
+    for layer, shape in (("blocks.0.attn.qkv", (96, 32)), ("blocks.1.mlp.down", (32, 128))):
+        start = dense_weight(before, layer, shape)
+        assert (start == 0).sum() == 0.75 * start.numel()
+        # One update of warmup: what was masked is still near zero, what was not is near its value.
+        torch.testing.assert_close(first[f"{layer}.weight"], start, atol=0.01, rtol=0)
+        masked = after[f"{layer}.weight"][start == 0]
+        assert (masked != 0).float().mean() > 0.99
+    assert (result["density"], result["pretrained_density"]) == (1.0, 0.25)
+    del after["head.weight"]  # the embedding's
+    assert result["trained_parameters"] == sum(value.numel() for value in after.values())
+    assert (result["n_test"], result["n_train"], result["overlap_train_test"]) == (20, 36, 0)
+
+
+def test_the_model_that_dense_finetuning_starts_from_is_exactly_the_sparse_one(
+    sparse: RunResult, configure: Configure
+) -> None:
+    config = configure(FinetuneConfig, init_from=sparse.directory)
+    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    tokens = torch.arange(40).view(1, 40)
+    expected = model(tokens)
+    weights = run_weights(sparse.directory)
+    densify(model)
+    for layer, shape in (("blocks.0.attn.qkv", (96, 32)), ("blocks.1.mlp.down", (32, 128))):
+        assert torch.equal(model.get_submodule(layer).weight, dense_weight(weights, layer, shape))
+    torch.testing.assert_close(model(tokens), expected)
+
+
+def test_sparse_finetuning_keeps_the_masks_exactly(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    config = configure(FinetuneConfig, run_dir=tmp_path / "tuned", init_from=sparse.directory, mode="sparse")
+    result = finetune(config, screen)
+    before, after = run_weights(sparse.directory), run_weights(result.directory)
+    assert before.keys() == after.keys()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.endswith((".row_ptr", ".col")), name
+    assert (result["density"], result["pretrained_density"]) == (0.25, 0.25)
+
+
+def test_finetuning_learns_what_shows_in_the_question(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    changes = {"schedule.steps": 150, "optimizer.lr": 2e-2, "stage.batch_size": 8, "stage.eval_every": 0}
+    result = finetune(
+        configure(FinetuneConfig, changes, run_dir=tmp_path / "tuned", init_from=sparse.directory), screen
+    )
+    assert result["accuracy"] > result["majority"] + 0.3
+    assert result["ci95"][0] < result["accuracy"] <= result["ci95"][1]
+
+
+def test_section_roles_share_no_document_with_the_training_text(
+    configure: Configure, tmp_path: Path, screen: Console, small_medline: object
+) -> None:
+    data = {"data.path": None, "data.name": "medline"}
+    task = {"task.path": None, "task.name": "section_roles", "task.n_test": 30, "task.n_train": 20}
+    result = finetune(configure(FinetuneConfig, {**data, **task}, run_dir=tmp_path / "run"), screen)
+    assert (result["task"], result["n_test"], result["n_train"]) == ("section_roles", 30, 20)
+    assert result["overlap_train_test"] == 0
+
+
+def test_a_prompt_alone_leaves_the_model_bit_identical(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    config = configure(
+        PromptConfig, run_dir=tmp_path / "prompt", init_from=sparse.directory, train="prompt", mode="sparse", n_tokens=4
+    )
+    result = prompt(config, screen)
+    before, after = run_weights(sparse.directory), run_weights(result.directory)
+    learned = after.pop("prompt.vectors")
+    assert {f"model.{name}" for name in before} == after.keys()
+    assert all(torch.equal(value, after[f"model.{name}"]) for name, value in before.items())
+    assert result["trained_parameters"] == learned.numel() == 4 * 32
+    ids = run_tokenizer(sparse.directory).encode(" " + config.words)[:4]
+    start = before["embed.weight"][ids]
+    assert 0 < (learned - start).abs().max() < 0.1  # it began at the words and moved
+
+
+def test_a_prompt_with_its_model_changes_both(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    config = configure(
+        PromptConfig, run_dir=tmp_path / "prompt", init_from=sparse.directory, train="both", mode="dense", n_tokens=2
+    )
+    after = run_weights(prompt(config, screen).directory)
+    before = run_weights(sparse.directory)
+    assert not torch.equal(after["model.embed.weight"], before["embed.weight"])
+    assert (after["model.blocks.0.attn.qkv.weight"] != 0).float().mean() > 0.99
+    assert after["prompt.vectors"].shape == (2, 32)
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "picked"), [(2, [0, 1]), (5, [0, 1, 2, 3, 0])], ids=["cut to fit", "repeated to fit"]
+)
+def test_initial_words_are_embedding_rows(
+    sparse: RunResult, configure: Configure, n_tokens: int, picked: list[int]
+) -> None:
+    config = configure(PromptConfig, init_from=sparse.directory, n_tokens=n_tokens, words="abc")
+    model, tokenizer = load_model(config, prepare(config.data, progress=False), CPU)
+    ids = list(b" abc")
+    expected = model.embed.weight[[ids[index] for index in picked]]
+    assert torch.equal(initial_prompt(model, tokenizer, config).vectors, expected)
+
+
+def test_random_prompts_follow_the_seed_at_the_scale_of_the_model(sparse: RunResult, configure: Configure) -> None:
+    drawn = []
+    for seed in (0, 0, 1):
+        config = configure(PromptConfig, init_from=sparse.directory, n_tokens=50, init="random", seed=seed)
+        model, tokenizer = load_model(config, prepare(config.data, progress=False), CPU)
+        drawn.append(initial_prompt(model, tokenizer, config).vectors)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_stages_chain_through_every_kind_of_run(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    tuned = finetune(configure(FinetuneConfig, run_dir=tmp_path / "tuned", init_from=sparse.directory), screen)
+    prompted = prompt(configure(PromptConfig, run_dir=tmp_path / "p", init_from=tuned.directory, n_tokens=2), screen)
+    again = finetune(configure(FinetuneConfig, run_dir=tmp_path / "again", init_from=prompted.directory), screen)
+    assert again.complete
+    start = run_weights(prompted.directory, "model.")
+    config = configure(FinetuneConfig, init_from=prompted.directory)
+    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
+
+
+def test_pretraining_goes_on_from_a_checkpoint(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    result = pretrain(configure(PretrainConfig, run_dir=tmp_path / "more", init_from=sparse.directory), screen)
+    assert result["loss_first"] == pytest.approx(sparse["loss_last"], rel=0.02)
+    before, after = run_weights(sparse.directory), run_weights(result.directory)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".col"))
+
+
+def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResult, configure: Configure) -> None:
+    # The configuration says 50 %, the checkpoint has 75 %: the masks of the checkpoint and their rates hold.
+    config = configure(FinetuneConfig, {"sparsity.sparsity": 0.5}, init_from=sparse.directory)
+    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    groups = param_groups(model, config.parameterization, 1e-3, 0.0, 1e-8)
+    qkv = model.get_submodule("blocks.0.attn.qkv").values
+    (rate,) = (group["lr"] for group in groups if any(parameter is qkv for parameter in group["params"]))
+    assert rate == pytest.approx(1e-3 / (32 / 16 * 0.25))
+
+
+def test_the_topology_of_a_checkpoint_is_adopted(sparse: RunResult, configure: Configure) -> None:
+    config = configure(FinetuneConfig, init_from=sparse.directory, seed=7)  # would draw other masks
+    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    weights = run_weights(sparse.directory)
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_generation_is_seeded_and_ends(sparse: RunResult) -> None:
+    def text(**settings: Any) -> str:
+        return generate(GenerateConfig(init_from=str(sparse.directory), prompt="Note", max_new_tokens=12, **settings))
+
+    assert text(seed=0) == text(seed=0)
+    assert text(seed=0, temperature=5.0, top_p=1.0) != text(seed=1, temperature=5.0, top_p=1.0)
+    assert text(temperature=0.0).startswith("Note")
+    assert generate(GenerateConfig(init_from=str(sparse.directory), max_new_tokens=3)) is not None
+
+
+def test_greedy_generation_matches_a_loop_of_full_forward_passes(sparse: RunResult) -> None:
+    model, _ = load_run(sparse.directory, CPU)
+    tokenizer = run_tokenizer(sparse.directory)
+    ids = tokenizer.encode("Note 7")
+    for _ in range(10):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_id:
+            break
+    settings = GenerateConfig(str(sparse.directory), prompt="Note 7", max_new_tokens=10, temperature=0.0)
+    assert generate(settings) == tokenizer.decode(ids)
+
+
+def test_generation_uses_the_soft_prompt_of_a_run(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    changes = {"optimizer.lr": 0.5, "schedule.steps": 20}
+    config = configure(
+        PromptConfig, changes, run_dir=tmp_path / "p", init_from=sparse.directory, train="prompt", mode="sparse"
+    )
+    result = prompt(config, screen)
+    settings = {"init_from": str(result.directory), "prompt": "Note", "max_new_tokens": 12, "temperature": 0.0}
+    plain = {**settings, "init_from": str(sparse.directory)}
+    assert generate(GenerateConfig(**settings, soft_prompt=False)) == generate(GenerateConfig(**plain))
+    model, learned = load_run(result.directory, CPU)
+    assert learned is not None
+    with_prompt = model.generate(
+        torch.tensor([list(b"Note")]), 12, 0.0, 1.0, stop_token=256, prompt=learned
+    )  # fmt: skip
+    assert generate(GenerateConfig(**settings)) == run_tokenizer(result.directory).decode(with_prompt[0].tolist())
+
+
+@pytest.mark.parametrize(
+    ("changes", "allowed"),
+    [
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"max_new_tokens": -1}, "max_new_tokens=-1"),
+        ({"device": "tpu"}, "device='tpu' is not one of auto, cpu, cuda"),
+        ({"init_from": None}, "init_from is missing"),
+    ],
+)
+def test_generation_settings_out_of_range_are_named(sparse: RunResult, changes: dict[str, Any], allowed: str) -> None:
+    with pytest.raises(UserError, match=allowed):
+        generate(GenerateConfig(**{"init_from": str(sparse.directory), **changes}))
+
+
+def test_a_finished_run_is_skipped(sparse: RunResult, configure: Configure, screen: Console) -> None:
+    before = {path: path.stat().st_mtime_ns for path in sparse.directory.rglob("*") if path.is_file()}
+    again = pretrain(configure(PretrainConfig, run_dir=sparse.directory), screen)
+    assert again.values == sparse.values
+    assert f"pretrain: already done in {sparse.directory}" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert {path: path.stat().st_mtime_ns for path in sparse.directory.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_directory_of_another_configuration_is_refused(
+    sparse: RunResult, configure: Configure, screen: Console
+) -> None:
+    with pytest.raises(UserError, match=r"holds a run with another configuration: optimizer\.lr=0\.1 \(there: 0\.004"):
+        pretrain(configure(PretrainConfig, {"optimizer.lr": 0.1}, run_dir=sparse.directory), screen)
+    # What does not change the result is no other configuration.
+    changes = {"stage.log_every": 7, "stage.keep_last": 9}
+    assert pretrain(configure(PretrainConfig, changes, run_dir=sparse.directory, threads=1), screen).complete
+
+
+def test_a_run_directory_of_another_text_is_refused(
+    configure: Configure, notes: Path, tmp_path: Path, screen: Console
+) -> None:
+    text = tmp_path / "notes.txt"
+    shutil.copy(notes, text)
+    config = configure(PretrainConfig, {"data.path": str(text)}, run_dir=tmp_path / "run")
+    pretrain(config, screen)
+    text.write_text(text.read_text() + "\n\nOne paragraph more.")
+    with pytest.raises(UserError, match=r"another configuration: corpus=file-\w+ \(there: file-\w+\)"):
+        pretrain(config, screen)
+
+
+def test_two_processes_on_one_run_directory_are_refused(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    config = configure(PretrainConfig, run_dir=tmp_path / "run")
+    holder = (
+        "import fcntl, os, sys\n"
+        "lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT)\n"
+        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
+        "print('held', flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    (tmp_path / "run").mkdir()
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path / "run" / ".lock")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=r"run_dir=.*/run is in use by another process; wait for it or choose"):
+            pretrain(config, screen)
+        assert listing(tmp_path / "run") == [".lock"]
+        other.communicate("")
+    assert pretrain(config, screen).complete
+
+
+def fails_inside(directory: Path, config: PretrainConfig) -> None:
+    with claimed(directory, config, "text"):
+        raise UserError("a mistake")
+
+
+def test_a_mistake_leaves_no_trace_and_the_directory_can_be_used(configure: Configure, tmp_path: Path) -> None:
+    config = configure(PretrainConfig)
+    with pytest.raises(UserError, match="a mistake"):
+        fails_inside(tmp_path / "deep" / "run", config)
+    assert listing(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()  # what was there before stays
+    with pytest.raises(UserError, match="a mistake"):
+        fails_inside(tmp_path / "mine", config)
+    assert "mine/file" in listing(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        (
+            PretrainConfig,
+            {"sparsity.sparsity": 0.9999},
+            "blocks.0.attn.qkv: .*leaves no weight at all in a 96x32 matrix",
+        ),
+        (FinetuneConfig, {"task.path": "nowhere"}, "task.path=nowhere: no ori_pqal.json there"),
+        (FinetuneConfig, {"data.context": 4}, "context=4 leaves no room for a source"),
+        (PretrainConfig, {"schedule.steps": None}, "set schedule.steps, schedule.tokens or stage.epochs"),
+        (
+            PretrainConfig,
+            {"model.positions": "learned", "data.context": 100},
+            "data.context=100 is longer than model.max_context=64",
+        ),
+        (PretrainConfig, {"data.context": 100_000}, r"fewer than context \+ 1 = 100001"),
+    ],
+)
+def test_what_is_found_late_leaves_no_directory(
+    configure: Configure, tmp_path: Path, screen: Console, kind: type, changes: dict[str, Any], message: str
+) -> None:
+    start = {PretrainConfig: pretrain, FinetuneConfig: finetune}[kind]
+    with pytest.raises(UserError, match=message) as caught:
+        start(configure(kind, changes, run_dir=tmp_path / "runs" / "x"), screen)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_finetuning_that_diverges_says_so(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    changes = {"optimizer.lr": 1e25, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "schedule.steps": 1}
+    with pytest.raises(Diverged, match="finetune: val_accuracy nan after step 1"):
+        finetune(configure(FinetuneConfig, changes, run_dir=tmp_path / "run"), screen)
+
+
+# What identifies a run.
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stage.log_every": 3},
+        {"stage.checkpoint_every": 1},
+        {"stage.keep_last": 7},
+        {"device": "cpu"},
+        {"threads": 1},
+        {"run_dir": "elsewhere"},
+        {"runs_dir": "others"},
+    ],
+    ids=str,
+)
+def test_incidental_fields_do_not_make_another_run(configure: Configure, changes: dict[str, Any]) -> None:
+    assert fingerprint(configure(PretrainConfig, changes), "text") == fingerprint(configure(PretrainConfig), "text")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"data_seed": 1},
+        {"optimizer.lr": 1e-3},
+        {"schedule.steps": 13},
+        {"sparsity.sparsity": 0.5},
+        {"sparsity.groups": [{"match": "*", "sparsity": 0.5}]},
+        {"model.bias": True},
+        {"stage.batch_size": 8},
+        {"stage.precision": "bf16"},
+        {"data.context": 32},
+        {"parameterization.base_width": 32},
+        {"init_from": "run"},
+    ],
+    ids=str,
+)
+def test_essential_fields_make_another_run(configure: Configure, changes: dict[str, Any]) -> None:
+    assert fingerprint(configure(PretrainConfig, changes), "text") != fingerprint(configure(PretrainConfig), "text")
+
+
+def test_verb_and_corpus_make_another_run(configure: Configure) -> None:
+    config = configure(PretrainConfig)
+    assert fingerprint(config, "text") != fingerprint(config, "other text")
+    assert fingerprint(configure(FinetuneConfig), "text") != fingerprint(configure(PromptConfig), "text")
+
+
+def test_the_default_directory_says_what_it_holds(
+    configure: Configure, tmp_path: Path, screen: Console, notes: Path
+) -> None:
+    text = tmp_path / "notes.txt"
+    shutil.copy(notes, text)
+    changes = {"data.path": str(text), "schedule.steps": 1}
+    one = pretrain(configure(PretrainConfig, changes, runs_dir=tmp_path / "runs"), screen)
+    assert one.directory.name.startswith("pretrain-d32-L2-s0.75-lr0.004-seed0-")
+    assert one.directory.parent == tmp_path / "runs"
+    shorter = {**changes, "data.context": 32}
+    assert pretrain(configure(PretrainConfig, shorter, runs_dir=tmp_path / "runs"), screen).directory != one.directory
+    text.write_text(text.read_text() + "\n\nOne paragraph more.")
+    assert pretrain(configure(PretrainConfig, changes, runs_dir=tmp_path / "runs"), screen).directory != one.directory
+
+
+# What the command line takes over from init_from.
+
+
+@pytest.fixture
+def inherit(sparse: RunResult) -> Callable[..., Any]:
+    def inherit(verb: str, *overrides: str) -> Any:
+        return load(verb, [f"init_from={sparse.directory}", *overrides])
+
+    return inherit
+
+
+def test_a_stage_takes_over_model_masks_rules_and_data(inherit: Callable[..., Any], sparse: RunResult) -> None:
+    config = inherit("finetune", "data.context=48", "parameterization.wd_rule=coupled")
+    saved = sparse["config"]
+    assert config.model == saved["model"]
+    assert config.sparsity.sparsity == 0.75
+    assert (config.parameterization.base_width, config.parameterization.wd_rule) == (16, "coupled")
+    assert (config.data.path, config.data.context) == (saved["data"]["path"], 48)
+    more = inherit("pretrain", f"data.path={saved['data']['path']}")
+    assert more.data.tokenizer_path == str(sparse.directory / "tokenizer.json")
+    assert more.data.context == 128  # data is its own there
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.d_model=64", r"another shape: model\.d_model=64 \(there: 32\)"),
+        ("model=demo", r"another shape: model\.d_model=128 \(there: 32\)"),
+        ("sparsity.sparsity=0.5", r"another shape: sparsity\.sparsity=0\.5 \(there: 0\.75\)"),
+    ],
+)
+def test_another_shape_than_the_checkpoint_has_is_named(
+    inherit: Callable[..., Any], override: str, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        inherit("finetune", override)
+    assert "\n" not in str(caught.value)
+
+
+def test_repeating_what_the_checkpoint_has_is_fine(inherit: Callable[..., Any]) -> None:
+    assert inherit("finetune", "model.d_model=32", "sparsity.sparsity=0.75").model["d_model"] == 32
+
+
+def test_init_from_a_missing_place_or_one_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="init_from=nowhere: no such run directory"):
+        load("finetune", ["init_from=nowhere"])
+    with pytest.raises(UserError, match=r"is no run directory: it has no config\.yaml"):
+        load("finetune", [f"init_from={tmp_path}"])
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(UserError, match=r"config\.yaml cannot be read") as caught:
+        load("finetune", [f"init_from={tmp_path}"])
+    assert "\n" not in str(caught.value)
+    (tmp_path / "config.yaml").write_text("- a\n")
+    with pytest.raises(UserError, match="holds no configuration"):
+        load("finetune", [f"init_from={tmp_path}"])
+
+
+def test_init_from_a_run_without_a_checkpoint_is_named(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    shutil.rmtree(sparse.directory / "checkpoints")
+    with pytest.raises(UserError, match="has no checkpoint"):
+        finetune(configure(FinetuneConfig, run_dir=tmp_path / "x", init_from=sparse.directory), screen)
+    assert not (tmp_path / "x").exists()
+
+
+def test_prompting_needs_a_model(configure: Configure, screen: Console) -> None:
+    with pytest.raises(UserError, match="init_from is missing"):
+        prompt(configure(PromptConfig), screen)
+
+
+def test_finetuning_from_scratch_takes_the_sparsity_section(
+    configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    result = finetune(configure(FinetuneConfig, run_dir=tmp_path / "run", mode="sparse"), screen)
+    assert (result["init_from"], result["density"]) == (None, 0.25)
+
+
+def test_a_model_with_another_vocabulary_than_its_text_is_refused(
+    configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller than the tokenizer's 257"):
+        pretrain(configure(PretrainConfig, {"model.vocab_size": 100}, run_dir=tmp_path / "x"), screen)
+    result = pretrain(
+        configure(PretrainConfig, {"model.vocab_size": 300, "schedule.steps": 1}, run_dir=tmp_path / "x"), screen
+    )
+    assert result["model"]["vocab_size"] == 300
+
+
+def test_strict_sections_name_the_wrong_key_and_the_missing_one(notes: Path) -> None:
+    with pytest.raises(UserError, match=r"optimizer\.lrr is no setting \(did you mean 'lr'\?\)"):
+        build(PretrainConfig, {"optimizer": {"lrr": 1}})
+    with pytest.raises(UserError, match=r"sparsity\.groups\.sparsity is missing"):
+        build(PretrainConfig, {"sparsity": {"groups": [{"match": "*"}]}})
+
+
+def test_the_documented_task_is_loaded(configure: Configure) -> None:
+    task = load_task(configure(FinetuneConfig).task)
+    assert (len(task.train), len(task.validation), len(task.test)) == (36, 4, 20)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads_left() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,486 @@
+"""The command line as a person uses it: statuses, single lines, what it leaves on the disk, sweeps, the built wheel."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsetrain
+from sparsetrain import files
+from sparsetrain.cli import ABOUT, EXAMPLES, main
+from sparsetrain.config import check, complete, load
+from sparsetrain.models import Transformer
+from sparsetrain.training.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[1]
+TINY = [
+    *("model=tiny", "data.tokenizer=bytes", "data.context=48", "parameterization.base_width=16"),
+    *("stage.batch_size=4", "stage.eval_sequences=4", "schedule.steps=3"),
+]
+
+
+class Shell:
+    """Runs commands in a directory of its own."""
+
+    def __init__(self, home: Path, capfd: pytest.CaptureFixture[str], notes: Path, questions: Path) -> None:
+        self.home, self.capfd = home, capfd
+        self.tiny = [*TINY, f"data.path={notes}"]
+        self.task = ["task=pubmedqa", f"task.path={questions}"]
+
+    def run(self, *words: str) -> tuple[int, str, str]:
+        """Return status, standard output and standard error of ``sparsetrain WORDS``."""
+        self.capfd.readouterr()
+        status = main(words)
+        out, err = self.capfd.readouterr()
+        return status, out, err
+
+    def listing(self) -> list[str]:
+        return sorted(str(path.relative_to(self.home)) for path in self.home.rglob("*"))
+
+    def refused(self, *words: str) -> str:
+        """Assert that a command ends with status 2, one line, and nothing written; return the line."""
+        before = self.listing()
+        status, out, err = self.run(*words)
+        assert (status, err.count("\n")) == (2, 1), (out, err)
+        assert err.startswith("sparsetrain: ")
+        assert "Traceback" not in out + err
+        assert self.listing() == before
+        return err
+
+    def trained(self, *words: str, run_dir: str = "run") -> Path:
+        status, _, err = self.run("pretrain", *self.tiny, f"run_dir={run_dir}", *words)
+        assert status == 0, err
+        return self.home / run_dir
+
+
+@pytest.fixture
+def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], notes: Path, questions: Path
+) -> Shell:
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by a sweep, and here put back afterwards
+    return Shell(home, capfd, notes, questions)
+
+
+# What there is to read.
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_every_verb(shell: Shell, words: list[str]) -> None:
+    status, out, err = shell.run(*words)
+    assert (status, err) == (0, "")
+    for verb, about in ABOUT.items():
+        assert re.search(rf"^  {verb} +{re.escape(about)}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", list(ABOUT))
+def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> None:
+    status, out, err = shell.run(verb, "--help")
+    assert (status, err) == (0, "")
+    assert f"sparsetrain {verb}: {ABOUT[verb]}" in out
+    assert all(f"  {example}\n" in out + "\n" for example in EXAMPLES[verb])
+    if verb in ("pretrain", "pipeline"):
+        assert re.search(r"^  optimizer\.lr = ", out, re.MULTILINE)
+        assert re.search(r"^  model +btlm-3b, cerebras-111m, demo", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("verb", [verb for verb in ABOUT if verb != "report"])
+def test_the_examples_of_help_are_valid(verb: str, shell: Shell) -> None:
+    for example in EXAMPLES[verb]:
+        program, said, *words = shlex.split(example)
+        assert (program, said) == ("sparsetrain", verb)
+        sweep = "-m" in words
+        check(verb, complete(word for word in words if word != "-m"), sweep=sweep)
+        if not sweep and "init_from=RUN_DIR" not in words:
+            load(verb, words)
+
+
+def test_version(shell: Shell) -> None:
+    assert shell.run("--version") == (0, f"sparsetrain {sparsetrain.__version__}\n", "")
+
+
+def test_cfg_job_prints_the_configuration(shell: Shell) -> None:
+    for words in (["--cfg", "job"], ["--cfg=job"], ["-c", "job"]):
+        status, out, err = shell.run("pretrain", *words, "optimizer.lr=0.125")
+        assert (status, err) == (0, "")
+        assert "  lr: 0.125\n" in out
+    assert shell.listing() == []
+
+
+# One run after the other.
+
+
+def test_pretrain_finetune_prompt_generate_and_report(shell: Shell) -> None:
+    status, out, err = shell.run("pretrain", *shell.tiny)
+    assert (status, err) == (0, "")
+    match = re.search(r"^run directory: (runs/pretrain-d32-L2-s0\.75-\S+)$", out, re.MULTILINE)
+    assert match
+    assert re.search(r"^pretrain: complete; loss_last \d", out, re.MULTILINE)
+    start = f"init_from={match[1]}"
+    assert "pretrain: already done in" in shell.run("pretrain", *shell.tiny)[1]
+    steps = ["schedule.steps=3", "stage.batch_size=4"]
+    for verb in ("finetune", "prompt"):
+        status, out, err = shell.run(verb, start, *shell.task, *steps, f"run_dir={verb}")
+        assert (status, err) == (0, "")
+        assert re.search(rf"^{verb}: complete; accuracy .*ci95 \[", out, re.MULTILINE)
+    status, out, err = shell.run("generate", "init_from=prompt", "prompt='Note 1'", "max_new_tokens=5")
+    assert (status, err) == (0, "")
+    assert out.startswith("Note 1")
+    status, out, err = shell.run("report", "finetune")
+    assert (status, err) == (0, "")
+    for word in ("stage", "finetune", "complete", "accuracy", "majority"):
+        assert word in out
+
+
+def test_data_prepares_a_corpus_and_finds_it_again(shell: Shell) -> None:
+    words = [word for word in shell.tiny if word.startswith("data.")]
+    status, out, err = shell.run("data", *words, *shell.task)
+    assert (status, err) == (0, "")
+    for part in ("corpus: built in", "train: ", "validation: ", "licence: ", "task: pubmedqa", "training text: 0"):
+        assert part in out
+    assert "found in cache" in shell.run("data", *words)[1]
+
+
+def test_pipeline_and_its_report(shell: Shell) -> None:
+    short = [
+        f"pipeline.{stage}.{key}"
+        for stage in ("finetune", "prompt")
+        for key in ("schedule.steps=2", "stage.batch_size=4")
+    ]
+    words = [*shell.tiny, *shell.task, *short, "pipeline.prompt.n_tokens=2", "run_dir=p", "pipeline.sparsities=[0.5]"]
+    status, out, err = shell.run("pipeline", *words)
+    assert (status, err) == (0, "")
+    page = shell.home / "p" / "report.html"
+    assert f"report: {page}" in out
+    page.unlink()
+    status, out, err = shell.run("report", "p")
+    assert (status, err) == (0, "")
+    assert "sparse-0.5" in out
+    assert page.exists()  # written again
+    assert "pipeline: already done" in shell.run("pipeline", *words)[1]
+
+
+def test_report_of_an_unfinished_run_says_so(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGTERM)
+        shell.run("pretrain", *shell.tiny, "run_dir=run")
+    status, out, err = shell.run("report", "run")
+    assert (status, err) == (0, "")
+    assert "not finished" in out
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int, number: int) -> None:
+    true_loss, calls = Transformer.loss, 0
+
+    def loss(self: Transformer, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            os.kill(os.getpid(), number)
+        return true_loss(self, *arguments)
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_with_its_status_and_the_command_that_goes_on(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch, number: int, expected: int
+) -> None:
+    words = ["pretrain", *shell.tiny, "run_dir=a run"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, number)
+        status, _, err = shell.run(*words)
+    assert status == expected
+    assert err.count("\n") == 1
+    assert "stopped after step 2 of 3, saved in a run; the same command goes on from there: sparsetrain pretrain" in err
+    assert err.endswith("'run_dir=a run'\n")
+    status, out, _ = shell.run(*words)
+    assert status == 0
+    assert "resuming after step 2 of 3" in out
+
+
+def test_ctrl_c_outside_of_the_loop_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["sparsetrain.stages.pretrain"], "prepare", interrupted)
+    status, _, err = shell.run("pretrain", *shell.tiny)
+    assert (status, err.count("\n")) == (130, 1)
+    assert "interrupted" in err
+
+
+def test_a_diverged_run_ends_with_1_and_does_so_again(shell: Shell) -> None:
+    words = ["pretrain", *shell.tiny, "optimizer.lr=1e30", "optimizer.clip=0", "run_dir=run"]
+    for _ in range(2):
+        status, _, err = shell.run(*words)
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.startswith("sparsetrain: diverged: ")
+        assert json.loads((shell.home / "run" / "result.json").read_text())["status"] == "diverged"
+    status, out, _ = shell.run("report", "run")
+    assert status == 0
+    assert "diverged" in out
+
+
+# Input that cannot be used.
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["pretrian"], ["pretrian", "did you mean 'pretrain'?"]),
+        (["pretrain", "model.d_modle=64"], ["d_modle", "did you mean 'model.d_model'?"]),
+        (["pretrain", "modle=tiny"], ["modle", "did you mean 'model'?"]),
+        (["pretrain", "model=tny"], ["tny", "did you mean 'tiny'?"]),
+        (["pretrain", "schedule.name=cosin"], ["cosin", "did you mean 'cosine'?"]),
+        (["pretrain", "sparsity.sparsity=1.0"], ["sparsity=1.0", "[0, 1)"]),
+        (["pretrain", "sparsity.sparsity=-0.1"], ["sparsity=-0.1", "[0, 1)"]),
+        (["pretrain", "model.d_model=33"], ["d_model=33", "n_heads=2"]),
+        (["pretrain", "data.tokenizer=bpe", "data.vocab_size=70000", "data.token_dtype=uint16"], ["uint16", "70000"]),
+        (["pretrain", "optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["pretrain", "optimizer.lr=1e-3,2e-3"], ["optimizer.lr=1e-3,2e-3", "-m"]),
+        (["pretrain", "--multrun"], ["--multrun", "did you mean '--multirun'?"]),
+        (["pretrain", "-m", "--confg-dir", "x"], ["--confg-dir", "did you mean '--config-dir'?"]),
+        (["pretrain", "--cfg", "jb"], ["jb", "did you mean 'job'?"]),
+        (["pretrain", "words"], ["words"]),
+        (["pretrain", "data.path=missing.txt"], ["missing.txt", "no such file"]),
+        (["pretrain", "data.path=empty.txt"], ["empty.txt", "empty"]),
+        (["pretrain", "data.path=latin1.txt"], ["latin1.txt", "not UTF-8", "0xe9"]),
+        (["pretrain", "sparsity.sparsity=0.9999"], ["blocks.0.attn.qkv", "no weight at all"]),
+        (["pretrain", "run_dir=file.txt"], ["file.txt", "cannot write"]),
+        (["pretrain", "run_dir=new/run", "init_from=nowhere"], ["init_from=nowhere", "no such run directory"]),
+        (["finetune", "init_from=nowhere"], ["init_from=nowhere", "no such run directory"]),
+        (["finetune", "task=pubmedqa", "task.path=nowhere"], ["task.path=nowhere", "ori_pqal.json"]),
+        (["prompt"], ["init_from is missing"]),
+        (["generate"], ["init_from is missing"]),
+        (["generate", "init_from=nowhere"], ["nowhere", "no run directory"]),
+        (["report"], ["one run directory"]),
+        (["report", "nowhere"], ["nowhere", "holds no run"]),
+        (["report", "a", "b"], ["one run directory"]),
+        (["data", "data.pth=x"], ["data.pth", "did you mean 'data.path'?"]),
+        (["pretrain", "-m", "optimizer.lr=1e-3,fast"], ["optimizer.lr=fast"]),
+        (["pretrain", "-m", "model=tiny,dmo"], ["dmo", "did you mean 'demo'?"]),
+        (["pretrain", "-m", "hydra/launcher=jobli"], ["jobli"]),
+    ],
+    ids=lambda value: " ".join(value[:3]) if value and isinstance(value, list) else None,
+)
+def test_bad_input_is_one_line_and_status_2(shell: Shell, words: list[str], parts: list[str]) -> None:
+    (shell.home / "empty.txt").touch()
+    (shell.home / "latin1.txt").write_bytes("café\n\ncrème".encode("latin-1"))
+    (shell.home / "file.txt").write_text("no directory")
+    verb, *rest = words
+    general = shell.tiny if verb in ("pretrain", "finetune") else []
+    line = shell.refused(verb, *general, *rest)
+    for part in parts:
+        assert part in line
+
+
+def test_no_device_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "device=cuda: this torch sees no CUDA device" in shell.refused("pretrain", *shell.tiny, "device=cuda")
+
+
+def test_tokens_of_another_tokenizer_are_refused(shell: Shell) -> None:
+    shell.trained()
+    (corpus,) = (Path(os.environ["SPARSETRAIN_CACHE"]) / "corpora").iterdir()
+    tokenizer = corpus / "tokenizer.json"
+    content = json.loads(tokenizer.read_text())
+    content["model"]["dropout"] = 0.5
+    tokenizer.write_text(json.dumps(content))
+    assert "token file of another tokenizer" in shell.refused("pretrain", *shell.tiny, "seed=1")
+
+
+def test_a_checkpoint_of_another_shape_is_refused(shell: Shell) -> None:
+    shell.trained()
+    line = shell.refused("finetune", "init_from=run", *shell.task, "schedule.steps=1", "model.d_model=64")
+    assert "model.d_model=64 (there: 32)" in line
+    config = shell.home / "run" / "config.yaml"
+    config.write_text(config.read_text().replace("d_model: 32", "d_model: 48"))
+    line = shell.refused("finetune", "init_from=run", *shell.task, "schedule.steps=1")
+    assert "does not fit this model" in line
+    assert "size mismatch" in line
+    assert len(line) < 600
+
+
+def test_a_checkpoint_with_malformed_indices_is_refused(shell: Shell) -> None:
+    run = shell.trained()
+    stored = load_checkpoint(run / "checkpoints")
+    stored.model["blocks.0.mlp.up.col"][0] = 99
+    shutil.rmtree(run / "checkpoints")
+    save_checkpoint(run / "checkpoints", 3, stored.model, OptimizerTensors({}, []), stored.state, 1)
+    for words in (["finetune", "init_from=run", *shell.task, "schedule.steps=1"], ["generate", "init_from=run"]):
+        line = shell.refused(*words)
+        assert "blocks.0.mlp.up" in line
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "config.yaml"])
+def test_a_full_disk_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def full(path: Path) -> None:
+        if name in path.name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files, "flush", full)
+    line = shell.refused("pretrain", *shell.tiny, "run_dir=run")
+    assert "no space left on" in line
+    assert "free some" in line
+    cache = Path(os.environ["SPARSETRAIN_CACHE"]) / "corpora"
+    assert not cache.exists() or len(list(cache.iterdir())) == (name != "manifest.json")
+
+
+def test_a_hub_source_without_network_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoNetwork:
+        @staticmethod
+        def load_dataset(*_: Any, **__: Any) -> None:
+            raise ConnectionError("Couldn't reach the hub\nsecond line")
+
+    monkeypatch.setitem(sys.modules, "datasets", NoNetwork())
+    line = shell.refused("pretrain", *TINY, "data=hub", "data.hub_name=owner/name")
+    assert "owner/name" in line
+    assert "data.path" in line
+
+
+def test_what_was_wrong_can_be_put_right_in_the_same_directory(shell: Shell) -> None:
+    shell.trained()
+    words = ["finetune", "init_from=run", "schedule.steps=1", "stage.batch_size=4", "run_dir=tuned"]
+    assert "task.path=nowhere" in shell.refused(*words, "task=pubmedqa", "task.path=nowhere")
+    assert shell.run(*words, *shell.task)[0] == 0
+
+
+# Sweeps.
+
+
+def runs_of(shell: Shell) -> dict[tuple[float, float], str]:
+    found = {}
+    for path in sorted((shell.home / "runs").glob("pretrain-*/result.json")):
+        values = json.loads(path.read_text())
+        found[values["sparsity"], values["lr"]] = values["status"]
+    return found
+
+
+def test_a_sweep_runs_every_point_once(shell: Shell) -> None:
+    words = ["pretrain", "-m", *shell.tiny, "sparsity.sparsity=0,0.5", "optimizer.lr=1e-3,2e-3"]
+    status, out, err = shell.run(*words)
+    assert (status, err) == (0, "")
+    assert runs_of(shell) == {(s, lr): "complete" for s in (0.0, 0.5) for lr in (1e-3, 2e-3)}
+    assert out.count("pretrain: complete") == 4
+    before = {path: path.stat().st_mtime_ns for path in shell.home.glob("runs/pretrain-*/**/*") if path.is_file()}
+    status, out, err = shell.run(*words)
+    assert (status, err) == (0, "")
+    assert out.count("already done") == 4
+    assert {p: p.stat().st_mtime_ns for p in shell.home.glob("runs/pretrain-*/**/*") if p.is_file()} == before
+    assert [path.name for path in shell.home.iterdir()] == ["runs"]
+
+
+def test_a_sweep_goes_on_after_a_bad_point(shell: Shell) -> None:
+    words = [*shell.tiny, "sparsity.sparsity=0.5,1.5,0"]
+    status, out, err = shell.run("pretrain", "-m", *words)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "sparsity=1.5" in err
+    assert set(runs_of(shell)) == {(0.5, 4e-3), (0.0, 4e-3)}
+    assert out.count("pretrain: complete") == 2
+
+
+def test_a_sweep_goes_on_after_a_diverged_point(shell: Shell) -> None:
+    status, _, err = shell.run("pretrain", "-m", *shell.tiny, "optimizer.clip=0", "optimizer.lr=1e30,1e-3")
+    assert (status, err.count("\n")) == (1, 1), err
+    assert runs_of(shell) == {(0.75, 1e30): "diverged", (0.75, 1e-3): "complete"}
+
+
+def test_a_sweep_that_is_stopped_goes_on_later(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["pretrain", "-m", *shell.tiny, "seed=0,1"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 2, signal.SIGINT)
+        status, _, err = shell.run(*words)
+    assert status == 130
+    assert "Traceback" not in err
+    status, out, err = shell.run(*words)
+    assert (status, err) == (0, "")
+    assert "resuming after step 2 of 3" in out
+    assert out.count("pretrain: complete") == 2
+
+
+@pytest.mark.slow
+def test_a_sweep_on_several_processes(shell: Shell) -> None:
+    text = [word for word in shell.tiny if word.startswith("data.")]
+    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *text, "data.max_documents=50,1,60"]
+    status, _, err = shell.run("data", "-m", *words)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "data.max_documents=1 is too small" in err
+    built = (Path(os.environ["SPARSETRAIN_CACHE"]) / "corpora").glob("*/manifest.json")
+    documents = [sum(s["documents"] for s in json.loads(path.read_text())["splits"].values()) for path in built]
+    assert sorted(documents) == [50, 60]
+    assert [path.name for path in shell.home.iterdir()] == ["runs"]
+
+
+# The wheel.
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel, unpacked."""
+    home = tmp_path_factory.mktemp("wheel")
+    source = home / "source"
+    source.mkdir()
+    for name in ("sparsetrain", "conf"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source / name)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(home / "dist")],
+        cwd=source,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
+    (wheel,) = (home / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(home / "site")
+    return home / "site"
+
+
+def test_the_wheel_holds_the_configurations_and_the_data_files(unpacked: Path) -> None:
+    for tree in ("sparsetrain", "conf"):
+        base = unpacked / "sparsetrain" / ("conf" if tree == "conf" else "")
+        for path in (ROOT / tree).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                copied = base / path.relative_to(ROOT / tree)
+                assert copied.read_bytes() == path.read_bytes()
+    (metadata,) = unpacked.glob("*.dist-info")
+    assert "sparsetrain = sparsetrain.cli:main" in (metadata / "entry_points.txt").read_text()
+    assert not (unpacked / "tests").exists()
+
+
+def test_the_wheel_works_from_another_directory(unpacked: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import sparsetrain, sparsetrain.cli\n"
+        "assert sparsetrain.__file__.startswith(sys.argv[1]), sparsetrain.__file__\n"
+        "assert sparsetrain.cli.main(['--help']) == 0\n"
+        "from sparsetrain.config import config_directory, load\n"
+        "assert str(config_directory()).startswith(sys.argv[1])\n"
+        "assert load('pipeline', ['experiment=demo']).arms == [0.0, 0.75]\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(unpacked)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sparsetrain VERB" in done.stdout

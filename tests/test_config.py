@@ -1,0 +1,279 @@
+"""Every file of ``conf/`` composes; every wrong word is named beside the right one; presets match what is published."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from sparsetrain.config import ROOTS, check, config_directory, defaults, describe, groups, load, options
+from sparsetrain.cost.flops import parameter_count, training_flops_per_token
+from sparsetrain.data import DataConfig, TaskConfig
+from sparsetrain.errors import UserError
+from sparsetrain.optim import OptimizerConfig, ScheduleConfig
+from sparsetrain.parameterization import Parameterization
+from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.stages.config import model_config
+from sparsetrain.training.state import LoopConfig
+
+CONF = config_directory()
+FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
+# What a choice needs beside it to be complete.
+COMPANIONS = {
+    "data=file": ["data.path=notes.txt"],
+    "data=hub": ["data.hub_name=owner/name"],
+}
+
+
+INHERITED = ("model", "data", "sparsity", "parameterization")
+
+
+def verb_of(group: str) -> str:
+    """Return a verb that has the group."""
+    return next(verb for verb in ("pretrain", "finetune", "pipeline") if group in groups(verb))
+
+
+def command_of(path: Path) -> tuple[str, list[str]]:
+    """Return verb and overrides of the command line in the head of an experiment."""
+    for line in path.read_text().splitlines():
+        match = re.fullmatch(r"# sparsetrain (\w+) (.*)", line)
+        if match:
+            return match[1], match[2].split()
+    raise AssertionError(f"{path} does not begin with its command line")
+
+
+@pytest.mark.parametrize("name", [str(name) for name in FILES])
+def test_every_file_composes_and_builds_its_dataclass(name: str, tmp_path: Path) -> None:
+    path = Path(name)
+    if path.parent.name == "experiment":
+        verb, overrides = command_of(CONF / path)
+        assert f"experiment={path.stem}" in overrides
+    elif path.parent == Path():
+        if path.stem == "launch":  # Hydra's own settings, part of every verb
+            assert yaml.safe_load((CONF / path).read_text())
+            return
+        verb, overrides = path.stem, []
+    else:
+        group = path.parent.name
+        choice = f"{group}={path.stem}"
+        verb, overrides = verb_of(group), [choice, *COMPANIONS.get(choice, [])]
+    if verb in ("generate", "prompt"):
+        run = tmp_path / "run"
+        run.mkdir()
+        saved = {name: OmegaConf.to_container(defaults("pretrain")[name]) for name in INHERITED}
+        (run / "config.yaml").write_text(yaml.safe_dump(saved))
+        overrides = [f"init_from={run}"]
+    assert isinstance(load(verb, [item for item in overrides if item != "-m"]), ROOTS[verb])
+
+
+def test_no_verb_and_no_file_is_left_out() -> None:
+    verbs = {path.stem for path in FILES if path.parent == Path()} - {"launch"}
+    assert verbs == set(ROOTS)
+    folders = {path.parent.name for path in FILES if path.parent != Path()}
+    assert folders == {name for verb in ROOTS for name in groups(verb)}
+
+
+@pytest.mark.parametrize("verb", sorted(ROOTS))
+def test_help_lists_every_group_and_setting_and_explains_them(verb: str) -> None:
+    text = describe(verb)
+    for group, choices in groups(verb).items():
+        assert re.search(rf"^  {group} +{re.escape(', '.join(choices))}$", text, re.MULTILINE)
+    for entry in dataclasses.fields(ROOTS[verb]):
+        assert re.search(rf"^  {entry.name}\b", text, re.MULTILINE) or entry.name in groups(verb)
+    assert max(len(line) for line in text.splitlines()) < 160
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "wrong", "right"),
+    [
+        ("pretrain", "sed=1", "sed", "seed"),
+        ("pretrain", "modle.d_model=64", "modle", "model"),
+        ("pretrain", "model.d_modle=64", "d_modle", "model.d_model"),
+        ("pretrain", "optimizer.lrr=1", "lrr", "optimizer.lr"),
+        ("pretrain", "lr=1", "lr", "optimizer.lr"),
+        ("pretrain", "schedule.step=1", "schedule.step", "schedule.steps"),
+        ("pretrain", "sparsity.sparsiti=0.5", "sparsiti", "sparsity.sparsity"),
+        ("pipeline", "pipeline.finetune.optimizer.lrs=1", "lrs", "pipeline.finetune.optimizer.lr"),
+        ("pipeline", "pipeline.promt=null", "promt", "pipeline.prompt"),
+        ("finetune", "task.n_trian=3", "n_trian", "task.n_train"),
+        ("generate", "temprature=1", "temprature", "temperature"),
+        ("pretrain", "model=dmo", "dmo", "demo"),
+        ("pretrain", "model=tiny,dmo", "dmo", "demo"),  # as in a sweep
+        ("pretrain", "schedule=cosin", "cosin", "cosine"),
+        ("finetune", "task=pubmedq", "pubmedq", "pubmedqa"),
+        ("pipeline", "experiment=dmeo", "dmeo", "demo"),
+        ("pretrain", "optmizer=adamw", "optmizer", "optimizer"),
+        ("pretrain", "model.mlp=gleu", "gleu", "gelu"),
+        ("pretrain", "model.norm=layernrom", "layernrom", "layernorm"),
+        ("pretrain", "model.positions=alibbi", "alibbi", "alibi"),
+        ("pretrain", "schedule.name=linear_to_zer", "linear_to_zer", "linear_to_zero"),
+        ("pretrain", "parameterization.scheme=supr", "supr", "supar"),
+        ("pretrain", "data.name=medlin", "medlin", "medline"),
+        ("pretrain", "device=cdua", "cdua", "cuda"),
+        ("pretrain", "stage.precision=bf61", "bf61", "bf16"),
+        ("pretrain", "sparsity.pattern=randm", "randm", "random"),
+        ("pretrain", "sparsity.backend=maskd", "maskd", "masked"),
+        ("finetune", "mode=dens", "dens", "dense"),
+        ("pipeline", "pipeline.prompt.start=pretrian", "pretrian", "pretrain"),
+        ("pretrain", "sparsity=0.75", "0.75", "sparsity.sparsity=0.75"),
+    ],
+)
+def test_a_misspelt_word_is_named_beside_the_nearest(verb: str, override: str, wrong: str, right: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check(verb, [override], sweep=True) if "," in override else load(verb, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert wrong in message
+    assert f"did you mean '{right}'?" in message
+
+
+@pytest.mark.parametrize(
+    ("verb", "override", "parts"),
+    [
+        ("pretrain", "model.d_model=wide", ["model.d_model", "wide", "Integer"]),
+        ("pretrain", "optimizer.lr=fast", ["optimizer.lr", "fast", "Float"]),
+        ("pretrain", "model.bias=perhaps", ["model.bias", "perhaps", "bool"]),
+        ("pretrain", "optimizer=null", ["optimizer=null", "adamw"]),
+        ("pretrain", "optimizer.lr=null", ["optimizer.lr"]),
+        ("pretrain", "seed=1.5", ["seed", "1.5"]),
+        ("pretrain", "sparsity.groups=3", ["sparsity.groups"]),
+        ("pretrain", "seed.more=1", ["seed", "single value"]),
+        ("pretrain", "optimizer.lr=1e-3,2e-3", ["optimizer.lr=1e-3,2e-3", "sparsetrain pretrain -m"]),
+        ("pretrain", "model.d_model=[1", ["[1"]),
+        ("pretrain", "seed", ["seed"]),
+    ],
+)
+def test_a_value_of_another_type_is_named(verb: str, override: str, parts: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        load(verb, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+OUT_OF_RANGE: list[tuple[type, dict[str, Any]]] = [
+    *[(OptimizerConfig, {name: -1.0}) for name in ("lr", "weight_decay", "eps", "clip", "beta1", "beta2")],
+    *[(OptimizerConfig, {name: float("nan")}) for name in ("lr", "weight_decay", "eps", "clip", "beta1", "beta2")],
+    *[(OptimizerConfig, {name: float("inf")}) for name in ("lr", "weight_decay", "eps", "clip")],
+    *[(OptimizerConfig, {name: 1.0}) for name in ("beta1", "beta2")],
+    (OptimizerConfig, {"name": "adam"}),
+    *[(ScheduleConfig, {name: 0}) for name in ("steps", "tokens")],
+    (ScheduleConfig, {"warmup": 1.0}),
+    (ScheduleConfig, {"warmup_steps": -1}),
+    (ScheduleConfig, {"final": 0.5}),
+    (ScheduleConfig, {"name": "cosine", "final": 1.5}),
+    (SparsityConfig, {"sparsity": 1.0}),
+    (SparsityConfig, {"sparsity": -0.1}),
+    (SparsityConfig, {"sparsity": float("nan")}),
+    *[(LoopConfig, {name: 0}) for name in ("batch_size", "accumulation", "keep_last", "eval_sequences")],
+    *[(LoopConfig, {name: -1}) for name in ("log_every", "eval_every", "checkpoint_every")],
+    *[(TaskConfig, {name: 0}) for name in ("n_train", "n_validation", "n_test")],
+    (TaskConfig, {"path": "x"}),
+    (DataConfig, {"context": 0}),
+    (DataConfig, {"vocab_size": 100}),
+    (DataConfig, {"max_documents": 1}),
+    (DataConfig, {"validation_fraction": 1.5}),
+    (DataConfig, {"vocab_size": 70_000, "token_dtype": "uint16"}),
+    (Parameterization, {"alpha": 2.0}),
+    (Parameterization, {"base_density": 0.0}),
+    (Parameterization, {"alpha_in": 0.0}),
+    (Parameterization, {"alpha_out": -1.0}),
+    (Parameterization, {"embedding_lr_multiplier": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("kind", "fields"), OUT_OF_RANGE, ids=str)
+def test_a_value_out_of_range_is_named_with_what_is_allowed(kind: type, fields: dict[str, Any]) -> None:
+    with pytest.raises(UserError) as caught:
+        kind(**fields)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(str(value) in message for name, value in fields.items() if name != "name" or len(fields) == 1)
+    assert any(name in message for name in fields)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sparsity.sparsity=1", "sparsity=1.0"),
+        ("sparsity.sparsity=-0.25", "sparsity=-0.25"),
+        ("seed=-1", "seed=-1 must be at least 0"),
+        ("threads=0", "threads=0 must be at least 1"),
+        ("model.sparsity=0.5", "set sparsity.sparsity instead"),
+        ("model.d_model=130", "d_model=130 is not divisible by n_heads=4"),
+        ("model.n_kv_heads=3", "n_heads=4 is not divisible by n_kv_heads=3"),
+        ("~model", "model.d_model is missing; choose a preset"),
+        ("data=hub", "data.name=hub needs data.hub_name"),
+        ("data=file", "data.name=file needs data.path"),
+        ("sparsity.groups=[{match: '*',sparsity: 2}]", "2"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_one_line(override: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("pretrain", [override])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_steps_and_tokens_of_the_command_line_win_over_those_of_an_experiment() -> None:
+    config = load("pipeline", ["experiment=demo", "schedule.steps=7"])
+    assert (config.schedule.steps, config.schedule.tokens) == (7, None)
+    config = load("pretrain", ["schedule.tokens=700"])
+    assert (config.schedule.steps, config.schedule.tokens) == (None, 700)
+    with pytest.raises(UserError, match="set only one"):
+        load("pretrain", ["schedule.steps=1", "schedule.tokens=1"])
+
+
+def test_groups_of_layers_can_be_given_on_the_command_line() -> None:
+    config = load("pretrain", ["sparsity.groups=[{match: '*attn*', sparsity: 0.5},{match: '*mlp*', sparsity: 0}]"])
+    assert [(group.match, group.sparsity) for group in config.sparsity.groups] == [("*attn*", 0.5), ("*mlp*", 0.0)]
+
+
+def test_a_pipeline_without_prompts_composes() -> None:
+    assert load("pipeline", ["pipeline.prompt=null"]).pipeline.prompt is None
+
+
+def test_defaults_are_not_changed_by_checks() -> None:
+    before = str(defaults("pretrain"))
+    check("pretrain", ["optimizer.lr=1e-3,2e-3"], sweep=True)
+    assert str(defaults("pretrain")) == before
+
+
+# Presets.
+
+
+def preset(name: str) -> Any:
+    values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    return model_config(values, 1)
+
+
+def test_presets_are_those_of_the_documentation() -> None:
+    assert set(options("model")) == {"tiny", "demo", "cerebras-111m", "mediswift-med", "mediswift-xl", "btlm-3b"}
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "published"),
+    [
+        ("cerebras-111m", "total", 111_050_496),
+        ("mediswift-med", "matrices", 301_989_888),
+        ("mediswift-xl", "matrices", 1_207_959_552),
+    ],
+)
+def test_parameter_counts_of_presets_match_the_published_ones(name: str, entry: str, published: int) -> None:
+    assert getattr(parameter_count(preset(name)), entry) == published
+
+
+def test_btlm_has_two_point_six_billion_parameters() -> None:
+    assert 2.6e9 < parameter_count(preset("btlm-3b")).total < 2.7e9
+
+
+@pytest.mark.parametrize(("name", "ratio"), [("mediswift-med", 2.00), ("mediswift-xl", 2.49)])
+def test_flop_ratios_of_75_percent_sparsity_match_the_paper(name: str, ratio: float) -> None:
+    dense, sparse = (training_flops_per_token(preset(name), density, 2048).total for density in (1.0, 0.25))
+    assert dense / sparse == pytest.approx(ratio, rel=0.01)
