@@ -31,7 +31,7 @@ def show_report(directory: Path, console: Console) -> None:
 
 
 def show_run(directory: Path, console: Console) -> None:
-    """Show a pipeline, whose page is written again, or a single run, finished or not.
+    """Show a pipeline, whose page is written again, or a run; of what is not finished, how far it has come.
 
     Raises:
         UserError: neither is there.
@@ -40,14 +40,34 @@ def show_run(directory: Path, console: Console) -> None:
         write_html(load_report(directory / REPORT), directory / PAGE)
         show_report(directory, console)
         return
-    if not (directory / METRICS).exists() and not (directory / RESULT).exists():
+    stages = sorted(path.parent for path in directory.glob("*/*/config.yaml"))
+    if not _began(directory) and not stages:
         raise UserError(f"{directory} holds no run: neither {REPORT}, {RESULT} nor {METRICS} is there")
+    for stage in stages:
+        console.print(f"{stage.relative_to(directory)!s:28} {_status(stage)}", highlight=False, soft_wrap=True)
+    if _began(directory):
+        _show_stage(directory, console)
+
+
+def _began(directory: Path) -> bool:
+    return (directory / METRICS).exists() or (directory / RESULT).exists()
+
+
+def _status(directory: Path) -> str:
+    """Return how far a stage has come, in a few words."""
+    if (directory / RESULT).exists():
+        return str(read_json(directory / RESULT).get("status"))
+    records = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []
+    return f"at step {records[-1]['step']}, not finished" if records else "not begun"
+
+
+def _show_stage(directory: Path, console: Console) -> None:
     if (directory / RESULT).exists():
         result = read_json(directory / RESULT)
         for key in (*_HEADLINES, *_RESULTS):
             if key in result:
                 console.print(f"{key:18} {scalar(result[key])}", highlight=False, soft_wrap=True)
     else:
-        console.print("status             not finished; the command that started it goes on", highlight=False)
+        console.print(f"{'status':18} {_status(directory)}; the command that started it goes on", highlight=False)
     if (directory / METRICS).exists():
         console.print(run_metrics(read_metrics(directory / METRICS)).rich())
