@@ -390,7 +390,7 @@ def test_a_sweep_goes_on_after_a_bad_point(shell: Shell) -> None:
     status, out, err = shell.run("pretrain", "-m", *words)
     assert (status, err.count("\n")) == (2, 1), err
     assert "sparsity=1.5" in err
-    assert set(runs_of(shell)) == {(0.5, 4e-3), (0.0, 4e-3)}
+    assert set(runs_of(shell)) == {(0.5, 8e-3), (0.0, 8e-3)}
     assert out.count("pretrain: complete") == 2
 
 

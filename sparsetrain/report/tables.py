@@ -28,6 +28,8 @@ from sparsetrain.report.text import ABSENT, brackets, byte_size, clean, duration
 
 Group = Literal["flops", "bytes", "seconds"]
 
+_FILE_WIDTH = 120
+
 TERM_NAMES = {
     "sparse_linears": "hidden matrices",
     "head": "output head",
@@ -58,8 +60,11 @@ class Sheet:
         for index, column in enumerate(self.columns):
             # Headers are broken over lines before cells are: a number with its interval is read as one.
             widest = max([cell_len(row[index]) for row in self.rows] + [cell_len(word) for word in column.split()])
+            # Where the terminal is too narrow all the same, words are folded: nothing may be cut off.
             table.add_column(
-                Text("\n".join(wrap(column, widest, break_on_hyphens=False))), justify="right" if index else "left"
+                Text("\n".join(wrap(column, widest, break_on_hyphens=False)), overflow="fold"),
+                justify="right" if index else "left",
+                overflow="fold",
             )
         for row in self.rows:
             table.add_row(*(Text(cell) for cell in row))
@@ -83,6 +88,9 @@ def sheets(report: Report) -> list[Sheet]:
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print what was found, what to be wary of, and every table; to the terminal if no ``console`` is given."""
     console = console or Console()
+    if not console.is_terminal:
+        # A file has no width: take what the tables need, not the 80 columns that rich assumes.
+        console = Console(file=console.file, width=max(console.width, _FILE_WIDTH))
     for sentence in findings(report):
         console.print(Text(f"- {sentence}"))
     for sentence in cautions(report):
