@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 from uuid import uuid4
 
@@ -54,13 +58,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, 1 for a diverged run, 2 for input that cannot be used."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(given)
+        with _terminations(), warnings.catch_warnings():
+            # The line that describes the model counts its empty rows; one warning a layer would bury it.
+            warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
+            return _run(given)
     except UserError as error:
         print(f"sparsetrain: {_single_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         print("sparsetrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return 143 if isinstance(stop, _Terminated) else 130
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM outside a training loop, which has handlers of its own."""
+
+
+@contextmanager
+def _terminations() -> Iterator[None]:
+    """Make SIGTERM end the program as Ctrl-C does: temporary files are removed and a line says how to go on."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # only the main thread may set handlers
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _single_line(error: BaseException) -> str:
@@ -119,7 +148,9 @@ def _start(verb: str, config: Any, command: str) -> int:
     except Interrupted as error:
         print(f"sparsetrain: {_single_line(error)}: {command}", file=sys.stderr)
         return error.exit_code
-    if isinstance(result, stages.RunResult) and verb != "pipeline":
+    if verb == "pipeline":
+        return 1 if result.values.get("diverged") else 0
+    if isinstance(result, stages.RunResult):
         _summary(result)
     return 0
 
@@ -128,6 +159,7 @@ def _data(config: Any) -> None:
     from rich.console import Console
 
     from sparsetrain.data import load_task, prepare
+    from sparsetrain.stages.pipeline import overlap_caveat
 
     console = Console()
     corpus = prepare(config.data, progress=True, console=console)
@@ -140,6 +172,8 @@ def _data(config: Any) -> None:
         console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
         overlap = task.overlap(corpus.train_ids())
         console.print(f"test documents in the training text: {overlap}", highlight=False)
+        for sentence in overlap_caveat(corpus):
+            console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
 
 
 def _summary(result: Any) -> None:

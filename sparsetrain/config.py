@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -210,9 +211,41 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
     Raises:
         UserError: an unknown key or choice, a value of the wrong type or out of range; a single line.
     """
-    given = complete(overrides)
+    given = complete(quoted(verb, overrides))
     check(verb, given)
     return convert(verb, _load(verb, given), given)
+
+
+def quoted(verb: str, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides with quotes around the text of settings that hold text.
+
+    Hydra's grammar gives commas, brackets, equals signs and quotes a meaning that they do not have in a sentence or in
+    the name of a file. A value that is quoted already, and an interpolation, stay as they are.
+    """
+    texts = _texts(ROOTS[verb])
+    result = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        plain = re.fullmatch(r"[\w./:+@%*-]*", value)
+        given = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
+        if equals and key.lstrip("+") in texts and not plain and not given and not value.startswith("${"):
+            escaped = value.replace("'", "\\'")
+            override = f"{key}='{escaped}'"
+        result.append(override)
+    return result
+
+
+def _texts(kind: type, prefix: str = "") -> set[str]:
+    """Return the settings of a configuration whose value is text."""
+    found = set()
+    for name, hint in get_type_hints(kind).items():
+        arms = (hint, *getattr(hint, "__args__", ()))
+        if str in arms and get_origin(hint) is not list:
+            found.add(prefix + name)
+        for arm in arms:
+            if isinstance(arm, type) and dataclasses.is_dataclass(arm):
+                found |= _texts(arm, f"{prefix}{name}.")
+    return found
 
 
 @functools.cache

@@ -20,6 +20,10 @@ from typing import Any
 from sparsetrain.errors import UserError
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.EISDIR),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
+)
 
 
 def sha256_of(path: Path) -> str:
@@ -42,7 +46,7 @@ def file_errors(directory: Path, needed_bytes: int = 0, advice: str = "") -> Ite
             needs = f": needs about {max(1, round(needed_bytes / 1e6))} MB" if needed_bytes else ""
             way = f"; free some or {advice}" if advice else "; free some and run the same command again"
             raise UserError(f"no space left on {directory}{needs}{way}") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno in _UNWRITABLE:
             way = f"; {advice}" if advice else ""
             raise UserError(f"cannot write to {directory} ({error.strerror}){way}") from error
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,15 +96,37 @@ def initialise(
             parameter.copy_(draws.t() if transposed else draws)
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """Which rules hold for a model of ``depth`` blocks, and the spec of each parameter by name."""
+
+    specs: Mapping[str, TensorSpec]
+    rules: Parameterization
+    depth: int
+
+
 def assign(model: nn.Module, specs: Mapping[str, TensorSpec], rules: Parameterization, n_layers: int) -> None:
     """Record which rules and specs hold for the parameters of ``model``, without touching their values."""
     names = [name for name, _ in model.named_parameters()]
     missing = [name for name in names if name not in specs]
     if missing:
         raise UserError(f"parameter '{missing[0]}' has no role ({len(missing)} without one)")
-    model.tensor_specs = {name: specs[name] for name in names}  # type: ignore[assignment]
-    model.rules = rules  # type: ignore[assignment]
-    model.depth = n_layers  # type: ignore[assignment]
+    # One attribute under a name that no user's model has; it travels with copies and pickles of the model.
+    model._sparsetrain_assignment = Assignment(  # type: ignore[assignment]
+        {name: specs[name] for name in names}, rules, n_layers
+    )
+
+
+def assignment(model: nn.Module) -> Assignment:
+    """Return what `assign` recorded.
+
+    Raises:
+        UserError: nothing.
+    """
+    recorded = getattr(model, "_sparsetrain_assignment", None)
+    if not isinstance(recorded, Assignment):
+        raise UserError("the model's tensors have no roles yet: call parameterize(model, rules, base) first")
+    return recorded
 
 
 def param_groups(
@@ -129,12 +152,10 @@ def param_groups(
         UserError: a model without roles, other rules than those it was initialised for, a parameter without a role, or
             a layer whose density is not the one it was initialised for.
     """
-    specs: Any = getattr(model, "tensor_specs", None)
-    if not isinstance(specs, dict):
-        raise UserError("the model's tensors have no roles yet: call parameterize(model, rules, base) first")
-    if model.rules != rules:
-        raise UserError(f"the model was initialised for {model.rules}, not for {rules}")
-    depth = int(model.depth)  # type: ignore[arg-type]
+    recorded = assignment(model)
+    specs, depth = recorded.specs, recorded.depth
+    if recorded.rules != rules:
+        raise UserError(f"the model was initialised for {recorded.rules}, not for {rules}")
     _check_densities(model, specs)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -305,8 +326,10 @@ def _width(module: nn.Module) -> int:
     """Return the fan_in of a matrix, the width of a norm or an embedding."""
     if isinstance(module, SparseLinear):
         return module.in_features
-    # Everything else keeps it last, be it [M, K], [vocabulary, D] or [D]; only a Conv1D is [K, M].
     weight = next(module.parameters(recurse=False))
+    if weight.ndim > 2:
+        return weight[0].numel()  # a convolution: input channels times the kernel
+    # Everything else keeps it last, be it [M, K], [vocabulary, D] or [D]; only a Conv1D is [K, M].
     return weight.shape[0 if is_conv1d(module) else -1]
 
 

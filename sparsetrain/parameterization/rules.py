@@ -51,7 +51,7 @@ UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT
 SCHEMES = ("sp", "mup", "supar", "completep", "supar_completep")
 ATTENTION_SCALES = ("auto", "sqrt", "linear")
 WD_RULES = ("coupled", "width", "width_density")
-EPS_RULES = ("fixed", "table")
+EPS_RULES = ("auto", "fixed", "table")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Parameterization:
             elsewhere.
         wd_rule: ``coupled`` leaves lambda as it is, so that the decay per step lr * lambda follows the learning rate;
             ``width`` multiplies it by m_d and ``width_density`` by m_d m_rho, which keeps lr * lambda constant.
-        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks.
+        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks; ``auto`` becomes ``table`` under
+            CompleteP and the product, and ``fixed`` elsewhere.
 
     Raises:
         UserError: an unknown choice, or a multiplier or base that is not positive.
@@ -100,13 +101,15 @@ class Parameterization:
     embedding_lr_multiplier: float = 1.0
     attention_scale: str = "auto"
     wd_rule: str = "width_density"
-    eps_rule: str = "fixed"
+    eps_rule: str = "auto"
 
     def __post_init__(self) -> None:
         check_choice("parameterization", self.scheme, SCHEMES)
         check_choice("parameterization.attention_scale", self.attention_scale, ATTENTION_SCALES)
         check_choice("parameterization.wd_rule", self.wd_rule, WD_RULES)
         check_choice("parameterization.eps_rule", self.eps_rule, EPS_RULES)
+        if self.eps_rule == "auto":
+            object.__setattr__(self, "eps_rule", "table" if self.uses_depth else "fixed")
         if self.uses_width and not self.base_width:
             raise UserError(f"parameterization {self.scheme}: base_width={self.base_width} must be at least 1")
         if self.uses_depth and not self.base_layers:
@@ -165,7 +168,6 @@ class Parameterization:
 
     @classmethod
     def _make(cls, scheme: str, **options: float | str) -> Parameterization:
-        options.setdefault("eps_rule", "table" if scheme in ("completep", "supar_completep") else "fixed")
         return cls(scheme=scheme, **options)  # type: ignore[arg-type]
 
     # -- which multipliers are on ------------------------------------------------------------------------------------

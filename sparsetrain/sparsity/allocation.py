@@ -40,6 +40,9 @@ class SparsityConfig:
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise UserError(f"{name}={getattr(self, name)!r} must be a list of globs, such as ['*attn*']")
         check_choice("sparsity.pattern", self.pattern, PATTERNS)
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils import skip_init
 from sparsetrain import seeds
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.init import random_pattern
-from sparsetrain.sparsity.ops import backend_names, sparse_linear
+from sparsetrain.sparsity.ops import backend_names, layout_id, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 
@@ -86,6 +86,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("row_ptr", pattern.row_ptr)
         self.register_buffer("col", pattern.col)
         self._pattern = pattern
+        layout_id(pattern)  # now, since a compiler that traces the forward pass cannot register it
         factory: dict[str, Any] = {"device": pattern.device, "dtype": dtype or torch.get_default_dtype()}
         self.values = nn.Parameter(torch.empty(pattern.nnz, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
@@ -119,6 +120,7 @@ class SparseLinear(nn.Module):
             # The view and the buffers are the same tensors; what replaces the buffers (a device move, a load) leaves
             # it stale.
             self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
+            layout_id(pattern)
         return self._pattern
 
     def set_topology(self, pattern: SparsityPattern, values: Tensor) -> None:
@@ -137,6 +139,7 @@ class SparseLinear(nn.Module):
             )
         pattern = pattern.to(self.values.device)
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
+        layout_id(pattern)
         self.values.grad = None
         self.values.data = values.detach().to(self.values, copy=True)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -21,7 +22,10 @@ from sparsetrain.training.state import DEVICES, LoopConfig
 T = TypeVar("T")
 
 # What does not change the result, and so does not make another run of it.
-INCIDENTAL = ("run_dir", "runs_dir", "device", "threads", "log_every", "checkpoint_every", "keep_last")
+# What a run starts from counts by its content, `run.source_key`, not by its path.
+INCIDENTAL = ("init_from", "run_dir", "runs_dir", "device", "threads", "log_every", "checkpoint_every", "keep_last")
+
+PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
 
 TRAINABLE = ("prompt", "both")
 PROMPT_STARTS = ("pretrain", "finetune")
@@ -102,7 +106,7 @@ class PromptConfig(FinetuneConfig):
     Args:
         n_tokens: number of learned vectors between source and answer.
         init: ``words`` copies the embeddings of ``words``, repeated or cut to ``n_tokens``; ``random`` draws them.
-        train: ``prompt`` freezes the model; ``both`` trains it along.
+        train: ``prompt`` freezes the model, masks and all; ``both`` trains it along, in the ``mode`` of fine-tuning.
     """
 
     n_tokens: int = 8
@@ -236,14 +240,21 @@ def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """Return a configuration as nested dicts of plain values, in the order of its fields."""
-    return asdict(config)
+    """Return a configuration as nested dicts of plain values, in the order of its fields.
+
+    This is what is saved with a run, so the paths of files are absolute: they must mean the same from elsewhere.
+    """
+    plain = asdict(config)
+    for section, name in PATHS:
+        if plain.get(section) and plain[section].get(name) is not None:
+            plain[section][name] = os.path.abspath(plain[section][name])
+    return plain
 
 
-def fingerprint(config: RunConfig, corpus: str) -> str:
-    """Return eight hexadecimal digits of all that the result depends on: the configuration and the corpus's content."""
+def fingerprint(config: RunConfig, corpus: str, source: str | None = None) -> str:
+    """Return eight hexadecimal digits of what the result depends on: configuration, corpus, weights to start from."""
     content = _essential(as_plain(config))
-    content["data"] = {"corpus": corpus, "context": config.data.context}
+    content["data"] = {"corpus": corpus, "context": config.data.context, "source": source}
     text = json.dumps([type(config).__name__, content], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 

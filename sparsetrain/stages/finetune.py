@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsetrain.cost.flops import training_flops_per_token
-from sparsetrain.data import Batch, Corpus, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
+from sparsetrain.data import Batch, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
 from sparsetrain.data.tasks import Example
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Schedule, build_optimizer
@@ -21,6 +21,7 @@ from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.config import FinetuneConfig, as_plain, total_steps
 from sparsetrain.stages.pretrain import (
+    Stopwatch,
     build_model,
     describe,
     layer_densities,
@@ -29,14 +30,13 @@ from sparsetrain.stages.pretrain import (
     run_directory,
 )
 from sparsetrain.stages.run import (
+    Origin,
     RunResult,
     claimed,
     commit,
     finish,
     machine,
-    run_tokenizer,
     run_weights,
-    save_tokenizer,
     skipped,
 )
 from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
@@ -97,49 +97,54 @@ def run_task(
         prepare_model: makes the loaded (or fresh) transformer what is to be trained.
         n_slots: soft-prompt places in every row.
     """
-    corpus = prepare(config.data, progress=True, console=console)
-    directory = run_directory(verb, config, corpus)
-    with claimed(directory, config, corpus.directory.name) as done:
+    if config.init_from is None:
+        origin = Origin.of_corpus(prepare(config.data, progress=True, console=console))
+    else:
+        origin = Origin.of_run(config.init_from)
+    directory = run_directory(verb, config, origin)
+    with claimed(directory, config, origin) as done:
         if done is not None:
             return skipped(done, console)
-        return _train(config, verb, corpus, directory, prepare_model, n_slots, console)
+        return _train(config, verb, origin, directory, prepare_model, n_slots, console)
 
 
-def load_model(config: FinetuneConfig, corpus: Corpus, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """Return the model that a stage starts from, with its topology, and the tokenizer it was trained with."""
+def load_model(config: FinetuneConfig, vocab_size: int, device: torch.device) -> Transformer:
+    """Return the model that a stage starts from, with its topology."""
     if config.init_from is None:
         # From scratch there is nothing whose masks could be kept: the model is what the sparsity section says.
-        return build_model(config, corpus.tokenizer.vocab_size, device), corpus.tokenizer
+        return build_model(config, vocab_size, device)
     source = Path(config.init_from)
-    weights, tokenizer = run_weights(source), run_tokenizer(source)
+    weights = run_weights(source)
     weights = {name.removeprefix("model."): value for name, value in weights.items() if not name.startswith("prompt.")}
     sparse = any(name.endswith(".row_ptr") for name in weights)
-    model = build_model(config, tokenizer.vocab_size, device, sparse=sparse)
+    model = build_model(config, vocab_size, device, sparse=sparse)
     load_weights(model, weights, str(source))
     # The layers now have the checkpoint's densities, whatever the configuration said.
     model.parameterize(config.parameterization, reinitialise=False)
-    return model, tokenizer
+    return model
 
 
 def _train(
     config: FinetuneConfig,
     verb: str,
-    corpus: Corpus,
+    origin: Origin,
     directory: Path,
     prepare_model: Callable[[Transformer, Tokenizer], TaskModel],
     n_slots: int,
     console: Console,
 ) -> RunResult:
+    clock = Stopwatch()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     autocast, reason = resolve_precision(config.stage.precision, device)
-    network, tokenizer = load_model(config, corpus, device)
+    tokenizer = origin.tokenizer
+    network = load_model(config, tokenizer.vocab_size, device)
     pretrained_density = overall_density(network)
     subject = prepare_model(network, tokenizer)
     subject.module.to(device)
     task = load_task(config.task)
-    save_tokenizer(tokenizer, directory)
+    origin.save(directory)
     describe(network, reason, device, console)
     console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
 
@@ -200,24 +205,26 @@ def _train(
         "lr": opt.lr,
         "seed": config.seed,
         "init_from": config.init_from,
+        "source": origin.source,
         "precision": reason,
         "machine": machine(device),
         "commit": commit(),
     }
     try:
-        state = trainer.run()
+        with clock.paused():
+            state = trainer.run()
         test = score(task.test)
         if math.isnan(test.accuracy):
             raise Diverged(f"{verb}: the trained model gives the answers of the test set no likelihood")
     except Diverged as error:
         finish(directory, {**common, "status": "diverged", "message": str(error)})
         raise
-    overlap = task.overlap(corpus.train_ids())
+    overlap = task.overlap(origin.train_ids)
     return finish(
         directory,
         {
             **common,
-            **progress_entries(state),
+            **progress_entries(state, clock),
             "task": task.name,
             "n_test": test.n,
             "accuracy": test.accuracy,

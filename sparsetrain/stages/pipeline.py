@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from sparsetrain.stages.config import (
 from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.pretrain import pretrain, run_directory
 from sparsetrain.stages.prompt import prompt
-from sparsetrain.stages.run import RunResult, claimed, command_line, commit, finish, skipped
+from sparsetrain.stages.run import Origin, RunResult, claimed, command_line, commit, finish, finished, skipped
 from sparsetrain.training.metrics import read_metrics
+from sparsetrain.training.state import Diverged
 
 SCRATCH = "scratch"
 
@@ -35,12 +37,14 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     """Run every arm and stage that is not done yet, write ``report.json`` and ``report.html``, print the table.
 
     Raises:
-        UserError, Interrupted, Diverged: as the stages do; what was finished stays and is skipped next time.
+        UserError, Interrupted: as the stages do; what was finished stays and is skipped next time.
+        Diverged: no arm came to an end. One that diverges beside others is named in the report and in the result.
     """
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
-    directory = run_directory("pipeline", config, corpus)
-    with claimed(directory, config, corpus.directory.name) as done:
+    origin = Origin.of_corpus(corpus)
+    directory = run_directory("pipeline", config, origin)
+    with claimed(directory, config, origin) as done:
         if done is not None:
             skipped(done, console)
             show_report(directory, console)
@@ -50,12 +54,19 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
         scratch = None
         if config.pipeline.scratch:
             console.rule("from scratch")
-            scratch = finetune(_finetune_config(config, 0.0, None, directory / SCRATCH / "finetune"), console)
+            control = _finetune_config(config, 0.0, None, directory / SCRATCH / "finetune")
+            scratch = _complete(_attempt(finetune, control, console))
+        if not any(arm.finetune for arm in arms):
+            raise Diverged(
+                f"no arm of the pipeline in {directory} came to an end: {arms[0].pretrain.values.get('message')}"
+            )
         report = _report(config, corpus, arms, scratch)
         validate_report(report)
         write_json(directory / "report.json", report)
         write_html(report, directory / "report.html")  # type: ignore[arg-type]
-        result = finish(directory, {"status": "complete", "stage": "pipeline", "report": "report.html"})
+        diverged = [arm.name for arm in arms if len(arm.stages) < 2 + (config.pipeline.prompt is not None)]
+        outcome = {"status": "complete", "stage": "pipeline", "report": "report.html", "diverged": diverged}
+        result = finish(directory, outcome)
     show_report(directory, console)
     return result
 
@@ -73,10 +84,12 @@ def _check_task(config: PipelineConfig, corpus: Corpus) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _Arm:
+    """One sparsity. A stage that diverged, and those that would have followed it, are None but for pre-training."""
+
     sparsity: float
     pretrain: RunResult
-    finetune: RunResult
-    prompt: RunResult | None
+    finetune: RunResult | None = None
+    prompt: RunResult | None = None
 
     @property
     def name(self) -> str:
@@ -95,32 +108,56 @@ def arm_name(sparsity: float) -> str:
 def _run_arm(config: PipelineConfig, sparsity: float, directory: Path, console: Console) -> _Arm:
     home = directory / arm_name(sparsity)
     console.rule(arm_name(sparsity))
-    shared = {**_shared(config, sparsity, home / "pretrain")}
-    pretrained = pretrain(
-        PretrainConfig(**shared, optimizer=config.optimizer, schedule=config.schedule, stage=config.stage),
-        console,
-    )
-    tuned = finetune(_finetune_config(config, sparsity, pretrained.directory, home / "finetune"), console)
-    section = config.pipeline.prompt
-    if section is None:
-        return _Arm(sparsity, pretrained, tuned, None)
-    start = {"pretrain": pretrained, "finetune": tuned}[section.start]
-    prompted = prompt(
-        PromptConfig(
-            **_shared(config, sparsity, home / "prompt"),
-            init_from=str(start.directory),
-            task=config.task,
-            n_tokens=section.n_tokens,
-            init=section.init,
-            words=section.words,
-            train=section.train,
-            optimizer=section.optimizer,
-            schedule=section.schedule,
-            stage=section.stage,
+    pretrained = _attempt(
+        pretrain,
+        PretrainConfig(
+            **_shared(config, sparsity, home / "pretrain"),
+            optimizer=config.optimizer,
+            schedule=config.schedule,
+            stage=config.stage,
         ),
         console,
     )
-    return _Arm(sparsity, pretrained, tuned, prompted)
+    if not pretrained.complete:
+        return _Arm(sparsity, pretrained)
+    tuned = _attempt(finetune, _finetune_config(config, sparsity, pretrained.directory, home / "finetune"), console)
+    section = config.pipeline.prompt
+    start = pretrained if section is None or section.start == "pretrain" else tuned
+    prompted = None
+    if section is not None and start.complete:
+        prompted = _attempt(
+            prompt,
+            PromptConfig(
+                **_shared(config, sparsity, home / "prompt"),
+                init_from=str(start.directory),
+                task=config.task,
+                n_tokens=section.n_tokens,
+                init=section.init,
+                words=section.words,
+                train=section.train,
+                optimizer=section.optimizer,
+                schedule=section.schedule,
+                stage=section.stage,
+            ),
+            console,
+        )
+    return _Arm(sparsity, pretrained, _complete(tuned), _complete(prompted))
+
+
+def _attempt(stage: Callable[[Any, Console], RunResult], config: RunConfig, console: Console) -> RunResult:
+    """Run a stage; one that diverges is a result, and the other arms go on."""
+    try:
+        return stage(config, console)
+    except Diverged as error:
+        console.print(f"diverged: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        assert config.run_dir is not None
+        result = finished(Path(config.run_dir))
+        assert result is not None
+        return result
+
+
+def _complete(run: RunResult | None) -> RunResult | None:
+    return run if run is not None and run.complete else None
 
 
 def _finetune_config(
@@ -152,7 +189,8 @@ def _shared(config: PipelineConfig, sparsity: float, directory: Path) -> dict[st
 
 def _report(config: PipelineConfig, corpus: Corpus, arms: list[_Arm], scratch: RunResult | None) -> dict[str, Any]:
     runs = [stage for arm in arms for stage in arm.stages] + ([] if scratch is None else [scratch])
-    first = arms[0]
+    first = next(arm for arm in arms if arm.finetune is not None)
+    assert first.finetune is not None
     return {
         "arms": [_arm_entry(arm) for arm in arms],
         "scratch": None
@@ -175,7 +213,7 @@ def _report(config: PipelineConfig, corpus: Corpus, arms: list[_Arm], scratch: R
             key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
         },
         "settings": _settings(config),
-        "limits": _limits(config, arms),
+        "limits": _limits(config, corpus, arms),
     }
 
 
@@ -186,15 +224,17 @@ def _arm_entry(arm: _Arm) -> dict[str, Any]:
         "density": arm.pretrain["density"],
         "train_flops": arm.pretrain["flops"]["total"],
         "pretrain": {key: arm.pretrain[key] for key in ("tokens", "loss_first", "loss_last", "bits_per_byte")},
-        "finetune": _scored(arm.finetune),
         "flops": arm.pretrain["flops"],
         "bytes": arm.pretrain["bytes"],
         "seconds": {stage["stage"]: stage["seconds"] for stage in arm.stages},
         "curves": {stage["stage"]: _curve(stage.directory) for stage in arm.stages},
-        "finetune_flops": arm.finetune["flops"]["total"],
     }
-    if arm.prompt is not None:
-        entry["prompt"] = _scored(arm.prompt)
+    if not entry["bytes"]:
+        del entry["bytes"]
+    for stage in (arm.finetune, arm.prompt):
+        if stage is not None:
+            entry[stage["stage"]] = _scored(stage)
+            entry[f"{stage['stage']}_flops"] = stage["flops"]["total"]
     return entry
 
 
@@ -230,11 +270,22 @@ def _settings(config: PipelineConfig) -> dict[str, Any]:
     return shown
 
 
-def _limits(config: PipelineConfig, arms: list[_Arm]) -> list[str]:
+def overlap_caveat(corpus: Corpus) -> list[str]:
+    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing."""
+    if corpus.manifest["source"] == "medline":
+        return []
+    return [
+        "Documents of the task and of this corpus have different kinds of ids, so the overlap between the test "
+        "examples and the training text was not checked."
+    ]
+
+
+def _limits(config: PipelineConfig, corpus: Corpus, arms: list[_Arm]) -> list[str]:
     """Return what the report does not show, for this configuration."""
-    first = arms[0]
+    first = next(arm for arm in arms if arm.finetune is not None)
     tokens, stored = first.pretrain["tokens"], first.pretrain["bytes"]["parameters"] // 4
     limits = [
+        *overlap_caveat(corpus),
         f"One seed ({config.seed}) of initialisation, masks and sample order.",
         f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
         "the papers. Only signs and rough ratios can be expected to carry over.",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import SparsityConfig, sparse_layers
 from sparsetrain.sparsity.ops import resolve_backend
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
-from sparsetrain.stages.run import RunResult, claimed, commit, finish, machine, run_weights, save_tokenizer, skipped
+from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
 from sparsetrain.training.evaluate import score_text
 from sparsetrain.training.loop import Trainer, load_weights
 from sparsetrain.training.metrics import read_metrics
@@ -38,21 +41,22 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> RunResul
     """
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
-    directory = run_directory("pretrain", config, corpus)
-    with claimed(directory, config, corpus.directory.name) as done:
+    origin = Origin.of_corpus(corpus, config.init_from)
+    directory = run_directory("pretrain", config, origin)
+    with claimed(directory, config, origin) as done:
         if done is not None:
             return skipped(done, console)
-        save_tokenizer(corpus.tokenizer, directory)
+        origin.save(directory)
         return _train(config, corpus, directory, console)
 
 
-def run_directory(verb: str, config: RunConfig, corpus: Corpus) -> Path:
+def run_directory(verb: str, config: RunConfig, origin: Origin) -> Path:
     """Return the directory that the configuration names, or one below ``runs_dir`` named after what it is."""
     if config.run_dir is not None:
         return Path(config.run_dir)
     model = model_config(config.model, 1)
     name = f"{verb}-d{model.d_model}-L{model.n_layers}-s{config.sparsity.sparsity:g}-lr{config.optimizer.lr:g}"
-    return Path(config.runs_dir) / f"{name}-seed{config.seed}-{fingerprint(config, corpus.directory.name)}"
+    return Path(config.runs_dir) / f"{name}-seed{config.seed}-{fingerprint(config, origin.corpus, origin.source)}"
 
 
 def build_model(config: RunConfig, vocab_size: int, device: torch.device, sparse: bool = True) -> Transformer:
@@ -78,6 +82,7 @@ def overall_density(model: Transformer) -> float:
 
 
 def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Console) -> RunResult:
+    clock = Stopwatch()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
@@ -91,7 +96,8 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
     describe(model, reason, device, console)
 
     context, settings = config.data.context, config.stage
-    schedule = Schedule(config.schedule, total_steps(config, len(corpus.train) // context))
+    samples = PackedSamples(corpus.train, context, config.samples_seed, "pretrain")
+    schedule = Schedule(config.schedule, total_steps(config, samples.samples_per_epoch))
     opt = config.optimizer
     optimizer = build_optimizer(param_groups(model, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
     token_bytes = corpus.tokenizer.token_bytes
@@ -109,7 +115,7 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
     trainer = Trainer(
         module=model,
         loss=lambda batch: model.loss(batch.tokens, batch.targets),
-        samples=PackedSamples(corpus.train, context, config.samples_seed, "pretrain"),
+        samples=samples,
         optimizer=optimizer,
         schedule=schedule,
         config=settings,
@@ -140,9 +146,25 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
         "commit": commit(),
     }
     try:
-        state = trainer.run()
+        with clock.paused():
+            state = trainer.run()
     except Diverged as error:
-        finish(directory, {**common, "status": "diverged", "message": str(error)})
+        records = read_metrics(directory / "metrics.jsonl")
+        seen = records[-1]["tokens"] if records else 0
+        ended = {
+            "status": "diverged",
+            "message": str(error),
+            "tokens": seen,
+            "seconds": clock.seconds(),
+            "peak_rss_bytes": peak_rss_bytes(),
+            "loss_first": records[0].get("val_loss") if records else None,
+            "loss_last": None,
+            "bits_per_byte": None,
+            "flops": flops.for_tokens(seen).as_dict(),
+            "bytes": {},
+            "model": asdict(model.config),
+        }
+        finish(directory, {**common, **ended})
         raise
     evaluated = [record for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
     used = state_bytes(model, optimizer)
@@ -150,7 +172,7 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
         directory,
         {
             **common,
-            **progress_entries(state),
+            **progress_entries(state, clock),
             "loss_first": evaluated[0]["val_loss"],
             "loss_last": evaluated[-1]["val_loss"],
             "bits_per_byte": evaluated[-1]["bits_per_byte"],
@@ -162,14 +184,34 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
     )
 
 
-def progress_entries(state: TrainState) -> dict[str, Any]:
+class Stopwatch:
+    """Counts what a stage spends outside its loop, whose own clock runs on over interruptions."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self._inside = 0.0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of the block."""
+        before = time.monotonic()
+        try:
+            yield
+        finally:
+            self._inside += time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started - self._inside
+
+
+def progress_entries(state: TrainState, clock: Stopwatch) -> dict[str, Any]:
     """Return what every finished run says about its course."""
     return {
         "status": "complete",
         "steps": state.step,
         "samples": state.samples_seen,
         "tokens": state.tokens_seen,
-        "seconds": state.seconds,
+        "seconds": state.seconds + clock.seconds(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

@@ -44,8 +44,8 @@ def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
     rules = config.parameterization
 
     def prepare_model(model: Transformer, tokenizer: Tokenizer) -> TaskModel:
-        if config.mode == "dense":
-            densify(model)
+        if config.mode == "dense" and config.train == "both":
+            densify(model)  # of a frozen model the zeros would not train
         prompted = Prompted(model, initial_prompt(model, tokenizer, config))
         if config.train == "prompt":
             model.requires_grad_(False)

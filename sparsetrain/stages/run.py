@@ -20,15 +20,15 @@ from rich.console import Console
 from torch import Tensor
 
 import sparsetrain
-from sparsetrain.data import Tokenizer
+from sparsetrain.data import Corpus, Tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, read_json, whole_file, write_json, write_text
+from sparsetrain.files import file_errors, read_json, sha256_of, whole_file, write_json, write_text
 from sparsetrain.stages.config import RunConfig, as_plain, differences
-from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.training.state import Diverged
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
-METRICS, LOCK = "metrics.jsonl", ".lock"
+METRICS, LOCK, TRAIN_IDS = "metrics.jsonl", ".lock", "train_ids.txt"
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,74 @@ class RunResult:
         return self.values[key]
 
 
+@dataclass(frozen=True)
+class Origin:
+    """What a run is made from, kept in its directory so that the run can be used without the corpus.
+
+    Args:
+        corpus: the name of the corpus, which is a hash of its content.
+        source: see `source_key`; None for a run from scratch.
+        tokenizer: of the corpus and the model.
+        train_ids: the documents that the weights have seen, for the overlap with a task's test documents.
+    """
+
+    corpus: str
+    source: str | None
+    tokenizer: Tokenizer
+    train_ids: set[str]
+
+    @classmethod
+    def of_corpus(cls, corpus: Corpus, init_from: str | None = None) -> Origin:
+        """Return the origin of a run on ``corpus``, from scratch or from the weights of another run."""
+        seen = corpus.train_ids()
+        if init_from is not None:
+            seen |= cls.of_run(init_from).train_ids
+        return cls(corpus.directory.name, source_key(init_from), corpus.tokenizer, seen)
+
+    @classmethod
+    def of_run(cls, init_from: str) -> Origin:
+        """Return the origin of a run that starts from the weights of another and reads no corpus of its own."""
+        directory = Path(init_from)
+        corpus = str(read_config(directory).get("corpus"))
+        try:
+            seen = (directory / TRAIN_IDS).read_text(encoding="utf-8").split("\n")[:-1]
+        except OSError as error:
+            raise UserError(f"init_from={init_from}: cannot read {TRAIN_IDS} ({error.strerror})") from None
+        return cls(corpus, source_key(init_from), run_tokenizer(directory), set(seen))
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer and document ids beside the weights."""
+        with whole_file(directory / TOKENIZER) as temporary:
+            self.tokenizer.save(temporary)
+        write_text(directory / TRAIN_IDS, "".join(f"{name}\n" for name in sorted(self.train_ids)))
+
+
+def source_key(init_from: str | None) -> str | None:
+    """Return what identifies the weights of a run: the name of its newest checkpoint and a hash of its manifest.
+
+    Raises:
+        UserError: no run there, or one without a checkpoint.
+    """
+    if init_from is None:
+        return None
+    directory = Path(init_from)
+    if not directory.is_dir():
+        raise UserError(f"init_from={directory}: no such run directory")
+    names = list_checkpoints(directory / CHECKPOINTS)
+    if not names:
+        raise UserError(f"init_from={directory} holds no checkpoint")
+    return f"{names[-1]}-{sha256_of(directory / CHECKPOINTS / names[-1] / 'manifest.json')[:16]}"
+
+
 @contextmanager
-def claimed(directory: Path, config: RunConfig, corpus: str) -> Iterator[RunResult | None]:
+def claimed(directory: Path, config: RunConfig, origin: Origin) -> Iterator[RunResult | None]:
     """Claim a run directory for this process and check that it belongs to ``config``; yield its result, if it is done.
 
     A `UserError` inside, before the first checkpoint, leaves no trace: with the mistake put right, the same directory
     can be used.
 
     Args:
-        corpus: the name of the corpus, which is a hash of its content; a changed file makes another run.
+        origin: the text and the weights behind the run; if either changes, it is another run.
 
     Raises:
         UserError: another process is writing to it, it holds a run of another configuration, or it is not writable.
@@ -70,7 +129,7 @@ def claimed(directory: Path, config: RunConfig, corpus: str) -> Iterator[RunResu
             raise UserError(
                 f"run_dir={directory} is in use by another process; wait for it or choose another"
             ) from None
-        ours = {**as_plain(config), "corpus": corpus}
+        ours = {**as_plain(config), "corpus": origin.corpus, "source": origin.source}
         fresh = not (directory / CONFIG).exists()
         try:
             if fresh:
@@ -91,7 +150,7 @@ def claimed(directory: Path, config: RunConfig, corpus: str) -> Iterator[RunResu
 
 def _remove_traces(directory: Path, made: list[Path]) -> None:
     """Remove what a run wrote that did not come to a checkpoint, and the directories ``made`` for it."""
-    traces = {LOCK, CONFIG, TOKENIZER, METRICS}
+    traces = {LOCK, CONFIG, TOKENIZER, TRAIN_IDS, METRICS}
     if not traces.issuperset(entry.name for entry in directory.iterdir()):
         return
     with suppress(OSError):
@@ -154,13 +213,10 @@ def run_weights(directory: Path, prefix: str = "") -> dict[str, Tensor]:
     stored = load_checkpoint(
         directory / CHECKPOINTS, on_refused=lambda line: print(f"warning: {line}", file=sys.stderr)
     )
+    done = finished(directory)
+    if done is None or not done.complete:
+        print(f"warning: {directory} is not finished; its weights are those of step {stored.step}", file=sys.stderr)
     return {name.removeprefix(prefix): value for name, value in stored.model.items() if name.startswith(prefix)}
-
-
-def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
-    """Keep a run's tokenizer beside its weights, so that the run can be used without the corpus."""
-    with whole_file(directory / TOKENIZER) as temporary:
-        tokenizer.save(temporary)
 
 
 def run_tokenizer(directory: Path) -> Tokenizer:

@@ -22,6 +22,7 @@ from sparsetrain.data import Batch
 from sparsetrain.errors import UserError
 from sparsetrain.optim.schedule import Schedule
 from sparsetrain.training.checkpoint import (
+    JSON,
     list_checkpoints,
     load_checkpoint,
     optimizer_tensors,
@@ -149,17 +150,17 @@ class Trainer:
         torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
         micro = self.config.batch_size // self.config.accumulation
         batches = [
-            self.samples.batch(state.samples_seen + index * micro, micro).to(self.device)
-            for index in range(self.config.accumulation)
+            self.samples.batch(state.samples_seen + index * micro, micro) for index in range(self.config.accumulation)
         ]
         targets = [int((batch.targets >= 0).sum()) for batch in batches]
-        loss = 0.0
+        total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, targets, strict=True):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 # Weighted by targets, so that accumulation does not change the mean.
-                part = self.loss(batch) * (count / sum(targets))
+                part = self.loss(batch.to(self.device)) * (count / sum(targets))
             part.backward()
-            loss += part.item()
+            total += part.detach()
+        loss = total.item()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -195,6 +196,14 @@ class Trainer:
     def _trained(self) -> list[tuple[str, nn.Parameter]]:
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
+    def _setup(self) -> JSON:
+        """Return what the bits of a run depend on beside its configuration."""
+        return {
+            "device": self.device.type,
+            "autocast": None if self.autocast is None else str(self.autocast),
+            "threads": torch.get_num_threads(),
+        }
+
     def _save(self, state: TrainState) -> None:
         for name, parameter in self._trained():
             # An update can break weights although its loss and gradient were finite; no checkpoint may hold them.
@@ -206,7 +215,7 @@ class Trainer:
             state.step,
             self.module.state_dict(),
             optimizer_tensors(self.optimizer, self._trained()),
-            asdict(state),
+            {**asdict(state), "setup": self._setup()},
             self.config.keep_last,
         )
 
@@ -222,7 +231,16 @@ class Trainer:
             highlight=False,
             soft_wrap=True,
         )
-        return TrainState(**stored.state)  # type: ignore[arg-type]
+        state = dict(stored.state)
+        before = state.pop("setup", None)
+        if before != self._setup():
+            self.console.print(
+                f"warning: {self.title} was begun with {before} and goes on with {self._setup()}: its numbers are no "
+                "longer those of an uninterrupted run to the last bit",
+                highlight=False,
+                soft_wrap=True,
+            )
+        return TrainState(**state)  # type: ignore[arg-type]
 
     def _warn(self, line: str) -> None:
         self.console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)

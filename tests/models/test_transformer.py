@@ -15,7 +15,7 @@ from torch import nn
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer, tensor_specs
 from sparsetrain.models.attention import make_span
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, param_groups
+from sparsetrain.parameterization import Parameterization, Role, TensorSpec, assignment, param_groups
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, SparsityGroup
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -233,7 +233,7 @@ def test_meta_device_has_the_parameters_of_the_real_model() -> None:
         model = build(seed=None)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in build().parameters())
-    assert model.tensor_specs["embed.weight"] == TensorSpec(Role.EMBEDDING)
+    assert assignment(model).specs["embed.weight"] == TensorSpec(Role.EMBEDDING)
 
 
 def test_dropout_only_in_training() -> None:

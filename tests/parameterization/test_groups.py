@@ -15,7 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, initialise, param_groups, parameterize
+from sparsetrain.parameterization import (
+    Parameterization,
+    Role,
+    TensorSpec,
+    assignment,
+    initialise,
+    param_groups,
+    parameterize,
+)
 from sparsetrain.sparsity import SparseLinear, densify, sparse_layers, sparsify
 
 P = Parameterization
@@ -77,13 +85,13 @@ def test_roles_and_multipliers_of_gpt2() -> None:
         ):
             expected[f"{block}{name}.values"] = TensorSpec(role, 2.0, 0.25)
             expected[f"{block}{name}.bias"] = TensorSpec(Role.BIAS, 2.0)
-    assert model.tensor_specs == expected
-    assert model.depth == 2
+    assert assignment(model).specs == expected
+    assert assignment(model).depth == 2
 
 
 def test_roles_and_multipliers_of_llama() -> None:
     model = parameterize(llama(), P.mup(16), llama(16), seed=0)
-    roles = {name: spec.role for name, spec in model.tensor_specs.items()}  # type: ignore[union-attr, operator]
+    roles = {name: spec.role for name, spec in assignment(model).specs.items()}
     expected = {"model.embed_tokens": Role.EMBEDDING, "model.norm": Role.FINAL_NORM, "lm_head": Role.HEAD}
     for block in ("model.layers.0.", "model.layers.1."):
         expected |= {f"{block}{norm}": Role.NORM for norm in ("input_layernorm", "post_attention_layernorm")}
@@ -91,7 +99,7 @@ def test_roles_and_multipliers_of_llama() -> None:
         expected |= {f"{block}mlp.{part}_proj": Role.HIDDEN for part in ("gate", "up")}
         expected |= {f"{block}self_attn.o_proj": Role.OUTPUT, f"{block}mlp.down_proj": Role.OUTPUT}
     assert roles == {f"{name}.weight": role for name, role in expected.items()}
-    assert {spec.m_d for spec in model.tensor_specs.values()} == {2.0}  # type: ignore[union-attr, operator]
+    assert {spec.m_d for spec in assignment(model).specs.values()} == {2.0}
 
 
 def test_a_norm_inside_a_numbered_block_is_not_the_final_one() -> None:
@@ -105,7 +113,7 @@ def test_a_norm_inside_a_numbered_block_is_not_the_final_one() -> None:
         max_position_embeddings=8,
         word_embed_proj_dim=16,
     )
-    specs: Any = parameterize(OPTForCausalLM(config), P.sp(), seed=0).tensor_specs
+    specs: Any = assignment(parameterize(OPTForCausalLM(config), P.sp(), seed=0)).specs
     assert specs["model.decoder.layers.0.final_layer_norm.weight"].role is Role.NORM
     assert specs["model.decoder.final_layer_norm.weight"].role is Role.FINAL_NORM
     assert specs["model.decoder.embed_positions.weight"].role is Role.POSITION
@@ -115,7 +123,7 @@ def test_roles_of_a_plain_mlp_are_given_by_name() -> None:
     with pytest.raises(UserError, match=r"parameter '0.weight' \(Linear\) has no known role: pass roles=\{'0': ROLE\}"):
         parameterize(mlp(), P.mup(16), mlp(16))
     model = parameterize(mlp(), P.mup(16), mlp(16), roles=MLP_ROLES, seed=0)
-    assert model.tensor_specs == {
+    assert assignment(model).specs == {
         "0.weight": TensorSpec(Role.EMBEDDING, 1.0),
         "0.bias": TensorSpec(Role.BIAS, 1.0),
         "2.weight": TensorSpec(Role.HIDDEN, 2.0),
@@ -133,7 +141,7 @@ def test_modules_with_other_parameter_names_take_a_role_too() -> None:
             self.attend = nn.MultiheadAttention(width, 2)
 
     roles = {"attend": "hidden", "": "prompt"}
-    assert parameterize(Model(32), P.mup(16), Model(16), roles=roles, seed=0).tensor_specs == {
+    assert assignment(parameterize(Model(32), P.mup(16), Model(16), roles=roles, seed=0)).specs == {
         "query": TensorSpec(Role.PROMPT, 2.0),
         "attend.in_proj_weight": TensorSpec(Role.HIDDEN, 2.0),
         "attend.in_proj_bias": TensorSpec(Role.BIAS, 2.0),
@@ -385,3 +393,18 @@ def test_a_model_that_the_rules_do_not_describe_is_refused(model: Callable[[], n
     with pytest.raises(UserError, match=message) as caught:
         param_groups(model(), RULES, lr=1.0)
     assert "\n" not in str(caught.value)
+
+
+def test_fan_in_of_a_convolution_counts_its_kernel() -> None:
+    def model(width: int) -> nn.Module:
+        return nn.Sequential(nn.Conv1d(width, 2 * width, 3))
+
+    specs = assignment(parameterize(model(64), P.mup(96), model(32), roles={"0": "hidden"}, seed=0)).specs
+    assert specs["0.weight"].m_d == 2.0
+
+
+def test_attributes_of_the_users_model_are_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.depth, model.rules = "mine", [1]  # type: ignore[assignment]
+    parameterize(model, P.sp(), roles={"0": "hidden"}, seed=0)
+    assert (model.depth, model.rules) == ("mine", [1])

@@ -352,3 +352,10 @@ def test_a_topology_that_changes_between_forward_and_backward_does_not_matter() 
     gc.collect()
     (gradient,) = torch.autograd.grad(output.sum(), (x,))
     torch.testing.assert_close(gradient, expected)
+
+
+def test_the_first_call_may_be_compiled() -> None:
+    layer = SparseLinear(16, 16, density=0.5, seed=0)
+    x = torch.randn(3, 16)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))

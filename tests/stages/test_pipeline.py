@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -15,13 +16,16 @@ from rich.console import Console
 from sparsetrain.config import load
 from sparsetrain.errors import UserError
 from sparsetrain.report.schema import validate_report
-from sparsetrain.stages import PipelineConfig, pipeline
+from sparsetrain.stages import PipelineConfig, PretrainConfig, pipeline
 from sparsetrain.stages.run import run_weights
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]
 
-STAGE_FILES = {".lock", "config.yaml", "tokenizer.json", "metrics.jsonl", "result.json", "checkpoints"}
+# The name `sparsetrain.stages.pipeline` is the function's.
+pipeline_module = sys.modules["sparsetrain.stages.pipeline"]
+
+STAGE_FILES = {".lock", "config.yaml", "tokenizer.json", "train_ids.txt", "metrics.jsonl", "result.json", "checkpoints"}
 
 
 def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Path, screen: Console) -> None:
@@ -172,3 +176,25 @@ def test_what_later_stages_could_not_do_is_found_before_the_first(
         pipeline(config, screen)
     assert "pretrain s=" not in screen.file.getvalue()  # type: ignore[attr-defined]
     assert not (tmp_path / "run").exists()
+
+
+def test_an_arm_that_diverges_does_not_stop_the_others(
+    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pipeline_module.pretrain
+
+    def unlucky(config: PretrainConfig, console: Console) -> Any:
+        if config.sparsity.sparsity == 0:
+            config.optimizer = dataclasses.replace(config.optimizer, lr=1e30, clip=0.0)
+        return real(config, console)
+
+    monkeypatch.setattr(pipeline_module, "pretrain", unlucky)
+    result = pipeline(configure(PipelineConfig, run_dir=tmp_path / "run"), screen)
+    assert result["diverged"] == ["dense"]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    validate_report(report)
+    dense, sparse = report["arms"]
+    assert dense["pretrain"]["loss_last"] is None
+    assert "finetune" not in dense
+    assert sparse["finetune"]["n_test"] > 0
+    assert "diverged" in (tmp_path / "run" / "report.html").read_text()

@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsetrain.config import load
-from sparsetrain.data import load_task, prepare
+from sparsetrain.data import Tokenizer, load_task, prepare
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import SparsityPattern, densify
@@ -37,7 +37,7 @@ from sparsetrain.stages.config import build, fingerprint
 from sparsetrain.stages.finetune import load_model
 from sparsetrain.stages.generate import load_run
 from sparsetrain.stages.prompt import initial_prompt
-from sparsetrain.stages.run import claimed, run_tokenizer, run_weights
+from sparsetrain.stages.run import Origin, claimed, run_tokenizer, run_weights
 from sparsetrain.training.checkpoint import load_checkpoint
 from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.state import Diverged
@@ -64,7 +64,8 @@ def listing(directory: Path) -> list[str]:
 
 def test_a_run_directory_holds_exactly_what_is_documented(sparse: RunResult) -> None:
     top = {path.name for path in sparse.directory.iterdir()}
-    assert top == {".lock", "config.yaml", "tokenizer.json", "metrics.jsonl", "result.json", "checkpoints"}
+    files = {".lock", "config.yaml", "tokenizer.json", "train_ids.txt", "metrics.jsonl", "result.json"}
+    assert top == files | {"checkpoints"}
     kept = {path.name for path in (sparse.directory / "checkpoints").iterdir()}
     assert kept == {"step-00000008", "step-00000012", "latest"}
 
@@ -83,8 +84,8 @@ def test_results_of_pretraining_match_metrics_and_model(sparse: RunResult) -> No
     # 6 (nnz + V d + 2 L T d) a token
     assert sparse["flops"]["total"] == 6 * (nnz + 257 * 32 + 2 * 2 * 64 * 32) * sparse["tokens"]
     config = yaml.safe_load((sparse.directory / "config.yaml").read_text())
-    assert {key: value for key, value in config.items() if key != "corpus"} == sparse["config"]
-    assert config["corpus"] == sparse["corpus"]
+    origin = {"corpus": sparse["corpus"], "source": None}
+    assert config == sparse["config"] | origin
 
 
 def test_the_score_of_a_run_can_be_recomputed_from_its_directory(sparse: RunResult, configure: Configure) -> None:
@@ -150,7 +151,7 @@ def test_the_model_that_dense_finetuning_starts_from_is_exactly_the_sparse_one(
     sparse: RunResult, configure: Configure
 ) -> None:
     config = configure(FinetuneConfig, init_from=sparse.directory)
-    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
     tokens = torch.arange(40).view(1, 40)
     expected = model(tokens)
     weights = run_weights(sparse.directory)
@@ -231,7 +232,8 @@ def test_initial_words_are_embedding_rows(
     sparse: RunResult, configure: Configure, n_tokens: int, picked: list[int]
 ) -> None:
     config = configure(PromptConfig, init_from=sparse.directory, n_tokens=n_tokens, words="abc")
-    model, tokenizer = load_model(config, prepare(config.data, progress=False), CPU)
+    tokenizer = prepare(config.data, progress=False).tokenizer
+    model = load_model(config, tokenizer.vocab_size, CPU)
     ids = list(b" abc")
     expected = model.embed.weight[[ids[index] for index in picked]]
     assert torch.equal(initial_prompt(model, tokenizer, config).vectors, expected)
@@ -241,7 +243,8 @@ def test_random_prompts_follow_the_seed_at_the_scale_of_the_model(sparse: RunRes
     drawn = []
     for seed in (0, 0, 1):
         config = configure(PromptConfig, init_from=sparse.directory, n_tokens=50, init="random", seed=seed)
-        model, tokenizer = load_model(config, prepare(config.data, progress=False), CPU)
+        tokenizer = prepare(config.data, progress=False).tokenizer
+        model = load_model(config, tokenizer.vocab_size, CPU)
         drawn.append(initial_prompt(model, tokenizer, config).vectors)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -257,7 +260,7 @@ def test_stages_chain_through_every_kind_of_run(
     assert again.complete
     start = run_weights(prompted.directory, "model.")
     config = configure(FinetuneConfig, init_from=prompted.directory)
-    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
@@ -273,7 +276,7 @@ def test_pretraining_goes_on_from_a_checkpoint(
 def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResult, configure: Configure) -> None:
     # The configuration says 50 %, the checkpoint has 75 %: the masks of the checkpoint and their rates hold.
     config = configure(FinetuneConfig, {"sparsity.sparsity": 0.5}, init_from=sparse.directory)
-    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
     groups = param_groups(model, config.parameterization, 1e-3, 0.0, 1e-8)
     qkv = model.get_submodule("blocks.0.attn.qkv").values
     (rate,) = (group["lr"] for group in groups if any(parameter is qkv for parameter in group["params"]))
@@ -282,7 +285,7 @@ def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResu
 
 def test_the_topology_of_a_checkpoint_is_adopted(sparse: RunResult, configure: Configure) -> None:
     config = configure(FinetuneConfig, init_from=sparse.directory, seed=7)  # would draw other masks
-    model, _ = load_model(config, prepare(config.data, progress=False), CPU)
+    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
     weights = run_weights(sparse.directory)
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
@@ -399,7 +402,7 @@ def test_two_processes_on_one_run_directory_are_refused(configure: Configure, tm
 
 
 def fails_inside(directory: Path, config: PretrainConfig) -> None:
-    with claimed(directory, config, "text"):
+    with claimed(directory, config, Origin("text", None, Tokenizer.bytes(), set())):
         raise UserError("a mistake")
 
 
@@ -484,7 +487,6 @@ def test_incidental_fields_do_not_make_another_run(configure: Configure, changes
         {"stage.precision": "bf16"},
         {"data.context": 32},
         {"parameterization.base_width": 32},
-        {"init_from": "run"},
     ],
     ids=str,
 )
@@ -495,6 +497,8 @@ def test_essential_fields_make_another_run(configure: Configure, changes: dict[s
 def test_verb_and_corpus_make_another_run(configure: Configure) -> None:
     config = configure(PretrainConfig)
     assert fingerprint(config, "text") != fingerprint(config, "other text")
+    assert fingerprint(config, "text", "step-00000012-ab") != fingerprint(config, "text")
+    assert fingerprint(config, "text", "step-00000012-ab") != fingerprint(config, "text", "step-00000012-cd")
     assert fingerprint(configure(FinetuneConfig), "text") != fingerprint(configure(PromptConfig), "text")
 
 
@@ -574,7 +578,7 @@ def test_init_from_a_run_without_a_checkpoint_is_named(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
     shutil.rmtree(sparse.directory / "checkpoints")
-    with pytest.raises(UserError, match="has no checkpoint"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         finetune(configure(FinetuneConfig, run_dir=tmp_path / "x", init_from=sparse.directory), screen)
     assert not (tmp_path / "x").exists()
 
@@ -619,3 +623,48 @@ def _no_threads_left() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+def test_a_retrained_source_makes_another_run(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    config = configure(FinetuneConfig, runs_dir=tmp_path / "runs", init_from=sparse.directory)
+    first = finetune(config, screen)
+    assert finetune(config, screen).directory == first.directory  # the same weights: already done
+    shutil.rmtree(sparse.directory)
+    pretrain(configure(PretrainConfig, {"optimizer.lr": 1e-3}, run_dir=sparse.directory), screen)
+    second = finetune(config, screen)
+    assert second.directory != first.directory
+    assert second["source"] != first["source"]
+    with pytest.raises(UserError, match="holds a run with another configuration: source="):
+        finetune(configure(FinetuneConfig, run_dir=first.directory, init_from=sparse.directory), screen)
+
+
+def test_a_run_can_be_used_when_its_corpus_is_gone(
+    configure: Configure, tmp_path: Path, screen: Console, notes: Path
+) -> None:
+    own = tmp_path / "own.txt"
+    shutil.copy(notes, own)
+    text = {"data.path": str(own)}
+    trained = pretrain(configure(PretrainConfig, text, run_dir=tmp_path / "trained"), screen)
+    own.unlink()
+    tuned = finetune(configure(FinetuneConfig, text, run_dir=tmp_path / "t", init_from=trained.directory), screen)
+    assert tuned.complete
+    assert prompt(configure(PromptConfig, text, run_dir=tmp_path / "p", init_from=tuned.directory), screen).complete
+
+
+def test_starting_from_an_unfinished_run_is_said(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sparse.directory / "result.json").unlink()
+    finetune(configure(FinetuneConfig, run_dir=tmp_path / "tuned", init_from=sparse.directory), screen)
+    assert "sparse is not finished; its weights are those of step 12" in capsys.readouterr().err
+
+
+def test_a_prompt_for_a_frozen_model_keeps_its_masks(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    frozen = prompt(configure(PromptConfig, run_dir=tmp_path / "a", init_from=sparse.directory), screen)
+    assert frozen["density"] == 0.25
+    both = prompt(configure(PromptConfig, run_dir=tmp_path / "b", init_from=sparse.directory, train="both"), screen)
+    assert both["density"] == 1.0
