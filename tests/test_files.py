@@ -96,8 +96,13 @@ def test_a_disk_that_cannot_be_written_is_one_line(
 
 
 def test_other_os_errors_pass_through(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), file_errors(tmp_path):
-        (tmp_path / "absent").read_bytes()
+    with pytest.raises(OSError, match="Input/output"), file_errors(tmp_path):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+def test_a_place_that_cannot_exist_is_named() -> None:
+    with pytest.raises(UserError, match=r"cannot write to /proc"):
+        write_text(Path("/proc/nowhere/file"), "x")
 
 
 def test_a_parent_that_is_a_file_is_named(tmp_path: Path) -> None:

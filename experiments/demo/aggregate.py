@@ -1,7 +1,7 @@
 """Collect the runs of the demo into results.csv and figure.png.
 
     sparsetrain pipeline -m experiment=demo seed=0,1,2        # skips what is done, goes on where it was stopped
-    python experiments/demo/aggregate.py runs/pipeline-d128-L4-s0.75-*
+    python experiments/demo/aggregate.py runs/pipeline-d128-L4-*
 
 Every row of the table is one stage of one arm of one seed. The figure shows each seed as a point, and the mean over
 seeds with a 95 % interval (Student's t over seeds).
@@ -20,6 +20,8 @@ from scipy.stats import t as student
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.stages.config import differences
+from sparsetrain.stages.run import read_config
 
 HERE = Path(__file__).parent
 COLOURS = ("#667080", "#0072b2", "#d55e00", "#009e73", "#8a2be2")  # those of the report
@@ -70,15 +72,22 @@ def rows_of(directory: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_alike(directories: list[Path]) -> None:
+    """Raise `UserError` unless the pipelines differ in their seed alone: others must not be averaged."""
+    first = read_config(directories[0])
+    for directory in directories[1:]:
+        changed = [text for text in differences(read_config(directory), first) if not text.startswith("seed=")]
+        if changed:
+            raise UserError(f"{directory} and {directories[0]} differ in more than the seed: {changed[0]}")
+
+
 def values(rows: list[dict[str, Any]], arm: str, stage: str, key: str) -> list[float]:
     """Return ``key`` of one stage of one arm, one value per seed."""
     return [row[key] for row in rows if row["arm"] == arm and row["stage"] == stage and row[key] is not None]
 
 
 def interval(samples: list[float]) -> float:
-    """Return half the width of the 95 % interval of the mean, 0 for a single sample."""
-    if len(samples) < 2:
-        return 0.0
+    """Return half the width of the 95 % interval of the mean of at least two samples."""
     spread = np.std(samples, ddof=1) / np.sqrt(len(samples))
     return float(student.ppf(0.975, len(samples) - 1) * spread)
 
@@ -100,7 +109,8 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     colours = dict(zip(["scratch", *arms], COLOURS, strict=False))
     for axes, place, arm, stage, key, factor in bars:
         samples = [factor * value for value in values(rows, arm, stage, key)]
-        axes.errorbar(place, np.mean(samples), interval(samples), fmt="_", ms=26, capsize=5, color=colours[arm])
+        spread = interval(samples) if len(samples) > 1 else None
+        axes.errorbar(place, np.mean(samples), spread, fmt="_", ms=26, capsize=5, color=colours[arm])
         axes.plot([place] * len(samples), samples, "o", ms=4, color=colours[arm], alpha=0.6)
     majority = 100 * float(np.mean([row["majority"] for row in rows if row["majority"] is not None]))
     right.axhline(majority, ls=":", color="0.4")
@@ -119,6 +129,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
 
 def main(directories: list[str]) -> None:
     """Write ``results.csv`` and ``figure.png`` beside this file."""
+    check_alike([Path(directory) for directory in directories])
     rows = [row for directory in directories for row in rows_of(Path(directory))]
     with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
