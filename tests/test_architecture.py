@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 # The house, ground floor first: a part imports from itself and from the parts before it.
 ORDER = [
-    *("errors", "seeds", "files", "kernels", "sparsity", "parameterization", "models", "cost", "data", "optim"),
+    *("errors", "seeds", "files", "cache", "kernels", "sparsity", "parameterization", "models", "cost", "data", "optim"),
     *("training", "scaling", "report", "stages", "config", "cli"),
 ]
 MAX_LINES = 420

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparsetrain.data.cache import cache_directory, whole_directory
+from sparsetrain.cache import cache_directory, whole_directory
 from sparsetrain.data.hub import HubDataset
 from sparsetrain.data.medline import Medline
 from sparsetrain.data.sources import Document, LocalFiles, Source

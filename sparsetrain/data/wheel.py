@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetrain.data.cache import cache_directory, file_errors, whole_file
+from sparsetrain.cache import cache_directory, file_errors, whole_file
 from sparsetrain.errors import UserError
 from sparsetrain.files import sha256_of
 

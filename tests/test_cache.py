@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparsetrain.data import cache
+from sparsetrain import cache
 from sparsetrain.errors import UserError
 
 

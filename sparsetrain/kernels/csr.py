@@ -1,0 +1,345 @@
+"""The three products of a training step with an unstructured sparse matrix W ``[rows, columns]``.
+
+    Y = X W^T     one nonzero: one broadcast and the multiply-adds of 64 tokens, kept in registers for a whole run of
+                  nonzeros of a row
+    dX = G W      the same on the layout of W^T
+    dW = G^T X    at the nonzeros only: eight of a row at a time, 128 tokens before their lanes are summed
+
+Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row by row.
+A thread's part is a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside a part
+and then in the order of parts: for one number of threads the bits of a result are always the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.kernels.compile import Kernel, part
+from sparsetrain.kernels.lanes import add_sums4, add_sums8, add_sums_head
+from sparsetrain.kernels.simd import add, element, fma, lane, load, load8, load_four, load_quad, splat, splat8, store
+from sparsetrain.kernels.tiles import TILE, Array, add_to, clear, copy, pack, unpack
+from sparsetrain.kernels.words import floats, ints, longs, number, share, shorts
+
+# Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
+PANEL = 512
+
+_LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
+_lane0, _lane1, _lane2, _lane3 = lane
+
+
+@Kernel
+def gather_runs(words: Any) -> None:
+    """Bring values into the order of the layout of their own matrix.
+
+    Words: values float32 ``[nnz]``, row_ptr int64 ``[rows + 1]``, ends, chunks, rows, target float32 ``[nnz]``.
+    """
+    values, row_ptr, ends = floats(words, 4), longs(words, 5), ints(words, 6)
+    chunks, rows, target = number(words, 7), number(words, 8), floats(words, 9)
+    first, last, _ = share(words, rows)
+    for row in range(first, last):
+        at = row_ptr[row]
+        for chunk in range(row, chunks, rows):
+            start = np.int64(ends[chunk])
+            count = np.int64(ends[chunk + 1]) - start
+            copy(values, at, target, start, count)
+            at += count
+
+
+@Kernel
+def gather(words: Any) -> None:
+    """Bring values into the order of a layout with ``order``.
+
+    Words: values float32 ``[nnz]``, order int32 ``[nnz]``, nnz, target float32 ``[nnz]``.
+    """
+    values, order, target = floats(words, 4), ints(words, 5), floats(words, 7)
+    first, last, _ = share(words, number(words, 6))
+    for place in range(first, last):
+        target[place] = element(values, np.int64(element(order, place)))
+
+
+@Kernel
+def multiply(words: Any) -> None:
+    """Write ``X W^T`` for the layout of W; see `_multiply` for the words."""
+    _multiply(words, floats(words, 4), floats(words, 5))
+
+
+@Kernel
+def multiply_bfloat16(words: Any) -> None:
+    """The same for X and Y in bfloat16, passed as uint16."""
+    _multiply(words, shorts(words, 4), shorts(words, 5))
+
+
+@part
+def _multiply(words: Any, x: Array, y: Array) -> None:
+    """Write ``Y = X W^T``.
+
+    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; packed
+    ``[tiles, columns, 64]``; use: 0 to pack every tile into the one tile of this part, ``packed[part]``, 1 to pack x
+    into ``packed`` and leave it there, 2 if ``packed`` holds x already; width, chunks, ends, offsets and values of the
+    layout; scratch ``[parts, rows, 64]``.
+    """
+    x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
+    columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
+    width, chunks, ends, offsets = number(words, 13), number(words, 14), ints(words, 15), shorts(words, 16)
+    values, scratch = floats(words, 17), floats(words, 18)
+    first, last, index = share(words, tiles_of(tokens))
+    made = index * rows * TILE
+    for tile in range(first, last):
+        token = tile * TILE
+        present = min(TILE, tokens - token)
+        base = (index if use == 0 else tile) * columns * TILE
+        if use != 2:
+            pack(x, token * x_step, x_step, present, columns, packed, base)
+        _tile(packed, base, present, width, chunks, ends, offsets, values, rows, scratch, made)
+        unpack(scratch, made, present, rows, y, token * y_step, y_step)
+
+
+@part
+def _tile(
+    x: Array,
+    base: int,
+    present: int,
+    width: int,
+    chunks: int,
+    ends: Array,
+    offsets: Array,
+    values: Array,
+    rows: int,
+    y: Array,
+    made: int,
+) -> None:
+    """Write the product of one packed tile at ``x[base]`` to the tile at ``y[made]``."""
+    for top in range(0, rows, PANEL):
+        bottom = min(rows, top + PANEL)
+        for block in range(chunks // rows):
+            at = base + block * width * TILE
+            end = np.int64(element(ends, block * rows + top))
+            for row in range(top, bottom):
+                start = end
+                end = np.int64(element(ends, block * rows + row + 1))
+                to = made + row * TILE
+                if present > 32:
+                    _row_of_64(x, at, offsets, values, start, end, y, to, block == 0)
+                else:
+                    _row_of_16(x, at, offsets, values, start, end, y, to, block == 0)
+                    if present > 16:
+                        _row_of_16(x, at + 16, offsets, values, start, end, y, to + 16, block == 0)
+
+
+@part
+def tiles_of(tokens: int) -> int:
+    return (tokens + TILE - 1) // TILE
+
+
+@part
+def _row_of_64(
+    x: Array, at: int, offsets: Array, values: Array, start: int, end: int, y: Array, to: int, first: bool
+) -> None:
+    """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``."""
+    if first:
+        a = b = c = d = splat(np.float32(0.0))
+    else:
+        a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
+    place = start
+    while place + 4 <= end:
+        quad, four = load_quad(offsets, place), load_four(values, place)
+        o, w = at + np.int64(quad & _LOW16), _lane0(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64((quad >> _16) & _LOW16), _lane1(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64((quad >> _32) & _LOW16), _lane2(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64(quad >> _48), _lane3(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        place += 4
+    while place < end:
+        o, w = at + np.int64(element(offsets, place)), splat(element(values, place))
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        place += 1
+    store(y, to, a)
+    store(y, to + 16, b)
+    store(y, to + 32, c)
+    store(y, to + 48, d)
+
+
+@part
+def _row_of_16(
+    x: Array, at: int, offsets: Array, values: Array, start: int, end: int, y: Array, to: int, first: bool
+) -> None:
+    """The same for 16 tokens; four nonzeros have sums of their own, since one sum would wait for itself."""
+    a = splat(np.float32(0.0)) if first else load(y, to)
+    b = c = d = splat(np.float32(0.0))
+    place = start
+    while place + 4 <= end:
+        quad, four = load_quad(offsets, place), load_four(values, place)
+        a = fma(_lane0(four), load(x, at + np.int64(quad & _LOW16)), a)
+        b = fma(_lane1(four), load(x, at + np.int64((quad >> _16) & _LOW16)), b)
+        c = fma(_lane2(four), load(x, at + np.int64((quad >> _32) & _LOW16)), c)
+        d = fma(_lane3(four), load(x, at + np.int64(quad >> _48)), d)
+        place += 4
+    while place < end:
+        a = fma(splat(element(values, place)), load(x, at + np.int64(element(offsets, place))), a)
+        place += 1
+    store(y, to, add(add(a, b), add(c, d)))
+
+
+@Kernel
+def gradients(words: Any) -> None:
+    """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
+    _gradients(words, floats(words, 4), floats(words, 5))
+
+
+@Kernel
+def gradients_bfloat16(words: Any) -> None:
+    """The same for G and dX in bfloat16, passed as uint16."""
+    _gradients(words, shorts(words, 4), shorts(words, 5))
+
+
+@part
+def _gradients(words: Any, g: Array, dx: Array) -> None:
+    """Write ``dX = G W`` and ``G^T X`` at the nonzeros of W, two tiles of tokens at a time.
+
+    Both products read a tile of G while it is in L2; G is never packed as a whole.
+
+    Words: g ``[tokens, rows]``, dx ``[tokens, columns]``, the distances of their rows, tokens, columns, rows; packed g,
+    scratch ``[parts, 2, rows, 64]``; need of dx, 0 or 1; width, chunks, ends, offsets and values of the layout of the
+    transpose of W; scratch ``[parts, columns, 64]``; need of the values' gradient; packed x ``[tiles, columns, 64]``;
+    width, chunks, ends and offsets of the layout of W; nnz; sums ``[parts, nnz]``, in the order of that layout.
+    """
+    g_step, dx_step, tokens = number(words, 6), number(words, 7), number(words, 8)
+    columns, rows, packed, need_dx = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
+    t_width, t_chunks, t_ends = number(words, 13), number(words, 14), ints(words, 15)
+    t_offsets, t_values, scratch = shorts(words, 16), floats(words, 17), floats(words, 18)
+    need_values, x, width, chunks = number(words, 19), floats(words, 20), number(words, 21), number(words, 22)
+    ends, offsets, nnz, sums = ints(words, 23), shorts(words, 24), number(words, 25), floats(words, 26)
+    pairs = (tiles_of(tokens) + 1) // 2
+    first, last, index = share(words, pairs)
+    g_tile, x_tile = rows * TILE, columns * TILE
+    base, made, own = 2 * index * g_tile, index * x_tile, index * nnz
+    if need_values:
+        clear(sums, own, own + nnz)
+    for pair in range(first, last):
+        many = 1 if (2 * pair + 1) * TILE >= tokens else 2
+        for half in range(many):
+            token = (2 * pair + half) * TILE
+            present = min(TILE, tokens - token)
+            at = base + half * g_tile
+            pack(g, token * g_step, g_step, present, rows, packed, at)
+            if need_dx:
+                _tile(packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
+                unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
+        if need_values:
+            _sums(
+                packed, base, g_tile, x, 2 * pair * x_tile, x_tile, many, rows, width, chunks, ends, offsets, sums, own
+            )
+
+
+@part
+def _sums(
+    g: Array,
+    g_at: int,
+    g_tile: int,
+    x: Array,
+    x_at: int,
+    x_tile: int,
+    many: int,
+    rows: int,
+    width: int,
+    chunks: int,
+    ends: Array,
+    offsets: Array,
+    sums: Array,
+    own: int,
+) -> None:
+    """Add to ``sums[own:]`` the inner products at the nonzeros over ``many`` (one or two) tiles of g and x."""
+    for top in range(0, rows, PANEL):
+        bottom = min(rows, top + PANEL)
+        for block in range(chunks // rows):
+            at = x_at + block * width * TILE
+            end = np.int64(element(ends, block * rows + top))
+            for row in range(top, bottom):
+                start = end
+                end = np.int64(element(ends, block * rows + row + 1))
+                _sums_of_row(x, at, x_tile, g, g_at + row * TILE, g_tile, many, offsets, start, end, sums, own)
+
+
+@Kernel
+def add_parts(words: Any) -> None:
+    """Add up the parts of a gradient and bring it into the order of the pattern.
+
+    Words: sums ``[parts, nnz]``, number of parts, nnz, row_ptr int64 ``[rows + 1]``, ends, chunks, rows, target
+    float32 ``[nnz]``.
+    """
+    sums, count, nnz, row_ptr = floats(words, 4), number(words, 5), number(words, 6), longs(words, 7)
+    ends, chunks, rows, target = ints(words, 8), number(words, 9), number(words, 10), floats(words, 11)
+    first, last, _ = share(words, rows)
+    for row in range(first, last):
+        to = row_ptr[row]
+        for chunk in range(row, chunks, rows):
+            start = np.int64(ends[chunk])
+            length = np.int64(ends[chunk + 1]) - start
+            copy(sums, start, target, to, length)
+            for more in range(1, count):
+                add_to(sums, more * nnz + start, target, to, length)
+            to += length
+
+
+@part
+def _sums_of_row(
+    x: Array,
+    at: int,
+    x_tile: int,
+    g: Array,
+    row: int,
+    g_tile: int,
+    many: int,
+    offsets: Array,
+    start: int,
+    end: int,
+    sums: Array,
+    own: int,
+) -> None:
+    """Add the inner products of one row of g, in one or two tiles, with the x of each nonzero of a chunk."""
+    zero = splat8(np.float32(0.0))
+    place = start
+    while place + 8 <= end:
+        quad, more = load_quad(offsets, place), load_quad(offsets, place + 4)
+        a = b = c = d = e = f = h = i = zero
+        oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
+        oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
+        oe, of = at + np.int64(more & _LOW16), at + np.int64((more >> _16) & _LOW16)
+        oh, oi = at + np.int64((more >> _32) & _LOW16), at + np.int64(more >> _48)
+        for tile in range(many):
+            for token in range(0, TILE, 8):
+                w, t = load8(g, row + tile * g_tile + token), tile * x_tile + token
+                a, b = fma(w, load8(x, oa + t), a), fma(w, load8(x, ob + t), b)
+                c, d = fma(w, load8(x, oc + t), c), fma(w, load8(x, od + t), d)
+                e, f = fma(w, load8(x, oe + t), e), fma(w, load8(x, of + t), f)
+                h, i = fma(w, load8(x, oh + t), h), fma(w, load8(x, oi + t), i)
+        add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
+        place += 8
+    while place < end:
+        # A row's last few: the missing ones of four repeat the last and are not written.
+        left = min(4, end - place)
+        a = b = c = d = zero
+        oa = at + np.int64(element(offsets, place))
+        ob = at + np.int64(element(offsets, place + min(1, left - 1)))
+        oc = at + np.int64(element(offsets, place + min(2, left - 1)))
+        od = at + np.int64(element(offsets, place + left - 1))
+        for tile in range(many):
+            for token in range(0, TILE, 8):
+                w, t = load8(g, row + tile * g_tile + token), tile * x_tile + token
+                a, b = fma(w, load8(x, oa + t), a), fma(w, load8(x, ob + t), b)
+                c, d = fma(w, load8(x, oc + t), c), fma(w, load8(x, od + t), d)
+        if left == 4:
+            add_sums4(sums, own + place, a, b, c, d)
+        else:
+            add_sums_head(sums, own + place, left, a, b, c, d)
+        place += left

@@ -1,0 +1,125 @@
+"""Where the nonzeros of an unstructured matrix stand for the kernels of `csr`: by blocks of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsetrain.kernels.compile import compiled
+from sparsetrain.kernels.tiles import TILE, Array
+
+_GROUP = 4  # nonzeros that share one load of positions; chunks are multiples of it, but for a row's last
+_REACH = 65535 // TILE  # columns that a 16-bit offset can tell apart
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The nonzeros of a matrix by blocks of columns.
+
+    A chunk is what one row has in one block of columns, rounded up to a multiple of four nonzeros by taking the first
+    ones of the next block, so that the inner loops have no remainders.
+
+    Attributes:
+        rows, columns: of the matrix.
+        width: columns of a block.
+        ends: int32 ``[blocks * rows + 1]``; chunk ``b * rows + r`` is ``ends[b * rows + r]`` to the next.
+        offsets: uint16 ``[nnz]``; 64 times the column, counted from the start of the block.
+        order: int32 ``[nnz]``, where in the values of the pattern each nonzero stands; None if the layout is of the
+            matrix itself: then a chunk is a run of its row's values.
+    """
+
+    rows: int
+    columns: int
+    width: int
+    ends: Array
+    offsets: Array
+    order: Array | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(array.nbytes for array in (self.ends, self.offsets, self.order) if array is not None)
+
+
+def block_width(density: float) -> int:
+    """Return how many columns a block has: less for denser matrices, whose chunks are long enough as it is.
+
+    Measured on a processor with 32 KB of L1 (`LOG.md`); one with more gains little from wider blocks.
+    """
+    for least, width in ((0.4, 64), (0.15, 96), (0.07, 128)):
+        if density >= least:
+            return width
+    return 256
+
+
+def build_layout(row_ptr: Array, col: Array, columns: int, width: int | None = None) -> Layout:
+    """Return the layout of a CSR matrix: ``row_ptr`` int64 ``[rows + 1]``, ``col`` int32 ``[nnz]``, sorted in rows."""
+    rows = len(row_ptr) - 1
+    width = width or block_width(len(col) / (rows * columns))
+    blocks = -(-columns // width)
+    ends = np.zeros(blocks * rows + 1, np.int32)
+    offsets = np.empty(len(col), np.uint16)
+    _place(row_ptr, col, width, ends, offsets)
+    return Layout(rows, columns, width, ends, offsets, None)
+
+
+def build_transposed(row_ptr: Array, col: Array, columns: int, width: int | None = None) -> Layout:
+    """Return the layout of the transpose of a CSR matrix, whose `Layout.order` points into the values of the matrix."""
+    rows = len(row_ptr) - 1
+    turned_ptr = np.zeros(columns + 1, np.int64)
+    turned_col, order = np.empty(len(col), np.int32), np.empty(len(col), np.int32)
+    _transpose(row_ptr, col, turned_ptr, turned_col, order)
+    plain = build_layout(turned_ptr, turned_col, rows, width)
+    placed = np.empty_like(order)
+    _permute(order, turned_ptr, plain.ends, placed)
+    return Layout(columns, rows, plain.width, plain.ends, plain.offsets, placed)
+
+
+@compiled
+def _transpose(row_ptr: Array, col: Array, turned_ptr: Array, turned_col: Array, order: Array) -> None:
+    for index in range(len(col)):
+        turned_ptr[col[index] + 1] += 1
+    for column in range(1, len(turned_ptr)):
+        turned_ptr[column] += turned_ptr[column - 1]
+    cursor = turned_ptr[:-1].copy()
+    for row in range(len(row_ptr) - 1):
+        for index in range(row_ptr[row], row_ptr[row + 1]):
+            place = cursor[col[index]]
+            cursor[col[index]] = place + 1
+            turned_col[place] = row
+            order[place] = index
+
+
+@compiled
+def _place(row_ptr: Array, col: Array, width: int, ends: Array, offsets: Array) -> None:
+    """Cut rows into chunks: fill ``ends`` and ``offsets`` of a layout."""
+    rows = len(row_ptr) - 1
+    blocks = (len(ends) - 1) // rows
+    for row in range(rows):
+        at, last = row_ptr[row], row_ptr[row + 1]
+        for block in range(blocks):
+            first, base = at, block * width
+            while at < last and (col[at] < base + width or ((at - row_ptr[row]) % _GROUP and col[at] < base + _REACH)):
+                at += 1
+            ends[block * rows + row + 1] = at - first
+    for chunk in range(1, len(ends)):
+        ends[chunk] += ends[chunk - 1]
+    for row in range(rows):
+        at = row_ptr[row]
+        for block in range(blocks):
+            chunk = block * rows + row
+            for place in range(ends[chunk], ends[chunk + 1]):
+                offsets[place] = (col[at] - block * width) * TILE
+                at += 1
+
+
+@compiled
+def _permute(order: Array, row_ptr: Array, ends: Array, placed: Array) -> None:
+    """Bring what stands in the order of rows into that of a layout."""
+    rows = len(row_ptr) - 1
+    for row in range(rows):
+        at = row_ptr[row]
+        for chunk in range(row, len(ends) - 1, rows):
+            for place in range(ends[chunk], ends[chunk + 1]):
+                placed[place] = order[at]
+                at += 1

@@ -1,0 +1,87 @@
+"""Between token-major matrices and feature-major tiles of tokens.
+
+A tile holds 64 tokens: ``[features, 64]``, so that one weight meets 64 neighbouring values of its input feature, which
+stay in L1 for a block of features. A packed matrix is its tiles one after the other, ``[tiles, features, 64]``; in the
+last one, tokens beyond the end are zero.
+
+Matrices are passed flat, with the distance between their rows; their elements are float32, or bfloat16 as uint16.
+Tiles are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.lanes import load_head, store_head, transpose16
+from sparsetrain.kernels.simd import add, get, load, put, splat, store
+
+TILE = 64
+Array = Any  # numpy.ndarray; inside a kernel, Numba's array
+
+
+def tiles(tokens: int) -> int:
+    """Return the number of tiles of ``tokens`` tokens."""
+    return -(-tokens // TILE)
+
+
+@part
+def pack(source: Array, at: int, step: int, tokens: int, features: int, target: Array, to: int) -> None:
+    """Write ``tokens`` (at most 64) rows from ``source[at]`` on as one tile to ``target[to:to + 64 * features]``."""
+    whole_tokens, whole_features = tokens // 16 * 16, features // 16 * 16
+    # Along 16 rows at a time: that is what the processor can guess and fetch ahead (1.5 times as fast as across).
+    for token in range(0, whole_tokens, 16):
+        for feature in range(0, whole_features, 16):
+            transpose16(source, at + token * step + feature, step, target, to + feature * TILE + token, TILE)
+    for token in range(tokens):
+        first = whole_features if token < whole_tokens else 0
+        for feature in range(first, features):
+            target[to + feature * TILE + token] = get(source, at + token * step + feature)
+    if tokens < TILE:
+        for feature in range(features):
+            target[to + feature * TILE + tokens : to + (feature + 1) * TILE] = 0.0
+
+
+@part
+def unpack(source: Array, at: int, tokens: int, features: int, target: Array, to: int, step: int) -> None:
+    """Write the first ``tokens`` tokens of the tile at ``source[at]`` as rows of ``features`` to ``target[to:]``."""
+    whole_tokens, whole_features = tokens // 16 * 16, features // 16 * 16
+    for token in range(0, whole_tokens, 16):
+        for feature in range(0, whole_features, 16):
+            transpose16(source, at + feature * TILE + token, TILE, target, to + token * step + feature, step)
+    for token in range(tokens):
+        first = whole_features if token < whole_tokens else 0
+        for feature in range(first, features):
+            put(target, to + token * step + feature, source[at + feature * TILE + token])
+
+
+@part
+def copy(source: Array, at: int, target: Array, to: int, count: int) -> None:
+    """Copy ``count`` float32."""
+    whole = count // 16 * 16
+    for place in range(0, whole, 16):
+        store(target, to + place, load(source, at + place))
+    if whole < count:
+        store_head(target, to + whole, load_head(source, at + whole, count - whole), count - whole)
+
+
+@part
+def add_to(source: Array, at: int, target: Array, to: int, count: int) -> None:
+    """Add ``count`` float32 to those that are there."""
+    whole = count // 16 * 16
+    for place in range(0, whole, 16):
+        store(target, to + place, add(load(source, at + place), load(target, to + place)))
+    for place in range(whole, count):
+        target[to + place] += source[at + place]
+
+
+@part
+def clear(target: Array, start: int, end: int) -> None:
+    """Set ``target[start:end]`` to zero."""
+    whole = start + (end - start) // 16 * 16
+    for place in range(start, whole, 16):
+        store(target, place, splat(np.float32(0.0)))
+    for place in range(whole, end):
+        target[place] = np.float32(0.0)

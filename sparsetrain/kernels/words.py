@@ -1,0 +1,79 @@
+"""How a kernel reads its list of words: arrays of unknown length, numbers, and which part of the work is its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
+
+from sparsetrain.kernels.compile import part
+
+_I64 = ir.IntType(64)
+_UNKNOWN = 1 << 40  # the length that such an array claims; nothing in a kernel asks for it
+
+
+def _word(context: Any, builder: Any, words: Any, index: Any) -> Any:
+    return builder.load(builder.gep(builder.bitcast(words, _I64.as_pointer()), [index]))
+
+
+@intrinsic
+def number(typing: Any, words: Any, index: Any) -> Any:
+    """Return word ``index`` as an integer."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _word(context, builder, *arguments)
+
+    return types.int64(types.voidptr, types.intp), build
+
+
+def _array(element: Any) -> Any:
+    kind = types.Array(element, 1, "C")
+
+    @intrinsic
+    def array(typing: Any, words: Any, index: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            made = context.make_array(kind)(context, builder)
+            size = context.get_abi_sizeof(context.get_data_type(element))
+            length, step = ir.Constant(_I64, _UNKNOWN), ir.Constant(_I64, size)
+            populate_array(
+                made,
+                data=builder.inttoptr(_word(context, builder, *arguments), made.data.type),
+                shape=[length],
+                strides=[step],
+                itemsize=step,
+                meminfo=None,
+            )
+            return made._getvalue()
+
+        return kind(types.voidptr, types.intp), build
+
+    return array
+
+
+floats = _array(types.float32)
+shorts = _array(types.uint16)
+ints = _array(types.int32)
+longs = _array(types.int64)
+
+
+@intrinsic
+def _ask(typing: Any, address: Any) -> Any:
+    """Call a C function without arguments that returns an int."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [])
+        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), []), _I64)
+
+    return types.int64(types.int64), build
+
+
+@part
+def share(words: Any, total: int) -> tuple[int, int, int]:
+    """Return this thread's part of ``total`` pieces of work, from the first to before the second number, and its index."""
+    index, parts = number(words, 2), number(words, 3)
+    if number(words, 0) != 0:
+        index, parts = _ask(number(words, 0)), _ask(number(words, 1))
+    return total * index // parts, total * (index + 1) // parts, index
