@@ -5,9 +5,9 @@
     dX = G W      the same on the layout of W^T
     dW = G^T X    at the nonzeros only: eight of a row at a time, 128 tokens before their lanes are summed
 
-Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row by row.
-A thread's part is a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside a part
-and then in the order of parts: for one number of threads the bits of a result are always the same.
+Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row
+by row. A thread's part is a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside
+a part and then in the order of parts: for one number of threads the bits of a result are always the same.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from sparsetrain.kernels.compile import Kernel, part
 from sparsetrain.kernels.lanes import add_sums4, add_sums8, add_sums_head
 from sparsetrain.kernels.simd import add, element, fma, lane, load, load8, load_four, load_quad, splat, splat8, store
-from sparsetrain.kernels.tiles import TILE, Array, add_to, clear, copy, pack, unpack
+from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, unpack
 from sparsetrain.kernels.words import floats, ints, longs, number, share, shorts
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
@@ -99,16 +99,16 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
 @part
 def _tile(
     x: Array,
-    base: int,
-    present: int,
-    width: int,
-    chunks: int,
+    base: Int,
+    present: Int,
+    width: Int,
+    chunks: Int,
     ends: Array,
     offsets: Array,
     values: Array,
-    rows: int,
+    rows: Int,
     y: Array,
-    made: int,
+    made: Int,
 ) -> None:
     """Write the product of one packed tile at ``x[base]`` to the tile at ``y[made]``."""
     for top in range(0, rows, PANEL):
@@ -129,13 +129,13 @@ def _tile(
 
 
 @part
-def tiles_of(tokens: int) -> int:
+def tiles_of(tokens: Int) -> int:
     return (tokens + TILE - 1) // TILE
 
 
 @part
 def _row_of_64(
-    x: Array, at: int, offsets: Array, values: Array, start: int, end: int, y: Array, to: int, first: bool
+    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
 ) -> None:
     """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``."""
     if first:
@@ -171,7 +171,7 @@ def _row_of_64(
 
 @part
 def _row_of_16(
-    x: Array, at: int, offsets: Array, values: Array, start: int, end: int, y: Array, to: int, first: bool
+    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
 ) -> None:
     """The same for 16 tokens; four nonzeros have sums of their own, since one sum would wait for itself."""
     a = splat(np.float32(0.0)) if first else load(y, to)
@@ -244,19 +244,19 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
 @part
 def _sums(
     g: Array,
-    g_at: int,
-    g_tile: int,
+    g_at: Int,
+    g_tile: Int,
     x: Array,
-    x_at: int,
-    x_tile: int,
-    many: int,
-    rows: int,
-    width: int,
-    chunks: int,
+    x_at: Int,
+    x_tile: Int,
+    many: Int,
+    rows: Int,
+    width: Int,
+    chunks: Int,
     ends: Array,
     offsets: Array,
     sums: Array,
-    own: int,
+    own: Int,
 ) -> None:
     """Add to ``sums[own:]`` the inner products at the nonzeros over ``many`` (one or two) tiles of g and x."""
     for top in range(0, rows, PANEL):
@@ -294,17 +294,17 @@ def add_parts(words: Any) -> None:
 @part
 def _sums_of_row(
     x: Array,
-    at: int,
-    x_tile: int,
+    at: Int,
+    x_tile: Int,
     g: Array,
-    row: int,
-    g_tile: int,
-    many: int,
+    row: Int,
+    g_tile: Int,
+    many: Int,
     offsets: Array,
-    start: int,
-    end: int,
+    start: Int,
+    end: Int,
     sums: Array,
-    own: int,
+    own: Int,
 ) -> None:
     """Add the inner products of one row of g, in one or two tiles, with the x of each nonzero of a chunk."""
     zero = splat8(np.float32(0.0))

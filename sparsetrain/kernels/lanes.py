@@ -199,7 +199,8 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     """Return the columns of a square of 8 x 8 or 16 x 16 floats given as rows."""
     size = len(rows)
 
-    def blocks(x: Any, y: Any, which: Sequence[int]) -> Any:
+    def blocks(pair: Sequence[Any], which: Sequence[int]) -> Any:
+        x, y = pair
         return shuffle(builder, x, y, [4 * block + lane for block in which for lane in range(4)])
 
     groups = [_in_lane_transpose(builder, rows[first : first + 4]) for first in range(0, size, 4)]
@@ -207,12 +208,12 @@ def _transposed(builder: Any, rows: list[Any]) -> list[Any]:
     for j in range(4):
         parts = [group[j] for group in groups]
         if size == 8:
-            columns[j], columns[4 + j] = blocks(*parts, (0, 2)), blocks(*parts, (1, 3))
+            columns[j], columns[4 + j] = blocks(parts, (0, 2)), blocks(parts, (1, 3))
         else:
-            even = [blocks(*parts[pair : pair + 2], (0, 2, 4, 6)) for pair in (0, 2)]
-            odd = [blocks(*parts[pair : pair + 2], (1, 3, 5, 7)) for pair in (0, 2)]
-            columns[j], columns[8 + j] = blocks(*even, (0, 2, 4, 6)), blocks(*even, (1, 3, 5, 7))
-            columns[4 + j], columns[12 + j] = blocks(*odd, (0, 2, 4, 6)), blocks(*odd, (1, 3, 5, 7))
+            even = [blocks(parts[pair : pair + 2], (0, 2, 4, 6)) for pair in (0, 2)]
+            odd = [blocks(parts[pair : pair + 2], (1, 3, 5, 7)) for pair in (0, 2)]
+            columns[j], columns[8 + j] = blocks(even, (0, 2, 4, 6)), blocks(even, (1, 3, 5, 7))
+            columns[4 + j], columns[12 + j] = blocks(odd, (0, 2, 4, 6)), blocks(odd, (1, 3, 5, 7))
     return columns
 
 

@@ -49,7 +49,7 @@ def block_width(density: float) -> int:
     for least, width in ((0.4, 64), (0.15, 96), (0.07, 128)):
         if density >= least:
             return width
-    return 256
+    return 192
 
 
 def build_layout(row_ptr: Array, col: Array, columns: int, width: int | None = None) -> Layout:

@@ -94,7 +94,7 @@ def _load(kind: Vector) -> Any:
     @intrinsic
     def load(typing: Any, array: Any, offset: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return read(context, builder, signature.args[0], *arguments, kind.lanes)
+            return read(context, builder, signature.args[0], arguments[0], arguments[1], kind.lanes)
 
         return kind(array, types.intp), build
 
@@ -132,7 +132,9 @@ def get(typing: Any, array: Any, offset: Any) -> Any:
     """Return ``array[offset]`` as float32, whether stored so or as bfloat16."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.extract_element(read(context, builder, signature.args[0], *arguments, 1), ir.Constant(I32, 0))
+        return builder.extract_element(
+            read(context, builder, signature.args[0], arguments[0], arguments[1], 1), ir.Constant(I32, 0)
+        )
 
     return types.float32(array, types.intp), build
 
@@ -162,7 +164,7 @@ def load_quad(typing: Any, array: Any, offset: Any) -> Any:
     """Return four uint16 from ``array[offset:]`` as one uint64, the first in its lowest bits."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = builder.load(pointer(context, builder, signature.args[0], *arguments, I64))
+        value = builder.load(pointer(context, builder, signature.args[0], arguments[0], arguments[1], I64))
         value.align = 2
         return value
 
@@ -194,7 +196,7 @@ def load_four(typing: Any, array: Any, offset: Any) -> Any:
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        four = read(context, builder, signature.args[0], *arguments, 4)
+        four = read(context, builder, signature.args[0], arguments[0], arguments[1], 4)
         both = shuffle(builder, four, four, [0, 1, 2, 3] * 2)
         if not _X86:
             return both
@@ -209,7 +211,7 @@ def _lane(number: int) -> Any:
     @intrinsic
     def pick(typing: Any, vector: Any) -> Any:
         def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            half = shuffle(builder, *arguments * 2, [number] * 4 + [4 + number] * 4)
+            half = shuffle(builder, arguments[0], arguments[0], [number] * 4 + [4 + number] * 4)
             return shuffle(builder, half, half, list(range(8)) * 2)
 
         return F32X16(vector), build

@@ -20,6 +20,7 @@ from sparsetrain.kernels.simd import add, get, load, put, splat, store
 
 TILE = 64
 Array = Any  # numpy.ndarray; inside a kernel, Numba's array
+Int = Any  # int; inside a kernel, int64
 
 
 def tiles(tokens: int) -> int:
@@ -28,7 +29,7 @@ def tiles(tokens: int) -> int:
 
 
 @part
-def pack(source: Array, at: int, step: int, tokens: int, features: int, target: Array, to: int) -> None:
+def pack(source: Array, at: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
     """Write ``tokens`` (at most 64) rows from ``source[at]`` on as one tile to ``target[to:to + 64 * features]``."""
     whole_tokens, whole_features = tokens // 16 * 16, features // 16 * 16
     # Along 16 rows at a time: that is what the processor can guess and fetch ahead (1.5 times as fast as across).
@@ -45,7 +46,7 @@ def pack(source: Array, at: int, step: int, tokens: int, features: int, target: 
 
 
 @part
-def unpack(source: Array, at: int, tokens: int, features: int, target: Array, to: int, step: int) -> None:
+def unpack(source: Array, at: Int, tokens: Int, features: Int, target: Array, to: Int, step: Int) -> None:
     """Write the first ``tokens`` tokens of the tile at ``source[at]`` as rows of ``features`` to ``target[to:]``."""
     whole_tokens, whole_features = tokens // 16 * 16, features // 16 * 16
     for token in range(0, whole_tokens, 16):
@@ -58,7 +59,7 @@ def unpack(source: Array, at: int, tokens: int, features: int, target: Array, to
 
 
 @part
-def copy(source: Array, at: int, target: Array, to: int, count: int) -> None:
+def copy(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
     """Copy ``count`` float32."""
     whole = count // 16 * 16
     for place in range(0, whole, 16):
@@ -68,7 +69,7 @@ def copy(source: Array, at: int, target: Array, to: int, count: int) -> None:
 
 
 @part
-def add_to(source: Array, at: int, target: Array, to: int, count: int) -> None:
+def add_to(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
     """Add ``count`` float32 to those that are there."""
     whole = count // 16 * 16
     for place in range(0, whole, 16):
@@ -78,7 +79,7 @@ def add_to(source: Array, at: int, target: Array, to: int, count: int) -> None:
 
 
 @part
-def clear(target: Array, start: int, end: int) -> None:
+def clear(target: Array, start: Int, end: Int) -> None:
     """Set ``target[start:end]`` to zero."""
     whole = start + (end - start) // 16 * 16
     for place in range(start, whole, 16):

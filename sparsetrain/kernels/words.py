@@ -72,7 +72,7 @@ def _ask(typing: Any, address: Any) -> Any:
 
 @part
 def share(words: Any, total: int) -> tuple[int, int, int]:
-    """Return this thread's part of ``total`` pieces of work, from the first to before the second number, and its index."""
+    """Return this thread's part of ``total`` pieces of work (from the first to before the second) and its index."""
     index, parts = number(words, 2), number(words, 3)
     if number(words, 0) != 0:
         index, parts = _ask(number(words, 0)), _ask(number(words, 1))
