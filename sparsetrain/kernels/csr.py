@@ -6,7 +6,7 @@
     dW = G^T X    at the nonzeros only: eight of a row at a time, 128 tokens before their lanes are summed
 
 Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row
-by row. A thread's part is a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside
+by row. A thread takes a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside
 a part and then in the order of parts: for one number of threads the bits of a result are always the same.
 """
 

@@ -1,10 +1,13 @@
 """Patterns, sparse layers, and the surgery that puts them into a model."""
 
 from sparsetrain.sparsity.allocation import SparsityConfig, SparsityGroup, allocate
+from sparsetrain.sparsity.csr_backend import CsrBackend
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
+
+register_backend(CsrBackend())
 
 __all__ = [
     "Backend",

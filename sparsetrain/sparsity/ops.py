@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,11 +21,20 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 class Backend:
     """Three contractions over a pattern, and how forward and backward share work between them.
 
-    Subclasses define `matmul`, `matmul_t` and `sampled`. One that can reuse something computed in the forward
-    pass (a packed input, a scattered matrix) returns it from `forward` and takes it back in `backward`.
+    Subclasses define `matmul`, `matmul_t` and `sampled`, and that is enough. One that can reuse in the backward pass
+    what the forward pass computed (a packed input, a scattered matrix) defines `forward`, `kept_shape` and `backward`
+    too.
     """
 
     name: str
+    # Whether the backward pass reads the input itself. One that keeps a form of its own leaves the input to be freed.
+    needs_input = True
+    # Whether what `forward` keeps depends on the input alone, so that layers with the same input can share it.
+    keeps_input = False
+
+    def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
+        """Return why this backend cannot compute with such values, or None."""
+        return None
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return ``x @ W.T``: ``[N, K] -> [N, M]``."""
@@ -38,17 +48,40 @@ class Backend:
         """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
-        """Return ``x @ W.T`` and whatever `backward` wants kept (an empty tensor for nothing)."""
+    def forward(
+        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``x @ W.T`` and whatever `backward` wants kept (an empty tensor for nothing).
+
+        Args:
+            shared: what another layer kept of the same x, or an empty tensor; never given unless ``keeps_input``. It
+                is not returned again.
+            keep: whether `backward` may follow.
+        """
         return self.matmul(x, values, pattern), x.new_empty(0)
 
-    def packed_shape(self, x: Tensor, pattern: SparsityPattern) -> tuple[int, ...]:
-        """Return the shape of the second result of `forward`, for shape propagation without data."""
-        return (0,)
+    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Return an uninitialised tensor like the one that `forward` keeps."""
+        return x.new_empty(0)
 
-    def input_gradient(self, g: Tensor, values: Tensor, packed: Tensor, pattern: SparsityPattern) -> Tensor:
-        """Return ``g @ W`` with the help of what `forward` kept."""
-        return self.matmul_t(g, values, pattern)
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        need_x: bool,
+        need_values: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``g @ W`` and the values of ``g.T @ x``; an empty tensor for one that is not needed.
+
+        ``x`` is empty unless ``needs_input``; ``kept`` is what `forward` kept, for this layer or another one.
+        """
+        return (
+            self.matmul_t(g, values, pattern) if need_x else g.new_empty(0),
+            self.sampled(g, x, pattern) if need_values else values.new_empty(0),
+        )
 
 
 class MaskedBackend(Backend):
@@ -68,15 +101,29 @@ class MaskedBackend(Backend):
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
         return pattern.gather(g.t() @ x)
 
-    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
+    ) -> tuple[Tensor, Tensor]:
         dense = pattern.scatter(values)
-        return F.linear(x, dense), dense
+        return F.linear(x, dense), dense if keep else x.new_empty(0)
 
-    def packed_shape(self, x: Tensor, pattern: SparsityPattern) -> tuple[int, ...]:
-        return pattern.shape
+    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        return x.new_empty(pattern.shape)
 
-    def input_gradient(self, g: Tensor, values: Tensor, packed: Tensor, pattern: SparsityPattern) -> Tensor:
-        return g @ packed
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        need_x: bool,
+        need_values: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            g @ kept if need_x else g.new_empty(0),
+            self.sampled(g, x, pattern) if need_values else values.new_empty(0),
+        )
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -101,10 +148,41 @@ def backend_names() -> list[str]:
     return ["auto", *BACKENDS]
 
 
-def resolve_backend(name: str, pattern: SparsityPattern, tokens: int) -> str:
-    """Return the registered backend that ``name`` stands for at this pattern and number of rows."""
+# What ``auto`` stands for: given by the room above that knows what was measured.
+_Choice = Callable[[SparsityPattern, int, torch.dtype, torch.device], str]
+
+
+def _masked_always(pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    return "masked"
+
+
+_choice: list[_Choice] = [_masked_always]
+
+
+def set_choice(choice: _Choice) -> None:
+    """Make ``choice`` decide what ``auto`` stands for: (pattern, tokens, dtype, device) -> a registered name."""
+    _choice[0] = choice
+
+
+def resolve_backend(
+    name: str,
+    pattern: SparsityPattern,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> str:
+    """Return the registered backend that ``name`` stands for at this pattern, number of rows, type and device.
+
+    Raises:
+        UserError: no such backend, or one that was asked for by name and cannot compute this.
+    """
+    device = pattern.device if device is None else device
     check_choice("backend", name, backend_names())
-    return "masked" if name == "auto" else name
+    if name == "auto":
+        return _choice[0](pattern, tokens, dtype, device)
+    if reason := BACKENDS[name].refusal(dtype, device, pattern):
+        raise UserError(f"backend '{name}' {reason}; backend='auto' takes another")
+    return name
 
 
 # A pattern cannot cross the boundary of a custom op, its tensors and a number can. The number finds the pattern, and
@@ -134,6 +212,7 @@ def _find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: li
 @torch.library.custom_op("sparsetrain::sparse_linear", mutates_args=())
 def _sparse_linear(
     x: Tensor,
+    shared: Tensor,
     values: Tensor,
     row_ptr: Tensor,
     col: Tensor,
@@ -141,13 +220,15 @@ def _sparse_linear(
     block: list[int],
     backend: str,
     layout: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(x, values, _find(layout, row_ptr, col, shape, block))
+    return BACKENDS[backend].forward(x, shared, values, _find(layout, row_ptr, col, shape, block), keep)
 
 
 @_sparse_linear.register_fake
 def _(
     x: Tensor,
+    shared: Tensor,
     values: Tensor,
     row_ptr: Tensor,
     col: Tensor,
@@ -155,9 +236,10 @@ def _(
     block: list[int],
     backend: str,
     layout: int,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    packed = BACKENDS[backend].packed_shape(x, _LAYOUTS[layout])
-    return x.new_empty(x.shape[0], shape[0]), x.new_empty(packed)
+    kept = BACKENDS[backend].kept(x, _LAYOUTS[layout]) if keep and shared.numel() == 0 else x.new_empty(0)
+    return x.new_empty(x.shape[0], shape[0]), kept
 
 
 @torch.library.custom_op("sparsetrain::sparse_linear_backward", mutates_args=())
@@ -165,7 +247,7 @@ def _sparse_linear_backward(
     g: Tensor,
     x: Tensor,
     values: Tensor,
-    packed: Tensor,
+    kept: Tensor,
     row_ptr: Tensor,
     col: Tensor,
     shape: list[int],
@@ -175,10 +257,8 @@ def _sparse_linear_backward(
     need_x: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
-    engine, pattern = BACKENDS[backend], _find(layout, row_ptr, col, shape, block)
-    grad_x = engine.input_gradient(g, values, packed, pattern) if need_x else x.new_empty(0)
-    grad_values = engine.sampled(g, x, pattern) if need_values else values.new_empty(0)
-    return grad_x, grad_values
+    pattern = _find(layout, row_ptr, col, shape, block)
+    return BACKENDS[backend].backward(g, x, values, kept, pattern, need_x, need_values)
 
 
 @_sparse_linear_backward.register_fake
@@ -186,7 +266,7 @@ def _(
     g: Tensor,
     x: Tensor,
     values: Tensor,
-    packed: Tensor,
+    kept: Tensor,
     row_ptr: Tensor,
     col: Tensor,
     shape: list[int],
@@ -198,22 +278,24 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     return (
         # Contiguous whatever the strides of x are: that is how a backend writes it.
-        x.new_empty(x.shape) if need_x else x.new_empty(0),
+        g.new_empty(g.shape[0], shape[1]) if need_x else g.new_empty(0),
         values.new_empty(values.shape) if need_values else values.new_empty(0),
     )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, values, row_ptr, col, *rest = inputs
-    ctx.save_for_backward(x, values, output[1], row_ptr, col)
+    x, shared, values, row_ptr, col, *rest, _keep = inputs
+    kept = shared if shared.numel() else output[1]
+    # A backend that keeps the input in its own form has no use for the input itself, which may then be freed.
+    ctx.save_for_backward(x if BACKENDS[rest[2]].needs_input else x.new_empty(0), values, kept, row_ptr, col)
     ctx.rest = rest
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, g: Tensor, _packed: Tensor | None) -> tuple[Tensor | None, ...]:
-    need_x, need_values = ctx.needs_input_grad[:2]
+def _backward(ctx: Any, g: Tensor, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_x, grad_values = _sparse_linear_backward(g.contiguous(), *ctx.saved_tensors, *ctx.rest, need_x, need_values)
-    return (grad_x if need_x else None, grad_values if need_values else None, *[None] * 6)
+    return (grad_x if need_x else None, None, grad_values if need_values else None, *[None] * 7)
 
 
 def _refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
@@ -240,28 +322,56 @@ def sparse_linear(
         ``[..., M]``.
 
     Raises:
-        UserError: an input of another width, or values that do not fit the pattern.
+        UserError: an input of another width, values that do not fit the pattern, or a backend that cannot compute this.
     """
     if x.ndim == 0 or x.shape[-1] != pattern.shape[1]:
         raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
     if values.shape != (pattern.nnz,):
         raise UserError(f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros")
+    given = x
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
     rows = x.reshape(-1, x.shape[-1])
-    y, _ = _sparse_linear(
+    chosen = resolve_backend(backend, pattern, rows.shape[0], x.dtype, x.device)
+    keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    shared = _shared(given, x.dtype, chosen) if keep and values.requires_grad else None
+    y, kept = _sparse_linear(
         rows,
+        x.new_empty(0) if shared is None else shared,
         values,
         pattern.row_ptr,
         pattern.col,
         list(pattern.shape),
         list(pattern.block),
-        resolve_backend(backend, pattern, rows.shape[0]),
+        chosen,
         layout_id(pattern),
+        keep,
     )
+    if keep and shared is None:
+        _share(given, x.dtype, chosen, kept)
     y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
+
+
+# Layers that read the same activation (gate and up; separate q, k and v) share what a backend keeps of it. It hangs on
+# the activation itself, so nothing outlives it and nothing else can hit it; only results of other operations are
+# given one, which are gone with the graph of their step.
+_KEPT = "_sparsetrain_kept"
+
+
+def _shared(x: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
+    """Return what another layer kept of x with this backend and type, unless x has changed since."""
+    if torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input:
+        return None
+    version, *key, kept = getattr(x, _KEPT, (None, None, None, None))
+    return kept if version == x._version and key == [dtype, backend] else None
+
+
+def _share(x: Tensor, dtype: torch.dtype, backend: str, kept: Tensor) -> None:
+    if x.grad_fn is None or torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input or not kept.numel():
+        return
+    setattr(x, _KEPT, (x._version, dtype, backend, kept))
 
 
 def _autocast(tensor: Tensor) -> Tensor:
