@@ -33,8 +33,8 @@ MIN_BLOCK, MAX_BLOCK = 4, 64
 # The least side of a tile of tl.dot.
 _LEAST = 16
 # The weight gradient sums over tokens. With fewer tiles of weights than this its tokens are cut into chunks, one
-# program each: about four programs for each of the 132 multiprocessors of the largest cards. A constant, not a
-# question to the device: the bits of a result must not depend on the card.
+# program each: about four programs for each of the 132 multiprocessors of a large card. A constant rather than a
+# question to the device, so that the order of a sum does not depend on the card.
 _PROGRAMS = 512
 
 
@@ -57,7 +57,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the kernels need to know of a block pattern; built by `layout` once a pattern, 16 bytes a block and less.
+    """What the kernels need to know of a block pattern; built by `layout` once a pattern: at most 16 bytes a block.
 
     Args:
         shape: ``(M, K)``. block: ``(bh, bw)``. rows, columns: W and its transpose.
@@ -86,12 +86,11 @@ def layout(row_ptr: Tensor, col: Tensor, shape: tuple[int, int], block: tuple[in
     row_of = torch.repeat_interleave(torch.arange(height // bh, device=col.device), counts)
     # Stable, so that the blocks of a block column keep the order of their rows: part of being deterministic.
     order = torch.argsort(col, stable=True)
-    counts_t = torch.bincount(col.long(), minlength=width // bw)
-    ptr_t = torch.zeros(width // bw + 1, dtype=torch.int32, device=col.device)
-    ptr_t[1:] = counts_t.cumsum(0)
-    longest, longest_t = torch.stack([counts.max(), counts_t.max()]).tolist()
+    # Found by search, where counting would be an atomic addition on a GPU.
+    ptr_t = torch.searchsorted(col[order], torch.arange(width // bw + 1, device=col.device, dtype=col.dtype))
+    longest, longest_t = torch.stack([counts.max(), ptr_t.diff().max()]).tolist()
     rows = Side(row_ptr.to(torch.int32), col.to(torch.int32), None, longest)
-    columns = Side(ptr_t, row_of[order].to(torch.int32), order.to(torch.int32), longest_t)
+    columns = Side(ptr_t.to(torch.int32), row_of[order].to(torch.int32), order.to(torch.int32), longest_t)
 
     tile_width = min(128 if bh <= 32 else 64, _fit(longest * bw))
     tiles = (counts * bw + tile_width - 1) // tile_width
