@@ -235,9 +235,10 @@ def _on_device_of(tensor: Tensor) -> Any:
 
 
 # -- the kernels -----------------------------------------------------------------------------------------------------
+# Not specialised to the count of tokens: text of another length must not mean another compilation.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _product(
     x: tl.tensor,
     values: tl.tensor,
@@ -302,7 +303,7 @@ def _product(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "chunk"])
 def _sampled(
     g: tl.tensor,
     x: tl.tensor,

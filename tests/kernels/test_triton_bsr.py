@@ -55,7 +55,9 @@ class Compiler:
         given = dict(zip(names, args, strict=False))
         assert [*given, *constants] == names
         # What the launcher specialises on: an integer that is 1, and addresses and integers that 16 divides.
-        constants |= {name: value for name, value in given.items() if isinstance(value, int) and value == 1}
+        free = self.kernel.do_not_specialize
+        integers = {name: value for name, value in given.items() if isinstance(value, int) and name not in free}
+        constants |= {name: value for name, value in integers.items() if value == 1}
         kinds, aligned = {}, {}
         for place, name in enumerate(names):
             value = given.get(name)
@@ -63,7 +65,7 @@ class Compiler:
                 kinds[name] = "constexpr"
             else:
                 kinds[name] = f"*{NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
-                if isinstance(value, Tensor) or value % 16 == 0:
+                if isinstance(value, Tensor) or integers.get(name, 1) % 16 == 0:
                     aligned[place,] = [["tt.divisibility", 16]]
         numbered = {(names.index(name),): value for name, value in constants.items()}
         source = triton.compiler.ASTSource(self.kernel, kinds, numbered, aligned)
