@@ -5,9 +5,13 @@ from __future__ import annotations
 import copy
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +194,27 @@ def configure(notes: Path, questions: Path) -> Configure:
 def screen() -> Console:
     """A console whose text is ``screen.file.getvalue()``."""
     return Console(file=io.StringIO(), width=200)
+
+
+TritonCases = Callable[[Path, str], None]
+
+
+@pytest.fixture(params=["interpreter", *(["gpu"] if torch.cuda.is_available() else [])])
+def triton_cases(request: pytest.FixtureRequest, tmp_path: Path) -> TritonCases:
+    """Run the tests of a file, those that an expression selects, in a process that interprets or compiles kernels.
+
+    Triton reads which of the two it is when it is imported, and then it holds for every kernel of the process.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("the optional extra 'triton' is not installed")
+
+    def run(path: Path, selection: str) -> None:
+        # Not the variables of the process around it: it is neither a worker nor measured.
+        env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "TRITON_"))}
+        env |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"TRITON_INTERPRET": "1"} if request.param != "gpu" else {})
+        command = [sys.executable, "-m", "pytest", "-q", "-k", selection, str(path)]
+        root = Path(__file__).parents[1]
+        done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run

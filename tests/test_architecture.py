@@ -22,7 +22,7 @@ ORDER = [
     *("training", "scaling", "report", "stages", "config", "cli"),
 ]
 MAX_LINES = 420
-HEAVY = ("matplotlib", "hydra", "transformers", "rich")
+HEAVY = ("matplotlib", "hydra", "transformers", "rich", "triton")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # A path on the machine of whoever wrote it.
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:home|Users|root|work|tmp|mnt|workspace)/[\w.]|[A-Z]:\\\\?Users)")

@@ -6,6 +6,9 @@ from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
+from sparsetrain.sparsity.triton_backend import register_triton
+
+register_triton()
 
 register_backend(CsrBackend())
 

@@ -260,7 +260,8 @@ def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
 
 
 def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
-    assert backend_names() == ["auto", "masked", "loops"]
+    assert backend_names() == ["auto", *ops.BACKENDS]
+    assert backend_names()[-1] == "loops"
     layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops", dtype=torch.float64)
     x = torch.randn(2, 3, K, dtype=torch.float64, requires_grad=True)
     results = []
@@ -304,7 +305,7 @@ def test_the_masked_backends_contractions_match_numpy() -> None:
 
 def test_bad_backend_names_are_refused() -> None:
     layer = SparseLinear(K, M, density=0.5, seed=0)
-    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, masked \(did you mean 'masked'\?\)"):
+    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, masked.* \(did you mean 'masked'\?\)"):
         layer.backend = "maskd"
     assert layer.backend == "auto"
     with pytest.raises(UserError, match="'auto' is taken"):

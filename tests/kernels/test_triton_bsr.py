@@ -1,0 +1,137 @@
+"""The Triton kernels: their cases in processes of their own, and what they compile to for GPUs that are not here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+PRODUCTS = ["matmul", "matmul_t", "sampled"]
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
+
+
+# In two parts, so that two processes can share them.
+@pytest.mark.parametrize("selection", ["the_three_products or every_", "not (the_three_products or every_)"])
+def test_the_cases_pass(selection: str, triton_cases: Callable[[Path, str], None]) -> None:
+    triton_cases(Path(__file__).with_name("triton_cases.py"), selection)
+
+
+# -- compiled without a GPU ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    pytest.importorskip("triton", reason="the optional extra 'triton' is not installed")
+    from sparsetrain.kernels import triton_bsr
+
+    if triton_bsr.INTERPRETED:
+        pytest.skip("TRITON_INTERPRET is set: there is nothing to compile")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return triton_bsr
+
+
+class Compiler:
+    """Stands in for a kernel: compiles what it is asked to launch, as a launch would, for a GPU of ``capability``."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.capability = kernel, capability
+        self.compiled: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return self.launch
+
+    def launch(self, *args: Any, **named: Any) -> None:
+        import triton
+        from triton.backends.compiler import GPUTarget
+
+        names = self.kernel.arg_names
+        constants = {name: value for name, value in named.items() if name in names}
+        options = {name: value for name, value in named.items() if name not in names}
+        given = dict(zip(names, args, strict=False))
+        assert [*given, *constants] == names
+        # What the launcher specialises on: an integer that is 1, and addresses and integers that 16 divides.
+        free = self.kernel.do_not_specialize
+        integers = {name: value for name, value in given.items() if isinstance(value, int) and name not in free}
+        constants |= {name: value for name, value in integers.items() if value == 1}
+        kinds, aligned = {}, {}
+        for place, name in enumerate(names):
+            value = given.get(name)
+            if name in constants:
+                kinds[name] = "constexpr"
+            else:
+                kinds[name] = f"*{NAMES[value.dtype]}" if isinstance(value, Tensor) else "i32"
+                if isinstance(value, Tensor) or integers.get(name, 1) % 16 == 0:
+                    aligned[place,] = [["tt.divisibility", 16]]
+        numbered = {(names.index(name),): value for name, value in constants.items()}
+        source = triton.compiler.ASTSource(self.kernel, kinds, numbered, aligned)
+        self.compiled.append(triton.compile(source, target=GPUTarget("cuda", self.capability, 32), options=options))
+
+
+def compiled(
+    kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    product: str,
+    block: tuple[int, int],
+    dtype: torch.dtype,
+    capability: int,
+    tokens: int = 2048,
+) -> Any:
+    """Return what ``product`` of a matrix of 12 x 12 blocks launches, compiled."""
+    rows, columns = 12 * block[0], 12 * block[1]
+    row_ptr, col = torch.arange(0, 12 * 6 + 1, 6), torch.arange(0, 12, 2).repeat(12)
+    layout = kernels.layout(row_ptr, col, (rows, columns), block)
+    compilers = [Compiler(kernel, capability) for kernel in (kernels._product, kernels._sampled)]
+    monkeypatch.setattr(kernels, "_product", compilers[0])
+    monkeypatch.setattr(kernels, "_sampled", compilers[1])
+    shapes = ((tokens, columns), (tokens, rows), (72 * block[0] * block[1],))
+    x, g, values = (torch.empty(*shape, dtype=dtype) for shape in shapes)
+    first, second = {"matmul": (x, values), "matmul_t": (g, values), "sampled": (g, x)}[product]
+    getattr(kernels, product)(first, second, layout)
+    (only,) = compilers[0].compiled + compilers[1].compiled
+    return only
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(
+    ("capability", "dtype", "block", "tokens"),
+    [
+        (80, torch.bfloat16, (16, 16), 2048),
+        (80, torch.float32, (16, 16), 2048),
+        (80, torch.float16, (5, 12), 2048),
+        (90, torch.bfloat16, (64, 64), 2048),
+        (90, torch.float32, (64, 64), 2048),
+        (90, torch.bfloat16, (4, 4), 1),
+    ],
+    ids=str,
+)
+def test_it_compiles_without_a_gpu(
+    product: str,
+    capability: int,
+    dtype: torch.dtype,
+    block: tuple[int, int],
+    tokens: int,
+    kernels: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    binary = compiled(kernels, monkeypatch, product, block, dtype, capability, tokens)
+    ptx = binary.asm["ptx"]
+    assert f"sm_{capability}" in ptx
+    # The least that a GPU of these generations gives one program (8.6 and 8.9).
+    assert binary.metadata.shared <= 99 * 1024
+    on_tensor_cores = bool(re.search(r"\bw?g?mma\.", ptx))
+    assert on_tensor_cores == (dtype != torch.float32)
+    assert "tf32" not in ptx
+    assert not re.search(r"^\s*(@%p\d+ )?(atom|red)\.", ptx, re.MULTILINE)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_inputs_are_copied_16_bytes_at_a_time(product: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What the hints to the compiler are for: without them each of these is a load of 2 bytes.
+    ptx = compiled(kernels, monkeypatch, product, (16, 16), torch.bfloat16, 80).asm["ptx"]
+    assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx)
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
