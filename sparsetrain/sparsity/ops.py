@@ -369,7 +369,7 @@ def _shared(x: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
 
 
 def _share(x: Tensor, dtype: torch.dtype, backend: str, kept: Tensor) -> None:
-    if x.grad_fn is None or torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input or not kept.numel():
+    if torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input or not kept.numel() or x.grad_fn is None:
         return
     setattr(x, _KEPT, (x._version, dtype, backend, kept))
 
