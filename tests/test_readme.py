@@ -19,7 +19,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command of the README small; it changes no key that the command itself sets.
 SMALL = {
     "data": ["data.vocab_size=300"],
-    "pretrain": ["model=tiny", "data.vocab_size=300", "data.context=64", "stage.batch_size=2", "runs_dir=runs"],
+    "pretrain": [
+        *("model=tiny", "parameterization.base_width=32", "data.vocab_size=300", "data.context=64"),
+        *("stage.batch_size=2", "runs_dir=runs"),
+    ],
     "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "schedule.steps=3", "stage.batch_size=4"],
     "generate": ["max_new_tokens=5"],
     "report": [],

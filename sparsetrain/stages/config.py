@@ -70,7 +70,9 @@ class RunConfig:
             raise UserError(f"threads={self.threads} must be at least 1")
         if self.model.get("sparsity"):
             raise UserError(f"model.sparsity={self.model['sparsity']}: set sparsity.sparsity instead")
-        model_config(self.model, self.model.get("vocab_size") or 1)
+        shape = model_config(self.model, self.model.get("vocab_size") or 1)
+        self.parameterization.check_width(shape.d_model, "model.d_model")
+        self.parameterization.check_optimizer(self.optimizer.name)
 
     @property
     def samples_seed(self) -> int:
