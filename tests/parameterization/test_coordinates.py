@@ -24,7 +24,7 @@ from sparsetrain.parameterization import (
     parameterize,
     spreads,
 )
-from sparsetrain.parameterization.coordinates import Spread, layer_kind, losses_fall, read_coordinates
+from sparsetrain.parameterization.coordinates import layer_kind, losses_fall, read_coordinates
 from sparsetrain.sparsity import sparsify
 
 P = Parameterization
@@ -169,8 +169,8 @@ VALUES = {"width": (64.0, 128.0, 256.0), "density": (0.125, 0.25, 0.5, 1.0), "de
 
 
 @functools.cache
-def checked(name: str, axis: str) -> tuple[list[Spread], dict[tuple[str, float], bool]]:
-    """Return spreads at the last of six steps, and which losses fell; two seeds."""
+def checked(name: str, axis: str) -> list[Coordinate]:
+    """Return the coordinates of six steps and two seeds."""
     # alpha_in makes the embeddings as large as what the blocks add: else alpha = 1 shows the first blocks only.
     options: dict[str, Any] = {"optimizer": "sgd" if name.endswith("/sgd") else "adam", "alpha_in": 10.0}
     rules = {
@@ -181,16 +181,15 @@ def checked(name: str, axis: str) -> tuple[list[Spread], dict[tuple[str, float],
         "completep(0.5)": lambda: P.completep(64, 2, 0.5, **options),
         "supar_completep": lambda: P.supar_completep(64, 1.0, 2, **options),
     }[name.partition("/")[0]]()
-    rows = coordinate_check(lambda value, seed: trial(rules, value, seed, axis), VALUES[axis], (0, 1), 6, name)
-    return spreads(rows), losses_fall(rows)
+    return coordinate_check(lambda value, seed: trial(rules, value, seed, axis), VALUES[axis], (0, 1), 6, name)
 
 
 def ratios(name: str, axis: str, quantity: str) -> dict[str, float]:
-    return {s.kind: s.ratio for s in checked(name, axis)[0] if s.quantity == quantity}
+    return {s.kind: s.ratio for s in spreads(checked(name, axis)) if s.quantity == quantity}
 
 
-def slopes(name: str, axis: str, quantity: str) -> dict[str, float]:
-    return {s.kind: s.slope for s in checked(name, axis)[0] if s.quantity == quantity}
+def slopes(name: str, axis: str, quantity: str, step: int | None = None) -> dict[str, float]:
+    return {s.kind: s.slope for s in spreads(checked(name, axis), step) if s.quantity == quantity}
 
 
 KEEPS = [
@@ -208,7 +207,7 @@ KEEPS = [
 
 @pytest.mark.parametrize(("name", "axis"), KEEPS)
 def test_what_a_parameterization_is_for_keeps_its_scale(name: str, axis: str) -> None:
-    assert all(checked(name, axis)[1].values()), "the loss does not fall: the check would say nothing"
+    assert all(losses_fall(checked(name, axis)).values()), "the loss does not fall: the check would say nothing"
     for quantity in ("activation", "update"):
         found = ratios(name, axis, quantity)
         assert len(found) >= 8
@@ -231,6 +230,16 @@ BREAKS = [
 def test_what_it_is_not_for_breaks_the_scale(name: str, axis: str, quantity: str, kind: str, least: float) -> None:
     found = ratios(name, axis, quantity)
     assert found[kind] >= least, found
+
+
+@pytest.mark.parametrize("name", ["sp", "mup"])
+def test_sp_and_mup_start_with_activations_that_fall_as_the_root_of_density(name: str) -> None:
+    # nnz terms of a variance that does not know of them: sqrt(density), and twice that behind two sparse matrices.
+    found = slopes(name, "density", "activation", step=0)
+    for kind in ("blocks.attn.qkv", "blocks.mlp.up"):
+        assert found[kind] == pytest.approx(0.5, abs=0.05)
+    assert found["blocks.attn.out"] == pytest.approx(1.0, abs=0.1)
+    assert slopes("supar", "density", "activation", step=0)["blocks.attn.out"] == pytest.approx(0.0, abs=0.1)
 
 
 def test_gradients_keep_their_scale_over_density_and_fall_as_one_over_width() -> None:

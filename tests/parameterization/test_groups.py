@@ -154,7 +154,10 @@ def test_modules_with_other_parameter_names_take_a_role_too() -> None:
     ("call", "message"),
     [
         (lambda: parameterize(gpt2(), P.mup(16)), "parameterize: mup needs base=, the same model at the base width"),
-        (lambda: parameterize(gpt2(16), P.mup(32), gpt2(32)), r"the base is wider than the model: '.*wte' has 32 there"),
+        (
+            lambda: parameterize(gpt2(16), P.mup(32), gpt2(32)),
+            r"the base is wider than the model: '.*wte' has 32 there",
+        ),
         (lambda: Transformer(ModelConfig(16, 1, 2, VOCAB), P.mup(32)), r"base_width=32 is wider than .*d_model=16"),
         (lambda: parameterize(gpt2(), P.mup(24), gpt2(16)), r"base_width=24 is the width of no module .* 16, 64\)"),
         (lambda: parameterize(gpt2(), P.mup(16), llama(16)), "the base model has no module 'transformer.wte'"),

@@ -100,7 +100,10 @@ def groups_for(rules: Parameterization, optimizer: type[torch.optim.Optimizer]) 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (groups_for(P.supar(16), torch.optim.SGD), ["name=sgd", "optimizer=adam", "set parameterization.optimizer=sgd"]),
+        (
+            groups_for(P.supar(16), torch.optim.SGD),
+            ["name=sgd", "optimizer=adam", "set parameterization.optimizer=sgd"],
+        ),
         (groups_for(P.mup(16, **SGD), torch.optim.AdamW), ["name=AdamW", "set parameterization.optimizer=adam"]),
         (lambda: load("pretrain", ["optimizer=sgd"]), ["name=sgd", "of supar", "set parameterization.optimizer=sgd"]),
         (lambda: load("pretrain", ["parameterization.optimizer=sgd"]), ["name=adamw", "=adam"]),
