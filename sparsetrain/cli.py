@@ -27,6 +27,7 @@ ABOUT = {
     "prompt": "Learn a soft prompt for a task, alone or together with the model.",
     "pipeline": "Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
     "generate": "Continue a text with the model of a run.",
+    "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
 }
 
@@ -47,6 +48,11 @@ EXAMPLES = {
         "sparsetrain pipeline experiment=demo pipeline.sparsities=[0,0.5,0.75]",
     ],
     "generate": ["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
+    "coord-check": [
+        "sparsetrain coord-check",
+        "sparsetrain coord-check check=depth parameterization=completep parameterization.base_layers=2 check.seeds=2",
+        "sparsetrain coord-check check=width parameterization=mup optimizer.lr=1e-3 check.seeds=3",
+    ],
     "report": ["sparsetrain report RUN_DIR"],
 }
 
@@ -138,6 +144,7 @@ def _start(verb: str, config: Any, command: str) -> int:
         "finetune": stages.finetune,
         "prompt": stages.prompt,
         "pipeline": stages.pipeline,
+        "coord-check": stages.coord_check,
         "generate": lambda settings: print(stages.generate(settings)),
     }
     try:
@@ -179,7 +186,7 @@ def _data(config: Any) -> None:
 def _summary(result: Any) -> None:
     shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
     parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
-    print(f"{result.values['stage']}: {result.values['status']}; {', '.join(parts)}")
+    print("; ".join([f"{result.values['stage']}: {result.values['status']}", *([", ".join(parts)] if parts else [])]))
     print(f"run directory: {result.directory}")
 
 
@@ -259,7 +266,7 @@ class _Job:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:10} {about}" for verb, about in ABOUT.items())
+    verbs = "\n".join(f"  {verb:11} {about}" for verb, about in ABOUT.items())
     return (
         "sparsetrain: train language models whose weights are sparse from the first step\n\n"
         "usage: sparsetrain VERB [key=value ...]        one run\n"

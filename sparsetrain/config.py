@@ -24,7 +24,14 @@ import sparsetrain
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
-from sparsetrain.stages import FinetuneConfig, GenerateConfig, PipelineConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages import (
+    CoordinatesConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PipelineConfig,
+    PretrainConfig,
+    PromptConfig,
+)
 from sparsetrain.stages.config import build, differences
 from sparsetrain.stages.run import TOKENIZER, read_config
 
@@ -46,6 +53,7 @@ ROOTS: dict[str, type] = {
     "prompt": PromptConfig,
     "pipeline": PipelineConfig,
     "generate": GenerateConfig,
+    "coord-check": CoordinatesConfig,
 }
 
 

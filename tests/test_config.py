@@ -35,13 +35,13 @@ INHERITED = ("model", "data", "sparsity", "parameterization")
 
 def verb_of(group: str) -> str:
     """Return a verb that has the group."""
-    return next(verb for verb in ("pretrain", "finetune", "pipeline") if group in groups(verb))
+    return next(verb for verb in ("pretrain", "finetune", "pipeline", "coord-check") if group in groups(verb))
 
 
 def command_of(path: Path) -> tuple[str, list[str]]:
     """Return verb and overrides of the command line in the head of an experiment."""
     for line in path.read_text().splitlines():
-        match = re.fullmatch(r"# sparsetrain (\w+) (.*)", line)
+        match = re.fullmatch(r"# sparsetrain ([\w-]+) (.*)", line)
         if match:
             return match[1], match[2].split()
     raise AssertionError(f"{path} does not begin with its command line")

@@ -1,8 +1,8 @@
 """Coordinate check: does training move every layer by the same amount, whatever the width, density or depth?
 
 A parameterization that transfers hyperparameters keeps three scales when one of these changes (muP: arXiv 2203.03466,
-appendix D; SμPar: arXiv 2405.15743, section 4). For each layer, over the first optimizer steps, as root mean squares over
-all elements:
+appendix D; SμPar: arXiv 2405.15743, section 4). For each layer, over the first optimizer steps, as root mean squares
+over all elements:
 
 ==========  ==========================================================================================
 activation  the layer's output y
@@ -12,8 +12,8 @@ update      what the last step changed in the output for the same input, (W_new 
 ==========  ==========================================================================================
 
 The RMS of layers of the same kind (the name without the number of its block) and of several seeds are averaged. Two
-numbers say how they depend on the axis: the slope of log RMS against log axis, 0 where the scale is kept, and the largest
-over the smallest RMS.
+numbers say how they depend on the axis: the slope of log RMS against log axis, 0 where the scale is kept, and the
+largest over the smallest RMS.
 
 Check at a learning rate at which the loss falls: where training diverges no parameterization keeps anything.
 """

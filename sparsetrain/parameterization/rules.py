@@ -31,12 +31,12 @@ embedding, positions                eta m_d embedding_lr_multiplier
 final norm and its bias; head       eta m_d
 ==================================  =====================================
 
-They follow from one count. The head divides by m_d, so every gradient of an activation is 1 / m_d times that of the base,
-whatever the density: fan_out m_rho live terms of variance 1 / (fan_in m_rho). Inside a branch it is m_L^-a times smaller
-still. A matrix W with gradient g x^T changes its output by lr g (x . x) over its live inputs, that is by
-lr (1 / m_d) (m_d m_rho) = lr m_rho times the base; a vector changes by lr g, that is lr / m_d. The branch then passes
-m_L^-a of it on, and each of the m_L branches may move the residual stream by 1 / m_L: lr m_L^(-2a) = 1 / m_L. Widths
-inside the blocks are taken to grow with the model's. Weight decay follows the same rule as under Adam: `width` and
+They follow from one count. The head divides by m_d, so every gradient of an activation is 1 / m_d times that of the
+base, whatever the density: fan_out m_rho live terms of variance 1 / (fan_in m_rho). Inside a branch it is m_L^-a times
+smaller still. A matrix W with gradient g x^T changes its output by lr g (x . x) over its live inputs, that is by
+lr m_d m_rho / m_d = lr m_rho times the base; a vector changes by lr g, that is lr / m_d. The branch then passes m_L^-a
+of it on, and each of the m_L branches may move the residual stream by 1 / m_L: lr m_L^(-2a) = 1 / m_L. Widths inside
+the blocks are taken to grow with the model's. Weight decay follows the same rule as under Adam: `width` and
 `width_density` undo what width and density did to the learning rate. There is no eps.
 """
 
@@ -120,8 +120,8 @@ class Parameterization:
         eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks; ``everywhere`` gives it to every
             tensor, as the public code of CompleteP does; ``auto`` becomes ``table`` under CompleteP and the product,
             and ``fixed`` elsewhere.
-        output_rule: ``shrunk`` divides the initial values of output projections by sqrt(2 L_ref); ``plain`` does not, as
-            the public code of CompleteP.
+        output_rule: ``shrunk`` divides the initial values of output projections by sqrt(2 L_ref); ``plain`` does not,
+            as the public code of CompleteP.
         optimizer: whose rules hold: ``adam`` for Adam, AdamW and their relatives, ``sgd`` for plain and momentum SGD.
 
     Raises:
@@ -226,7 +226,7 @@ class Parameterization:
         return self.scheme in ("completep", "supar_completep")
 
     def check_width(self, d_model: int, field: str = "d_model") -> None:
-        """Raise `UserError` if the base is wider than a model of width ``d_model``: transfer goes from small to large."""
+        """Raise `UserError` if the base is wider than a model of ``d_model``: transfer goes from small to large."""
         if self.uses_width and self.base_width and self.base_width > d_model:
             raise UserError(
                 f"parameterization.base_width={self.base_width} is wider than the model ({field}={d_model}); "

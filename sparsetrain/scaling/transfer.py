@@ -5,11 +5,11 @@ seeds. Everything happens in log2 x. The optimum is the vertex of the parabola t
 neighbours. Three rules keep it honest:
 
 - the best point at the end of the grid is an *edge*, never an optimum: the grid has to grow;
-- a point at which any seed diverged counts as infinitely bad; next to the best point it brackets it, but no parabola goes
-  through it, so the optimum is then the grid point itself;
-- intervals come from resampling whole seeds, because the losses of one seed go up and down together. A resample whose best
-  point is at an edge makes the interval open at that end. With one seed there is no interval, and with three there are only
-  ten different resamples: such an interval is close to the range of the seeds.
+- a point at which any seed diverged counts as infinitely bad; next to the best point it brackets it, but no parabola
+  goes through it, so the optimum is then the grid point itself;
+- intervals come from resampling whole seeds, because the losses of one seed go up and down together. A resample whose
+  best point is at an edge makes the interval open at that end. With one seed there is no interval, and with three there
+  are only ten different resamples: such an interval is close to the range of the seeds.
 
 Not every point needs every seed (one seed over the whole grid, three around the minimum, is the cheap way). A missing
 loss is filled in by the additive model loss = f(x) + g(seed), fitted to what is there.
@@ -174,8 +174,8 @@ def optimum(curve: Curve, resamples: int = RESAMPLES) -> Optimum:
 def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None:
     """Return how far the optimum of ``curve`` is from that of ``base``, in the base's grid steps.
 
-    Seeds are resampled together if both curves have the same ones. None if the base's own optimum is at an edge, or if it
-    has one point: there is nothing to measure from.
+    Seeds are resampled together if both curves have the same ones. None if the base's own optimum is at an edge, or if
+    it has one point: there is nothing to measure from.
     """
     ours, theirs = optimum(curve, 1), optimum(base, 1)
     if theirs.log2 is None or base.step == 0.0:
@@ -220,7 +220,7 @@ def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
 
 
 def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[float, int]]:
-    """Return the ``(log2 x, seed)`` points to run next: the cheap way from a coarse grid to an optimum with an interval.
+    """Return the ``(log2 x, seed)`` points to run next, the cheap way from a coarse grid to an interval.
 
     With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
     neighbours at those of ``seeds`` that they lack; nothing when they have them all.

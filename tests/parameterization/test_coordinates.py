@@ -238,7 +238,7 @@ def test_sp_and_mup_start_with_activations_that_fall_as_the_root_of_density(name
     found = slopes(name, "density", "activation", step=0)
     for kind in ("blocks.attn.qkv", "blocks.mlp.up"):
         assert found[kind] == pytest.approx(0.5, abs=0.05)
-    assert found["blocks.attn.out"] == pytest.approx(1.0, abs=0.1)
+    assert found["blocks.attn.out"] == pytest.approx(1.0, abs=0.2)
     assert slopes("supar", "density", "activation", step=0)["blocks.attn.out"] == pytest.approx(0.0, abs=0.1)
 
 
