@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +30,7 @@ ABOUT = {
     "pipeline": "Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
     "generate": "Continue a text with the model of a run.",
     "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
+    "sweep": "Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
 }
 
@@ -52,6 +55,11 @@ EXAMPLES = {
         "sparsetrain coord-check",
         "sparsetrain coord-check check=depth parameterization=completep parameterization.base_layers=2 check.seeds=2",
         "sparsetrain coord-check check=width parameterization=mup optimizer.lr=1e-3 check.seeds=3",
+    ],
+    "sweep": [
+        "sparsetrain sweep runs/supar_lr_transfer --out experiments/supar_lr_transfer",
+        "sparsetrain sweep runs/supar_init_transfer --x model.init_std --out experiments/supar_init_transfer",
+        "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
     ],
     "report": ["sparsetrain report RUN_DIR"],
 }
@@ -117,6 +125,8 @@ def _run(given: list[str]) -> int:
         return 0
     if verb == "report":
         return _report(rest)
+    if verb == "sweep":
+        return _sweep(rest)
     options = [word.partition("=")[0] for word in rest if word.startswith("-")]
     for word in options:
         known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
@@ -207,13 +217,45 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sparsetrain sweep", add_help=False, exit_on_error=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or a directory of them")
+    parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, optima.csv and figure.png go")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")
+    parser.add_argument("--search", action="store_true", help="a random search: rank the points instead of curves")
+    return parser
+
+
+def _sweep(words: list[str]) -> int:
+    from rich.console import Console
+
+    from sparsetrain.stages.sweep import show_sweep
+
+    known = [action.option_strings[-1] for action in _sweep_parser()._actions if action.option_strings]
+    for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise UserError(f"sweep has no option '{word}'{nearest(word, known)}; there are {', '.join(known)}")
+    try:
+        with redirect_stderr(StringIO()) as said:
+            given = _sweep_parser().parse_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"sweep: {error}; sparsetrain sweep --help shows how") from None
+    except SystemExit:
+        raise UserError(f"sweep: {said.getvalue().strip().splitlines()[-1].partition('error: ')[2]}") from None
+    if given.seeds < 1:
+        raise UserError(f"--seeds={given.seeds} must be at least 1")
+    show_sweep(given.runs, given.x, given.out, given.seeds, given.search, Console())
+    return 0
+
+
 def _through_hydra(verb: str, rest: list[str]) -> int:
     """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from sparsetrain.config import check, complete, config_directory, one_line, register
+    from sparsetrain.config import check, complete, config_directory, one_line, register, with_sweep
 
     flags = [word for word in rest if word.startswith("-")]
     values = {
@@ -223,7 +265,13 @@ def _through_hydra(verb: str, rest: list[str]) -> int:
     for flag, value in pairwise([*(part for word in rest for part in word.split("=", 1)), ""]):
         if flag in ("--cfg", "-c"):
             check_choice(flag, value, ("job", "hydra", "all"))
-    check(verb, overrides, sweep=any(word in MULTIRUN_FLAGS for word in flags))
+    sweep = any(word in MULTIRUN_FLAGS for word in flags)
+    check(verb, overrides, sweep=sweep)
+    if sweep:
+        overrides = with_sweep(verb, overrides)
+        check(verb, overrides, sweep=True)
+        if verb == "pretrain" and not values:
+            _print_cost(overrides)
     register()
     # Hydra would otherwise replace the error of a job by a page of its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -239,6 +287,17 @@ def _through_hydra(verb: str, rest: list[str]) -> int:
         raise UserError(one_line(error)) from None
     finally:
         sys.argv = before
+
+
+def _print_cost(overrides: list[str]) -> None:
+    """Say what a sweep takes before it starts."""
+    from rich.console import Console
+
+    from sparsetrain.config import points
+    from sparsetrain.stages.sweep import sweep_cost
+
+    console = Console()
+    console.print(sweep_cost(points("pretrain", overrides), console).describe(), highlight=False, soft_wrap=True)
 
 
 class _Job:
@@ -284,6 +343,8 @@ def _verb_help(verb: str) -> str:
     head = f"sparsetrain {verb}: {ABOUT[verb]}\n\nexamples:\n{examples}"
     if verb == "report":
         return head
+    if verb == "sweep":
+        return f"{head}\n\n{_sweep_parser().format_help()}"
     from sparsetrain.config import describe
 
     return f"{head}\n\n{describe(verb)}"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -33,6 +34,7 @@ from sparsetrain.stages import (
     PromptConfig,
 )
 from sparsetrain.stages.config import build, differences
+from sparsetrain.stages.resolvers import register_resolvers
 from sparsetrain.stages.run import TOKENIZER, read_config
 
 SCHEDULES = ("schedule", "pipeline.finetune.schedule", "pipeline.prompt.schedule")
@@ -91,6 +93,42 @@ def register() -> None:
     store = ConfigStore.instance()
     for verb, kind in ROOTS.items():
         store.store(name=f"{verb}_schema", node=_schema(kind))
+    register_resolvers()
+
+
+def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
+
+    One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
+    """
+    given = list(overrides)
+    parsed = OverridesParser.create().parse_overrides(given)
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    tree = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True)
+    params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr, call-overload]
+    keys = {override.key_or_group for override in parsed}
+    added = [f"{key}={value}" for key, value in params.items() if key not in keys]
+    return [*added, *given, "hydra.sweeper.params=null"] if added else given
+
+
+def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:
+    """Yield the configuration of every point of a multirun, or None for one that is refused."""
+    parsed = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if not _is_hydras(o)]
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in parsed
+    ]
+    for words in itertools.product(*choices):
+        try:
+            yield load(verb, words)
+        except UserError:
+            yield None
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def groups(verb: str) -> dict[str, list[str]]:
@@ -136,7 +174,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     tree = _with_optional_groups(verb, parsed, known_groups)
     for override in parsed:
         key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
+        if _is_hydras(override):
             continue
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{override.input_line}: several values need a multirun, sparsetrain {verb} -m ...")
@@ -262,12 +300,12 @@ def defaults(verb: str) -> DictConfig:
     return _load(verb, [])
 
 
-def _load(verb: str, overrides: list[str]) -> DictConfig:
+def _load(verb: str, overrides: list[str], hydra: bool = False) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory().absolute()), version_base="1.3"):
-            return compose(verb, overrides)
+            return compose(verb, overrides, return_hydra_config=hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from None
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sparsetrain.parameterization.coordinates import Spread
-from sparsetrain.report.plots import MARKERS, SERIES, save_png, styled
+from sparsetrain.report.plots import MARKERS, SERIES, log_axis, save_png, styled
 from sparsetrain.report.tables import Sheet
 
 SHOWN = ("activation", "update", "gradient")
@@ -49,6 +49,10 @@ def _panel(axes: Axes, of: Mapping[str, Spread], kinds: Sequence[str]) -> None:
         axes.plot([x for x, _ in points], [y for _, y in points], ms=3.5, lw=1.2, label=kind, **look)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
+    values = sorted({x for spread in of.values() for x, _ in spread.rms})
+    log_axis(axes.xaxis, values)
+    axes.tick_params(axis="x", labelrotation=60 if len(values) > 4 else 0)
+    log_axis(axes.yaxis)
     axes.grid(True)
 
 

@@ -22,11 +22,12 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
 from sparsetrain.files import whole_file
 from sparsetrain.report.findings import STAGE_NAMES, scored
@@ -277,6 +278,14 @@ def save_png(figure: Figure, path: Path) -> None:
     """Write a figure on white, whole or not at all, without a date or the version that drew it."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+
+
+def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
+    """Label a logarithmic axis with plain numbers: at ``values``, or at matplotlib's own places."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    if values is not None:
+        axis.set_major_locator(FixedLocator(list(values)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @contextmanager
