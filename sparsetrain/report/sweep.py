@@ -1,4 +1,4 @@
-"""What a sweep shows: optima with their intervals, how far they move, what a transferred value costs, and the figure."""
+"""What a sweep shows: optima with intervals, how far they move, what a transferred value costs, and the figure."""
 
 from __future__ import annotations
 

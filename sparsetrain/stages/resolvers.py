@@ -1,13 +1,14 @@
 """Settings that follow from others, for configurations of experiments: ``${heads:32}``, ``${draw:lr,1e-4,1e-1}``, ...
 
-=======================  ==============================================================================================
-``${heads:WIDTH}``       number of heads of this width at the configured ``model.d_model``
-``${iso_sparsity:D}``    sparsity at which hidden matrices have as many weights as the dense ones of width D:
-                         1 - (D / d_model)^2
-``${draw:NAME,LOW,HIGH}``  point number ``draw`` of a random search: log-uniform in [LOW, HIGH], to three digits. A function
-                         of ``draw`` and NAME alone, so that the list of points is the same in every process, can be
-                         cut into parts, and grows without changing
-=======================  ==============================================================================================
+=========================  ============================================================================================
+``${heads:WIDTH}``         number of heads of this width at the configured ``model.d_model``
+``${aspect:RATIO}``        width of a model with RATIO times as many features as layers
+``${iso_sparsity:D}``      sparsity at which hidden matrices have as many weights as the dense ones of width D:
+                           1 - (D / d_model)^2
+``${draw:NAME,LOW,HIGH}``  point number ``draw`` of a random search: log-uniform in [LOW, HIGH], to three digits. A
+                           function of ``draw`` and NAME alone, so that the list of points is the same in every
+                           process, can be cut into parts, and grows without changing
+=========================  ============================================================================================
 """
 
 from __future__ import annotations
@@ -26,6 +27,11 @@ def heads(width: int, *, _root_: DictConfig) -> int:
     if width < 1 or d_model % width:
         raise UserError(f"model.d_model={d_model} is no multiple of the width of a head, {width}")
     return int(d_model // width)
+
+
+def aspect(ratio: int, *, _root_: DictConfig) -> int:
+    """Return ``ratio * model.n_layers``."""
+    return int(ratio * _root_.model.n_layers)
 
 
 def iso_sparsity(base_width: int, *, _root_: DictConfig) -> float:
@@ -50,5 +56,5 @@ def draw(name: str, low: float, high: float, *, _root_: DictConfig) -> float:
 @functools.cache
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf."""
-    for resolver in (heads, iso_sparsity, draw):
+    for resolver in (heads, aspect, iso_sparsity, draw):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

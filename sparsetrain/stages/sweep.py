@@ -72,7 +72,7 @@ class SweepCost:
             return f"sweep: {counts}"
         basis = f"as the {self.measured} finished ones" if self.measured else "half of a bare matrix product here"
         return (
-            f"sweep: {counts}: {si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} computed densely; "
+            f"sweep: {counts}: {si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely; "
             f"about {duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')} ({basis})"
         )
 
@@ -109,10 +109,11 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
         flops, dense = flops + sparse_flops, dense + dense_flops
         if largest is None or config.model["d_model"] > largest.model["d_model"]:
             largest = config
+    rate = 0.0
     if measured:
         rate = done_flops / done_seconds
-    else:
-        rate = 1.0 if largest is None else _STEP_SHARE * _product_rate(largest)
+    elif largest is not None:
+        rate = _STEP_SHARE * _product_rate(largest)
     return SweepCost(total, done, refused, flops, dense, rate, measured)
 
 
