@@ -70,11 +70,11 @@ class SweepCost:
             counts += f", {self.refused} that cannot run"
         if not left:
             return f"sweep: {counts}"
-        basis = f"as the {self.measured} finished ones" if self.measured else "half of a bare matrix product here"
-        return (
-            f"sweep: {counts}: {si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely; "
-            f"about {duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')} ({basis})"
-        )
+        work = f"{si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely"
+        time_ = f"{duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')}"
+        if self.measured:
+            return f"sweep: {counts}: {work}; about {time_}, as the {self.measured} finished ones"
+        return f"sweep: {counts}: {work}; very roughly {time_}, half of what a bare matrix product reaches here"
 
 
 def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None = None) -> SweepCost:
