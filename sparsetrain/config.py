@@ -122,7 +122,7 @@ def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:
     ]
     for words in itertools.product(*choices):
         try:
-            yield load(verb, words)
+            yield convert(verb, _load(verb, list(words)), words)  # `check` has seen the whole sweep
         except UserError:
             yield None
 

@@ -282,7 +282,7 @@ def save_png(figure: Figure, path: Path) -> None:
 
 def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
     """Label a logarithmic axis with plain numbers: at ``values``, or at matplotlib's own places."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     if values is not None:
         axis.set_major_locator(FixedLocator(list(values)))
     axis.set_minor_formatter(NullFormatter())
