@@ -1,15 +1,15 @@
 """Is a residual branch more than its linearisation in its own weights? The third wish of CompleteP (arXiv 2505.01618).
 
-A stack of L branches, each of two matrices (W~N(0, 1), multiplier sqrt(2 / N), a ReLU before each), is given one Adam step
-on both matrices of one branch f, with the learning rate, eps and residual multiplier that the rules give it at depth L. What
-is measured is the part of the change that a linearisation would miss, over the part that it sees:
+A stack of L branches, each of two matrices (W~N(0, 1), multiplier sqrt(2 / N), a ReLU before each), is given one Adam
+step on both matrices of one branch f, with the learning rate, eps and residual multiplier that the rules give it at
+depth L. What is measured is the part of the change that a linearisation would miss, over the part that it sees:
 
     |f(W + dW) - f(W) - J dW| / |J dW|
 
 The first is of second order in dW, the second of first order, so the ratio goes as the learning rate, L^(alpha - 1): at
-alpha = 1/2 deep models become lazy (slope -1/2), at alpha = 1 every layer keeps learning features at any depth (slope 0).
-The paper shows the same with the one branch's first matrix and one neuron of it; here both matrices move and all neurons
-count, because the kinks of ReLU alone are not crossed by so small a step.
+alpha = 1/2 deep models become lazy (slope -1/2), at alpha = 1 every layer keeps learning features at any depth (slope
+0). The paper shows the same with the one branch's first matrix and one neuron of it; here both matrices move and all
+neurons count, because the kinks of ReLU alone are not crossed by so small a step.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class SweepCost:
     def describe(self) -> str:
         """Return one line for the terminal."""
         left = self.points - self.done - self.refused
-        counts = f"{self.points} points, {self.done} finished before, {left} to run"
+        counts = f"{self.points} point{'s' * (self.points != 1)}, {self.done} finished before, {left} to run"
         if self.refused:
             counts += f", {self.refused} that cannot run"
         if not left:
