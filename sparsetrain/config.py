@@ -105,7 +105,7 @@ def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(given)
     single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     tree = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True)
-    params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr, call-overload]
+    params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
     keys = {override.key_or_group for override in parsed}
     added = [f"{key}={value}" for key, value in params.items() if key not in keys]
     return [*added, *given, "hydra.sweeper.params=null"] if added else given

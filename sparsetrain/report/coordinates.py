@@ -45,8 +45,9 @@ def coordinates_figure(spreads: Sequence[Spread], axis: str, path: Path) -> None
 def _panel(axes: Axes, of: Mapping[str, Spread], kinds: Sequence[str]) -> None:
     for index, kind in enumerate(kinds):
         points = [(x, y) for x, y in of[kind].rms if 0 < y < math.inf] if kind in of else []
-        look = {"color": SERIES[index % len(SERIES)], "marker": MARKERS[(index + index // len(SERIES)) % len(MARKERS)]}
-        axes.plot([x for x, _ in points], [y for _, y in points], ms=3.5, lw=1.2, label=kind, **look)
+        colour, marker = SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        axes.plot(xs, ys, color=colour, marker=marker, ms=3.5, lw=1.2, label=kind)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     values = sorted({x for spread in of.values() for x, _ in spread.rms})

@@ -318,9 +318,9 @@ def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: l
     for index, scheme in enumerate(schemes):
         own = {label: line for line, label in zip(lines, labels, strict=True) if line.scheme == scheme}
         places = [order.index(label) for label in own]
-        moved = [np.mean(list(line.at_base.values())) if line.at_base else np.nan for line in own.values()]
+        moved = [float(np.mean(list(line.at_base.values()))) if line.at_base else np.nan for line in own.values()]
         # Measured like the other line: the vertex of a parabola would lie below it by construction.
-        best = [line.curve.filled().mean(axis=1).min() for line in own.values()]
+        best = [float(line.curve.filled().mean(axis=1).min()) for line in own.values()]
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
         axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4, label=f"{scheme}, base's")
         axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none", label=f"{scheme}, own")

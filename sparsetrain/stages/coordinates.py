@@ -20,7 +20,7 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import file_errors, write_text
 from sparsetrain.optim import build_optimizer
 from sparsetrain.parameterization import Coordinate, Parameterization, Spread, Trial, param_groups, spreads
-from sparsetrain.parameterization.coordinates import check_values, losses_fall, read_coordinates
+from sparsetrain.parameterization.coordinates import LOSS, check_values, losses_fall, read_coordinates
 from sparsetrain.parameterization.rules import SCHEMES
 from sparsetrain.report.coordinates import coordinates_figure, coordinates_sheets
 from sparsetrain.report.tables import print_sheets
@@ -28,12 +28,12 @@ from sparsetrain.report.text import duration
 from sparsetrain.seeds import derive_seed
 from sparsetrain.stages.config import RunConfig, fingerprint, model_config
 from sparsetrain.stages.pretrain import Stopwatch, build_model
-from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine
+from sparsetrain.stages.run import COLUMNS, Origin, RunResult, claimed, commit, finish, machine
 from sparsetrain.training.state import resolve_device
 
 AXES = ("sparsity", "width", "depth")
 QUANTITIES = ("activation", "update")  # those that must keep their scale on every axis
-TRIALS, TABLE, FIGURE = "trials.jsonl", "coordinates.csv", "figure.png"
+TRIALS, TABLE, RESULTS, FIGURE = "trials.jsonl", "coordinates.csv", "results.csv", "figure.png"
 
 
 @dataclass
@@ -155,6 +155,7 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
         if done is not None:
             return done
         _write_table(rows, directory / TABLE)
+        _write_results(config, rows, directory / RESULTS)
         coordinates_figure(found, axis, directory / FIGURE)
         return finish(
             directory,
@@ -273,3 +274,26 @@ def _write_table(rows: Sequence[Coordinate], path: Path) -> None:
         writer.writerow([entry.name for entry in fields(Coordinate)])
         for row in rows:
             writer.writerow([*list(asdict(row).values())[:-1], f"{row.rms:.6g}"])
+
+
+def _write_results(config: CoordinatesConfig, rows: Sequence[Coordinate], path: Path) -> None:
+    """Write one row a trial in the columns of every experiment: loss and RMS after the last step."""
+    steps, now = config.check.steps, commit()
+    on_axis = dict(zip(config.check.on_axis(), config.check.values, strict=True))
+    table: dict[tuple[str, float, int], dict[str, Any]] = {}
+    for row in rows:
+        if row.step < steps:
+            continue
+        key = (row.scheme, row.value, row.seed)
+        if key not in table:
+            point = config.point(on_axis[row.value], row.seed)
+            shape = (point.sparsity.sparsity, point.model["d_model"], point.model["n_layers"])
+            values = (row.scheme, *shape, config.optimizer.lr, row.seed, steps, None, now)
+            table[key] = dict(zip(COLUMNS, values, strict=True))
+        name = "loss" if row.kind == LOSS else f"{row.quantity} {row.kind}"
+        table[key][name] = f"{row.rms:.6g}"
+    columns = dict.fromkeys(name for line in table.values() for name in line)
+    with file_errors(path.parent), path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table.values())

@@ -34,11 +34,10 @@ from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
 from sparsetrain.stages.pretrain import run_directory
-from sparsetrain.stages.run import CONFIG, RESULT, Origin, read_config
+from sparsetrain.stages.run import COLUMNS, CONFIG, RESULT, Origin, read_config
 from sparsetrain.training.state import resolve_device
 
-COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
-# What those columns already say, or follows from them.
+# What `COLUMNS` already say, or follows from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
 

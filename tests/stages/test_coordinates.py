@@ -19,6 +19,7 @@ from sparsetrain.parameterization import Coordinate, spreads
 from sparsetrain.stages import coord_check
 from sparsetrain.stages import coordinates as module
 from sparsetrain.stages.coordinates import CheckSection, CoordinatesConfig, judge
+from sparsetrain.stages.run import COLUMNS
 
 
 def small(notes: Path, run_dir: Path, *more: str) -> CoordinatesConfig:
@@ -43,12 +44,20 @@ def test_over_sparsity_supar_keeps_its_scale_and_sp_and_mup_do_not(
     }
     assert verdicts["sp"]["ratio"] > 4 > 2 >= verdicts["supar"]["ratio"]
     files = {path.name for path in (tmp_path / "run").iterdir() if not path.name.startswith(".")}
-    assert files == {"config.yaml", "coordinates.csv", "figure.png", "result.json", "trials.jsonl"}
+    assert files == {"config.yaml", "coordinates.csv", "figure.png", "result.json", "results.csv", "trials.jsonl"}
     assert (tmp_path / "run" / "figure.png").read_bytes().startswith(b"\x89PNG")
     with (tmp_path / "run" / "coordinates.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert {row["value"] for row in rows} == {"1.0", "0.25", "0.125"}  # densities
     assert {row["quantity"] for row in rows} == {"activation", "gradient", "update", "loss"}
+    with (tmp_path / "run" / "results.csv").open() as stream:
+        runs = list(csv.DictReader(stream))
+    assert list(runs[0])[: len(COLUMNS)] == list(COLUMNS)
+    assert [(run["parameterization"], run["sparsity"]) for run in runs] == [
+        (scheme, sparsity) for scheme in ("sp", "mup", "supar") for sparsity in ("0.0", "0.75", "0.875")
+    ]
+    assert float(runs[0]["loss"]) < 6
+    assert float(runs[-1]["update blocks.mlp.up"]) > 0
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "supar: worst max/min" in text
     assert "keeps its scale (limit 2)" in text

@@ -18,7 +18,8 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet
 from sparsetrain.stages import pretrain
 from sparsetrain.stages.config import as_plain, model_config
-from sparsetrain.stages.sweep import COLUMNS, collect, show_sweep, sweep_cost
+from sparsetrain.stages.run import COLUMNS
+from sparsetrain.stages.sweep import collect, show_sweep, sweep_cost
 
 # Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
