@@ -158,10 +158,10 @@ def test_a_value_of_another_type_is_named(verb: str, override: str, parts: list[
 
 
 OUT_OF_RANGE: list[tuple[type, dict[str, Any]]] = [
-    *[(OptimizerConfig, {name: -1.0}) for name in ("lr", "weight_decay", "eps", "clip", "beta1", "beta2")],
+    *[(OptimizerConfig, {name: -1.0}) for name in ("lr", "weight_decay", "eps", "clip", "beta1", "momentum")],
     *[(OptimizerConfig, {name: float("nan")}) for name in ("lr", "weight_decay", "eps", "clip", "beta1", "beta2")],
     *[(OptimizerConfig, {name: float("inf")}) for name in ("lr", "weight_decay", "eps", "clip")],
-    *[(OptimizerConfig, {name: 1.0}) for name in ("beta1", "beta2")],
+    *[(OptimizerConfig, {name: 1.0}) for name in ("beta1", "beta2", "momentum")],
     (OptimizerConfig, {"name": "adam"}),
     *[(ScheduleConfig, {name: 0}) for name in ("steps", "tokens")],
     (ScheduleConfig, {"warmup": 1.0}),

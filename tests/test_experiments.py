@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from sparsetrain.cli import main
-from sparsetrain.config import config_directory, options, with_sweep
+from sparsetrain.config import check, complete, config_directory, options, with_sweep
 from sparsetrain.models import Transformer
 
 ROOT = Path(__file__).parents[1]
@@ -21,17 +24,23 @@ SMALL = [
     "threads=1",
 ]
 NARROW = ["model.d_model=32", "parameterization.base_width=32"]
-LR = "optimizer.lr=0.001953125,0.00390625,0.0078125"
+LR = "optimizer.lr=0.001953125,0.0078125"
+ONE = ["sparsity.sparsity=0.5", LR]
 # What makes each sweep a handful of points of small models; none of it names a setting that the sweep does not have.
 TINY: dict[str, list[str]] = {
-    "base_tuning": [*NARROW, "model.n_layers=1", "draw=range(0,3)"],
-    "supar_lr_transfer": [*NARROW, "sparsity.sparsity=0,0.5", LR],
-    "supar_init_transfer": [*NARROW, "sparsity.sparsity=0.5", "model.init_std=0.03125,0.0625,0.125"],
+    "base_tuning": [*NARROW, "model.n_layers=1", "draw=range(0,2)"],
+    "supar_lr_transfer": [*NARROW, *ONE],
+    "supar_init_transfer": [
+        *NARROW,
+        "sparsity.sparsity=0.5",
+        "model.init_std=0.03125,0.0625",
+        "parameterization=supar",
+    ],
     "supar_iso_parameter": ["model.d_model=128,160", LR, "parameterization=supar", "model.n_layers=1"],
-    "supar_loss_gap": [*NARROW, "sparsity.sparsity=0,0.5", LR, "seed=0"],
+    "supar_loss_gap": [*NARROW, *ONE, "seed=0", "parameterization=supar"],
     "completep_depth": ["model.n_layers=2,4", LR, "parameterization=completep"],
     "supar_completep": ["model.n_layers=2,3", LR, "parameterization=supar_completep"],
-    "dynamic_masks_caveat": [*NARROW, "sparsity.sparsity=0,0.5", LR],
+    "dynamic_masks_caveat": [*NARROW, *ONE],
 }
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo"})
@@ -61,15 +70,36 @@ def test_a_sweep_runs_and_its_command_collects_it(
     assert err == ""
     planned = int(re.findall(r"^sweep: (\d+) points, 0 finished before", out, re.MULTILINE)[0])
     assert out.count("pretrain: complete") == planned == len(list(tmp_path.glob("runs/*/*/result.json")))
-    assert main(words) == 0
-    out = capfd.readouterr().out
-    assert f"sweep: {planned} points, {planned} finished before, 0 to run" in out
-    assert out.count("already done") == planned
     assert main(collecting(name)) == 0
     out = capfd.readouterr().out
     assert f"{planned} finished runs, 0 of them diverged" in out
     written = {path.name for path in (tmp_path / "experiments" / name).iterdir()}
     assert written == {"results.csv", "figure.png"} | (set() if name == "base_tuning" else {"optima.csv"})
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_commands_of_a_readme_are_valid(name: str) -> None:
+    text = (ROOT / "experiments" / name / "README.md").read_text().replace("\\\n", "")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
+    own = [words[2:] for words in commands if words[0] == "sparsetrain" and f"experiment={name}" in words]
+    assert own, "the README does not say how to run its experiment"
+    for program, verb, *words in commands:
+        if program == "python":
+            assert (ROOT / verb).is_file()
+        elif verb == "sweep":
+            assert [verb, *words] == collecting(name)
+        elif program == "sparsetrain":
+            check(verb, complete(word for word in words if word != "-m"), sweep="-m" in words)
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_the_number_of_points_in_a_readme_is_that_of_the_sweep(name: str) -> None:
+    said = re.findall(r"# (\d+) points", (ROOT / "experiments" / name / "README.md").read_text())
+    parsed = OverridesParser.create().parse_overrides(with_sweep("pretrain", [f"experiment={name}"]))
+    sizes = [len(list(override.sweep_string_iterator())) for override in parsed if override.is_sweep_override()]
+    if said:
+        assert int(said[0]) == math.prod(sizes)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -96,7 +126,7 @@ def test_a_sweep_that_was_killed_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     words = ["pretrain", "-m", "experiment=dynamic_masks_caveat", f"data.path={notes}", *SMALL, *NARROW]
-    words += ["sparsity.sparsity=0.5", LR]
+    words += [*ONE, "seed=0,1"]
     true_loss, calls = Transformer.loss, 0
 
     def loss(self: Transformer, *arguments: Any) -> Any:
@@ -112,7 +142,7 @@ def test_a_sweep_that_was_killed_goes_on(
     capfd.readouterr()
     assert main(words) == 0
     out = capfd.readouterr().out
-    assert "sweep: 3 points, 1 finished before, 2 to run" in out
+    assert "sweep: 4 points, 1 finished before, 3 to run" in out
     assert "as the 1 finished ones" in out
     assert "resuming after step 1 of 2" in out
 
