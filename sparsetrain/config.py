@@ -108,7 +108,7 @@ def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
     params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
     keys = {override.key_or_group for override in parsed}
     added = [f"{key}={value}" for key, value in params.items() if key not in keys]
-    return [*added, *given, "hydra.sweeper.params=null"] if added else given
+    return [*added, *given, "hydra.sweeper.params=null"] if params else given
 
 
 def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:

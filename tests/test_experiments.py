@@ -69,6 +69,7 @@ def test_a_sweep_runs_and_its_command_collects_it(
     out, err = capfd.readouterr()
     assert err == ""
     planned = int(re.findall(r"^sweep: (\d+) points, 0 finished before", out, re.MULTILINE)[0])
+    assert f"Launching {planned} jobs" in out
     assert out.count("pretrain: complete") == planned == len(list(tmp_path.glob("runs/*/*/result.json")))
     assert main(collecting(name)) == 0
     out = capfd.readouterr().out

@@ -91,6 +91,9 @@ def test_a_sweep_takes_its_values_from_the_experiment_unless_the_command_line_ha
     assert words.count("optimizer.lr=0.25,0.5") == 1
     assert swept["hydra.sweeper.params"] == "null"
     assert with_sweep("pretrain", ["seed=0,1"]) == ["seed=0,1"]
+    # With every value replaced, Hydra must still not see the experiment's.
+    replaced = with_sweep("pretrain", ["experiment=base_tuning", "draw=range(64,66)"])
+    assert replaced == ["experiment=base_tuning", "draw=range(64,66)", "hydra.sweeper.params=null"]
 
 
 def test_points_of_a_sweep_are_its_product_and_a_refused_one_is_none() -> None:
