@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import itertools
 import re
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
@@ -363,7 +364,8 @@ def _inherit(verb: str, values: dict[str, Any], overridden: list[str]) -> None:
 def describe(verb: str) -> str:
     """Return the groups of a verb with their choices, and every setting with its default and its type."""
     lines = ["groups (group=choice):"]
-    lines += [f"  {name:18} {', '.join(choices)}" for name, choices in groups(verb).items()]
+    for name, choices in groups(verb).items():
+        lines += textwrap.wrap(", ".join(choices), 120, initial_indent=f"  {name:18} ", subsequent_indent=" " * 21)
     lines += ["", "settings (key=value) with their defaults:"]
     lines += [f"  {name} = {_shown(value)}" for name, value in flat(defaults(verb)).items()]
     lines += ["", "what the settings mean:"]

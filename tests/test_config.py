@@ -27,6 +27,7 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 COMPANIONS = {
     "data=file": ["data.path=notes.txt"],
     "data=hub": ["data.hub_name=owner/name"],
+    "optimizer=sgd": ["parameterization.optimizer=sgd"],
 }
 
 
@@ -81,11 +82,12 @@ def test_no_verb_and_no_file_is_left_out() -> None:
 @pytest.mark.parametrize("verb", sorted(ROOTS))
 def test_help_lists_every_group_and_setting_and_explains_them(verb: str) -> None:
     text = describe(verb)
+    assert max(len(line) for line in text.splitlines()) < 160
+    text = re.sub(r",\n +", ", ", text)  # long lists go over several lines
     for group, choices in groups(verb).items():
         assert re.search(rf"^  {group} +{re.escape(', '.join(choices))}$", text, re.MULTILINE)
     for entry in dataclasses.fields(ROOTS[verb]):
         assert re.search(rf"^  {entry.name}\b", text, re.MULTILINE) or entry.name in groups(verb)
-    assert max(len(line) for line in text.splitlines()) < 160
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,13 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
 
 
 def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
-    if not np.isfinite(curve.filled().mean(axis=1)).any():
+    if not curve.usable:
         nothing = Optimum(None, "low", math.inf, float(curve.log2[0]), False, None, len(curve.seeds))
         return Line(key, curve, xs, nothing, None, {}, None)
-    found, start = optimum(curve), optimum(base, 1)
+    found = optimum(curve)
+    if not base.usable:
+        return Line(key, curve, xs, found, None, {}, None)
+    start = optimum(base, 1)
     at_base = {} if start.log2 is None else losses_at(curve, start.log2)
     cost = relative_gap(at_base, losses_at(curve, found.best))
     return Line(key, curve, xs, found, shift(curve, base), at_base, cost)
@@ -169,7 +172,7 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
                 f"{scheme}: the farthest optimum is {sign}{abs(farthest.steps):.2f} grid steps from the base's."
             )
         elif not moves:
-            said.append(f"{scheme}: the base's best point is at an edge of the grid, so no shift is known.")
+            said.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
     standard = {line.shape: line for line in lines if line.scheme == "sp"}
     for line, label in zip(lines, labels, strict=True):
         other = standard.get(line.shape)

@@ -61,6 +61,11 @@ class Curve:
         gaps = Counter(round(float(gap), 6) for gap in np.diff(self.log2))
         return max(gaps, key=lambda gap: (gaps[gap], -gap)) if gaps else 0.0
 
+    @property
+    def usable(self) -> bool:
+        """Whether there is a point at which no seed diverged."""
+        return bool(np.isfinite(self.filled().mean(axis=1)).any())
+
     def filled(self) -> np.ndarray:
         """Return the losses ``[n, s]`` with missing ones from the additive model in x and seed."""
         missing = np.isnan(self.losses)
@@ -159,7 +164,7 @@ def optimum(curve: Curve, resamples: int = RESAMPLES) -> Optimum:
     """
     filled = curve.filled()
     means = filled.mean(axis=1)
-    if not np.isfinite(means).any():
+    if not curve.usable:
         raise UserError("every point of the curve diverged: there is no optimum to look for")
     best = float(curve.log2[np.argmin(means)])
     position, loss, interpolated = _vertex(curve.log2, means)

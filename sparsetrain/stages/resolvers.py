@@ -2,6 +2,8 @@
 
 =========================  ============================================================================================
 ``${heads:WIDTH}``         number of heads of this width at the configured ``model.d_model``
+``${base_width:WIDTH}``    WIDTH, at which hyperparameters were tuned, or ``model.d_model`` where the model is narrower:
+                           it is then its own base
 ``${aspect:RATIO}``        width of a model with RATIO times as many features as layers
 ``${iso_sparsity:D}``      sparsity at which hidden matrices have as many weights as the dense ones of width D:
                            1 - (D / d_model)^2
@@ -27,6 +29,12 @@ def heads(width: int, *, _root_: DictConfig) -> int:
     if width < 1 or d_model % width:
         raise UserError(f"model.d_model={d_model} is no multiple of the width of a head, {width}")
     return int(d_model // width)
+
+
+def base_width(width: int, *, _root_: DictConfig) -> int:
+    """Return the smaller of ``width`` and ``model.d_model``."""
+    d_model = OmegaConf.select(_root_, "model.d_model")
+    return width if d_model is None else min(width, int(d_model))
 
 
 def aspect(ratio: int, *, _root_: DictConfig) -> int:
@@ -56,5 +64,5 @@ def draw(name: str, low: float, high: float, *, _root_: DictConfig) -> float:
 @functools.cache
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf."""
-    for resolver in (heads, aspect, iso_sparsity, draw):
+    for resolver in (heads, base_width, aspect, iso_sparsity, draw):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)

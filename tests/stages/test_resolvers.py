@@ -66,6 +66,15 @@ def test_width_and_sparsity_follow_the_depth_in_the_product_experiment() -> None
     ]
 
 
+@pytest.mark.parametrize("scheme", ["mup", "supar", "completep", "supar_completep"])
+def test_a_model_narrower_than_the_tuned_one_is_its_own_base(scheme: str) -> None:
+    widths = {
+        width: load("pretrain", [f"parameterization={scheme}", f"model.d_model={width}"]).parameterization.base_width
+        for width in (64, 128, 256)
+    }
+    assert widths == {64: 64, 128: 128, 256: 128}
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

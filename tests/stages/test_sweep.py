@@ -149,7 +149,7 @@ def test_an_edge_is_extended_and_never_called_an_optimum(tmp_path: Path) -> None
     assert (lines[0].optimum.log2, lines[0].shift, lines[0].at_base) == (None, None, {})
     assert "beyond 0.004 (high edge)" in optima_sheet(lines, "lr").rows[0][1]
     assert next_commands(lines, "lr", [], (0,)) == ["optimizer.lr=0.008,0.016 seed=0"]
-    assert "at an edge of the grid, so no shift is known" in findings(lines)[0]
+    assert findings(lines) == ["supar: the base has no optimum inside the grid, so no shift is known."]
 
 
 def test_diverged_runs_bracket_and_a_curve_of_them_alone_has_no_optimum(tmp_path: Path) -> None:
@@ -165,6 +165,19 @@ def test_diverged_runs_bracket_and_a_curve_of_them_alone_has_no_optimum(tmp_path
     assert optima_sheet([mup, sp], "lr").rows[0][1] == "none"
     show_sweep([tmp_path], "lr", tmp_path / "out", 1, False, Console(quiet=True))
     assert (tmp_path / "out" / "figure.png").exists()
+
+
+def test_a_base_of_diverged_runs_leaves_the_other_curves_without_a_shift(tmp_path: Path) -> None:
+    for sparsity in (0.0, 0.5):
+        for lr in (0.001, 0.002, 0.004):
+            value = None if sparsity == 0.0 else 2.0 + abs(math.log2(lr / 0.002))
+            status = "diverged" if value is None else "complete"
+            words = [f"optimizer.lr={lr}", f"sparsity.sparsity={sparsity}"]
+            write_run(tmp_path, words, loss_last=value, status=status)
+    base, sparse = lines_of(collect([tmp_path]).rows, "lr")
+    assert (base.optimum.log2, sparse.shift, sparse.at_base) == (None, None, {})
+    assert sparse.optimum.log2 == pytest.approx(math.log2(0.002))
+    assert findings([base, sparse]) == ["supar: the base has no optimum inside the grid, so no shift is known."]
 
 
 def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> None:
