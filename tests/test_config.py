@@ -66,7 +66,7 @@ def test_every_file_composes_and_builds_its_dataclass(name: str, tmp_path: Path)
     if verb in ("generate", "prompt"):
         run = tmp_path / "run"
         run.mkdir()
-        saved = {name: OmegaConf.to_container(defaults("pretrain")[name]) for name in INHERITED}
+        saved = {name: OmegaConf.to_container(defaults("pretrain")[name], resolve=True) for name in INHERITED}
         (run / "config.yaml").write_text(yaml.safe_dump(saved))
         overrides = [f"init_from={run}"]
     assert isinstance(load(verb, [item for item in overrides if item != "-m"]), ROOTS[verb])
