@@ -87,17 +87,25 @@ def sheets(report: Report) -> list[Sheet]:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print what was found, what to be wary of, and every table; to the terminal if no ``console`` is given."""
-    console = console or Console()
-    if not console.is_terminal:
-        # A file has no width: take what the tables need, not the 80 columns that rich assumes.
-        console = Console(file=console.file, width=max(console.width, _FILE_WIDTH))
+    console = _wide(console or Console())
     for sentence in findings(report):
         console.print(Text(f"- {sentence}"))
     for sentence in cautions(report):
         console.print(Text(f"! {sentence}", style="yellow"))
-    for sheet in sheets(report):
+    print_sheets(sheets(report), console)
+
+
+def print_sheets(tables: Sequence[Sheet], console: Console) -> None:
+    """Print tables, each after an empty line."""
+    console = _wide(console)
+    for sheet in tables:
         console.print()
         console.print(sheet.rich())
+
+
+def _wide(console: Console) -> Console:
+    """Return a console for a file that is as wide as the tables need, not the 80 columns that rich assumes."""
+    return console if console.is_terminal else Console(file=console.file, width=max(console.width, _FILE_WIDTH))
 
 
 def results(report: Report) -> Sheet:
