@@ -143,8 +143,8 @@ class SparseLinear(nn.Module):
         self.values.grad = None
         new = values.detach().to(self.values, copy=True)
         if new.shape != self.values.shape:
-            # A graph that is still alive, such as that of the last step's loss, holds an accumulator of the old size, and
-            # autograd would go on using it. It makes another one for a tensor whose type has changed in between.
+            # A graph that is still alive, such as that of the last step's loss, holds an accumulator of the old size,
+            # and autograd would go on using it. A tensor whose type has changed meanwhile gets another one.
             other = torch.float64 if new.dtype != torch.float64 else torch.float32
             self.values.data = torch.empty(0, dtype=other, device=new.device)
         self.values.data = new

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -41,14 +41,38 @@ class Managed:
     history: Exploration
 
     def nnz_at(self, rule: Rule, step: int) -> int:
-        density = _density_at(rule, self.plan.density, max(0, step - self.offset))
-        if isinstance(rule, Static):
-            return pattern_nnz(self.plan.spec, self.shape, density)
-        units = self.shape[0] // self.plan.spec.block[0] * (self.shape[1] // self.plan.spec.block[1])
-        return max(1, round(density * units)) * self.plan.spec.block[0] * self.plan.spec.block[1]
+        """Return the number of weights after ``step`` steps."""
+        return layer_nnz(self.plan, self.shape, rule, step)
 
     def due(self, rule: Rule, step: int) -> bool:
         return step > self.offset and rule.due(step - self.offset)
+
+
+def layer_nnz(plan: LayerPlan, shape: tuple[int, int], rule: Rule, step: int) -> int:
+    """Return the number of weights, to the element, that a layer ``[R, C]`` has after ``step`` steps under a rule."""
+    density = _density_at(rule, plan.density, step)
+    if isinstance(rule, Static):
+        return pattern_nnz(plan.spec, shape, density)
+    bh, bw = plan.spec.block
+    return max(1, round(density * (shape[0] // bh) * (shape[1] // bw))) * bh * bw
+
+
+def planned_densities(
+    shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, rule: Rule
+) -> Callable[[int], dict[str, float]]:
+    """Return a function from a step to the density of each sparse layer after it, without building a model.
+
+    Args:
+        shapes: (out_features, in_features) by name of every linear layer.
+
+    Raises:
+        UserError: as `sparsetrain.sparsity.allocation.allocate_densities`.
+    """
+    layers = plan_layers(shapes, plan)
+    numel = {name: shapes[name][0] * shapes[name][1] for name in layers}
+    return lambda step: {
+        name: layer_nnz(layer, shapes[name], rule, step) / numel[name] for name, layer in layers.items()
+    }
 
 
 def manage_layers(
@@ -64,7 +88,7 @@ def manage_layers(
     """
     sparse = dict(sparse_layers(model))
     if plan is None:
-        plans, new, backend = _as_they_are(sparse, globs), {}, "auto"
+        plans, new, backend = _as_they_are(sparse, globs, rule), {}, "auto"
     else:
         plans, backend = _planned(model, rule, plan), plan.backend
         for name, layer in plans.items():
@@ -102,7 +126,9 @@ def _planned(model: nn.Module, rule: Rule, plan: SparsityConfig) -> dict[str, La
     return {name: replace(layer, start=_density_at(rule, layer.density, 0)) for name, layer in layers.items()}
 
 
-def _as_they_are(sparse: Mapping[str, SparseLinear], globs: Mapping[str, list[str]]) -> dict[str, LayerPlan]:
+def _as_they_are(
+    sparse: Mapping[str, SparseLinear], globs: Mapping[str, list[str]], rule: Rule
+) -> dict[str, LayerPlan]:
     """Return plans for the sparse layers that a model already has, with their own densities."""
     plans = {}
     for name, layer in sparse.items():
@@ -110,6 +136,8 @@ def _as_they_are(sparse: Mapping[str, SparseLinear], globs: Mapping[str, list[st
             pattern = layer.pattern
             spec = PatternSpec() if pattern.block == (1, 1) else PatternSpec("block", pattern.block)
             plans[name] = LayerPlan(pattern.density, pattern.density, spec)
+            if _density_at(rule, pattern.density, 0) != pattern.density:
+                raise UserError(f"MaskManager: {rule.name} changes densities; give it a sparsity, or a plan")
     return plans
 
 

@@ -54,6 +54,10 @@ class LayerReport:
     overlap: float
     dead_rows: int
 
+    def numbers(self) -> dict[str, float]:
+        """Return everything but the name, as metrics hold it."""
+        return {key: value for key, value in vars(self).items() if key != "name"}
+
 
 @dataclass(frozen=True)
 class MaskUpdate:
@@ -268,6 +272,10 @@ class MaskManager:
         """Return the number of weights that each layer has after ``step`` steps, to the element."""
         return {entry.name: entry.nnz_at(self.rule, step) for entry in self._layers}
 
+    def densities_at(self, step: int) -> dict[str, float]:
+        """Return the density that each layer has after ``step`` steps."""
+        return {e.name: e.nnz_at(self.rule, step) / (e.shape[0] * e.shape[1]) for e in self._layers}
+
     def due(self, step: int) -> list[str]:
         """Return the layers whose masks are updated after ``step`` steps."""
         return [entry.name for entry in self._layers if entry.due(self.rule, step)]
@@ -294,19 +302,19 @@ class MaskManager:
         gradients exist, ``gradient_flow``: their squared norm over the stored weights, which is to first order the
         loss that an infinitesimal step removes (Evci et al. 2022, arXiv 2010.03533).
         """
-        layers = self.report()
-        size = [entry.shape[0] * entry.shape[1] for entry in self._layers]
+        layers = self._layers
+        size = [entry.shape[0] * entry.shape[1] for entry in layers]
         total = sum(size)
         if total == 0:
             return {}
-        first = [entry.history for entry in self._layers]
+        histories = [entry.history for entry in layers]
         numbers = {
-            "density": sum(layer.nnz for layer in layers) / total,
+            "density": sum(entry.layer.values.numel() for entry in layers) / total,
             "target_density": sum(self.nnz_at(self.steps).values()) / total,
-            "itop_rate": sum(layer.itop_rate * n for layer, n in zip(layers, size, strict=True)) / total,
-            "mask_overlap": sum(h.overlap_weights for h in first) / sum(h.first_weights for h in first),
+            "itop_rate": sum(history.rate * n for history, n in zip(histories, size, strict=True)) / total,
+            "mask_overlap": sum(h.overlap_weights for h in histories) / sum(h.first_weights for h in histories),
         }
-        gradients = [entry.layer.values.grad for entry in self._layers]
+        gradients = [entry.layer.values.grad for entry in layers]
         if all(gradient is not None for gradient in gradients):
             numbers["gradient_flow"] = sum(float(g.float().square().sum()) for g in gradients if g is not None)
         return numbers
