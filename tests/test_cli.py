@@ -20,7 +20,7 @@ import torch
 
 import sparsetrain
 from sparsetrain import files
-from sparsetrain.cli import ABOUT, EXAMPLES, main
+from sparsetrain.cli import ABOUT, EXAMPLES, PLAIN, main
 from sparsetrain.config import check, complete, load
 from sparsetrain.models import Transformer
 from sparsetrain.training.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
@@ -99,7 +99,7 @@ def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> No
         assert re.search(r"^  model +btlm-3b, cerebras-111m, demo", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ABOUT if verb != "report"])
+@pytest.mark.parametrize("verb", [verb for verb in ABOUT if verb not in PLAIN])
 def test_the_examples_of_help_are_valid(verb: str, shell: Shell) -> None:
     for example in EXAMPLES[verb]:
         program, said, *words = shlex.split(example)
