@@ -45,7 +45,7 @@ def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> 
 
     Args:
         path: a run's directory (its newest checkpoint), a checkpoint, or a ``.npz`` or ``.safetensors`` file.
-        picture: where the PNG goes; None for ``masks.png`` in the directory, or beside the file under its name.
+        picture: where the PNG goes; None for ``masks.png`` in the run's directory, or beside the file under its name.
 
     Raises:
         UserError: nothing there that has a mask.
@@ -54,6 +54,8 @@ def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> 
     console.print(mask_table(masks).rich())
     if picture is None:
         picture = path / "masks.png" if path.is_dir() else path.with_suffix(".png")
+        if _is_checkpoint(path):  # whose files are listed in its manifest: nothing is added to it
+            picture = path.parent.parent / f"masks-{path.name}.png"
     draw_masks(masks, picture)
     console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
 
@@ -70,7 +72,7 @@ def read_masks(path: Path) -> list[InspectedMask]:
         raise UserError(f"{path}: no such run, checkpoint or file")
     if list_checkpoints(path / "checkpoints"):
         run, stored = path, load_checkpoint(path / "checkpoints")
-    elif path.name in list_checkpoints(path.parent):
+    elif _is_checkpoint(path):
         run, stored = path.parent.parent, load_checkpoint(path.parent, path.name)
     else:
         raise UserError(f"{path} holds no checkpoint; give a run's directory, a checkpoint, or a {SUFFIXES[0]} file")
@@ -80,7 +82,16 @@ def read_masks(path: Path) -> list[InspectedMask]:
     found = patterns_of(sparse, shapes)
     if not found:
         raise UserError(f"{path}: the model of this checkpoint has no sparse layer")
-    return [_with_history(name, pattern, stored) for name, pattern in found.items()]
+    return [_with_history(name, found[name], stored) for name in sorted(found, key=_natural)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name in list_checkpoints(path.parent)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _shapes(run: Path) -> dict[str, tuple[int, int]]:

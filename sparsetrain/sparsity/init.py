@@ -128,6 +128,8 @@ def _regions(spec: PatternSpec, shape: tuple[int, int], density: float) -> list[
 
 
 def _blocks_kept(spec: PatternSpec, shape: tuple[int, int], density: float, grid: tuple[int, int]) -> int:
+    if spec.block == (1, 1):
+        return _count(shape, density)
     kept = round(density * grid[0] * grid[1])
     if kept < 1:
         size, matrix = f"{spec.block[0]}x{spec.block[1]}", f"{shape[0]}x{shape[1]}"
@@ -161,7 +163,7 @@ def pattern_nnz(spec: PatternSpec, shape: tuple[int, int], density: float) -> in
     """
     if spec.name == "nm":
         return _kept_of_m(spec, shape, density) * shape[0] * (shape[1] // spec.m)
-    if spec.block != (1, 1):
+    if spec.block != (1, 1) or spec.bands != (1, 1):
         return sum(region.kept * region.size for region in _regions(spec, shape, density))
     return _count(shape, density)
 
@@ -278,8 +280,6 @@ def _unit_pattern(shape: tuple[int, int], units: Tensor, block: tuple[int, int])
 def _random(
     spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
 ) -> SparsityPattern:
-    if spec.block == (1, 1):
-        _count(shape, density)
     # On the CPU whatever torch's default device is: so is the generator.
     units = torch.zeros(_grid(shape, spec.block), dtype=torch.bool, device="cpu")
     for region in _regions(spec, shape, density):

@@ -103,7 +103,7 @@ class Trainer:
         try:
             with stop_requests() as stop, ProgressBar(self.title, total, self.console) as bar:
                 if state.step == 0:
-                    metrics.write(step=0, tokens=0, **self._evaluate(state, False))
+                    metrics.write(step=0, tokens=0, **self._evaluate(state, False), **self._layers())
                 while state.step < total:
                     before = time.monotonic()
                     tokens = state.tokens_seen
@@ -170,10 +170,10 @@ class Trainer:
         )
 
     def _layers(self) -> dict[str, Any]:
-        """Return the state of each layer's mask for the metrics; nothing where masks stay as they are."""
+        """Return the state of the masks, and of each layer's, for the metrics; nothing where they stay as they are."""
         if self.masks is None or not self._evolves:
             return {}
-        return {"layers": {layer.name: layer.numbers() for layer in self.masks.report()}}
+        return {**self.masks.watch(), "layers": {layer.name: layer.numbers() for layer in self.masks.report()}}
 
     def _step(self, state: TrainState) -> tuple[float, float, float, dict[str, float] | None]:
         """Do one optimizer step and update the masks if they are due.
