@@ -25,7 +25,7 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 
 SUFFIXES = (".npz", ".safetensors")
 _PARTS = ("row_ptr", "col", "shape", "block")
-_SCIPY = {"format", "shape", "indices", "indptr"}
+_SCIPY = {"format", "shape"}
 
 
 def save_masks(path: Path | str, patterns: Mapping[str, SparsityPattern]) -> None:
