@@ -190,7 +190,7 @@ class MaskManager:
         self._arm()
         if not changed:
             return None
-        self._ranks.check_equal(self.hash())
+        self._ranks.check_equal(self.hash)
         resized = sizes != [entry.layer.values.numel() for entry in self._layers]
         if resized and self.on_resize is not None:
             self.on_resize()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,10 +25,11 @@ class Ranks:
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
 
-    def check_equal(self, digest: str) -> None:
-        """Raise RuntimeError unless all ranks call this with the same hexadecimal digest."""
+    def check_equal(self, make_digest: Callable[[], str]) -> None:
+        """Raise RuntimeError unless all ranks make the same hexadecimal digest; a single process makes none."""
         if self._group is None:
             return
+        digest = make_digest()
         device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         number = int(digest[:15], 16)  # 60 bits
         ends = torch.tensor([number, -number], dtype=torch.int64, device=device)

@@ -46,6 +46,8 @@ def random_cells(candidates: Tensor, count: int, generator: torch.Generator) -> 
     Raises:
         ValueError: fewer candidates than ``count``.
     """
+    if count == 0:
+        return torch.zeros_like(candidates)
     places = candidates.reshape(-1).nonzero()[:, 0]
     if count > len(places):
         raise ValueError(f"count={count}: there are only {len(places)} candidates")
