@@ -23,6 +23,7 @@ SMALL = {
     "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "schedule.steps=3", "stage.batch_size=4"],
     "generate": ["max_new_tokens=5"],
     "report": [],
+    "mask": [],
 }
 SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [
@@ -70,10 +71,12 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    own_model, transfer = blocks("python")
+    own_model, evolving, transfer = blocks("python")
     scope: dict[str, object] = {}
     exec(own_model, scope)
     assert "density=0.25" in capsys.readouterr().out
+    exec(evolving, scope)
+    assert "'itop_rate': 0.3" in capsys.readouterr().out
     config = {"n_layers": 2, "n_heads": 2, "vocab_size": 50, "seed": 0}
     for name, width in (("my_model", 512), ("my_small_model", 256)):
         scope[name] = st.Transformer(st.ModelConfig(d_model=width, **config)).blocks

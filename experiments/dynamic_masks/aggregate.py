@@ -71,6 +71,11 @@ def finished(directories: list[Path]) -> list[Path]:
     return done
 
 
+def _order(directory: Path) -> tuple[int, int]:
+    config = read_config(directory)
+    return RULES.index(config["sparsity"]["evolution"]["rule"]), config["seed"]
+
+
 def interval(samples: list[float]) -> float:
     """Return half the width of the 95 % interval of the mean of at least two samples."""
     spread = np.std(samples, ddof=1) / np.sqrt(len(samples))
@@ -114,7 +119,7 @@ def draw(rows: list[dict[str, Any]], directories: list[Path]) -> Figure:
     left.set_xlim(-0.6, len(rules) - 0.4)
     left.set_ylabel("validation loss, nats per token")
     seeds = len({row["seed"] for row in rows})
-    left.set_title(f"at {rows[0]['train_flops']:.2e} training FLOPs ({seeds} seeds)")
+    left.set_title(f"at {max(row['train_flops'] for row in rows):.2e} training FLOPs ({seeds} seeds)")
     for row, directory in zip(rows, directories, strict=True):
         records = [record for record in read_metrics(directory / "metrics.jsonl") if "itop_rate" in record]
         steps = [record["step"] / row["steps"] for record in records] if row["steps"] else []
@@ -135,11 +140,12 @@ def draw(rows: list[dict[str, Any]], directories: list[Path]) -> Figure:
 def main(directories: list[str]) -> None:
     """Write ``results.csv`` and ``figure.png`` beside this file and print the verdicts."""
     done = finished([Path(directory) for directory in directories])
+    done.sort(key=_order)
     rows = [row_of(directory) for directory in done]
     with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (RULES.index(row["rule"]), row["seed"])))
+        writer.writerows(rows)
     draw(rows, done).savefig(HERE / "figure.png", dpi=160)
     for rule, text in verdicts(rows).items():
         print(f"{rule:8} {text}")

@@ -27,6 +27,7 @@ from sparsetrain.training.loop import MASK_HISTORY
 
 PIXELS = 160  # the longer side of a layer's picture; larger layers are averaged
 COLUMNS = 4
+FILE_WIDTH = 170
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,8 @@ def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> 
         UserError: nothing there that has a mask.
     """
     masks = read_masks(path)
+    if not console.is_terminal:  # a file has no width: take what the table needs
+        console = Console(file=console.file, width=max(console.width, FILE_WIDTH))
     console.print(mask_table(masks).rich())
     if picture is None:
         picture = path / "masks.png" if path.is_dir() else path.with_suffix(".png")

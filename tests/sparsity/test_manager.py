@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -190,10 +191,13 @@ def test_rigl_makes_dense_gradients_at_update_steps_only_and_one_at_a_time(monke
     from sparsetrain.sparsity.gradients import DenseGradientProbe
 
     made: list[tuple[int, int]] = []
+    references: list[weakref.ref[Tensor]] = []
     digest = DenseGradientProbe._digest
 
     def counting(self: DenseGradientProbe[Any]) -> None:
         held = sum(probe._dense is not None for probe in manager._probes.values())
+        assert all(reference() is None for reference in references)  # those of other layers are gone, not only hidden
+        references.append(weakref.ref(self._dense))
         made.append((manager.steps, held))
         digest(self)
         assert self._dense is None
