@@ -106,14 +106,17 @@ def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float
 
 
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
-    """Return ``(bar, outcome, numbers)`` for every bar; an outcome is holds, fails, not told apart or not run."""
+    """Return ``(bar, outcome, numbers)`` for every bar.
+
+    An outcome is holds, fails, not told apart, too few seeds, or not run.
+    """
     found: list[tuple[str, str, str]] = []
     arms = ("dense", "sparse-0.5", "sparse-0.75")
     losses = [select(rows, "loss", arm=arm, how="pretrain") for arm in arms]
     seeds = sorted(set(losses[0]) & set(losses[1]) & set(losses[2]))
     ordered = sum(losses[0][seed] < losses[1][seed] < losses[2][seed] for seed in seeds)
     found.append(
-        ("(a) loss 0 < 50 % < 75 %", _outcome(ordered == len(seeds), seeds), f"{ordered} of {len(seeds)} seeds")
+        ("(a) loss 0 < 50 % < 75 %", _outcome(ordered == len(seeds), len(seeds)), f"{ordered} of {len(seeds)} seeds")
     )
 
     def tuned(arm: str, how: str = "finetune", task: str = "section_roles") -> dict[int, float]:
@@ -141,18 +144,21 @@ def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
         ratios = [flops["dense"][seed] / flops[arm][seed] for seed in flops[arm] if seed in flops["dense"]]
         expected = [row["flop_ratio_formula"] for row in rows if row["arm"] == arm and row["how"] == "pretrain"]
         near = bool(ratios) and abs(ratios[0] / expected[0] - 1) <= 0.01
+        outcome = ("holds" if near else "fails") if ratios else "not run"  # a formula needs no seeds
         text = f"{ratios[0]:.3f} counted, {expected[0]:.3f} by the formula" if ratios else ""
-        found.append((f"(e) FLOP ratio of {arm}", _outcome(near, ratios), text))
+        found.append((f"(e) FLOP ratio of {arm}", outcome, text))
     return found
 
 
-def _outcome(holds: bool, evidence: Any) -> str:
-    return ("holds" if holds else "fails") if evidence else "not run"
+def _outcome(holds: bool, count: int) -> str:
+    if count < 2:
+        return "too few seeds" if count else "not run"
+    return "holds" if holds else "fails"
 
 
 def _sign(mean: float, half: float, count: int) -> str:
-    if count == 0:
-        return "not run"
+    if count < 2:
+        return "too few seeds" if count else "not run"
     if mean + half < 0:
         return "fails"
     return "holds" if mean - half >= 0 else "not told apart"

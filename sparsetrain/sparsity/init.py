@@ -106,6 +106,8 @@ def _regions(spec: PatternSpec, shape: tuple[int, int], density: float) -> list[
     A share of its own for each size of block makes the number of nonzeros independent of the draw.
     """
     _check_density(density)
+    if spec.block == (1, 1):
+        _count(shape, density)
     (rows, columns), (bh, bw) = shape, spec.block
     grid = _grid(shape, spec.block)
     inner = rows // bh, columns // bw
@@ -280,9 +282,10 @@ def _unit_pattern(shape: tuple[int, int], units: Tensor, block: tuple[int, int])
 def _random(
     spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
 ) -> SparsityPattern:
+    regions = _regions(spec, shape, density)
     # On the CPU whatever torch's default device is: so is the generator.
     units = torch.zeros(_grid(shape, spec.block), dtype=torch.bool, device="cpu")
-    for region in _regions(spec, shape, density):
+    for region in regions:
         candidates = torch.ones_like(units[region.place])
         units[region.place] = random_cells(candidates, region.kept, generator)
     return _unit_pattern(shape, units, spec.block)
