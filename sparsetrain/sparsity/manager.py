@@ -212,7 +212,7 @@ class MaskManager:
         def digest(dense: Tensor) -> _Grown:
             self._ranks.add_up(dense)
             pattern = entry.layer.pattern
-            scores = unit_scores(dense, pattern.block)
+            scores = unit_scores(dense, pattern.block, overwrite=self.rule.grown_scale == 0.0)
             if not bool(torch.isfinite(scores).all()):
                 raise UserError(f"{self.rule.name}: the gradient of layer '{entry.name}' is not finite at step {step}")
             active = active_units(pattern)

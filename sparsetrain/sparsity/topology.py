@@ -95,9 +95,12 @@ def unit_magnitudes(values: Tensor, pattern: SparsityPattern) -> Tensor:
     return scores.view(grid)
 
 
-def unit_scores(dense: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return ``[U, V]``: the sum of magnitudes of ``dense`` ``[R, C]`` in each unit."""
-    magnitudes = dense.abs()
+def unit_scores(dense: Tensor, block: tuple[int, int], overwrite: bool = False) -> Tensor:
+    """Return ``[U, V]``: the sum of magnitudes of ``dense`` ``[R, C]`` in each unit.
+
+    With ``overwrite`` the memory of ``dense`` is used for them.
+    """
+    magnitudes = dense.abs_() if overwrite else dense.abs()
     if block == (1, 1):
         return magnitudes
     bh, bw = block
@@ -123,10 +126,14 @@ def exchange_counts(active: Tensor, target: int, parts: list[Slices], drop: floa
 
 
 def choose_grown(active: Tensor, counts: list[tuple[Slices, int, int]], scores: Tensor) -> Tensor:
-    """Return bool ``[U, V]``: the empty units with the largest ``scores`` (at least 0), as many as each band grows."""
+    """Return bool ``[U, V]``: the empty units with the largest ``scores`` (at least 0), as many as each band grows.
+
+    ``scores`` is overwritten where units are stored.
+    """
     grown = torch.zeros_like(active)
     for part, _, count in counts:
-        grown[part] = top_cells(scores[part].masked_fill(active[part], -1.0), count)
+        # In place: a layer's scores are as large as a dense layer, and there is to be one of those.
+        grown[part] = top_cells(scores[part].masked_fill_(active[part], -1.0), count)
     return grown
 
 

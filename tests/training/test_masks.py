@@ -18,7 +18,8 @@ from sparsetrain.cost.flops import matrices, training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.sparsity import EvolutionConfig, Phase, RigL, SparsityConfig, make_rule
+from sparsetrain.parameterization import Parameterization, param_groups
+from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
 from sparsetrain.sparsity.managed import planned_densities
 from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
 from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
@@ -186,6 +187,28 @@ def test_the_variable_recipe_runs_as_one_pipeline(configure: Configure, tmp_path
     assert "masks" not in report["arms"][0]
     assert "VariableSparsity" in (tmp_path / "pipe" / "report.html").read_text()
     assert "VariableSparsity" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_groups_keep_the_density_of_the_start_and_refuse_another() -> None:
+    rules = Parameterization.supar(base_width=16)
+    config = ModelConfig(d_model=32, n_layers=1, n_heads=2, vocab_size=30, seed=0)
+    evolution = EvolutionConfig(rule="gmp", every=1, stop=1.0)
+    plan = SparsityConfig(sparsity=0.75, seed=0, evolution=evolution)
+    model = Transformer(config, rules, plan)
+    manager = MaskManager(model, make_rule(plan, 2), plan=plan)
+
+    def hidden_rate() -> float:
+        return next(g["lr"] for g in param_groups(model, rules, lr=1.0) if g["name"] == "hidden")
+
+    assert hidden_rate() == 0.5  # of a dense matrix of twice the base width
+    optimizer = torch.optim.AdamW(param_groups(model, rules, lr=1.0))
+    for _ in range(2):
+        manager.step(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups if group["name"] == "hidden"] == [0.5]
+    with pytest.raises(UserError, match=r"has density 0\.25 but was initialised for 1: call parameterize again"):
+        hidden_rate()
+    model.parameterize(rules, reinitialise=False)
+    assert hidden_rate() == 2.0
 
 
 # FLOPs.
