@@ -101,6 +101,10 @@ def manage_layers(
         raise UserError(f"MaskManager with {rule.name}: {found}; give the rule a sparsity above 0")
     patterns = {name: new[name] if name in new else sparse[name].pattern for name in plans}
     _check_evolution(plans, patterns, rule)
+    parts = {}
+    for name, layer in plans.items():
+        pattern = patterns[name]
+        parts[name] = bands(grid_of(pattern), layer.spec.bands if pattern.block == layer.spec.block else (1, 1))
     if new:
         sparse |= replace_linears(model, linears, new, backend)
     staggered, every = rule.accumulation == "staggered", getattr(rule, "every", 1)
@@ -108,19 +112,17 @@ def manage_layers(
     for index, (name, layer) in enumerate(plans.items()):
         pattern = patterns[name]
         grid, unit = grid_of(pattern), pattern.block[0] * pattern.block[1]
-        parts = bands(grid, layer.spec.bands if pattern.block == layer.spec.block else (1, 1))
         history = Exploration(grid, pattern.nnz // unit, unit)
         offset = index * every // len(plans) if staggered else 0
-        managed.append(Managed(name, sparse[name], layer, pattern.shape, offset, parts, history))
+        managed.append(Managed(name, sparse[name], layer, pattern.shape, offset, parts[name], history))
     return managed
 
 
 def _planned(model: nn.Module, rule: Rule, plan: SparsityConfig) -> dict[str, LayerPlan]:
     """Return the plans of the linear layers of a model, dense or sparse, with the densities of the rule at step 0."""
+    linears = linear_layers(model)
     everything = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SparseLinear) or name in linear_layers(model)
+        name: module for name, module in model.named_modules() if isinstance(module, SparseLinear) or name in linears
     }
     layers = plan_layers(shapes_of(everything), plan)
     return {name: replace(layer, start=_density_at(rule, layer.density, 0)) for name, layer in layers.items()}

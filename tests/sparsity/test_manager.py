@@ -415,6 +415,8 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
     layers = list(model)
     with pytest.raises(UserError, match="staggered"):
         st.MaskManager(model, st.RigL(sparsity=0.8, every=1, accumulation="staggered"))
+    with pytest.raises(UserError, match=r"bands=\[5, 1\] do not divide"):
+        st.MaskManager(model, st.GMP(every=1, stop=2), plan=st.SparsityConfig(sparsity=0.5, bands=[5, 1]))
     assert list(model) == layers
 
 
