@@ -32,6 +32,7 @@ ABOUT = {
     "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
     "sweep": "Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
+    "mask": "Inspect the masks of a run, a checkpoint or a file: statistics, and a picture.",
 }
 
 EXAMPLES = {
@@ -62,8 +63,10 @@ EXAMPLES = {
         "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
     ],
     "report": ["sparsetrain report RUN_DIR"],
+    "mask": ["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
 }
 
+PLAIN = ("report", "sweep", "mask")  # verbs that take paths, not settings
 HYDRA_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
 MULTIRUN_FLAGS = ("-m", "--multirun")
 
@@ -123,10 +126,8 @@ def _run(given: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(verb))
         return 0
-    if verb == "report":
-        return _report(rest)
-    if verb == "sweep":
-        return _sweep(rest)
+    if verb in PLAIN:
+        return {"report": _report, "sweep": _sweep, "mask": _mask}[verb](rest)
     options = [word.partition("=")[0] for word in rest if word.startswith("-")]
     for word in options:
         known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
@@ -249,6 +250,22 @@ def _sweep(words: list[str]) -> int:
     return 0
 
 
+def _mask(words: list[str]) -> int:
+    from rich.console import Console
+
+    from sparsetrain.report.masks import inspect_masks
+
+    if not words or words[0] != "inspect":
+        said = f"not {words[0]!r}" if words else "not nothing"
+        raise UserError(f"mask knows one word, inspect, {said}: sparsetrain mask inspect PATH [picture=FILE]")
+    pictures = [word.partition("=")[2] for word in words[1:] if word.startswith("picture=")]
+    paths = [word for word in words[1:] if not word.startswith("picture=")]
+    if len(paths) != 1 or len(pictures) > 1 or "" in pictures:
+        raise UserError("mask inspect takes one path and at most one picture=FILE")
+    inspect_masks(Path(paths[0]), Console(), Path(pictures[0]) if pictures else None)
+    return 0
+
+
 def _through_hydra(verb: str, rest: list[str]) -> int:
     """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
     import hydra
@@ -341,10 +358,10 @@ def _help() -> str:
 def _verb_help(verb: str) -> str:
     examples = "\n".join(f"  {example}" for example in EXAMPLES[verb])
     head = f"sparsetrain {verb}: {ABOUT[verb]}\n\nexamples:\n{examples}"
-    if verb == "report":
-        return head
     if verb == "sweep":
         return f"{head}\n\n{_sweep_parser().format_help()}"
+    if verb in PLAIN:
+        return head
     from sparsetrain.config import describe
 
     return f"{head}\n\n{describe(verb)}"

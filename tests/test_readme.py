@@ -31,6 +31,7 @@ SMALL = {
         *("model=tiny", "parameterization.base_width=32", "data.tokenizer=bytes", "data.context=24"),
         *("stage.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
     ],
+    "mask": [],
 }
 SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [
@@ -78,10 +79,12 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    own_model, transfer = blocks("python")
+    own_model, evolving, transfer = blocks("python")
     scope: dict[str, object] = {}
     exec(own_model, scope)
     assert "density=0.25" in capsys.readouterr().out
+    exec(evolving, scope)
+    assert "'itop_rate': 0.3" in capsys.readouterr().out
     config = {"n_layers": 2, "n_heads": 2, "vocab_size": 50, "seed": 0}
     for name, width in (("my_model", 512), ("my_small_model", 256)):
         scope[name] = st.Transformer(st.ModelConfig(d_model=width, **config)).blocks

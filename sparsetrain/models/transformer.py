@@ -85,10 +85,9 @@ class Transformer(nn.Module):
 
         if plan is None:
             plan = SparsityConfig(sparsity=config.sparsity, pattern=config.sparsity_pattern)
-        sparse = plan.sparsity > 0.0 or bool(plan.groups)
         # On the meta device there is nothing to draw, and a seed cannot be drawn either.
         seed = 0 if self.embed.weight.is_meta else seeds.resolve_seed(config.seed)
-        if sparse:
+        if plan.is_sparse:
             sparsify(self, plan=plan, seed=seed)
             if "head" in dict(sparse_layers(self)):
                 raise UserError("the head stays dense: add '*head*' to the exclude list of the sparsity plan")

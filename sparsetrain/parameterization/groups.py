@@ -139,7 +139,9 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return optimizer groups with the learning rate, weight decay and eps that the rules give each tensor.
 
-    Parameters with the same role and the same settings share a group. Frozen parameters are left out.
+    Parameters with the same role and the same settings share a group. Frozen parameters are left out. Masks that change
+    their density later (`sparsetrain.sparsity.GMP`, variable sparsity) do not change the groups: learning rates and
+    weight decays keep the multipliers of the density at this moment, and SμPar makes no claim about what follows.
 
     Args:
         model: a `Transformer`, or a model that `parameterize` has seen.

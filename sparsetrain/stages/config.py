@@ -241,6 +241,8 @@ def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
     batch = config.stage.batch_size
     if config.schedule.steps is not None or config.schedule.tokens is not None:
         return config.schedule.total_steps(batch * config.data.context)
+    if config.stage.flops is not None:
+        raise UserError(f"stage.flops={config.stage.flops:g} is the length of a pre-training; set stage.epochs here")
     if config.stage.epochs is None:
         raise UserError("how long to train is open: set schedule.steps, schedule.tokens or stage.epochs")
     return max(1, round(config.stage.epochs * samples_per_epoch / batch))
