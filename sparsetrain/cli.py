@@ -31,6 +31,7 @@ ABOUT = {
     "generate": "Continue a text with the model of a run.",
     "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
     "sweep": "Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
+    "tune": "Measure on this machine from which sparsity on a layer is computed by its nonzeros.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
     "mask": "Inspect the masks of a run, a checkpoint or a file: statistics, and a picture.",
 }
@@ -62,6 +63,7 @@ EXAMPLES = {
         "sparsetrain sweep runs/supar_init_transfer --x model.init_std --out experiments/supar_init_transfer",
         "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
     ],
+    "tune": ["sparsetrain tune", "sparsetrain tune threads=[1,4,8] tokens=[512,4096]"],
     "report": ["sparsetrain report RUN_DIR"],
     "mask": ["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
 }
@@ -156,6 +158,7 @@ def _start(verb: str, config: Any, command: str) -> int:
         "prompt": stages.prompt,
         "pipeline": stages.pipeline,
         "coord-check": stages.coord_check,
+        "tune": stages.tune,
         "generate": lambda settings: print(stages.generate(settings)),
     }
     try:

@@ -33,6 +33,7 @@ from sparsetrain.stages import (
     PipelineConfig,
     PretrainConfig,
     PromptConfig,
+    TuneConfig,
 )
 from sparsetrain.stages.config import build, differences
 from sparsetrain.stages.resolvers import register_resolvers
@@ -57,6 +58,7 @@ ROOTS: dict[str, type] = {
     "pipeline": PipelineConfig,
     "generate": GenerateConfig,
     "coord-check": CoordinatesConfig,
+    "tune": TuneConfig,
 }
 
 

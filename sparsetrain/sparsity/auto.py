@@ -119,15 +119,22 @@ def _load() -> dict[str, Crossover]:
     return from_plain(json.loads(text), SHIPPED)
 
 
-def choose(pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Return the name of the backend for a pattern and a number of tokens."""
+def choose(
+    pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device, density: float | None = None
+) -> str:
+    """Return the name of the backend for a pattern and a number of tokens.
+
+    Args:
+        density: what to decide by in place of the pattern's own, for one that will change.
+    """
+    density = pattern.density if density is None else density
     for name in CANDIDATES:
         if name in BACKENDS and name in _tables and BACKENDS[name].refusal(dtype, device, pattern) is None:
             rows, columns = pattern.shape
             # A compiler cannot ask for the number of threads; what it traces is decided as for one.
             threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
             limit = _tables[name].at(math.sqrt(rows * columns), max(1, tokens), threads)
-            return name if pattern.density <= limit else FALLBACK
+            return name if density <= limit else FALLBACK
     return FALLBACK
 
 

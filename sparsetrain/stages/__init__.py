@@ -8,6 +8,7 @@ from sparsetrain.stages.pipeline import pipeline
 from sparsetrain.stages.pretrain import pretrain
 from sparsetrain.stages.prompt import prompt
 from sparsetrain.stages.run import RunResult
+from sparsetrain.stages.tune import TuneConfig, tune
 
 __all__ = [
     "CoordinatesConfig",
@@ -17,10 +18,12 @@ __all__ = [
     "PretrainConfig",
     "PromptConfig",
     "RunResult",
+    "TuneConfig",
     "coord_check",
     "finetune",
     "generate",
     "pipeline",
     "pretrain",
     "prompt",
+    "tune",
 ]

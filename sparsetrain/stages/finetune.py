@@ -19,6 +19,7 @@ from sparsetrain.models import Transformer
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import densify
+from sparsetrain.stages.backends import settle_backends
 from sparsetrain.stages.config import FinetuneConfig, as_plain, total_steps
 from sparsetrain.stages.pretrain import (
     Stopwatch,
@@ -145,11 +146,12 @@ def _train(
     subject.module.to(device)
     task = load_task(config.task)
     origin.save(directory)
+    settings, opt = config.stage, config.optimizer
+    context = config.data.context
+    settle_backends(network, directory, settings.batch_size // settings.accumulation * context, autocast)
     describe(network, reason, device, console)
     console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
 
-    settings, opt = config.stage, config.optimizer
-    context = config.data.context
     samples = TaskBatches(
         task.train, tokenizer, task.answers, context, settings.batch_size, config.samples_seed, verb, n_slots
     )

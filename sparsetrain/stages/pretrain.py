@@ -21,7 +21,7 @@ from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
-from sparsetrain.sparsity.ops import resolve_backend
+from sparsetrain.stages.backends import backends, settle_backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
 from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
 from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
@@ -126,20 +126,23 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
         load_weights(model, run_weights(Path(config.init_from)), config.init_from)
         # The layers now have the densities of that run's end.
         model.parameterize(config.parameterization, reinitialise=False)
-    check_context(model.config, config.data.context)
-    describe(model, reason, device, console)
-
     context, settings = config.data.context, config.stage
+    check_context(model.config, context)
     samples = PackedSamples(corpus.train, context, config.samples_seed, "pretrain")
     schedule = Schedule(config.schedule, pretrain_steps(config, model.config, samples.samples_per_epoch))
     masks = mask_manager(config, model, schedule.total_steps)
+    ends = [masks.densities_at(step) for step in (0, schedule.total_steps)] if masks is not None else [{}, {}]
+    mean_densities = {name: (density + ends[1][name]) / 2 for name, density in ends[0].items()}
+    tokens = settings.batch_size // settings.accumulation * context
+    settle_backends(model, directory, tokens, autocast, mean_densities)
+    describe(model, reason, device, console)
     flops = FlopLedger(
         model.config,
         masks.densities_at if masks is not None else lambda _step: {},
         masks.rule if masks is not None else Static(),
         context,
         settings.batch_size * context,
-        settings.batch_size // settings.accumulation * context,
+        tokens,
     )
     opt = config.optimizer
     optimizer = build_optimizer(param_groups(model, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
@@ -269,13 +272,6 @@ def progress_entries(state: TrainState, clock: Stopwatch) -> dict[str, Any]:
         "seconds": state.seconds + clock.seconds(),
         "peak_rss_bytes": peak_rss_bytes(),
     }
-
-
-def backends(model: Transformer) -> str:
-    """Return the names of the backends that compute the sparse layers, ``dense`` for a model without any."""
-    tokens = model.config.max_context
-    names = {resolve_backend(layer.backend, layer.pattern, tokens) for _, layer in sparse_layers(model)}
-    return ", ".join(sorted(names)) or "dense"
 
 
 def check_context(model: ModelConfig, context: int) -> None:

@@ -30,7 +30,7 @@ from sparsetrain.training.state import Diverged
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
 # What every table of an experiment begins with, one row a run.
 COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
-METRICS, LOCK, TRAIN_IDS = "metrics.jsonl", ".lock", "train_ids.txt"
+METRICS, LOCK, TRAIN_IDS, BACKENDS = "metrics.jsonl", ".lock", "train_ids.txt", "backends.json"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ def claimed(directory: Path, config: RunConfig, origin: Origin) -> Iterator[RunR
 
 def _remove_traces(directory: Path, made: list[Path]) -> None:
     """Remove what a run wrote that did not come to a checkpoint, and the directories ``made`` for it."""
-    traces = {LOCK, CONFIG, TOKENIZER, TRAIN_IDS, METRICS}
+    traces = {LOCK, CONFIG, TOKENIZER, TRAIN_IDS, METRICS, BACKENDS}
     if not traces.issuperset(entry.name for entry in directory.iterdir()):
         return
     with suppress(OSError):

@@ -65,7 +65,7 @@ def listing(directory: Path) -> list[str]:
 def test_a_run_directory_holds_exactly_what_is_documented(sparse: RunResult) -> None:
     top = {path.name for path in sparse.directory.iterdir()}
     files = {".lock", "config.yaml", "tokenizer.json", "train_ids.txt", "metrics.jsonl", "result.json"}
-    assert top == files | {"checkpoints"}
+    assert top == files | {"backends.json", "checkpoints"}
     kept = {path.name for path in (sparse.directory / "checkpoints").iterdir()}
     assert kept == {"step-00000008", "step-00000012", "latest"}
 

@@ -1,0 +1,69 @@
+"""Which backend computes each sparse layer of a run: decided once, at its start, and kept in its directory.
+
+Backends round differently. A choice that was made again at a resume, with another table of crossovers, could not
+continue a run to the same bits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.files import read_json, write_json
+from sparsetrain.models import Transformer
+from sparsetrain.sparsity import backend_names, sparse_layers
+from sparsetrain.sparsity.auto import choose
+from sparsetrain.sparsity.ops import resolve_backend
+from sparsetrain.stages.run import BACKENDS
+
+
+def settle_backends(
+    model: Transformer,
+    directory: Path,
+    tokens: int,
+    autocast: torch.dtype | None,
+    densities: Mapping[str, float] | None = None,
+) -> None:
+    """Give every sparse layer of ``model`` the backend that the run was begun with, or choose and save one.
+
+    Args:
+        tokens: rows of a layer's input in training.
+        autocast: the type of the autocast region, or None.
+        densities: by layer, where they are not those of now: the mean over a training that changes them.
+
+    Raises:
+        UserError: the saved choice is unreadable, or a backend that the configuration names cannot compute a layer.
+    """
+    path = directory / BACKENDS
+    saved = read_json(path) if path.exists() else {}
+    chosen: dict[str, str] = {}
+    for name, layer in sparse_layers(model):
+        dtype, device, pattern = autocast or layer.values.dtype, layer.values.device, layer.pattern
+        if name in saved:
+            try:
+                check_choice(name, saved[name], backend_names())
+            except UserError as error:
+                raise UserError(
+                    f"{path}: {error}; install what is missing, or delete the file to choose again"
+                ) from None
+            chosen[name] = saved[name]
+        elif layer.backend == "auto":
+            density = None if densities is None else densities.get(name)
+            chosen[name] = choose(pattern, tokens, dtype, device, density)
+        else:
+            chosen[name] = resolve_backend(layer.backend, pattern, tokens, dtype, device)
+        layer.backend = chosen[name]
+    if chosen and chosen != saved:
+        write_json(path, chosen)
+
+
+def backends(model: Transformer) -> str:
+    """Return the backends of a model and how many layers each computes; ``dense`` for a model without sparse layers."""
+    counts = Counter(layer.backend for _, layer in sparse_layers(model))
+    if len(counts) == 1:
+        return next(iter(counts))
+    return ", ".join(f"{name} ({count} layers)" for name, count in sorted(counts.items())) or "dense"

@@ -1,0 +1,77 @@
+"""Measures, on this machine, from which sparsity on each sparse backend is the faster one."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity.auto import Crossover, save
+from sparsetrain.sparsity.tuning import SIDES, TOKENS, measure
+from sparsetrain.stages.run import machine
+
+
+@dataclass
+class TuneConfig:
+    """Measure when a layer is computed by its nonzeros, and when densely; ``backend=auto`` goes by it from then on.
+
+    Runs that were begun keep the backends that they were begun with.
+
+    Args:
+        threads: numbers of threads to measure with; null for one and all cores.
+        sides: square layers of these sizes. tokens: rows of their inputs.
+        repeats: timings of which the median counts.
+    """
+
+    threads: list[int] | None = None
+    sides: list[int] | None = None
+    tokens: list[int] | None = None
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("threads", "sides", "tokens"):
+            given = getattr(self, name)
+            if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
+                raise UserError(f"{name}={given} must be numbers from 1 on, each larger than the one before")
+        if self.repeats < 1:
+            raise UserError(f"repeats={self.repeats} must be at least 1")
+
+
+def tune(config: TuneConfig, console: Console | None = None) -> Path:
+    """Measure the crossover table of this machine, save it in the cache and print it; return its path."""
+    console = console or Console()
+    threads = config.threads or sorted({1, os.cpu_count() or 1})
+    started = time.monotonic()
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("csr against dense", total=None)
+
+        def update(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        table = measure("csr", threads, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update)
+    path = save({"csr": table}, {"machine": machine(torch.device("cpu"))})
+    for index, count in enumerate(threads):
+        console.print(_shown(table, index, count))
+    console.print(f"measured in {time.monotonic() - started:.0f} s; saved in {path}", highlight=False, soft_wrap=True)
+    return path
+
+
+def _shown(table: Crossover, index: int, threads: int) -> Table:
+    shown = Table(
+        title=f"csr is faster from this sparsity on, {threads} thread{'s' * (threads > 1)}",
+        caption="whole training step of one square layer",
+    )
+    shown.add_column("side", justify="right")
+    for tokens in table.tokens:
+        shown.add_column(f"{tokens} tokens", justify="right")
+    for side, row in zip(table.sides, table.density[index], strict=True):
+        shown.add_row(str(side), *("never" if density == 0 else f"{1 - density:.0%}" for density in row))
+    return shown

@@ -1,0 +1,42 @@
+"""``sparsetrain tune``: a table of this machine, used from then on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity import auto
+from sparsetrain.stages import TuneConfig, tune
+
+
+@pytest.fixture(autouse=True)
+def _tables() -> Iterator[None]:
+    before = dict(auto._tables)
+    yield
+    auto._tables.clear()
+    auto._tables.update(before)
+
+
+def test_a_measured_table_is_saved_shown_and_used(screen: Console) -> None:
+    path = tune(TuneConfig(threads=[1, 2], sides=[64], tokens=[16, 64], repeats=1), screen)
+    content = json.loads(path.read_text())
+    assert path == auto.tuned_path()
+    assert auto._tables["csr"].sides == [64]
+    assert vars(auto._load()["csr"]) == content["backends"]["csr"] == vars(auto._tables["csr"])
+    assert content["machine"]["threads"] >= 1
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "csr is faster from this sparsity on, 2 threads" in text
+    assert f"saved in {path}" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("threads", []), ("threads", [0]), ("sides", [64, 32]), ("tokens", [8, 8]), ("repeats", 0)]
+)
+def test_what_cannot_be_measured_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"^{field}="):
+        TuneConfig(**{field: value})
