@@ -66,8 +66,8 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
 
 def _shown(table: Crossover, index: int, threads: int) -> Table:
     shown = Table(
-        title=f"csr is faster from this sparsity on, {threads} thread{'s' * (threads > 1)}",
-        caption="whole training step of one square layer",
+        title=f"threads: {threads}",
+        caption="csr is faster from this sparsity on",
     )
     shown.add_column("side", justify="right")
     for tokens in table.tokens:
