@@ -27,6 +27,7 @@ ABOUT = {
     "prompt": "Learn a soft prompt for a task, alone or together with the model.",
     "pipeline": "Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
     "generate": "Continue a text with the model of a run.",
+    "bench": "Measure how fast sparse layers and models are on this machine, beside dense ones and other libraries.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
 }
 
@@ -47,6 +48,12 @@ EXAMPLES = {
         "sparsetrain pipeline experiment=demo pipeline.sparsities=[0,0.5,0.75]",
     ],
     "generate": ["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
+    "bench": [
+        "sparsetrain bench",
+        "sparsetrain bench preset=quick",
+        "sparsetrain bench what=layers sparsities=[0.75,0.9] shapes=[[512,2048],[1024,1024]] threads=[1]",
+        "sparsetrain bench what=model gpt.d_model=768 gpt.n_layers=12 max_seconds=600",
+    ],
     "report": ["sparsetrain report RUN_DIR"],
 }
 
@@ -130,6 +137,7 @@ def _execute(verb: str, overrides: list[str]) -> int:
 def _start(verb: str, config: Any, command: str) -> int:
     """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
     from sparsetrain import stages
+    from sparsetrain.bench import bench
     from sparsetrain.training.state import Diverged, Interrupted
 
     runs: dict[str, Callable[[Any], Any]] = {
@@ -138,6 +146,7 @@ def _start(verb: str, config: Any, command: str) -> int:
         "finetune": stages.finetune,
         "prompt": stages.prompt,
         "pipeline": stages.pipeline,
+        "bench": bench,
         "generate": lambda settings: print(stages.generate(settings)),
     }
     try:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsetrain
+from sparsetrain.bench import BenchConfig
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
@@ -46,6 +47,7 @@ ROOTS: dict[str, type] = {
     "prompt": PromptConfig,
     "pipeline": PipelineConfig,
     "generate": GenerateConfig,
+    "bench": BenchConfig,
 }
 
 

@@ -18,8 +18,20 @@ ROOT = Path(__file__).parents[1]
 
 # The house, ground floor first: a part imports from itself and from the parts before it.
 ORDER = [
-    *("errors", "seeds", "files", "cache", "kernels", "sparsity", "parameterization", "models", "cost", "data", "optim"),
-    *("training", "scaling", "report", "stages", "config", "cli"),
+    *(
+        "errors",
+        "seeds",
+        "files",
+        "cache",
+        "kernels",
+        "sparsity",
+        "parameterization",
+        "models",
+        "cost",
+        "data",
+        "optim",
+    ),
+    *("training", "scaling", "report", "stages", "bench", "config", "cli"),
 ]
 MAX_LINES = 420
 HEAVY = ("matplotlib", "hydra", "transformers", "rich", "triton")

@@ -35,7 +35,7 @@ INHERITED = ("model", "data", "sparsity", "parameterization")
 
 def verb_of(group: str) -> str:
     """Return a verb that has the group."""
-    return next(verb for verb in ("pretrain", "finetune", "pipeline") if group in groups(verb))
+    return next(verb for verb in ("pretrain", "finetune", "pipeline", "bench") if group in groups(verb))
 
 
 def command_of(path: Path) -> tuple[str, list[str]]:
