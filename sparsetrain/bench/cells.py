@@ -120,10 +120,11 @@ def _measure_layer(cell: Cell, config: BenchConfig) -> dict[str, Any]:
             entries[name] = entry
         except Skipped as reason:
             skipped[name] = str(reason)
-    times = interleaved({name: e.work for name, e in entries.items()}, config.repeats, config.least_seconds)
+    works = {name: entry.work for name, entry in entries.items()}
+    times = interleaved(works, config.repeats, config.least_seconds, config.patience)
     results = {}
     for name, entry in entries.items():
-        memory = measure_memory(entry) if config.memory else {}
+        memory = measure_memory(entry) if config.memory and not times[name].given_up else {}
         results[name] = _result(times[name], entry.note) | {"stored_weights": entry.stored} | memory
     return {"results": results, "skipped": skipped}
 
@@ -138,7 +139,7 @@ def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:
         except Skipped as reason:
             skipped[name] = str(reason)
     works: dict[str, Work] = {name: step.work for name, step in steps.items()}
-    times = interleaved(works, config.repeats, config.least_seconds)
+    times = interleaved(works, config.repeats, config.least_seconds, config.patience)
     results = {}
     for name, step in steps.items():
         entry = _result(times[name], "") | {"stored_weights": sum(p.numel() for p in step.parameters)}
@@ -164,5 +165,7 @@ def _model(name: str, cell: Cell, config: BenchConfig) -> Any:
 
 
 def _result(times: Times, note: str) -> dict[str, Any]:
+    if times.given_up:
+        note = "; ".join(filter(None, [note, "much slower than dense in some cells, which time it once"]))
     found: dict[str, Any] = {"forward_seconds": times.forward, "calls": times.calls, "note": note}
     return found | ({"step_seconds": times.step} if times.step else {})

@@ -94,6 +94,8 @@ class BenchConfig:
         block: (rows, columns) of the blocks of ``bsr``.
         repeats: rounds of a cell; in each, everything is timed once, in changing order. The median counts.
         least_seconds: a round repeats what takes less than this.
+        patience: what takes more than so many times as long as dense is timed once only (bfloat16 on a processor
+            that has no instructions for it).
         memory: whether to measure bytes per nonzero and peak activation memory too.
         max_seconds: start no new cell after so long; the same command goes on. Null for no limit.
         seed: of weights, masks and inputs.
@@ -112,6 +114,7 @@ class BenchConfig:
     block: list[int] = field(default_factory=lambda: [16, 16])
     repeats: int = 7
     least_seconds: float = 0.02
+    patience: float = 8.0
     memory: bool = True
     gpt: GptSection = field(default_factory=GptSection)
     scaling: ScalingSection = field(default_factory=ScalingSection)
@@ -139,6 +142,8 @@ class BenchConfig:
             _names("peers", self.peers, PEERS)
         if not 0 <= self.least_seconds < 60:
             raise UserError(f"least_seconds={self.least_seconds} must lie in [0, 60)")
+        if not self.patience >= 1:
+            raise UserError(f"patience={self.patience} must be at least 1")
         if self.max_seconds is not None and self.max_seconds <= 0:
             raise UserError(f"max_seconds={self.max_seconds} must be above 0, or null")
         if self.seed < 0:

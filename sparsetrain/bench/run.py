@@ -22,17 +22,16 @@ from sparsetrain.bench.config import BenchConfig
 from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, read_json, whole_file, write_json, write_text
-from sparsetrain.report.bench import BENCH, print_bench, rows_of, summarise
+from sparsetrain.files import file_errors, whole_file, write_json, write_text
+from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
 from sparsetrain.stages.run import commit
 
 FIGURE, TABLE, LOCK = "bench.png", "results.csv", ".lock"
 
-_FORMAT = 1
 # What a cell depends on beside its own key: cells of different settings are not put side by side.
-_FIXED = ("repeats", "least_seconds", "memory", "block", "seed", "gpt")
+_FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed", "gpt")
 # Of the section gpt, and of the whole, what only says which cells there are.
 _LISTS = ("backends",)
 
@@ -123,7 +122,7 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
     """Return what ``bench.json`` holds so far, cells that this command cannot use left out."""
     machine, code, plain = describe_machine(), code_fingerprint(), asdict(config)
     values: dict[str, Any] = {
-        "format": _FORMAT,
+        "format": FORMAT,
         "config": plain,
         "machine": machine,
         "code": code,
@@ -134,9 +133,7 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
     }
     if not path.exists():
         return values
-    before = read_json(path)
-    if not isinstance(before, dict) or before.get("format") != _FORMAT:
-        raise UserError(f"{path} is no file of this version of sparsetrain bench; choose another run_dir")
+    before = load_bench(path)
     changed = _differences(_fixed(plain), _fixed(before["config"])) + _differences(machine, before["machine"])
     if changed:
         raise UserError(

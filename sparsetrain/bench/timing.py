@@ -32,6 +32,7 @@ class Times:
     forward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
     calls: int = 1
+    given_up: bool = False
 
 
 def run_once(work: Work) -> tuple[float, float]:
@@ -44,19 +45,29 @@ def run_once(work: Work) -> tuple[float, float]:
     return middle - start, time.perf_counter() - start
 
 
-def interleaved(works: Mapping[str, Work], repeats: int, least_seconds: float = 0.0) -> dict[str, Times]:
+def interleaved(
+    works: Mapping[str, Work], repeats: int, least_seconds: float = 0.0, patience: float = math.inf
+) -> dict[str, Times]:
     """Return the times of all ``works``, measured in rounds.
 
     In each round every contender runs once, or as often as takes ``least_seconds`` (an entry is then the mean over
     these calls); the order rotates from round to round. Two calls before the first round warm up and are not counted.
+    Of one that takes more than ``patience`` times as long as the first of ``works``, the second of these two calls is
+    all there is: `Times.given_up`.
     """
-    times = {}
+    times: dict[str, Times] = {}
+    limit = math.inf
     for name, work in works.items():
         run_once(work)
         # The second call: the first one may compile, or build what is built once.
-        longest = max(run_once(work)[1], 1e-9)
+        forward, whole = run_once(work)
+        longest = max(whole, 1e-9)
+        if not times:
+            limit = patience * longest
         times[name] = Times(calls=min(_MOST_CALLS, max(1, math.ceil(least_seconds / longest))))
-    order = list(works)
+        if longest > limit:
+            times[name] = Times([forward], [] if work.backward is None else [whole], given_up=True)
+    order = [name for name in works if not times[name].given_up]
     for turn in range(repeats):
         shift = turn % len(order)
         for name in order[shift:] + order[:shift]:

@@ -9,16 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from sparsetrain.errors import UserError
+from sparsetrain.files import read_json
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, byte_size, clean, percent
 
 BENCH = "bench.json"
+FORMAT = 1
 DENSE = "dense"
 
 _FILE_WIDTH = 120
@@ -78,7 +82,9 @@ def _compared(kind: str, own: Sequence[float] | None, dense: Sequence[float]) ->
     if not own:
         return dict.fromkeys((*names, *ratios))
     q1, middle, q3 = (float(value) for value in np.percentile(own, (25, 50, 75)))
-    low, high = (float(value) for value in np.percentile(np.divide(dense, own), (25, 75)))
+    # What was timed once has no rounds of its own.
+    rounds = np.divide(dense, own) if len(own) == len(dense) else np.divide(np.median(dense), own)
+    low, high = (float(value) for value in np.percentile(rounds, (25, 75)))
     times = (middle, q1, q3, min(own), max(own))
     return dict(zip((*names, *ratios), (*times, float(np.median(dense)) / middle, low, high), strict=True))
 
@@ -175,6 +181,18 @@ def break_even(series: Iterable[tuple[float, float]]) -> Values | None:
             part = -math.log(r0) / (math.log(r1) - math.log(r0))
             return {"sparsity": s0 + part * (s1 - s0), "bound": "equal"}
     return {"sparsity": points[0][0], "bound": "at most"}
+
+
+def load_bench(path: Path) -> Values:
+    """Return what a bench has found so far, finished or not.
+
+    Raises:
+        UserError: an unreadable file, or one that another version wrote.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise UserError(f"{path} is no file of this version of sparsetrain bench")
+    return {**values, "summary": summarise(values)}
 
 
 def print_bench(values: Values, console: Console) -> None:

@@ -107,6 +107,13 @@ def test_the_files_are_whole(whole: Path) -> None:
     assert len(figure) > 10_000
 
 
+def test_report_shows_the_tables_again(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(whole)]) == 0
+    out = capsys.readouterr().out
+    for part in ("Training step of a layer", "Training step of a GPT", "How the step grows", "Memory of a layer"):
+        assert part in out
+
+
 def test_the_same_command_measures_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -238,7 +245,7 @@ def test_a_directory_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 def test_a_foreign_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / BENCH).write_text('{"format": 99}')
     assert main(["bench", *tiny(tmp_path)]) == 2
-    assert "choose another run_dir" in capsys.readouterr().err
+    assert "no file of this version" in capsys.readouterr().err
 
 
 def test_a_peer_that_is_not_installed_is_named(

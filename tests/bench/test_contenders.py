@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import time
 import types
 from typing import Any
 
@@ -122,6 +123,8 @@ def test_rounds_take_turns_and_short_work_is_repeated() -> None:
     assert all(len(entry.step) == len(entry.forward) == 3 for entry in times.values())
     assert interleaved(works, 1, least_seconds=1e-4)["a"].calls > 1
     assert interleaved({"a": Work(lambda: None)}, 2)["a"].step == []
+    slow = interleaved({"a": Work(lambda: None), "b": Work(lambda: time.sleep(0.01))}, 5, patience=2.0)
+    assert (len(slow["a"].forward), len(slow["b"].forward), slow["b"].given_up) == (5, 1, True)
     assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0, 2.0, 3.0])) == (2.0, 2.5)
 
 
@@ -162,7 +165,7 @@ def test_plain_gpt_has_the_shape_of_the_dense_model() -> None:
     sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, ours)]
     assert sizes[0] - sizes[1] == 16 * 32  # learned positions, where ours needs none
     tokens = torch.randint(64, (2, 16))
-    assert float(plain.loss(tokens, tokens)) == pytest.approx(float(torch.tensor(64.0).log()), abs=0.5)
+    assert plain.loss(tokens, tokens).item() == pytest.approx(float(torch.tensor(64.0).log()), abs=0.5)
 
 
 def test_timed_products_change_nothing_but_the_clock() -> None:
