@@ -6,7 +6,7 @@ Legend: N tokens, K in_features, M out_features, nnz stored values.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sparsetrain import seeds
 from sparsetrain.bench.config import BLOCK_BACKENDS, PEERS
 from sparsetrain.bench.memory import STATE_BYTES, layer_bytes, peak_bytes
-from sparsetrain.bench.peers import PEER_LAYERS, Skipped
-from sparsetrain.bench.timing import Work, run_once
+from sparsetrain.bench.peers import PEER_LAYERS, Skipped, step_of
+from sparsetrain.bench.timing import Work
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
 from sparsetrain.sparsity.init import random_pattern
@@ -103,13 +103,14 @@ def contender(name: str, case: LayerCase) -> Contender:
 def measure_memory(entry: Contender) -> dict[str, Any]:
     """Return bytes per stored weight and the peak activation memory of a step, those that can be known.
 
-    The gradient of the weights, which lives on until the optimizer's step, is part of the former, not of the latter.
+    The gradient of the weights, which lives on until the optimizer's step, is part of the former, not of the latter;
+    the input, which a form may keep for the backward pass or not, is part of the latter.
     """
     found: dict[str, Any] = {}
     if entry.state_bytes is not None:
         found["state_bytes_per_weight"] = entry.state_bytes() / entry.stored
-    if entry.gradient_bytes is not None:
-        found["peak_activation_bytes"] = peak_bytes(lambda: run_once(entry.work)) - entry.gradient_bytes
+    if entry.gradient_bytes is not None and entry.work.fresh is not None:
+        found["peak_activation_bytes"] = peak_bytes(entry.work.fresh) - entry.gradient_bytes
     return found
 
 
@@ -152,21 +153,3 @@ def _backend(name: str, case: LayerCase, x: Tensor, g: Tensor) -> Contender:
     work = step_of(layer, [layer.values], x, g)
     size = 4 * layer.values.numel()
     return Contender(work, pattern.nnz, weight, lambda: layer_bytes(layer), size, ", ".join(notes))
-
-
-def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Tensor, g: Tensor) -> Work:
-    """Return the training step of ``layer`` through autograd.
-
-    Args:
-        weights: what gets a gradient beside the input.
-        x: input ``[N, K]``. g: gradient of the output ``[N, M]``.
-    """
-    x = x.requires_grad_()
-
-    def backward(y: Tensor) -> None:
-        y.backward(g)
-        x.grad = None
-        for weight in weights:
-            weight.grad = None
-
-    return Work(lambda: layer(x), backward)

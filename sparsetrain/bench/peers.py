@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,17 +32,30 @@ def missing(name: str) -> str | None:
     return None
 
 
-def _torch_csr(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
-    index = (pattern.row_ptr, pattern.col.to(torch.int64))
-    weight = torch.sparse_csr_tensor(*index, values.clone(), pattern.shape).requires_grad_()
+def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Tensor, g: Tensor) -> Work:
+    """Return the training step of ``layer`` through autograd.
+
+    Args:
+        weights: what gets a gradient beside the input.
+        x: input ``[N, K]``. g: gradient of the output ``[N, M]``.
+    """
     x = x.requires_grad_()
 
     def backward(y: Tensor) -> None:
         y.backward(g)
-        x.grad = weight.grad = None
+        x.grad = None
+        for weight in weights:
+            weight.grad = None
 
+    # The copy stands for the result of an earlier layer: it is freed as soon as nothing keeps it.
+    return Work(lambda: layer(x), backward, lambda: backward(layer(x.clone())))
+
+
+def _torch_csr(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
+    index = (pattern.row_ptr, pattern.col.to(torch.int64))
+    weight = torch.sparse_csr_tensor(*index, values.clone(), pattern.shape).requires_grad_()
     size = STATE_BYTES * pattern.nnz + sum(part.numel() * part.element_size() for part in index)
-    work, note = _checked(Work(lambda: torch.sparse.mm(weight, x.t()).t(), backward))
+    work, note = _checked(step_of(lambda rows: torch.sparse.mm(weight, rows.t()).t(), [weight], x, g))
     return work, _dense(pattern, values), lambda: size, note or "torch.sparse.mm, int64 indices"
 
 
@@ -61,7 +74,7 @@ def _sparselab(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -
         torch.manual_seed(0)
         rows, columns = pattern.shape
         layer = module.SparseLinear(columns, rows, bias=False, sparsity=1.0 - pattern.density)
-    work, note = _checked(_module_work(layer, x, g))
+    work, note = _checked(step_of(layer, list(layer.parameters()), x, g))
     return work, None, None, note or "its own random mask of the same sparsity"
 
 
@@ -70,7 +83,7 @@ def _sparseprop(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) 
     module = _load("sparseprop.modules.linear")
     weight = _dense(pattern, values)
     layer = module.SparseLinear(weight)
-    work, note = _checked(_module_work(layer, x, g))
+    work, note = _checked(step_of(layer, list(layer.parameters()), x, g))
     return work, weight, None, note
 
 
@@ -80,18 +93,6 @@ PEER_LAYERS: dict[str, Callable[[SparsityPattern, Tensor, Tensor, Tensor], _Peer
     "sparselab": _sparselab,
     "sparseprop": _sparseprop,
 }
-
-
-def _module_work(layer: Any, x: Tensor, g: Tensor) -> Work:
-    x = x.requires_grad_()
-
-    def backward(y: Tensor) -> None:
-        y.backward(g)
-        x.grad = None
-        for parameter in layer.parameters():
-            parameter.grad = None
-
-    return Work(lambda: layer(x), backward)
 
 
 def _checked(work: Work) -> tuple[Work, str]:

@@ -19,10 +19,12 @@ class Work:
         forward: computes the result, keeping what ``backward`` needs.
         backward: takes that result; leaves nothing behind that makes the next step another one. None where there is
             no backward pass.
+        fresh: the whole step on an input of its own, to see what memory it takes; None where that cannot be seen.
     """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] | None = None
+    fresh: Callable[[], None] | None = None
 
 
 @dataclass
