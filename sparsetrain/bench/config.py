@@ -108,7 +108,7 @@ class BenchConfig:
         default_factory=lambda: [[512, 512], [512, 2048], [2048, 512], [1024, 1024], [768, 3072]]
     )
     tokens: int = 2048
-    threads: list[int] = field(default_factory=lambda: [1, 2])
+    threads: list[int] = field(default_factory=lambda: [count for count in (1, 2) if count <= available_cores()])
     backends: list[str] = field(default_factory=lambda: list(BACKENDS))
     peers: list[str] = field(default_factory=lambda: list(PEERS))
     block: list[int] = field(default_factory=lambda: [16, 16])
