@@ -32,6 +32,7 @@ ABOUT = {
     "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
     "sweep": "Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
     "tune": "Measure on this machine from which sparsity on a layer is computed by its nonzeros.",
+    "bench": "Measure how fast sparse layers and models are on this machine, beside dense ones and other libraries.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
     "mask": "Inspect the masks of a run, a checkpoint or a file: statistics, and a picture.",
 }
@@ -64,6 +65,12 @@ EXAMPLES = {
         "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
     ],
     "tune": ["sparsetrain tune", "sparsetrain tune threads=[1,4,8] tokens=[512,4096]"],
+    "bench": [
+        "sparsetrain bench",
+        "sparsetrain bench preset=quick",
+        "sparsetrain bench what=layers sparsities=[0.75,0.9] shapes=[[512,2048],[1024,1024]] threads=[1]",
+        "sparsetrain bench what=model gpt.d_model=768 gpt.n_layers=12 max_seconds=600",
+    ],
     "report": ["sparsetrain report RUN_DIR"],
     "mask": ["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
 }
@@ -149,6 +156,7 @@ def _execute(verb: str, overrides: list[str]) -> int:
 def _start(verb: str, config: Any, command: str) -> int:
     """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
     from sparsetrain import stages
+    from sparsetrain.bench import bench
     from sparsetrain.training.state import Diverged, Interrupted
 
     runs: dict[str, Callable[[Any], Any]] = {
@@ -159,6 +167,7 @@ def _start(verb: str, config: Any, command: str) -> int:
         "pipeline": stages.pipeline,
         "coord-check": stages.coord_check,
         "tune": stages.tune,
+        "bench": bench,
         "generate": lambda settings: print(stages.generate(settings)),
     }
     try:

@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsetrain
+from sparsetrain.bench import BenchConfig
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
@@ -59,6 +60,7 @@ ROOTS: dict[str, type] = {
     "generate": GenerateConfig,
     "coord-check": CoordinatesConfig,
     "tune": TuneConfig,
+    "bench": BenchConfig,
 }
 
 

@@ -31,7 +31,7 @@ ORDER = [
         "data",
         "optim",
     ),
-    *("training", "scaling", "report", "stages", "config", "cli"),
+    *("training", "scaling", "report", "stages", "bench", "config", "cli"),
 ]
 MAX_LINES = 420
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")

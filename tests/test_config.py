@@ -36,7 +36,8 @@ INHERITED = ("model", "data", "sparsity", "parameterization")
 
 def verb_of(group: str) -> str:
     """Return a verb that has the group."""
-    return next(verb for verb in ("pretrain", "finetune", "pipeline", "coord-check") if group in groups(verb))
+    verbs = ("pretrain", "finetune", "pipeline", "coord-check", "bench")
+    return next(verb for verb in verbs if group in groups(verb))
 
 
 def command_of(path: Path) -> tuple[str, list[str]]:

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.report.bench import BENCH, load_bench, print_bench
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import layer_masks, print_report, run_metrics
@@ -31,7 +32,7 @@ def show_report(directory: Path, console: Console) -> None:
 
 
 def show_run(directory: Path, console: Console) -> None:
-    """Show a pipeline, whose page is written again, or a run; of what is not finished, how far it has come.
+    """Show a pipeline, whose page is written again, a bench, or a run; of what is not finished, how far it has come.
 
     Raises:
         UserError: neither is there.
@@ -39,6 +40,9 @@ def show_run(directory: Path, console: Console) -> None:
     if (directory / REPORT).exists():
         write_html(load_report(directory / REPORT), directory / PAGE)
         show_report(directory, console)
+        return
+    if (directory / BENCH).exists():
+        print_bench(load_bench(directory / BENCH), console)
         return
     stages = sorted(path.parent for path in directory.glob("*/*/config.yaml"))
     if not _began(directory) and not stages:

@@ -104,6 +104,7 @@ class MaskedBackend(Backend):
     def forward(
         self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
     ) -> tuple[Tensor, Tensor]:
+        pattern.keep_positions()
         dense = pattern.scatter(values)
         return F.linear(x, dense), dense if keep else x.new_empty(0)
 
@@ -285,6 +286,8 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, shared, values, row_ptr, col, *rest, _keep = inputs
+    # Else autograd makes zeros of the size of `kept`, as its gradient.
+    ctx.set_materialize_grads(False)
     kept = shared if shared.numel() else output[1]
     # A backend that keeps the input in its own form has no use for the input itself, which may then be freed.
     ctx.save_for_backward(x if BACKENDS[rest[2]].needs_input else x.new_empty(0), values, kept, row_ptr, col)
@@ -292,7 +295,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, g: Tensor, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
+    if g is None:
+        return (None,) * 10
     need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
     grad_x, grad_values = _sparse_linear_backward(g.contiguous(), *ctx.saved_tensors, *ctx.rest, need_x, need_values)
     return (grad_x if need_x else None, None, grad_values if need_values else None, *[None] * 7)

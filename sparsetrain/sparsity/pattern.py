@@ -123,8 +123,16 @@ class SparsityPattern:
         return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
 
     def positions(self) -> Tensor:
-        """Return int64 ``[nnz]``: the row-major position in the dense matrix of each value."""
-        return self.derived("positions", self._positions)
+        """Return int64 ``[nnz]``: the row-major position in the dense matrix of each value.
+
+        Computed anew unless `keep_positions` was called: kept, they are 8 bytes a nonzero, half of what training needs.
+        """
+        kept = self._derived.get("positions")
+        return self._positions() if kept is None else kept
+
+    def keep_positions(self) -> None:
+        """Keep `positions` from now on, for code that scatters and gathers at every step."""
+        self.derived("positions", self._positions)
 
     def _positions(self) -> Tensor:
         bh, bw = self.block

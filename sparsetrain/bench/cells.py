@@ -1,0 +1,171 @@
+"""The cells of a bench: what is measured together in one go, each a unit of progress and of resuming."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from sparsetrain.bench.config import BenchConfig
+from sparsetrain.bench.contenders import DENSE, Contender, LayerCase, contender, measure_memory, wrong
+from sparsetrain.bench.gpt import PlainGPT, TrainingStep, dense_model, profile_dense, sparse_model
+from sparsetrain.bench.machine import with_threads
+from sparsetrain.bench.memory import bytes_per_nonzero
+from sparsetrain.bench.peers import Skipped, missing
+from sparsetrain.bench.timing import Times, Work, interleaved
+
+# Parts of cells: a layer, a layer of the two scaling series, a sparse model, and the dense model beside plain torch.
+LAYER, NNZ, TOKENS, MODEL, REFERENCE = "layer", "nnz", "tokens", "model", "reference"
+PLAIN = "plain_torch"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Contenders that are timed in turns, ``dense`` always among them.
+
+    Attributes:
+        part: `LAYER`, `NNZ`, `TOKENS`, `MODEL` or `REFERENCE`.
+        in_features, out_features, tokens: of a layer; of a model only its tokens a step.
+        sparsity: None for the reference model.
+    """
+
+    part: str
+    threads: int
+    contenders: tuple[str, ...]
+    tokens: int
+    sparsity: float | None = None
+    in_features: int | None = None
+    out_features: int | None = None
+
+    @property
+    def key(self) -> str:
+        """What tells cells of one configuration apart, readable."""
+        words = [self.part]
+        if self.in_features is not None:
+            words.append(f"{self.in_features}x{self.out_features}")
+        words.append(f"tokens={self.tokens}")
+        if self.sparsity is not None:
+            words.append(f"sparsity={self.sparsity:g}")
+        return " ".join([*words, f"threads={self.threads}", "+".join(self.contenders)])
+
+    @property
+    def title(self) -> str:
+        """The key without the contenders."""
+        return self.key.rpartition(" ")[0]
+
+
+def plan(config: BenchConfig) -> list[Cell]:
+    """Return the cells of a configuration in the order in which they are measured."""
+    cells = []
+    peers = [name for name in config.peers if missing(name) is None]
+    for part in config.parts:
+        for threads in config.threads:
+            if part == "layers":
+                names = (DENSE, *config.backends, *peers)
+                for sparsity in config.sparsities:
+                    for k, m in config.shapes:
+                        cells.append(Cell(LAYER, threads, names, config.tokens, sparsity, k, m))
+            elif part == "model":
+                tokens = config.gpt.context * config.gpt.batch
+                cells.append(Cell(REFERENCE, threads, (DENSE, PLAIN), tokens))
+                names = (DENSE, *config.gpt.backends)
+                cells += [Cell(MODEL, threads, names, tokens, sparsity) for sparsity in config.sparsities]
+            else:
+                k, m = config.scaling.shape
+                names = (DENSE, *config.scaling.backends)
+                cells += [Cell(NNZ, threads, names, config.tokens, s, k, m) for s in config.scaling.sparsities]
+                counts = config.scaling.token_counts
+                cells += [Cell(TOKENS, threads, names, n, config.scaling.sparsity, k, m) for n in counts]
+    return cells
+
+
+def effort(cell: Cell, config: BenchConfig) -> float:
+    """Return about how long a cell takes beside others, for the time left."""
+    if cell.in_features is not None and cell.out_features is not None:
+        size = 6.0 * cell.in_features * cell.out_features * cell.tokens + 1e8
+    else:
+        gpt = config.gpt
+        size = 6.0 * (12 * gpt.n_layers * gpt.d_model**2 + gpt.vocab_size * gpt.d_model) * cell.tokens + 1e8
+        size *= 2.0 if cell.part == REFERENCE else 1.0  # it is profiled too
+    return size * len(cell.contenders) / cell.threads
+
+
+def measure(cell: Cell, config: BenchConfig) -> dict[str, Any]:
+    """Return everything that is measured of a cell, as plain values.
+
+    Returns:
+        ``asdict(cell)`` without the contenders, and ``results`` by contender: ``forward_seconds`` and
+        ``step_seconds``, an entry a round, ``calls`` in each, ``note``, and memory where it can be known. ``skipped``
+        holds a reason for each contender that could not be measured; ``profile`` is of the reference model.
+    """
+    with with_threads(cell.threads):
+        run = _measure_model if cell.part in (MODEL, REFERENCE) else _measure_layer
+        found = run(cell, config)
+    described = {key: value for key, value in asdict(cell).items() if key != "contenders"}
+    return {**described, **found}
+
+
+def _measure_layer(cell: Cell, config: BenchConfig) -> dict[str, Any]:
+    assert cell.in_features is not None
+    assert cell.out_features is not None
+    assert cell.sparsity is not None
+    block = (config.block[0], config.block[1])
+    case = LayerCase(cell.in_features, cell.out_features, cell.tokens, cell.sparsity, block, config.seed)
+    entries: dict[str, Contender] = {}
+    skipped: dict[str, str] = {}
+    for name in cell.contenders:
+        try:
+            entry = contender(name, case)
+            if reason := wrong(entry, case):
+                raise Skipped(reason)
+            entries[name] = entry
+        except Skipped as reason:
+            skipped[name] = str(reason)
+    works = {name: entry.work for name, entry in entries.items()}
+    times = interleaved(works, config.repeats, config.least_seconds, config.patience)
+    results = {}
+    for name, entry in entries.items():
+        memory = measure_memory(entry) if config.memory and not times[name].given_up else {}
+        results[name] = _result(times[name], entry.note) | {"stored_weights": entry.stored} | memory
+    return {"results": results, "skipped": skipped}
+
+
+def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:
+    gpt = config.gpt
+    steps: dict[str, TrainingStep] = {}
+    skipped: dict[str, str] = {}
+    for name in cell.contenders:
+        try:
+            steps[name] = TrainingStep(_model(name, cell, config), gpt, config.seed)
+        except Skipped as reason:
+            skipped[name] = str(reason)
+    works: dict[str, Work] = {name: step.work for name, step in steps.items()}
+    times = interleaved(works, config.repeats, config.least_seconds, config.patience)
+    results = {}
+    for name, step in steps.items():
+        entry = _result(times[name], "") | {"stored_weights": sum(p.numel() for p in step.parameters)}
+        if config.memory:
+            entry["peak_activation_bytes"] = step.peak_activation_bytes()
+            if (held := bytes_per_nonzero(step.model)) is not None:
+                entry["state_bytes_per_weight"] = held
+        results[name] = entry
+    found: dict[str, Any] = {"results": results, "skipped": skipped}
+    if cell.part == REFERENCE:
+        steps.clear()
+        found["profile"] = profile_dense(gpt, config.seed, config.repeats)
+    return found
+
+
+def _model(name: str, cell: Cell, config: BenchConfig) -> Any:
+    if name == DENSE:
+        return dense_model(config.gpt)
+    if name == PLAIN:
+        return PlainGPT(config.gpt.model_config())
+    assert cell.sparsity is not None
+    return sparse_model(config.gpt, cell.sparsity, name, (config.block[0], config.block[1]))
+
+
+def _result(times: Times, note: str) -> dict[str, Any]:
+    if times.given_up:
+        note = "; ".join(filter(None, [note, "much slower than dense in some cells, which time it once"]))
+    found: dict[str, Any] = {"forward_seconds": times.forward, "calls": times.calls, "note": note}
+    return found | ({"step_seconds": times.step} if times.step else {})

@@ -1,0 +1,184 @@
+"""What ``sparsetrain bench`` measures: one strict dataclass, checked when it is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sparsetrain.bench.machine import available_cores
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.models import ModelConfig
+from sparsetrain.sparsity.init import check_sparsity
+from sparsetrain.sparsity.ops import backend_names
+
+PARTS = ("layers", "model", "scaling")
+PEERS = ("dense_bf16", "torch_csr", "scipy", "sparselab", "sparseprop")
+# Known before they are registered: a command that asks for them is valid wherever it runs, and says what it skips.
+BACKENDS = ("csr", "bsr", "masked")
+BLOCK_BACKENDS = ("bsr", "triton")
+
+
+@dataclass
+class GptSection:
+    """The model whose whole training step is measured: ``model.loss``, clipping, fused AdamW.
+
+    Args:
+        d_model, n_layers, n_heads, vocab_size: of a `sparsetrain.Transformer`, all else as by default.
+        context, batch: tokens of a sequence and sequences of a step.
+        backends: of the sparse models.
+    """
+
+    d_model: int = 512
+    n_layers: int = 6
+    n_heads: int = 8
+    vocab_size: int = 4096
+    context: int = 256
+    batch: int = 8
+    backends: list[str] = field(default_factory=lambda: ["csr"])
+
+    def __post_init__(self) -> None:
+        _counts("gpt.batch", [self.batch])
+        _names("gpt.backends", self.backends, (*BACKENDS, *backend_names()))
+        try:
+            self.model_config()
+        except UserError as error:
+            raise UserError(f"gpt: {error}") from None
+
+    def model_config(self) -> ModelConfig:
+        """Return the configuration of the dense model."""
+        return ModelConfig(
+            self.d_model, self.n_layers, self.n_heads, self.vocab_size, max_context=self.context, sparsity=0.0, seed=0
+        )
+
+
+@dataclass
+class ScalingSection:
+    """How time grows with the nonzeros and with the tokens of one layer, and from where sparse is faster than dense.
+
+    Args:
+        shape: (in_features, out_features) of the layer.
+        sparsities: at the ``tokens`` of the top level; nnz is what changes.
+        token_counts: at ``sparsity``.
+        sparsity: of the layer whose tokens change.
+        backends: what is measured beside dense float32.
+    """
+
+    shape: list[int] = field(default_factory=lambda: [1024, 1024])
+    sparsities: list[float] = field(default_factory=lambda: [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98])
+    token_counts: list[int] = field(default_factory=lambda: [256, 512, 1024, 2048, 4096, 8192])
+    sparsity: float = 0.75
+    backends: list[str] = field(default_factory=lambda: ["csr"])
+
+    def __post_init__(self) -> None:
+        _shape("scaling.shape", self.shape)
+        _sparsities("scaling.sparsities", self.sparsities)
+        _counts("scaling.token_counts", self.token_counts)
+        check_sparsity(self.sparsity, "scaling.sparsity")
+        _names("scaling.backends", self.backends, (*BACKENDS, *backend_names()))
+
+
+@dataclass
+class BenchConfig:
+    """Measure layers, a whole model and how time scales, each beside dense float32 in the same minutes.
+
+    Args:
+        what: layers, model, scaling or all.
+        sparsities: of the layers and of the models, each in [0, 1).
+        shapes: (in_features, out_features) of the layers.
+        tokens: rows of a layer's input.
+        threads: how many threads to measure with, one after the other.
+        backends: of the sparse layers: csr (unstructured), bsr (blocks), masked (dense work, for comparison); one that
+            is not there is skipped and named.
+        peers: other ways to do the same: dense_bf16 (bfloat16 weights and activations), torch_csr, scipy (forward
+            only), sparselab and sparseprop (where they are installed).
+        block: (rows, columns) of the blocks of ``bsr``.
+        repeats: rounds of a cell; in each, everything is timed once, in changing order. The median counts.
+        least_seconds: a round repeats what takes less than this.
+        patience: what takes more than so many times as long as dense is timed once only (bfloat16 on a processor
+            that has no instructions for it).
+        memory: whether to measure bytes per nonzero and peak activation memory too.
+        max_seconds: start no new cell after so long; the same command goes on. Null for no limit.
+        seed: of weights, masks and inputs.
+        run_dir: where the results go; null for a directory below ``runs_dir`` named by the configuration.
+    """
+
+    what: str = "all"
+    sparsities: list[float] = field(default_factory=lambda: [0.5, 0.75, 0.9, 0.95])
+    shapes: list[list[int]] = field(
+        default_factory=lambda: [[512, 512], [512, 2048], [2048, 512], [1024, 1024], [768, 3072]]
+    )
+    tokens: int = 2048
+    threads: list[int] = field(default_factory=lambda: [count for count in (1, 2) if count <= available_cores()])
+    backends: list[str] = field(default_factory=lambda: list(BACKENDS))
+    peers: list[str] = field(default_factory=lambda: list(PEERS))
+    block: list[int] = field(default_factory=lambda: [16, 16])
+    repeats: int = 7
+    least_seconds: float = 0.02
+    patience: float = 8.0
+    memory: bool = True
+    gpt: GptSection = field(default_factory=GptSection)
+    scaling: ScalingSection = field(default_factory=ScalingSection)
+    max_seconds: float | None = None
+    seed: int = 0
+    run_dir: str | None = None
+    runs_dir: str = "runs"
+
+    def __post_init__(self) -> None:
+        check_choice("what", self.what, (*PARTS, "all"))
+        _sparsities("sparsities", self.sparsities)
+        if not self.shapes:
+            raise UserError("shapes=[] must name at least one shape, such as [512,2048]")
+        for shape in self.shapes:
+            _shape("shapes", shape)
+        _shape("block", self.block)
+        _counts("tokens", [self.tokens])
+        _counts("threads", self.threads)
+        cores = available_cores()
+        if max(self.threads) > cores:
+            raise UserError(f"threads={self.threads}: this process may use {cores} cores")
+        _counts("repeats", [self.repeats])
+        _names("backends", self.backends, (*BACKENDS, *backend_names()))
+        if self.peers:
+            _names("peers", self.peers, PEERS)
+        if not 0 <= self.least_seconds < 60:
+            raise UserError(f"least_seconds={self.least_seconds} must lie in [0, 60)")
+        if not self.patience >= 1:
+            raise UserError(f"patience={self.patience} must be at least 1")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise UserError(f"max_seconds={self.max_seconds} must be above 0, or null")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed} must be at least 0")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What is measured, in the order in which it is."""
+        return PARTS if self.what == "all" else (self.what,)
+
+
+def _counts(name: str, values: Sequence[int]) -> None:
+    if not values:
+        raise UserError(f"{name}=[] must name at least one number")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UserError(f"{name}={value!r} must be an integer of at least 1")
+    if len(set(values)) < len(values):
+        raise UserError(f"{name}={list(values)} names a value twice")
+
+
+def _shape(name: str, value: Sequence[int]) -> None:
+    if len(value) != 2 or any(isinstance(side, bool) or not isinstance(side, int) or side < 1 for side in value):
+        raise UserError(f"{name}: {list(value)} must be two integers of at least 1, such as [512,2048]")
+
+
+def _sparsities(name: str, values: Sequence[float]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{name}={list(values)} must name at least one sparsity, and none twice")
+    for value in values:
+        check_sparsity(value, name)
+
+
+def _names(name: str, values: Sequence[str], options: Sequence[str]) -> None:
+    if not values or len(set(values)) < len(values):
+        raise UserError(f"{name}={list(values)} must name at least one of {', '.join(dict.fromkeys(options))}")
+    for value in values:
+        check_choice(name, value, dict.fromkeys(options))

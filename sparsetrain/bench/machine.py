@@ -1,0 +1,106 @@
+"""What numbers were measured on, and with which code."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsetrain
+
+# Parts of the library whose code a measurement runs through.
+_MEASURED = ("kernels", "sparsity", "models", "parameterization", "bench")
+_PACKAGES = ("torch", "numba", "numpy", "scipy", "sparselab", "sparseprop")
+_VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def describe_machine() -> dict[str, Any]:
+    """Return processor, cores, caches, memory and versions as plain values."""
+    info = _cpuinfo()
+    flags = set(info.get("flags", info.get("Features", "")).split())
+    return {
+        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        # The name alone may be that of a whole line of processors, on a virtual machine above all.
+        "family": " ".join(f"{key} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info),
+        "cores": available_cores(),
+        "vector_flags": [flag for flag in _VECTOR_FLAGS if flag in flags],
+        "native_bf16": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        "caches": _caches(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: version for name in _PACKAGES if (version := _version(name))},
+    }
+
+
+def code_fingerprint() -> str:
+    """Return 16 hexadecimal digits of the sources that a measurement depends on."""
+    root = Path(sparsetrain.__file__).parent
+    digest = hashlib.blake2b(digest_size=8)
+    for part in _MEASURED:
+        for path in sorted((root / part).glob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def with_threads(count: int) -> Iterator[None]:
+    """Let torch, and every OpenMP runtime that a peer brought along, use ``count`` threads."""
+    before = torch.get_num_threads()
+    _set_threads(count)
+    try:
+        yield
+    finally:
+        _set_threads(before)
+
+
+def _set_threads(count: int) -> None:
+    torch.set_num_threads(count)
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    loaded = {line.split(maxsplit=5)[5] for line in maps.splitlines() if "omp" in line and ".so" in line}
+    for path in loaded:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(path).omp_set_num_threads(count)
+
+
+def _cpuinfo() -> dict[str, str]:
+    """Return the first processor's entries."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _caches() -> dict[str, str]:
+    """Return the caches that the first core sees, as ``{"L1 Data": "32K", ...}``."""
+    found = {}
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with suppress(OSError):
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
+            found[f"L{level} {kind}"] = size
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,195 @@
+"""``sparsetrain bench`` as a run: its directory, what is already measured, progress, and what it leaves behind."""
+
+from __future__ import annotations
+
+import csv
+import fcntl
+import hashlib
+import io
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsetrain.bench.cells import Cell, effort, measure, plan
+from sparsetrain.bench.config import BenchConfig
+from sparsetrain.bench.machine import code_fingerprint, describe_machine
+from sparsetrain.bench.peers import missing
+from sparsetrain.errors import UserError
+from sparsetrain.files import file_errors, whole_file, write_json, write_text
+from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
+from sparsetrain.report.bench_plots import bench_figure
+from sparsetrain.report.text import duration
+from sparsetrain.stages.run import commit
+
+FIGURE, TABLE, LOCK = "bench.png", "results.csv", ".lock"
+
+# What a cell depends on beside its own key: cells of different settings are not put side by side.
+_FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed", "gpt")
+# Of the section gpt, and of the whole, what only says which cells there are.
+_LISTS = ("backends",)
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """Where the results are, and the content of ``bench.json``."""
+
+    directory: Path
+    values: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every cell of the configuration has been measured."""
+        return self.values["complete"]
+
+
+def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
+    """Measure what the configuration asks for, show it, and write ``bench.json``, ``results.csv`` and ``bench.png``.
+
+    Each finished cell is kept at once; the same command skips those that were measured on this machine with this code.
+
+    Raises:
+        UserError: a directory that is in use, cannot be written, or holds measurements of other settings or of
+            another machine.
+    """
+    console = console or Console()
+    directory = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / _name(config)
+    with _claimed(directory):
+        values = _opened(directory / BENCH, config, console)
+        for name in config.peers:
+            if reason := missing(name):
+                values["unavailable"][name] = reason
+                _say(console, f"skipped {name}: {reason}")
+        cells = plan(config)
+        values["complete"] = _measure_all(cells, values, config, directory, console)
+        values["summary"] = summarise(values)
+        write_json(directory / BENCH, values)
+        write_text(directory / TABLE, _csv(values))
+        with whole_file(directory / FIGURE) as temporary:
+            temporary.write_bytes(bench_figure(values))
+        print_bench(values, console)
+        _say(console, f"run directory: {directory}")
+    return BenchResult(directory, values)
+
+
+def _measure_all(
+    cells: list[Cell], values: dict[str, Any], config: BenchConfig, directory: Path, console: Console
+) -> bool:
+    """Measure the cells that are not there yet, keeping each; return whether all are."""
+    todo = [cell for cell in cells if cell.key not in values["cells"]]
+    if len(todo) < len(cells):
+        _say(console, f"bench: {len(cells) - len(todo)} of {len(cells)} cells already measured in {directory}")
+    started = time.monotonic()
+    left = total = sum(effort(cell, config) for cell in todo)
+    for number, cell in enumerate(todo):
+        spent = time.monotonic() - started
+        if config.max_seconds is not None and spent > config.max_seconds:
+            _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells to go; run it again")
+            return False
+        # Until something was measured there is nothing to tell the time by.
+        eta = f"  ETA {duration(spent * left / (total - left))}" if left < total else ""
+        with console.status(f"[{number + 1}/{len(todo)}] {cell.title}{eta}"):
+            found = measure(cell, config)
+        left -= effort(cell, config)
+        done = time.monotonic() - started
+        remaining = duration(done * left / (total - left)) if left > 0 else "0 s"
+        _say(console, f"[{number + 1}/{len(todo)}] {cell.title}: {_gist(found)}  ETA {remaining}")
+        # Measured again beside other contenders: the newer one counts.
+        for key in [key for key in values["cells"] if key.rpartition(" ")[0] == cell.title]:
+            del values["cells"][key]
+        values["cells"][cell.key] = found
+        write_json(directory / BENCH, values)
+    return True
+
+
+def _gist(found: dict[str, Any]) -> str:
+    """Return the speed-ups of a cell on one line, and what it skipped."""
+    rows = rows_of(found)
+    parts = [
+        f"{row['contender']} {row['speedup']:.2f}x" for row in rows if row["speedup"] and row["contender"] != "dense"
+    ]
+    parts += [f"{name} skipped ({reason})" for name, reason in found["skipped"].items()]
+    return ", ".join(parts)
+
+
+def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]:
+    """Return what ``bench.json`` holds so far, cells that this command cannot use left out."""
+    machine, code, plain = describe_machine(), code_fingerprint(), asdict(config)
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "config": plain,
+        "machine": machine,
+        "code": code,
+        "commit": commit(),
+        "complete": False,
+        "unavailable": {},
+        "cells": {},
+    }
+    if not path.exists():
+        return values
+    before = load_bench(path)
+    changed = _differences(_fixed(plain), _fixed(before["config"])) + _differences(machine, before["machine"])
+    if changed:
+        raise UserError(
+            f"run_dir={path.parent} holds measurements of another setting or machine: {'; '.join(changed[:3])}; "
+            "choose another run_dir or delete that one"
+        )
+    if before["code"] == code:
+        values["cells"] = before["cells"]
+    elif before["cells"]:
+        _say(console, f"bench: {len(before['cells'])} cells were measured with other code; measuring them again")
+    return values
+
+
+def _fixed(config: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: config[key] for key in _FIXED}
+    return kept | {"gpt": {key: value for key, value in config["gpt"].items() if key not in _LISTS}}
+
+
+def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    return [f"{key}={ours.get(key)} (there: {theirs.get(key)})" for key in ours if ours.get(key) != theirs.get(key)]
+
+
+def _name(config: BenchConfig) -> str:
+    left_out = ("run_dir", "runs_dir", "max_seconds")
+    content = {key: value for key, value in asdict(config).items() if key not in left_out}
+    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"bench-{config.what}-{digest}"
+
+
+def _csv(values: dict[str, Any]) -> str:
+    """Return one row for each contender of each cell, medians and quartiles in seconds."""
+    rows = [row for cell in values["cells"].values() for row in rows_of(cell)]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*columns, "commit"], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
+        writer.writerow({**shown, "commit": values["commit"]})
+    return text.getvalue()
+
+
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Keep a second process out of a directory: two that measure at once would spoil each other's times, too."""
+    with file_errors(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"run_dir={directory} is in use by another process; wait for it or choose another") from None
+    finally:
+        os.close(lock)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
