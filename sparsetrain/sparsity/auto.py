@@ -10,7 +10,6 @@ is used (two cores of Zen 3, AVX2).
 
 from __future__ import annotations
 
-import bisect
 import hashlib
 import json
 import math
@@ -53,13 +52,18 @@ class Crossover:
 
     def at(self, side: float, tokens: int, threads: int) -> float:
         """Return the density for one layer."""
-        nearest = min(range(len(self.threads)), key=lambda index: abs(self.threads[index] - threads))
+        nearest = 0
+        for index, count in enumerate(self.threads):  # a plain loop, which a compiler can follow
+            if abs(count - threads) < abs(self.threads[nearest] - threads):
+                nearest = index
         columns = [_interpolate(self.tokens, row, tokens) for row in self.density[nearest]]
         return _interpolate(self.sides, columns, side)
 
 
 def _interpolate(places: Sequence[float], values: Sequence[float], place: float) -> float:
-    after = bisect.bisect_left(places, place)
+    after = 0
+    while after < len(places) and places[after] < place:
+        after += 1
     if after == 0 or after == len(places):
         return values[min(after, len(places) - 1)]
     low, high = places[after - 1], places[after]
