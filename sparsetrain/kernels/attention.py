@@ -106,14 +106,25 @@ def _turn(source: Array, at: Int, width: Int, wide: Int, target: Array, to: Int)
 
 @part
 def _mask(s: Array, at: Int, keys: Int) -> None:
-    """Give the scores of a block on the diagonal -inf where the key comes after the query."""
+    """Give the scores of a block on the diagonal -inf where the key comes after the query, in the same 16 queries."""
     hidden = splat(-_INF)
     for key in range(keys):
-        row, whole = at + key * _PITCH, key // 16 * 16
-        for query in range(0, whole, 16):
-            store(s, row + query, hidden)
-        if whole < key:
-            store_head(s, row + whole, hidden, key - whole)
+        before = key % 16
+        if before > 0:
+            store_head(s, at + key * _PITCH + key - before, hidden, before)
+
+
+@part
+def _seen(lane: Int, keys: Int, diagonal: bool) -> int:
+    """Return the keys that any of 16 queries sees."""
+    return min(keys, lane + 16) if diagonal else keys
+
+
+@part
+def _hide(s: Array, at: Int, lane: Int, first: Int, keys: Int) -> None:
+    """Set to zero what products still read behind the last key that 16 queries see: up to a group of rows, less one."""
+    for key in range(first, min(keys, first + 5)):
+        store(s, at + key * _PITCH + lane, splat(_ZERO))
 
 
 @part
@@ -181,7 +192,7 @@ def forward(words: Any) -> None:
                 _scores(
                     s, k + other * width, width, s, turned, d, s, scores, keys, lanes, m, other - start, diagonal
                 )  # fmt: skip
-                _weights(s, scores, keys, lanes, top, total, change)
+                _weights(s, scores, keys, lanes, diagonal, top, total, change)
                 if other > 0:
                     for query in range(queries):
                         by = splat(element(s, change + query))
@@ -199,20 +210,24 @@ def forward(words: Any) -> None:
 
 
 @part
-def _weights(s: Array, at: Int, keys: Int, lanes: Int, top: Int, total: Int, change: Int) -> None:
+def _weights(
+    s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int, total: Int, change: Int
+) -> None:
     """Turn scores into powers below the maximum so far; what was summed before is to be multiplied by ``change``."""
     for lane in range(0, lanes, 16):
+        seen = _seen(lane, keys, diagonal)
         before = load(s, top + lane)
         most = before
-        for key in range(keys):
+        for key in range(seen):
             most = larger(load(s, at + key * _PITCH + lane), most)
         by = exp2(sub(before, most))
         weights = mul(load(s, total + lane), by)
-        for key in range(keys):
+        for key in range(seen):
             place = at + key * _PITCH + lane
             power = exp2(sub(load(s, place), most))
             store(s, place, power)
             weights = add(weights, power)
+        _hide(s, at, lane, seen, keys)
         store(s, top + lane, most)
         store(s, total + lane, weights)
         store(s, change + lane, by)
@@ -286,11 +301,13 @@ def backward(words: Any) -> None:
                     edge = ROWS_TO_LANE if diagonal else WHOLE
                     multiply_add(s, r, _PITCH, s, v_at, width, 1, s, g_turned, _PITCH, keys, lanes, d, edge)
                     for lane in range(0, lanes, 16):
-                        less = load(s, log + lane)
-                        for place in range(lane, lane + keys * _PITCH, _PITCH):
+                        less, seen = load(s, log + lane), _seen(lane, keys, diagonal)
+                        for place in range(lane, lane + seen * _PITCH, _PITCH):
                             power = exp2(sub(load(s, p + place), less))
                             store(s, p + place, power)
                             store(s, r + place, mul(power, load(s, r + place)))
+                        _hide(s, p, lane, seen, keys)
+                        _hide(s, r, lane, seen, keys)
                     edge = TERMS_FROM_ROW if diagonal else WHOLE
                     dk_at, dv_at = dk + other * width, dv + other * width
                     multiply_add(s, dv_at, width, s, p, _PITCH, 1, s, g, width, keys, wide, queries, edge)
