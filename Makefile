@@ -44,5 +44,5 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info
+	rm -rf $(VENV) .kernels build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

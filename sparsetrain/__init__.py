@@ -4,10 +4,18 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.parameterization import Parameterization, param_groups, parameterize
 from sparsetrain.sparsity import (
+    GMP,
+    SET,
+    EvolutionConfig,
+    MaskManager,
+    Phase,
+    RigL,
     SparseLinear,
     SparsityConfig,
     SparsityGroup,
     SparsityPattern,
+    Static,
+    VariableSparsity,
     densify,
     register_backend,
     sparse_linear,
@@ -17,15 +25,23 @@ from sparsetrain.sparsity import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "GMP",
+    "SET",
+    "EvolutionConfig",
+    "MaskManager",
     "ModelConfig",
     "Parameterization",
+    "Phase",
+    "RigL",
     "SoftPrompt",
     "SparseLinear",
     "SparsityConfig",
     "SparsityGroup",
     "SparsityPattern",
+    "Static",
     "Transformer",
     "UserError",
+    "VariableSparsity",
     "densify",
     "param_groups",
     "parameterize",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +29,10 @@ ABOUT = {
     "prompt": "Learn a soft prompt for a task, alone or together with the model.",
     "pipeline": "Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
     "generate": "Continue a text with the model of a run.",
+    "coord-check": "Check that activations and updates keep their scale over sparsity, width or depth.",
+    "sweep": "Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
     "report": "Show the results of a run or of a pipeline, and write the pipeline's page again.",
+    "mask": "Inspect the masks of a run, a checkpoint or a file: statistics, and a picture.",
 }
 
 EXAMPLES = {
@@ -47,9 +52,21 @@ EXAMPLES = {
         "sparsetrain pipeline experiment=demo pipeline.sparsities=[0,0.5,0.75]",
     ],
     "generate": ["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
+    "coord-check": [
+        "sparsetrain coord-check",
+        "sparsetrain coord-check check=depth parameterization=completep parameterization.base_layers=2 check.seeds=2",
+        "sparsetrain coord-check check=width parameterization=mup optimizer.lr=1e-3 check.seeds=3",
+    ],
+    "sweep": [
+        "sparsetrain sweep runs/supar_lr_transfer --out experiments/supar_lr_transfer",
+        "sparsetrain sweep runs/supar_init_transfer --x model.init_std --out experiments/supar_init_transfer",
+        "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
+    ],
     "report": ["sparsetrain report RUN_DIR"],
+    "mask": ["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
 }
 
+PLAIN = ("report", "sweep", "mask")  # verbs that take paths, not settings
 HYDRA_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
 MULTIRUN_FLAGS = ("-m", "--multirun")
 
@@ -109,8 +126,8 @@ def _run(given: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(verb))
         return 0
-    if verb == "report":
-        return _report(rest)
+    if verb in PLAIN:
+        return {"report": _report, "sweep": _sweep, "mask": _mask}[verb](rest)
     options = [word.partition("=")[0] for word in rest if word.startswith("-")]
     for word in options:
         known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
@@ -138,6 +155,7 @@ def _start(verb: str, config: Any, command: str) -> int:
         "finetune": stages.finetune,
         "prompt": stages.prompt,
         "pipeline": stages.pipeline,
+        "coord-check": stages.coord_check,
         "generate": lambda settings: print(stages.generate(settings)),
     }
     try:
@@ -179,7 +197,7 @@ def _data(config: Any) -> None:
 def _summary(result: Any) -> None:
     shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
     parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
-    print(f"{result.values['stage']}: {result.values['status']}; {', '.join(parts)}")
+    print("; ".join([f"{result.values['stage']}: {result.values['status']}", *([", ".join(parts)] if parts else [])]))
     print(f"run directory: {result.directory}")
 
 
@@ -200,13 +218,61 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _sweep_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("sparsetrain sweep", add_help=False, exit_on_error=False)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or a directory of them")
+    parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, optima.csv and figure.png go")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")
+    parser.add_argument("--search", action="store_true", help="a random search: rank the points instead of curves")
+    return parser
+
+
+def _sweep(words: list[str]) -> int:
+    from rich.console import Console
+
+    from sparsetrain.stages.sweep import show_sweep
+
+    known = [action.option_strings[-1] for action in _sweep_parser()._actions if action.option_strings]
+    for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in known:
+            raise UserError(f"sweep has no option '{word}'{nearest(word, known)}; there are {', '.join(known)}")
+    try:
+        with redirect_stderr(StringIO()) as said:
+            given = _sweep_parser().parse_args(words)
+    except argparse.ArgumentError as error:
+        raise UserError(f"sweep: {error}; sparsetrain sweep --help shows how") from None
+    except SystemExit:
+        raise UserError(f"sweep: {said.getvalue().strip().splitlines()[-1].partition('error: ')[2]}") from None
+    if given.seeds < 1:
+        raise UserError(f"--seeds={given.seeds} must be at least 1")
+    show_sweep(given.runs, given.x, given.out, given.seeds, given.search, Console())
+    return 0
+
+
+def _mask(words: list[str]) -> int:
+    from rich.console import Console
+
+    from sparsetrain.report.masks import inspect_masks
+
+    if not words or words[0] != "inspect":
+        said = f"not {words[0]!r}" if words else "not nothing"
+        raise UserError(f"mask knows one word, inspect, {said}: sparsetrain mask inspect PATH [picture=FILE]")
+    pictures = [word.partition("=")[2] for word in words[1:] if word.startswith("picture=")]
+    paths = [word for word in words[1:] if not word.startswith("picture=")]
+    if len(paths) != 1 or len(pictures) > 1 or "" in pictures:
+        raise UserError("mask inspect takes one path and at most one picture=FILE")
+    inspect_masks(Path(paths[0]), Console(), Path(pictures[0]) if pictures else None)
+    return 0
+
+
 def _through_hydra(verb: str, rest: list[str]) -> int:
     """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    from sparsetrain.config import check, complete, config_directory, one_line, register
+    from sparsetrain.config import check, complete, config_directory, one_line, register, with_sweep
 
     flags = [word for word in rest if word.startswith("-")]
     values = {
@@ -216,7 +282,13 @@ def _through_hydra(verb: str, rest: list[str]) -> int:
     for flag, value in pairwise([*(part for word in rest for part in word.split("=", 1)), ""]):
         if flag in ("--cfg", "-c"):
             check_choice(flag, value, ("job", "hydra", "all"))
-    check(verb, overrides, sweep=any(word in MULTIRUN_FLAGS for word in flags))
+    sweep = any(word in MULTIRUN_FLAGS for word in flags)
+    check(verb, overrides, sweep=sweep)
+    if sweep:
+        overrides = with_sweep(verb, overrides)
+        check(verb, overrides, sweep=True)
+        if verb == "pretrain" and not values:
+            _print_cost(overrides)
     register()
     # Hydra would otherwise replace the error of a job by a page of its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -232,6 +304,17 @@ def _through_hydra(verb: str, rest: list[str]) -> int:
         raise UserError(one_line(error)) from None
     finally:
         sys.argv = before
+
+
+def _print_cost(overrides: list[str]) -> None:
+    """Say what a sweep takes before it starts."""
+    from rich.console import Console
+
+    from sparsetrain.config import points
+    from sparsetrain.stages.sweep import sweep_cost
+
+    console = Console()
+    console.print(sweep_cost(points("pretrain", overrides), console).describe(), highlight=False, soft_wrap=True)
 
 
 class _Job:
@@ -259,7 +342,7 @@ class _Job:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {verb:10} {about}" for verb, about in ABOUT.items())
+    verbs = "\n".join(f"  {verb:11} {about}" for verb, about in ABOUT.items())
     return (
         "sparsetrain: train language models whose weights are sparse from the first step\n\n"
         "usage: sparsetrain VERB [key=value ...]        one run\n"
@@ -275,7 +358,9 @@ def _help() -> str:
 def _verb_help(verb: str) -> str:
     examples = "\n".join(f"  {example}" for example in EXAMPLES[verb])
     head = f"sparsetrain {verb}: {ABOUT[verb]}\n\nexamples:\n{examples}"
-    if verb == "report":
+    if verb == "sweep":
+        return f"{head}\n\n{_sweep_parser().format_help()}"
+    if verb in PLAIN:
         return head
     from sparsetrain.config import describe
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
@@ -24,8 +26,16 @@ import sparsetrain
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
-from sparsetrain.stages import FinetuneConfig, GenerateConfig, PipelineConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages import (
+    CoordinatesConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    PipelineConfig,
+    PretrainConfig,
+    PromptConfig,
+)
 from sparsetrain.stages.config import build, differences
+from sparsetrain.stages.resolvers import register_resolvers
 from sparsetrain.stages.run import TOKENIZER, read_config
 
 SCHEDULES = ("schedule", "pipeline.finetune.schedule", "pipeline.prompt.schedule")
@@ -46,6 +56,7 @@ ROOTS: dict[str, type] = {
     "prompt": PromptConfig,
     "pipeline": PipelineConfig,
     "generate": GenerateConfig,
+    "coord-check": CoordinatesConfig,
 }
 
 
@@ -83,6 +94,42 @@ def register() -> None:
     store = ConfigStore.instance()
     for verb, kind in ROOTS.items():
         store.store(name=f"{verb}_schema", node=_schema(kind))
+    register_resolvers()
+
+
+def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
+
+    One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
+    """
+    given = list(overrides)
+    parsed = OverridesParser.create().parse_overrides(given)
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    tree = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True)
+    params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+    keys = {override.key_or_group for override in parsed}
+    added = [f"{key}={value}" for key, value in params.items() if key not in keys]
+    return [*added, *given, "hydra.sweeper.params=null"] if params else given
+
+
+def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:
+    """Yield the configuration of every point of a multirun, or None for one that is refused."""
+    parsed = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if not _is_hydras(o)]
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in parsed
+    ]
+    for words in itertools.product(*choices):
+        try:
+            yield convert(verb, _load(verb, list(words)), words)  # `check` has seen the whole sweep
+        except UserError:
+            yield None
+
+
+def _is_hydras(override: Override) -> bool:
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def groups(verb: str) -> dict[str, list[str]]:
@@ -128,7 +175,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     tree = _with_optional_groups(verb, parsed, known_groups)
     for override in parsed:
         key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
+        if _is_hydras(override):
             continue
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{override.input_line}: several values need a multirun, sparsetrain {verb} -m ...")
@@ -254,12 +301,12 @@ def defaults(verb: str) -> DictConfig:
     return _load(verb, [])
 
 
-def _load(verb: str, overrides: list[str]) -> DictConfig:
+def _load(verb: str, overrides: list[str], hydra: bool = False) -> DictConfig:
     register()
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory().absolute()), version_base="1.3"):
-            return compose(verb, overrides)
+            return compose(verb, overrides, return_hydra_config=hydra)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(one_line(error)) from None
 
@@ -317,7 +364,8 @@ def _inherit(verb: str, values: dict[str, Any], overridden: list[str]) -> None:
 def describe(verb: str) -> str:
     """Return the groups of a verb with their choices, and every setting with its default and its type."""
     lines = ["groups (group=choice):"]
-    lines += [f"  {name:18} {', '.join(choices)}" for name, choices in groups(verb).items()]
+    for name, choices in groups(verb).items():
+        lines += textwrap.wrap(", ".join(choices), 120, initial_indent=f"  {name:18} ", subsequent_indent=" " * 21)
     lines += ["", "settings (key=value) with their defaults:"]
     lines += [f"  {name} = {_shown(value)}" for name, value in flat(defaults(verb)).items()]
     lines += ["", "what the settings mean:"]

@@ -24,6 +24,10 @@ from rich.console import Console
 from sparsetrain.data import medline
 from sparsetrain.data.wheel import Wheel
 
+# Compiled kernels are shared by all tests and kept from run to run: compiling takes seconds, and a name of their own
+# says what they were compiled from.
+os.environ.setdefault("SPARSETRAIN_KERNEL_CACHE", str(Path(__file__).parents[1] / ".kernels"))
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

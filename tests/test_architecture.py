@@ -18,11 +18,23 @@ ROOT = Path(__file__).parents[1]
 
 # The house, ground floor first: a part imports from itself and from the parts before it.
 ORDER = [
-    *("errors", "seeds", "files", "cache", "kernels", "sparsity", "parameterization", "models", "cost", "data", "optim"),
+    *(
+        "errors",
+        "seeds",
+        "files",
+        "cache",
+        "kernels",
+        "sparsity",
+        "parameterization",
+        "models",
+        "cost",
+        "data",
+        "optim",
+    ),
     *("training", "scaling", "report", "stages", "config", "cli"),
 ]
 MAX_LINES = 420
-HEAVY = ("matplotlib", "hydra", "transformers", "rich", "triton")
+HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # A path on the machine of whoever wrote it.
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:home|Users|root|work|tmp|mnt|workspace)/[\w.]|[A-Z]:\\\\?Users)")

@@ -20,7 +20,7 @@ import torch
 
 import sparsetrain
 from sparsetrain import files
-from sparsetrain.cli import ABOUT, EXAMPLES, main
+from sparsetrain.cli import ABOUT, EXAMPLES, PLAIN, main
 from sparsetrain.config import check, complete, load
 from sparsetrain.models import Transformer
 from sparsetrain.training.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
@@ -99,7 +99,7 @@ def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> No
         assert re.search(r"^  model +btlm-3b, cerebras-111m, demo", out, re.MULTILINE)
 
 
-@pytest.mark.parametrize("verb", [verb for verb in ABOUT if verb != "report"])
+@pytest.mark.parametrize("verb", [verb for verb in ABOUT if verb not in PLAIN])
 def test_the_examples_of_help_are_valid(verb: str, shell: Shell) -> None:
     for example in EXAMPLES[verb]:
         program, said, *words = shlex.split(example)
@@ -173,6 +173,18 @@ def test_pipeline_and_its_report(shell: Shell) -> None:
     assert "sparse-0.5" in out
     assert page.exists()  # written again
     assert "pipeline: already done" in shell.run("pipeline", *words)[1]
+
+
+def test_masks_evolve_and_are_inspected(shell: Shell) -> None:
+    run = shell.trained("sparsity=rigl", "sparsity.evolution.every=1", "sparsity.evolution.stop=1.0")
+    status, out, err = shell.run("mask", "inspect", str(run))
+    assert (status, err) == (0, "")
+    assert "blocks.0.attn.qkv" in out
+    assert f"picture: {run / 'masks.png'}" in out.replace("\n", "")
+    status, out, err = shell.run("mask", "inspect", str(run), "picture=mine.png")
+    assert (status, err) == (0, "")
+    assert (shell.home / "mine.png").exists()
+    assert "RigL" in shell.run("report", str(run))[1]
 
 
 def test_report_of_an_unfinished_run_says_so(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,6 +283,18 @@ def test_a_diverged_run_ends_with_1_and_does_so_again(shell: Shell) -> None:
         (["report"], ["one run directory"]),
         (["report", "nowhere"], ["nowhere", "holds no run"]),
         (["report", "a", "b"], ["one run directory"]),
+        (["mask"], ["mask knows one word, inspect"]),
+        (["mask", "inspekt", "x.npz"], ["inspect", "not 'inspekt'"]),
+        (["mask", "inspect"], ["one path"]),
+        (["mask", "inspect", "a.npz", "b.npz"], ["one path"]),
+        (["mask", "inspect", "nowhere"], ["nowhere: no such run, checkpoint or file"]),
+        (["mask", "inspect", "nowhere.npz"], ["nowhere.npz: no such file"]),
+        (["mask", "inspect", "file.txt"], ["file.txt", ".npz or .safetensors"]),
+        (["pretrain", "sparsity=riggl"], ["sparsity=riggl", "did you mean 'rigl'?"]),
+        (["pretrain", "sparsity=rigl", "sparsity.evolution.every=1000"], ["sparsity.evolution", "leaves no update"]),
+        (["pretrain", "sparsity.evolution.rule=rgl"], ["sparsity.evolution.rule='rgl'", "did you mean 'rigl'?"]),
+        (["pretrain", "sparsity.evolution.evry=1"], ["evry", "did you mean 'sparsity.evolution.every'?"]),
+        (["pretrain", "sparsity=block", "sparsity.block=[512,512]"], ["block 512x512 is larger than the matrix"]),
         (["data", "data.pth=x"], ["data.pth", "did you mean 'data.path'?"]),
         (["pretrain", "-m", "optimizer.lr=1e-3,fast"], ["optimizer.lr=fast"]),
         (["pretrain", "-m", "model=tiny,dmo"], ["dmo", "did you mean 'demo'?"]),

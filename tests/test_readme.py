@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sparsetrain as st
-from sparsetrain.cli import main
+from sparsetrain.cli import ABOUT, main
 from sparsetrain.data.wheel import Wheel
 
 ROOT = Path(__file__).parent.parent
@@ -19,10 +19,19 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # What makes a command of the README small; it changes no key that the command itself sets.
 SMALL = {
     "data": ["data.vocab_size=300"],
-    "pretrain": ["model=tiny", "data.vocab_size=300", "data.context=64", "stage.batch_size=2", "runs_dir=runs"],
+    "pretrain": [
+        *("model=tiny", "parameterization.base_width=32", "data.vocab_size=300", "data.context=64"),
+        *("stage.batch_size=2", "runs_dir=runs"),
+    ],
     "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "schedule.steps=3", "stage.batch_size=4"],
     "generate": ["max_new_tokens=5"],
     "report": [],
+    "sweep": [],
+    "coord-check": [
+        *("model=tiny", "parameterization.base_width=32", "data.tokenizer=bytes", "data.context=24"),
+        *("stage.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
+    ],
+    "mask": [],
 }
 SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [
@@ -42,7 +51,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_verb_has_a_command_in_the_readme() -> None:
-    assert {command[0] for command in commands()} == set(SMALL)
+    assert {command[0] for command in commands()} == set(SMALL) == set(ABOUT)
 
 
 def test_commands_of_the_recipe_run(
@@ -70,10 +79,12 @@ def test_the_make_targets_of_the_readme_exist() -> None:
 
 
 def test_the_python_of_the_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    own_model, transfer = blocks("python")
+    own_model, evolving, transfer = blocks("python")
     scope: dict[str, object] = {}
     exec(own_model, scope)
     assert "density=0.25" in capsys.readouterr().out
+    exec(evolving, scope)
+    assert "'itop_rate': 0.3" in capsys.readouterr().out
     config = {"n_layers": 2, "n_heads": 2, "vocab_size": 50, "seed": 0}
     for name, width in (("my_model", 512), ("my_small_model", 256)):
         scope[name] = st.Transformer(st.ModelConfig(d_model=width, **config)).blocks

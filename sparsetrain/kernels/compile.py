@@ -128,12 +128,14 @@ class Kernel:
         address = self.compiled.address
         if threads > 1 and (runtime := openmp()) is not None:
             parallel, words[0], words[1] = runtime
-            parallel(address, _block(words).ctypes.data, threads, 0)
+            block = _block(words)  # by name: an address keeps nothing alive
+            parallel(address, block.ctypes.data, threads, 0)
             return
         entry = _ENTRY(address)
         if threads <= 1:
             words[3] = 1
-            entry(_block(words).ctypes.data)
+            block = _block(words)
+            entry(block.ctypes.data)
             return
         blocks = [_block([0, 0, number, threads, *words[HEADER:]]) for number in range(threads)]
         others = [_pool(os.getpid(), threads - 1).submit(entry, block.ctypes.data) for block in blocks[1:]]

@@ -19,7 +19,7 @@ import numpy as np
 from sparsetrain.kernels.compile import Kernel, part
 from sparsetrain.kernels.lanes import add_sums4, add_sums8, add_sums_head
 from sparsetrain.kernels.simd import add, element, fma, lane, load, load8, load_four, load_quad, splat, splat8, store
-from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, unpack
+from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
 from sparsetrain.kernels.words import floats, ints, longs, number, share, shorts
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
@@ -84,7 +84,7 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
     columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
     width, chunks, ends, offsets = number(words, 13), number(words, 14), ints(words, 15), shorts(words, 16)
     values, scratch = floats(words, 17), floats(words, 18)
-    first, last, index = share(words, tiles_of(tokens))
+    first, last, index = share(words, tiles(tokens))
     made = index * rows * TILE
     for tile in range(first, last):
         token = tile * TILE
@@ -126,11 +126,6 @@ def _tile(
                     _row_of_16(x, at, offsets, values, start, end, y, to, block == 0)
                     if present > 16:
                         _row_of_16(x, at + 16, offsets, values, start, end, y, to + 16, block == 0)
-
-
-@part
-def tiles_of(tokens: Int) -> int:
-    return (tokens + TILE - 1) // TILE
 
 
 @part
@@ -191,6 +186,27 @@ def _row_of_16(
 
 
 @Kernel
+def pack_all(words: Any) -> None:
+    """Pack a matrix; words: x ``[tokens, columns]``, the distance of its rows, tokens, columns, packed."""
+    _pack_all(words, floats(words, 4))
+
+
+@Kernel
+def pack_all_bfloat16(words: Any) -> None:
+    """The same for x in bfloat16, passed as uint16."""
+    _pack_all(words, shorts(words, 4))
+
+
+@part
+def _pack_all(words: Any, x: Array) -> None:
+    step, tokens, columns, packed = number(words, 5), number(words, 6), number(words, 7), floats(words, 8)
+    first, last, _ = share(words, tiles(tokens))
+    for tile in range(first, last):
+        token = tile * TILE
+        pack(x, token * step, step, min(TILE, tokens - token), columns, packed, tile * columns * TILE)
+
+
+@Kernel
 def gradients(words: Any) -> None:
     """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
     _gradients(words, floats(words, 4), floats(words, 5))
@@ -219,7 +235,7 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
     t_offsets, t_values, scratch = shorts(words, 16), floats(words, 17), floats(words, 18)
     need_values, x, width, chunks = number(words, 19), floats(words, 20), number(words, 21), number(words, 22)
     ends, offsets, nnz, sums = ints(words, 23), shorts(words, 24), number(words, 25), floats(words, 26)
-    pairs = (tiles_of(tokens) + 1) // 2
+    pairs = (tiles(tokens) + 1) // 2
     first, last, index = share(words, pairs)
     g_tile, x_tile = rows * TILE, columns * TILE
     base, made, own = 2 * index * g_tile, index * x_tile, index * nnz

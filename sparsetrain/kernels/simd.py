@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
@@ -19,7 +19,7 @@ from sparsetrain.kernels.compile import cpu_features
 LANES = 16
 # The widest vector that a register holds where AVX-512 is, and half of it elsewhere (one of AVX2, two of NEON).
 NATIVE_LANES = 16 if "+avx512f" in cpu_features() else 8
-_X86 = binding.get_process_triple().startswith(("x86_64", "i686", "amd64"))
+_AVX = "+avx," in f"{cpu_features()},"
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
@@ -198,7 +198,7 @@ def load_four(typing: Any, array: Any, offset: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         four = read(context, builder, signature.args[0], arguments[0], arguments[1], 4)
         both = shuffle(builder, four, four, [0, 1, 2, 3] * 2)
-        if not _X86:
+        if not _AVX:
             return both
         # Seen through, this would become four loads again; an empty instruction hides where the lanes come from.
         hide = ir.InlineAsm(ir.FunctionType(both.type, [both.type]), "", "=x,0", side_effect=False)

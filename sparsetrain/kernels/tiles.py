@@ -23,9 +23,10 @@ Array = Any  # numpy.ndarray; inside a kernel, Numba's array
 Int = Any  # int; inside a kernel, int64
 
 
-def tiles(tokens: int) -> int:
+@part
+def tiles(tokens: Int) -> int:
     """Return the number of tiles of ``tokens`` tokens."""
-    return -(-tokens // TILE)
+    return (tokens + TILE - 1) // TILE
 
 
 @part

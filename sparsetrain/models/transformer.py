@@ -85,10 +85,9 @@ class Transformer(nn.Module):
 
         if plan is None:
             plan = SparsityConfig(sparsity=config.sparsity, pattern=config.sparsity_pattern)
-        sparse = plan.sparsity > 0.0 or bool(plan.groups)
         # On the meta device there is nothing to draw, and a seed cannot be drawn either.
         seed = 0 if self.embed.weight.is_meta else seeds.resolve_seed(config.seed)
-        if sparse:
+        if plan.is_sparse:
             sparsify(self, plan=plan, seed=seed)
             if "head" in dict(sparse_layers(self)):
                 raise UserError("the head stays dense: add '*head*' to the exclude list of the sparsity plan")
@@ -106,8 +105,12 @@ class Transformer(nn.Module):
             sigma: base standard deviation; None is ``config.init_std``.
             seed: of the initial values; None draws one from torch's global generator.
             reinitialise: False keeps the values, for example to fine-tune.
+
+        Raises:
+            UserError: the rules' base is wider than the model.
         """
         config = self.config
+        rules.check_width(config.d_model)
         self.attention_scale = rules.attention_multiplier(config.d_head)
         self.embedding_scale = rules.embedding_multiplier()
         self.logit_scale = rules.logit_multiplier(config.d_model / (rules.base_width or config.d_model))
@@ -230,7 +233,9 @@ def tensor_specs(model: Transformer, rules: Parameterization) -> dict[str, Tenso
         module = modules[module_name]
         role = _role(module_name, leaf)
         density = module.pattern.density if isinstance(module, SparseLinear) and leaf == "values" else 1.0
-        specs[name] = TensorSpec(role, m_ffn if module_name.endswith("mlp.down") else m_d, density)
+        # A matrix counts its inputs, a bias its own length.
+        wide = ("mlp.up", "mlp.gate") if leaf == "bias" else ("mlp.down",)
+        specs[name] = TensorSpec(role, m_ffn if module_name.endswith(wide) else m_d, density)
     return specs
 
 

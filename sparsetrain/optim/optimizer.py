@@ -11,17 +11,18 @@ import torch
 
 from sparsetrain.errors import UserError, check_choice
 
-OPTIMIZERS = ("adamw",)
+OPTIMIZERS = ("adamw", "sgd")
 
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and gradient clipping.
+    """AdamW or SGD, and gradient clipping.
 
     Args:
+        name: ``adamw``, or ``sgd``, which needs ``parameterization.optimizer=sgd`` under all rules but SP.
         lr: base peak learning rate eta; the parameterization turns it into one per tensor.
         weight_decay: base lambda; likewise.
-        beta1, beta2, eps: of Adam.
+        beta1, beta2, eps: of Adam. momentum: of SGD.
         clip: largest global norm of the gradient; 0 switches clipping off.
     """
 
@@ -32,6 +33,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     eps: float = 1e-8
     clip: float = 1.0
+    momentum: float = 0.9
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
@@ -41,16 +43,18 @@ class OptimizerConfig:
         for name in ("lr", "eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be above 0 and finite")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return torch's AdamW over ``groups``, each with its own lr, weight decay and eps; fused on CPU and CUDA.
+    """Return torch's AdamW, fused on CPU and CUDA, or SGD over ``groups``, each with its own lr, weight decay and eps.
 
     The peak learning rate of each group is kept as ``initial_lr``, which the schedule multiplies.
     """
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=devices <= {"cpu", "cuda"})

@@ -135,23 +135,30 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     eps: float = 1e-8,
+    optimizer: type[torch.optim.Optimizer] | None = None,
 ) -> list[dict[str, Any]]:
     """Return optimizer groups with the learning rate, weight decay and eps that the rules give each tensor.
 
-    Parameters with the same role and the same settings share a group. Frozen parameters are left out.
+    Parameters with the same role and the same settings share a group. Frozen parameters are left out. Masks that change
+    their density later (`sparsetrain.sparsity.GMP`, variable sparsity) do not change the groups: learning rates and
+    weight decays keep the multipliers of the density at this moment, and SμPar makes no claim about what follows.
 
     Args:
         model: a `Transformer`, or a model that `parameterize` has seen.
         rules: those for which the model was initialised.
         lr: base peak learning rate eta. weight_decay: base lambda. eps: base eps of Adam.
+        optimizer: the class that the groups are for, to be told when the rules are those of the other family.
 
     Returns:
-        Dicts with ``params``, ``name``, ``lr``, ``weight_decay``, ``eps`` for any torch optimizer that takes eps.
+        Dicts with ``params``, ``name``, ``lr``, ``weight_decay`` and, under rules for Adam, ``eps``.
 
     Raises:
-        UserError: a model without roles, other rules than those it was initialised for, a parameter without a role, or
-            a layer whose density is not the one it was initialised for.
+        UserError: a model without roles, other rules than those it was initialised for, a parameter without a role,
+            a layer whose density is not the one it was initialised for, or SGD with rules for Adam or the reverse.
     """
+    if optimizer is not None:
+        sgd = issubclass(optimizer, (torch.optim.SGD, torch.optim.ASGD))
+        rules.check_optimizer("sgd" if sgd else optimizer.__name__)
     recorded = assignment(model)
     specs, depth = recorded.specs, recorded.depth
     if recorded.rules != rules:
@@ -167,8 +174,9 @@ def param_groups(
         settings = {
             "lr": rules.learning_rate(spec, lr, depth),
             "weight_decay": rules.weight_decay(spec, weight_decay),
-            "eps": rules.epsilon(spec, eps, depth),
         }
+        if rules.optimizer == "adam":
+            settings["eps"] = rules.epsilon(spec, eps, depth)
         key = (spec.role, *settings.values())
         group = groups.setdefault(key, {"params": [], "name": str(spec.role), **settings})
         group["params"].append(parameter)
@@ -226,8 +234,8 @@ def parameterize(
         ``model``.
 
     Raises:
-        UserError: a parameter without a role, a base that lacks one of the modules or has none of the rules' base
-            width, or roles that name no module.
+        UserError: a parameter without a role, a base that lacks one of the modules, is wider than the model or has none
+            of the rules' base width, or roles that name no module.
     """
     if isinstance(model, AppliesRules):
         return model.parameterize(rules, sigma, seed, reinitialise)
@@ -244,7 +252,7 @@ def parameterize(
         )
     specs: dict[str, TensorSpec] = {}
     blocks: set[str] = set()
-    for name, _ in model.named_parameters():
+    for name, parameter in model.named_parameters():
         module_name, _, leaf = name.rpartition(".")
         module = modules[module_name]
         role = module_roles[module_name]
@@ -253,12 +261,18 @@ def parameterize(
                 f"parameter '{name}' ({type(module).__name__}) has no known role: pass roles={{'{module_name}': ROLE}} "
                 f"with one of {', '.join(Role)}"
             )
-        width = _width(module)
         m_d = 1.0
         if base is not None:
             if module_name not in widths:
                 raise UserError(f"parameterize: the base model has no module '{module_name}'")
-            m_d = width / widths[module_name]
+            m_d = _width(module) / widths[module_name]
+            if leaf.endswith("bias"):
+                m_d = len(parameter) / len(getattr(base.get_submodule(module_name), leaf, parameter))
+            if m_d < 1.0:
+                raise UserError(
+                    f"parameterize: the base is wider than the model: '{module_name}' has {widths[module_name]} there "
+                    f"and {_width(module)} here; the base is the small model that was tuned"
+                )
         if role in (Role.HIDDEN, Role.OUTPUT):
             blocks.add(_block_prefix(module_name))
         density = module.pattern.density if isinstance(module, SparseLinear) and leaf == "values" else 1.0

@@ -16,8 +16,28 @@ head                        sigma                        eta                    
 ==========================  ===========================  ==============================  ============  ==========
 
 SP uses none of the multipliers, muP m_d, SuPar m_d and m_rho, CompleteP m_d and m_L, their product all three; one that
-is not used is 1. Papers: SμPar (arXiv 2405.15743, Table 1) and CompleteP (arXiv 2505.01618, Table 1). The rules hold
-for Adam-family optimizers, whose update does not depend on the scale of the gradient, and for static random masks.
+is not used is 1. Papers: SμPar (arXiv 2405.15743, Table 1) and CompleteP (arXiv 2505.01618, Table 1). Both hold for
+static random masks.
+
+The learning rates above are those of Adam-family optimizers, whose update does not depend on the scale of the gradient.
+SGD (``optimizer="sgd"``) steps by the gradient itself and has rules of its own:
+
+==================================  =====================================
+tensor                              learning rate under SGD
+==================================  =====================================
+hidden matrix, output projection    eta / m_rho m_L^(2a - 1)
+bias, norm inside a block           eta m_d m_L^(2a - 1)
+embedding, positions                eta m_d embedding_lr_multiplier
+final norm and its bias; head       eta m_d
+==================================  =====================================
+
+They follow from one count. The head divides by m_d, so every gradient of an activation is 1 / m_d times that of the
+base, whatever the density: fan_out m_rho live terms of variance 1 / (fan_in m_rho). Inside a branch it is m_L^-a times
+smaller still. A matrix W with gradient g x^T changes its output by lr g (x . x) over its live inputs, that is by
+lr m_d m_rho / m_d = lr m_rho times the base; a vector changes by lr g, that is lr / m_d. The branch then passes m_L^-a
+of it on, and each of the m_L branches may move the residual stream by 1 / m_L: lr m_L^(-2a) = 1 / m_L. Widths inside
+the blocks are taken to grow with the model's. Weight decay follows the same rule as under Adam: `width` and
+`width_density` undo what width and density did to the learning rate. There is no eps.
 """
 
 from __future__ import annotations
@@ -39,7 +59,7 @@ class Role(StrEnum):
     NORM = "norm"  # a gain inside a block
     BIAS = "bias"  # a bias, of a matrix or a norm, inside a block
     FINAL_NORM = "final_norm"
-    FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head
+    FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head; m_d tells the two apart
     HEAD = "head"
     PROMPT = "prompt"  # soft-prompt vectors
 
@@ -51,7 +71,9 @@ UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT
 SCHEMES = ("sp", "mup", "supar", "completep", "supar_completep")
 ATTENTION_SCALES = ("auto", "sqrt", "linear")
 WD_RULES = ("coupled", "width", "width_density")
-EPS_RULES = ("auto", "fixed", "table")
+EPS_RULES = ("auto", "fixed", "table", "everywhere")
+OUTPUT_RULES = ("shrunk", "plain")
+OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
@@ -60,14 +82,25 @@ class TensorSpec:
 
     Args:
         role: what it does.
-        m_d: fan_in over the fan_in of the same matrix at the base width; for a norm or a bias the same ratio of its
-            width.
+        m_d: fan_in over the fan_in of the same matrix at the base width; for a norm or a bias the ratio of its own
+            length, so 1 for the bias of the head.
         density: nnz over the number of elements; 1 for everything dense.
+
+    Raises:
+        UserError: an unknown role, a multiplier that is not positive, or a density outside (0, 1].
     """
 
     role: Role
     m_d: float = 1.0
     density: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("role", self.role, Role)
+        object.__setattr__(self, "role", Role(self.role))
+        if not 0.0 < self.m_d < math.inf:
+            raise UserError(f"m_d={self.m_d} of a tensor with role {self.role} must be above 0 and finite")
+        if not 0.0 < self.density <= 1.0:
+            raise UserError(f"density={self.density} of a tensor with role {self.role} must lie in (0, 1]")
 
 
 @dataclass(frozen=True)
@@ -84,8 +117,12 @@ class Parameterization:
             elsewhere.
         wd_rule: ``coupled`` leaves lambda as it is, so that the decay per step lr * lambda follows the learning rate;
             ``width`` multiplies it by m_d and ``width_density`` by m_d m_rho, which keeps lr * lambda constant.
-        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks; ``auto`` becomes ``table`` under
-            CompleteP and the product, and ``fixed`` elsewhere.
+        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks; ``everywhere`` gives it to every
+            tensor, as the public code of CompleteP does; ``auto`` becomes ``table`` under CompleteP and the product,
+            and ``fixed`` elsewhere.
+        output_rule: ``shrunk`` divides the initial values of output projections by sqrt(2 L_ref); ``plain`` does not,
+            as the public code of CompleteP.
+        optimizer: whose rules hold: ``adam`` for Adam, AdamW and their relatives, ``sgd`` for plain and momentum SGD.
 
     Raises:
         UserError: an unknown choice, or a multiplier or base that is not positive.
@@ -102,12 +139,16 @@ class Parameterization:
     attention_scale: str = "auto"
     wd_rule: str = "width_density"
     eps_rule: str = "auto"
+    output_rule: str = "shrunk"
+    optimizer: str = "adam"
 
     def __post_init__(self) -> None:
         check_choice("parameterization", self.scheme, SCHEMES)
         check_choice("parameterization.attention_scale", self.attention_scale, ATTENTION_SCALES)
         check_choice("parameterization.wd_rule", self.wd_rule, WD_RULES)
         check_choice("parameterization.eps_rule", self.eps_rule, EPS_RULES)
+        check_choice("parameterization.output_rule", self.output_rule, OUTPUT_RULES)
+        check_choice("parameterization.optimizer", self.optimizer, OPTIMIZERS)
         if self.eps_rule == "auto":
             object.__setattr__(self, "eps_rule", "table" if self.uses_depth else "fixed")
         if self.uses_width and not self.base_width:
@@ -184,6 +225,26 @@ class Parameterization:
     def uses_depth(self) -> bool:
         return self.scheme in ("completep", "supar_completep")
 
+    def check_width(self, d_model: int, field: str = "d_model") -> None:
+        """Raise `UserError` if the base is wider than a model of ``d_model``: transfer goes from small to large."""
+        if self.uses_width and self.base_width and self.base_width > d_model:
+            raise UserError(
+                f"parameterization.base_width={self.base_width} is wider than the model ({field}={d_model}); "
+                "the base is the small model that was tuned, at most as wide"
+            )
+
+    def check_optimizer(self, name: str) -> None:
+        """Raise `UserError` unless the rules are derived for the optimizer ``name``, such as ``adamw`` or ``sgd``.
+
+        SP scales nothing, so it fits both families.
+        """
+        family = "sgd" if name.lower() in ("sgd", "asgd") else "adam"
+        if self.uses_width and family != self.optimizer:
+            raise UserError(
+                f"optimizer.name={name} with parameterization.optimizer={self.optimizer}: the learning rates of "
+                f"{self.scheme} differ between the families; set parameterization.optimizer={family}"
+            )
+
     def _m_d(self, spec: TensorSpec) -> float:
         return spec.m_d if self.uses_width else 1.0
 
@@ -202,33 +263,42 @@ class Parameterization:
         if spec.role not in MATRICES:
             return sigma
         std = sigma / math.sqrt(self._m_d(spec) * self._m_rho(spec))
-        if spec.role is Role.OUTPUT:
+        if spec.role is Role.OUTPUT and self.output_rule == "shrunk":
             reference = self.base_layers if self.uses_depth and self.base_layers else n_layers
             std /= math.sqrt(2 * reference)
         return std
 
+    def _divisor(self, spec: TensorSpec, density: bool = True) -> float:
+        """Return what the learning rate is divided by for width and, unless ``density`` is False, density."""
+        if self.optimizer == "sgd":
+            if spec.role not in MATRICES:
+                return 1.0 / self._m_d(spec)
+            return self._m_rho(spec) if density else 1.0
+        if spec.role not in MATRICES:
+            return 1.0
+        return self._m_d(spec) * self._m_rho(spec) if density else self._m_d(spec)
+
     def learning_rate(self, spec: TensorSpec, lr: float, n_layers: int) -> float:
         """Return the peak learning rate of the tensor for the base rate ``lr``."""
+        lr = lr / self._divisor(spec)
         if spec.role in (Role.EMBEDDING, Role.POSITION):
             return lr * self.embedding_lr_multiplier
         if spec.role not in INSIDE_BLOCK:
             return lr
-        if spec.role in MATRICES:
-            lr = lr / (self._m_d(spec) * self._m_rho(spec))
-        return lr * self._m_l(n_layers) ** (self.alpha - 1.0)
+        exponent = 2.0 * self.alpha - 1.0 if self.optimizer == "sgd" else self.alpha - 1.0
+        return lr * self._m_l(n_layers) ** exponent
 
     def weight_decay(self, spec: TensorSpec, weight_decay: float) -> float:
-        """Return the decay coefficient of AdamW, whose decay per step is learning rate times this."""
+        """Return the decay coefficient of AdamW or SGD, whose decay per step is learning rate times this."""
         if spec.role in UNDECAYED:
             return 0.0
-        if spec.role not in MATRICES or self.wd_rule == "coupled":
+        if self.wd_rule == "coupled":
             return weight_decay
-        density = self._m_rho(spec) if self.wd_rule == "width_density" else 1.0
-        return weight_decay * self._m_d(spec) * density
+        return weight_decay * self._divisor(spec, density=self.wd_rule == "width_density")
 
     def epsilon(self, spec: TensorSpec, eps: float, n_layers: int) -> float:
         """Return Adam's eps."""
-        if self.eps_rule == "fixed" or spec.role not in INSIDE_BLOCK:
+        if self.eps_rule == "fixed" or (self.eps_rule == "table" and spec.role not in INSIDE_BLOCK):
             return eps
         return eps / self._m_d(spec) * self._m_l(n_layers) ** -self.alpha
 

@@ -14,7 +14,7 @@ from sparsetrain.report.findings import cautions, findings
 from sparsetrain.report.plots import Picture, pictures
 from sparsetrain.report.schema import Report
 from sparsetrain.report.style import PAGE_STYLE
-from sparsetrain.report.tables import Sheet, cost, flops, memory, results
+from sparsetrain.report.tables import Sheet, cost, flops, masks, memory, results
 from sparsetrain.report.text import byte_size, clean, duration, flatten
 
 _FORMULA = "F = 6 · [ Σ nnz(hidden matrices) + V·d + 2·L·T·d ]   FLOPs per training token"
@@ -65,6 +65,7 @@ def render_html(report: Report) -> str:
             "<p>nnz: stored weights; V: vocabulary; d: model width; L: layers; T: context. Attention is counted dense "
             "and non-causal. Norms, softmax, the embedding look-up and the optimizer are left out.</p>",
         ),
+        _section("Masks", _table(masks(report))),
         _section("Memory", _figures(figures, "bytes"), _table(memory(report)), _peak(report)),
         _section("What this does not show", _list([*report.get("limits", []), *_ALWAYS_LIMITS])),
         _section("What was run", _provenance(report)),

@@ -15,18 +15,21 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib import font_manager
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ft2font import FT2Font
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter
 
+from sparsetrain.files import whole_file
 from sparsetrain.report.findings import STAGE_NAMES, scored
 from sparsetrain.report.schema import STAGES, Arm, Point, Report, terms
 from sparsetrain.report.tables import TERM_NAMES, Group, results, term_names
@@ -263,11 +266,32 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.nda
 
 
 @contextmanager
-def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
-    """Yield a figure with one set of axes, drawn under this file's settings alone."""
+def styled() -> Iterator[None]:
+    """Draw under this file's settings alone, whatever the reader's own are."""
     with mpl.rc_context():
         mpl.rcdefaults()  # unlike rcParams.update(rcParamsDefault), this leaves the backend and pyplot alone
         mpl.rcParams.update(_STYLE)
+        yield
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write a figure on white, whole or not at all, without a date or the version that drew it."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+
+
+def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
+    """Label a logarithmic axis with plain numbers: at ``values``, or at matplotlib's own places."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    if values is not None:
+        axis.set_major_locator(FixedLocator(list(values)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+@contextmanager
+def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
+    """Yield a figure with one set of axes, drawn under this file's settings alone."""
+    with styled():
         figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
         axes = figure.add_subplot()
         figure.suptitle(title, x=0.012, ha="left", fontsize=10, fontweight="bold")

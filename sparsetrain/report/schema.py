@@ -58,6 +58,7 @@ class Baseline(TypedDict):
 class Arm(TypedDict):
     """One sparsity of the pipeline.
 
+    ``masks`` says how masks that changed ended: the rule, and numbers over all sparse layers.
     ``train_flops`` is computed by the formula of `sparsetrain.cost.flops`; ``flops`` splits it into terms
     that add up to it (with their sum as ``total``, if given). ``bytes`` and ``seconds`` are measured.
     """
@@ -73,6 +74,7 @@ class Arm(TypedDict):
     flops: NotRequired[dict[str, float]]
     bytes: NotRequired[dict[str, float]]
     seconds: NotRequired[dict[str, float]]
+    masks: NotRequired[dict[str, Any]]
 
 
 class Report(TypedDict):
@@ -174,6 +176,11 @@ def _check_arm(content: object, path: str) -> None:
         for value in (summed, arm["flops"].get("total", summed)):
             if not math.isclose(value, flops, rel_tol=1e-6):
                 raise UserError(f"{path}.flops adds up to {value:.6g}; train_flops={flops:.6g} must be the same")
+    if "masks" in arm:
+        group = _mapping(arm["masks"], f"{path}.masks")
+        _text(group, "rule", f"{path}.masks")
+        for name in ("density", "target_density", "itop_rate", "mask_overlap"):
+            _number(group, name, f"{path}.masks", low=0.0, high=1.0)
     curves = _mapping(arm.get("curves", {}), f"{path}.curves")
     for name, points in curves.items():
         if not isinstance(points, list):

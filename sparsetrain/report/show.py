@@ -10,7 +10,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
-from sparsetrain.report.tables import print_report, run_metrics
+from sparsetrain.report.tables import layer_masks, print_report, run_metrics
 from sparsetrain.report.text import scalar
 from sparsetrain.training.metrics import read_metrics
 
@@ -67,6 +67,10 @@ def _show_stage(directory: Path, console: Console) -> None:
         for key in (*_HEADLINES, *_RESULTS):
             if key in result:
                 console.print(f"{key:18} {scalar(result[key])}", highlight=False, soft_wrap=True)
+        masks = result.get("masks", {})
+        if masks.get("rule", "Static") != "Static":
+            console.print(f"{'masks':18} {masks['rule']}", highlight=False)
+            console.print(layer_masks(masks["layers"]).rich())
     else:
         console.print(f"{'status':18} {_status(directory)}; the command that started it goes on", highlight=False)
     if (directory / METRICS).exists():

@@ -34,6 +34,7 @@ TERM_NAMES = {
     "sparse_linears": "hidden matrices",
     "head": "output head",
     "attention": "attention",
+    "mask_updates": "dense gradients of mask updates",
     "parameters": "parameters",
     "gradients": "gradients",
     "optimizer": "optimizer state",
@@ -80,24 +81,32 @@ class Sheet:
 
 
 def sheets(report: Report) -> list[Sheet]:
-    """Return every table that the report has data for: results, cost, FLOPs by term, bytes."""
-    candidates = (results(report), cost(report), flops(report), memory(report))
+    """Return every table that the report has data for: results, cost, FLOPs by term, bytes, masks that evolved."""
+    candidates = (results(report), cost(report), flops(report), memory(report), masks(report))
     return [sheet for sheet in candidates if sheet.rows]
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print what was found, what to be wary of, and every table; to the terminal if no ``console`` is given."""
-    console = console or Console()
-    if not console.is_terminal:
-        # A file has no width: take what the tables need, not the 80 columns that rich assumes.
-        console = Console(file=console.file, width=max(console.width, _FILE_WIDTH))
+    console = _wide(console or Console())
     for sentence in findings(report):
         console.print(Text(f"- {sentence}"))
     for sentence in cautions(report):
         console.print(Text(f"! {sentence}", style="yellow"))
-    for sheet in sheets(report):
+    print_sheets(sheets(report), console)
+
+
+def print_sheets(tables: Sequence[Sheet], console: Console) -> None:
+    """Print tables, each after an empty line."""
+    console = _wide(console)
+    for sheet in tables:
         console.print()
         console.print(sheet.rich())
+
+
+def _wide(console: Console) -> Console:
+    """Return a console for a file that is as wide as the tables need, not the 80 columns that rich assumes."""
+    return console if console.is_terminal else Console(file=console.file, width=max(console.width, _FILE_WIDTH))
 
 
 def results(report: Report) -> Sheet:
@@ -162,15 +171,43 @@ def memory(report: Report) -> Sheet:
     return _by_term(report, "bytes", "Bytes of the training state", byte_size, peak)
 
 
+def masks(report: Report) -> Sheet:
+    """Return how the masks of each arm ended, of those whose masks changed; no rows where none did."""
+    changed = [arm for arm in report["arms"] if arm.get("masks", {}).get("rule", "Static") != "Static"]
+    rows = []
+    for arm in changed:
+        entry = arm["masks"]
+        numbers = (f"{entry[key]:.4f}" for key in ("density", "target_density", "itop_rate", "mask_overlap"))
+        rows.append((clean(arm["name"]), clean(entry["rule"]), *numbers, str(entry.get("dead_rows", ABSENT))))
+    columns = ("Arm", "Rule", "Density", "Target", "Ever active (R_s)", "Overlap with first mask", "Dead rows")
+    note = "At the end of pre-training, over all sparse layers. R_s: the fraction of weights that were ever active."
+    return Sheet("Masks", columns, tuple(rows), note)
+
+
+def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    """Return the masks of a run's layers at its end, as its ``result.json`` holds them."""
+    keys = {"nnz": "Weights", "density": "Density", "target_density": "Target", "itop_rate": "Ever active (R_s)"}
+    keys |= {"overlap": "Overlap with first mask", "dead_rows": "Dead rows"}
+    rows = [(clean(name), *(_metric(layer.get(key)) for key in keys)) for name, layer in layers.items()]
+    return Sheet("Masks", ("Layer", *keys.values()), tuple(rows))
+
+
 def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
     """Return the metrics of one run, as its ``metrics.jsonl`` holds them, in at most about ``limit`` rows.
 
     The first and the last row are always shown, and so is each one with a validation loss as long as those
-    fit; the others are evenly spaced. A column is shown if any row has it.
+    fit; the others are evenly spaced. A column is shown if any row has it, those of masks if they changed.
     """
     columns = {"step": "Step", "tokens": "Tokens", "loss": "Loss", "val_loss": "Validation loss"}
     columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
+    # What masks do is worth a column where they do something.
+    watched = {"density": "Density", "target_density": "Target", "itop_rate": "R_s", "mask_overlap": "Overlap"}
+    changing = len({row["mask_overlap"] for row in rows if "mask_overlap" in row}) > 1
+    changing |= len({row["density"] for row in rows if "density" in row}) > 1
+    if changing:
+        columns |= watched
+        present += watched
     evaluated = [index for index, row in enumerate(rows) if row.get("val_loss") is not None]
     kept = set(_spread(evaluated, limit)) or set(_spread(range(len(rows)), limit))
     if rows:

@@ -1,27 +1,68 @@
-"""Patterns, sparse layers, and the surgery that puts them into a model."""
+"""Patterns, sparse layers, the surgery that puts them into a model, and masks that evolve."""
 
-from sparsetrain.sparsity.allocation import SparsityConfig, SparsityGroup, allocate
+from sparsetrain.sparsity.allocation import allocate, allocate_densities
+from sparsetrain.sparsity.auto import choose
+from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, SparsityGroup
 from sparsetrain.sparsity.csr_backend import CsrBackend
+from sparsetrain.sparsity.evolution import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
+from sparsetrain.sparsity.init import (
+    PatternSpec,
+    balanced_pattern,
+    block_pattern,
+    given_pattern,
+    magnitude_pattern,
+    make_pattern,
+    nm_pattern,
+    pattern_nnz,
+    random_pattern,
+)
 from sparsetrain.sparsity.linear import SparseLinear
-from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, sparse_linear
+from sparsetrain.sparsity.manager import LayerReport, MaskManager, MaskUpdate
+from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
+from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register_elementwise_optimizer
 from sparsetrain.sparsity.triton_backend import register_triton
 
-register_triton()
-
 register_backend(CsrBackend())
+register_triton()
+set_choice(choose)
 
 __all__ = [
+    "GMP",
+    "SET",
     "Backend",
+    "EvolutionConfig",
+    "LayerReport",
+    "MaskManager",
+    "MaskUpdate",
+    "PatternSpec",
+    "Phase",
+    "RigL",
+    "Rule",
     "SparseLinear",
     "SparsityConfig",
     "SparsityGroup",
     "SparsityPattern",
+    "Static",
+    "TopologyUpdate",
+    "VariableSparsity",
     "allocate",
+    "allocate_densities",
+    "apply_update",
     "backend_names",
+    "balanced_pattern",
+    "block_pattern",
     "densify",
+    "given_pattern",
+    "magnitude_pattern",
+    "make_pattern",
+    "make_rule",
+    "nm_pattern",
+    "pattern_nnz",
+    "random_pattern",
     "register_backend",
+    "register_elementwise_optimizer",
     "sparse_layers",
     "sparse_linear",
     "sparsify",

@@ -1,13 +1,23 @@
-"""Which positions of a matrix hold weights at the start of training."""
+"""Which positions of a matrix hold weights at the start of training.
+
+Every pattern has a number of nonzeros that is a function of its spec, the shape and the density alone
+(`pattern_nnz`): SμPar (arXiv 2405.15743) divides by the density, and comparisons at equal FLOPs count it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.select import bands, largest_remainder, random_cells, split_evenly, top_cells
+
+CURVEBALL_ROUNDS = 16  # trades per row, after which a fan-out balanced pattern keeps no trace of how it was begun
 
 
 def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
@@ -16,7 +26,156 @@ def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
         raise UserError(f"{field}={sparsity!r} must be a number in [0, 1)")
 
 
-def random_pattern(shape: tuple[int, int], density: float, generator: torch.Generator) -> SparsityPattern:
+@dataclass(frozen=True)
+class PatternSpec:
+    """A kind of pattern and its options.
+
+    Args:
+        name: one of `PATTERNS`.
+        block: rows and columns of a block, for ``block`` and ``magnitude``. ``block`` may leave a remainder at the
+            right and lower edge; ``magnitude`` needs a block that divides the matrix.
+        m: for ``nm``: the length of the groups of consecutive inputs of which each keeps ``density * m``.
+        fan_out: for ``balanced``: also give each input the same number of outputs.
+        bands: rows and columns of equal bands, each of which gets the same share of the weights: ``(n_heads, 1)``
+            ranks or draws inside each head of a projection into heads. For ``random``, ``block`` and ``magnitude``.
+
+    Raises:
+        UserError: an unknown name, or an option that the pattern does not have.
+    """
+
+    name: str = "random"
+    block: tuple[int, int] = (1, 1)
+    m: int = 4
+    fan_out: bool = False
+    bands: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        check_choice("pattern", self.name, PATTERNS)
+        for option in ("block", "bands"):
+            value = getattr(self, option)
+            if len(value) != 2 or not all(isinstance(side, int) and side >= 1 for side in value):
+                raise UserError(f"{option}={list(value)} must be two whole numbers of at least 1: rows, columns")
+            object.__setattr__(self, option, (int(value[0]), int(value[1])))
+        if self.block != (1, 1) and self.name not in ("block", "magnitude"):
+            raise UserError(f"block={list(self.block)} is an option of block and magnitude, not of {self.name}")
+        if self.block == (1, 1) and self.name == "block":
+            raise UserError("block=[1, 1]: the pattern 'block' needs a larger block, for example [16, 16]")
+        if self.bands != (1, 1) and self.name not in ("random", "block", "magnitude"):
+            raise UserError(f"bands={list(self.bands)} are an option of random, block, magnitude, not of {self.name}")
+        if self.m < 1:
+            raise UserError(f"m={self.m} must be at least 1")
+
+
+# ------------------------------------------------------------------------------------------------------- counts
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise UserError(f"density={density} must lie in (0, 1]")
+
+
+def _count(shape: tuple[int, int], density: float) -> int:
+    """Return ``round(density * R * C)``, the number of nonzeros where nothing else restricts it."""
+    _check_density(density)
+    rows, columns = shape
+    nnz = round(density * rows * columns)
+    if nnz < 1:
+        raise UserError(f"density={density} leaves no weight at all in a {rows}x{columns} matrix")
+    return nnz
+
+
+def _grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Return how many blocks a matrix has, downwards and across, those of the remainder included."""
+    if block[0] > shape[0] or block[1] > shape[1]:
+        raise UserError(f"block {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}")
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+@dataclass(frozen=True)
+class _Region:
+    """Blocks of one size: those inside, or those that an edge of the matrix cuts off."""
+
+    place: tuple[slice, slice]
+    size: int
+    kept: int
+
+
+def _regions(spec: PatternSpec, shape: tuple[int, int], density: float) -> list[_Region]:
+    """Return the regions of a block pattern and how many blocks each keeps; more than one where there is a remainder.
+
+    A share of its own for each size of block makes the number of nonzeros independent of the draw.
+    """
+    _check_density(density)
+    if spec.block == (1, 1):
+        _count(shape, density)
+    (rows, columns), (bh, bw) = shape, spec.block
+    grid = _grid(shape, spec.block)
+    inner = rows // bh, columns // bw
+    if spec.bands != (1, 1) and inner != grid:
+        raise UserError(f"bands={list(spec.bands)} need a block that divides the matrix {rows}x{columns}")
+    if inner == grid:
+        kept = _blocks_kept(spec, shape, density, grid)
+        parts = bands(grid, spec.bands)
+        return [_Region(part, bh * bw, n) for part, n in zip(parts, split_evenly(kept, len(parts)), strict=True)]
+    sides = [
+        [(slice(0, whole), length) for whole, length in ((inner[axis], spec.block[axis]),) if whole]
+        + [(slice(inner[axis], grid[axis]), shape[axis] % spec.block[axis])] * (grid[axis] > inner[axis])
+        for axis in (0, 1)
+    ]
+    places = [((row, column), height * width) for row, height in sides[0] for column, width in sides[1]]
+    counts = [(row.stop - row.start) * (column.stop - column.start) for (row, column), _ in places]
+    kept = _blocks_kept(spec, shape, density, grid)
+    shares = largest_remainder([density * count for count in counts], kept, counts)
+    return [_Region(place, size, n) for (place, size), n in zip(places, shares, strict=True)]
+
+
+def _blocks_kept(spec: PatternSpec, shape: tuple[int, int], density: float, grid: tuple[int, int]) -> int:
+    if spec.block == (1, 1):
+        return _count(shape, density)
+    kept = round(density * grid[0] * grid[1])
+    if kept < 1:
+        size, matrix = f"{spec.block[0]}x{spec.block[1]}", f"{shape[0]}x{shape[1]}"
+        raise UserError(f"density={density} leaves no block of {size} at all in a {matrix} matrix")
+    return kept
+
+
+def _kept_of_m(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return n of an n:m pattern."""
+    _check_density(density)
+    if shape[1] % spec.m:
+        raise UserError(f"m={spec.m} does not divide the {shape[1]} inputs of a {shape[0]}x{shape[1]} matrix")
+    n = round(density * spec.m)
+    if n < 1 or abs(n - density * spec.m) > 1e-6:
+        near = min(max(n, 1), spec.m)
+        raise UserError(
+            f"density={density:g} is no whole number of {spec.m}: the pattern nm with m={spec.m} needs a multiple of "
+            f"{1 / spec.m:g}, such as sparsity={1 - near / spec.m:g}"
+        )
+    return n
+
+
+def pattern_nnz(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return the exact number of nonzeros that `make_pattern` gives, without drawing anything.
+
+    It is ``round(density * R * C)`` unless the pattern comes in blocks or groups; then it is the nearest number of
+    whole blocks (with a remainder: for each size of block).
+
+    Raises:
+        UserError: as `make_pattern`.
+    """
+    if spec.name == "nm":
+        return _kept_of_m(spec, shape, density) * shape[0] * (shape[1] // spec.m)
+    if spec.block != (1, 1) or spec.bands != (1, 1):
+        return sum(region.kept * region.size for region in _regions(spec, shape, density))
+    return _count(shape, density)
+
+
+# ----------------------------------------------------------------------------------------------------- patterns
+
+
+def random_pattern(
+    shape: tuple[int, int], density: float, generator: torch.Generator, bands: tuple[int, int] = (1, 1)
+) -> SparsityPattern:
     """Return a uniformly random pattern with exactly ``round(density * R * C)`` nonzeros.
 
     The count is exact, not Bernoulli: SμPar (arXiv 2405.15743) divides by the density, and at small widths the
@@ -25,24 +184,231 @@ def random_pattern(shape: tuple[int, int], density: float, generator: torch.Gene
     Raises:
         UserError: density outside (0, 1], or so small that no weight is left.
     """
-    if not 0.0 < density <= 1.0:
-        raise UserError(f"density={density} must lie in (0, 1]")
-    rows, columns = shape
-    nnz = round(density * rows * columns)
-    if nnz < 1:
-        raise UserError(f"density={density} leaves no weight at all in a {rows}x{columns} matrix")
+    return make_pattern(PatternSpec("random", bands=bands), shape, density, generator)
+
+
+def block_pattern(
+    shape: tuple[int, int],
+    density: float,
+    generator: torch.Generator,
+    block: tuple[int, int],
+    bands: tuple[int, int] = (1, 1),
+) -> SparsityPattern:
+    """Return a pattern of randomly placed blocks.
+
+    Where the block divides the matrix, the pattern stores blocks. Otherwise blocks at the right and lower edge are cut
+    off, each size of block keeps its share, and the pattern stores single weights.
+
+    Raises:
+        UserError: a block larger than the matrix, or a density outside (0, 1] or too small for one block.
+    """
+    return make_pattern(PatternSpec("block", block=block, bands=bands), shape, density, generator)
+
+
+def magnitude_pattern(
+    weight: Tensor, density: float, block: tuple[int, int] = (1, 1), bands: tuple[int, int] = (1, 1)
+) -> SparsityPattern:
+    """Return the pattern of the largest magnitudes of ``weight`` ``[R, C]``; of blocks, by the sum of magnitudes.
+
+    Args:
+        bands: rank inside each band on its own, for example each head.
+
+    Raises:
+        UserError: density out of range, a block or bands that do not divide the matrix, or a weight that is NaN.
+    """
+    rows, columns = weight.shape
+    spec = PatternSpec("magnitude", block=block, bands=bands)
+    return make_pattern(spec, (rows, columns), density, torch.Generator(), weight)
+
+
+def balanced_pattern(
+    shape: tuple[int, int], density: float, generator: torch.Generator, fan_out: bool = False
+) -> SparsityPattern:
+    """Return a random pattern with the same fan-in in every row: counts differ by at most one, the total is exact.
+
+    Args:
+        fan_out: give the columns counts that differ by at most one, too.
+    """
+    return make_pattern(PatternSpec("balanced", fan_out=fan_out), shape, density, generator)
+
+
+def nm_pattern(shape: tuple[int, int], n: int, m: int, generator: torch.Generator) -> SparsityPattern:
+    """Return a random n:m pattern: of every ``m`` consecutive inputs of an output, ``n`` have a weight."""
+    return make_pattern(PatternSpec("nm", m=m), shape, n / m, generator)
+
+
+def given_pattern(mask: Any, block: tuple[int, int] = (1, 1)) -> SparsityPattern:
+    """Return a mask of the user's own as a pattern.
+
+    Args:
+        mask: bool ``[out_features, in_features]`` as a tensor or an array, a `SparsityPattern`, or a scipy sparse
+            matrix or array, of which the entries other than zero count.
+
+    Raises:
+        UserError: another type or dtype, or blocks that are only partly true.
+    """
+    if isinstance(mask, SparsityPattern):
+        return mask
+    if isinstance(mask, Tensor):
+        return SparsityPattern.from_mask(mask, block)
+    if hasattr(mask, "tocsr") and hasattr(mask, "nnz"):  # scipy.sparse, without importing it
+        csr = mask.tocsr().astype(bool)
+        csr.sum_duplicates()
+        csr.eliminate_zeros()
+        csr.sort_indices()
+        shape = (int(csr.shape[0]), int(csr.shape[1]))
+        pattern = SparsityPattern(shape, torch.as_tensor(csr.indptr), torch.as_tensor(csr.indices))
+        return pattern if block == (1, 1) else SparsityPattern.from_mask(pattern.mask(), block)
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        return SparsityPattern.from_mask(torch.as_tensor(mask), block)
+    raise UserError(f"mask is a {type(mask).__name__}; a bool tensor or array, or a scipy sparse matrix is needed")
+
+
+def full_pattern(shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> SparsityPattern:
+    """Return the pattern without a zero, in blocks where they divide the matrix: where gradual pruning begins."""
+    return _unit_pattern(shape, torch.ones(_grid(shape, block), dtype=torch.bool, device="cpu"), block)
+
+
+def _unit_pattern(shape: tuple[int, int], units: Tensor, block: tuple[int, int]) -> SparsityPattern:
+    """Return the pattern whose blocks are the true ``units``, bool ``[ceil(R / bh), ceil(C / bw)]``."""
+    (rows, columns), (bh, bw) = shape, block
+    if (rows % bh, columns % bw) != (0, 0):
+        full = units.repeat_interleave(bh, 0).repeat_interleave(bw, 1)
+        return SparsityPattern.from_mask(full[:rows, :columns].contiguous())
+    grid = SparsityPattern.from_mask(units)
+    return grid if block == (1, 1) else SparsityPattern(shape, grid.row_ptr, grid.col, block)
+
+
+def _random(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    regions = _regions(spec, shape, density)
     # On the CPU whatever torch's default device is: so is the generator.
-    mask = torch.zeros(rows * columns, dtype=torch.bool, device="cpu")
-    mask[torch.randperm(rows * columns, generator=generator, device="cpu")[:nnz]] = True
-    return SparsityPattern.from_mask(mask.view(rows, columns))
+    units = torch.zeros(_grid(shape, spec.block), dtype=torch.bool, device="cpu")
+    for region in regions:
+        candidates = torch.ones_like(units[region.place])
+        units[region.place] = random_cells(candidates, region.kept, generator)
+    return _unit_pattern(shape, units, spec.block)
 
 
-PATTERNS: dict[str, Callable[[tuple[int, int], float, torch.Generator], SparsityPattern]] = {
-    "random": random_pattern,
+def _magnitude(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    if weight is None:
+        raise UserError("pattern 'magnitude' ranks weights; there are none here: sparsify a model that has them")
+    if tuple(weight.shape) != shape:
+        raise UserError(f"weight has shape {tuple(weight.shape)}; the pattern needs {shape}")
+    (rows, columns), (bh, bw) = shape, spec.block
+    if rows % bh or columns % bw:
+        raise UserError(f"block {bh}x{bw} does not divide the matrix {rows}x{columns}")
+    scores = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+    scores = scores.reshape(rows // bh, bh, columns // bw, bw).sum((1, 3))
+    if bool(scores.isnan().any()):
+        raise UserError("pattern 'magnitude': the weight has values that are not a number")
+    units = torch.zeros_like(scores, dtype=torch.bool)
+    for region in _regions(spec, shape, density):
+        units[region.place] = top_cells(scores[region.place], region.kept)
+    return _unit_pattern(shape, units, spec.block)
+
+
+def _balanced(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    rows, columns = shape
+    counts = torch.tensor(split_evenly(_count(shape, density), rows), device="cpu")
+    counts = counts[torch.randperm(rows, generator=generator, device="cpu")]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
+    if not spec.fan_out:
+        order = torch.rand(rows, columns, generator=generator, device="cpu").topk(int(counts.max())).indices
+        return SparsityPattern.from_mask(mask.scatter_(1, order, torch.arange(order.shape[1]) < counts[:, None]))
+    # Deal a shuffled deck of columns round and round: no row gets a column twice, and columns stay within one of each
+    # other. Then trade between rows, which keeps both sums, until the order of dealing has left no trace.
+    deck = torch.randperm(columns, generator=generator, device="cpu")
+    row = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts)
+    mask[row, deck[torch.arange(len(row), device="cpu") % columns]] = True
+    for _ in range(CURVEBALL_ROUNDS if rows > 1 else 0):
+        _trade(mask, generator)
+    return SparsityPattern.from_mask(mask)
+
+
+def _trade(mask: Tensor, generator: torch.Generator) -> None:
+    """Pair the rows at random and redistribute in each pair what only one of the two has (Strona et al. 2014)."""
+    pairs = torch.randperm(mask.shape[0], generator=generator, device="cpu")
+    pairs = pairs[: len(pairs) // 2 * 2].view(-1, 2)
+    one, other = mask[pairs[:, 0]], mask[pairs[:, 1]]
+    open_to_trade = one ^ other
+    keep = (one & ~other).sum(1, keepdim=True)
+    keys = torch.rand(one.shape, generator=generator, device="cpu").masked_fill_(~open_to_trade, 2.0)
+    order = keys.argsort(1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    mask[pairs[:, 0]] = (one & other) | (open_to_trade & (rank < keep))
+    mask[pairs[:, 1]] = (one & other) | (open_to_trade & (rank >= keep))
+
+
+def _nm(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    n = _kept_of_m(spec, shape, density)
+    keys = torch.rand(shape[0], shape[1] // spec.m, spec.m, generator=generator, device="cpu")
+    mask = torch.zeros(keys.shape, dtype=torch.bool, device="cpu").scatter_(2, keys.topk(n).indices, True)
+    return SparsityPattern.from_mask(mask.view(shape))
+
+
+def _regular(shape: tuple[int, int], density: float, column: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the mask whose row r has its j-th of k weights at ``column(r, j, k)``; no randomness."""
+    rows, columns = shape
+    nnz = _count(shape, density)
+    ends = torch.arange(rows + 1, device="cpu") * nnz // rows
+    counts = ends[1:] - ends[:-1]
+    row = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts)
+    place = torch.arange(nnz, device="cpu") - ends[row]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
+    mask[row, column(row, place, counts[row]) % columns] = True
+    return mask
+
+
+def _banded(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    rows, columns = shape
+    return SparsityPattern.from_mask(_regular(shape, density, lambda r, j, k: r * columns // rows + j - k // 2))
+
+
+def _checkerboard(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    return SparsityPattern.from_mask(_regular(shape, density, lambda r, j, k: j * shape[1] // k + r))
+
+
+Maker = Callable[[PatternSpec, tuple[int, int], float, torch.Generator, Tensor | None], SparsityPattern]
+
+PATTERNS: dict[str, Maker] = {
+    "random": _random,  # uniformly at random
+    "balanced": _balanced,  # the same fan-in in every row
+    "magnitude": _magnitude,  # the largest weights
+    "block": _random,  # blocks, at random
+    "nm": _nm,  # n of every m consecutive inputs
+    "banded": _banded,  # a diagonal band, wrapped around; for measuring kernels
+    "checkerboard": _checkerboard,  # evenly spaced, shifted from row to row; likewise
 }
 
 
-def make_pattern(name: str, shape: tuple[int, int], density: float, generator: torch.Generator) -> SparsityPattern:
-    """Return a pattern by its registered name; the generator must be one on the CPU."""
-    check_choice("pattern", name, PATTERNS)
-    return PATTERNS[name](shape, density, generator)
+def make_pattern(
+    kind: PatternSpec | str,
+    shape: tuple[int, int],
+    density: float,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> SparsityPattern:
+    """Return a pattern of a kind with `pattern_nnz` nonzeros.
+
+    Args:
+        kind: a spec, or a name of `PATTERNS` for the spec with default options.
+        shape: ``(out_features, in_features)``. density: in (0, 1].
+        generator: on the CPU. weight: ``[out_features, in_features]``, for ``magnitude``.
+
+    Raises:
+        UserError: an unknown name, a density or shape that the pattern cannot have, or no weights to rank.
+    """
+    spec = PatternSpec(kind) if isinstance(kind, str) else kind
+    return PATTERNS[spec.name](spec, shape, density, generator, weight)

@@ -141,7 +141,13 @@ class SparseLinear(nn.Module):
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
         layout_id(pattern)
         self.values.grad = None
-        self.values.data = values.detach().to(self.values, copy=True)
+        new = values.detach().to(self.values, copy=True)
+        if new.shape != self.values.shape:
+            # A graph that is still alive, such as that of the last step's loss, holds an accumulator of the old size,
+            # and autograd would go on using it. A tensor whose type has changed meanwhile gets another one.
+            other = torch.float64 if new.dtype != torch.float64 else torch.float32
+            self.values.data = torch.empty(0, dtype=other, device=new.device)
+        self.values.data = new
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, pattern: SparsityPattern, backend: str = "auto") -> SparseLinear:

@@ -23,7 +23,10 @@ T = TypeVar("T")
 
 # What does not change the result, and so does not make another run of it.
 # What a run starts from counts by its content, `run.source_key`, not by its path.
-INCIDENTAL = ("init_from", "run_dir", "runs_dir", "device", "threads", "log_every", "checkpoint_every", "keep_last")
+INCIDENTAL = (
+    *("init_from", "run_dir", "runs_dir", "device", "threads", "draw"),
+    *("log_every", "checkpoint_every", "keep_last"),
+)
 
 PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
 
@@ -44,6 +47,7 @@ class RunConfig:
         init_from: a run directory whose model, tokenizer and weights to start from.
         run_dir: where the run goes; null for a directory below ``runs_dir`` named by the configuration.
         device: auto, cpu or cuda. threads: of torch on the CPU; null leaves torch's choice.
+        draw: number of a point of a random search, from which settings of the form ``${draw:...}`` follow.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -60,6 +64,7 @@ class RunConfig:
     runs_dir: str = "runs"
     device: str = "auto"
     threads: int | None = None
+    draw: int | None = None
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
@@ -70,7 +75,9 @@ class RunConfig:
             raise UserError(f"threads={self.threads} must be at least 1")
         if self.model.get("sparsity"):
             raise UserError(f"model.sparsity={self.model['sparsity']}: set sparsity.sparsity instead")
-        model_config(self.model, self.model.get("vocab_size") or 1)
+        shape = model_config(self.model, self.model.get("vocab_size") or 1)
+        self.parameterization.check_width(shape.d_model, "model.d_model")
+        self.parameterization.check_optimizer(self.optimizer.name)
 
     @property
     def samples_seed(self) -> int:
@@ -234,6 +241,8 @@ def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
     batch = config.stage.batch_size
     if config.schedule.steps is not None or config.schedule.tokens is not None:
         return config.schedule.total_steps(batch * config.data.context)
+    if config.stage.flops is not None:
+        raise UserError(f"stage.flops={config.stage.flops:g} is the length of a pre-training; set stage.epochs here")
     if config.stage.epochs is None:
         raise UserError("how long to train is open: set schedule.steps, schedule.tokens or stage.epochs")
     return max(1, round(config.stage.epochs * samples_per_epoch / batch))

@@ -231,6 +231,9 @@ def _arm_entry(arm: _Arm) -> dict[str, Any]:
     }
     if not entry["bytes"]:
         del entry["bytes"]
+    if (masks := arm.pretrain.values.get("masks")) is not None:
+        entry["masks"] = {key: value for key, value in masks.items() if key != "layers"}
+        entry["masks"]["dead_rows"] = sum(layer["dead_rows"] for layer in masks["layers"].values())
     for stage in (arm.finetune, arm.prompt):
         if stage is not None:
             entry[stage["stage"]] = _scored(stage)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.cost.flops import matrices
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
 from sparsetrain.errors import UserError
@@ -20,9 +20,10 @@ from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
-from sparsetrain.sparsity import SparsityConfig, sparse_layers
+from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
 from sparsetrain.sparsity.ops import resolve_backend
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
+from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
 from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
 from sparsetrain.training.evaluate import score_text
 from sparsetrain.training.loop import Trainer, load_weights
@@ -55,19 +56,52 @@ def run_directory(verb: str, config: RunConfig, origin: Origin) -> Path:
     if config.run_dir is not None:
         return Path(config.run_dir)
     model = model_config(config.model, 1)
-    name = f"{verb}-d{model.d_model}-L{model.n_layers}-s{config.sparsity.sparsity:g}-lr{config.optimizer.lr:g}"
+    rule = config.sparsity.evolution.rule
+    masks = f"s{config.sparsity.sparsity:g}" + ("" if rule == "static" else f"-{rule}")
+    name = f"{verb}-d{model.d_model}-L{model.n_layers}-{masks}-lr{config.optimizer.lr:g}"
     return Path(config.runs_dir) / f"{name}-seed{config.seed}-{fingerprint(config, origin.corpus, origin.source)}"
 
 
 def build_model(config: RunConfig, vocab_size: int, device: torch.device, sparse: bool = True) -> Transformer:
     """Return the freshly initialised model of a configuration, on ``device``."""
-    plan = SparsityConfig(**{**vars(config.sparsity), "seed": _mask_seed(config)}) if sparse else SparsityConfig()
+    plan = mask_plan(config) if sparse else SparsityConfig()
     shape = model_config(config.model, vocab_size, config.seed)
     return Transformer(shape, config.parameterization, plan).to(device)
 
 
-def _mask_seed(config: RunConfig) -> int:
-    return config.seed if config.sparsity.seed is None else config.sparsity.seed
+def mask_plan(config: RunConfig) -> SparsityConfig:
+    """Return the sparsity section with the seed that its masks are drawn from."""
+    seed = config.seed if config.sparsity.seed is None else config.sparsity.seed
+    return SparsityConfig(**{**vars(config.sparsity), "seed": seed})
+
+
+def mask_manager(config: RunConfig, model: Transformer, total_steps: int) -> MaskManager | None:
+    """Return what changes the masks of a pre-training and watches them; None for a dense model.
+
+    A run that starts from another keeps the densities that it finds there: gradual pruning and variable sparsity are
+    over, SET and RigL go on.
+
+    Raises:
+        UserError: a rule that would act after the end, or never.
+    """
+    plan = mask_plan(config)
+    rule = make_rule(plan, total_steps)
+    if not any(True for _ in sparse_layers(model)):
+        return None
+    if config.init_from is None:
+        return MaskManager(model, rule, plan=plan)
+    keeps = plan.evolution.rule in ("set", "rigl")
+    return MaskManager(model, rule if keeps else Static(), include=["*"], seed=plan.seed)
+
+
+def pretrain_steps(config: RunConfig, model: ModelConfig, samples_per_epoch: int) -> int:
+    """Return the number of updates of a pre-training, which may be stated in FLOPs."""
+    stage, schedule = config.stage, config.schedule
+    if stage.flops is None or schedule.steps is not None or schedule.tokens is not None:
+        return total_steps(config, samples_per_epoch)
+    context = config.data.context
+    tokens, ranked = stage.batch_size * context, stage.batch_size // stage.accumulation * context
+    return steps_for_flops(stage.flops, model, config.sparsity, context, tokens, ranked)
 
 
 def layer_densities(model: Transformer) -> dict[str, float]:
@@ -90,14 +124,23 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
     model = build_model(config, corpus.tokenizer.vocab_size, device)
     if config.init_from is not None:
         load_weights(model, run_weights(Path(config.init_from)), config.init_from)
+        # The layers now have the densities of that run's end.
+        model.parameterize(config.parameterization, reinitialise=False)
     check_context(model.config, config.data.context)
-    densities = layer_densities(model)
-    flops = training_flops_per_token(model.config, densities or 1.0, config.data.context)
     describe(model, reason, device, console)
 
     context, settings = config.data.context, config.stage
     samples = PackedSamples(corpus.train, context, config.samples_seed, "pretrain")
-    schedule = Schedule(config.schedule, total_steps(config, samples.samples_per_epoch))
+    schedule = Schedule(config.schedule, pretrain_steps(config, model.config, samples.samples_per_epoch))
+    masks = mask_manager(config, model, schedule.total_steps)
+    flops = FlopLedger(
+        model.config,
+        masks.densities_at if masks is not None else lambda _step: {},
+        masks.rule if masks is not None else Static(),
+        context,
+        settings.batch_size * context,
+        settings.batch_size // settings.accumulation * context,
+    )
     opt = config.optimizer
     optimizer = build_optimizer(param_groups(model, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
     token_bytes = corpus.tokenizer.token_bytes
@@ -124,17 +167,17 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
         device=device,
         directory=directory,
         evaluate=evaluate,
-        flops_per_token=flops.total,
+        flops_per_token=lambda step: flops.per_token(step).total,
         base_lr=opt.lr,
         autocast=autocast,
         title=f"pretrain s={config.sparsity.sparsity:g}",
         console=console,
+        masks=masks,
     )
     common = {
         "stage": "pretrain",
         "parameterization": config.parameterization.scheme,
         "sparsity": config.sparsity.sparsity,
-        "density": overall_density(model),
         "width": model.config.d_model,
         "depth": model.config.n_layers,
         "lr": opt.lr,
@@ -160,7 +203,8 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
             "loss_first": records[0].get("val_loss") if records else None,
             "loss_last": None,
             "bits_per_byte": None,
-            "flops": flops.for_tokens(seen).as_dict(),
+            "density": overall_density(model),
+            "flops": flops.through(records[-1]["step"] if records else 0),
             "bytes": {},
             "model": asdict(model.config),
         }
@@ -176,12 +220,23 @@ def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Con
             "loss_first": evaluated[0]["val_loss"],
             "loss_last": evaluated[-1]["val_loss"],
             "bits_per_byte": evaluated[-1]["bits_per_byte"],
-            "flops": flops.for_tokens(state.tokens_seen).as_dict(),
+            "density": overall_density(model),
+            "flops": flops.through(state.step),
+            **_mask_entries(masks),
             "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
             "model": asdict(model.config),
             "config": as_plain(config),
         },
     )
+
+
+def _mask_entries(masks: MaskManager | None) -> dict[str, Any]:
+    """Return what a result says about masks at the end: over all layers, and of each."""
+    if masks is None:
+        return {}
+    watched = masks.watch()
+    layers = {layer.name: layer.numbers() for layer in masks.report()}
+    return {"masks": {"rule": masks.rule.name, **watched, "layers": layers}}
 
 
 class Stopwatch:

@@ -28,6 +28,8 @@ from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.training.state import Diverged
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
+# What every table of an experiment begins with, one row a run.
+COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
 METRICS, LOCK, TRAIN_IDS = "metrics.jsonl", ".lock", "train_ids.txt"
 
 

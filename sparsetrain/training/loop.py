@@ -21,8 +21,10 @@ from sparsetrain import seeds
 from sparsetrain.data import Batch
 from sparsetrain.errors import UserError
 from sparsetrain.optim.schedule import Schedule
+from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.checkpoint import (
     JSON,
+    Checkpoint,
     list_checkpoints,
     load_checkpoint,
     optimizer_tensors,
@@ -32,6 +34,8 @@ from sparsetrain.training.checkpoint import (
 from sparsetrain.training.metrics import MetricsLog
 from sparsetrain.training.progress import ProgressBar
 from sparsetrain.training.state import Diverged, Interrupted, LoopConfig, TrainState, stop_requests
+
+MASK_HISTORY = "mask_history/"  # begins the names of a mask manager's tensors in a checkpoint
 
 
 class Samples(Protocol):
@@ -57,9 +61,10 @@ class Trainer:
         directory: the run's; ``checkpoints/`` and ``metrics.jsonl`` go there.
         evaluate: called before the first step, every ``eval_every`` steps and after the last one (``final``); returns
             numbers for the metrics.
-        flops_per_token: of training, for the progress line and the metrics.
+        flops_per_token: of training, after a number of steps, for the progress line and the metrics.
         base_lr: the peak learning rate before the parameterization, for the progress line and the metrics.
         autocast: dtype of the autocast region, or None.
+        masks: changes the masks of sparse layers after a step, and is part of every checkpoint.
     """
 
     module: nn.Module
@@ -73,11 +78,12 @@ class Trainer:
     device: torch.device
     directory: Path
     evaluate: Callable[[bool], Mapping[str, float]]
-    flops_per_token: float
+    flops_per_token: float | Callable[[int], float]
     base_lr: float
     autocast: torch.dtype | None
     title: str
     console: Console
+    masks: MaskManager | None = None
 
     def run(self) -> TrainState:
         """Train to the end and return the final state.
@@ -87,6 +93,8 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
             UserError: no readable checkpoint although there are some, no space left, or a checkpoint of another shape.
         """
+        if self.masks is not None:
+            self.masks.attach(self.optimizer)
         state = self._resume()
         total = self.schedule.total_steps
         metrics = MetricsLog(self.directory / "metrics.jsonl", state.step if state.step else -1)
@@ -95,17 +103,18 @@ class Trainer:
         try:
             with stop_requests() as stop, ProgressBar(self.title, total, self.console) as bar:
                 if state.step == 0:
-                    metrics.write(step=0, tokens=0, **self._evaluate(state, False))
+                    metrics.write(step=0, tokens=0, **self._evaluate(state, False), **self._layers())
                 while state.step < total:
                     before = time.monotonic()
                     tokens = state.tokens_seen
-                    loss, norm, lr = self._step(state)
+                    per_token = self._flops_per_token(state.step)
+                    loss, norm, lr, watched = self._step(state)
                     elapsed = time.monotonic() - before
                     last = state.step == total
                     speed = (state.tokens_seen - tokens) / elapsed
-                    flops = speed * self.flops_per_token
-                    bar.update(state.step, loss, lr, speed, flops)
-                    if state.step == 1 or self._due(self.config.log_every, state.step, last):
+                    flops = speed * per_token
+                    bar.update(state.step, loss, lr, speed, flops, self._evolution(watched))
+                    if watched is not None:
                         metrics.write(
                             step=state.step,
                             tokens=state.tokens_seen,
@@ -115,9 +124,12 @@ class Trainer:
                             tokens_per_second=speed,
                             flops_per_second=flops,
                             seconds=time.monotonic() - started,
+                            **watched,
                         )
                     if self._due(self.config.eval_every, state.step, last):
-                        metrics.write(step=state.step, tokens=state.tokens_seen, **self._evaluate(state, last))
+                        metrics.write(
+                            step=state.step, tokens=state.tokens_seen, **self._evaluate(state, last), **self._layers()
+                        )
                         self.module.train()
                     stopping = stop.signal_number is not None
                     if stopping or self._due(self.config.checkpoint_every, state.step, last):
@@ -141,8 +153,35 @@ class Trainer:
     def _due(every: int, step: int, last: bool) -> bool:
         return last or (every > 0 and step % every == 0)
 
-    def _step(self, state: TrainState) -> tuple[float, float, float]:
-        """Do one optimizer step; return the mean loss of the batch, the gradient norm before clipping, the base lr."""
+    def _flops_per_token(self, step: int) -> float:
+        return self.flops_per_token(step) if callable(self.flops_per_token) else self.flops_per_token
+
+    @property
+    def _evolves(self) -> bool:
+        return self.masks is not None and not isinstance(self.masks.rule, Static)
+
+    def _evolution(self, watched: Mapping[str, float] | None) -> str:
+        """Return what the progress line says about masks that change."""
+        if not watched or not self._evolves:
+            return ""
+        return (
+            f"density {watched['density']:.3g} (target {watched['target_density']:.3g})  "
+            f"R_s {watched['itop_rate']:.2f}  overlap {watched['mask_overlap']:.2f}"
+        )
+
+    def _layers(self) -> dict[str, Any]:
+        """Return the state of the masks, and of each layer's, for the metrics; nothing where they stay as they are."""
+        if self.masks is None or not self._evolves:
+            return {}
+        return {**self.masks.watch(), "layers": {layer.name: layer.numbers() for layer in self.masks.report()}}
+
+    def _step(self, state: TrainState) -> tuple[float, float, float, dict[str, float] | None]:
+        """Do one optimizer step and update the masks if they are due.
+
+        Returns:
+            The mean loss of the batch, the gradient norm before clipping, the base learning rate, and if this step is
+            logged what there is to know about masks.
+        """
         factor = self.schedule.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -166,11 +205,16 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise Diverged(self._diagnosis(f"loss {loss} and gradient norm {norm} at step {state.step + 1}", factor))
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         state.step += 1
+        if self.masks is not None:
+            self.masks.step(self.optimizer)
+        watched: dict[str, float] | None = None
+        if state.step == 1 or self._due(self.config.log_every, state.step, state.step == self.schedule.total_steps):
+            watched = {} if self.masks is None else self.masks.watch()
+        self.optimizer.zero_grad(set_to_none=True)
         state.samples_seen += self.config.batch_size
         state.tokens_seen += sum(batch.tokens.numel() for batch in batches)
-        return loss, norm, self.base_lr * factor
+        return loss, norm, self.base_lr * factor, watched
 
     def _evaluate(self, state: TrainState, final: bool) -> Mapping[str, float]:
         """Return the numbers of `evaluate`; a model that can only be trained, not evaluated, has diverged."""
@@ -210,12 +254,20 @@ class Trainer:
             if not bool(torch.isfinite(parameter).all()):
                 what = f"{name} is not finite after step {state.step}"
                 raise Diverged(self._diagnosis(what, self._factor_before(state.step)))
+        optimizer = optimizer_tensors(self.optimizer, self._trained())
+        document: dict[str, JSON] = {**asdict(state), "setup": self._setup()}
+        if self.masks is not None:
+            document["masks"], history = self.masks.state()
+            # Beside the optimizer's state: what a run needs to go on, and whoever starts from its weights does not.
+            optimizer = optimizer._replace(
+                tensors=optimizer.tensors | {f"{MASK_HISTORY}{name}": bits for name, bits in history.items()}
+            )
         save_checkpoint(
             self.directory / "checkpoints",
             state.step,
             self.module.state_dict(),
-            optimizer_tensors(self.optimizer, self._trained()),
-            {**asdict(state), "setup": self._setup()},
+            optimizer,
+            document,
             self.config.keep_last,
         )
 
@@ -232,6 +284,7 @@ class Trainer:
             soft_wrap=True,
         )
         state = dict(stored.state)
+        self._resume_masks(state.pop("masks", None), stored)
         before = state.pop("setup", None)
         if before != self._setup():
             self.console.print(
@@ -241,6 +294,16 @@ class Trainer:
                 soft_wrap=True,
             )
         return TrainState(**state)  # type: ignore[arg-type]
+
+    def _resume_masks(self, saved: JSON, stored: Checkpoint) -> None:
+        if self.masks is None:
+            return
+        if not isinstance(saved, dict):
+            raise UserError(f"checkpoint {stored.path} has no state of the masks: it is of an older version")
+        history = stored.optimizer.tensors
+        self.masks.load_state(
+            saved, {name.removeprefix(MASK_HISTORY): history[name] for name in history if name.startswith(MASK_HISTORY)}
+        )
 
     def _warn(self, line: str) -> None:
         self.console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)

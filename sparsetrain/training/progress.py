@@ -23,6 +23,7 @@ class ProgressBar:
         self.started: float | None = None
         self.first_step = 0
         self.printed = 0
+        self.more = ""
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -45,10 +46,20 @@ class ProgressBar:
         if self.live:
             self.progress.stop()
 
-    def update(self, step: int, loss: float, lr: float, tokens_per_second: float, flops_per_second: float) -> None:
-        """Show the state after ``step`` updates."""
+    def update(
+        self,
+        step: int,
+        loss: float,
+        lr: float,
+        tokens_per_second: float,
+        flops_per_second: float,
+        more: str = "",
+    ) -> None:
+        """Show the state after ``step`` updates; ``more`` is shown until there is something newer to say."""
+        self.more = more or self.more
         numbers = (
             f"loss {loss:.3f}  lr {lr:.1e}  {tokens_per_second / 1e3:.1f}k tok/s  {flops_per_second / 1e9:.1f} GFLOP/s"
+            + (f"  {self.more}" if self.more else "")
         )
         if self.live:
             self.progress.update(self.task, completed=step, numbers=numbers)

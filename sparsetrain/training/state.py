@@ -25,6 +25,8 @@ class LoopConfig:
     Args:
         batch_size: sequences per optimizer step. accumulation: micro-batches into which they are split.
         epochs: length of the run in passes over its examples, when the schedule names neither steps nor tokens.
+        flops: of pre-training, in place of epochs: length of the run in training FLOPs by the formula, the masks of
+            each step counted as they are then.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
         log_every, eval_every, checkpoint_every: in steps; 0 leaves only the last one (and, for evaluation, the first).
         eval_sequences: sequences of held-out text, or examples, per evaluation on the way.
@@ -34,6 +36,7 @@ class LoopConfig:
     batch_size: int = 32
     accumulation: int = 1
     epochs: float | None = None
+    flops: float | None = None
     precision: str = "auto"
     log_every: int = 10
     eval_every: int = 100
@@ -51,6 +54,8 @@ class LoopConfig:
                 raise UserError(f"stage.{name}={getattr(self, name)} must be at least 0")
         if self.epochs is not None and not 0 < self.epochs < math.inf:
             raise UserError(f"stage.epochs={self.epochs} must be above 0 and finite")
+        if self.flops is not None and not 0 < self.flops < math.inf:
+            raise UserError(f"stage.flops={self.flops} must be above 0 and finite")
         if self.batch_size % self.accumulation:
             raise UserError(f"stage.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}")
 

@@ -133,7 +133,9 @@ ROLES = {
     "blocks.1.mlp.up.values": (Role.HIDDEN, 4.0),
     "blocks.1.mlp.gate.values": (Role.HIDDEN, 4.0),
     "blocks.1.mlp.down.values": (Role.OUTPUT, 85 / 21),  # floor(8 * 32 / 3) over floor(8 * 8 / 3)
-    "blocks.1.mlp.down.bias": (Role.BIAS, 85 / 21),
+    "blocks.1.mlp.up.bias": (Role.BIAS, 85 / 21),  # its own length, not what its matrix reads
+    "blocks.1.mlp.gate.bias": (Role.BIAS, 85 / 21),
+    "blocks.1.mlp.down.bias": (Role.BIAS, 4.0),
     "final_norm.weight": (Role.FINAL_NORM, 4.0),
     "final_norm.bias": (Role.FINAL_BIAS, 4.0),
     "head.weight": (Role.HEAD, 4.0),

@@ -125,11 +125,11 @@ def test_roles_of_a_plain_mlp_are_given_by_name() -> None:
     model = parameterize(mlp(), P.mup(16), mlp(16), roles=MLP_ROLES, seed=0)
     assert assignment(model).specs == {
         "0.weight": TensorSpec(Role.EMBEDDING, 1.0),
-        "0.bias": TensorSpec(Role.BIAS, 1.0),
+        "0.bias": TensorSpec(Role.BIAS, 2.0),  # its own length, not what its matrix reads
         "2.weight": TensorSpec(Role.HIDDEN, 2.0),
         "2.bias": TensorSpec(Role.BIAS, 2.0),
         "4.weight": TensorSpec(Role.HEAD, 2.0),
-        "4.bias": TensorSpec(Role.FINAL_BIAS, 2.0),
+        "4.bias": TensorSpec(Role.FINAL_BIAS, 1.0),
     }
 
 
@@ -154,6 +154,11 @@ def test_modules_with_other_parameter_names_take_a_role_too() -> None:
     ("call", "message"),
     [
         (lambda: parameterize(gpt2(), P.mup(16)), "parameterize: mup needs base=, the same model at the base width"),
+        (
+            lambda: parameterize(gpt2(16), P.mup(32), gpt2(32)),
+            r"the base is wider than the model: '.*wte' has 32 there",
+        ),
+        (lambda: Transformer(ModelConfig(16, 1, 2, VOCAB), P.mup(32)), r"base_width=32 is wider than .*d_model=16"),
         (lambda: parameterize(gpt2(), P.mup(24), gpt2(16)), r"base_width=24 is the width of no module .* 16, 64\)"),
         (lambda: parameterize(gpt2(), P.mup(16), llama(16)), "the base model has no module 'transformer.wte'"),
         (lambda: parameterize(mlp(), P.sp(), roles={"*": "hiden"}), r"roles\['\*'\]='hiden' is not one of .*'hidden'"),

@@ -16,10 +16,16 @@ WIDTH, LAYERS, VOCAB = 32, 2, 29
 
 
 def train(rules: Parameterization, sparsity: float = 0.0, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """Ten steps of AdamW: the losses, and the parameters that they end with."""
+    """Ten steps of the rules' optimizer: the losses, and the parameters that they end with."""
     config = ModelConfig(WIDTH, LAYERS, 4, VOCAB, max_context=16, bias=True, seed=0, sparsity=sparsity, **options)
     model = Transformer(config, rules)
-    optimizer = torch.optim.AdamW(param_groups(model, rules, lr=1e-2, weight_decay=0.1, eps=1e-6), betas=(0.9, 0.95))
+    optimizer: torch.optim.Optimizer
+    if rules.optimizer == "sgd":
+        groups = param_groups(model, rules, lr=0.5, weight_decay=1e-3, optimizer=torch.optim.SGD)
+        optimizer = torch.optim.SGD(groups, momentum=0.9)
+    else:
+        groups = param_groups(model, rules, lr=1e-2, weight_decay=0.1, eps=1e-6, optimizer=torch.optim.AdamW)
+        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
     source = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(10):
@@ -46,13 +52,19 @@ SHARED: dict[str, Any] = {
 }
 
 
+# SGD has rules of its own, and so limits of its own.
+SGD: dict[str, Any] = {**SHARED, "optimizer": "sgd"}
+
+
 @pytest.mark.parametrize("options", [{}, {"mlp": "swiglu", "norm": "rmsnorm", "tie_embeddings": False}])
 def test_mup_at_base_width_equals_sp(options: dict[str, Any]) -> None:
-    assert same(train(P.mup(WIDTH, **SHARED), **options), train(P.sp(**SHARED), **options))
+    for shared in (SHARED, SGD):
+        assert same(train(P.mup(WIDTH, **shared), **options), train(P.sp(**shared), **options))
 
 
 def test_supar_at_density_one_equals_mup() -> None:
-    assert same(train(P.supar(8, **SHARED)), train(P.mup(8, **SHARED)))
+    for shared in (SHARED, SGD):
+        assert same(train(P.supar(8, **shared)), train(P.mup(8, **shared)))
 
 
 def test_supar_at_base_density_equals_mup() -> None:
@@ -61,12 +73,14 @@ def test_supar_at_base_density_equals_mup() -> None:
 
 def test_completep_at_base_depth_equals_mup() -> None:
     # L_ref is base_layers for one and n_layers for the other: the same number here.
-    assert same(train(P.completep(8, LAYERS, 0.5, **SHARED)), train(P.mup(8, **SHARED)))
+    for shared in (SHARED, SGD):
+        assert same(train(P.completep(8, LAYERS, 0.5, **shared)), train(P.mup(8, **shared)))
 
 
 def test_the_product_at_all_ones_equals_sp() -> None:
-    assert same(train(P.supar_completep(WIDTH, 1.0, LAYERS, **SHARED)), train(P.sp(**SHARED)))
-    assert same(train(P.supar_completep(WIDTH, 0.25, LAYERS, **SHARED), 0.75), train(P.sp(**SHARED), 0.75))
+    for shared in (SHARED, SGD):
+        assert same(train(P.supar_completep(WIDTH, 1.0, LAYERS, **shared)), train(P.sp(**shared)))
+        assert same(train(P.supar_completep(WIDTH, 0.25, LAYERS, **shared), 0.75), train(P.sp(**shared), 0.75))
 
 
 @pytest.mark.parametrize(
@@ -76,8 +90,9 @@ def test_the_product_at_all_ones_equals_sp() -> None:
         (P.supar(8, **SHARED), P.mup(8, **SHARED), 0.75),
         (P.completep(8, 1, **SHARED), P.mup(8, **SHARED), 0.0),
         (P.mup(WIDTH), P.sp(), 0.0),
+        (P.mup(8, **SGD), P.sp(**SGD), 0.0),
     ],
-    ids=["width", "density", "depth", "attention_scale"],
+    ids=["width", "density", "depth", "attention_scale", "width under SGD"],
 )
 def test_away_from_the_limit_the_runs_differ(a: Parameterization, b: Parameterization, sparsity: float) -> None:
     assert not same(train(a, sparsity), train(b, sparsity))

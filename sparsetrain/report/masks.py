@@ -1,0 +1,192 @@
+"""``sparsetrain mask inspect``: the masks of a run, a checkpoint or a file, in numbers and as a picture."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from rich.console import Console
+from torch import Tensor
+
+from sparsetrain.cost.flops import matrices
+from sparsetrain.errors import UserError
+from sparsetrain.files import file_errors
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.report.tables import Sheet
+from sparsetrain.report.text import ABSENT, clean, percent
+from sparsetrain.sparsity.exploration import unpack_bits
+from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
+from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.statistics import Degrees, MaskStatistics
+from sparsetrain.sparsity.topology import active_units, grid_of
+from sparsetrain.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from sparsetrain.training.loop import MASK_HISTORY
+
+PIXELS = 160  # the longer side of a layer's picture; larger layers are averaged
+COLUMNS = 4
+FILE_WIDTH = 170
+
+
+@dataclass(frozen=True)
+class InspectedMask:
+    """A layer's mask; ``ever`` is the fraction of its weights ever active, ``overlap`` that of its first mask that is
+    active now; both None where no history was saved."""
+
+    name: str
+    pattern: SparsityPattern
+    ever: float | None = None
+    overlap: float | None = None
+
+
+def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> None:
+    """Print the statistics of all masks at ``path`` and draw them.
+
+    Args:
+        path: a run's directory (its newest checkpoint), a checkpoint, or a ``.npz`` or ``.safetensors`` file.
+        picture: where the PNG goes; None for ``masks.png`` in the run's directory, or beside the file under its name.
+
+    Raises:
+        UserError: nothing there that has a mask.
+    """
+    masks = read_masks(path)
+    if not console.is_terminal:  # a file has no width: take what the table needs
+        console = Console(file=console.file, width=max(console.width, FILE_WIDTH))
+    console.print(mask_table(masks).rich())
+    if picture is None:
+        picture = path / "masks.png" if path.is_dir() else path.with_suffix(".png")
+        if _is_checkpoint(path):  # whose files are listed in its manifest: nothing is added to it
+            picture = path.parent.parent / f"masks-{path.name}.png"
+    draw_masks(masks, picture)
+    console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
+
+
+def read_masks(path: Path) -> list[InspectedMask]:
+    """Return the masks of a run, a checkpoint or a file.
+
+    Raises:
+        UserError: as `inspect_masks`.
+    """
+    if path.is_file() or path.suffix in SUFFIXES:
+        return [InspectedMask(name, pattern) for name, pattern in load_masks(path).items()]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run, checkpoint or file")
+    if list_checkpoints(path / "checkpoints"):
+        run, stored = path, load_checkpoint(path / "checkpoints")
+    elif _is_checkpoint(path):
+        run, stored = path.parent.parent, load_checkpoint(path.parent, path.name)
+    else:
+        raise UserError(f"{path} holds no checkpoint; give a run's directory, a checkpoint, or a {SUFFIXES[0]} file")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in stored.model.items()}
+    shapes = _shapes(run)
+    sparse = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight")}
+    found = patterns_of(sparse, shapes)
+    if not found:
+        raise UserError(f"{path}: the model of this checkpoint has no sparse layer")
+    return [_with_history(name, found[name], stored) for name in sorted(found, key=_natural)]
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name in list_checkpoints(path.parent)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _shapes(run: Path) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a transformer's hidden matrices from a run's configuration; none where there is none."""
+    try:
+        section = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
+        values = {key: value for key, value in section.items() if value is not None and key != "sparsity"}
+        config = ModelConfig(**{**values, "vocab_size": values.get("vocab_size") or 1})
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return {}
+    return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
+
+
+def _with_history(name: str, pattern: SparsityPattern, stored: Checkpoint) -> InspectedMask:
+    bits = [stored.optimizer.tensors.get(f"{MASK_HISTORY}{name}.{key}") for key in ("first", "ever")]
+    if bits[0] is None or bits[1] is None:
+        # The mask was managed and never changed, or nobody watched it.
+        still = isinstance(stored.state.get("masks"), dict)
+        return InspectedMask(name, pattern, *((pattern.density, 1.0) if still else (None, None)))
+    grid = grid_of(pattern)
+    first, ever = unpack_bits(bits[0], grid), unpack_bits(bits[1], grid)
+    overlap = float((first & active_units(pattern)).sum() / first.sum())
+    return InspectedMask(name, pattern, float(ever.double().mean()), overlap)
+
+
+def mask_table(masks: list[InspectedMask]) -> Sheet:
+    """Return one row a layer, and one for all together."""
+    rows = []
+    for mask in masks:
+        statistics = MaskStatistics.of(mask.pattern)
+        rows.append(
+            (
+                clean(mask.name) or "(matrix)",
+                f"{mask.pattern.shape[0]} x {mask.pattern.shape[1]}"
+                + ("" if mask.pattern.block == (1, 1) else f" in {mask.pattern.block[0]}x{mask.pattern.block[1]}"),
+                f"{statistics.nnz:,}",
+                f"{statistics.density:.6g}",
+                _degrees(statistics.rows),
+                _degrees(statistics.columns),
+                str(statistics.rows.dead),
+                str(statistics.columns.dead),
+                ABSENT if mask.ever is None else percent(mask.ever),
+                ABSENT if mask.overlap is None else percent(mask.overlap),
+            )
+        )
+    nnz = sum(mask.pattern.nnz for mask in masks)
+    numel = sum(mask.pattern.shape[0] * mask.pattern.shape[1] for mask in masks)
+    rows.append(("all", "", f"{nnz:,}", f"{nnz / numel:.6g}", "", "", "", "", "", ""))
+    columns = ("Layer", "Shape", "Weights", "Density", "Fan-in", "Fan-out", "Dead rows", "Dead columns")
+    note = "Fan-in and fan-out: least, mean ± standard deviation, most. A dead row is an output without a weight."
+    return Sheet("Masks", (*columns, "Ever active", "Of first mask"), tuple(rows), note)
+
+
+def _degrees(degrees: Degrees) -> str:
+    return f"{degrees.least}, {degrees.mean:.1f} ± {degrees.std:.1f}, {degrees.most}"
+
+
+def shrunk(pattern: SparsityPattern, pixels: int = PIXELS) -> Tensor:
+    """Return the pattern as an image ``[h, w]`` of local densities in [0, 1], at most ``pixels`` a side.
+
+    The mask itself never exists: a large layer is counted into its pixels.
+    """
+    rows, columns = pattern.shape
+    height, width = min(rows, pixels), min(columns, pixels)
+    positions = pattern.positions().cpu()
+    row, column = (positions // columns) * height // rows, (positions % columns) * width // columns
+    counts = torch.bincount(row * width + column, minlength=height * width).view(height, width).double()
+    tall = torch.bincount(torch.arange(rows) * height // rows, minlength=height)
+    wide = torch.bincount(torch.arange(columns) * width // columns, minlength=width)
+    return counts / (tall[:, None] * wide)
+
+
+def draw_masks(masks: list[InspectedMask], path: Path) -> None:
+    """Draw every mask into one PNG: dark where weights are; large layers as local densities.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # here: slow to import, and only this function needs it
+
+    across = min(COLUMNS, len(masks))
+    down = math.ceil(len(masks) / across)
+    figure = Figure(figsize=(3.2 * across, 3.2 * down), layout="constrained")
+    grid = figure.subplots(down, across, squeeze=False)
+    for axes, mask in zip(grid.flat, masks, strict=False):
+        image = shrunk(mask.pattern)
+        axes.imshow(image.numpy(), cmap="Greys", vmin=0.0, vmax=max(float(image.max()), 1e-9), interpolation="nearest")
+        axes.set_title(f"{clean(mask.name)}\n{percent(mask.pattern.density)} of {mask.pattern.shape}", fontsize=8)
+        axes.set_xticks([])
+        axes.set_yticks([])
+    for axes in list(grid.flat)[len(masks) :]:
+        axes.set_visible(False)
+    with file_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, format="png")

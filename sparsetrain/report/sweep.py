@@ -1,0 +1,349 @@
+"""What a sweep shows: optima with intervals, how far they move, what a transferred value costs, and the figure."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import whole_file
+from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
+from sparsetrain.report.tables import Sheet
+from sparsetrain.report.text import percent
+from sparsetrain.scaling.transfer import (
+    Curve,
+    Gap,
+    Optimum,
+    Row,
+    Shift,
+    losses_at,
+    make_curves,
+    optimum,
+    relative_gap,
+    shift,
+    to_run,
+)
+
+SHAPE = ("sparsity", "width", "depth")
+# How the columns of a sweep are said on the command line.
+OVERRIDES = {
+    "parameterization": "parameterization",
+    "lr": "optimizer.lr",
+    "sparsity": "sparsity.sparsity",
+    "width": "model.d_model",
+    "depth": "model.n_layers",
+}
+OPTIMA = (
+    *("parameterization", *SHAPE),
+    *("points", "seeds", "edge", "optimum", "low", "high", "loss", "shift_steps", "shift_at_least"),
+    *("shift_low", "shift_high", "loss_at_base_optimum", "transfer_cost"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a sweep.
+
+    Args:
+        key: parameterization, sparsity, width, depth and what else varies, in this order.
+        curve: its losses. xs: the swept values as the runs have them.
+        optimum: where it is lowest, or that it is lowest at an edge.
+        shift: from the base, the first curve of the same parameterization; None where the base has no optimum.
+        at_base: losses by seed at the base's optimum; empty where that is not known.
+        cost: of that over this curve's own best measured point.
+    """
+
+    key: tuple[Any, ...]
+    curve: Curve
+    xs: tuple[float, ...]
+    optimum: Optimum
+    shift: Shift | None
+    at_base: dict[int, float]
+    cost: Gap | None
+
+    @property
+    def scheme(self) -> str:
+        return str(self.key[0])
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return self.key[1:]
+
+
+def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = ()) -> list[Line]:
+    """Return the curves of ``rows`` over the column ``x``; their base is the smallest model, dense before sparse.
+
+    Args:
+        rows: from `stages.sweep.collect`.
+        extra: columns beside parameterization, sparsity, width and depth that tell curves apart.
+
+    Raises:
+        UserError: no such column, or one that does not vary.
+    """
+    if any(row.get(x) is None for row in rows):
+        raise UserError(f"x={x} is not a number in every run; columns: {', '.join(name for name in rows[0])}")
+    if len({row[x] for row in rows}) < 2:
+        raise UserError(f"x={x} has the same value in every run: there is no curve to draw")
+    names = [name for name in ("parameterization", *SHAPE, *extra) if name != x]
+    data = [Row(tuple(row[name] for name in names), row[x], row["seed"], _loss(row)) for row in rows]
+    curves = make_curves(data)
+    place = {name: index for index, name in enumerate(names)}
+    small_first = [place[name] for name in ("depth", "width", "sparsity") if name in place]
+    order = sorted(curves, key=lambda key: [str(key[0]), *(key[index] for index in small_first)])  # type: ignore[index]
+    lines: list[Line] = []
+    bases: dict[str, Curve] = {}
+    for key in order:
+        assert isinstance(key, tuple)
+        curve = curves[key]
+        base = bases.setdefault(key[0], curve)
+        lines.append(_line(key, curve, base, tuple(sorted({row.x for row in data if row.curve == key}))))
+    return lines
+
+
+def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
+    if not curve.usable:
+        nothing = Optimum(None, "low", math.inf, float(curve.log2[0]), False, None, len(curve.seeds))
+        return Line(key, curve, xs, nothing, None, {}, None)
+    found = optimum(curve)
+    if not base.usable:
+        return Line(key, curve, xs, found, None, {}, None)
+    start = optimum(base, 1)
+    at_base = {} if start.log2 is None else losses_at(curve, start.log2)
+    cost = relative_gap(at_base, losses_at(curve, found.best))
+    return Line(key, curve, xs, found, shift(curve, base), at_base, cost)
+
+
+def _loss(row: Mapping[str, Any]) -> float:
+    return math.inf if row.get("loss") is None else float(row["loss"])
+
+
+def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
+    """Return what tells the curves of a parameterization apart, in words."""
+    names = [*SHAPE, *extra]
+    varying = [i for i in range(len(lines[0].shape)) if len({line.shape[i] for line in lines}) > 1]
+    texts = []
+    for line in lines:
+        parts = [f"{names[i].rpartition('.')[2]} {_number(line.shape[i])}" for i in varying]
+        texts.append(", ".join(parts) or "all")
+    return texts
+
+
+def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sheet:
+    """Return the table of optima and shifts."""
+    rows = []
+    for line, label in zip(lines, labels_of(lines, extra), strict=True):
+        found = line.optimum
+        if found.log2 is None:
+            where = "none" if not math.isfinite(found.loss) else f"beyond {2**found.best:.3g} ({found.edge} edge)"
+        else:
+            where = f"{2**found.log2:.3g}" + _interval(found.interval, lambda value: f"{2**value:.3g}")
+            where += "" if found.interpolated else ", on the grid"
+        moved = "-"
+        if line.shift is not None:
+            sign = ">=" if line.shift.at_least and line.shift.steps >= 0 else "<=" if line.shift.at_least else ""
+            moved = f"{sign}{line.shift.steps:+.2f}" + _interval(line.shift.interval, lambda value: f"{value:+.2f}")
+        there = f"{np.mean(list(line.at_base.values())):.4f}" if line.at_base else "-"
+        rows.append((f"{line.scheme}, {label}", where, moved, f"{found.loss:.4f}", there, str(found.seeds)))
+    columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
+    note = (
+        "Brackets: 95 % over resampled seeds. Base: the first curve of the parameterization. Losses: validation, nats."
+    )
+    return Sheet("Optima", columns, tuple(rows), note)
+
+
+def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
+    """Return sentences that follow from the numbers: shifts, and losses at transferred values against SP's."""
+    said = []
+    labels = labels_of(lines, extra)
+    for scheme in dict.fromkeys(line.scheme for line in lines):
+        moves = [line.shift for line in lines if line.scheme == scheme and line.shift is not None]
+        if len(moves) > 1:
+            farthest = max(moves, key=lambda move: abs(move.steps))
+            sign = "at least " if farthest.at_least else ""
+            said.append(
+                f"{scheme}: the farthest optimum is {sign}{abs(farthest.steps):.2f} grid steps from the base's."
+            )
+        elif not moves:
+            said.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
+    standard = {line.shape: line for line in lines if line.scheme == "sp"}
+    for line, label in zip(lines, labels, strict=True):
+        other = standard.get(line.shape)
+        if other is None or line.scheme == "sp":
+            continue
+        for text, losses in (
+            ("SP with its base's", other.at_base),
+            ("SP tuned again", losses_at(other.curve, other.optimum.best)),
+        ):
+            gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
+            if gap is not None and math.isfinite(gap.relative):
+                said.append(
+                    f"{label}: {line.scheme} with its base's best value has a loss {percent(abs(gap.relative))} "
+                    f"{'below' if gap.relative < 0 else 'above'} {text}{_interval(gap.interval, percent)} "
+                    f"({gap.seeds} {'seed' if gap.seeds == 1 else 'seeds'})."
+                )
+    return said
+
+
+def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Return overrides, a line for each curve, that extend edges and add seeds around minima; none when all is done."""
+    names = [name for name in ("parameterization", *SHAPE, *extra) if name != x]
+    varying = [i for i in range(len(names)) if len({line.key[i] for line in lines}) > 1]
+    commands = []
+    for line in lines:
+        if not math.isfinite(line.optimum.loss):
+            continue
+        known = {math.log2(value): value for value in line.xs}
+        wanted: dict[tuple[float, ...], list[int]] = {}
+        by_seed: dict[int, list[float]] = {}
+        for log2, seed in to_run(line.curve, seeds):
+            by_seed.setdefault(seed, []).append(known.get(log2, float(f"{2**log2:.6g}")))
+        for seed, values in by_seed.items():
+            wanted.setdefault(tuple(values), []).append(seed)
+        fixed = [f"{OVERRIDES.get(names[i], names[i])}={str(line.key[i]).partition(' ')[0]}" for i in varying]
+        commands += [
+            " ".join([*fixed, f"{OVERRIDES.get(x, x)}={','.join(map(str, values))}", f"seed={','.join(map(str, of))}"])
+            for values, of in wanted.items()
+        ]
+    return commands
+
+
+def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -> None:
+    """Write ``optima.csv``: a row for each curve; what is not known is empty."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow([*OPTIMA[:4], *extra, *OPTIMA[4:]])
+        for line in lines:
+            found, moved = line.optimum, line.shift
+            low, high = (None, None) if found.interval is None else (2**end for end in found.interval)
+            ends = (None, None) if moved is None or moved.interval is None else moved.interval
+            writer.writerow(
+                [
+                    *line.key,
+                    *(len(line.curve.log2), found.seeds, found.edge or ""),
+                    *map(_cell, (None if found.log2 is None else 2**found.log2, low, high, found.loss)),
+                    *(_cell(None if moved is None else moved.steps), "" if moved is None else int(moved.at_least)),
+                    *map(_cell, ends),
+                    _cell(float(np.mean(list(line.at_base.values()))) if line.at_base else None),
+                    _cell(None if line.cost is None else line.cost.relative),
+                ]
+            )
+
+
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Write ``results.csv``: a row for each run."""
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
+    """Draw every curve, a column for each parameterization, then shifts and losses at the transferred value; a PNG."""
+    schemes = list(dict.fromkeys(line.scheme for line in lines))
+    labels = labels_of(lines, extra)
+    order = list(dict.fromkeys(labels))
+    with styled():
+        figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.2), layout="constrained")
+        grid = figure.subplots(1, len(schemes) + 2)
+        for index, scheme in enumerate(schemes):
+            axes = grid[index]
+            axes.sharex(grid[0])
+            axes.sharey(grid[0])
+            axes.set_title(scheme)
+            for line, label in zip(lines, labels, strict=True):
+                if line.scheme == scheme:
+                    _curve(axes, line, label, order.index(label))
+            axes.set_xlabel(x)
+            axes.set_xscale("log", base=2)
+            axes.tick_params(axis="x", labelrotation=60)
+            log_axis(axes.xaxis)
+            axes.grid(True)
+        grid[0].set_ylabel("validation loss, nats")
+        _fit(grid[0], lines)
+        grid[0].legend(fontsize=7)
+        _shifts(grid[-2], lines, labels, order, schemes)
+        _transfer(grid[-1], lines, labels, order, schemes)
+        save_png(figure, path)
+
+
+def _curve(axes: Axes, line: Line, label: str, index: int) -> None:
+    colour = SERIES[index % len(SERIES)]
+    means = line.curve.filled().mean(axis=1)
+    shown = np.isfinite(means)
+    axes.plot(2 ** line.curve.log2[shown], means[shown], color=colour, marker="o", ms=3, lw=1.2, label=label)
+    for seed in range(len(line.curve.seeds)):
+        axes.plot(2**line.curve.log2, line.curve.losses[:, seed], "o", color=colour, ms=2, alpha=0.4)
+    found = line.optimum
+    if found.log2 is not None:
+        axes.plot(2**found.log2, found.loss, "*", color=colour, ms=10, zorder=3)
+    elif math.isfinite(found.loss):
+        axes.plot(2**found.best, found.loss, "<" if found.edge == "low" else ">", color=colour, ms=9, mfc="none")
+
+
+def _fit(axes: Axes, lines: Sequence[Line]) -> None:
+    """Show what happens around the minima: a diverging end would flatten the rest."""
+    lowest = [line.optimum.loss for line in lines if math.isfinite(line.optimum.loss)]
+    if lowest:
+        low, high = min(lowest), max(lowest)
+        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 1.5 * (high - low) + 0.15)
+
+
+def _shifts(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: list[str], schemes: list[str]) -> None:
+    axes.set_title("shift of the optimum, grid steps")
+    axes.axhspan(-1, 1, color=MUTED, alpha=0.12, lw=0)
+    for index, scheme in enumerate(schemes):
+        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+        for line, label in zip(lines, labels, strict=True):
+            if line.scheme != scheme or line.shift is None:
+                continue
+            place = order.index(label) + 0.1 * (index - (len(schemes) - 1) / 2)
+            if line.shift.at_least:
+                axes.plot(place, line.shift.steps, "^" if line.shift.steps > 0 else "v", color=colour, mfc="none", ms=8)
+                continue
+            axes.plot(place, line.shift.steps, marker, color=colour, ms=5)
+            if line.shift.interval is not None and all(map(math.isfinite, line.shift.interval)):
+                axes.plot([place, place], line.shift.interval, color=colour, lw=1.4)
+        axes.plot([], [], marker, color=colour, label=scheme)
+    axes.legend(title="open: at least", fontsize=7, title_fontsize=7)
+    _named(axes, order)
+
+
+def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: list[str], schemes: list[str]) -> None:
+    axes.set_title("loss: base's best value, own best")
+    for index, scheme in enumerate(schemes):
+        own = {label: line for line, label in zip(lines, labels, strict=True) if line.scheme == scheme}
+        places = [order.index(label) for label in own]
+        moved = [float(np.mean(list(line.at_base.values()))) if line.at_base else np.nan for line in own.values()]
+        # Measured like the other line: the vertex of a parabola would lie below it by construction.
+        best = [float(line.curve.filled().mean(axis=1).min()) for line in own.values()]
+        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+        axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4, label=f"{scheme}, base's")
+        axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none", label=f"{scheme}, own")
+    axes.legend(fontsize=7)
+    _named(axes, order)
+
+
+def _named(axes: Axes, order: list[str]) -> None:
+    axes.set_xticks(range(len(order)), order, rotation=60, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, len(order) - 0.5)
+    axes.grid(True)
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def _interval(interval: tuple[float, float] | None, show: Any) -> str:
+    return "" if interval is None else f" [{show(interval[0])}, {show(interval[1])}]"
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"

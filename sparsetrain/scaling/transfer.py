@@ -1,0 +1,283 @@
+"""Where the optimum of a swept hyperparameter is, how sure that is, and how far it moves from curve to curve.
+
+A curve is the loss over one hyperparameter x (a learning rate, an initial standard deviation) at a few values and a few
+seeds. Everything happens in log2 x. The optimum is the vertex of the parabola through the best point and its two
+neighbours. Three rules keep it honest:
+
+- the best point at the end of the grid is an *edge*, never an optimum: the grid has to grow;
+- a point at which any seed diverged counts as infinitely bad; next to the best point it brackets it, but no parabola
+  goes through it, so the optimum is then the grid point itself;
+- intervals come from resampling whole seeds, because the losses of one seed go up and down together. A resample whose
+  best point is at an edge makes the interval open at that end. With one seed there is no interval, and with three there
+  are only ten different resamples: such an interval is close to the range of the seeds.
+
+Not every point needs every seed (one seed over the whole grid, three around the minimum, is the cheap way). A missing
+loss is filled in by the additive model loss = f(x) + g(seed), fitted to what is there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from scipy.stats import t as student
+
+from sparsetrain.errors import UserError
+
+LEVEL = 0.95
+RESAMPLES = 2000
+
+
+class Row(NamedTuple):
+    """One run: the curve that it belongs to, its x above 0, its seed, and its loss (NaN or infinite: diverged)."""
+
+    curve: Hashable
+    x: float
+    seed: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Losses over a grid.
+
+    Args:
+        log2: ascending, ``[n]``.
+        seeds: ascending, length s.
+        losses: ``[n, s]``; NaN where there was no run, infinite where it diverged.
+    """
+
+    log2: np.ndarray
+    seeds: tuple[int, ...]
+    losses: np.ndarray
+
+    @property
+    def step(self) -> float:
+        """The most common distance of two neighbouring points; 0 for a single point."""
+        gaps = Counter(round(float(gap), 6) for gap in np.diff(self.log2))
+        return max(gaps, key=lambda gap: (gaps[gap], -gap)) if gaps else 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether there is a point at which no seed diverged."""
+        return bool(np.isfinite(self.filled().mean(axis=1)).any())
+
+    def filled(self) -> np.ndarray:
+        """Return the losses ``[n, s]`` with missing ones from the additive model in x and seed."""
+        missing = np.isnan(self.losses)
+        if not missing.any():
+            return self.losses
+        points, seeds = np.nonzero(np.isfinite(self.losses))
+        n = len(self.log2)
+        design = np.zeros((len(points), n + len(self.seeds)))
+        design[np.arange(len(points)), points] = 1.0
+        design[np.arange(len(points)), n + seeds] = 1.0
+        effects = np.linalg.lstsq(design, self.losses[points, seeds], rcond=None)[0]
+        filled = np.where(missing, effects[:n, None] + effects[None, n:], self.losses)
+        filled[np.isinf(self.losses).any(axis=1)] = np.inf
+        return filled
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """Where a curve is lowest.
+
+    Args:
+        log2: its position; None at an edge.
+        edge: ``low`` or ``high`` where the best point is an end of the grid, else None.
+        loss: of the parabola's vertex, or of the best point where there is no parabola.
+        best: the best point of the grid, log2.
+        interpolated: whether a parabola gave the position.
+        interval: 95 % over resampled seeds, log2; infinite at an end beyond the grid; None with one seed or at an edge.
+        seeds: how many there are.
+    """
+
+    log2: float | None
+    edge: str | None
+    loss: float
+    best: float
+    interpolated: bool
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Shift:
+    """How far an optimum is from that of another curve, in steps of the grid.
+
+    Args:
+        steps: positive for a larger x.
+        at_least: the optimum is at the edge, at least this far away, and no one knows how far.
+        interval: 95 % over resampled seeds; None with one seed or at an edge.
+    """
+
+    steps: float
+    at_least: bool
+    interval: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Relative difference of two losses, ``a / b - 1`` of the mean log ratio, with Student's interval over seeds."""
+
+    relative: float
+    interval: tuple[float, float] | None
+    seeds: int
+
+
+def make_curves(rows: Iterable[Row]) -> dict[Hashable, Curve]:
+    """Return the curve of every key, in the order in which the keys first come.
+
+    Raises:
+        UserError: an x that is not above 0, or two different losses for the same curve, x and seed.
+    """
+    cells: dict[Hashable, dict[tuple[float, int], float]] = {}
+    for row in rows:
+        if not 0 < row.x < math.inf:
+            raise UserError(
+                f"x={row.x} of the curve {row.curve} must be above 0: the optimum is taken in its logarithm"
+            )
+        cell = cells.setdefault(row.curve, {})
+        key, loss = (math.log2(row.x), row.seed), row.loss if math.isfinite(row.loss) else math.inf
+        if cell.get(key, loss) != loss:
+            raise UserError(
+                f"the curve {row.curve} has two losses at x={row.x:g}, seed={row.seed}: {cell[key]}, {loss}"
+            )
+        cell[key] = loss
+    curves: dict[Hashable, Curve] = {}
+    for name, cell in cells.items():
+        xs, seeds = sorted({x for x, _ in cell}), tuple(sorted({seed for _, seed in cell}))
+        losses = np.array([[cell.get((x, seed), np.nan) for seed in seeds] for x in xs])
+        curves[name] = Curve(np.array(xs), seeds, losses)
+    return curves
+
+
+def optimum(curve: Curve, resamples: int = RESAMPLES) -> Optimum:
+    """Return where ``curve`` is lowest, with its interval; the same curve always gives the same numbers.
+
+    Raises:
+        UserError: every point diverged.
+    """
+    filled = curve.filled()
+    means = filled.mean(axis=1)
+    if not curve.usable:
+        raise UserError("every point of the curve diverged: there is no optimum to look for")
+    best = float(curve.log2[np.argmin(means)])
+    position, loss, interpolated = _vertex(curve.log2, means)
+    if not math.isfinite(position):
+        return Optimum(None, "low" if position < 0 else "high", loss, best, False, None, len(curve.seeds))
+    interval = None
+    if len(curve.seeds) > 1:
+        interval = _interval(_positions(curve, filled, _draws(curve, resamples)))
+    return Optimum(position, None, loss, best, interpolated, interval, len(curve.seeds))
+
+
+def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None:
+    """Return how far the optimum of ``curve`` is from that of ``base``, in the base's grid steps.
+
+    Seeds are resampled together if both curves have the same ones. None if the base's own optimum is at an edge, or if
+    it has one point: there is nothing to measure from.
+    """
+    ours, theirs = optimum(curve, 1), optimum(base, 1)
+    if theirs.log2 is None or base.step == 0.0:
+        return None
+    if ours.log2 is None:
+        return Shift((ours.best - theirs.log2) / base.step, True, None)
+    interval = None
+    if len(curve.seeds) > 1 and len(base.seeds) > 1:
+        same = curve.seeds == base.seeds
+        a = _positions(curve, curve.filled(), _draws(curve, resamples))
+        b = _positions(base, base.filled(), _draws(base, resamples, 0 if same else 1))
+        with np.errstate(invalid="ignore"):
+            steps = (a - b) / base.step
+        # Both beyond the same edge: nothing is known about that resample.
+        interval = _interval(steps[~np.isnan(steps)])
+    return Shift((ours.log2 - theirs.log2) / base.step, False, interval)
+
+
+def losses_at(curve: Curve, log2: float) -> dict[int, float]:
+    """Return the measured losses by seed at the grid point nearest to ``log2``."""
+    point = int(np.argmin(np.abs(curve.log2 - log2)))
+    found = zip(curve.seeds, curve.losses[point], strict=True)
+    return {seed: float(loss) for seed, loss in found if not math.isnan(loss)}
+
+
+def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
+    """Return how much larger the losses ``a`` are than ``b``, paired by seed; None if they share no seed.
+
+    A diverged loss makes the gap infinite, without an interval.
+    """
+    shared = sorted(a.keys() & b.keys())
+    if not shared:
+        return None
+    ratios = np.array([math.log(a[seed]) - math.log(b[seed]) for seed in shared])
+    if not np.isfinite(ratios).all():
+        return Gap(math.inf if max(a[seed] for seed in shared) == math.inf else -1.0, None, len(shared))
+    mean, interval = float(ratios.mean()), None
+    if len(shared) > 1:
+        half = student.ppf(0.5 + LEVEL / 2, len(shared) - 1) * float(ratios.std(ddof=1)) / math.sqrt(len(shared))
+        interval = (math.expm1(mean - half), math.expm1(mean + half))
+    return Gap(math.expm1(mean), interval, len(shared))
+
+
+def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[float, int]]:
+    """Return the ``(log2 x, seed)`` points to run next, the cheap way from a coarse grid to an interval.
+
+    With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
+    neighbours at those of ``seeds`` that they lack; nothing when they have them all.
+    """
+    found = optimum(curve, 1)
+    if found.edge is not None:
+        sign = 1 if found.edge == "high" else -1
+        step = curve.step or 1.0
+        return [(found.best + sign * step * number, seeds[0]) for number in range(1, extend + 1)]
+    center = int(np.argmin(np.abs(curve.log2 - found.best)))
+    points = []
+    for point in range(center - 1, center + 2):
+        have = {seed for seed, loss in zip(curve.seeds, curve.losses[point], strict=True) if not math.isnan(loss)}
+        points += [(float(curve.log2[point]), seed) for seed in seeds if seed not in have]
+    return points
+
+
+def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, bool]:
+    """Return position, loss, and whether a parabola gave them; the position is infinite where an end is lowest."""
+    best = int(np.argmin(y))
+    if best in (0, len(x) - 1):
+        # A single point is an edge too: which one says nothing, and "high" is where one looks first.
+        return (-math.inf if best == 0 and len(x) > 1 else math.inf), float(y[best]), False
+    left, middle, right = y[best - 1 : best + 2]
+    if not (math.isfinite(left) and math.isfinite(right)):
+        return float(x[best]), float(middle), False
+    # Newton's form around the middle: y = middle + b u + a u^2 with u = x - x[best].
+    before, after = float(x[best] - x[best - 1]), float(x[best + 1] - x[best])
+    fall, rise = (middle - left) / before, (right - middle) / after
+    a = (rise - fall) / (before + after)
+    b = fall + a * before
+    if a <= 0.0:  # three equal losses
+        return float(x[best]), float(middle), True
+    return float(x[best] - b / (2 * a)), float(middle - b * b / (4 * a)), True
+
+
+def _draws(curve: Curve, resamples: int, stream: int = 0) -> np.ndarray:
+    """Return indices of seeds drawn with replacement, ``[resamples, s]``."""
+    n = len(curve.seeds)
+    return np.random.default_rng((n, stream)).integers(n, size=(resamples, n))
+
+
+def _positions(curve: Curve, filled: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Return the position of the minimum of each resample, infinite at an edge, ``[resamples]``."""
+    means = filled[:, draws].mean(axis=2)
+    return np.array([_vertex(curve.log2, column)[0] for column in means.T])
+
+
+def _interval(positions: np.ndarray) -> tuple[float, float] | None:
+    if not positions.size:
+        return None
+    tail = (1.0 - LEVEL) / 2
+    # Drawn values rather than values between them: between a number and infinity there is nothing.
+    low, high = np.quantile(positions, tail, method="lower"), np.quantile(positions, 1 - tail, method="higher")
+    return float(low), float(high)

@@ -1,0 +1,135 @@
+"""Which backend ``auto`` stands for: the one that was measured to be faster, on this machine or on a common one.
+
+A crossover table says, for layers of several sizes, numbers of tokens and threads, up to which density a whole training
+step (forward, input gradient, weight gradient) of a sparse backend takes no longer than that of ``masked``. Sizes in
+between are interpolated in their logarithms, sizes beyond are those of the edge.
+
+`sparsetrain tune` measures a table and puts it into the cache; where there is none, the one that ships with the library
+is used (two cores of Zen 3, AVX2).
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import json
+import math
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparsetrain.cache import cache_directory
+from sparsetrain.errors import UserError
+from sparsetrain.files import read_json, write_json
+from sparsetrain.sparsity.ops import BACKENDS
+from sparsetrain.sparsity.pattern import SparsityPattern
+
+FALLBACK = "masked"
+CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
+SHIPPED = "crossover.json"
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """Densities up to which one backend is the faster one.
+
+    Args:
+        sides: geometric means of in_features and out_features, increasing.
+        tokens: rows of the input, increasing.
+        threads: increasing.
+        density: ``[threads][sides][tokens]``; 0 where it is never faster.
+    """
+
+    sides: list[int]
+    tokens: list[int]
+    threads: list[int]
+    density: list[list[list[float]]]
+
+    def at(self, side: float, tokens: int, threads: int) -> float:
+        """Return the density for one layer."""
+        nearest = min(range(len(self.threads)), key=lambda index: abs(self.threads[index] - threads))
+        columns = [_interpolate(self.tokens, row, tokens) for row in self.density[nearest]]
+        return _interpolate(self.sides, columns, side)
+
+
+def _interpolate(places: Sequence[float], values: Sequence[float], place: float) -> float:
+    after = bisect.bisect_left(places, place)
+    if after == 0 or after == len(places):
+        return values[min(after, len(places) - 1)]
+    low, high = places[after - 1], places[after]
+    share = math.log(place / low) / math.log(high / low)
+    return values[after - 1] * (1 - share) + values[after] * share
+
+
+def from_plain(content: Any, source: str) -> dict[str, Crossover]:
+    """Return the table of each backend from the content of a file.
+
+    Raises:
+        UserError: it is none; the message names ``source`` and says what to do.
+    """
+    try:
+        tables = {str(name): Crossover(**entry) for name, entry in content["backends"].items()}
+        for table in tables.values():
+            table.at(100, 100, 1)
+    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
+        raise UserError(f"{source} is no crossover table ({error!r}); delete it or run: sparsetrain tune") from None
+    return tables
+
+
+def machine_key() -> str:
+    """Return what tells machines apart whose tables differ: processor and number of cores, as eight digits."""
+    name = next((line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features"))), "")
+    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
+    text = f"{platform.machine()} {name} {flags} {os.cpu_count()}"
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+
+
+def tuned_path() -> Path:
+    """Return where the table of this machine is kept."""
+    return cache_directory() / f"crossover-{machine_key()}.json"
+
+
+def save(tables: dict[str, Crossover], about: dict[str, Any]) -> Path:
+    """Write the table of this machine and use it from now on; return its path."""
+    path = tuned_path()
+    write_json(path, {**about, "backends": {name: vars(table) for name, table in tables.items()}})
+    _tables.clear()
+    _tables.update(tables)
+    return path
+
+
+def _load() -> dict[str, Crossover]:
+    path = tuned_path()
+    if path.exists():
+        return from_plain(read_json(path), str(path))
+    text = resources.files("sparsetrain.sparsity").joinpath(SHIPPED).read_text("utf-8")
+    return from_plain(json.loads(text), SHIPPED)
+
+
+def choose(pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Return the name of the backend for a pattern and a number of tokens."""
+    for name in CANDIDATES:
+        if name in BACKENDS and name in _tables and BACKENDS[name].refusal(dtype, device, pattern) is None:
+            rows, columns = pattern.shape
+            # A compiler cannot ask for the number of threads; what it traces is decided as for one.
+            threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
+            limit = _tables[name].at(math.sqrt(rows * columns), max(1, tokens), threads)
+            return name if pattern.density <= limit else FALLBACK
+    return FALLBACK
+
+
+# Read when the library is imported: later it might be while a compiler traces.
+_tables: dict[str, Crossover] = _load()

@@ -1,0 +1,41 @@
+"""What the processes of a distributed training must agree on; nothing at all in a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The processes that train one model together, if there are several when this is built.
+
+    Their collective calls go through a process group of their own: they happen in the middle of a backward pass, where
+    the wrapper of the model talks too, and calls in one group must come in the same order everywhere.
+    """
+
+    def __init__(self) -> None:
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group() if together else None
+
+    def add_up(self, tensor: Tensor) -> None:
+        """Replace ``tensor`` by its sum over all ranks."""
+        if self._group is not None:
+            dist.all_reduce(tensor, group=self._group)
+
+    def check_equal(self, make_digest: Callable[[], str]) -> None:
+        """Raise RuntimeError unless all ranks make the same hexadecimal digest; a single process makes none."""
+        if self._group is None:
+            return
+        digest = make_digest()
+        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+        number = int(digest[:15], 16)  # 60 bits
+        ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
+        if int(ends[0]) != number or int(ends[1]) != -number:
+            raise RuntimeError(
+                f"the masks of rank {dist.get_rank()} differ from those of other ranks: their seeds, weights or "
+                "gradients were not the same"
+            )

@@ -1,0 +1,293 @@
+"""Sweeps: what one costs before it starts, and the rows of its runs when it is done.
+
+A point of a sweep is an ordinary pre-training run in a directory named by its configuration, so that a sweep which was
+killed, or is given again with more values, skips what is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from sparsetrain.cost.flops import training_flops_per_token
+from sparsetrain.data import Corpus, prepare
+from sparsetrain.errors import UserError
+from sparsetrain.files import file_errors, read_json
+from sparsetrain.report.search import search_figure, search_knobs, search_sheet
+from sparsetrain.report.sweep import (
+    findings,
+    lines_of,
+    next_commands,
+    optima_sheet,
+    sweep_figure,
+    write_optima,
+    write_rows,
+)
+from sparsetrain.report.tables import print_sheets
+from sparsetrain.report.text import duration, flatten, si
+from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
+from sparsetrain.stages.pretrain import run_directory
+from sparsetrain.stages.run import COLUMNS, CONFIG, RESULT, Origin, read_config
+from sparsetrain.training.state import resolve_device
+
+# What `COLUMNS` already say, or follows from them.
+_SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
+_STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
+
+
+@dataclass(frozen=True)
+class SweepCost:
+    """What a sweep takes.
+
+    Args:
+        points: in all. done: finished before, diverged ones among them. refused: whose configuration cannot run.
+        flops: training FLOPs of the rest by the formula, counting stored weights only.
+        dense_flops: of the rest, computed densely, as the masked backend does.
+        rate: dense FLOPs per second. measured: on how many finished points; 0 for a guess from a matrix product.
+    """
+
+    points: int
+    done: int
+    refused: int
+    flops: float
+    dense_flops: float
+    rate: float
+    measured: int
+
+    def describe(self) -> str:
+        """Return one line for the terminal."""
+        left = self.points - self.done - self.refused
+        counts = f"{self.points} point{'s' * (self.points != 1)}, {self.done} finished before, {left} to run"
+        if self.refused:
+            counts += f", {self.refused} that cannot run"
+        if not left:
+            return f"sweep: {counts}"
+        work = f"{si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely"
+        time_ = f"{duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')}"
+        if self.measured:
+            return f"sweep: {counts}: {work}; about {time_}, as the {self.measured} finished ones"
+        return f"sweep: {counts}: {work}; very roughly {time_}, half of what a bare matrix product reaches here"
+
+
+def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None = None) -> SweepCost:
+    """Return what pre-training all ``points`` takes; None is a point whose configuration was refused.
+
+    The corpora are prepared, because they are part of what names a run.
+    """
+    corpora: dict[str, Corpus | None] = {}
+    total = done = refused = measured = 0
+    flops = dense = done_flops = done_seconds = 0.0
+    largest: PretrainConfig | None = None
+    for config in points:
+        total += 1
+        corpus = None if config is None else _corpus(config, corpora, console)
+        if config is None or corpus is None:
+            refused += 1
+            continue
+        try:
+            directory = run_directory("pretrain", config, Origin.of_corpus(corpus, config.init_from))
+            sparse_flops, dense_flops = _training_flops(config, corpus)
+        except UserError:
+            refused += 1
+            continue
+        if (directory / RESULT).exists():
+            done += 1
+            result = read_json(directory / RESULT)
+            if result.get("status") == "complete" and result.get("seconds"):
+                measured += 1
+                done_flops += dense_flops
+                done_seconds += result["seconds"]
+            continue
+        flops, dense = flops + sparse_flops, dense + dense_flops
+        if largest is None or config.model["d_model"] > largest.model["d_model"]:
+            largest = config
+    rate = 0.0
+    if measured:
+        rate = done_flops / done_seconds
+    elif largest is not None:
+        rate = _STEP_SHARE * _product_rate(largest)
+    return SweepCost(total, done, refused, flops, dense, rate, measured)
+
+
+def _corpus(config: PretrainConfig, corpora: dict[str, Corpus | None], console: Console | None) -> Corpus | None:
+    key = str({name: value for name, value in as_plain(config)["data"].items() if name != "context"})
+    if key not in corpora:
+        try:
+            corpora[key] = prepare(config.data, progress=True, console=console)
+        except UserError:
+            corpora[key] = None  # the point itself will say why
+    return corpora[key]
+
+
+def _training_flops(config: PretrainConfig, corpus: Corpus) -> tuple[float, float]:
+    """Return FLOPs of a run by its stored weights, and computed densely. With groups both are the dense number."""
+    model, context = model_config(config.model, corpus.tokenizer.vocab_size), config.data.context
+    steps = total_steps(config, max(1, len(corpus.train) // context))
+    tokens = steps * config.stage.batch_size * context
+    dense = training_flops_per_token(model, 1.0, context).total * tokens
+    if config.sparsity.groups:
+        return dense, dense
+    return training_flops_per_token(model, 1.0 - config.sparsity.sparsity, context).total * tokens, dense
+
+
+def _product_rate(config: PretrainConfig) -> float:
+    """Return FLOPs per second of the product of one step's tokens with a matrix of the model, over a quarter second."""
+    device = resolve_device(config.device)
+    width = int(config.model["d_model"])
+    tokens = min(4096, config.stage.batch_size * config.data.context)
+    x, w = torch.ones(tokens, width, device=device), torch.ones(4 * width, width, device=device)
+    count, started = 0, time.monotonic()
+    while (elapsed := time.monotonic() - started) < 0.25 or count < 2:
+        (x @ w.t()).sum().item()  # waits for the device
+        count += 1
+    return count * 2.0 * tokens * 4 * width * width / elapsed
+
+
+# What the runs of a sweep say.
+
+
+@dataclass(frozen=True)
+class SweepRows:
+    """The finished runs of a sweep.
+
+    Args:
+        rows: `COLUMNS`, what else varies, then status, tokens, train_flops, seconds, precision and run.
+        varied: names of the settings that vary and have no column of their own in `COLUMNS`.
+        unfinished: directories of runs that are not done.
+    """
+
+    rows: list[dict[str, Any]]
+    varied: list[str]
+    unfinished: list[Path]
+
+
+def collect(places: Sequence[Path]) -> SweepRows:
+    """Return a row for every finished pre-training run in ``places``: run directories, or directories of those.
+
+    The column ``parameterization`` is the scheme, with those of its settings that differ between runs of that scheme.
+
+    Raises:
+        UserError: a place that holds no run, or none that is finished.
+    """
+    done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
+    unfinished: list[Path] = []
+    for directory in dict.fromkeys(found for place in places for found in _runs(place)):
+        if not (directory / RESULT).exists():
+            unfinished.append(directory)
+            continue
+        result = read_json(directory / RESULT)
+        if result.get("stage") == "pretrain":
+            done[directory] = (read_config(directory), result)
+    if not done:
+        raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
+    plain = {directory: dict(_leaves(config)) for directory, (config, _) in done.items()}
+    labels = _labels({directory: config["parameterization"] for directory, (config, _) in done.items()})
+    varied = [
+        name
+        for name in next(iter(plain.values()))
+        if name not in _SAID
+        and not name.startswith("parameterization.")
+        and len({str(leaves.get(name)) for leaves in plain.values()}) > 1
+    ]
+    rows = []
+    for directory, (_, result) in done.items():
+        row = {name: result.get(name) for name in COLUMNS}
+        row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
+        row |= {name: plain[directory].get(name) for name in varied}
+        row |= {name: result.get(name) for name in ("status", "tokens", "seconds", "precision")}
+        rows.append({**row, "train_flops": result["flops"]["total"], "run": directory.name})
+    rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
+    return SweepRows(rows, varied, unfinished)
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    number = isinstance(value, int | float)
+    return (0, float(value), "") if number else (1, 0.0, str(value))
+
+
+def _runs(place: Path) -> list[Path]:
+    if (place / CONFIG).exists():
+        return [place]
+    found = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
+    if not found:
+        raise UserError(f"{place} holds no run: neither {CONFIG} nor */{CONFIG} is there")
+    return found
+
+
+def _leaves(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield dotted names and values of what a run depends on."""
+    for name, text in flatten(config):
+        if not set(name.split(".")) & set(INCIDENTAL):
+            yield name, _value(config, name.split("."), text)
+
+
+def _value(config: Any, path: Sequence[str], text: str) -> Any:
+    for part in path:
+        if not isinstance(config, dict) or part not in config:
+            return text
+        config = config[part]
+    return config if isinstance(config, int | float | str) or config is None else text
+
+
+def _labels(sections: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+    """Return the scheme of each run, and in brackets what differs between runs of that scheme."""
+    labels = {}
+    for directory, section in sections.items():
+        alike = [other for other in sections.values() if other["scheme"] == section["scheme"]]
+        differing = [key for key in section if any(other.get(key) != section[key] for other in alike)]
+        options = " ".join(f"{key}={section[key]}" for key in differing)
+        labels[directory] = f"{section['scheme']} ({options})" if options else section["scheme"]
+    return labels
+
+
+def show_sweep(
+    places: Sequence[Path], x: str, out: Path | None, seeds: int, search: bool, console: Console | None = None
+) -> None:
+    """Print what the runs of a sweep say, and write their tables and figure to ``out``.
+
+    Args:
+        x: the swept column, ``lr`` or a setting such as ``model.init_std``.
+        seeds: how many are wanted around each minimum, for the commands of what to run next.
+        search: rank the points of a random search by their loss instead of drawing curves.
+
+    Raises:
+        UserError: see `collect` and `report.sweep.lines_of`.
+    """
+    console = console or Console()
+    found = collect(places)
+    x = "lr" if x == "optimizer.lr" else x
+    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    diverged = sum(row["status"] == "diverged" for row in found.rows)
+    say(f"{len(found.rows)} finished runs, {diverged} of them diverged; {len(found.unfinished)} unfinished")
+    if search:
+        knobs = search_knobs(found.rows, ["lr", *found.varied])
+        print_sheets([search_sheet(found.rows, knobs)], console)
+    else:
+        extra = [name for name in found.varied if name != x]
+        lines = lines_of(found.rows, x, extra)
+        print_sheets([optima_sheet(lines, x, extra)], console)
+        for sentence in findings(lines, extra):
+            say(f"- {sentence}")
+        commands = next_commands(lines, x, extra, range(seeds))
+        if commands:
+            say("to run next, each line at the end of the sweep's command:")
+        for command in commands:
+            say(f"  {command}")
+    if out is None:
+        return
+    with file_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_rows(found.rows, out / "results.csv")
+    if search:
+        search_figure(found.rows, knobs, out / "figure.png")
+    else:
+        write_optima(lines, out / "optima.csv", extra)
+        sweep_figure(lines, x, out / "figure.png", extra)
+    say(f"written: {', '.join(sorted(path.name for path in out.glob('*.[cp][sn][vg]')))} in {out}")

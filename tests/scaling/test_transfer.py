@@ -1,0 +1,251 @@
+"""Optima of curves: against quadratics whose minimum is known, scipy, and hand-made edges."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from scipy.interpolate import BarycentricInterpolator
+from scipy.optimize import minimize_scalar
+
+from sparsetrain.errors import UserError
+from sparsetrain.scaling.transfer import (
+    Curve,
+    Row,
+    losses_at,
+    make_curves,
+    optimum,
+    relative_gap,
+    shift,
+    to_run,
+)
+
+GRID = np.arange(-11.0, -4.0)
+
+
+def curve(losses: Any, grid: Any = GRID, seeds: tuple[int, ...] | None = None) -> Curve:
+    array = np.asarray(losses, dtype=float)
+    array = array[:, None] if array.ndim == 1 else array
+    return Curve(np.asarray(grid, dtype=float), seeds or tuple(range(array.shape[1])), array)
+
+
+def quadratic(center: float, curvature: float = 0.1, floor: float = 2.0, grid: np.ndarray = GRID) -> np.ndarray:
+    return floor + curvature * (grid - center) ** 2
+
+
+@given(
+    center=st.floats(-9.9, -6.1),
+    curvature=st.floats(0.01, 10.0),
+    floor=st.floats(0.5, 5.0),
+    spacing=st.lists(st.floats(0.2, 2.0), min_size=6, max_size=12),
+)
+@settings(deadline=None)
+def test_the_optimum_of_a_quadratic_is_exact_on_any_grid(
+    center: float, curvature: float, floor: float, spacing: list[float]
+) -> None:
+    grid = -11.0 + np.concatenate(([0.0], np.cumsum(spacing)))
+    losses = quadratic(center, curvature, floor, grid)
+    best = int(np.argmin(losses))
+    assume(0 < best < len(grid) - 1)
+    found = optimum(curve(losses, grid))
+    assert found.log2 == pytest.approx(center, abs=1e-6)
+    assert found.loss == pytest.approx(floor, abs=1e-6)
+    assert (found.interpolated, found.edge, found.interval, found.best) == (True, None, None, grid[best])
+
+
+@given(st.lists(st.floats(1.0, 3.0), min_size=3, max_size=3), st.floats(0.3, 2.0), st.floats(0.3, 2.0))
+@settings(deadline=None)
+def test_three_points_agree_with_scipys_interpolation(y: list[float], before: float, after: float) -> None:
+    y = [y[0] + 2.5, y[1], y[2] + 2.5]  # the middle is lowest
+    grid = np.array([-before, 0.0, after])
+    polynomial = BarycentricInterpolator(grid, y)
+    expected = minimize_scalar(lambda x: float(polynomial(x)), bounds=(-before, after), method="bounded")
+    found = optimum(curve(y, grid))
+    assert found.log2 == pytest.approx(expected.x, abs=1e-3)
+    assert found.loss == pytest.approx(expected.fun, abs=1e-6)
+
+
+@given(st.lists(st.floats(1.0, 3.0), min_size=3, max_size=12), st.floats(-5, 5), st.floats(0.1, 9))
+@settings(deadline=None)
+def test_moving_the_grid_moves_the_optimum_and_scaling_the_loss_does_not(
+    losses: list[float], move: float, scale: float
+) -> None:
+    grid = np.arange(float(len(losses)))
+    found, moved = optimum(curve(losses, grid)), optimum(curve(scale * np.array(losses), grid + move))
+    assert found.edge == moved.edge
+    if found.log2 is not None and moved.log2 is not None:
+        assert grid[0] < found.log2 < grid[-1]
+        assert moved.log2 == pytest.approx(found.log2 + move, abs=1e-4)
+
+
+@given(st.lists(st.floats(0.1, 3.0), min_size=2, max_size=10))
+@settings(deadline=None)
+def test_an_edge_is_never_an_optimum(losses: list[float]) -> None:
+    found = optimum(curve([0.0, *losses], np.arange(len(losses) + 1.0)))
+    assert (found.edge, found.log2, found.interval) == ("low", None, None)
+    found = optimum(curve([*losses, 0.0], np.arange(len(losses) + 1.0)))
+    assert (found.edge, found.log2, found.interval) == ("high", None, None)
+
+
+def test_a_single_point_is_an_edge() -> None:
+    assert optimum(curve([2.0], [-8.0])).log2 is None
+
+
+def test_a_diverged_neighbour_brackets_but_is_not_interpolated() -> None:
+    found = optimum(curve([2.5, 2.2, 2.0, math.inf, math.inf], GRID[:5]))
+    assert (found.log2, found.edge, found.interpolated) == (-9.0, None, False)
+    # A point where one of two seeds diverged is no optimum, however good the other was.
+    found = optimum(curve([[2.5, 2.5], [2.2, 2.2], [1.0, math.inf]], GRID[:3]))
+    assert (found.best, found.log2, found.interpolated) == (-10.0, -10.0, False)
+    with pytest.raises(UserError, match="every point of the curve diverged"):
+        optimum(curve([math.inf] * 3, GRID[:3]))
+
+
+def noisy(center: float, seeds: int, noise: float, rng: np.random.Generator) -> np.ndarray:
+    offsets = rng.normal(0, 0.1, size=seeds)  # of a seed as a whole: cancels in the position
+    return quadratic(center)[:, None] + offsets + rng.normal(0, noise, size=(len(GRID), seeds))
+
+
+def test_the_interval_agrees_with_scipys_bootstrap() -> None:
+    losses = noisy(-8.3, 6, 0.02, np.random.default_rng(0))
+
+    def position(*of_seeds: np.ndarray, axis: int = -1) -> float:
+        return optimum(curve(np.mean(of_seeds, axis=-1)), 1).log2 or math.nan
+
+    theirs = scipy.stats.bootstrap(
+        tuple(losses), position, paired=True, vectorized=False, method="percentile", rng=1, n_resamples=2000
+    ).confidence_interval
+    ours = optimum(curve(losses)).interval
+    assert ours is not None
+    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(150):
+        found = optimum(curve(noisy(-8.3, 8, 0.03, rng)), 300).interval
+        assert found is not None
+        covered += found[0] <= -8.3 <= found[1]
+    # A percentile bootstrap of 8 seeds is narrower than its 95 %: about sqrt(7/8) of the width, and no Student tails.
+    assert 0.82 <= covered / 150 <= 0.98
+
+
+def test_offsets_of_whole_seeds_do_not_widen_the_interval() -> None:
+    exact = quadratic(-8.3)[:, None] + np.array([0.0, 0.5, -0.5])
+    assert optimum(curve(exact)).interval == pytest.approx((-8.3, -8.3))
+
+
+def test_a_resample_at_the_edge_opens_the_interval() -> None:
+    # Seed 1 alone would be best at the right end.
+    losses = np.array([[2.0, 2.0], [1.0, 1.5], [1.6, 1.2]])
+    found = optimum(curve(losses, [0.0, 1.0, 2.0]))
+    assert found.log2 is not None
+    assert found.interval is not None
+    assert found.interval[1] == math.inf
+
+
+def test_missing_losses_are_filled_by_the_additive_model() -> None:
+    truth = quadratic(-8.3)[:, None] + np.array([0.0, 0.3, -0.2])
+    sparse = truth.copy()
+    sparse[[0, 1, 5, 6], 1:] = np.nan  # three seeds around the minimum only
+    assert curve(sparse).filled() == pytest.approx(truth)
+    assert optimum(curve(sparse)).log2 == pytest.approx(-8.3)
+    sparse[6, 0] = math.inf
+    assert np.isinf(curve(sparse).filled()[6]).all()
+
+
+@given(st.floats(-8.9, -7.1), st.floats(-8.9, -7.1), st.sampled_from([0.5, 1.0, 2.0]))
+@settings(deadline=None)
+def test_shift_counts_grid_steps(base: float, other: float, step: float) -> None:
+    grid = np.arange(-14.0, -1.9, step)
+    curves = [curve(quadratic(center, grid=grid), grid) for center in (other, base)]
+    found = shift(*curves)
+    assert found is not None
+    assert found.steps == pytest.approx((other - base) / step, abs=1e-6)
+    assert (found.at_least, found.interval) == (False, None)
+
+
+def test_shift_to_an_edge_is_a_bound_and_from_an_edge_nothing() -> None:
+    base, falling = curve(quadratic(-8.3)), curve(np.linspace(3, 2, len(GRID)))
+    found = shift(falling, base)
+    assert found is not None
+    assert (found.steps, found.at_least, found.interval) == (pytest.approx(3.3), True, None)
+    assert shift(base, falling) is None
+
+
+def test_common_noise_of_shared_seeds_cancels_in_the_shift() -> None:
+    # A tilt of the loss moves a parabola's vertex: with the same tilts in both curves the shift stays one step.
+    tilt = GRID[:, None] * np.array([0.0, 0.05, -0.05])
+    a, b = curve(quadratic(-7.0)[:, None] + tilt), curve(quadratic(-8.0)[:, None] + tilt)
+    found = shift(a, b)
+    assert found is not None
+    assert found.interval == pytest.approx((1.0, 1.0))
+    # Other seeds are other runs, and nothing cancels.
+    apart = shift(curve(a.losses, seeds=(7, 8, 9)), b)
+    assert apart is not None
+    assert apart.interval is not None
+    assert apart.interval[0] < 0.9 < 1.1 < apart.interval[1]
+
+
+def test_relative_gap_agrees_with_scipys_paired_t_test() -> None:
+    rng = np.random.default_rng(0)
+    a, b = rng.uniform(2, 3, 5), rng.uniform(2, 3, 5)
+    found = relative_gap(dict(enumerate(a)), dict(enumerate(b)))
+    low, high = scipy.stats.ttest_rel(np.log(a), np.log(b)).confidence_interval(0.95)
+    assert found is not None
+    assert found.interval == pytest.approx((math.expm1(low), math.expm1(high)))
+    assert found.relative == pytest.approx(math.expm1(np.mean(np.log(a) - np.log(b))))
+
+
+def test_relative_gap_pairs_by_seed_and_names_divergence() -> None:
+    assert relative_gap({0: 2.2, 1: 9.0}, {0: 2.0, 2: 1.0}) == pytest.approx(relative_gap({0: 2.2}, {0: 2.0}))
+    assert relative_gap({0: 1.0}, {1: 1.0}) is None
+    diverged = relative_gap({0: math.inf}, {0: 2.0})
+    assert diverged is not None
+    assert (diverged.relative, diverged.interval) == (math.inf, None)
+
+
+def test_losses_at_are_those_of_the_nearest_point() -> None:
+    losses = np.array([[2.0, 2.1], [1.0, np.nan], [1.5, 1.6]])
+    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 0.9) == {0: 1.0}
+    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 5.0) == {0: 1.5, 1: 1.6}
+
+
+def test_what_to_run_next_extends_an_edge_or_adds_seeds_around_the_minimum() -> None:
+    falling = curve([3.0, 2.0, 1.0], [-8.0, -7.0, -6.0])
+    assert to_run(falling, (0, 1, 2)) == [(-5.0, 0), (-4.0, 0)]
+    bracketed = curve([3.0, 2.0, 1.0, 2.0], [-8.0, -7.0, -6.0, -5.0])
+    assert to_run(bracketed, (0, 1)) == [(-7.0, 1), (-6.0, 1), (-5.0, 1)]
+    full = curve([[3.0, 3.0], [1.0, 1.0], [2.0, 2.0]], [-8.0, -7.0, -6.0])
+    assert to_run(full, (0, 1)) == []
+
+
+def test_curves_are_made_of_rows_in_any_order() -> None:
+    rows = [Row("a", 2.0**x, seed, x * x + seed) for x in (1, -1, 0) for seed in (1, 0) if (x, seed) != (1, 1)]
+    rows.append(Row("b", 1.0, 0, math.nan))
+    made = make_curves(rows)
+    assert list(made) == ["a", "b"]
+    assert made["a"].log2.tolist() == [-1, 0, 1]
+    assert made["a"].seeds == (0, 1)
+    assert np.array_equal(made["a"].losses, [[1, 2], [0, 1], [1, np.nan]], equal_nan=True)
+    assert made["b"].losses.tolist() == [[math.inf]]
+    assert make_curves([*rows, *rows]).keys() == made.keys()  # the same row twice says nothing new
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Row("a", 0.0, 0, 1.0)], "x=0.0 of the curve a must be above 0"),
+        ([Row("a", 1.0, 0, 1.0), Row("a", 1.0, 0, 2.0)], "two losses at x=1, seed=0: 1.0, 2.0"),
+    ],
+)
+def test_rows_that_make_no_curve_are_named(rows: list[Row], message: str) -> None:
+
+    with pytest.raises(UserError, match=message):
+        make_curves(rows)

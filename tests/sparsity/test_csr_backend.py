@@ -1,0 +1,348 @@
+"""The csr backend against scipy in float64: values and both gradients, any shape, and how it behaves in torch."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sparsetrain.errors import UserError
+from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_layers, sparse_linear
+from sparsetrain.sparsity.csr_backend import CsrBackend, index_bytes
+
+BACKEND = CsrBackend()
+
+
+def pattern_of(rows: int, columns: int, density: float, seed: int = 0) -> SparsityPattern:
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+    return SparsityPattern.from_mask(mask)
+
+
+def bound(terms: int, scale: float) -> float:
+    """Rounding of a sum of products in float32: 2e-6 sqrt(terms) of the size of a term."""
+    return 2e-6 * max(1.0, terms) ** 0.5 * scale
+
+
+def exact(pattern: SparsityPattern, x: Tensor, values: Tensor, g: Tensor) -> list[np.ndarray]:
+    """Return the three products by scipy's CSR in float64."""
+    arrays = (values.double().numpy(), pattern.col.numpy(), pattern.row_ptr.numpy())
+    matrix = scipy.sparse.csr_matrix(arrays, shape=pattern.shape)
+    wide, wide_g = x.double().numpy(), g.double().numpy()
+    rows, columns = matrix.nonzero() if matrix.nnz == matrix.count_nonzero() else _places(pattern)
+    return [(matrix @ wide.T).T, (matrix.T @ wide_g.T).T, np.einsum("ti,ti->i", wide_g[:, rows], wide[:, columns])]
+
+
+def _places(pattern: SparsityPattern) -> tuple[np.ndarray, np.ndarray]:
+    return pattern.block_rows().numpy(), pattern.col.numpy()
+
+
+def check(pattern: SparsityPattern, tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    torch.manual_seed(seed)
+    rows, columns = pattern.shape
+    x, g = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
+    values = torch.randn(pattern.nnz).to(dtype)
+    ours = products(x, values, g, pattern)
+    rounding = 0.0 if dtype == torch.float32 else 2.0**-8
+    terms = (columns, rows, tokens)
+    for mine, theirs, count in zip(ours, exact(pattern, x, values, g), terms, strict=True):
+        limit = bound(count, 4.0) + rounding * np.abs(theirs)
+        assert np.all(np.abs(mine.double().numpy() - theirs) <= limit)
+
+
+def products(x: Tensor, values: Tensor, g: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor]:
+    y, kept = BACKEND.forward(x, x.new_empty(0), values, pattern, keep=True)
+    return y, *BACKEND.backward(g, x.new_empty(0), values, kept, pattern, need_x=True, need_values=True)
+
+
+@given(
+    rows=st.integers(1, 150),
+    columns=st.integers(1, 300),
+    tokens=st.integers(1, 300),
+    density=st.sampled_from([0.0, 0.003, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0]),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_three_products_match_scipy(
+    rows: int, columns: int, tokens: int, density: float, threads: int, seed: int
+) -> None:
+    torch.set_num_threads(threads)
+    check(pattern_of(rows, columns, density, seed), tokens, seed)
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 192, 1000])
+def test_every_tail_of_a_tile_matches_scipy(tokens: int) -> None:
+    check(pattern_of(70, 131, 0.3), tokens)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "density"),
+    [(1, 1, 1.0), (600, 1100, 0.02), (1100, 40, 0.3), (3, 5000, 0.01), (16, 4096, 0.0008), (513, 64, 1.0)],
+)
+def test_panels_blocks_and_long_gaps_match_scipy(rows: int, columns: int, density: float) -> None:
+    check(pattern_of(rows, columns, density), 130)
+
+
+def test_a_million_tokens_match_scipy() -> None:
+    check(pattern_of(3, 2, 0.7), 1_000_000)
+
+
+def test_bfloat16_is_multiplied_in_float32_and_rounded_once() -> None:
+    check(pattern_of(70, 131, 0.3), 150, dtype=torch.bfloat16)
+
+
+def test_no_nonzeros_give_zeros() -> None:
+    pattern = SparsityPattern.from_mask(torch.zeros(5, 7, dtype=torch.bool))
+    y, grad_x, grad_values = products(torch.randn(70, 7), torch.empty(0), torch.randn(70, 5), pattern)
+    assert not y.any()
+    assert not grad_x.any()
+    assert grad_values.shape == (0,)
+
+
+def test_the_plain_contractions_match_scipy() -> None:
+    pattern = pattern_of(40, 30, 0.3)
+    x, g, values = torch.randn(70, 30), torch.randn(70, 40), torch.randn(pattern.nnz)
+    for mine, theirs in zip(
+        (BACKEND.matmul(x, values, pattern), BACKEND.matmul_t(g, values, pattern), BACKEND.sampled(g, x, pattern)),
+        exact(pattern, x, values, g),
+        strict=True,
+    ):
+        np.testing.assert_allclose(mine.numpy(), theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_strided_inputs_match_their_copies() -> None:
+    pattern = pattern_of(40, 30, 0.3)
+    values = torch.randn(pattern.nnz)
+    wide = torch.randn(70, 90)
+    for x in (wide[:, 20:50], wide[:, ::3], wide[:30, :70].t(), wide[:1, :30].expand(70, 30), wide[::2, :30]):
+        assert torch.equal(BACKEND.matmul(x, values, pattern), BACKEND.matmul(x.contiguous(), values, pattern))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_same_call_gives_the_same_bits(threads: int) -> None:
+    torch.set_num_threads(threads)
+    pattern = pattern_of(200, 300, 0.2)
+    x, g, values = torch.randn(500, 300), torch.randn(500, 200), torch.randn(pattern.nnz)
+    first = products(x, values, g, pattern)
+    for _ in range(3):
+        for mine, other in zip(products(x, values, g, pattern), first, strict=True):
+            assert torch.equal(mine, other)
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*shape: Any, **options: Any) -> Tensor:
+        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, **options)
+
+    pattern = pattern_of(70, 131, 0.1)
+    x, g, values = torch.randn(150, 131), torch.randn(150, 70), torch.randn(pattern.nnz)
+    expected = products(x, values, g, pattern)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_bad_numbers_reach_what_is_connected_to_them_and_nothing_else(bad: float) -> None:
+    pattern = pattern_of(40, 30, 0.2)
+    mask = pattern.mask()
+    x, g, values = torch.randn(70, 30), torch.randn(70, 40), torch.randn(pattern.nnz)
+    x[3, 5], g[6, 7] = bad, bad
+    y, grad_x, grad_values = products(x, values, g, pattern)
+    hit = torch.zeros(70, 40, dtype=torch.bool)
+    hit[3] = mask[:, 5]
+    assert torch.equal(~y.isfinite(), hit)
+    hit = torch.zeros(70, 30, dtype=torch.bool)
+    hit[6] = mask[7]
+    assert torch.equal(~grad_x.isfinite(), hit)
+    rows, columns = mask.nonzero(as_tuple=True)
+    assert torch.equal(~grad_values.isfinite(), (columns == 5) | (rows == 7))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseLinear(8, 8, density=1.0, backend="csr", dtype=torch.float64), "float32 and bfloat16.*float64"),
+        (
+            lambda: SparseLinear(
+                8, 8, pattern=SparsityPattern.from_mask(torch.ones(8, 8, dtype=torch.bool), (4, 4)), backend="csr"
+            ),
+            "blocks of 4x4",
+        ),
+    ],
+)
+def test_what_it_cannot_compute_is_refused_in_a_line_and_auto_takes_another(make: Any, message: str) -> None:
+    layer = make()
+    x = torch.randn(3, 8, dtype=layer.values.dtype)
+    with pytest.raises(UserError, match=message):
+        layer(x)
+    layer.backend = "auto"
+    torch.testing.assert_close(layer(x), layer.to_linear()(x))
+
+
+# -- inside torch ----------------------------------------------------------------------------------------------------
+
+
+def saved(output: Tensor) -> list[Tensor]:
+    """Return what the graph of one sparse product keeps."""
+    node = output.grad_fn
+    while node is not None and not hasattr(node, "saved_tensors"):
+        node = node.next_functions[0][0]
+    assert node is not None
+    return [tensor for tensor in node.saved_tensors if tensor is not None]
+
+
+def test_the_packed_input_is_kept_in_place_of_the_input() -> None:
+    layer = SparseLinear(64, 32, density=0.25, seed=0, bias=False, backend="csr")
+    x = torch.randn(256, 64, requires_grad=True) * 1.0
+    alive = weakref.ref(x)
+    output = layer(x)
+    floats = sum(t.numel() for t in saved(output) if t.is_floating_point() and t is not layer.values)
+    assert floats <= x.numel() + layer.values.numel()
+    del x
+    gc.collect()
+    assert alive() is None
+    output.sum().backward()
+
+
+def test_layers_with_one_input_share_one_packed_copy_and_the_same_bits() -> None:
+    gate, up = (SparseLinear(64, 32, density=0.25, seed=seed, bias=False, backend="csr") for seed in (0, 1))
+    leaf = torch.randn(256, 64, requires_grad=True)
+
+    def kept(output: Tensor) -> int:
+        return max(t.data_ptr() for t in saved(output) if t.ndim == 3)
+
+    x = leaf * 1.0
+    together = gate(x), up(x)
+    assert kept(together[0]) == kept(together[1])
+    gradients = torch.autograd.grad(sum(y.square().sum() for y in together), (leaf, gate.values, up.values))
+    apart = gate(leaf * 1.0), up(leaf * 1.0)
+    assert kept(apart[0]) != kept(apart[1])
+    others = torch.autograd.grad(sum(y.square().sum() for y in apart), (leaf, gate.values, up.values))
+    for mine, other in zip(gradients, others, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_a_changed_input_is_packed_again() -> None:
+    gate, up = (SparseLinear(64, 32, density=0.25, seed=seed, bias=False, backend="csr") for seed in (0, 1))
+    x = torch.randn(70, 64, requires_grad=True) * 1.0
+    gate(x)
+    with torch.no_grad():
+        x.mul_(2.0)
+    torch.testing.assert_close(up(x), up.to_linear()(x))
+
+
+def test_inputs_of_a_model_are_given_no_copy() -> None:
+    layer = SparseLinear(64, 32, density=0.25, seed=0, backend="csr")
+    for x in (torch.randn(70, 64), torch.randn(70, 64, requires_grad=True)):
+        layer(x)
+        assert not hasattr(x, ops._KEPT)
+
+
+def test_no_gradients_keep_nothing() -> None:
+    layer = SparseLinear(64, 32, density=0.25, seed=0, backend="csr")
+    x = torch.randn(70, 64, requires_grad=True) * 1.0
+    with torch.no_grad():
+        assert layer(x).grad_fn is None
+    assert not hasattr(x, ops._KEPT)
+    layer.requires_grad_(False)
+    output = layer(x)
+    torch.testing.assert_close(
+        torch.autograd.grad(output.sum(), (x,))[0], torch.ones(70, 32) @ layer.dense_weight().detach()
+    )
+
+
+def test_checkpointing_and_frozen_inputs_match_plain_backward() -> None:
+    layer = SparseLinear(64, 32, density=0.25, seed=0, backend="csr")
+    x = torch.randn(70, 64, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), (x, *layer.parameters()))
+    frozen = torch.autograd.grad(layer(x.detach()).square().sum(), tuple(layer.parameters()))
+    for mine, other in zip(again, plain, strict=True):
+        assert torch.equal(mine, other)
+    for mine, other in zip(frozen, plain[1:], strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_double_backward_is_refused_in_words() -> None:
+    layer = SparseLinear(8, 8, density=0.5, seed=0, backend="csr")
+    x = torch.randn(3, 8, requires_grad=True)
+    (first,) = torch.autograd.grad(layer(x).square().sum(), (x,), create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("mlp", ["gelu", "swiglu"])
+def test_a_transformer_has_the_gradients_of_the_masked_backend(mlp: str) -> None:
+    config = ModelConfig(d_model=48, n_layers=2, n_heads=2, vocab_size=64, mlp=mlp, sparsity=0.7, seed=0)
+    model = Transformer(config)
+    tokens = torch.randint(0, 64, (3, 50))
+    results = []
+    for backend in ("masked", "csr"):
+        for _, layer in sparse_layers(model):
+            layer.backend = backend
+        model.zero_grad()
+        loss = model.loss(tokens, tokens.roll(-1, 1))
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_autocast_matches_the_dense_layer() -> None:
+    layer = SparseLinear(64, 32, density=0.25, seed=0, backend="csr")
+    dense = layer.to_linear()
+    x = torch.randn(70, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = layer(x), dense(x)
+    assert ours.dtype == theirs.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=2e-2, rtol=2e-2)
+    ours.sum().backward()
+    assert layer.values.grad is not None
+    assert layer.values.grad.dtype == torch.float32
+
+
+def test_a_compiled_model_equals_an_eager_one() -> None:
+    torch.compiler.reset()
+    model = nn.Sequential(
+        SparseLinear(64, 48, density=0.3, seed=0, backend="csr"),
+        nn.GELU(),
+        SparseLinear(48, 8, density=0.5, seed=1, backend="csr"),
+    )
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = torch.randn(70, 64)
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("density", "most"), [(0.5, 32.0), (0.25, 32.0), (0.1, 32.0), (0.05, 32.0)])
+def test_persistent_bytes_of_a_nonzero_stay_below_those_of_two_dense_weights(density: float, most: float) -> None:
+    pattern = pattern_of(1024, 1024, density)
+    index = pattern.row_ptr.nbytes + pattern.col.nbytes + index_bytes(pattern)
+    # Value, gradient and two moments of Adam in float32, and every index structure.
+    assert 16 + index / pattern.nnz <= most
+
+
+def test_an_autograd_function_is_called_with_what_it_needs_only() -> None:
+    pattern = pattern_of(16, 16, 0.5)
+    x = torch.randn(4, 16)
+    values = torch.randn(pattern.nnz, requires_grad=True)
+    (gradient,) = torch.autograd.grad(sparse_linear(x, values, pattern, backend="csr").sum(), (values,))
+    expected = pattern.gather(torch.ones(4, 16).t() @ x)
+    torch.testing.assert_close(gradient, expected)

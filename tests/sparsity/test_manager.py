@@ -1,0 +1,481 @@
+"""`MaskManager` against a dense twin: what drops, what grows, what stays, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import sparsetrain as st
+from sparsetrain import seeds
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity import Rule, densify, sparse_layers, sparsify
+from sparsetrain.sparsity.init import balanced_pattern
+from sparsetrain.sparsity.topology import unit_scores
+
+WIDTH = 16
+
+# At 80 % some outputs of these tiny layers have no weight.
+pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
+
+
+def mlp(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH)).to(dtype)
+
+
+def batch(step: int, rows: int = 12) -> Tensor:
+    return torch.randn(rows, WIDTH, generator=seeds.generator(step, "batch"), dtype=torch.float64)
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x.roll(1, 1)).square().mean()
+
+
+def adamw(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def dense_gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of all dense weights, from the densified twin."""
+    twin = densify(copy.deepcopy(model))
+    for x in batches:
+        loss_of(twin, x).backward()
+    return {name: module.weight.grad for name, module in twin.named_modules() if isinstance(module, nn.Linear)}
+
+
+RULES: dict[str, Callable[[], Rule]] = {
+    "Static": lambda: st.Static(sparsity=0.8),
+    "SET": lambda: st.SET(sparsity=0.8, every=2),
+    "RigL": lambda: st.RigL(sparsity=0.8, every=2),
+    "RigL staggered": lambda: st.RigL(sparsity=0.8, every=3, accumulation="staggered"),
+    "RigL scaled": lambda: st.RigL(sparsity=0.8, every=2, grown_scale=0.1, protect_rows=True),
+    "GMP": lambda: st.GMP(sparsity=0.8, every=2, start=1, stop=7),
+    "VariableSparsity": lambda: st.VariableSparsity(sparsity=0.8, phases=((3, 0.4), (6, 0.0))),
+    "VariableSparsity by gradient": lambda: st.VariableSparsity(sparsity=0.8, phases=((3, 0.4),), grow="gradient"),
+}
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_every_step_has_the_exact_number_of_weights_and_the_same_parameters(name: str) -> None:
+    model = mlp()
+    manager = st.MaskManager(model, RULES[name](), seed=0)
+    parameters = list(model.parameters())
+    optimizer = adamw(model)
+    for step in range(1, 10):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        update = manager.step(optimizer)
+        assert (update is not None) == bool(manager.due(step)) or name == "GMP"
+        assert {layer.name: layer.nnz for layer in manager.report()} == manager.nnz_at(step)
+        for report in manager.report():
+            assert report.density == report.target_density
+        for layer in manager.layers.values():
+            for state in (layer.values.grad, *optimizer.state[layer.values].values()):
+                assert state.shape in ((layer.pattern.nnz,), ())
+        optimizer.zero_grad()
+    assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
+    if name == "GMP":
+        assert manager.nnz_at(7) == {"0": round(0.2 * 16 * 24), "2": round(0.2 * 16 * 24)}
+
+
+def test_set_drops_the_smallest_and_grows_elsewhere_with_zeros() -> None:
+    model = mlp()
+    manager = st.MaskManager(model, st.SET(sparsity=0.8, every=3, drop_fraction=0.4), seed=0)
+    optimizer = adamw(model)
+    for step in (1, 2, 3):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        before = {name: (layer.pattern, layer.values.detach().clone()) for name, layer in manager.layers.items()}
+        moments = {
+            name: {key: value.clone() for key, value in optimizer.state[layer.values].items()}
+            for name, layer in manager.layers.items()
+        }
+        update = manager.step(optimizer)
+    assert update is not None
+    for name, layer in manager.layers.items():
+        old, values = before[name]
+        k = int(0.4 * old.nnz)
+        order = sorted(range(old.nnz), key=lambda index: (abs(float(values[index])), index))
+        dropped = {int(old.positions()[index]) for index in order[:k]}
+        was, now = set(old.positions().tolist()), set(layer.pattern.positions().tolist())
+        assert was - now == dropped
+        grown = layer.pattern.gather(~old.mask())
+        assert int(grown.sum()) == k
+        assert not bool(layer.values[grown].any())
+        dense = old.scatter(values)
+        assert torch.equal(layer.values[~grown], layer.pattern.gather(dense)[~grown])
+        for key, moment in moments[name].items():
+            if moment.shape == values.shape:
+                assert torch.equal(optimizer.state[layer.values][key], layer.pattern.gather(old.scatter(moment)))
+            else:
+                assert torch.equal(optimizer.state[layer.values][key], moment)
+    assert (update.dropped, update.grown, update.resized) == (60, 60, False)
+
+
+def test_growth_of_set_is_uniform_over_empty_positions() -> None:
+    counts = torch.zeros(24, 16)
+    empty = torch.zeros(24, 16)
+    for seed in range(300):
+        model = mlp()
+        manager = st.MaskManager(model, st.SET(sparsity=0.5, every=1, drop_fraction=0.3), seed=seed, include=["0"])
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        old = manager.layers["0"].pattern.mask()
+        manager.step(optimizer)
+        counts += manager.layers["0"].pattern.mask() & ~old
+        empty += ~old
+    # Of 192 empty positions 57 grow.
+    assert float((counts / empty).mean()) == pytest.approx(57 / 192, rel=0.02)
+    assert float((counts / empty).std()) < 0.06
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("accumulation", ["last", "staggered"])
+def test_rigl_grows_the_largest_gradients_of_the_densified_twin(micro_batches: int, accumulation: str) -> None:
+    model = mlp()
+    rule = st.RigL(sparsity=0.8, every=2, drop_fraction=0.4, accumulation=accumulation)
+    manager = st.MaskManager(model, rule, seed=0)
+    optimizer = adamw(model)
+    seen = set()
+    for step in range(1, 6):
+        batches = [batch(10 * step + index) for index in range(micro_batches)]
+        ranked = dense_gradients(model, batches if accumulation == "staggered" else batches[-1:])
+        before = {name: layer.pattern for name, layer in manager.layers.items()}
+        for x in batches:
+            loss_of(model, x).backward()
+        optimizer.step()
+        update = manager.step(optimizer)
+        optimizer.zero_grad()
+        for name in update.layers if update is not None else ():
+            seen.add((name, step))
+            old, layer = before[name], manager.layers[name]
+            k = int(0.4 * old.nnz)
+            scores = ranked[name].abs().masked_fill(old.mask(), -1.0).view(-1)
+            grown = (layer.pattern.mask() & ~old.mask()).view(-1)
+            assert set(scores.topk(k).indices.tolist()) == set(grown.nonzero()[:, 0].tolist())
+    staggered = {("0", 2), ("2", 3), ("0", 4), ("2", 5)}
+    assert seen == (staggered if accumulation == "staggered" else {(name, step) for name in "02" for step in (2, 4)})
+
+
+def test_rigl_under_hooks_autocast_and_repeated_layers_matches_the_twin() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(WIDTH, WIDTH, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(torch.tanh(self.inner(x.view(3, 4, WIDTH)))).view(12, WIDTH)
+
+    torch.manual_seed(0)
+    model = Twice()
+    model.inner.register_forward_hook(lambda _module, _inputs, output: output * 3.0)
+    model.inner.register_forward_pre_hook(lambda _module, inputs: (inputs[0] * 0.5,))
+    manager = st.MaskManager(model, st.RigL(sparsity=0.7, every=1), seed=0)
+    old = manager.layers["inner"].pattern
+    ranked = dense_gradients(model, [batch(0)])["inner"].abs().masked_fill(old.mask(), -1.0)
+    optimizer = adamw(model)
+    loss_of(model, batch(0)).backward()
+    manager.step(optimizer)
+    grown = manager.layers["inner"].pattern.mask() & ~old.mask()
+    k = int(0.3 * old.nnz)
+    assert set(ranked.view(-1).topk(k).indices.tolist()) == set(grown.view(-1).nonzero()[:, 0].tolist())
+
+
+def test_rigl_makes_dense_gradients_at_update_steps_only_and_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparsetrain.sparsity.gradients import DenseGradientProbe
+
+    made: list[tuple[int, int]] = []
+    references: list[weakref.ref[Tensor]] = []
+    digest = DenseGradientProbe._digest
+
+    def counting(self: DenseGradientProbe[Any]) -> None:
+        held = sum(probe._dense is not None for probe in manager._probes.values())
+        assert all(reference() is None for reference in references)  # those of other layers are gone, not only hidden
+        references.append(weakref.ref(self._dense))
+        made.append((manager.steps, held))
+        digest(self)
+        assert self._dense is None
+
+    monkeypatch.setattr(DenseGradientProbe, "_digest", counting)
+    model = mlp()
+    manager = st.MaskManager(model, st.RigL(sparsity=0.8, every=3), seed=0)
+    optimizer = adamw(model)
+    for step in range(1, 8):
+        with torch.no_grad():
+            loss_of(model, batch(0))  # an evaluation on the way asks for no gradient
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        manager.step(optimizer)
+        optimizer.zero_grad()
+    # During steps 3 and 6 (after two and five done), for two layers, never with another one's dense gradient alive.
+    assert made == [(2, 1), (2, 1), (5, 1), (5, 1)]
+    hooks = [len(layer._forward_hooks) for layer in manager.layers.values()]
+    assert hooks == [0, 0]
+
+
+def test_grown_weights_can_start_against_their_gradient() -> None:
+    model = mlp()
+    manager = st.MaskManager(model, st.RigL(sparsity=0.8, every=1, grown_scale=0.25), seed=0)
+    ranked = dense_gradients(model, [batch(0)])
+    old = {name: layer.pattern for name, layer in manager.layers.items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    manager.step(optimizer)
+    for name, layer in manager.layers.items():
+        new = layer.pattern.gather(~old[name].mask())
+        gradient = layer.pattern.gather(ranked[name])[new]
+        kept = layer.values[~new]
+        expected = -0.25 * kept.square().mean().sqrt() * gradient / gradient.square().mean().sqrt()
+        torch.testing.assert_close(layer.values[new].detach(), expected.detach())
+
+
+def test_a_layer_without_part_in_the_step_keeps_its_mask() -> None:
+    model = mlp()
+    unused = nn.ModuleDict({"used": model, "unused": nn.Linear(8, 8, dtype=torch.float64)})
+    manager = st.MaskManager(unused, st.RigL(sparsity=0.5, every=1), seed=0)
+    before = {name: layer.pattern for name, layer in manager.layers.items()}
+    optimizer = adamw(unused)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    update = manager.step(optimizer)
+    assert update is not None
+    assert update.layers == ("used.0", "used.2")
+    assert manager.layers["unused"].pattern is before["unused"]
+
+
+def test_blocks_move_as_wholes_and_heads_keep_their_shares() -> None:
+    model = mlp()
+    plan = st.SparsityConfig(sparsity=0.5, pattern="block", block=[4, 2], bands=[2, 1])
+    manager = st.MaskManager(model, st.RigL(every=1, drop_fraction=0.3), plan=plan, seed=0)
+    optimizer = adamw(model)
+    for step in range(4):
+        old = {name: layer.pattern for name, layer in manager.layers.items()}
+        ranked = dense_gradients(model, [batch(step)])
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        assert manager.step(optimizer) is not None
+        optimizer.zero_grad()
+        for name, layer in manager.layers.items():
+            assert layer.pattern.block == (4, 2)
+            mask = layer.pattern.mask()
+            half = mask.shape[0] // 2
+            assert int(mask[:half].sum()) == int(mask[half:].sum()) == mask.numel() // 4
+            scores = unit_scores(ranked[name], (4, 2)).chunk(2)
+            for band, (now, was) in enumerate(zip(mask.chunk(2), old[name].mask().chunk(2), strict=True)):
+                new = (now & ~was)[::4, ::2]
+                k = int(new.sum())
+                assert k == int(0.3 * (was.sum() // 8))
+                best = scores[band].masked_fill(was[::4, ::2], -1.0).view(-1).topk(k).indices
+                assert set(best.tolist()) == set(new.reshape(-1).nonzero()[:, 0].tolist())
+
+
+def test_gmp_keeps_the_largest_magnitudes_of_the_dense_model() -> None:
+    model = mlp()
+    weights = {name: module.weight.detach().clone() for name, module in model.named_children() if name != "1"}
+    manager = st.MaskManager(model, st.GMP(sparsity=0.75, every=1, stop=1), seed=0)
+    assert all(layer.pattern.density == 1.0 for layer in manager.layers.values())
+    manager.step(torch.optim.SGD(model.parameters(), lr=0.0))
+    for name, layer in manager.layers.items():
+        top = weights[name].abs().view(-1).topk(96).indices
+        assert set(top.tolist()) == set(layer.pattern.positions().tolist())
+
+
+def test_erk_and_groups_keep_their_own_targets_under_gmp() -> None:
+    plan = st.SparsityConfig(sparsity=0.8, groups=[st.SparsityGroup("2", 0.5)])
+    model = mlp()
+    manager = st.MaskManager(model, st.GMP(every=1, stop=4, curve="linear"), plan=plan, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for _ in range(4):
+        manager.step(optimizer)
+    assert {name: layer.pattern.nnz for name, layer in manager.layers.items()} == {"0": 77, "2": 192}
+
+
+def test_protected_rows_stay_alive() -> None:
+    for protect, dead in ((False, True), (True, False)):
+        model = mlp()
+        with torch.no_grad():
+            model[0].weight[0] *= 1e-6
+        manager = st.MaskManager(model, st.GMP(sparsity=0.8, every=1, stop=1, protect_rows=protect), seed=0)
+        manager.step(torch.optim.SGD(model.parameters(), lr=0.0))
+        assert (manager.report()[0].dead_rows > 0) == dead
+
+
+def test_it_is_a_function_of_the_seed() -> None:
+    def masks(seed: int) -> str:
+        model = mlp()
+        manager = st.MaskManager(model, st.SET(sparsity=0.8, every=1), seed=seed)
+        optimizer = adamw(model)
+        for step in range(3):
+            loss_of(model, batch(step)).backward()
+            optimizer.step()
+            manager.step(optimizer)
+            optimizer.zero_grad()
+        return manager.hash()
+
+    assert masks(0) == masks(0) != masks(1)
+
+
+def test_masks_are_those_of_sparsify() -> None:
+    model, other = mlp(), mlp()
+    manager = st.MaskManager(model, st.SET(sparsity=0.8), seed=3)
+    sparsify(other, 0.8, seed=3)
+    for name, layer in sparse_layers(other):
+        assert manager.layers[name].pattern.equals(layer.pattern)
+
+
+# Watching.
+
+
+def test_exploration_matches_a_brute_force_count() -> None:
+    model = mlp()
+    manager = st.MaskManager(model, st.SET(sparsity=0.8, every=1, drop_fraction=0.4), seed=0)
+    optimizer = adamw(model)
+    masks = {name: [layer.pattern.mask()] for name, layer in manager.layers.items()}
+    flow = None
+    for step in range(6):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        flow = sum(float(layer.values.grad.square().sum()) for layer in manager.layers.values())
+        if step == 0:
+            assert manager.watch()["gradient_flow"] == pytest.approx(flow)
+        manager.step(optimizer)
+        optimizer.zero_grad()
+        for name, layer in manager.layers.items():
+            masks[name].append(layer.pattern.mask())
+    for report in manager.report():
+        history = torch.stack(masks[report.name])
+        assert report.itop_rate == pytest.approx(float(history.any(0).double().mean()))
+        assert report.overlap == pytest.approx(float((history[0] & history[-1]).sum() / history[0].sum()))
+    watched = manager.watch()
+    everything = torch.cat([torch.stack(list_).flatten(1) for list_ in masks.values()], 1)
+    assert watched["itop_rate"] == pytest.approx(float(everything.any(0).double().mean()))
+    assert watched["density"] == watched["target_density"] == pytest.approx(float(everything[-1].double().mean()))
+    assert "gradient_flow" not in watched
+
+
+# Refusals.
+
+
+def adopted(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
+    return sparsify(model, sparsity, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: st.MaskManager(adopted(mlp(), 0.5), st.RigL(sparsity=0.9)),
+            r"layer '0' is already sparse, with density 0.5 \(192 weights\), where RigL begins with 0.09895.* \(38\)",
+        ),
+        (lambda: st.MaskManager(adopted(mlp()), st.GMP(sparsity=0.8, stop=5)), r"where GMP begins with 1 \(384\)"),
+        (
+            lambda: st.MaskManager(adopted(mlp()), st.GMP(stop=5)),
+            "GMP changes densities; give it a sparsity, or a plan",
+        ),
+        (lambda: st.MaskManager(mlp(), st.RigL()), "no layer is sparse; give the rule a sparsity above 0"),
+        (lambda: st.MaskManager(mlp(), st.RigL(sparsity=0.0)), r"the plan \(sparsity=0.0\) makes no layer sparse"),
+        (lambda: st.MaskManager(mlp(), st.SET(sparsity=0.8), include=["*attn*"]), r"'\*attn\*' matches no linear"),
+        (lambda: st.MaskManager(mlp(), st.SET(sparsity=0.75), pattern="nm"), "pattern='nm' would not outlast"),
+        (lambda: st.MaskManager(mlp(), st.SET(sparsity=0.8, stop=50), total_steps=40), "after the end of training"),
+        (
+            lambda: st.MaskManager(mlp(), st.SET(sparsity=0.8), plan=st.SparsityConfig(sparsity=0.5)),
+            "plan.sparsity=0.5",
+        ),
+        (
+            lambda: st.MaskManager(mlp(), st.SET(), plan=st.SparsityConfig(sparsity=0.5), include=["*"]),
+            "belong into the plan",
+        ),
+        (
+            lambda: st.MaskManager(
+                mlp(), st.SET(), plan=st.SparsityConfig(sparsity=0.5, pattern="block", block=[5, 4])
+            ),
+            "block 5x4 does not divide it, and SET moves whole blocks",
+        ),
+        (
+            lambda: st.MaskManager(mlp(), st.RigL(sparsity=0.8, every=1, accumulation="staggered")),
+            "every=1 with accumulation=staggered must be at least the number of layers, 2",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line_before_the_first_step(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    model = mlp()
+    layers = list(model)
+    with pytest.raises(UserError, match="staggered"):
+        st.MaskManager(model, st.RigL(sparsity=0.8, every=1, accumulation="staggered"))
+    with pytest.raises(UserError, match=r"bands=\[5, 1\] do not divide"):
+        st.MaskManager(model, st.GMP(every=1, stop=2), plan=st.SparsityConfig(sparsity=0.5, bands=[5, 1]))
+    assert list(model) == layers
+
+
+def test_sparse_layers_are_adopted_where_densities_match() -> None:
+    model = adopted(mlp())
+    before = dict(sparse_layers(model))
+    manager = st.MaskManager(model, st.RigL(sparsity=0.8), seed=0)
+    assert manager.layers == before
+    own = st.MaskManager(adopted(mlp(), 0.37), st.SET(every=1), seed=0)
+    assert {layer.density for layer in own.report()} == {layer.target_density for layer in own.report()}
+
+
+def test_optimizers_are_checked_before_the_first_update() -> None:
+    model = mlp()
+    early = adamw(model)
+    manager = st.MaskManager(model, st.SET(sparsity=0.8), seed=0)
+    with pytest.raises(UserError, match=r"the optimizer does not hold 0\.values"):
+        manager.step(early)
+    with pytest.raises(UserError, match="LBFGS is not known"):
+        manager.attach(torch.optim.LBFGS(model.parameters()))
+    assert manager.steps == 0
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_numbers_that_are_not_finite_are_named(where: str) -> None:
+    model = mlp()
+    manager = st.MaskManager(model, st.RigL(sparsity=0.8, every=1), seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    if where == "gradient":
+        with pytest.raises(UserError, match="RigL: the gradient of layer '2' is not finite at step 1"):
+            (loss_of(model, batch(0)) * torch.inf).backward()
+        return
+    loss_of(model, batch(0)).backward()
+    with torch.no_grad():
+        manager.layers["0"].values[0] = torch.nan
+    with pytest.raises(UserError, match="the weights of layer '0' are not finite at step 1"):
+        manager.step(optimizer)
+
+
+def test_on_resize_is_called_when_sizes_change_and_only_then() -> None:
+    calls: list[int] = []
+    model = mlp()
+    rule = st.GMP(sparsity=0.8, every=2, stop=4)
+    manager = st.MaskManager(model, rule, seed=0, on_resize=lambda: calls.append(manager.steps))
+    optimizer = adamw(model)
+    for step in range(6):
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        manager.step(optimizer)
+        optimizer.zero_grad()
+    assert calls == [2, 4]
+
+
+def test_a_static_manager_leaves_everything_alone() -> None:
+    model = mlp()
+    sparsify(model, plan=st.SparsityConfig(sparsity=0.5, pattern="balanced"), seed=0)
+    manager = st.MaskManager(model, st.Static(), plan=st.SparsityConfig(sparsity=0.5, pattern="balanced"), seed=0)
+    pattern = manager.layers["0"].pattern
+    assert manager.step(torch.optim.LBFGS(model.parameters())) is None
+    assert manager.layers["0"].pattern is pattern
+    assert balanced_pattern((24, 16), 0.5, seeds.generator(0, "mask", "0")).equals(pattern)
+    assert F.mse_loss(model(batch(0)), model(batch(0))) == 0.0

@@ -1,0 +1,69 @@
+"""Selections against sorted Python lists, with ties."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsetrain import seeds
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity.select import bands, largest_remainder, random_cells, split_evenly, top_cells
+
+
+@given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), data=st.data())
+@settings(deadline=None)
+def test_top_cells_match_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
+    chosen = top_cells(torch.tensor(scores, dtype=torch.float32), count)
+    assert chosen.nonzero()[:, 0].tolist() == sorted(expected)
+
+
+def test_top_cells_take_infinite_scores_and_keep_the_shape() -> None:
+    scores = torch.tensor([[-torch.inf, 1.0], [torch.inf, 1.0]])
+    assert top_cells(scores, 2).tolist() == [[False, True], [True, False]]
+    with pytest.raises(ValueError, match="count=5 must lie between 0 and 4"):
+        top_cells(scores, 5)
+
+
+def test_random_cells_are_candidates_and_every_one_is_as_likely() -> None:
+    candidates = torch.tensor([[True, False, True], [True, True, False]])
+    counts = torch.zeros(2, 3)
+    source = seeds.generator(0)
+    for _ in range(4000):
+        drawn = random_cells(candidates, 2, source)
+        assert int(drawn.sum()) == 2
+        assert not bool((drawn & ~candidates).any())
+        counts += drawn
+    assert float((counts[candidates] / 2000 - 1).abs().max()) < 0.06
+    with pytest.raises(ValueError, match="only 4 candidates"):
+        random_cells(candidates, 5, source)
+
+
+@given(st.integers(0, 1000), st.integers(1, 40))
+def test_split_evenly_is_exact(total: int, parts: int) -> None:
+    split = split_evenly(total, parts)
+    assert sum(split) == total
+    assert max(split) - min(split) <= 1
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=10), st.floats(0.0, 1.0))
+@settings(deadline=None)
+def test_largest_remainder_is_exact_and_near(limits: list[int], part: float) -> None:
+    total = round(part * sum(limits))
+    shares = [limit * total / sum(limits) for limit in limits]
+    counts = largest_remainder(shares, total, limits)
+    assert sum(counts) == total
+    assert all(count <= limit for count, limit in zip(counts, limits, strict=True))
+    assert all(abs(count - share) <= 1 for count, share in zip(counts, shares, strict=True))
+
+
+def test_bands_cover_the_grid_once() -> None:
+    seen = torch.zeros(6, 8, dtype=torch.int64)
+    for part in bands((6, 8), (3, 2)):
+        seen[part] += 1
+    assert bool((seen == 1).all())
+    with pytest.raises(UserError, match=r"bands=\[4, 1\] do not divide the 6x8 matrix"):
+        bands((6, 8), (4, 1))

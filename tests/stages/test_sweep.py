@@ -1,0 +1,258 @@
+"""Sweeps: their cost before they start, and the rows, optima and figure of made-up runs whose answers are known."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from sparsetrain.config import load
+from sparsetrain.cost.flops import training_flops_per_token
+from sparsetrain.errors import UserError
+from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet
+from sparsetrain.stages import pretrain
+from sparsetrain.stages.config import as_plain, model_config
+from sparsetrain.stages.run import COLUMNS
+from sparsetrain.stages.sweep import collect, show_sweep, sweep_cost
+
+# Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
+CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
+FLOORS = {("supar", 0.0): 2.0, ("supar", 0.75): 2.1, ("sp", 0.0): 2.0, ("sp", 0.75): 2.2}
+GRID = range(-11, -4)
+
+
+def loss(scheme: str, sparsity: float, log2: float, seed: int) -> float:
+    return FLOORS[scheme, sparsity] + 0.05 * (log2 - CENTERS[scheme, sparsity]) ** 2 + 0.01 * seed
+
+
+def write_run(place: Path, words: list[str], **result: Any) -> Path:
+    """Write the directory of a finished run of ``words`` without training it."""
+    config = load("pretrain", ["model=tiny", "parameterization.base_width=16", *words])
+    plain = {**as_plain(config), "corpus": "corpus-0", "source": None}
+    directory = place / f"run-{len(list(place.glob('*')))}"
+    directory.mkdir(parents=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(plain))
+    if result is not None:
+        values = {
+            "stage": "pretrain",
+            "status": "complete",
+            "parameterization": config.parameterization.scheme,
+            "sparsity": config.sparsity.sparsity,
+            "width": 32,
+            "depth": 2,
+            "lr": config.optimizer.lr,
+            "seed": config.seed,
+            "steps": 3,
+            "commit": "abc",
+            "tokens": 9,
+            "seconds": 1.0,
+            "precision": "fp32",
+            "flops": {"total": 1.0},
+            "loss_last": 2.0,
+            **result,
+        }
+        (directory / "result.json").write_text(json.dumps(values))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The runs of a whole sweep: two schemes, two sparsities, seven learning rates, one or two seeds."""
+    place = tmp_path_factory.mktemp("runs")
+    template = write_run(place, [])
+    plain = yaml.safe_load((template / "config.yaml").read_text())
+    result = json.loads((template / "result.json").read_text())
+    for path in template.iterdir():
+        path.unlink()
+    template.rmdir()
+    for (scheme, sparsity), center in CENTERS.items():
+        for log2 in GRID:
+            for seed in (0, 1) if abs(log2 - center) < 1.6 else (0,):
+                directory = place / f"{scheme}-{sparsity}-{log2}-{seed}"
+                directory.mkdir()
+                config = {**plain, "seed": seed, "sparsity": {**plain["sparsity"], "sparsity": sparsity}}
+                config["parameterization"] = {**plain["parameterization"], "scheme": scheme}
+                config["optimizer"] = {**plain["optimizer"], "lr": 2.0**log2}
+                (directory / "config.yaml").write_text(yaml.safe_dump(config))
+                values = {"parameterization": scheme, "sparsity": sparsity, "lr": 2.0**log2, "seed": seed}
+                found = loss(scheme, sparsity, log2, seed)
+                (directory / "result.json").write_text(json.dumps({**result, **values, "loss_last": found}))
+    return place
+
+
+def test_rows_have_the_columns_of_a_results_file(made_up: Path) -> None:
+    found = collect([made_up])
+    assert list(found.rows[0])[: len(COLUMNS)] == list(COLUMNS)
+    assert (found.varied, found.unfinished) == ([], [])
+    assert {row["parameterization"] for row in found.rows} == {"sp", "supar"}
+    assert found.rows == collect(sorted(made_up.iterdir(), reverse=True)).rows  # in whatever order they are named
+
+
+def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(made_up: Path) -> None:
+    lines = lines_of(collect([made_up]).rows, "lr")
+    assert [(line.scheme, line.shape[0]) for line in lines] == [
+        ("sp", 0.0),
+        ("sp", 0.75),
+        ("supar", 0.0),
+        ("supar", 0.75),
+    ]
+    for line in lines:
+        assert line.optimum.log2 == pytest.approx(CENTERS[line.scheme, line.shape[0]])
+        assert line.optimum.interval == pytest.approx((line.optimum.log2, line.optimum.log2))
+    shifts = [line.shift.steps for line in lines if line.shift is not None]
+    assert shifts == pytest.approx([0.0, 2.0, 0.0, 0.25])
+    # At 0.75: SμPar with the dense optimum -8.25, whose nearest point is -8, SP with its own, -9.
+    supar, sp = loss("supar", 0.75, -8, 0), loss("sp", 0.75, -9, 0)
+    said = findings(lines)
+    assert said[0] == "sp: the farthest optimum is 2.00 grid steps from the base's."
+    gap = f"{100 * (1 - supar / sp):.1f} % below SP with its base's (1 seed)"  # the one that both have there
+    assert [text for text in said if text.startswith("sparsity 0.75") and gap in text]
+
+
+def test_show_writes_tables_and_a_figure_that_do_not_depend_on_the_day(
+    made_up: Path, tmp_path: Path, screen: Console
+) -> None:
+    for name in ("a", "b"):
+        show_sweep([made_up], "lr", tmp_path / name, 3, False, screen)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert files == ["figure.png", "optima.csv", "results.csv"]
+    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
+    with (tmp_path / "a" / "optima.csv").open() as stream:
+        rows = {(row["parameterization"], row["sparsity"]): row for row in csv.DictReader(stream)}
+    moved = rows["sp", "0.75"]
+    assert (float(moved["optimum"]), float(moved["shift_steps"])) == pytest.approx((2**-7.0, 2.0), rel=1e-5)
+    assert (moved["edge"], moved["shift_at_least"], moved["seeds"]) == ("", "0", "2")
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{len(list(made_up.iterdir()))} finished runs, 0 of them diverged; 0 unfinished" in text
+    assert "to run next" in text
+
+
+def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_settings(made_up: Path) -> None:
+    lines = lines_of(collect([made_up]).rows, "lr")
+    commands = next_commands(lines, "lr", [], (0, 1))
+    # Every minimum has both seeds at its three points.
+    assert commands == []
+    commands = next_commands(lines, "lr", [], (0, 1, 2))
+    assert f"parameterization=sp sparsity.sparsity=0.75 optimizer.lr={2.0**-8},{2.0**-7},{2.0**-6} seed=2" in commands
+
+
+def test_an_edge_is_extended_and_never_called_an_optimum(tmp_path: Path) -> None:
+    for lr, found in ((0.001, 3.0), (0.002, 2.5), (0.004, 2.0)):
+        write_run(tmp_path, [f"optimizer.lr={lr}"], loss_last=found)
+    lines = lines_of(collect([tmp_path]).rows, "lr")
+    assert (lines[0].optimum.log2, lines[0].shift, lines[0].at_base) == (None, None, {})
+    assert "beyond 0.004 (high edge)" in optima_sheet(lines, "lr").rows[0][1]
+    assert next_commands(lines, "lr", [], (0,)) == ["optimizer.lr=0.008,0.016 seed=0"]
+    assert findings(lines) == ["supar: the base has no optimum inside the grid, so no shift is known."]
+
+
+def test_diverged_runs_bracket_and_a_curve_of_them_alone_has_no_optimum(tmp_path: Path) -> None:
+    for scheme in ("sp", "mup"):
+        for lr, found in ((0.001, 3.0), (0.002, 2.5), (0.004, None)):
+            status = "diverged" if found is None or scheme == "mup" else "complete"
+            value = None if status == "diverged" else found
+            words = [f"optimizer.lr={lr}", f"parameterization.scheme={scheme}"]
+            write_run(tmp_path, words, loss_last=value, status=status)
+    mup, sp = lines_of(collect([tmp_path]).rows, "lr")
+    assert (sp.optimum.best, sp.optimum.log2, sp.optimum.interpolated) == (math.log2(0.002), math.log2(0.002), False)
+    assert mup.optimum.log2 is None
+    assert optima_sheet([mup, sp], "lr").rows[0][1] == "none"
+    show_sweep([tmp_path], "lr", tmp_path / "out", 1, False, Console(quiet=True))
+    assert (tmp_path / "out" / "figure.png").exists()
+
+
+def test_a_base_of_diverged_runs_leaves_the_other_curves_without_a_shift(tmp_path: Path) -> None:
+    for sparsity in (0.0, 0.5):
+        for lr in (0.001, 0.002, 0.004):
+            value = None if sparsity == 0.0 else 2.0 + abs(math.log2(lr / 0.002))
+            status = "diverged" if value is None else "complete"
+            words = [f"optimizer.lr={lr}", f"sparsity.sparsity={sparsity}"]
+            write_run(tmp_path, words, loss_last=value, status=status)
+    base, sparse = lines_of(collect([tmp_path]).rows, "lr")
+    assert (base.optimum.log2, sparse.shift, sparse.at_base) == (None, None, {})
+    assert sparse.optimum.log2 == pytest.approx(math.log2(0.002))
+    assert findings([base, sparse]) == ["supar: the base has no optimum inside the grid, so no shift is known."]
+
+
+def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> None:
+    for std in (0.01, 0.02, 0.04):
+        for decay in (0.0, 0.1):
+            for alpha in (0.5, 1.0):
+                words = [f"model.init_std={std}", f"optimizer.weight_decay={decay}", f"parameterization.alpha={alpha}"]
+                write_run(tmp_path, words, loss_last=2.0 + abs(math.log2(std / 0.02)) + decay)
+    found = collect([tmp_path])
+    assert found.varied == ["model.init_std", "optimizer.weight_decay"]
+    assert {row["parameterization"] for row in found.rows} == {"supar (alpha=0.5)", "supar (alpha=1.0)"}
+    lines = lines_of(found.rows, "model.init_std", ["optimizer.weight_decay"])
+    assert len(lines) == 4
+    assert {line.optimum.log2 for line in lines} == {math.log2(0.02)}
+    assert set(labels_of(lines, ["optimizer.weight_decay"])) == {"weight_decay 0", "weight_decay 0.1"}
+
+
+def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
+    for number in range(6):
+        words = ["experiment=base_tuning", f"draw={number}"]
+        write_run(tmp_path / "runs", words, loss_last=None if number == 5 else 3.0 - number)
+    show_sweep([tmp_path / "runs"], "lr", tmp_path / "out", 3, True, screen)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "6 points, 1 diverged" in text
+    best = load("pretrain", ["experiment=base_tuning", "draw=4"])
+    assert any("-1.0000" in line and f"{best.optimizer.lr:.3g}" in line for line in text.splitlines())
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "results.csv"]
+
+
+def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match="empty holds no run"):
+        collect([empty])
+    directory = write_run(tmp_path / "runs", [])
+    with pytest.raises(UserError, match="x=lr has the same value in every run"):
+        show_sweep([directory], "lr", None, 3, False)
+    with pytest.raises(UserError, match="x=lrr is not a number in every run; columns: parameterization, sparsity"):
+        show_sweep([directory], "lrr", None, 3, False)
+    with pytest.raises(UserError, match="no setting varies over the 1 runs"):
+        show_sweep([directory], "lr", None, 3, True)
+    (directory / "result.json").unlink()
+    with pytest.raises(UserError, match=r"no finished pre-training run \(1 unfinished\)"):
+        collect([directory])
+
+
+# Cost.
+
+
+def tiny(notes: Path, *more: str) -> Any:
+    words = [
+        *("model=tiny", "parameterization.base_width=16", f"data.path={notes}", "data.tokenizer=bytes"),
+        *("data.context=32", "stage.batch_size=2", "schedule.steps=3", "stage.eval_sequences=2"),
+    ]
+    return load("pretrain", [*words, *more])
+
+
+def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: Console
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [tiny(notes, f"sparsity.sparsity={sparsity}") for sparsity in (0.0, 0.5, 0.75)]
+    before = sweep_cost([*configs, None], screen)
+    shape = model_config(configs[0].model, 257)
+    tokens = 3 * 2 * 32
+    formula = [tokens * training_flops_per_token(shape, density, 32).total for density in (1.0, 0.5, 0.25)]
+    assert (before.points, before.done, before.refused, before.measured) == (4, 0, 1, 0)
+    assert before.flops == pytest.approx(sum(formula))
+    assert before.dense_flops == pytest.approx(3 * formula[0])
+    assert "4 points, 0 finished before, 3 to run, 1 that cannot run" in before.describe()
+    assert "very roughly" in before.describe()
+    result = pretrain(configs[1], screen)
+    after = sweep_cost([*configs, None], screen)
+    assert (after.done, after.measured) == (1, 1)
+    assert after.flops == pytest.approx(formula[0] + formula[2])
+    assert after.rate == pytest.approx(formula[0] / result["seconds"])
+    assert "as the 1 finished ones" in after.describe()
+    assert sweep_cost([configs[1]], screen).describe() == "sweep: 1 point, 1 finished before, 0 to run"

@@ -1,0 +1,277 @@
+"""Masks that evolve inside a run: resumed bit for bit, watched in the metrics, FLOPs counted step by step."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.errors import UserError
+from sparsetrain.models import Transformer
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.parameterization import Parameterization, param_groups
+from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
+from sparsetrain.sparsity.managed import planned_densities
+from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
+from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
+from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.metrics import TIMED, read_metrics
+from sparsetrain.training.state import Interrupted
+
+Configure = Callable[..., Any]
+
+# Outputs of these tiny layers may have no weight at 90 %.
+pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
+
+RULES: dict[str, dict[str, Any]] = {
+    "set": {"rule": "set", "every": 2},
+    "rigl": {"rule": "rigl", "every": 2, "stop": 1.0, "drop_schedule": "linear"},
+    "staggered": {"rule": "rigl", "every": 8, "accumulation": "staggered", "drop_schedule": "constant", "stop": 1.0},
+    "gmp": {"rule": "gmp", "every": 2, "start": 0.1},
+    "vspdf": {"rule": "vspdf", "phases": [{"at": 0.4, "sparsity": 0.5}, {"at": 0.8, "sparsity": 0.0}]},
+}
+
+
+def sparsity(name: str) -> dict[str, Any]:
+    return {"sparsity": {"sparsity": 0.75, "evolution": RULES[name]}}
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    return [
+        {key: value for key, value in record.items() if key not in TIMED}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert records(one) == records(other)
+    first, second = (load_checkpoint(path / "checkpoints") for path in (one, other))
+    assert first.state["masks"] == second.state["masks"]
+    for tensors, others in ((first.model, second.model), (first.optimizer.tensors, second.optimizer.tensors)):
+        assert tensors.keys() == others.keys()
+        assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Make the run believe that a signal came in its ``step``-th step."""
+    true_loss, calls = Transformer.loss, 0
+
+    def loss(self: Transformer, *arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return true_loss(self, *arguments)
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+
+
+@pytest.mark.parametrize("name", list(RULES))
+@pytest.mark.parametrize("step", [3, 6])
+def test_resume_is_bitwise(
+    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    # Step 3 precedes an update (whose probes must be armed again), step 6 is one.
+    pretrain(configure(PretrainConfig, sparsity(name), run_dir=tmp_path / "whole"), screen)
+    with monkeypatch.context() as patch:
+        interrupt(patch, step)
+        with pytest.raises(Interrupted, match=f"stopped after step {step} of 12"):
+            pretrain(configure(PretrainConfig, sparsity(name), run_dir=tmp_path / "cut"), screen)
+    assert pretrain(configure(PretrainConfig, sparsity(name), run_dir=tmp_path / "cut"), screen).complete
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_masks_follow_the_plan_in_metrics_result_and_checkpoint(
+    configure: Configure, tmp_path: Path, screen: Console, accumulation: int
+) -> None:
+    changes = sparsity("gmp") | {"stage.accumulation": accumulation}
+    run = pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
+    seen = [record for record in records(run.directory) if "loss" in record]
+    # From dense at step 1 (of 12) by a cubic curve to the target at step 9.
+    expected = [
+        1 - 0.75 * (1 - (1 - ((min(step, 9) - 1) // 2 * 2 / 8 if step < 9 else 1.0)) ** 3) for step in range(1, 13)
+    ]
+    assert [record["density"] for record in seen] == pytest.approx(expected, abs=1e-3)
+    assert all(record["density"] == record["target_density"] for record in seen)
+    assert seen[-1]["density"] == run["density"] == 0.25
+    assert {record["itop_rate"] for record in seen} == {1.0}
+    assert seen[-1]["mask_overlap"] == pytest.approx(0.25)
+    assert all(record["gradient_flow"] > 0 for record in seen)
+    stored = load_checkpoint(run.directory / "checkpoints").model
+    for name, layer in run["masks"]["layers"].items():
+        assert stored[f"{name}.values"].numel() == layer["nnz"]
+    assert run["masks"]["rule"] == "GMP"
+    evaluated = [record for record in records(run.directory) if "val_loss" in record]
+    assert [record["layers"]["blocks.0.attn.qkv"]["density"] for record in evaluated][::2] == [1.0, 0.25]
+
+
+def test_the_progress_line_says_what_masks_do(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    pretrain(configure(PretrainConfig, sparsity("rigl"), run_dir=tmp_path / "run"), screen)
+    text = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"12/12 .* density 0\.25 \(target 0\.25\)  R_s 0\.[34]\d  overlap 0\.\d\d  ETA", text)
+    pretrain(configure(PretrainConfig, run_dir=tmp_path / "static"), Console(file=screen.file))
+    assert screen.file.getvalue().count("target") == text.count("target")  # type: ignore[attr-defined]
+
+
+def test_masks_of_a_static_run_stay(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    run = pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
+    assert run["masks"]["itop_rate"] == run["masks"]["density"] == 0.25
+    stored = load_checkpoint(run.directory / "checkpoints")
+    assert not any(name.startswith("mask_history") for name in stored.optimizer.tensors)
+    assert not any("layers" in record for record in records(run.directory))
+
+
+def test_a_checkpoint_of_other_masks_is_refused(
+    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4)
+        with pytest.raises(Interrupted):
+            pretrain(configure(PretrainConfig, sparsity("set"), run_dir=tmp_path / "cut"), screen)
+    other = sparsity("rigl")
+    (tmp_path / "cut" / "config.yaml").unlink()
+    with pytest.raises(UserError, match="masks were saved under SET and cannot go on under RigL"):
+        pretrain(configure(PretrainConfig, other, run_dir=tmp_path / "cut"), screen)
+
+
+# What follows a run whose masks evolved.
+
+
+@pytest.mark.parametrize("name", ["rigl", "gmp", "vspdf"])
+def test_fine_tuning_starts_from_the_last_masks(
+    configure: Configure, tmp_path: Path, screen: Console, name: str
+) -> None:
+    run = pretrain(configure(PretrainConfig, sparsity(name), run_dir=tmp_path / "run"), screen)
+    before = load_checkpoint(run.directory / "checkpoints").model
+    for mode in ("sparse", "dense"):
+        changes = sparsity(name) | {"schedule.steps": 2}
+        config = configure(FinetuneConfig, changes, mode=mode, init_from=run.directory, run_dir=tmp_path / mode)
+        tuned = finetune(config, screen)
+        after = load_checkpoint(tuned.directory / "checkpoints").model
+        if mode == "sparse":
+            assert torch.equal(after["blocks.0.mlp.up.col"], before["blocks.0.mlp.up.col"])
+        else:
+            assert after["blocks.0.mlp.up.weight"].shape == (128, 32)
+
+
+@pytest.mark.parametrize(("name", "goes_on"), [("rigl", "RigL"), ("gmp", "Static"), ("vspdf", "Static")])
+def test_a_second_pretraining_keeps_the_density_it_finds(
+    configure: Configure, tmp_path: Path, screen: Console, name: str, goes_on: str
+) -> None:
+    run = pretrain(configure(PretrainConfig, sparsity(name), run_dir=tmp_path / "run"), screen)
+    config = configure(PretrainConfig, sparsity(name), init_from=run.directory, run_dir=tmp_path / "next")
+    following = pretrain(config, screen)
+    assert following["density"] == run["density"]
+    assert following["masks"]["rule"] == goes_on
+
+
+def test_the_variable_recipe_runs_as_one_pipeline(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    config = configure(PipelineConfig, {"sparsity": sparsity("vspdf")["sparsity"]}, run_dir=tmp_path / "pipe")
+    pipeline(config, screen)
+    report = json.loads((tmp_path / "pipe" / "report.json").read_text())
+    arm = report["arms"][1]
+    assert arm["masks"]["rule"] == "VariableSparsity"
+    assert (arm["sparsity"], arm["density"], arm["masks"]["density"]) == (0.75, 1.0, 1.0)
+    dense = report["arms"][0]["train_flops"]
+    assert 0.25 * dense < arm["train_flops"] < dense
+    assert "masks" not in report["arms"][0]
+    assert "VariableSparsity" in (tmp_path / "pipe" / "report.html").read_text()
+    assert "VariableSparsity" in screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_groups_keep_the_density_of_the_start_and_refuse_another() -> None:
+    rules = Parameterization.supar(base_width=16)
+    config = ModelConfig(d_model=32, n_layers=1, n_heads=2, vocab_size=30, seed=0)
+    evolution = EvolutionConfig(rule="gmp", every=1, stop=1.0)
+    plan = SparsityConfig(sparsity=0.75, seed=0, evolution=evolution)
+    model = Transformer(config, rules, plan)
+    manager = MaskManager(model, make_rule(plan, 2), plan=plan)
+
+    def hidden_rate() -> float:
+        return next(g["lr"] for g in param_groups(model, rules, lr=1.0) if g["name"] == "hidden")
+
+    assert hidden_rate() == 0.5  # of a dense matrix of twice the base width
+    optimizer = torch.optim.AdamW(param_groups(model, rules, lr=1.0))
+    for _ in range(2):
+        manager.step(optimizer)
+    assert [group["lr"] for group in optimizer.param_groups if group["name"] == "hidden"] == [0.5]
+    with pytest.raises(UserError, match=r"has density 0\.25 but was initialised for 1: call parameterize again"):
+        hidden_rate()
+    model.parameterize(rules, reinitialise=False)
+    assert hidden_rate() == 2.0
+
+
+# FLOPs.
+
+MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=300)
+SHAPES = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(MODEL)}
+
+
+def ledger(plan: SparsityConfig, steps: int) -> FlopLedger:
+    rule = make_rule(plan, steps)
+    return FlopLedger(MODEL, planned_densities(SHAPES, plan, rule), rule, 64, 256, 256)
+
+
+def plan_of(name: str) -> SparsityConfig:
+    settings = dict(RULES[name])
+    settings["phases"] = [Phase(**phase) for phase in settings.get("phases", [])]
+    return SparsityConfig(sparsity=0.75, evolution=EvolutionConfig(**settings))
+
+
+@pytest.mark.parametrize("name", list(RULES))
+def test_flops_are_the_sum_over_steps(name: str) -> None:
+    plan, steps = plan_of(name), 40
+    rule = make_rule(plan, steps)
+    densities_at = planned_densities(SHAPES, plan, rule)
+    expected = sum(256 * training_flops_per_token(MODEL, densities_at(step), 64).total for step in range(steps))
+    if isinstance(rule, RigL):
+        dense = sum(rows * columns for rows, columns in SHAPES.values())
+        expected += sum(rule.due(step) for step in range(1, steps + 1)) * 256 * 2 * dense
+    found = ledger(plan, steps).through(steps)
+    assert found["total"] == pytest.approx(expected)
+    assert found["total"] == pytest.approx(sum(value for key, value in found.items() if key != "total"))
+
+
+def test_a_static_mask_costs_what_it_did() -> None:
+    plan = SparsityConfig(sparsity=0.75)
+    terms = training_flops_per_token(MODEL, 0.25, 64).for_tokens(10 * 256)
+    assert ledger(plan, 10).through(10) == terms.as_dict()
+
+
+@pytest.mark.parametrize("name", ["static", *RULES])
+def test_a_budget_of_flops_is_met_from_below(name: str) -> None:
+    plan = SparsityConfig(sparsity=0.75) if name == "static" else plan_of(name)
+    budget = 3e9
+    steps = steps_for_flops(budget, MODEL, plan, 64, 256, 256)
+    assert ledger(plan, steps).through(steps)["total"] <= budget < ledger(plan, steps + 1).through(steps + 1)["total"]
+    with pytest.raises(UserError, match=r"stage\.flops=10 does not pay for one step"):
+        steps_for_flops(10.0, MODEL, plan, 64, 256, 256)
+
+
+def test_runs_of_equal_flops(configure: Configure, tmp_path: Path, screen: Console) -> None:
+    spent = {}
+    for name in ("rigl", "gmp"):
+        changes = sparsity(name) | {"schedule.steps": None, "stage.flops": 2e9}
+        run = pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / name), screen)
+        spent[name] = run["flops"]["total"]
+        assert run["steps"] > 3
+    assert all(0.85 * 2e9 < total <= 2e9 for total in spent.values())
+
+
+def test_a_rule_that_never_acts_is_refused_and_leaves_no_trace(
+    configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    changes = {"sparsity": {"sparsity": 0.75, "evolution": {"rule": "set", "every": 100}}}
+    with pytest.raises(UserError, match=r"sparsity\.evolution: SET: every=100 .* no update within stop=9"):
+        pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
+    assert not (tmp_path / "run").exists()
