@@ -210,9 +210,7 @@ def forward(words: Any) -> None:
 
 
 @part
-def _weights(
-    s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int, total: Int, change: Int
-) -> None:
+def _weights(s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int, total: Int, change: Int) -> None:
     """Turn scores into powers below the maximum so far; what was summed before is to be multiplied by ``change``."""
     for lane in range(0, lanes, 16):
         seen = _seen(lane, keys, diagonal)

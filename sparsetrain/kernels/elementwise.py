@@ -42,7 +42,7 @@ larger = _two(
 
 @intrinsic
 def exp2(typing: Any, x: Any) -> Any:
-    """Return ``2^x`` for x below 128, with a relative error of less than 2e-7; 0 below -126; NaN of NaN."""
+    """Return ``2^x`` for x below 127.5, with a relative error of less than 2e-7; 0 below -126; NaN of NaN."""
     if not isinstance(x, Vector):
         raise TypeError(f"exp2 takes a vector, not {x}")
 
