@@ -1,4 +1,4 @@
-"""Arithmetic on vectors, lane by lane, beyond the multiply-add: differences, products, the larger one, powers of two."""
+"""Arithmetic on vectors, lane by lane, beyond the multiply-add: differences, products, maxima, powers of two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Causal attention with ALiBi as one differentiable operation on a CPU, by the kernels of `sparsetrain.kernels.attention`.
+"""Causal attention with ALiBi as one differentiable operation on a CPU, by `sparsetrain.kernels.attention`.
 
 Shapes: B batch, T tokens, H query heads, K key and value heads, D width of a head.
 """
