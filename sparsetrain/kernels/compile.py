@@ -87,6 +87,11 @@ def part(function: Function) -> Function:
     return numba.njit(function, forceinline=True, **_OPTIONS)
 
 
+def procedure(function: Function) -> Function:
+    """Make a function that kernels call: for one that does much work a call, in several places."""
+    return numba.njit(function, **_OPTIONS)
+
+
 def compiled(function: Function) -> Function:
     """Make a function of arrays that is compiled when it is first called."""
     with _numba_cache() as writable:

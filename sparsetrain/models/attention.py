@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparsetrain.models.cache import KVCache
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.fused_attention import fused_attention, suits
 from sparsetrain.models.positions import alibi_bias, alibi_features, alibi_slopes, rope_tables, rotate
 
 _QUERY_BLOCK = 128  # queries whose explicit mask [H, block, S] is held at once when a cache is read
@@ -27,12 +28,14 @@ class Span:
         first: position of the first token; more than 0 only with a cache.
         length: T.
         rope: cosines and sines ``[T, 1, D]`` for rotary positions.
-        alibi: extra features ``[T, 3 H, E]`` for ALiBi, when the tokens attend to one another only.
+        slopes: ALiBi's, or zeros, ``[H]``, when the tokens attend to one another only and `fused_attention` does it.
+        alibi: extra features ``[T, 3 H, E]`` for ALiBi, when they do and torch's kernel does it.
     """
 
     first: int
     length: int
     rope: tuple[Tensor, Tensor] | None = None
+    slopes: Tensor | None = None
     alibi: Tensor | None = None
 
 
@@ -42,8 +45,13 @@ def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
     span = Span(first, length)
     if config.positions == "rope":
         span.rope = rope_tables(first, length, config.d_head, config.rope_base, x.device)
-    elif config.positions == "alibi" and first == 0:
-        slopes, dtype = alibi_slopes(config.n_heads), attention_dtype(x)
+    if first > 0:
+        return span
+    alibi, dtype = config.positions == "alibi", attention_dtype(x)
+    slopes = alibi_slopes(config.n_heads)
+    if suits(dtype, x.device):
+        span.slopes = slopes.float() if alibi else torch.zeros_like(slopes, dtype=torch.float32)
+    elif alibi:
         span.alibi = alibi_features(slopes, length, scale, config.d_head, dtype, x.device)
     return span
 
@@ -88,12 +96,14 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
             if span.first > 0:
                 return self.out(self._attend_to_cache(q, k, v, span.first))
-        return self.out(self._attend(qkv, span.alibi))
+        return self.out(self._attend(qkv, span))
 
-    def _attend(self, qkv: Tensor, alibi: Tensor | None) -> Tensor:
+    def _attend(self, qkv: Tensor, span: Span) -> Tensor:
         """Causal attention of tokens ``[B, T, H + 2 K, D]`` to one another: ``[B, T, H D]``."""
-        dtype = qkv.dtype
+        dtype, alibi = qkv.dtype, span.alibi
         qkv = qkv.to(attention_dtype(qkv))
+        if span.slopes is not None:
+            return fused_attention(qkv, span.slopes, self.kv_heads, self.scale).to(dtype)
         q, k, v = qkv.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
         if alibi is not None:
             if self.kv_heads < self.n_heads:

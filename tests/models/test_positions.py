@@ -53,7 +53,7 @@ def _run(qkv: Tensor, n_heads: int, scale: float) -> Tensor:
     attention = _alibi_attention(n_heads, d_head, scale)
     config = ModelConfig(d_model=n_heads * d_head, n_layers=1, n_heads=n_heads, vocab_size=8)
     span = make_span(config, scale, qkv.flatten(2), 0)
-    return attention._attend(qkv, span.alibi)
+    return attention._attend(qkv, span)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,8 @@ def test_alibi_at_8k_never_holds_scores(dtype: torch.dtype, device: torch.device
     with _LargestTensor() as seen:
         y = _run(qkv, n_heads, 0.3)
         y.backward(torch.ones_like(y))
-    assert any("flash" in name or "efficient" in name or "cudnn" in name for name in seen.operators)
+    ours = {"attention", "attention_backward"} <= seen.operators
+    assert ours or any("flash" in name or "efficient" in name or "cudnn" in name for name in seen.operators)
     assert seen.elements <= 2 * 3 * n_heads * length * 16  # a few copies of q, k, v; scores would be 1000 times this
     assert seen.elements < length * length // 10
 

@@ -1,0 +1,133 @@
+"""Causal attention with ALiBi as one differentiable operation on a CPU, by `sparsetrain.kernels.attention`.
+
+Shapes: B batch, T tokens, H query heads, K key and value heads, D width of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    # When attention is first computed: importing the library is not to import a compiler.
+    from sparsetrain.kernels import attention
+
+    return attention
+
+
+def suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether attention should be computed by `fused_attention`, rather than by torch.
+
+    In float32 on a CPU, where it takes half the time of torch's kernel. A compiler or an exporter is given torch's own
+    operation, which it knows how to take apart.
+    """
+    return device.type == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
+def fused_attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> Tensor:
+    """Return ``softmax(scale * q k^T + m (j - i)) v`` over keys j up to query i: ``[B, T, H D]``.
+
+    Differentiable once, in ``qkv``. The bits of the result do not depend on the number of threads.
+
+    Args:
+        qkv: float32 ``[B, T, H + 2 K, D]`` on a CPU: queries, keys, values.
+        slopes: ALiBi's m, float32 ``[H]``; zeros for none.
+        kv_heads: K.
+        scale: of the inner products.
+
+    Raises:
+        UserError: another type or device, or heads that do not fit together.
+    """
+    heads = slopes.numel()
+    if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or slopes.dtype != torch.float32:
+        raise UserError(f"fused attention computes in float32 on a CPU; it was given {qkv.dtype} on {qkv.device}")
+    if qkv.ndim != 4 or qkv.shape[2] != heads + 2 * kv_heads or kv_heads < 1 or heads % kv_heads:
+        raise UserError(
+            f"activations of shape {tuple(qkv.shape)} do not hold {heads} heads of queries and {kv_heads} of keys"
+        )
+    return _attention(qkv, slopes, kv_heads, scale)[0]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous; the other strides may be anything."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _numbers(slopes: Tensor, scale: float) -> Any:
+    return torch.cat((slopes.new_full((1,), scale), slopes.detach())).numpy()
+
+
+@torch.library.custom_op("sparsetrain::attention", mutates_args=())
+def _attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Return the result and, for the backward pass, the logarithms of the sums of the softmax ``[B, H, T]``."""
+    kernels, heads, x = _kernels(), slopes.numel(), _rows(qkv.detach())
+    batch, tokens, _, d = x.shape
+    y, logs = x.new_empty(batch, tokens, heads * d), x.new_empty(batch, heads, tokens)
+    threads = max(1, min(torch.get_num_threads(), batch * heads))
+    each = kernels.forward_scratch(tokens, d)
+    kernels.forward(
+        threads,
+        *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.numpy(), logs.numpy(), _numbers(slopes, scale)),
+        *(batch, tokens, heads, kv_heads, d, torch.empty(threads, each).numpy(), each),
+    )
+    return y, logs
+
+
+@_attention.register_fake
+def _(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, d = qkv.shape
+    heads = slopes.numel()
+    return qkv.new_empty(batch, tokens, heads * d), qkv.new_empty(batch, heads, tokens)
+
+
+@torch.library.custom_op("sparsetrain::attention_backward", mutates_args=())
+def _attention_backward(
+    g: Tensor, qkv: Tensor, y: Tensor, logs: Tensor, slopes: Tensor, kv_heads: int, scale: float
+) -> Tensor:
+    """Return the gradient of ``qkv``, contiguous."""
+    kernels, heads, x = _kernels(), slopes.numel(), _rows(qkv.detach())
+    batch, tokens, _, d = x.shape
+    # One thread has all query heads that share a head of keys, and so the whole gradient of those keys.
+    threads = max(1, min(torch.get_num_threads(), batch * kv_heads))
+    each = kernels.backward_scratch(tokens, d)
+    grad = torch.empty_like(x, memory_format=torch.contiguous_format)
+    kernels.backward(
+        threads,
+        *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.detach().contiguous().numpy()),
+        *(g.detach().contiguous().numpy(), logs.detach().contiguous().numpy(), _numbers(slopes, scale)),
+        *(batch, tokens, heads, kv_heads, d, torch.empty(threads, each).numpy(), each, grad.numpy()),
+    )
+    return grad
+
+
+@_attention_backward.register_fake
+def _(g: Tensor, qkv: Tensor, y: Tensor, logs: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, slopes, *ctx.rest = inputs
+    y, logs = output
+    ctx.save_for_backward(qkv, y, logs, slopes)
+    ctx.mark_non_differentiable(logs)
+
+
+def _backward(ctx: Any, g: Tensor, _logs: Tensor | None) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad[0]
+    return (_attention_backward(g, *ctx.saved_tensors, *ctx.rest) if needed else None, None, None, None)
+
+
+def _refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
+    raise RuntimeError("attention on a CPU has no second derivative: call backward without create_graph=True")
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+_attention_backward.register_autograd(_refuse_double_backward)
