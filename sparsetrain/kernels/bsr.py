@@ -102,11 +102,19 @@ def _tile(
                     # Outputs are written, not added to, by the first run of a row's first panel.
                     first = panel == 0 and start == np.int64(element(ends, row * panels))
                     for line in range(0, whole, 4):
-                        for token in range(0, slices, 16):
+                        token = np.int64(0)
+                        while slices == TILE and token < 48:
+                            _four_rows_of_24(
+                                *(x, base + token, height, width, index, order, turned, values),
+                                *(start, stop, line, y, to + line * TILE + token, first),
+                            )
+                            token += 24
+                        while token < slices:
                             _four_rows(
                                 *(x, base + token, height, width, index, order, turned, values),
                                 *(start, stop, line, y, to + line * TILE + token, first),
                             )
+                            token += 16
                     for line in range(whole, height):
                         _one_row(
                             *(x, base, height, width, index, order, turned, values),
@@ -173,6 +181,56 @@ def _term(
         fma(splat(element(values, w + 2 * across)), tokens, c),
         fma(splat(element(values, w + 3 * across)), tokens, d),
     )
+
+
+@part
+def _four_rows_of_24(
+    x: Array,
+    at: Int,
+    height: Int,
+    width: Int,
+    index: Array,
+    order: Array,
+    turned: bool,
+    values: Array,
+    start: Int,
+    stop: Int,
+    line: Int,
+    y: Array,
+    to: Int,
+    first: bool,
+) -> None:
+    """The same for 24 tokens: twelve sums in 8 lanes, enough for two multiply-adds that take four cycles each."""
+    size = height * width
+    across, along = (np.int64(1), height) if turned else (width, np.int64(1))
+    if first:
+        a = b = c = d = e = f = g = h = i = j = k = m = splat8(np.float32(0.0))
+    else:
+        a, b, c = load8(y, to), load8(y, to + 8), load8(y, to + 16)
+        d, e, f = load8(y, to + TILE), load8(y, to + TILE + 8), load8(y, to + TILE + 16)
+        g, h, i = load8(y, to + 2 * TILE), load8(y, to + 2 * TILE + 8), load8(y, to + 2 * TILE + 16)
+        j, k, m = load8(y, to + 3 * TILE), load8(y, to + 3 * TILE + 8), load8(y, to + 3 * TILE + 16)
+    for block in range(start, stop):
+        number = np.int64(element(order, block)) if turned else block
+        w = number * size + line * across
+        o = at + np.int64(element(index, block)) * width * TILE
+        end = o + width * TILE
+        while o < end:
+            p, q, r = load8(x, o), load8(x, o + 8), load8(x, o + 16)
+            v = splat8(element(values, w))
+            a, b, c = fma(v, p, a), fma(v, q, b), fma(v, r, c)
+            v = splat8(element(values, w + across))
+            d, e, f = fma(v, p, d), fma(v, q, e), fma(v, r, f)
+            v = splat8(element(values, w + 2 * across))
+            g, h, i = fma(v, p, g), fma(v, q, h), fma(v, r, i)
+            v = splat8(element(values, w + 3 * across))
+            j, k, m = fma(v, p, j), fma(v, q, k), fma(v, r, m)
+            o += TILE
+            w += along
+    for place, left, middle, right in ((0, a, b, c), (1, d, e, f), (2, g, h, i), (3, j, k, m)):
+        store(y, to + place * TILE, left)
+        store(y, to + place * TILE + 8, middle)
+        store(y, to + place * TILE + 16, right)
 
 
 @part
@@ -291,7 +349,7 @@ def _sums(
     """Add to ``sums[own:]`` the inner products at the blocks over ``many`` (one or two) tiles of g and x."""
     block_rows, size = rows // height, height * width
     at_once = max(1, PANEL // height)
-    paired, whole = height // 2 * 2, width // 4 * 4
+    whole = width // 4 * 4
     for top in range(0, block_rows, at_once):
         bottom = min(block_rows, top + at_once)
         for panel in range(panels):
@@ -301,18 +359,22 @@ def _sums(
                 for block in range(np.int64(element(ends, chunk)), np.int64(element(ends, chunk + 1))):
                     at, to = x_at + np.int64(element(index, block)) * width * TILE, own + block * size
                     for strip in range(0, whole, STRIP):
-                        for i in range(0, paired, 2):
+                        i = np.int64(0)
+                        while i < height:
+                            # Threes as far as no single row is left over.
+                            three = i + 4 != height and i + 3 <= height
                             for j in range(strip, min(whole, strip + STRIP), 4):
-                                _two_by_four(
-                                    *(g, line + i * TILE, g_tile, x, at + j * TILE, x_tile, many),
-                                    *(sums, to + i * width + j, width),
-                                )
-                    if paired < height:
-                        for j in range(0, whole, 4):
-                            _one_by_few(
-                                *(g, line + paired * TILE, g_tile, x, at + j * TILE, x_tile, many),
-                                *(sums, to + paired * width + j, np.int64(4)),
-                            )
+                                if three:
+                                    _three_by_four(
+                                        *(g, line + i * TILE, g_tile, x, at + j * TILE, x_tile, many),
+                                        *(sums, to + i * width + j, width),
+                                    )
+                                else:
+                                    _two_by_four(
+                                        *(g, line + i * TILE, g_tile, x, at + j * TILE, x_tile, many),
+                                        *(sums, to + i * width + j, width),
+                                    )
+                            i += 3 if three else 2
                     if whole < width:
                         for i in range(height):
                             _one_by_few(
@@ -335,6 +397,29 @@ def _two_by_four(
             a, b, c, d = fma(u, p, a), fma(u, q, b), fma(u, r, c), fma(u, s, d)
             e, f, h, i = fma(v, p, e), fma(v, q, f), fma(v, r, h), fma(v, s, i)
     add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
+
+
+@part
+def _three_by_four(
+    g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
+) -> None:
+    """The same for three rows of g: twelve sums, enough for two multiply-adds that take four cycles each."""
+    a = b = c = d = e = f = h = i = j = k = m = n = splat8(np.float32(0.0))
+    for tile in range(many):
+        first, other = row + tile * g_tile, at + tile * x_tile
+        for token in range(0, TILE, 8):
+            u, v, w = load8(g, first + token), load8(g, first + TILE + token), load8(g, first + 2 * TILE + token)
+            o = other + token
+            p = load8(x, o)
+            a, e, j = fma(u, p, a), fma(v, p, e), fma(w, p, j)
+            p = load8(x, o + TILE)
+            b, f, k = fma(u, p, b), fma(v, p, f), fma(w, p, k)
+            p = load8(x, o + 2 * TILE)
+            c, h, m = fma(u, p, c), fma(v, p, h), fma(w, p, m)
+            p = load8(x, o + 3 * TILE)
+            d, i, n = fma(u, p, d), fma(v, p, i), fma(w, p, n)
+    add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
+    add_sums4(sums, to + 2 * width, j, k, m, n)
 
 
 @part
