@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from sparsetrain.kernels.compile import Kernel, part
-from sparsetrain.kernels.csr import tiles_of
 from sparsetrain.kernels.lanes import add_sums4, add_sums_2x4, add_sums_head
 from sparsetrain.kernels.simd import element, fma, load, load8, splat, splat8, store
-from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, unpack
+from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
 from sparsetrain.kernels.words import floats, ints, number, share, shorts
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
@@ -55,7 +54,7 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
     columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
     height, width, panels = number(words, 13), number(words, 14), number(words, 15)
     ends, blocks, values, scratch = ints(words, 16), ints(words, 17), floats(words, 18), floats(words, 19)
-    first, last, index = share(words, tiles_of(tokens))
+    first, last, index = share(words, tiles(tokens))
     made = index * rows * TILE
     for tile in range(first, last):
         token = tile * TILE
@@ -303,7 +302,7 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
     values, scratch, need_values, x = floats(words, 19), floats(words, 20), number(words, 21), floats(words, 22)
     panels, ends, index, nnz = number(words, 23), ints(words, 24), ints(words, 25), number(words, 26)
     sums = floats(words, 27)
-    first, last, part_index = share(words, (tiles_of(tokens) + 1) // 2)
+    first, last, part_index = share(words, (tiles(tokens) + 1) // 2)
     g_tile, x_tile = rows * TILE, columns * TILE
     base, made, own = 2 * part_index * g_tile, part_index * x_tile, part_index * nnz
     if need_values:
