@@ -46,7 +46,7 @@ class Blocks:
 
 def panel_width(height: int) -> int:
     """Return how many columns a panel has: those of L1 for low blocks, which use what they load only a few times."""
-    return 128 if height < 16 else 512
+    return 128 if height < 16 else 1 << 20
 
 
 def build_blocks(row_ptr: Array, col: Array, shape: tuple[int, int], block: tuple[int, int]) -> Blocks:

@@ -21,8 +21,9 @@ from sparsetrain.kernels.simd import element, fma, load, load8, splat, splat8, s
 from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
 from sparsetrain.kernels.words import floats, ints, number, share, shorts
 
-# Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
-PANEL = 512
+# Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2. Where there is one panel of
+# columns, outputs are done after it, and are unpacked by 16 KB while they are in L1.
+PANEL, DONE = 512, 64
 # Columns of a run of blocks, whose tile is read again for every four rows: 16 KB, half of L1.
 RUN = 64
 # Columns of a block whose tiles of tokens are read again for every two rows of the weight gradient: 8 KB.
@@ -48,22 +49,24 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
     Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; packed
     ``[tiles, columns, 64]``; use: 0 to pack every tile into the one tile of this part, ``packed[part]``, 1 to pack x
     into ``packed`` and leave it there, 2 if ``packed`` holds x already; height, width, panels, ends and index of the
-    blocks; values; scratch ``[parts, rows, 64]``.
+    blocks; values; scratch ``[parts, 512, 64]``.
     """
     x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
     columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
     height, width, panels = number(words, 13), number(words, 14), number(words, 15)
     ends, blocks, values, scratch = ints(words, 16), ints(words, 17), floats(words, 18), floats(words, 19)
     first, last, index = share(words, tiles(tokens))
-    made = index * rows * TILE
+    made = index * PANEL * TILE
     for tile in range(first, last):
         token = tile * TILE
         present = min(TILE, tokens - token)
         base = (index if use == 0 else tile) * columns * TILE
         if use != 2:
             pack(x, token * x_step, x_step, present, columns, packed, base)
-        _tile(packed, base, present, height, width, panels, ends, blocks, blocks, False, values, rows, scratch, made)
-        unpack(scratch, made, present, rows, y, token * y_step, y_step)
+        _tile(
+            *(packed, base, present, height, width, panels, ends, blocks, blocks, False),
+            *(values, rows, scratch, made, y, token * y_step, y_step),
+        )
 
 
 @part
@@ -82,18 +85,21 @@ def _tile(
     rows: Int,
     y: Array,
     made: Int,
+    target: Array,
+    to_target: Int,
+    step: Int,
 ) -> None:
-    """Write the product of one packed tile at ``x[base]`` to the tile at ``y[made]``."""
+    """Write the product of one packed tile at ``x[base]`` to the rows at ``target[to_target]``, through ``y[made]``."""
     block_rows, whole = rows // height, height // 4 * 4
     slices, run = (present + 15) // 16 * 16, max(1, RUN // width)
-    at_once = max(1, PANEL // height)
+    at_once = max(1, (DONE if panels == 1 else PANEL) // height)
     for top in range(0, block_rows, at_once):
         bottom = min(block_rows, top + at_once)
         for panel in range(panels):
             for row in range(top, bottom):
                 start = np.int64(element(ends, row * panels + panel))
                 end = np.int64(element(ends, row * panels + panel + 1))
-                to = made + row * height * TILE
+                to = made + (row - top) * height * TILE
                 if panel == 0 and start == end:
                     clear(y, to, to + height * TILE)
                 while start < end:
@@ -120,6 +126,7 @@ def _tile(
                             *(start, stop, line, y, to + line * TILE, first),
                         )
                     start = stop
+        unpack(y, made, present, (bottom - top) * height, target, to_target + top * height, step)
 
 
 @part
@@ -292,8 +299,8 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
 
     Words: g ``[tokens, rows]``, dx ``[tokens, columns]``, the distances of their rows, tokens, columns, rows; packed g,
     scratch ``[parts, 2, rows, 64]``; need of dx, 0 or 1; height and width of the blocks of W; panels, ends, index and
-    order of the blocks of the transpose; values; scratch ``[parts, columns, 64]``; need of the values' gradient; packed
-    x ``[tiles, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums ``[parts, nnz]``.
+    order of the blocks of the transpose; values; scratch ``[parts, 512, 64]``; need of the values' gradient; packed x
+    ``[tiles, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums ``[parts, nnz]``.
     """
     g_step, dx_step, tokens = number(words, 6), number(words, 7), number(words, 8)
     columns, rows, packed, need_dx = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
@@ -304,7 +311,7 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
     sums = floats(words, 27)
     first, last, part_index = share(words, (tiles(tokens) + 1) // 2)
     g_tile, x_tile = rows * TILE, columns * TILE
-    base, made, own = 2 * part_index * g_tile, part_index * x_tile, part_index * nnz
+    base, made, own = 2 * part_index * g_tile, part_index * PANEL * TILE, part_index * nnz
     if need_values:
         clear(sums, own, own + nnz)
     for pair in range(first, last):
@@ -317,9 +324,8 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
             if need_dx:
                 _tile(
                     *(packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True),
-                    *(values, columns, scratch, made),
+                    *(values, columns, scratch, made, dx, token * dx_step, dx_step),
                 )
-                unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
         if need_values:
             _sums(
                 *(packed, base, g_tile, x, 2 * pair * x_tile, x_tile, many),

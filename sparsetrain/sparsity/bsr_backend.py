@@ -63,7 +63,7 @@ class BsrBackend(CsrBackend):
         else:
             use, packed = 0, torch.empty(threads, in_features, kernels.tile)
         stored = values.float().contiguous()
-        scratch = torch.empty(threads, out_features, kernels.tile)
+        scratch = torch.empty(threads, kernels.bsr.PANEL, kernels.tile)
         multiply = kernels.bsr.multiply if x.dtype == torch.float32 else kernels.bsr.multiply_bfloat16
         multiply(
             threads,
@@ -96,7 +96,7 @@ class BsrBackend(CsrBackend):
             sums.zero_()  # a runtime may lend fewer threads than were asked for
         gradients = kernels.bsr.gradients if g.dtype == torch.float32 else kernels.bsr.gradients_bfloat16
         packed = torch.empty(threads, 2, out_features, kernels.tile)
-        scratch = torch.empty(threads, in_features, kernels.tile)
+        scratch = torch.empty(threads, kernels.bsr.PANEL, kernels.tile)
         gradients(
             threads,
             *(_flat(rows), _flat(grad_x), rows.stride(0), in_features, len(rows), in_features, out_features),
