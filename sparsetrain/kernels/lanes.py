@@ -160,14 +160,34 @@ def add_sums8(
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, offset, *vectors = arguments
-        first = _fold(builder, _sums(builder, vectors[:4]), 8)
-        second = _fold(builder, _sums(builder, vectors[4:]), 8)
-        low = shuffle(builder, first, second, [0, 1, 2, 3, 8, 9, 10, 11])
-        high = shuffle(builder, first, second, [4, 5, 6, 7, 12, 13, 14, 15])
-        _accumulate(context, builder, signature.args[0], array, offset, builder.fadd(low, high))
+        _accumulate(context, builder, signature.args[0], array, offset, _sums_of_eight(builder, vectors))
         return context.get_dummy_value()
 
     return types.void(array, types.intp, *[a] * 8), build
+
+
+@intrinsic
+def add_sums_2x4(
+    typing: Any, array: Any, offset: Any, other: Any, a: Any, b: Any, c: Any, d: Any, e: Any, f: Any, g: Any, h: Any
+) -> Any:
+    """Add the sums of the lanes of four vectors to ``array[offset:offset + 4]``, of four more to ``array[other:]``."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, offset, other, *vectors = arguments
+        sums = _halves(builder, _sums_of_eight(builder, vectors))
+        for place, four in zip((offset, other), sums, strict=True):
+            _accumulate(context, builder, signature.args[0], array, place, four)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, *[a] * 8), build
+
+
+def _sums_of_eight(builder: Any, vectors: Sequence[Any]) -> Any:
+    first = _fold(builder, _sums(builder, vectors[:4]), 8)
+    second = _fold(builder, _sums(builder, vectors[4:]), 8)
+    low = shuffle(builder, first, second, [0, 1, 2, 3, 8, 9, 10, 11])
+    high = shuffle(builder, first, second, [4, 5, 6, 7, 12, 13, 14, 15])
+    return builder.fadd(low, high)
 
 
 def _accumulate(context: Any, builder: Any, kind: Any, array: Any, offset: Any, vector: Any) -> None:

@@ -2,6 +2,7 @@
 
 from sparsetrain.sparsity.allocation import allocate, allocate_densities
 from sparsetrain.sparsity.auto import choose
+from sparsetrain.sparsity.bsr_backend import BsrBackend
 from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, SparsityGroup
 from sparsetrain.sparsity.csr_backend import CsrBackend
 from sparsetrain.sparsity.evolution import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
@@ -25,6 +26,7 @@ from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register
 from sparsetrain.sparsity.triton_backend import register_triton
 
 register_backend(CsrBackend())
+register_backend(BsrBackend())
 register_triton()
 set_choice(choose)
 

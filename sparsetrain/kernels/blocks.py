@@ -1,0 +1,72 @@
+"""Where the blocks of a block matrix stand for the kernels of `bsr`: by panels of columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from sparsetrain.kernels.tiles import Array
+
+# The sides of a block that the kernels take.
+MIN_BLOCK, MAX_BLOCK = 4, 64
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a matrix, or of its transpose, by block rows and, in each, by panels of columns.
+
+    A panel is so many columns that their tile of tokens stays in a cache while all block rows pass by it.
+
+    Attributes:
+        rows, columns: of the matrix that multiplies: of the transpose, if this describes that.
+        height, width: of its blocks.
+        panels: number of panels.
+        ends: int32 ``[rows / height * panels + 1]``; the blocks of row r in panel p are those from ``ends[r * panels +
+            p]`` to the next.
+        index: int32 ``[blocks]``, the block column of each.
+        order: int32 ``[blocks]``, where in the values each block stands, with its sides swapped; None if this is the
+            matrix itself, whose blocks stand one after the other.
+    """
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+    panels: int
+    ends: Array
+    index: Array
+    order: Array | None
+
+    @property
+    def bytes(self) -> int:
+        """Bytes beside the pattern's own."""
+        return self.ends.nbytes + (0 if self.order is None else self.index.nbytes + self.order.nbytes)
+
+
+def panel_width(height: int) -> int:
+    """Return how many columns a panel has: those of L1 for low blocks, which use what they load only a few times."""
+    return 128 if height < 16 else 1 << 20
+
+
+def build_blocks(row_ptr: Array, col: Array, shape: tuple[int, int], block: tuple[int, int]) -> Blocks:
+    """Return the blocks of a matrix ``shape``: ``row_ptr`` int64 ``[block rows + 1]``, ``col`` int32 ``[blocks]``."""
+    row_of = np.repeat(np.arange(len(row_ptr) - 1), np.diff(row_ptr))
+    return _build(row_of, col, shape, block, None)
+
+
+def build_turned(row_ptr: Array, col: Array, shape: tuple[int, int], block: tuple[int, int]) -> Blocks:
+    """Return the blocks of the transpose of a matrix, from the indices and the shape of the matrix."""
+    row_of = np.repeat(np.arange(len(row_ptr) - 1, dtype=np.int32), np.diff(row_ptr))
+    order = np.argsort(col, kind="stable")
+    return _build(col[order], row_of[order], shape[::-1], block[::-1], order.astype(np.int32))
+
+
+def _build(row_of: Array, index: Array, shape: tuple[int, int], block: tuple[int, int], order: Array | None) -> Blocks:
+    (rows, columns), (height, width) = shape, block
+    step = max(1, panel_width(height) // width)
+    panels = -(-(columns // width) // step)
+    ends = np.zeros(rows // height * panels + 1, np.int32)
+    counts = np.bincount(row_of.astype(np.int64) * panels + index // step, minlength=len(ends) - 1)
+    np.cumsum(counts, out=ends[1:])
+    return Blocks(rows, columns, height, width, panels, ends, index, order)

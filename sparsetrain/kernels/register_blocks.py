@@ -1,0 +1,225 @@
+"""What the kernels of `bsr` do in registers: a few rows or sums for all columns of a block, for some tokens.
+
+Two multiply-adds a cycle that take four cycles each need at least eight sums; twelve of 8 lanes fit into sixteen
+registers beside the operands.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.lanes import add_sums4, add_sums_2x4, add_sums_head
+from sparsetrain.kernels.simd import element, fma, load, load8, splat, splat8, store
+from sparsetrain.kernels.tiles import TILE, Array, Int
+
+
+@part
+def four_rows(
+    x: Array,
+    at: Int,
+    height: Int,
+    width: Int,
+    index: Array,
+    order: Array,
+    turned: bool,
+    values: Array,
+    start: Int,
+    stop: Int,
+    line: Int,
+    y: Array,
+    to: Int,
+    first: bool,
+) -> None:
+    """Add to four rows and 16 tokens of the outputs the products of blocks ``start`` to ``stop``, from ``line`` on."""
+    size = height * width
+    across, along = (np.int64(1), height) if turned else (width, np.int64(1))
+    if first:
+        a = b = c = d = splat(np.float32(0.0))
+    else:
+        a, b, c, d = load(y, to), load(y, to + TILE), load(y, to + 2 * TILE), load(y, to + 3 * TILE)
+    for block in range(start, stop):
+        number = np.int64(element(order, block)) if turned else block
+        w = number * size + line * across
+        o = at + np.int64(element(index, block)) * width * TILE
+        end = o + width * TILE
+        while o + 4 * TILE <= end:
+            a, b, c, d = _term(x, o, values, w, across, a, b, c, d)
+            a, b, c, d = _term(x, o + TILE, values, w + along, across, a, b, c, d)
+            a, b, c, d = _term(x, o + 2 * TILE, values, w + 2 * along, across, a, b, c, d)
+            a, b, c, d = _term(x, o + 3 * TILE, values, w + 3 * along, across, a, b, c, d)
+            o += 4 * TILE
+            w += 4 * along
+        while o < end:
+            a, b, c, d = _term(x, o, values, w, across, a, b, c, d)
+            o += TILE
+            w += along
+    store(y, to, a)
+    store(y, to + TILE, b)
+    store(y, to + 2 * TILE, c)
+    store(y, to + 3 * TILE, d)
+
+
+@part
+def four_rows_of_24(
+    x: Array,
+    at: Int,
+    height: Int,
+    width: Int,
+    index: Array,
+    order: Array,
+    turned: bool,
+    values: Array,
+    start: Int,
+    stop: Int,
+    line: Int,
+    y: Array,
+    to: Int,
+    first: bool,
+) -> None:
+    """The same for 24 tokens: twelve sums in 8 lanes, enough for two multiply-adds that take four cycles each."""
+    size = height * width
+    across, along = (np.int64(1), height) if turned else (width, np.int64(1))
+    if first:
+        a = b = c = d = e = f = g = h = i = j = k = m = splat8(np.float32(0.0))
+    else:
+        a, b, c = load8(y, to), load8(y, to + 8), load8(y, to + 16)
+        d, e, f = load8(y, to + TILE), load8(y, to + TILE + 8), load8(y, to + TILE + 16)
+        g, h, i = load8(y, to + 2 * TILE), load8(y, to + 2 * TILE + 8), load8(y, to + 2 * TILE + 16)
+        j, k, m = load8(y, to + 3 * TILE), load8(y, to + 3 * TILE + 8), load8(y, to + 3 * TILE + 16)
+    for block in range(start, stop):
+        number = np.int64(element(order, block)) if turned else block
+        w = number * size + line * across
+        o = at + np.int64(element(index, block)) * width * TILE
+        end = o + width * TILE
+        while o < end:
+            p, q, r = load8(x, o), load8(x, o + 8), load8(x, o + 16)
+            v = splat8(element(values, w))
+            a, b, c = fma(v, p, a), fma(v, q, b), fma(v, r, c)
+            v = splat8(element(values, w + across))
+            d, e, f = fma(v, p, d), fma(v, q, e), fma(v, r, f)
+            v = splat8(element(values, w + 2 * across))
+            g, h, i = fma(v, p, g), fma(v, q, h), fma(v, r, i)
+            v = splat8(element(values, w + 3 * across))
+            j, k, m = fma(v, p, j), fma(v, q, k), fma(v, r, m)
+            o += TILE
+            w += along
+    for place, left, middle, right in ((0, a, b, c), (1, d, e, f), (2, g, h, i), (3, j, k, m)):
+        store(y, to + place * TILE, left)
+        store(y, to + place * TILE + 8, middle)
+        store(y, to + place * TILE + 16, right)
+
+
+@part
+def _term(
+    x: Array, o: Int, values: Array, w: Int, across: Int, a: Any, b: Any, c: Any, d: Any
+) -> tuple[Any, Any, Any, Any]:
+    """Return four sums of 16 tokens after one more column of a block."""
+    tokens = load(x, o)
+    return (
+        fma(splat(element(values, w)), tokens, a),
+        fma(splat(element(values, w + across)), tokens, b),
+        fma(splat(element(values, w + 2 * across)), tokens, c),
+        fma(splat(element(values, w + 3 * across)), tokens, d),
+    )
+
+
+@part
+def one_row(
+    x: Array,
+    at: Int,
+    height: Int,
+    width: Int,
+    index: Array,
+    order: Array,
+    turned: bool,
+    values: Array,
+    start: Int,
+    stop: Int,
+    line: Int,
+    y: Array,
+    to: Int,
+    first: bool,
+) -> None:
+    """The same for one row, of those beyond a multiple of four, and all 64 tokens."""
+    size = height * width
+    across, along = (np.int64(1), height) if turned else (width, np.int64(1))
+    if first:
+        a = b = c = d = splat(np.float32(0.0))
+    else:
+        a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
+    for block in range(start, stop):
+        number = np.int64(element(order, block)) if turned else block
+        w = number * size + line * across
+        o = at + np.int64(element(index, block)) * width * TILE
+        for _ in range(width):
+            v = splat(element(values, w))
+            a, b = fma(v, load(x, o), a), fma(v, load(x, o + 16), b)
+            c, d = fma(v, load(x, o + 32), c), fma(v, load(x, o + 48), d)
+            o += TILE
+            w += along
+    store(y, to, a)
+    store(y, to + 16, b)
+    store(y, to + 32, c)
+    store(y, to + 48, d)
+
+
+@part
+def two_by_four(
+    g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
+) -> None:
+    """Add the inner products of two rows of g with four of x."""
+    a = b = c = d = e = f = h = i = splat8(np.float32(0.0))
+    for tile in range(many):
+        first, other = row + tile * g_tile, at + tile * x_tile
+        for token in range(0, TILE, 8):
+            u, v, o = load8(g, first + token), load8(g, first + TILE + token), other + token
+            p, q, r, s = load8(x, o), load8(x, o + TILE), load8(x, o + 2 * TILE), load8(x, o + 3 * TILE)
+            a, b, c, d = fma(u, p, a), fma(u, q, b), fma(u, r, c), fma(u, s, d)
+            e, f, h, i = fma(v, p, e), fma(v, q, f), fma(v, r, h), fma(v, s, i)
+    add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
+
+
+@part
+def three_by_four(
+    g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
+) -> None:
+    """The same for three rows of g: twelve sums, enough for two multiply-adds that take four cycles each."""
+    a = b = c = d = e = f = h = i = j = k = m = n = splat8(np.float32(0.0))
+    for tile in range(many):
+        first, other = row + tile * g_tile, at + tile * x_tile
+        for token in range(0, TILE, 8):
+            u, v, w = load8(g, first + token), load8(g, first + TILE + token), load8(g, first + 2 * TILE + token)
+            o = other + token
+            p = load8(x, o)
+            a, e, j = fma(u, p, a), fma(v, p, e), fma(w, p, j)
+            p = load8(x, o + TILE)
+            b, f, k = fma(u, p, b), fma(v, p, f), fma(w, p, k)
+            p = load8(x, o + 2 * TILE)
+            c, h, m = fma(u, p, c), fma(v, p, h), fma(w, p, m)
+            p = load8(x, o + 3 * TILE)
+            d, i, n = fma(u, p, d), fma(v, p, i), fma(w, p, n)
+    add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
+    add_sums4(sums, to + 2 * width, j, k, m, n)
+
+
+@part
+def one_by_few(
+    g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, count: Int
+) -> None:
+    """Add the inner products of one row of g with ``count`` (at most four) of x."""
+    # The missing ones of four repeat the last and are not written.
+    second, third, fourth = min(1, count - 1) * TILE, min(2, count - 1) * TILE, (count - 1) * TILE
+    a = b = c = d = splat8(np.float32(0.0))
+    for tile in range(many):
+        first, other = row + tile * g_tile, at + tile * x_tile
+        for token in range(0, TILE, 8):
+            u, o = load8(g, first + token), other + token
+            a, b = fma(u, load8(x, o), a), fma(u, load8(x, o + second), b)
+            c, d = fma(u, load8(x, o + third), c), fma(u, load8(x, o + fourth), d)
+    if count == 4:
+        add_sums4(sums, to, a, b, c, d)
+    else:
+        add_sums_head(sums, to, count, a, b, c, d)

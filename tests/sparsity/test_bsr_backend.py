@@ -1,0 +1,106 @@
+"""The bsr backend in torch: against the dense layer, what it refuses, and that every element is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_linear
+from sparsetrain.sparsity.bsr_backend import BsrBackend, index_bytes
+
+BACKEND = BsrBackend()
+
+
+def pattern_of(block: tuple[int, int], rows: int = 5, columns: int = 6, density: float = 0.5) -> SparsityPattern:
+    occupied = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < density
+    return SparsityPattern.from_mask(occupied.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1), block)
+
+
+def products(x: Tensor, values: Tensor, g: Tensor, pattern: SparsityPattern) -> tuple[Tensor, Tensor, Tensor]:
+    y, kept = BACKEND.forward(x, x.new_empty(0), values, pattern, keep=True)
+    return y, *BACKEND.backward(g, x.new_empty(0), values, kept, pattern, need_x=True, need_values=True)
+
+
+@pytest.mark.parametrize("block", [(16, 16), (4, 4), (6, 10), (64, 8)])
+@pytest.mark.parametrize("leading", [(3,), (2, 70), (0,)])
+def test_value_and_gradients_match_the_masked_backend(block: tuple[int, int], leading: tuple[int, ...]) -> None:
+    torch.set_num_threads(2)
+    pattern = pattern_of(block)
+    rows, columns = pattern.shape
+    results = []
+    x = torch.randn(*leading, columns, requires_grad=True)
+    values, bias = torch.randn(pattern.nnz, requires_grad=True), torch.randn(rows, requires_grad=True)
+    g = torch.randn(*leading, rows)
+    for backend in ("masked", "bsr"):
+        y = sparse_linear(x, values, pattern, bias, backend)
+        results.append([y, *torch.autograd.grad(y, (x, values, bias), g)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plain_contractions_match_the_dense_matrix() -> None:
+    pattern = pattern_of((8, 4))
+    rows, columns = pattern.shape
+    values = torch.randn(pattern.nnz)
+    dense, g = pattern.scatter(values), torch.randn(70, rows)
+    wide = torch.randn(70, 3 * columns)
+    for x in (wide[:, :columns], wide[:, ::3]):
+        torch.testing.assert_close(BACKEND.matmul(x, values, pattern), x @ dense.t(), rtol=1e-4, atol=1e-4)
+        expected = pattern.gather(g.t() @ x)
+        torch.testing.assert_close(BACKEND.sampled(g, x, pattern), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(BACKEND.matmul_t(g, values, pattern), g @ dense, rtol=1e-4, atol=1e-4)
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    def poisoned(*shape: Any, **options: Any) -> Tensor:
+        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, **options)
+
+    pattern = pattern_of((5, 16), density=0.3)
+    x, g, values = torch.randn(150, 96), torch.randn(150, 25), torch.randn(pattern.nnz)
+    expected = products(x, values, g, pattern)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def test_layers_with_one_input_share_their_packed_copy_with_the_same_bits() -> None:
+    patterns = [pattern_of((16, 16)), pattern_of((4, 8), 9, 12)]
+    leaf = torch.randn(130, 96, requires_grad=True)
+    values = [torch.randn(pattern.nnz, requires_grad=True) for pattern in patterns]
+
+    def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = [sparse_linear(*each, backend="bsr") for each in zip(inputs, values, patterns, strict=True)]
+        return torch.autograd.grad(sum(y.square().sum() for y in outputs), (leaf, *values))
+
+    x = leaf * 1.0
+    for mine, other in zip(gradients(x, x), gradients(leaf * 1.0, leaf * 1.0), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_autocast_computes_in_bfloat16() -> None:
+    layer = SparseLinear(96, 80, pattern=pattern_of((16, 16)), backend="bsr")
+    x = torch.randn(70, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer.to_linear()(x), atol=5e-2, rtol=5e-2)
+    y.sum().backward()
+    assert layer.values.grad is not None
+
+
+@pytest.mark.parametrize(("block", "message"), [((1, 1), "blocks of 1x1"), ((2, 8), "2x8"), ((8, 128), "8x128")])
+def test_blocks_it_cannot_compute_are_refused_in_a_line(block: tuple[int, int], message: str) -> None:
+    pattern = pattern_of(block, 3, 3, 1.0)
+    with pytest.raises(UserError, match=message):
+        sparse_linear(torch.randn(2, pattern.shape[1]), torch.randn(pattern.nnz), pattern, backend="bsr")
+
+
+def test_index_structures_take_little_beside_the_values() -> None:
+    pattern = pattern_of((16, 16), 64, 64, 0.25)
+    assert index_bytes(pattern) <= 0.05 * pattern.nnz
