@@ -133,11 +133,13 @@ def choose(
     """
     density = pattern.density if density is None else density
     for name in CANDIDATES:
-        if name in BACKENDS and name in _tables and BACKENDS[name].refusal(dtype, device, pattern) is None:
+        # Blocks are at least as fast as single weights; a table of their own goes first where there is one.
+        table = _tables.get(name, _tables.get(CANDIDATES[0]))
+        if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
             rows, columns = pattern.shape
             # A compiler cannot ask for the number of threads; what it traces is decided as for one.
             threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-            limit = _tables[name].at(math.sqrt(rows * columns), max(1, tokens), threads)
+            limit = table.at(math.sqrt(rows * columns), max(1, tokens), threads)
             return name if density <= limit else FALLBACK
     return FALLBACK
 
