@@ -27,6 +27,8 @@ SMALL = {
     "generate": ["max_new_tokens=5"],
     "report": [],
     "sweep": [],
+    "bench": ["repeats=1"],
+    "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
     "coord-check": [
         *("model=tiny", "parameterization.base_width=32", "data.tokenizer=bytes", "data.context=24"),
         *("stage.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
