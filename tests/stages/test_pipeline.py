@@ -26,6 +26,7 @@ Configure = Callable[..., Any]
 pipeline_module = sys.modules["sparsetrain.stages.pipeline"]
 
 STAGE_FILES = {".lock", "config.yaml", "tokenizer.json", "train_ids.txt", "metrics.jsonl", "result.json", "checkpoints"}
+SPARSE_FILES = STAGE_FILES | {"backends.json"}
 
 
 def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Path, screen: Console) -> None:
