@@ -33,6 +33,12 @@ BTLM_3B = replace(MEDISWIFT_MED, d_model=2560, n_layers=32, n_heads=32, mlp="swi
 SMALL = ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=50, max_context=16, seed=0)
 
 
+@pytest.fixture(autouse=True)
+def _torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by torch's own operations, which its counter knows."""
+    monkeypatch.setattr("sparsetrain.models.attention.suits", lambda *_: False)
+
+
 @pytest.mark.parametrize(
     ("config", "sparsity", "published"),
     [
@@ -42,12 +48,6 @@ SMALL = ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=50, max_contex
         (MEDISWIFT_XL, 0.75, 2.49),
     ],
 )
-@pytest.fixture(autouse=True)
-def _torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by torch's own operations, which its counter knows."""
-    monkeypatch.setattr("sparsetrain.models.attention.suits", lambda *_: False)
-
-
 def test_ratio_is_the_published_one_of_mediswift(config: ModelConfig, sparsity: float, published: float) -> None:
     dense, sparse = (training_flops_per_token(config, density, 2048) for density in (1.0, 1.0 - sparsity))
     assert flop_ratio(dense, sparse) == pytest.approx(published, rel=0.01)
