@@ -35,6 +35,7 @@ CACHE = "SPARSETRAIN_KERNEL_CACHE"
 
 # No bounds checks, no Python integers' division by zero. Without fast-math: sums keep the order they are written in.
 _OPTIONS = {"error_model": "numpy", "boundscheck": False}
+_CACHE_LOCK = threading.RLock()
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 # The first words of every kernel's list: two functions of the runtime, or part and parts where there is none.
@@ -73,12 +74,14 @@ def _numba_cache() -> Iterator[bool]:
     directory = compiled_directory()
     with suppress(OSError):
         directory.mkdir(parents=True, exist_ok=True)
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(directory)
-    try:
-        yield os.access(directory, os.W_OK)
-    finally:
-        numba.config.CACHE_DIR = before
+    # One at a time: the setting is that of the whole process.
+    with _CACHE_LOCK:
+        before = numba.config.CACHE_DIR
+        numba.config.CACHE_DIR = str(directory)
+        try:
+            yield os.access(directory, os.W_OK)
+        finally:
+            numba.config.CACHE_DIR = before
 
 
 def part(function: Function) -> Function:

@@ -23,6 +23,11 @@ def _kernels() -> ModuleType:
     return attention
 
 
+def _scratch(threads: int, each: int) -> Any:
+    # Whatever torch's default type and device are: kernels compute in float32 on a CPU.
+    return torch.empty(threads, each, dtype=torch.float32, device="cpu").numpy()
+
+
 def suits(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether attention should be computed by `fused_attention`, rather than by torch.
 
@@ -76,7 +81,15 @@ def _attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> tupl
     kernels.forward(
         threads,
         *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.numpy(), logs.numpy(), _numbers(slopes, scale)),
-        *(batch, tokens, heads, kv_heads, d, torch.empty(threads, each).numpy(), each),
+        *(
+            batch,
+            tokens,
+            heads,
+            kv_heads,
+            d,
+            _scratch(threads, each),
+            each,
+        ),
     )
     return y, logs
 
@@ -103,7 +116,16 @@ def _attention_backward(
         threads,
         *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.detach().contiguous().numpy()),
         *(g.detach().contiguous().numpy(), logs.detach().contiguous().numpy(), _numbers(slopes, scale)),
-        *(batch, tokens, heads, kv_heads, d, torch.empty(threads, each).numpy(), each, grad.numpy()),
+        *(
+            batch,
+            tokens,
+            heads,
+            kv_heads,
+            d,
+            _scratch(threads, each),
+            each,
+            grad.numpy(),
+        ),
     )
     return grad
 

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -119,6 +120,10 @@ def _load() -> dict[str, Crossover]:
     path = tuned_path()
     if path.exists():
         return from_plain(read_json(path), str(path))
+    return _shipped()
+
+
+def _shipped() -> dict[str, Crossover]:
     text = resources.files("sparsetrain.sparsity").joinpath(SHIPPED).read_text("utf-8")
     return from_plain(json.loads(text), SHIPPED)
 
@@ -145,4 +150,8 @@ def choose(
 
 
 # Read when the library is imported: later it might be while a compiler traces.
-_tables: dict[str, Crossover] = _load()
+try:
+    _tables: dict[str, Crossover] = _load()
+except UserError as _error:  # an unreadable table must not keep `sparsetrain tune` from making another
+    warnings.warn(f"{_error}; the table of the library is used", stacklevel=2)
+    _tables = _shipped()

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetrain.sparsity.csr_backend import CsrBackend, _enough, _flat, _row_ptr, _rows
+from sparsetrain.sparsity.csr_backend import CsrBackend, _enough, _flat, _row_ptr, _rows, _scratch
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -61,9 +61,9 @@ class BsrBackend(CsrBackend):
         elif keep:
             use, packed = 1, self.kept(x, pattern)
         else:
-            use, packed = 0, torch.empty(threads, in_features, kernels.tile)
+            use, packed = 0, _scratch(threads, in_features, kernels.tile)
         stored = values.float().contiguous()
-        scratch = torch.empty(threads, kernels.bsr.PANEL, kernels.tile)
+        scratch = _scratch(threads, kernels.bsr.PANEL, kernels.tile)
         multiply = kernels.bsr.multiply if x.dtype == torch.float32 else kernels.bsr.multiply_bfloat16
         multiply(
             threads,
@@ -91,12 +91,12 @@ class BsrBackend(CsrBackend):
         turned = _turned(pattern) if need_x else blocks
         order = turned.index if turned.order is None else turned.order
         stored = values.float().contiguous()
-        sums = torch.empty(threads, pattern.nnz) if need_values else torch.empty(0)
+        sums = _scratch(threads, pattern.nnz) if need_values else _scratch(0)
         if need_values and threads > 1:
             sums.zero_()  # a runtime may lend fewer threads than were asked for
         gradients = kernels.bsr.gradients if g.dtype == torch.float32 else kernels.bsr.gradients_bfloat16
-        packed = torch.empty(threads, 2, out_features, kernels.tile)
-        scratch = torch.empty(threads, kernels.bsr.PANEL, kernels.tile)
+        packed = _scratch(threads, 2, out_features, kernels.tile)
+        scratch = _scratch(threads, kernels.bsr.PANEL, kernels.tile)
         gradients(
             threads,
             *(_flat(rows), _flat(grad_x), rows.stride(0), in_features, len(rows), in_features, out_features),
@@ -108,7 +108,7 @@ class BsrBackend(CsrBackend):
             return grad_x, values.new_empty(0)
         if threads == 1:
             return grad_x, sums[0].to(values.dtype)
-        grad_values = torch.empty(pattern.nnz)
+        grad_values = _scratch(pattern.nnz)
         few = _enough(threads, pattern.nnz)
         kernels.bsr.add_parts(few, _flat(sums), threads, pattern.nnz, _flat(grad_values))
         return grad_x, grad_values.to(values.dtype)
@@ -116,14 +116,18 @@ class BsrBackend(CsrBackend):
 
 def _blocks(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().blocks.build_blocks(_row_ptr(pattern), pattern.col.numpy(), pattern.shape, pattern.block)
+        return _kernels().blocks.build_blocks(
+            _row_ptr(pattern), pattern.col.numpy().copy(), pattern.shape, pattern.block
+        )
 
     return pattern.derived("bsr", build)
 
 
 def _turned(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().blocks.build_turned(_row_ptr(pattern), pattern.col.numpy(), pattern.shape, pattern.block)
+        return _kernels().blocks.build_turned(
+            _row_ptr(pattern), pattern.col.numpy().copy(), pattern.shape, pattern.block
+        )
 
     return pattern.derived("bsr_transposed", build)
 

@@ -66,7 +66,7 @@ class CsrBackend(Backend):
 
     def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
         tile = 64  # _kernels().tile, without the import: a compiler asks for shapes only
-        return x.new_empty(((x.shape[0] + tile - 1) // tile, x.shape[1], tile), dtype=torch.float32)
+        return x.new_empty(((x.shape[0] + tile - 1) // tile, x.shape[1], tile), dtype=torch.float32, device="cpu")
 
     def forward(
         self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
@@ -75,19 +75,19 @@ class CsrBackend(Backend):
         out_features, in_features = pattern.shape
         y = x.new_empty(len(rows), out_features)
         layout = _layout(pattern)
-        ordered = torch.empty(pattern.nnz, dtype=torch.float32)
+        ordered = _scratch(pattern.nnz)
         chunks = len(layout.ends) - 1
         kernels.csr.gather_runs(
             _enough(threads, pattern.nnz),
-            *(_flat(values.float()), _row_ptr(pattern), layout.ends, chunks, out_features, _flat(ordered)),
+            *(_flat(values.float().contiguous()), _row_ptr(pattern), layout.ends, chunks, out_features, _flat(ordered)),
         )
         if shared.numel():
             use, packed = 2, shared
         elif keep:
             use, packed = 1, self.kept(x, pattern)
         else:
-            use, packed = 0, torch.empty(threads, in_features, kernels.tile)
-        scratch = torch.empty(threads, out_features, kernels.tile)
+            use, packed = 0, _scratch(threads, in_features, kernels.tile)
+        scratch = _scratch(threads, out_features, kernels.tile)
         multiply = kernels.csr.multiply if x.dtype == torch.float32 else kernels.csr.multiply_bfloat16
         multiply(
             threads,
@@ -111,28 +111,28 @@ class CsrBackend(Backend):
         empty = g.new_empty(0)
         grad_x = g.new_empty(len(g), in_features) if need_x else empty
         layout = turned = _layout(pattern)
-        ordered = sums = torch.empty(0)
+        ordered = sums = _scratch(0)
         if need_x:
             turned = _turned(pattern)
-            ordered = torch.empty(pattern.nnz, dtype=torch.float32)
+            ordered = _scratch(pattern.nnz)
             few = _enough(threads, pattern.nnz)
-            kernels.csr.gather(few, _flat(values.float()), turned.order, pattern.nnz, _flat(ordered))
+            kernels.csr.gather(few, _flat(values.float().contiguous()), turned.order, pattern.nnz, _flat(ordered))
         if need_values:
-            sums = torch.empty(threads, pattern.nnz)
+            sums = _scratch(threads, pattern.nnz)
             if threads > 1:
                 sums.zero_()  # a runtime may lend fewer threads than were asked for
         gradients = kernels.csr.gradients if g.dtype == torch.float32 else kernels.csr.gradients_bfloat16
         gradients(
             threads,
             *(_flat(rows), _flat(grad_x), rows.stride(0), in_features, len(rows), in_features, out_features),
-            *(_flat(torch.empty(threads, 2, out_features, kernels.tile)), int(need_x)),
+            *(_flat(_scratch(threads, 2, out_features, kernels.tile)), int(need_x)),
             *(turned.width, len(turned.ends) - 1, turned.ends, turned.offsets, _flat(ordered)),
-            *(_flat(torch.empty(threads, in_features, kernels.tile)), int(need_values), _flat(kept)),
+            *(_flat(_scratch(threads, in_features, kernels.tile)), int(need_values), _flat(kept)),
             *(layout.width, len(layout.ends) - 1, layout.ends, layout.offsets, pattern.nnz, _flat(sums)),
         )
         if not need_values:
             return grad_x, values.new_empty(0)
-        grad_values = torch.empty(pattern.nnz, dtype=torch.float32)
+        grad_values = _scratch(pattern.nnz)
         kernels.csr.add_parts(
             _enough(threads, pattern.nnz),
             *(_flat(sums), threads, pattern.nnz, _row_ptr(pattern), layout.ends, len(layout.ends) - 1, out_features),
@@ -144,6 +144,11 @@ class CsrBackend(Backend):
 def _enough(threads: int, elements: int) -> int:
     """Return how many threads are worth waking for a pass over so many elements."""
     return max(1, min(threads, elements // 65536))
+
+
+def _scratch(*shape: int) -> Tensor:
+    """Return uninitialised memory of the type that kernels compute in, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -203,9 +203,17 @@ def layout_id(pattern: SparsityPattern) -> int:
     return pattern.derived("layout_id", register)
 
 
+def _same(pattern: SparsityPattern, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> bool:
+    """Whether a number found the right pattern: one that an exported graph brings along may mean another here."""
+    if (*pattern.shape, *pattern.block) != (*shape, *block) or pattern.device != col.device:
+        return False
+    pairs = ((pattern.row_ptr, row_ptr), (pattern.col, col))
+    return all(mine.data_ptr() == given.data_ptr() or torch.equal(mine, given) for mine, given in pairs)
+
+
 def _find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> SparsityPattern:
     pattern = _LAYOUTS.get(layout)
-    if pattern is None or pattern.device != col.device:
+    if pattern is None or not _same(pattern, row_ptr, col, shape, block):
         pattern = SparsityPattern((shape[0], shape[1]), row_ptr, col, (block[0], block[1]))
     return pattern
 
@@ -290,7 +298,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.set_materialize_grads(False)
     kept = shared if shared.numel() else output[1]
     # A backend that keeps the input in its own form has no use for the input itself, which may then be freed.
-    ctx.save_for_backward(x if BACKENDS[rest[2]].needs_input else x.new_empty(0), values, kept, row_ptr, col)
+    ctx.save_for_backward(x if BACKENDS[rest[2]].needs_input else x.new_empty(0), values.detach(), kept, row_ptr, col)
     ctx.rest = rest
     ctx.mark_non_differentiable(output[1])
 

@@ -346,3 +346,44 @@ def test_an_autograd_function_is_called_with_what_it_needs_only() -> None:
     (gradient,) = torch.autograd.grad(sparse_linear(x, values, pattern, backend="csr").sum(), (values,))
     expected = pattern.gather(torch.ones(4, 16).t() @ x)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_another_default_type_changes_nothing(default: torch.dtype) -> None:
+    pattern = pattern_of(70, 131, 0.3)
+    x, g, values = torch.randn(150, 131), torch.randn(150, 70), torch.randn(pattern.nnz)
+    expected = products(x, values, g, pattern)
+    torch.set_default_dtype(default)
+    try:
+        found = products(x, values, g, pattern)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_strided_values_match_their_copy() -> None:
+    pattern = pattern_of(40, 30, 0.3)
+    x, g = torch.randn(70, 30), torch.randn(70, 40)
+    for values in (torch.randn(pattern.nnz, 3)[:, 1], torch.randn(1).expand(pattern.nnz)):
+        for mine, other in zip(
+            products(x, values, g, pattern), products(x, values.contiguous(), g, pattern), strict=True
+        ):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("density", [0.4, 0.1])
+def test_a_graph_keeps_the_values_of_its_topology(density: float) -> None:
+    layer = SparseLinear(30, 40, density=0.4, seed=0, bias=False, backend="csr")
+    x = torch.randn(70, 30, requires_grad=True)
+    expected = torch.ones(70, 40) @ layer.dense_weight().detach()
+    output = layer(x).sum()
+    pattern = pattern_of(40, 30, density, 9)
+    layer.set_topology(pattern, torch.randn(pattern.nnz))
+    torch.testing.assert_close(torch.autograd.grad(output, (x,))[0], expected)
+
+
+def test_a_number_that_means_another_pattern_here_is_not_trusted() -> None:
+    right, wrong = pattern_of(40, 30, 0.3), pattern_of(40, 30, 0.3, 1)
+    found = ops._find(ops.layout_id(wrong), right.row_ptr.clone(), right.col.clone(), [40, 30], [1, 1])
+    assert found.equals(right)
