@@ -41,7 +41,7 @@ class Blocks:
     @property
     def bytes(self) -> int:
         """Bytes beside the pattern's own."""
-        return self.ends.nbytes + (0 if self.order is None else self.index.nbytes + self.order.nbytes)
+        return self.ends.nbytes + self.index.nbytes + (0 if self.order is None else self.order.nbytes)
 
 
 def panel_width(height: int) -> int:
