@@ -40,7 +40,7 @@ TINY: dict[str, list[str]] = {
     "supar_loss_gap": [*NARROW, *ONE, "seed=0", "parameterization=supar"],
     "completep_depth": ["model.n_layers=2,4", LR, "parameterization=completep"],
     "supar_completep": ["model.n_layers=2,3", LR, "parameterization=supar_completep"],
-    "dynamic_masks_caveat": [*NARROW, *ONE],
+    "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo"})
