@@ -16,7 +16,6 @@ from numba.extending import intrinsic, models, register_model
 
 from sparsetrain.kernels.compile import cpu_features
 
-LANES = 16
 # The widest vector that a register holds where AVX-512 is, and half of it elsewhere (one of AVX2, two of NEON).
 NATIVE_LANES = 16 if "+avx512f" in cpu_features() else 8
 _AVX = "+avx," in f"{cpu_features()},"

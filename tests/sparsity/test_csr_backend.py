@@ -210,7 +210,8 @@ def test_the_packed_input_is_kept_in_place_of_the_input() -> None:
     alive = weakref.ref(x)
     output = layer(x)
     floats = sum(t.numel() for t in saved(output) if t.is_floating_point() and t is not layer.values)
-    assert floats <= x.numel() + layer.values.numel()
+    # A feature of zeros is kept beside the 64 of x.
+    assert floats <= x.numel() * 65 / 64 + layer.values.numel()
     del x
     gc.collect()
     assert alive() is None
