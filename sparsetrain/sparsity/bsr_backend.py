@@ -130,8 +130,3 @@ def _turned(pattern: SparsityPattern) -> Any:
         )
 
     return pattern.derived("bsr_transposed", build)
-
-
-def index_bytes(pattern: SparsityPattern) -> int:
-    """Return the bytes of the index structures that this backend derives from a pattern, beside the pattern's own."""
-    return int(_blocks(pattern).bytes + _turned(pattern).bytes)

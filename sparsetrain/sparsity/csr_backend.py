@@ -6,7 +6,6 @@ import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -180,8 +179,3 @@ def _turned(pattern: SparsityPattern) -> Any:
         return _kernels().layout.build_transposed(_row_ptr(pattern), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("csr_transposed", build)
-
-
-def index_bytes(pattern: SparsityPattern) -> int:
-    """Return the bytes of the index structures that this backend derives from a pattern, beside the pattern's own."""
-    return int(np.sum([_layout(pattern).bytes, _turned(pattern).bytes]))
