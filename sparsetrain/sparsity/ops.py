@@ -331,7 +331,8 @@ class _Direct(torch.autograd.Function):
         ctx.mark_non_differentiable(kept)
         ctx.pattern, ctx.backend = pattern, backend
         given = x if BACKENDS[backend].needs_input else x.new_empty(0)
-        ctx.save_for_backward(given, values, shared if shared.numel() else kept)
+        # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
+        ctx.save_for_backward(given, values.detach(), shared if shared.numel() else kept)
         return y, kept
 
     @staticmethod

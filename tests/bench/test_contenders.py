@@ -132,8 +132,10 @@ def test_index_bytes_are_the_patterns_own_and_those_of_both_layouts() -> None:
     own = 8 * 97 + 4 * layer.pattern.nnz
     assert pattern_bytes(layer.pattern) == own
     layer(torch.randn(8, 128, requires_grad=True)).sum().backward()
-    # 16-bit columns in both layouts, 32-bit places in the transpose; ends of chunks: two blocks of columns, then one.
-    derived = (2 + 2 + 4) * layer.pattern.nnz + 4 * (2 * 96 + 1) + 4 * (128 + 1)
+    # Rows and columns are filled up to multiples of four. 16-bit columns in both layouts, 32-bit places in the
+    # transpose; ends of chunks: two blocks of columns, then one.
+    rows, columns = (4 * int(torch.ceil(layer.pattern.mask().sum(side) / 4).sum()) for side in (1, 0))
+    derived = 2 * rows + (2 + 4) * columns + 4 * (2 * 96 + 1) + 4 * (128 + 1)
     assert pattern_bytes(layer.pattern) == own + derived
     assert layer_bytes(layer) == 16 * layer.pattern.nnz + own + derived
     assert bytes_per_nonzero(layer) == layer_bytes(layer) / layer.pattern.nnz

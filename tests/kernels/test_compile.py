@@ -207,7 +207,7 @@ def runner() -> tuple[Runner, np.ndarray]:
 
     def run(threads: int) -> np.ndarray:
         packed = np.full(expected.shape, np.nan, np.float32)
-        csr.pack_all(threads, x, x.shape[1], len(x), x.shape[1], packed)
+        csr.pack_all(threads, x, x.shape[1], len(x), x.shape[1], packed, 0)
         return packed
 
     return run, expected
