@@ -16,6 +16,7 @@ import functools
 import hashlib
 import os
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -108,6 +109,7 @@ class Kernel:
         self._function = function
         self._lock = threading.Lock()
         self._compiled: Any = None
+        self._entry: tuple[int, Callable[[int], None]] | None = None
         functools.update_wrapper(self, function)
 
     @property
@@ -123,32 +125,39 @@ class Kernel:
         """Run all parts of the kernel, on at most ``threads`` threads.
 
         Args:
-            arguments: contiguous numpy arrays and integers, in the order in which the kernel reads them.
+            arguments: integers, and torch tensors or contiguous numpy arrays, in the order in which the kernel reads
+                them. They live until it returns.
         """
         words = [0] * HEADER
         for argument in arguments:
-            words.append(argument if isinstance(argument, int) else argument.__array_interface__["data"][0])
-        address = self.compiled.address
+            if type(argument) is int:
+                words.append(argument)
+            elif type(argument) is np.ndarray:
+                words.append(argument.__array_interface__["data"][0])
+            else:
+                words.append(argument.data_ptr())
+        address, entry = self._entry or self._load()
         if threads > 1 and (runtime := openmp()) is not None:
             parallel, words[0], words[1] = runtime
-            block = _block(words)  # by name: an address keeps nothing alive
-            parallel(address, block.ctypes.data, threads, 0)
+            block = array("q", words)  # by name: an address keeps nothing alive
+            parallel(address, block.buffer_info()[0], threads, 0)
             return
-        entry = _ENTRY(address)
         if threads <= 1:
             words[3] = 1
-            block = _block(words)
-            entry(block.ctypes.data)
+            block = array("q", words)
+            entry(block.buffer_info()[0])
             return
-        blocks = [_block([0, 0, number, threads, *words[HEADER:]]) for number in range(threads)]
-        others = [_pool(os.getpid(), threads - 1).submit(entry, block.ctypes.data) for block in blocks[1:]]
-        entry(blocks[0].ctypes.data)
+        blocks = [array("q", [0, 0, number, threads, *words[HEADER:]]) for number in range(threads)]
+        pool = _pool(os.getpid(), threads - 1)
+        others = [pool.submit(entry, block.buffer_info()[0]) for block in blocks[1:]]
+        entry(blocks[0].buffer_info()[0])
         for other in others:
             other.result()
 
-
-def _block(words: list[int]) -> Any:
-    return np.array(words, np.int64)
+    def _load(self) -> tuple[int, Callable[[int], None]]:
+        address = self.compiled.address
+        self._entry = address, _ENTRY(address)
+        return self._entry
 
 
 # By process: the threads of a parent do not exist in its fork.

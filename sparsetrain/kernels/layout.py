@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from sparsetrain.kernels.compile import compiled
 from sparsetrain.kernels.tiles import TILE, Array
 
-_GROUP = 4  # nonzeros that share one load of positions; chunks are multiples of it, but for a row's last
+GROUP = 4  # nonzeros that share one load of positions, and of values
 _REACH = 65535 // TILE  # columns that a 16-bit offset can tell apart
 
 
@@ -18,15 +19,17 @@ class Layout:
     """The nonzeros of a matrix by blocks of columns.
 
     A chunk is what one row has in one block of columns, rounded up to a multiple of four nonzeros by taking the first
-    ones of the next block, so that the inner loops have no remainders.
+    ones of the next block. A row's last chunk is filled up by blanks: places with the value zero in the column after
+    the last one, where a packed tile is zero. So the inner loops have no remainders, but where the next block's first
+    ones are too far away for a 16-bit offset.
 
     Attributes:
         rows, columns: of the matrix.
         width: columns of a block.
         ends: int32 ``[blocks * rows + 1]``; chunk ``b * rows + r`` is ``ends[b * rows + r]`` to the next.
-        offsets: uint16 ``[nnz]``; 64 times the column, counted from the start of the block.
-        order: int32 ``[nnz]``, where in the values of the pattern each nonzero stands; None if the layout is of the
-            matrix itself: then a chunk is a run of its row's values.
+        offsets: uint16 ``[stored]``; 64 times the column, counted from the start of the block.
+        order: int32 ``[stored]``, where in the values of the pattern each nonzero stands, -1 for a blank; None if the
+            layout is of the matrix itself: then a chunk is a run of its row's values.
     """
 
     rows: int
@@ -35,6 +38,23 @@ class Layout:
     ends: Array
     offsets: Array
     order: Array | None
+
+    @functools.cached_property
+    def stored(self) -> int:
+        """Nonzeros and blanks."""
+        return len(self.offsets)
+
+    @functools.cached_property
+    def chunks(self) -> int:
+        return len(self.ends) - 1
+
+    @functools.cached_property
+    def words(self) -> tuple[int, int, int, int]:
+        """Width, chunks and the addresses of ends and offsets: what kernels read of a layout, looked up once.
+
+        An address keeps nothing alive: whoever passes it on holds the layout until the kernel returns.
+        """
+        return self.width, self.chunks, self.ends.ctypes.data, self.offsets.ctypes.data
 
     @property
     def bytes(self) -> int:
@@ -58,8 +78,9 @@ def build_layout(row_ptr: Array, col: Array, columns: int, width: int | None = N
     width = width or block_width(len(col) / (rows * columns))
     blocks = -(-columns // width)
     ends = np.zeros(blocks * rows + 1, np.int32)
-    offsets = np.empty(len(col), np.uint16)
-    _place(row_ptr, col, width, ends, offsets)
+    counts = row_ptr[1:] - row_ptr[:-1]
+    offsets = np.empty(int(((counts + GROUP - 1) // GROUP * GROUP).sum()), np.uint16)
+    _place(row_ptr, col, columns, width, ends, offsets)
     return Layout(rows, columns, width, ends, offsets, None)
 
 
@@ -70,7 +91,7 @@ def build_transposed(row_ptr: Array, col: Array, columns: int, width: int | None
     turned_col, order = np.empty(len(col), np.int32), np.empty(len(col), np.int32)
     _transpose(row_ptr, col, turned_ptr, turned_col, order)
     plain = build_layout(turned_ptr, turned_col, rows, width)
-    placed = np.empty_like(order)
+    placed = np.empty(plain.stored, np.int32)
     _permute(order, turned_ptr, plain.ends, placed)
     return Layout(columns, rows, plain.width, plain.ends, plain.offsets, placed)
 
@@ -91,7 +112,7 @@ def _transpose(row_ptr: Array, col: Array, turned_ptr: Array, turned_col: Array,
 
 
 @compiled
-def _place(row_ptr: Array, col: Array, width: int, ends: Array, offsets: Array) -> None:
+def _place(row_ptr: Array, col: Array, columns: int, width: int, ends: Array, offsets: Array) -> None:
     """Cut rows into chunks: fill ``ends`` and ``offsets`` of a layout."""
     rows = len(row_ptr) - 1
     blocks = (len(ends) - 1) // rows
@@ -99,27 +120,28 @@ def _place(row_ptr: Array, col: Array, width: int, ends: Array, offsets: Array) 
         at, last = row_ptr[row], row_ptr[row + 1]
         for block in range(blocks):
             first, base = at, block * width
-            while at < last and (col[at] < base + width or ((at - row_ptr[row]) % _GROUP and col[at] < base + _REACH)):
+            while at < last and (col[at] < base + width or ((at - row_ptr[row]) % GROUP and col[at] < base + _REACH)):
                 at += 1
             ends[block * rows + row + 1] = at - first
+        ends[(blocks - 1) * rows + row + 1] += -(last - row_ptr[row]) % GROUP
     for chunk in range(1, len(ends)):
         ends[chunk] += ends[chunk - 1]
     for row in range(rows):
-        at = row_ptr[row]
+        at, last = row_ptr[row], row_ptr[row + 1]
         for block in range(blocks):
             chunk = block * rows + row
             for place in range(ends[chunk], ends[chunk + 1]):
-                offsets[place] = (col[at] - block * width) * TILE
+                offsets[place] = ((col[at] if at < last else columns) - block * width) * TILE
                 at += 1
 
 
 @compiled
 def _permute(order: Array, row_ptr: Array, ends: Array, placed: Array) -> None:
-    """Bring what stands in the order of rows into that of a layout."""
+    """Bring what stands in the order of rows into that of a layout, with -1 for its blanks."""
     rows = len(row_ptr) - 1
     for row in range(rows):
-        at = row_ptr[row]
+        at, last = row_ptr[row], row_ptr[row + 1]
         for chunk in range(row, len(ends) - 1, rows):
             for place in range(ends[chunk], ends[chunk + 1]):
-                placed[place] = order[at]
+                placed[place] = order[at] if at < last else -1
                 at += 1

@@ -6,95 +6,58 @@ import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sparsetrain.sparsity.ops import Backend
+from sparsetrain.sparsity.cpu_backend import TILE, CpuBackend, enough, in_float32, scratch, with_whole_rows
 from sparsetrain.sparsity.pattern import SparsityPattern
-
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
 class _Kernels(NamedTuple):
     csr: ModuleType
     layout: ModuleType
-    tile: int
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     # When the first sparse product is computed: importing the library is not to import a compiler.
-    from sparsetrain.kernels import csr, layout, tiles
+    from sparsetrain.kernels import csr, layout
 
-    return _Kernels(csr, layout, tiles.TILE)
+    return _Kernels(csr, layout)
 
 
-class CsrBackend(Backend):
-    """Multiplies by the nonzeros only: one FMA an element of the weight, on as many threads as torch has.
+class CsrBackend(CpuBackend):
+    """Multiplies by the nonzeros only: one FMA an element of the weight.
 
-    Takes float32 and bfloat16 on a CPU, sums in float32. Keeps the input packed into tiles of tokens, in float32, in
-    place of the input. The index structures derived from a pattern take 8 bytes a nonzero beside its own 4.
+    The index structures derived from a pattern take 8 bytes a nonzero beside its own 4.
     """
 
     name = "csr"
-    needs_input = False
-    keeps_input = True
+    spare = 1  # zeros, for the blanks of `sparsetrain.kernels.layout`
 
-    def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
-        if device.type != "cpu":
-            return f"computes on a CPU; the input is on {device}"
-        if dtype not in _DTYPES:
-            return f"computes in float32 and bfloat16; the input has dtype {dtype}"
+    def unsuited(self, pattern: SparsityPattern) -> str | None:
         if pattern.block != (1, 1):
             return f"computes unstructured patterns; this one has blocks of {pattern.block[0]}x{pattern.block[1]}"
         return None
 
-    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return self.forward(x, x.new_empty(0), values, pattern, keep=False)[0]
-
-    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return self.backward(g, g, values, g.new_empty(0), pattern, need_x=True, need_values=False)[0]
-
-    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        kernels, rows = _kernels(), _rows(x)
-        packed = self.kept(x, pattern)
-        pack = kernels.csr.pack_all if x.dtype == torch.float32 else kernels.csr.pack_all_bfloat16
-        pack(torch.get_num_threads(), _flat(rows), rows.stride(0), len(rows), rows.shape[1], _flat(packed))
-        values = x.new_empty(pattern.nnz)
-        return self.backward(g, x, values, packed, pattern, need_x=False, need_values=True)[1]
-
-    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        tile = 64  # _kernels().tile, without the import: a compiler asks for shapes only
-        return x.new_empty(((x.shape[0] + tile - 1) // tile, x.shape[1], tile), dtype=torch.float32, device="cpu")
-
     def forward(
         self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
     ) -> tuple[Tensor, Tensor]:
-        kernels, threads, rows = _kernels(), torch.get_num_threads(), _rows(x)
-        out_features, in_features = pattern.shape
-        y = x.new_empty(len(rows), out_features)
+        csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(x)
+        tokens, (out_features, in_features) = x.shape[0], pattern.shape
+        y = x.new_empty(tokens, out_features)
         layout = _layout(pattern)
-        ordered = _scratch(pattern.nnz)
-        chunks = len(layout.ends) - 1
-        kernels.csr.gather_runs(
-            _enough(threads, pattern.nnz),
-            *(_flat(values.float().contiguous()), _row_ptr(pattern), layout.ends, chunks, out_features, _flat(ordered)),
-        )
-        if shared.numel():
-            use, packed = 2, shared
-        elif keep:
-            use, packed = 1, self.kept(x, pattern)
-        else:
-            use, packed = 0, _scratch(threads, in_features, kernels.tile)
-        scratch = _scratch(threads, out_features, kernels.tile)
-        multiply = kernels.csr.multiply if x.dtype == torch.float32 else kernels.csr.multiply_bfloat16
+        ordered, plain = scratch(layout.stored), in_float32(values)
+        few = enough(threads, pattern.nnz)
+        csr.gather_runs(few, plain, pattern.row_ptr, layout.ends, layout.chunks, out_features, ordered)
+        use, packed = self.packed(x, shared, pattern, keep, threads)
+        multiply = csr.multiply if x.dtype == torch.float32 else csr.multiply_bfloat16
         multiply(
             threads,
-            *(_flat(rows), _flat(y), rows.stride(0), out_features, len(rows), in_features, out_features),
-            *(_flat(packed), use, layout.width, chunks, layout.ends, layout.offsets, _flat(ordered), _flat(scratch)),
+            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features, packed, use),
+            *(*layout.words, ordered, scratch(threads, out_features, TILE)),
         )
-        return y, packed if use == 1 else x.new_empty(0)
+        return y, self.kept_of(use, packed, x)
 
     def backward(
         self,
@@ -106,82 +69,45 @@ class CsrBackend(Backend):
         need_x: bool,
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
-        kernels, threads, rows = _kernels(), torch.get_num_threads(), _rows(g)
-        out_features, in_features = pattern.shape
-        empty = g.new_empty(0)
-        grad_x = g.new_empty(len(g), in_features) if need_x else empty
+        csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(g)
+        tokens, (out_features, in_features) = g.shape[0], pattern.shape
+        grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         layout = turned = _layout(pattern)
-        ordered = sums = _scratch(0)
+        ordered = sums = scratch(0)
         if need_x:
             turned = _turned(pattern)
-            ordered = _scratch(pattern.nnz)
-            few = _enough(threads, pattern.nnz)
-            kernels.csr.gather(few, _flat(values.float().contiguous()), turned.order, pattern.nnz, _flat(ordered))
+            ordered, plain = scratch(turned.stored), in_float32(values)
+            csr.gather(enough(threads, turned.stored), plain, turned.order, turned.stored, ordered)
         if need_values:
-            sums = _scratch(threads, pattern.nnz)
+            sums = scratch(threads, layout.stored)
             if threads > 1:
                 sums.zero_()  # a runtime may lend fewer threads than were asked for
-        gradients = kernels.csr.gradients if g.dtype == torch.float32 else kernels.csr.gradients_bfloat16
+        gradients = csr.gradients if g.dtype == torch.float32 else csr.gradients_bfloat16
         gradients(
             threads,
-            *(_flat(rows), _flat(grad_x), rows.stride(0), in_features, len(rows), in_features, out_features),
-            *(_flat(_scratch(threads, 2, out_features, kernels.tile)), int(need_x)),
-            *(turned.width, len(turned.ends) - 1, turned.ends, turned.offsets, _flat(ordered)),
-            *(_flat(_scratch(threads, in_features, kernels.tile)), int(need_values), _flat(kept)),
-            *(layout.width, len(layout.ends) - 1, layout.ends, layout.offsets, pattern.nnz, _flat(sums)),
+            *(rows, grad_x, rows.stride(0), in_features, tokens, in_features, out_features),
+            *(scratch(threads, out_features + self.spare, TILE), int(need_x), *turned.words, ordered),
+            *(scratch(threads, in_features, TILE), int(need_values), kept, *layout.words, layout.stored, sums),
         )
         if not need_values:
             return grad_x, values.new_empty(0)
-        grad_values = _scratch(pattern.nnz)
-        kernels.csr.add_parts(
-            _enough(threads, pattern.nnz),
-            *(_flat(sums), threads, pattern.nnz, _row_ptr(pattern), layout.ends, len(layout.ends) - 1, out_features),
-            _flat(grad_values),
+        grad_values = scratch(pattern.nnz)
+        csr.add_parts(
+            enough(threads, pattern.nnz),
+            *(sums, threads, layout.stored, pattern.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
         )
         return grad_x, grad_values.to(values.dtype)
 
 
-def _enough(threads: int, elements: int) -> int:
-    """Return how many threads are worth waking for a pass over so many elements."""
-    return max(1, min(threads, elements // 65536))
-
-
-def _scratch(*shape: int) -> Tensor:
-    """Return uninitialised memory of the type that kernels compute in, whatever torch's default type and device are."""
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """Return a matrix whose rows are contiguous each; their distance may be anything."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _flat(tensor: Tensor) -> Any:
-    """Return all memory of a tensor as a flat numpy array, bfloat16 as uint16."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:
-        tensor = tensor.view(torch.uint16)
-    return tensor.numpy()
-
-
-def _row_ptr(pattern: SparsityPattern) -> Any:
-    return pattern.row_ptr.numpy()
-
-
 def _layout(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().layout.build_layout(_row_ptr(pattern), pattern.col.numpy(), pattern.shape[1])
+        return _kernels().layout.build_layout(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("csr", build)
 
 
 def _turned(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().layout.build_transposed(_row_ptr(pattern), pattern.col.numpy(), pattern.shape[1])
+        return _kernels().layout.build_transposed(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("csr_transposed", build)
-
-
-def index_bytes(pattern: SparsityPattern) -> int:
-    """Return the bytes of the index structures that this backend derives from a pattern, beside the pattern's own."""
-    return int(np.sum([_layout(pattern).bytes, _turned(pattern).bytes]))

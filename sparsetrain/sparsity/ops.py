@@ -319,6 +319,53 @@ _sparse_linear.register_autograd(_backward, setup_context=_setup)
 _sparse_linear_backward.register_autograd(_refuse_double_backward)
 
 
+class _Direct(torch.autograd.Function):
+    """`_sparse_linear` without its custom op, which spends some half a millisecond a step on itself."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        y, kept = BACKENDS[backend].forward(x, shared, values, pattern, keep=True)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(kept)
+        ctx.pattern, ctx.backend = pattern, backend
+        given = x if BACKENDS[backend].needs_input else x.new_empty(0)
+        # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
+        ctx.save_for_backward(given, values.detach(), shared if shared.numel() else kept)
+        return y, kept
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 5
+        need_x, _, need_values, *_ = ctx.needs_input_grad
+        x, values, kept = (tensor.detach() for tensor in ctx.saved_tensors)
+        g, pattern = g.contiguous(), ctx.pattern
+        if torch.is_grad_enabled():
+            # For create_graph: the custom op is what refuses, in words, to be differentiated.
+            place = _place(pattern, ctx.backend)
+            grads = _sparse_linear_backward(g, x, values, kept, *place, need_x, need_values)
+        else:
+            grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
+        return (grads[0] if need_x else None, None, grads[1] if need_values else None, None, None)
+
+
+def _place(pattern: SparsityPattern, backend: str) -> tuple[Any, ...]:
+    """Return what the custom ops take in place of a pattern and a backend."""
+    return pattern.row_ptr, pattern.col, list(pattern.shape), list(pattern.block), backend, layout_id(pattern)
+
+
+def _dispatched(*tensors: Tensor) -> bool:
+    """Whether somebody is to see a custom op: a compiler, a tracer, a counter, a tensor that is not only one."""
+    return (
+        torch.compiler.is_compiling()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
 def sparse_linear(
     x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None = None, backend: str = "auto"
 ) -> Tensor:
@@ -349,18 +396,13 @@ def sparse_linear(
     chosen = resolve_backend(backend, pattern, rows.shape[0], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     shared = _shared(given, x.dtype, chosen) if keep and values.requires_grad else None
-    y, kept = _sparse_linear(
-        rows,
-        x.new_empty(0) if shared is None else shared,
-        values,
-        pattern.row_ptr,
-        pattern.col,
-        list(pattern.shape),
-        list(pattern.block),
-        chosen,
-        layout_id(pattern),
-        keep,
-    )
+    held = x.new_empty(0) if shared is None else shared
+    if _dispatched(x, values):
+        y, kept = _sparse_linear(rows, held, values, *_place(pattern, chosen), keep)
+    elif keep:
+        y, kept = _Direct.apply(rows, held, values, pattern, chosen)
+    else:
+        y, kept = BACKENDS[chosen].forward(rows, held, values, pattern, keep=False)
     if keep and shared is None:
         _share(given, x.dtype, chosen, kept)
     y = y.view(*x.shape[:-1], pattern.shape[0])

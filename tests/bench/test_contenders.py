@@ -19,7 +19,6 @@ from sparsetrain.bench.peers import Skipped, missing, step_of
 from sparsetrain.bench.timing import Work, interleaved, median
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import SparseLinear
-from sparsetrain.sparsity.csr_backend import index_bytes
 
 CASE = LayerCase(in_features=48, out_features=32, tokens=80, sparsity=0.75, block=(16, 16), seed=0)
 
@@ -128,12 +127,15 @@ def test_rounds_take_turns_and_short_work_is_repeated() -> None:
     assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0, 2.0, 3.0])) == (2.0, 2.5)
 
 
-def test_index_bytes_are_those_that_the_backend_counts() -> None:
+def test_index_bytes_are_the_patterns_own_and_those_of_both_layouts() -> None:
     layer = SparseLinear(128, 96, density=0.25, backend="csr", seed=0, bias=False)
     own = 8 * 97 + 4 * layer.pattern.nnz
     assert pattern_bytes(layer.pattern) == own
-    layer(torch.randn(8, 128)).sum().backward()
-    derived = index_bytes(layer.pattern)
+    layer(torch.randn(8, 128, requires_grad=True)).sum().backward()
+    # Rows and columns are filled up to multiples of four. 16-bit columns in both layouts, 32-bit places in the
+    # transpose; ends of chunks: two blocks of columns, then one.
+    rows, columns = (4 * int(torch.ceil(layer.pattern.mask().sum(side) / 4).sum()) for side in (1, 0))
+    derived = 2 * rows + (2 + 4) * columns + 4 * (2 * 96 + 1) + 4 * (128 + 1)
     assert pattern_bytes(layer.pattern) == own + derived
     assert layer_bytes(layer) == 16 * layer.pattern.nnz + own + derived
     assert bytes_per_nonzero(layer) == layer_bytes(layer) / layer.pattern.nnz

@@ -79,7 +79,7 @@ def products(
     )
     if not use:
         packed = empty(tiles(tokens), columns, TILE)
-        (csr.pack_all if wide else csr.pack_all_bfloat16)(threads, x, x_step, tokens, columns, packed)
+        (csr.pack_all if wide else csr.pack_all_bfloat16)(threads, x, x_step, tokens, columns, packed, 0)
     sums, gradient = np.zeros((threads, nnz), np.float32), empty(nnz)
     gradients = bsr.gradients if wide else bsr.gradients_bfloat16
     gradients(

@@ -7,7 +7,9 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import pytest
 
 from sparsetrain.kernels import compile as compiling
 from sparsetrain.kernels import csr
-from sparsetrain.kernels.compile import fingerprint
+from sparsetrain.kernels.compile import Kernel, fingerprint
 
 FOLDER = Path(compiling.__file__).parent
 
@@ -34,38 +36,151 @@ def test_a_change_in_any_kernel_file_makes_another_cache(tmp_path: Path) -> None
         assert fingerprint(copy) == before
 
 
+def separate(folder: Path, **variables: str) -> dict[str, str]:
+    """Return the variables of a process that is not measured and compiles into ``folder``."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
+    return {**env, compiling.CACHE: str(folder), **variables}
+
+
 _USE = """
 import sys, time
 import torch
 torch.set_num_threads(2)
 from sparsetrain import SparseLinear
-layer = SparseLinear(40, 24, density=0.5, seed=0, backend="csr")
+layer = SparseLinear(70, 45, density=0.4, seed=0, backend="csr")
 assert "numba" not in sys.modules, "importing the library and making a layer imports no compiler"
-x = torch.randn(70, 40, requires_grad=True)
-started = time.perf_counter()
-layer(x).sum().backward()
-from sparsetrain.kernels import csr, layout
+torch.manual_seed(0)
+x, g = torch.randn(150, 70, requires_grad=True), torch.randn(150, 45)
+results, started = [], time.perf_counter()
+for layer.backend in ("csr", "masked"):
+    y = layer(x)
+    results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
+seconds = time.perf_counter() - started
+torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+from sparsetrain.kernels import csr
 hits = [bool(kernel.compiled.cache_hits) for kernel in (csr.gather_runs, csr.gather, csr.multiply, csr.gradients)]
-print(all(hits), time.perf_counter() - started)
+print(all(hits), seconds)
+if len(sys.argv) > 1:
+    from llvmlite import binding
+    binding.initialize_all_targets(); binding.initialize_all_asmprinters()
+    module = binding.parse_assembly(csr.multiply.compiled.inspect_llvm())
+    module.triple, cpu = sys.argv[1:]
+    machine = binding.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=3)
+    print(machine.emit_assembly(module))
 """
 
 
-def use(env: dict[str, str]) -> tuple[bool, float]:
-    run = subprocess.run([sys.executable, "-c", _USE], env=env, capture_output=True, text=True, timeout=300, check=True)
-    hit, seconds = run.stdout.split()
-    return hit == "True", float(seconds)
+def use(env: dict[str, str], *target: str) -> tuple[bool, float, str]:
+    """Compare a layer with the dense one in a process; return whether kernels were read, seconds, and machine code.
+
+    Args:
+        target: triple and name of a processor to compile a kernel for, beside the one that it runs on.
+    """
+    command = [sys.executable, "-c", _USE, *target]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    said, code = run.stdout.split("\n", 1)
+    hit, seconds = said.split()
+    return hit == "True", float(seconds), code
+
+
+def instructions(features: str) -> dict[str, str]:
+    """Return the variables that have kernels compiled for an x86 with these instructions; elsewhere none."""
+    x86 = os.uname().machine == "x86_64"
+    return {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features} if x86 else {}
+
+
+# Compiling takes seconds, so that whatever needs kernels of a process's own is asked of the same two.
 
 
 @pytest.mark.slow
-def test_the_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-    env[compiling.CACHE] = str(tmp_path)
-    hit, first = use(env)
+def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm(tmp_path: Path) -> None:
+    # The kernel asks for no instructions of AVX itself here: with those it could not be compiled for another processor.
+    hit, _, code = use(separate(tmp_path, **instructions("+sse2")), "aarch64-unknown-linux-gnu", "generic")
     assert not hit
-    hit, second = use(env)
+    assert "fmla" in code
+
+
+@pytest.mark.slow
+def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
+    env = separate(tmp_path, **instructions("+sse4.2,+avx,+avx2,+fma"))
+    hit, first, code = use(env, "x86_64-unknown-linux-gnu", "skylake-avx512")
+    assert not hit
+    assert "%zmm" in code
+    hit, second, _ = use(env)
     assert hit
     # Tests run side by side on a shared machine; what a quiet one takes is in LOG.md.
     assert second < first / 2
+
+
+_GATHER = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from sparsetrain.kernels import csr
+ready, folder = Path(sys.argv[1]), Path(sys.argv[1]).parent
+ready.touch()
+while len(list(folder.glob("ready*"))) < 2:
+    time.sleep(0.001)
+target = np.empty(3, np.float32)
+csr.gather(1, np.float32([1, 2, 3]), np.int32([2, 0, 1]), 3, target)
+print(*target)
+"""
+
+
+def test_processes_that_compile_at_once_leave_what_another_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = tmp_path / "kernels"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _GATHER, str(tmp_path / f"ready{number}")],
+            env=separate(kernels),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0 1.0 2.0\n"] * 2
+    monkeypatch.setattr(compiling, "compiled_directory", lambda: kernels / fingerprint())
+    assert Kernel(csr.gather.__wrapped__).compiled.cache_hits  # type: ignore[attr-defined]
+
+
+def test_of_two_threads_one_compiles_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_cfunc, directories = compiling.numba.cfunc, []
+
+    def cfunc(*arguments: Any, **options: Any) -> Any:
+        directories.append(compiling.numba.config.CACHE_DIR)
+        time.sleep(0.1)  # time enough for the other to come in
+        return true_cfunc(*arguments, **options)
+
+    monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path)
+    monkeypatch.setattr(compiling.numba, "cfunc", cfunc)
+    kernel = Kernel(csr.gather.__wrapped__)  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: kernel.compiled, range(2))
+    assert one is other
+    assert directories == [str(tmp_path)]
+
+
+def test_the_directory_of_the_cache_is_changed_by_one_thread_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = compiling.numba.config.CACHE_DIR, []
+
+    def declare(name: str) -> None:
+        with compiling._numba_cache() as writable:
+            seen.append((name, writable, compiling.numba.config.CACHE_DIR))
+            time.sleep(0.05)
+            seen.append((name, writable, compiling.numba.config.CACHE_DIR))
+
+    monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(declare, "ab"))
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert all(entry[1:] == (True, str(tmp_path)) for entry in seen)
+    # Another thread that read the setting of the first would put that one back.
+    assert before == compiling.numba.config.CACHE_DIR
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +207,7 @@ def runner() -> tuple[Runner, np.ndarray]:
 
     def run(threads: int) -> np.ndarray:
         packed = np.full(expected.shape, np.nan, np.float32)
-        csr.pack_all(threads, x, x.shape[1], len(x), x.shape[1], packed)
+        csr.pack_all(threads, x, x.shape[1], len(x), x.shape[1], packed, 0)
         return packed
 
     return run, expected
@@ -142,51 +257,3 @@ def test_torchs_own_openmp_is_found() -> None:
 
     assert torch.get_num_threads() >= 1
     assert compiling.openmp() is not None
-
-
-_OTHER = """
-import sys
-from llvmlite import binding
-from sparsetrain.kernels import simd
-target = sys.argv[1]
-if target.startswith("aarch64"):
-    simd._AVX = False
-from sparsetrain.kernels import csr
-code = csr.multiply.compiled.inspect_llvm()
-binding.initialize_all_targets(); binding.initialize_all_asmprinters()
-module = binding.parse_assembly(code)
-triple, cpu = ("aarch64-unknown-linux-gnu", "generic") if target == "aarch64" else ("x86_64-unknown-linux-gnu", target)
-module.triple = triple
-machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, opt=3)
-print(machine.emit_assembly(module))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("target", "wanted"), [("skylake-avx512", "%zmm"), ("aarch64", "fmla")])
-def test_the_same_kernel_becomes_machine_code_of_other_processors(target: str, wanted: str, tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-    env[compiling.CACHE] = str(tmp_path)  # what is read from the disk is machine code of this processor
-    command = [sys.executable, "-c", _OTHER, target]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
-    assert wanted in run.stdout
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.uname().machine != "x86_64", reason="names features of x86")
-@pytest.mark.parametrize("features", ["+sse2", "+sse4.2,+avx,+avx2,+fma"])
-def test_products_are_right_with_fewer_instructions(features: str, tmp_path: Path) -> None:
-    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-    env |= {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features, compiling.CACHE: str(tmp_path)}
-    script = (
-        "import torch\nfrom sparsetrain import SparseLinear\n"
-        "layer = SparseLinear(70, 45, density=0.4, seed=0, backend='csr'); x = torch.randn(150, 70)\n"
-        "x.requires_grad_(); g = torch.randn(150, 45); results = []\n"
-        "for layer.backend in ('csr', 'masked'):\n"
-        "    y = layer(x); results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))\n"
-        "torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)\n"
-    )
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr

@@ -1,8 +1,8 @@
-"""One rank of a data-parallel training whose masks evolve; started by `test_ranks.py`, never imported.
+"""Data-parallel training whose masks evolve: one rank of it, started by `test_ranks.py`, which also imports it.
 
-    python ddp_masks.py RULE RANK WORLD RENDEZVOUS_FILE OUT_FILE [SEED_OFFSET]
+    python ddp_masks.py RANK WORLD RENDEZVOUS_FILE OUT_FILE
 
-Writes the hash of the masks after every update, the weights at the end, and how often the wrapper was built.
+Writes what `train` returns for every rule. Ends with an error: the last training gives each rank a seed of its own.
 """
 
 from __future__ import annotations
@@ -27,11 +27,8 @@ RULES: dict[str, Any] = {
 }
 
 
-def main(rule: str, rank: int, world: int, rendezvous: str, out: str, seed: int = 0) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def train(rule: str, rank: int = 0, world: int = 1, seed: int = 0) -> dict[str, Any]:
+    """Return the hash of the masks after every step, the weights at the end, how often the wrapper was built."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 20), nn.GELU(), nn.Linear(20, 12)).double()
     builds = 0
@@ -42,26 +39,34 @@ def main(rule: str, rank: int, world: int, rendezvous: str, out: str, seed: int 
         builds += 1
         wrapped = DistributedDataParallel(model) if world > 1 else model
 
-    manager = st.MaskManager(model, RULES[rule](), seed=seed, on_resize=wrap)
-    wrap()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    hashes = []
-    for step in range(8):
-        x = torch.randn(8, 12, generator=seeds.generator(step), dtype=torch.float64)
-        x = x.chunk(world)[rank]
-        (wrapped(x) - x.roll(1, 1)).square().mean().backward()
-        optimizer.step()
-        manager.step(optimizer)
-        optimizer.zero_grad()
-        hashes.append(manager.hash())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        manager = st.MaskManager(model, RULES[rule](), seed=seed, on_resize=wrap)
+        wrap()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        hashes = []
+        for step in range(8):
+            x = torch.randn(8, 12, generator=seeds.generator(step), dtype=torch.float64)
+            x = x.chunk(world)[rank]
+            (wrapped(x) - x.roll(1, 1)).square().mean().backward()
+            optimizer.step()
+            manager.step(optimizer)
+            optimizer.zero_grad()
+            hashes.append(manager.hash())
     values = [layer.values.detach().tolist() for layer in manager.layers.values()]
+    return {"hashes": hashes, "values": values, "builds": builds}
+
+
+def main(rank: int, world: int, rendezvous: str, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    results = {rule: train(rule, rank, world) for rule in RULES}
     with open(out, "w", encoding="utf-8") as file:
-        json.dump({"hashes": hashes, "values": values, "builds": builds}, file)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+        json.dump(results, file)
+    dist.barrier()
+    train("set", rank, world, seed=rank)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    name, rank, world, rendezvous, out, *rest = sys.argv[1:]
-    main(name, int(rank), int(world), rendezvous, out, *(int(word) for word in rest))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

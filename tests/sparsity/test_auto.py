@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +78,26 @@ def test_a_saved_table_is_used_and_read_again() -> None:
     finally:
         auto._tables.clear()
         auto._tables.update(before)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"backends": {"csr": {"sides": []}}}'])
+def test_a_bad_table_is_told_of_at_import_and_the_shipped_one_is_used(
+    content: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = auto.tuned_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    # Another copy of the module: the one in use keeps its classes and its tables.
+    spec = importlib.util.spec_from_file_location("imported_again", auto.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, again)  # where dataclasses look
+    with pytest.warns(UserWarning, match=rf"{re.escape(path.name)} is no .*; the table of the library is used$"):
+        spec.loader.exec_module(again)
+    tables = {name: vars(table) for name, table in again._tables.items()}
+    assert tables == {name: vars(table) for name, table in auto._shipped().items()}
+    assert tables
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sparsetrain.bench.memory import pattern_bytes
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_layers, sparse_linear
-from sparsetrain.sparsity.csr_backend import CsrBackend, index_bytes
+from sparsetrain.sparsity.csr_backend import CsrBackend
 
 BACKEND = CsrBackend()
 
@@ -210,7 +211,8 @@ def test_the_packed_input_is_kept_in_place_of_the_input() -> None:
     alive = weakref.ref(x)
     output = layer(x)
     floats = sum(t.numel() for t in saved(output) if t.is_floating_point() and t is not layer.values)
-    assert floats <= x.numel() + layer.values.numel()
+    # A feature of zeros is kept beside the 64 of x.
+    assert floats <= x.numel() * 65 / 64 + layer.values.numel()
     del x
     gc.collect()
     assert alive() is None
@@ -334,9 +336,11 @@ def test_a_compiled_model_equals_an_eager_one() -> None:
 @pytest.mark.parametrize(("density", "most"), [(0.5, 32.0), (0.25, 32.0), (0.1, 32.0), (0.05, 32.0)])
 def test_persistent_bytes_of_a_nonzero_stay_below_those_of_two_dense_weights(density: float, most: float) -> None:
     pattern = pattern_of(1024, 1024, density)
-    index = pattern.row_ptr.nbytes + pattern.col.nbytes + index_bytes(pattern)
+    own = pattern_bytes(pattern)
+    products(torch.randn(3, 1024), torch.randn(pattern.nnz), torch.randn(3, 1024), pattern)
+    assert pattern_bytes(pattern) > own  # the layouts of both directions exist by now
     # Value, gradient and two moments of Adam in float32, and every index structure.
-    assert 16 + index / pattern.nnz <= most
+    assert 16 + pattern_bytes(pattern) / pattern.nnz <= most
 
 
 def test_an_autograd_function_is_called_with_what_it_needs_only() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,24 +17,48 @@ import torch
 SCRIPT = Path(__file__).with_name("ddp_masks.py")
 
 
-def start(rule: str, rank: int, world: int, folder: Path, *seed: int) -> subprocess.Popen[str]:
-    words = [rule, rank, world, folder / "rendezvous", folder / f"rank{rank}of{world}.json", *seed]
-    command = [sys.executable, str(SCRIPT), *(str(word) for word in words)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+@dataclass
+class Rank:
+    """What a process has written, and how it ended."""
+
+    results: dict[str, Any]
+    status: int
+    errors: str
 
 
-def result(process: subprocess.Popen[str], rank: int, world: int, folder: Path) -> dict[str, Any]:
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return json.loads((folder / f"rank{rank}of{world}.json").read_text())
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
+    """Both ranks, after all rules: starting a process takes longer than what it trains."""
+    folder = tmp_path_factory.mktemp("ranks")
+    outs = [folder / f"rank{rank}.json" for rank in range(2)]
+    processes = []
+    for rank, out in enumerate(outs):
+        words = [str(word) for word in (rank, len(outs), folder / "rendezvous", out)]
+        command = [sys.executable, str(SCRIPT), *words]
+        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
+    for (errors, _), out in zip(ended, outs, strict=True):
+        assert out.exists(), errors
+    return [
+        Rank(json.loads(out.read_text()), status, errors) for (errors, status), out in zip(ended, outs, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The file that the ranks run, for one process here that sees the whole batch."""
+    spec = importlib.util.spec_from_file_location("ddp_masks", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.parametrize("rule", ["set", "rigl", "gmp"])
-def test_ranks_arrive_at_the_masks_of_one_process(rule: str, tmp_path: Path) -> None:
-    ranks = [start(rule, rank, 2, tmp_path) for rank in range(2)]
-    alone = start(rule, 0, 1, tmp_path)
-    one, other = (result(process, rank, 2, tmp_path) for rank, process in enumerate(ranks))
-    whole = result(alone, 0, 1, tmp_path)
+def test_ranks_arrive_at_the_masks_of_one_process(rule: str, ranks: list[Rank], script: ModuleType) -> None:
+    one, other = (rank.results[rule] for rank in ranks)
+    whole = script.train(rule)
     assert one == other
     assert one["hashes"] == whole["hashes"]
     assert len(set(one["hashes"])) >= 4
@@ -41,10 +68,8 @@ def test_ranks_arrive_at_the_masks_of_one_process(rule: str, tmp_path: Path) -> 
     assert one["builds"] == (4 if rule == "gmp" else 1)
 
 
-def test_ranks_with_other_seeds_are_caught(tmp_path: Path) -> None:
-    ranks = [start("set", rank, 2, tmp_path, rank) for rank in range(2)]
-    for rank, process in enumerate(ranks):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode != 0
+def test_ranks_with_other_seeds_are_caught(ranks: list[Rank]) -> None:
+    for rank in ranks:
+        assert rank.status != 0
         # Whichever notices first; the other finds its peer gone or the shapes of gradients different.
-        assert "differ from those of other ranks" in errors or "RuntimeError" in errors, rank
+        assert "differ from those of other ranks" in rank.errors or "RuntimeError" in rank.errors
