@@ -11,11 +11,27 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.sparsity.pattern import SparsityPattern
+
+_ONES = np.array([bin(byte).count("1") for byte in range(256)], np.uint8)
 
 
-def pack_bits(mask: Tensor) -> Tensor:
-    """Return uint8 ``[ceil(n / 8)]`` on the CPU: the entries of a bool tensor in row-major order, eight a byte."""
-    return torch.from_numpy(np.packbits(mask.detach().cpu().numpy().reshape(-1)))
+def pack_bits(pattern: SparsityPattern) -> Tensor:
+    """Return uint8 ``[ceil(U * V / 8)]`` on the CPU: the grid of stored blocks in row-major order, eight a byte."""
+    columns = pattern.shape[1] // pattern.block[1]
+    size = (pattern.row_ptr.numel() - 1) * columns
+    bits = np.empty(-(-size // 8), np.uint8)
+    for run in pattern.runs():
+        stored = torch.zeros((run.rows.stop - run.rows.start) * columns, dtype=torch.bool, device=pattern.device)
+        stored[pattern.cells(run)] = True
+        packed = np.packbits(stored.cpu().numpy())
+        first = run.rows.start * columns // 8  # runs begin at multiples of 8 rows
+        bits[first : first + len(packed)] = packed
+    return torch.from_numpy(bits)
+
+
+def _count(bits: Tensor) -> int:
+    return int(_ONES[bits.numpy()].sum(dtype=np.int64))
 
 
 def unpack_bits(bits: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -36,16 +52,19 @@ class Exploration:
         self.ever: Tensor | None = None
         self._first_count = self._ever_count = self._overlap_count = active
 
-    def record(self, before: Tensor, after: Tensor) -> None:
-        """Note an update from one mask, bool ``[U, V]``, to the next."""
-        before, after = before.cpu(), after.cpu()
-        if self.first is None or self.ever is None:
-            self.first = pack_bits(before)
-            self.ever = self.first
-        ever = unpack_bits(self.ever, self.grid) | after
-        self.ever = pack_bits(ever)
-        self._ever_count = int(ever.sum())
-        self._overlap_count = int((unpack_bits(self.first, self.grid) & after).sum())
+    def begin(self, first: SparsityPattern) -> None:
+        """Note the first mask, if none was noted before."""
+        if self.first is None:
+            self.first = self.ever = pack_bits(first)
+
+    def record(self, after: SparsityPattern) -> None:
+        """Note the mask that an update led to."""
+        assert self.first is not None
+        assert self.ever is not None
+        now = pack_bits(after)
+        self.ever = self.ever | now
+        self._ever_count = _count(self.ever)
+        self._overlap_count = _count(now.bitwise_and_(self.first))
 
     @property
     def rate(self) -> float:
@@ -71,23 +90,21 @@ class Exploration:
         """Return what a checkpoint needs; empty before the first update."""
         return {} if self.first is None or self.ever is None else {"first": self.first, "ever": self.ever}
 
-    def restore(self, tensors: dict[str, Tensor], active: Tensor) -> None:
-        """Put back what `tensors` returned, beside the mask ``active`` of that time.
+    def restore(self, tensors: dict[str, Tensor], now: SparsityPattern) -> None:
+        """Put back what `tensors` returned, beside the mask of that time.
 
         Raises:
             UserError: tensors of another size.
         """
-        count = int(active.sum())
         if not tensors:
             self.first = self.ever = None
-            self._first_count = self._ever_count = self._overlap_count = count
+            self._first_count = self._ever_count = self._overlap_count = now.col.numel()
             return
         size = -(-self.grid[0] * self.grid[1] // 8)
         for name in ("first", "ever"):
             if name not in tensors or tensors[name].shape != (size,):
                 raise UserError(f"the mask history has no '{name}' of {size} bytes: it belongs to another layer")
         self.first, self.ever = tensors["first"].cpu(), tensors["ever"].cpu()
-        first = unpack_bits(self.first, self.grid)
-        self._first_count = int(first.sum())
-        self._ever_count = int(unpack_bits(self.ever, self.grid).sum())
-        self._overlap_count = int((first & active.cpu()).sum())
+        self._first_count = _count(self.first)
+        self._ever_count = _count(self.ever)
+        self._overlap_count = _count(self.first & pack_bits(now))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.select import row_slices
 
 Result = TypeVar("Result")
 
@@ -51,12 +52,21 @@ class DenseGradientProbe(Generic[Result]):
         with torch.no_grad():
             # A layer that is used several times in one pass has the sum of its gradients.
             rows = g.reshape(-1, g.shape[-1])
-            part = rows.t() @ x.reshape(-1, x.shape[-1]).to(g.dtype)
-            part = part.to(torch.promote_types(part.dtype, torch.float32))
-            self._dense = part if self._dense is None else self._dense.add_(part)
+            self._add(rows, x.reshape(-1, x.shape[-1]).to(g.dtype))
             self._open -= 1
             if self._open <= 0 and not self.accumulate:
                 self._digest()
+
+    def _add(self, g: Tensor, x: Tensor) -> None:
+        dtype = torch.promote_types(g.dtype, torch.float32)
+        if self._dense is None and g.dtype == dtype:
+            self._dense = g.t() @ x
+            return
+        if self._dense is None:
+            self._dense = torch.zeros(g.shape[1], x.shape[1], dtype=dtype, device=g.device)
+        # By rows, so that there is one dense matrix and not a second one to be added to it.
+        for part in row_slices(*self._dense.shape):
+            self._dense[part] += g[:, part].t() @ x
 
     def _digest(self) -> None:
         assert self._dense is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,11 +138,28 @@ class SparseLinear(nn.Module):
             raise UserError(
                 f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros (at least 1 needed)"
             )
-        pattern = pattern.to(self.values.device)
+        self._replace_pattern(pattern.to(self.values.device))
+        self.values.grad = None
+        self._replace_values(values.detach().to(self.values, copy=True))
+
+    def move_topology(self, pattern: SparsityPattern, carry: Callable[[Tensor], Tensor]) -> None:
+        """Replace positions and let values and their gradient, if there is one, follow; the Parameter object stays.
+
+        Args:
+            pattern: of the layer's shape, on its device. carry: from ``[old nnz]`` to a new tensor ``[nnz]``.
+        """
+        # In this order, one at a time: what is replaced is freed before the next one is made.
+        self._replace_pattern(pattern)
+        gradient, self.values.grad = self.values.grad, None
+        self._replace_values(carry(self.values))
+        if gradient is not None:
+            self.values.grad = carry(gradient)
+
+    def _replace_pattern(self, pattern: SparsityPattern) -> None:
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
         layout_id(pattern)
-        self.values.grad = None
-        new = values.detach().to(self.values, copy=True)
+
+    def _replace_values(self, new: Tensor) -> None:
         if new.shape != self.values.shape:
             # A graph that is still alive, such as that of the last step's loss, holds an accumulator of the old size,
             # and autograd would go on using it. A tensor whose type has changed meanwhile gets another one.

@@ -20,19 +20,17 @@ from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.managed import Managed, manage_layers
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.ranks import Ranks
-from sparsetrain.sparsity.select import Slices
 from sparsetrain.sparsity.topology import (
+    Counts,
     TopologyUpdate,
-    active_units,
+    all_finite,
     apply_update,
     check_optimizer,
     choose_grown,
     choose_kept,
     draw_grown,
     exchange_counts,
-    pattern_of_units,
-    unit_magnitudes,
-    unit_scores,
+    units_of,
 )
 
 
@@ -74,7 +72,7 @@ class MaskUpdate:
 class _Grown:
     """What is left of a dense gradient: the units to grow, and the gradient there if it gives the initial values."""
 
-    units: Tensor  # int64, increasing
+    units: Tensor  # places in the grid, increasing
     gradient: Tensor | None
 
 
@@ -212,55 +210,65 @@ class MaskManager:
         def digest(dense: Tensor) -> _Grown:
             self._ranks.add_up(dense)
             pattern = entry.layer.pattern
-            scores = unit_scores(dense, pattern.block, overwrite=self.rule.grown_scale == 0.0)
-            if not bool(torch.isfinite(scores).all()):
+            if not all_finite(dense):
                 raise UserError(f"{self.rule.name}: the gradient of layer '{entry.name}' is not finite at step {step}")
-            active = active_units(pattern)
-            counts = self._counts(entry, active, step, self._drop(entry, step))
-            chosen = choose_grown(active, counts, scores)
-            gradient = pattern_of_units(chosen, pattern).gather(dense) if self.rule.grown_scale > 0.0 else None
-            return _Grown(chosen.view(-1).nonzero()[:, 0], gradient)
+            counts = self._counts(entry, step, self._drop(entry, step))
+            units = choose_grown(dense, pattern, counts)
+            gradient = units_of(dense, units, pattern.block) if self.rule.grown_scale > 0.0 else None
+            # All layers keep theirs until the step ends.
+            return _Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)
 
         return DenseGradientProbe(entry.layer, digest, accumulate=self.rule.accumulation == "staggered")
 
     def _drop(self, entry: Managed, step: int) -> float:
         return self.rule.drop(step - entry.offset)
 
-    def _counts(self, entry: Managed, active: Tensor, step: int, drop: float) -> list[tuple[Slices, int, int]]:
-        block = entry.layer.pattern.block
-        target = entry.nnz_at(self.rule, step) // (block[0] * block[1])
-        return exchange_counts(active, target, entry.parts, drop)
+    def _counts(self, entry: Managed, step: int, drop: float) -> Counts:
+        pattern = entry.layer.pattern
+        target = entry.nnz_at(self.rule, step) // (pattern.block[0] * pattern.block[1])
+        return exchange_counts(pattern, target, entry.parts, drop)
 
     def _update(self, entry: Managed, optimizer: Optimizer) -> tuple[int, int] | None:
         """Update one layer; return the numbers of weights dropped and grown, None if there was nothing to do."""
         probe = self._probes.pop(entry.name, None)
         found = None if probe is None else probe.finish()
-        layer, pattern, step = entry.layer, entry.layer.pattern, self.steps
-        active = active_units(pattern)
+        layer, step = entry.layer, self.steps
         # Without a gradient (the layer took no part in the step) nothing is exchanged, but its size still follows.
         drop = 0.0 if probe is not None and found is None else self._drop(entry, step)
-        counts = self._counts(entry, active, step, drop)
-        if sum(grown for _, _, grown in counts) == 0 and sum(kept for _, kept, _ in counts) == int(active.sum()):
+        counts = self._counts(entry, step, drop)
+        update = self._next(entry, counts, found)
+        if update is None:
             return None
-        magnitudes = unit_magnitudes(layer.values, pattern)
-        if not bool(torch.isfinite(magnitudes).all()):
-            raise UserError(f"{self.rule.name}: the weights of layer '{entry.name}' are not finite at step {step}")
-        kept = choose_kept(magnitudes, counts, self.rule.protect_rows)
-        if found is None:
-            grown = draw_grown(active, counts, seeds.generator(self.seed, "grow", entry.name, step))
-        else:
-            grown = torch.zeros_like(active)
-            grown.view(-1)[found.units] = True
-        after = kept | grown
-        update = TopologyUpdate.between(pattern, pattern_of_units(after, pattern))
         start = None
         if found is not None and found.gradient is not None and bool(found.gradient.any()):
             survivors = update.carry(layer.values)[~update.grown]
             scale = self.rule.grown_scale * survivors.square().mean().sqrt()
             start = -scale * found.gradient / found.gradient.square().mean().sqrt()
+        before = layer.values.numel()
+        entry.history.begin(layer.pattern)
         apply_update(layer, update, optimizer, start)
-        entry.history.record(active, after)
-        return pattern.nnz - int((~update.grown).sum()), int(update.grown.sum())
+        entry.history.record(layer.pattern)
+        grown = update.grown_count
+        return before - (layer.values.numel() - grown), grown
+
+    def _next(self, entry: Managed, counts: Counts, found: _Grown | None) -> TopologyUpdate | None:
+        """Return the update of a layer, None if there is nothing to do.
+
+        The old pattern is not held beyond: its indices are freed when the layer is given the new ones.
+        """
+        layer, pattern, step = entry.layer, entry.layer.pattern, self.steps
+        if sum(grown for _, _, grown in counts) == 0 and sum(kept for _, kept, _ in counts) == pattern.col.numel():
+            return None
+        if not all_finite(layer.values):
+            raise UserError(
+                f"{self.rule.name}: the weights of layer '{entry.name}' are not finite at step {self.steps}"
+            )
+        if found is None:
+            grown = draw_grown(pattern, counts, seeds.generator(self.seed, "grow", entry.name, step))
+        else:
+            grown = found.units
+        kept = choose_kept(layer.values, pattern, counts, self.rule.protect_rows)
+        return TopologyUpdate.exchange(pattern, kept, grown)
 
     # --------------------------------------------------------------------------------------------------- watching
 
@@ -326,7 +334,7 @@ class MaskManager:
             pattern = entry.layer.pattern
             digest.update(f"{entry.name} {pattern.shape} {pattern.block}".encode())
             for indices in (pattern.row_ptr, pattern.col):
-                digest.update(indices.cpu().numpy().tobytes())
+                digest.update(indices.cpu().numpy().data)
         return digest.hexdigest()
 
     # ------------------------------------------------------------------------------------------------- checkpoints
@@ -358,5 +366,5 @@ class MaskManager:
             prefix = f"{entry.name}."
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             own = {key: tensor for key, tensor in own.items() if key in ("first", "ever")}
-            entry.history.restore(own, active_units(entry.layer.pattern))
+            entry.history.restore(own, entry.layer.pattern)
         self._arm()

@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.sparsity.select import row_slices
+
+
+class Run(NamedTuple):
+    """Some block rows of a pattern, and the blocks that are stored in them."""
+
+    rows: slice
+    units: slice
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +94,16 @@ class SparsityPattern:
         torch.cumsum(counts, 0, out=row_ptr[1:])
         return cls((rows, columns), row_ptr, occupied.nonzero()[:, 1], (bh, bw))
 
+    @classmethod
+    def of_sorted(cls, like: SparsityPattern, row_ptr: Tensor, col: Tensor) -> SparsityPattern:
+        """Return a pattern of the shape and block of ``like`` that owns the given indices, without a copy or a check.
+
+        For code that has just made them: sorted, unique, in range, int64 and int32.
+        """
+        pattern = object.__new__(cls)
+        pattern.__dict__.update(shape=like.shape, row_ptr=row_ptr, col=col, block=like.block, _derived={})
+        return pattern
+
     @property
     def nnz(self) -> int:
         """Number of stored scalars."""
@@ -122,6 +140,31 @@ class SparsityPattern:
         counts = self.row_ptr[1:] - self.row_ptr[:-1]
         return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
 
+    def runs(self, rows: slice | None = None, stored: bool = False) -> list[Run]:
+        """Return the block rows, or those of ``rows``, in short runs (`row_slices`) for passes that need little memory.
+
+        Patterns of equal shape and block have equal runs of rows, unless ``stored``: then runs are as long as suits
+        passes over what is stored, and not over the grid.
+        """
+        first, last, _ = (rows or slice(None)).indices(self.row_ptr.numel() - 1)
+        width = self.shape[1] // self.block[1]
+        if stored:
+            width = -(-self.col.numel() // (self.row_ptr.numel() - 1))
+        parts = row_slices(last - first, width, self.block[0] * self.block[1])
+        return self.cut([slice(first + part.start, first + part.stop) for part in parts])
+
+    def cut(self, parts: list[slice]) -> list[Run]:
+        """Return the runs of block rows that follow each other as ``parts``."""
+        ends = self.row_ptr[[parts[0].start, *(part.stop for part in parts)]].tolist()
+        return [Run(part, slice(*ends[index : index + 2])) for index, part in enumerate(parts)]
+
+    def cells(self, run: Run) -> Tensor:
+        """Return int64 ``[blocks of the run]``: the row-major place of each in the grid of the run's block rows."""
+        columns = self.shape[1] // self.block[1]
+        ends = self.row_ptr[run.rows.start : run.rows.stop + 1]
+        starts = torch.arange(0, (len(ends) - 1) * columns, columns, device=self.device)
+        return torch.repeat_interleave(starts, ends[1:] - ends[:-1]).add_(self.col[run.units])
+
     def positions(self) -> Tensor:
         """Return int64 ``[nnz]``: the row-major position in the dense matrix of each value.
 
@@ -137,11 +180,14 @@ class SparsityPattern:
     def _positions(self) -> Tensor:
         bh, bw = self.block
         columns = self.shape[1]
-        corner = self.block_rows() * (bh * columns) + self.col.to(torch.int64) * bw
-        if self.block == (1, 1):
-            return corner
         inside = torch.arange(bh, device=self.device)[:, None] * columns + torch.arange(bw, device=self.device)
-        return (corner[:, None] + inside.reshape(-1)).reshape(-1)
+        positions = torch.empty(self.col.numel(), bh * bw, dtype=torch.int64, device=self.device)
+        for run in self.runs():
+            cells = self.cells(run)
+            row, column = cells // (columns // bw), cells % (columns // bw)
+            corner = row.add_(run.rows.start).mul_(bh * columns).add_(column.mul_(bw))
+            torch.add(corner[:, None], inside.view(1, -1), out=positions[run.units])
+        return positions.view(-1)
 
     def mask(self) -> Tensor:
         """Return bool ``[R, C]``, true where a value is stored."""

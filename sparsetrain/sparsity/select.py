@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -10,13 +10,98 @@ from torch import Tensor
 from sparsetrain.errors import UserError
 
 Slices = tuple[slice, slice]
+Part = Callable[[], Tensor]
+
+
+def row_slices(rows: int, columns: int, size: int = 1) -> list[slice]:
+    """Cut a ``rows x columns`` matrix of cells with ``size`` numbers each into runs of rows, worked on one by one.
+
+    What a pass over a layer needs beside its result is then a small part of the layer: a run is a 64th of it, at least
+    2**14 numbers, and a multiple of 8 rows, so that bits of different runs never share a byte.
+    """
+    step = max(2**14, rows * columns * size // 64) // max(1, columns * size)
+    step = max(8, -(-step // 8) * 8)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Tensor]:
+    """Yield for each part a bool vector, true at the ``count`` largest scores of all parts together.
+
+    Among equal scores the first ones are taken, on every device: a selection that left ties to the sorting routine
+    would differ between machines. A sort or a partition of all would need the scores and their places several times
+    over; here the scores are counted by their leading bits, until few are left among which to look for the smallest
+    one that is chosen.
+
+    Args:
+        parts: functions that return scores, real numbers without NaN, as a vector; each is called several times, so
+            that no more than one part exists at a time. total: number of scores. count: 1 to that number.
+    """
+    least, digits, ties = _threshold(parts, total, count)
+    for part in parts:
+        keys = _keys(part())
+        if digits:
+            keys = keys >> digits
+        chosen = keys > least
+        if ties:
+            equal = (keys == least).nonzero()[:ties, 0]
+            chosen[equal] = True
+            ties -= len(equal)
+        yield chosen
+
+
+def _keys(scores: Tensor) -> Tensor:
+    """Return signed integers in the order of ``scores``; equal numbers, such as both zeros, have equal ones."""
+    if scores.dtype not in (torch.float32, torch.float64):
+        scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
+    # What is added turns -0.0 into 0.0, and makes the copy that is changed below.
+    bits = (scores + 0.0).view(torch.int32 if scores.dtype == torch.float32 else torch.int64)
+    # Negative floats are ordered by magnitude.
+    return bits.bitwise_xor_((bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max))
+
+
+def _threshold(parts: Sequence[Part], total: int, count: int) -> tuple[int, int, int]:
+    """Return ``least, digits, ties``: chosen is what has a key above ``least``, and the first ``ties`` equal to it,
+    once the lowest ``digits`` bits of keys are cut off."""
+    few = max(2**14, total // 16)
+    bits = left = 0  # of a key, and of them those that are not looked at yet
+    prefix, here = 0, total  # of the keys among which the threshold is, and how many these are
+    while here > few and (left or not bits):
+        counts: Tensor | None = None
+        for part in parts:
+            keys = _keys(part())
+            bits = 8 * keys.element_size()
+            left = left or bits
+            size = min(11, left)
+            found = keys >> (left - size)
+            if left < bits:
+                found = found[(keys >> left) == prefix]
+            found = torch.bincount(found.bitwise_and_(2**size - 1), minlength=2**size)
+            counts = found if counts is None else counts.add_(found)
+        assert counts is not None
+        # The highest bit of the first digit is the sign: what has it set is small.
+        first = 2 ** (size - 1) if left == bits else 0
+        ordered = counts.roll(first).flip(0)
+        above = ordered.cumsum(0)
+        place = int(torch.searchsorted(above, count))
+        here = int(ordered[place])
+        count -= int(above[place]) - here
+        prefix = (prefix << size) + 2**size - 1 - place - first
+        left -= size
+    if bits and (count == here or not left):
+        return prefix, left, count
+    among = []
+    for part in parts:
+        keys = _keys(part())
+        among.append(keys[(keys >> left) == prefix] if bits else keys)
+    keys = torch.cat(among)
+    least = keys.kthvalue(here - count + 1).values
+    return int(least), 0, count - int(torch.count_nonzero(keys > least))
 
 
 def top_cells(scores: Tensor, count: int) -> Tensor:
     """Return a bool mask, of the shape of ``scores``, of the ``count`` largest.
 
-    Among equal scores those that come first in row-major order are taken, on every device: a selection that left ties
-    to the sorting routine would differ between machines.
+    Among equal scores those that come first in row-major order are taken.
 
     Args:
         scores: real numbers of any shape, without NaN. count: 0 to the number of scores.
@@ -24,37 +109,67 @@ def top_cells(scores: Tensor, count: int) -> Tensor:
     Raises:
         ValueError: ``count`` outside that range.
     """
-    flat = scores.reshape(-1)
-    if not 0 <= count <= flat.numel():
-        raise ValueError(f"count={count} must lie between 0 and {flat.numel()}")
-    if count == flat.numel():
-        return torch.ones_like(scores, dtype=torch.bool)
-    chosen = torch.zeros_like(flat, dtype=torch.bool)
-    if count > 0:
-        threshold = flat.kthvalue(flat.numel() - count + 1).values
-        chosen = flat > threshold
-        missing = count - int(chosen.sum())
-        chosen[(flat == threshold).nonzero()[:missing, 0]] = True
-    return chosen.view(scores.shape)
+    if not 0 <= count <= scores.numel():
+        raise ValueError(f"count={count} must lie between 0 and {scores.numel()}")
+    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    if count == 0:
+        return chosen
+    matrix = scores if scores.ndim == 2 else scores.reshape(-1, 1)
+    runs = row_slices(*matrix.shape)
+    rows = [lambda run=run: matrix[run].reshape(-1) for run in runs]
+    found = choose_largest(rows, scores.numel(), count)
+    for run, part in zip(runs, found, strict=True):
+        chosen.view(matrix.shape)[run] = part.view(-1, matrix.shape[1])
+    return chosen
+
+
+def draw_ranks(total: int, count: int, generator: torch.Generator) -> Tensor:
+    """Return ``count`` of the numbers below ``total``, increasing, on the CPU; each subset is equally likely.
+
+    Raises:
+        ValueError: ``count`` above ``total``.
+    """
+    if count > total:
+        raise ValueError(f"count={count}: there are only {total} candidates")
+    if count == 0:
+        return torch.empty(0, dtype=torch.int32, device="cpu")
+    # The permutation is the largest thing here, and the same in either type.
+    dtype = torch.int32 if total < 2**31 else torch.int64
+    ranks = torch.randperm(total, generator=generator, dtype=dtype, device="cpu")[:count].clone()
+    return ranks.sort().values
+
+
+def pick_ranked(parts: Iterable[Tensor], ranks: Tensor) -> Iterator[Tensor]:
+    """Yield for each part the places, int64, of those true entries whose number among all of them is in ``ranks``.
+
+    Args:
+        parts: bool vectors. ranks: increasing, on the CPU.
+    """
+    start = 0
+    for part in parts:
+        places = part.nonzero()[:, 0]
+        ends = torch.tensor([start, start + len(places)], dtype=ranks.dtype, device="cpu")
+        first, last = torch.searchsorted(ranks, ends).tolist()
+        yield places[(ranks[first:last].to(torch.int64) - start).to(places.device)]
+        start += len(places)
 
 
 def random_cells(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return a bool mask of ``count`` of the true entries of ``candidates``, each subset equally likely.
+    """Return a bool mask of ``count`` of the true entries of ``candidates`` ``[R, C]``, each subset equally likely.
 
     The draw is made on the CPU and over positions in row-major order, so that it does not depend on the device.
 
     Raises:
         ValueError: fewer candidates than ``count``.
     """
+    chosen = torch.zeros(candidates.shape, dtype=torch.bool, device=candidates.device)
     if count == 0:
-        return torch.zeros_like(candidates)
-    places = candidates.reshape(-1).nonzero()[:, 0]
-    if count > len(places):
-        raise ValueError(f"count={count}: there are only {len(places)} candidates")
-    drawn = torch.randperm(len(places), generator=generator, device="cpu")[:count].to(places.device)
-    chosen = torch.zeros(candidates.numel(), dtype=torch.bool, device=candidates.device)
-    chosen[places[drawn]] = True
-    return chosen.view(candidates.shape)
+        return chosen
+    ranks = draw_ranks(int(torch.count_nonzero(candidates)), count, generator)
+    runs = row_slices(*candidates.shape)
+    for run, places in zip(runs, pick_ranked((candidates[run].reshape(-1) for run in runs), ranks), strict=True):
+        chosen[run].view(-1)[places] = True
+    return chosen
 
 
 def split_evenly(total: int, parts: int) -> list[int]:

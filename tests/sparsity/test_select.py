@@ -28,6 +28,34 @@ def test_top_cells_take_infinite_scores_and_keep_the_shape() -> None:
         top_cells(scores, 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("spread", [0.0, 3.0, 1e30])
+def test_top_cells_of_a_large_matrix_match_a_stable_sort(dtype: torch.dtype, spread: float) -> None:
+    # Several runs of rows, every digit of the keys, both signs, both zeros, tiny numbers and infinities.
+    scores = torch.randn(300, 500, generator=seeds.generator(0), dtype=torch.float64)
+    scores = (scores * spread).to(dtype) if spread < 1e9 or dtype != torch.int64 else (scores * 1e6).to(dtype)
+    if dtype.is_floating_point:
+        scores[::7] *= 1e-37
+        scores[5:9], scores[9:11], scores[11], scores[12] = 0.0, -0.0, torch.inf, -torch.inf
+    order = scores.view(-1).argsort(descending=True, stable=True)
+    for count in (1, 2, 500, 501, 70_000, 75_001, 149_000, 149_999, 150_000):
+        expected = torch.zeros(scores.numel(), dtype=torch.bool)
+        expected[order[:count]] = True
+        assert torch.equal(top_cells(scores, count).view(-1), expected)
+        assert torch.equal(top_cells(scores.view(-1), count), expected)
+
+
+def test_random_cells_are_those_of_a_permutation_of_the_candidates() -> None:
+    candidates = torch.rand(700, 300, generator=seeds.generator(0)) < 0.4
+    source, again = seeds.generator(1), seeds.generator(1)
+    for count in (0, 1, 5000, int(candidates.sum())):  # with one generator, which goes on
+        expected = torch.zeros(candidates.numel(), dtype=torch.bool)
+        if count:
+            places = candidates.view(-1).nonzero()[:, 0]
+            expected[places[torch.randperm(len(places), generator=again)[:count]]] = True
+        assert torch.equal(random_cells(candidates, count, source).view(-1), expected)
+
+
 def test_random_cells_are_candidates_and_every_one_is_as_likely() -> None:
     candidates = torch.tensor([[True, False, True], [True, True, False]])
     counts = torch.zeros(2, 3)

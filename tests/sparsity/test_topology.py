@@ -72,36 +72,50 @@ def test_patterns_of_another_shape_are_refused() -> None:
 # Who goes and who comes.
 
 
+def in_grid(pattern: SparsityPattern, kept: Tensor) -> Tensor:
+    """Return bool [U, V] of a choice among stored units."""
+    grid = active_units(pattern)
+    return grid.masked_scatter(grid, kept)
+
+
+def keep(magnitudes: Tensor, counts: Any, protect_rows: bool = False) -> Tensor:
+    """Return what is kept of a matrix of magnitudes, -1 where nothing is stored, as bool [U, V]."""
+    pattern = SparsityPattern.from_mask(magnitudes >= 0)
+    return in_grid(pattern, choose_kept(pattern.gather(magnitudes), pattern, counts, protect_rows))
+
+
 def test_kept_and_grown_match_an_exhaustive_search_with_ties() -> None:
     active = torch.tensor([[True, True, False], [True, False, True]])
+    pattern = SparsityPattern.from_mask(active)
     magnitudes = torch.tensor([[2.0, 1.0, -1.0], [1.0, -1.0, 3.0]])
-    counts = exchange_counts(active, 4, bands((2, 3), (1, 1)), 0.5)
+    counts = exchange_counts(pattern, 4, bands((2, 3), (1, 1)), 0.5)
     assert [(kept, grown) for _, kept, grown in counts] == [(2, 2)]
-    kept = choose_kept(magnitudes, counts)
+    kept = keep(magnitudes, counts)
     # Of 1, 1, 2, 3 the ones go.
     assert kept.tolist() == [[True, False, False], [False, False, True]]
-    counts = exchange_counts(active, 4, bands((2, 3), (1, 1)), 0.25)
+    counts = exchange_counts(pattern, 4, bands((2, 3), (1, 1)), 0.25)
     # Only one of the two equal ones goes: the first in row-major order.
-    assert choose_kept(magnitudes, counts).tolist() == [[True, False, False], [True, False, True]]
-    scores = torch.tensor([[9.0, 9.0, 0.5], [9.0, 0.5, 9.0]])
+    assert keep(magnitudes, counts).tolist() == [[True, False, False], [True, False, True]]
+    gradient = torch.tensor([[9.0, -9.0, -0.5], [9.0, 0.5, 9.0]])
     # Only empty positions grow; of two equal scores the first.
-    assert choose_grown(active, counts, scores).nonzero().tolist() == [[0, 2]]
+    assert choose_grown(gradient, pattern, counts).tolist() == [2]
 
 
 def test_a_grown_zero_is_weak_but_never_confused_with_an_empty_position() -> None:
     active = torch.tensor([[True, True, False, False]])
     magnitudes = torch.tensor([[0.0, 1.0, -1.0, -1.0]])
-    kept = choose_kept(magnitudes, exchange_counts(active, 2, bands((1, 4), (1, 1)), 0.0))
-    assert torch.equal(kept, active)
+    counts = exchange_counts(SparsityPattern.from_mask(active), 2, bands((1, 4), (1, 1)), 0.0)
+    assert torch.equal(keep(magnitudes, counts), active)
 
 
 def test_a_protected_row_keeps_its_largest_weight() -> None:
     magnitudes = torch.tensor([[0.1, 0.2, -1.0], [5.0, 6.0, 7.0]])
-    counts = exchange_counts(magnitudes >= 0, 3, bands((2, 3), (1, 1)), 0.0)
-    assert choose_kept(magnitudes, counts).tolist() == [[False, False, False], [True, True, True]]
-    assert choose_kept(magnitudes, counts, protect_rows=True).tolist() == [[False, True, False], [False, True, True]]
-    one = exchange_counts(magnitudes >= 0, 1, bands((2, 3), (1, 1)), 0.0)
-    assert choose_kept(magnitudes, one, protect_rows=True).nonzero().tolist() == [[1, 2]]  # not enough for both
+    pattern = SparsityPattern.from_mask(magnitudes >= 0)
+    counts = exchange_counts(pattern, 3, bands((2, 3), (1, 1)), 0.0)
+    assert keep(magnitudes, counts).tolist() == [[False, False, False], [True, True, True]]
+    assert keep(magnitudes, counts, protect_rows=True).tolist() == [[False, True, False], [False, True, True]]
+    one = exchange_counts(pattern, 1, bands((2, 3), (1, 1)), 0.0)
+    assert keep(magnitudes, one, protect_rows=True).nonzero().tolist() == [[1, 2]]  # not enough for both
 
 
 @given(
@@ -117,22 +131,80 @@ def test_counts_add_up_in_every_band(
 ) -> None:
     active = torch.rand(6, 8, generator=seeds.generator(seed)) < density
     active[0, 0] = True
+    pattern = SparsityPattern.from_mask(active)
     goal = max(1, round(48 * target))
-    counts = exchange_counts(active, goal, bands((6, 8), parts), drop)
+    counts = exchange_counts(pattern, goal, bands((6, 8), parts), drop)
     assert sum(kept + grown for _, kept, grown in counts) == goal
-    kept = choose_kept(torch.where(active, torch.rand(6, 8), -1.0), counts)
-    grown = draw_grown(active, counts, seeds.generator(seed, "grow"))
+    chosen = choose_kept(torch.rand(pattern.nnz), pattern, counts)
+    kept = in_grid(pattern, chosen)
+    places = draw_grown(pattern, counts, seeds.generator(seed, "grow"))
+    grown = torch.zeros(48, dtype=torch.bool).index_fill(0, places, True).view(6, 8)
     assert not bool((kept & ~active).any())
     assert not bool((grown & active).any())
     assert int((kept | grown).sum()) == goal
+    assert torch.equal(TopologyUpdate.exchange(pattern, chosen, places).pattern.mask(), kept | grown)
+
+
+# Layers that are worked on in several runs of rows, beside the whole matrix at once.
+
+
+def whole_top(scores: Tensor, count: int) -> Tensor:
+    """Return the largest scores, of equal ones the first, by a sort of all."""
+    chosen = torch.zeros(scores.numel(), dtype=torch.bool)
+    chosen[scores.reshape(-1).argsort(descending=True, stable=True)[:count]] = True
+    return chosen.view(scores.shape)
+
+
+@pytest.mark.parametrize("parts", [(1, 1), (4, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize("density", [0.1, 0.7])
+@pytest.mark.parametrize("ties", [False, True])
+def test_runs_of_rows_choose_what_a_sort_of_the_whole_matrix_does(
+    parts: tuple[int, int], density: float, ties: bool
+) -> None:
+    shape, source = (640, 400), seeds.generator(0)
+    pattern = random_pattern(shape, density, source)
+    assert len(pattern.runs()) > 8
+    values = torch.randn(pattern.nnz, generator=source)
+    gradient = torch.randn(shape, generator=source)
+    if ties:
+        values, gradient = (values * 2).round() / 2, (gradient * 2).round() / 2
+    active = pattern.mask()
+    counts = exchange_counts(pattern, pattern.nnz, bands(shape, parts), 0.3)
+    kept, grown, drawn = (torch.zeros(shape, dtype=torch.bool) for _ in range(3))
+    generator = seeds.generator(7)
+    for part, keeps, grows in counts:
+        magnitudes = pattern.scatter(values).abs()[part].masked_fill(~active[part], torch.inf)
+        goes = whole_top(-magnitudes, int(active[part].sum()) - keeps)
+        kept[part] = active[part] & ~goes
+        grown[part] = whole_top(gradient.abs()[part].masked_fill(active[part], -1.0), grows)
+        empty = (~active[part]).nonzero()
+        order = torch.randperm(len(empty), generator=generator)[:grows]
+        chosen = torch.zeros_like(active[part])
+        chosen[tuple(empty[order].t())] = True
+        drawn[part] = chosen
+    assert torch.equal(in_grid(pattern, choose_kept(values, pattern, counts)), kept)
+    places = choose_grown(gradient.clone(), pattern, counts)
+    assert places.tolist() == grown.view(-1).nonzero()[:, 0].tolist()
+    assert draw_grown(pattern, counts, seeds.generator(7)).tolist() == drawn.view(-1).nonzero()[:, 0].tolist()
+    exchange = TopologyUpdate.exchange(pattern, choose_kept(values, pattern, counts), places)
+    after = exchange.pattern
+    assert torch.equal(after.mask(), kept | grown)
+    # Indices that are trusted are those that would be made and checked.
+    checked = SparsityPattern.from_mask(kept | grown)
+    assert after.equals(checked)
+    assert (after.row_ptr.dtype, after.col.dtype) == (checked.row_ptr.dtype, checked.col.dtype)
+    old_place = torch.full((active.numel(),), -1).index_copy(0, pattern.positions(), torch.arange(pattern.nnz))
+    for update in (exchange, TopologyUpdate.between(pattern, after)):
+        assert torch.equal(update.carry(values), after.gather(pattern.scatter(values)))
+        assert torch.equal(update.source, old_place[after.positions()])
+        assert update.grown_count == int((grown & ~active).sum())
 
 
 def test_units_of_blocks_have_the_sum_of_their_magnitudes() -> None:
     pattern = block_pattern((4, 6), 0.5, seeds.generator(0), (2, 3))
     values = torch.randn(pattern.nnz)
     dense = pattern.scatter(values).abs().view(2, 2, 2, 3).sum((1, 3))
-    expected = torch.where(active_units(pattern), dense, -1.0)
-    torch.testing.assert_close(unit_magnitudes(values, pattern), expected)
+    torch.testing.assert_close(unit_magnitudes(values, pattern.block), dense[active_units(pattern)])
 
 
 # Optimizers.
