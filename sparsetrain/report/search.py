@@ -38,7 +38,8 @@ def search_sheet(rows: Sequence[Mapping[str, Any]], knobs: Sequence[str]) -> She
     ranked = sorted((row for row in rows if row["loss"] is not None), key=lambda row: row["loss"])
     body = [(str(place), f"{row['loss']:.4f}", *(f"{row[name]:.3g}" for name in knobs)) for place, row in _top(ranked)]
     note = f"{len(rows)} points, {len(rows) - len(ranked)} diverged. One seed a point: take what the best few agree on."
-    return Sheet("Random search", ("place", "loss", *knobs), tuple(body), note)
+    columns = ("place", "loss", *(name.rpartition(".")[2] for name in knobs))
+    return Sheet("Random search", columns, tuple(body), note)
 
 
 def _top(ranked: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:

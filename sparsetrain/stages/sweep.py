@@ -168,10 +168,11 @@ class SweepRows:
     unfinished: list[Path]
 
 
-def collect(places: Sequence[Path]) -> SweepRows:
+def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
     """Return a row for every finished pre-training run in ``places``: run directories, or directories of those.
 
-    The column ``parameterization`` is the scheme, with those of its settings that differ between runs of that scheme.
+    The column ``parameterization`` is the scheme, with those of its settings that differ between runs of that scheme;
+    or, with ``apart``, the scheme alone, and such settings have columns of their own.
 
     Raises:
         UserError: a place that holds no run, or none that is finished.
@@ -188,12 +189,14 @@ def collect(places: Sequence[Path]) -> SweepRows:
     if not done:
         raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
     plain = {directory: dict(_leaves(config)) for directory, (config, _) in done.items()}
-    labels = _labels({directory: config["parameterization"] for directory, (config, _) in done.items()})
+    sections = {directory: config["parameterization"] for directory, (config, _) in done.items()}
+    labels = {directory: section["scheme"] for directory, section in sections.items()} if apart else _labels(sections)
     varied = [
         name
         for name in next(iter(plain.values()))
         if name not in _SAID
-        and not name.startswith("parameterization.")
+        and name != "parameterization.scheme"
+        and (apart or not name.startswith("parameterization."))
         and len({str(leaves.get(name)) for leaves in plain.values()}) > 1
     ]
     rows = []
@@ -261,7 +264,7 @@ def show_sweep(
         UserError: see `collect` and `report.sweep.lines_of`.
     """
     console = console or Console()
-    found = collect(places)
+    found = collect(places, apart=search)
     x = "lr" if x == "optimizer.lr" else x
     say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
     diverged = sum(row["status"] == "diverged" for row in found.rows)

@@ -203,7 +203,9 @@ def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "6 points, 1 diverged" in text
     best = load("pretrain", ["experiment=base_tuning", "draw=4"])
-    assert any("-1.0000" in line and f"{best.optimizer.lr:.3g}" in line for line in text.splitlines())
+    tuned = (best.optimizer.lr, best.parameterization.alpha_in, best.parameterization.embedding_lr_multiplier)
+    assert any("-1.0000" in line and all(f"{value:.3g}" in line for value in tuned) for line in text.splitlines())
+    assert {row["parameterization"] for row in collect([tmp_path / "runs"], apart=True).rows} == {"mup"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "results.csv"]
 
 
