@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import gzip
 import hashlib
+import importlib
 import importlib.util
 import io
 import json
@@ -18,11 +21,56 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from rich.console import Console
 
-from sparsetrain.data import medline
-from sparsetrain.data.wheel import Wheel
+# Whatever runs while coverage watches takes two to three times as long, other libraries too. It looks away while those
+# are imported that take seconds. Its tracer counts calls and returns: it has to be stopped and started in one frame.
+_watching: Any = sys.gettrace() if type(sys.gettrace()).__name__ == "CTracer" else None
+if _watching is not None:
+    sys.settrace(None)
+try:
+    import torch
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from rich.console import Console
+
+    for _module in ("hypothesis", "peft", "scipy.stats", "transformers.models.gpt2"):
+        with contextlib.suppress(ImportError):  # none of them is needed to test kernels on a machine with a GPU
+            importlib.import_module(_module)
+finally:
+    if _watching is not None:
+        _watching.start()
+
+from sparsetrain.data import medline  # noqa: E402
+from sparsetrain.data.wheel import Wheel  # noqa: E402
+
+
+def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Have coverage look away while ``function`` runs."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        watching: Any = sys.gettrace()
+        if type(watching).__name__ != "CTracer":
+            return function(*arguments, **options)
+        sys.settrace(None)
+        try:
+            return function(*arguments, **options)
+        finally:
+            watching.start()
+
+    return call
+
+
+# Most of the time of a sweep and of a report. None of these calls anything of ours but what writes the numbers of axes.
+for _owner, _name in (
+    (ConfigLoaderImpl, "load_configuration"),
+    (OverridesParser, "parse_overrides"),
+    (FigureCanvasAgg, "print_png"),
+    (FigureCanvasSVG, "print_svg"),
+):
+    setattr(_owner, _name, _unwatched(getattr(_owner, _name)))
 
 # Compiled kernels are shared by all tests and kept from run to run: compiling takes seconds, and a name of their own
 # says what they were compiled from.

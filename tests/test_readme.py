@@ -27,7 +27,10 @@ SMALL = {
     "generate": ["max_new_tokens=5"],
     "report": [],
     "sweep": [],
-    "bench": ["repeats=1"],
+    "bench": [
+        *("shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]"),
+        "repeats=1",
+    ],
     "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
     "coord-check": [
         *("model=tiny", "parameterization.base_width=32", "data.tokenizer=bytes", "data.context=24"),

@@ -147,7 +147,8 @@ LR = {"adam": 2e-3, "sgd": 0.2}
 
 
 def trial(rules: Parameterization, value: float, seed: int, axis: str) -> Trial:
-    width = int(value) if axis == "width" else 128
+    # Over depth the base's own width will do: the deepest of these models are most of what the checks cost.
+    width = {"width": int(value), "depth": 64}.get(axis, 128)
     depth = int(value) if axis == "depth" else 2
     sparsity = 1.0 - value if axis == "density" else 0.0
     shape = ModelConfig(width, depth, width // 16, VOCAB, max_context=32, seed=seed, sparsity=sparsity, init_std=0.1)
