@@ -41,7 +41,7 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     """Return how far the bytes that torch holds rise during ``step`` above where they stood before it.
 
     Every allocation of torch's allocator counts, scratch memory of the sparse kernels included. The memory that other
-    libraries allocate themselves is not seen.
+    libraries allocate themselves is not seen. What was allocated outside of such calls is not seen to be freed.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _muted(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:

@@ -16,7 +16,7 @@ STAGE_NAMES = {
 
 FLOPS_ARE_THEORETICAL = (
     "Training FLOPs follow from a formula: they count what a machine does that skips every zero. Wall time was "
-    "measured on this one, and holds what does not become sparser too: a reduction by the formula is not a speed-up here."
+    "measured on this one, which does more than its products: a reduction by the formula is not a speed-up here."
 )
 
 

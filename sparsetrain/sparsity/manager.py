@@ -15,23 +15,21 @@ from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.config import SparsityConfig
 from sparsetrain.sparsity.evolution import Rule, Static
-from sparsetrain.sparsity.gradients import DenseGradientProbe
-from sparsetrain.sparsity.linear import SparseLinear
-from sparsetrain.sparsity.managed import Managed, manage_layers
-from sparsetrain.sparsity.pattern import SparsityPattern
-from sparsetrain.sparsity.ranks import Ranks
-from sparsetrain.sparsity.topology import (
+from sparsetrain.sparsity.exchange import (
     Counts,
-    TopologyUpdate,
     all_finite,
-    apply_update,
-    check_optimizer,
     choose_grown,
     choose_kept,
     draw_grown,
     exchange_counts,
     units_of,
 )
+from sparsetrain.sparsity.gradients import DenseGradientProbe
+from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.managed import Managed, manage_layers
+from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.ranks import Ranks, is_sharded
+from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,12 @@ class _Grown:
     gradient: Tensor | None
 
 
+def _is_cut(layer: SparseLinear) -> bool:
+    """Whether FSDP holds the values of a layer in shards, in whatever way it has put them away."""
+    values = layer._parameters.get("values")
+    return values is None or is_sharded(values) or values.numel() != layer.pattern.nnz
+
+
 class MaskManager:
     """Makes the layers of a model sparse, and changes their masks by a rule while it is trained.
 
@@ -91,9 +95,17 @@ class MaskManager:
 
     Under data-parallel training each rank has a manager of its own. Random growth is seeded, so ranks agree without
     talking; dense gradients are summed over ranks, one layer at a time, in a process group of their own; a hash of all
-    masks is compared after every update. Give the bare model, before it is wrapped. A wrapper that keeps buffers of
-    the parameters' sizes (DDP, FSDP) must be built anew when a size changes, as GMP and variable sparsity make it:
-    ``on_resize`` is called then.
+    masks is compared after every update. Give the bare model, before it is wrapped. DDP keeps buffers of the
+    parameters' sizes and must be built anew when a size changes, as GMP and variable sparsity make it: ``on_resize`` is
+    called then.
+
+    FSDP, in either version, takes sparse layers whose masks stay: `Static`. Masks cannot change under it, since each
+    rank has a shard of ``values`` in which neither all magnitudes can be ranked nor weights moved from one rank to
+    another: other rules raise at the first `attach` or `step`.
+
+    An update holds, beside what training holds already, about one dense layer in float32 at a time: RigL its dense
+    gradient, SET the permutation of the empty positions that it draws from, GMP the new indices or values while the
+    old ones are still there. What stays is two bits a dense weight, for `watch`, from a layer's first update on.
 
     Args:
         model: changed in place; dense layers that the plan makes sparse keep their weights at the mask's positions.
@@ -107,8 +119,8 @@ class MaskManager:
 
     Raises:
         UserError: an already sparse layer whose density is not that of the rule at step 0; no layer at all; a plan
-            beside include, exclude or pattern; a rule that acts after ``total_steps``; and as `sparsify`. The model is
-            then unchanged.
+            beside include, exclude or pattern; a rule that acts after ``total_steps``; a model that FSDP has wrapped
+            already; and as `sparsify`. The model is then unchanged.
     """
 
     def __init__(
@@ -127,6 +139,8 @@ class MaskManager:
     ) -> None:
         if total_steps is not None:
             rule.check(total_steps)
+        if any(is_sharded(parameter) for parameter in model.parameters()):
+            raise UserError("MaskManager: FSDP has sharded the model; build the manager first, from the bare model")
         self.rule, self.on_resize = rule, on_resize
         self.steps = 0
         if plan is not None and (include is not None or exclude is not None or pattern != "random"):
@@ -158,9 +172,15 @@ class MaskManager:
         """Check that the optimizer's state can follow the masks; `step` does it too, at its first call.
 
         Raises:
-            UserError: an optimizer of unknown kind, or one that does not hold the layers' values.
+            UserError: an optimizer of unknown kind, or one that does not hold the layers' values; layers that FSDP has
+                sharded.
         """
         if not isinstance(self.rule, Static):
+            if any(_is_cut(entry.layer) for entry in self._layers):
+                raise UserError(
+                    f"{self.rule.name}: FSDP has sharded the layers, and masks cannot change under it; use DDP, or "
+                    "Static masks"
+                )
             check_optimizer(optimizer, {f"{entry.name}.values": entry.layer.values for entry in self._layers})
         self._known = id(optimizer)
 

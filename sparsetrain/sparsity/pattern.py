@@ -140,23 +140,25 @@ class SparsityPattern:
         counts = self.row_ptr[1:] - self.row_ptr[:-1]
         return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
 
-    def runs(self, rows: slice | None = None, stored: bool = False) -> list[Run]:
+    def runs(self, rows: slice | None = None, units: int | None = None) -> list[Run]:
         """Return the block rows, or those of ``rows``, in short runs (`row_slices`) for passes that need little memory.
 
-        Patterns of equal shape and block have equal runs of rows, unless ``stored``: then runs are as long as suits
-        passes over what is stored, and not over the grid.
-        """
-        first, last, _ = (rows or slice(None)).indices(self.row_ptr.numel() - 1)
-        width = self.shape[1] // self.block[1]
-        if stored:
-            width = -(-self.col.numel() // (self.row_ptr.numel() - 1))
-        parts = row_slices(last - first, width, self.block[0] * self.block[1])
-        return self.cut([slice(first + part.start, first + part.stop) for part in parts])
+        Patterns of equal shape and block have equal runs of rows for equal ``units``.
 
-    def cut(self, parts: list[slice]) -> list[Run]:
-        """Return the runs of block rows that follow each other as ``parts``."""
-        ends = self.row_ptr[[parts[0].start, *(part.stop for part in parts)]].tolist()
-        return [Run(part, slice(*ends[index : index + 2])) for index, part in enumerate(parts)]
+        Args:
+            units: for passes over so many stored blocks; otherwise runs are made for passes over the grid.
+        """
+        height, columns = self.row_ptr.numel() - 1, self.shape[1] // self.block[1]
+        first, last, _ = (rows or slice(None)).indices(height)
+        width = columns if units is None else max(1, -(-units // height))
+        parts = row_slices(last - first, width, self.block[0] * self.block[1])
+        if len(parts) == 1 and (first, last) == (0, height):
+            return [Run(slice(0, height), slice(0, self.col.numel()))]
+        ends = self.row_ptr[[first, *(first + part.stop for part in parts)]].tolist()
+        return [
+            Run(slice(first + part.start, first + part.stop), slice(*ends[index : index + 2]))
+            for index, part in enumerate(parts)
+        ]
 
     def cells(self, run: Run) -> Tensor:
         """Return int64 ``[blocks of the run]``: the row-major place of each in the grid of the run's block rows."""

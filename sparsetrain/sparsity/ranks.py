@@ -9,6 +9,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is divided among processes, by ``fully_shard`` or by ``FullyShardedDataParallel``."""
+    return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
+
+
 class Ranks:
     """The processes that train one model together, if there are several when this is built.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,11 +37,13 @@ def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Te
         parts: functions that return scores, real numbers without NaN, as a vector; each is called several times, so
             that no more than one part exists at a time. total: number of scores. count: 1 to that number.
     """
-    least, digits, ties = _threshold(parts, total, count)
-    for part in parts:
-        keys = _keys(part())
-        if digits:
-            keys = keys >> digits
+    ranked: list[Part] = [partial(_keys_of, part) for part in parts]
+    if len(parts) == 1:
+        whole = _keys_of(parts[0])
+        ranked = [lambda: whole]
+    least, digits, ties = _threshold(ranked, total, count)
+    for part in ranked:
+        keys = part() >> digits if digits else part()
         chosen = keys > least
         if ties:
             equal = (keys == least).nonzero()[:ties, 0]
@@ -49,8 +52,9 @@ def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Te
         yield chosen
 
 
-def _keys(scores: Tensor) -> Tensor:
-    """Return signed integers in the order of ``scores``; equal numbers, such as both zeros, have equal ones."""
+def _keys_of(part: Part) -> Tensor:
+    """Return signed integers in the order of a part's scores; equal numbers, such as both zeros, have equal ones."""
+    scores = part()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
     # What is added turns -0.0 into 0.0, and makes the copy that is changed below.
@@ -59,16 +63,22 @@ def _keys(scores: Tensor) -> Tensor:
     return bits.bitwise_xor_((bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max))
 
 
-def _threshold(parts: Sequence[Part], total: int, count: int) -> tuple[int, int, int]:
-    """Return ``least, digits, ties``: chosen is what has a key above ``least``, and the first ``ties`` equal to it,
-    once the lowest ``digits`` bits of keys are cut off."""
+def _threshold(ranked: Sequence[Part], total: int, count: int) -> tuple[int, int, int]:
+    """Return ``least, digits, ties``.
+
+    Chosen is what has a key above ``least``, and the first ``ties`` equal to it, once the lowest ``digits`` bits of
+    keys are cut off.
+
+    Args:
+        ranked: functions that return the keys of each part.
+    """
     few = max(2**14, total // 16)
     bits = left = 0  # of a key, and of them those that are not looked at yet
     prefix, here = 0, total  # of the keys among which the threshold is, and how many these are
     while here > few and (left or not bits):
         counts: Tensor | None = None
-        for part in parts:
-            keys = _keys(part())
+        for part in ranked:
+            keys = part()
             bits = 8 * keys.element_size()
             left = left or bits
             size = min(11, left)
@@ -90,10 +100,10 @@ def _threshold(parts: Sequence[Part], total: int, count: int) -> tuple[int, int,
     if bits and (count == here or not left):
         return prefix, left, count
     among = []
-    for part in parts:
-        keys = _keys(part())
+    for part in ranked:
+        keys = part()
         among.append(keys[(keys >> left) == prefix] if bits else keys)
-    keys = torch.cat(among)
+    keys = torch.cat(among) if len(among) > 1 else among[0]
     least = keys.kthvalue(here - count + 1).values
     return int(least), 0, count - int(torch.count_nonzero(keys > least))
 

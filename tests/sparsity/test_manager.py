@@ -16,8 +16,8 @@ import sparsetrain as st
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import Rule, densify, sparse_layers, sparsify
+from sparsetrain.sparsity.exchange import unit_scores
 from sparsetrain.sparsity.init import balanced_pattern
-from sparsetrain.sparsity.topology import unit_scores
 
 WIDTH = 16
 

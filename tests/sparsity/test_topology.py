@@ -14,18 +14,20 @@ from torch import Tensor
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, TopologyUpdate, apply_update
+from sparsetrain.sparsity.exchange import (
+    choose_grown,
+    choose_kept,
+    draw_grown,
+    exchange_counts,
+    unit_magnitudes,
+)
 from sparsetrain.sparsity.init import block_pattern, random_pattern
 from sparsetrain.sparsity.select import bands
 from sparsetrain.sparsity.topology import (
     _ELEMENTWISE,
     active_units,
     check_optimizer,
-    choose_grown,
-    choose_kept,
-    draw_grown,
-    exchange_counts,
     register_elementwise_optimizer,
-    unit_magnitudes,
 )
 
 

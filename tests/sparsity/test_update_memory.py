@@ -59,10 +59,11 @@ class Training:
         return self.model(self.x).square().mean()
 
     def step(self) -> tuple[float, float]:
-        """Return what the backward pass and the manager's step held."""
+        """Return what the backward pass, beside the gradients that it leaves, and the manager's step held."""
         loss = self.loss()
         backward = rise(loss.backward)
         del loss  # and with it the last reference to the layers' tensors of before the update
+        backward -= sum(layer.values.grad.nbytes for layer in self.manager.layers.values()) / DENSE
         self.optimizer.step()
         update = rise(lambda: self.manager.step(self.optimizer))
         self.optimizer.zero_grad()
