@@ -79,8 +79,8 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
 
     Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; packed
     ``[tiles, columns + 1, 64]``; use: 0 to pack every tile into the one tile of this part, ``packed[part]``, 1 to pack
-    x into ``packed`` and leave it there, 2 if ``packed`` holds x already; width, chunks, ends, offsets and values of the
-    layout; scratch ``[parts, rows, 64]``.
+    x into ``packed`` and leave it there, 2 if ``packed`` holds x already; width, chunks, ends, offsets and values of
+    the layout; scratch ``[parts, rows, 64]``.
     """
     x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
     columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
