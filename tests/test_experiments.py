@@ -129,7 +129,7 @@ def test_a_sweep_that_was_killed_goes_on(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     words = ["pretrain", "-m", "experiment=dynamic_masks_caveat", f"data.path={notes}", *SMALL, *NARROW]
-    words += [*ONE, "seed=0,1"]
+    words += [*ONE, "seed=0,1", "sparsity=static", "sparsity.evolution.every=1"]
     true_loss, calls = Transformer.loss, 0
 
     def loss(self: Transformer, *arguments: Any) -> Any:
