@@ -30,6 +30,8 @@ class CpuBackend(Backend):
             return f"computes on a CPU; the input is on {device}"
         if dtype not in _DTYPES:
             return f"computes in float32 and bfloat16; the input has dtype {dtype}"
+        if pattern.nnz >= 2**31:
+            return f"counts nonzeros in 32 bits; this pattern has {pattern.nnz}"
         return self.unsuited(pattern)
 
     def unsuited(self, pattern: SparsityPattern) -> str | None:

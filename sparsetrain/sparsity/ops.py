@@ -362,7 +362,6 @@ def _dispatched(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
     )
 
 

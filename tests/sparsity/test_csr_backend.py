@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -276,6 +277,12 @@ def test_checkpointing_and_frozen_inputs_match_plain_backward() -> None:
         assert torch.equal(mine, other)
     for mine, other in zip(frozen, plain[1:], strict=True):
         assert torch.equal(mine, other)
+
+
+def test_more_nonzeros_than_32_bits_count_are_refused() -> None:
+    pattern: Any = SimpleNamespace(nnz=2**31, block=(1, 1))
+    reason = CsrBackend().refusal(torch.float32, torch.device("cpu"), pattern)
+    assert reason == "counts nonzeros in 32 bits; this pattern has 2147483648"
 
 
 def test_double_backward_is_refused_in_words() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import UserError
@@ -196,6 +197,35 @@ def test_gradient_checkpointing_matches_plain_backward() -> None:
     plain = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
     again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), (x, *layer.parameters()))
     torch.testing.assert_close(again, plain, rtol=0, atol=0)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["masked", "csr"])
+def test_who_looks_sees_the_custom_op_and_the_same_bits(backend: str) -> None:
+    pattern = pattern_of()
+    x, values, _, g = inputs(pattern, 70, dtype=torch.float32)
+
+    def step() -> tuple[Tensor, ...]:
+        y = sparse_linear(x, values, pattern, None, backend)
+        return y, *torch.autograd.grad(y, (x, values), g)
+
+    direct = step()
+    with Seen() as seen:
+        dispatched = step()
+    assert {"sparsetrain.sparse_linear.default", "sparsetrain.sparse_linear_backward.default"} <= seen.names
+    for ours, theirs in zip(direct, dispatched, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_double_backward_is_refused_in_words() -> None:
