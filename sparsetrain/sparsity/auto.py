@@ -81,6 +81,8 @@ def from_plain(content: Any, source: str) -> dict[str, Crossover]:
     try:
         tables = {str(name): Crossover(**entry) for name, entry in content["backends"].items()}
         for table in tables.values():
+            if min(*table.sides, *table.tokens) <= 0:
+                raise ValueError("sides and tokens are logarithmic scales: positive")
             table.at(100, 100, 1)
     except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
         raise UserError(f"{source} is no crossover table ({error!r}); delete it or run: sparsetrain tune") from None

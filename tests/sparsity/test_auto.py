@@ -65,6 +65,12 @@ def test_the_shipped_table_is_one_and_prefers_dense_for_tiny_layers() -> None:
     assert table.at(1024, 2048, 1) > 0.5
 
 
+def test_a_table_with_a_side_of_zero_is_none() -> None:
+    entry = {**vars(TABLE), "sides": [0, *TABLE.sides[1:]]}
+    with pytest.raises(UserError, match="logarithmic scales: positive"):
+        from_plain({"backends": {"csr": entry}}, "somewhere.json")
+
+
 def test_a_saved_table_is_used_and_read_again() -> None:
     before = dict(auto._tables)
     try:
