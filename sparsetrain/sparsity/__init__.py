@@ -19,12 +19,14 @@ from sparsetrain.sparsity.init import (
 )
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.manager import LayerReport, MaskManager, MaskUpdate
+from sparsetrain.sparsity.masked_backend import MaskedBackend
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
 from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register_elementwise_optimizer
 from sparsetrain.sparsity.triton_backend import register_triton
 
+register_backend(MaskedBackend())
 register_backend(CsrBackend())
 register_backend(BsrBackend())
 register_triton()

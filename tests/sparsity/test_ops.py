@@ -24,6 +24,7 @@ from sparsetrain.sparsity import (
     register_backend,
     sparse_linear,
 )
+from sparsetrain.sparsity.masked_backend import MaskedBackend
 
 K, M = 12, 10
 
@@ -326,7 +327,7 @@ def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> No
 
 
 def test_the_masked_backends_contractions_match_numpy() -> None:
-    backend, pattern = ops.MaskedBackend(), pattern_of()
+    backend, pattern = MaskedBackend(), pattern_of()
     x, values, _, g = (tensor.detach() for tensor in inputs(pattern, 4))
     dense = pattern.scatter(values).numpy()
     torch.testing.assert_close(backend.matmul(x, values, pattern), torch.from_numpy(x.numpy() @ dense.T))
