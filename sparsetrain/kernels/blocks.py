@@ -38,11 +38,6 @@ class Blocks:
     index: Array
     order: Array | None
 
-    @property
-    def bytes(self) -> int:
-        """Bytes beside the pattern's own."""
-        return self.ends.nbytes + self.index.nbytes + (0 if self.order is None else self.order.nbytes)
-
 
 def panel_width(height: int) -> int:
     """Return how many columns a panel has: those of L1 for low blocks, which use what they load only a few times."""

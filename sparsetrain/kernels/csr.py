@@ -39,10 +39,10 @@ def gather_runs(words: Any) -> None:
     chunks, rows, target = number(words, 7), number(words, 8), floats(words, 9)
     first, last, _ = share(words, rows)
     for row in range(first, last):
-        at, last = row_ptr[row], row_ptr[row + 1]
+        at, stop = row_ptr[row], row_ptr[row + 1]
         for chunk in range(row, chunks, rows):
             start, end = np.int64(ends[chunk]), np.int64(ends[chunk + 1])
-            count = min(end - start, last - at)
+            count = min(end - start, stop - at)
             copy(values, at, target, start, count)
             target[start + count : end] = 0.0
             at += count

@@ -56,10 +56,6 @@ class Layout:
         """
         return self.width, self.chunks, self.ends.ctypes.data, self.offsets.ctypes.data
 
-    @property
-    def bytes(self) -> int:
-        return sum(array.nbytes for array in (self.ends, self.offsets, self.order) if array is not None)
-
 
 def block_width(density: float) -> int:
     """Return how many columns a block has: less for denser matrices, whose chunks are long enough as it is.

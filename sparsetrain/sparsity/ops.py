@@ -296,8 +296,10 @@ class _Direct(torch.autograd.Function):
         x, values, kept = (tensor.detach() for tensor in ctx.saved_tensors)
         g, pattern = g.contiguous(), ctx.pattern
         if torch.is_grad_enabled():
-            # For create_graph: the custom op is what refuses, in words, to be differentiated.
+            # For create_graph: the custom op is what refuses, in words, to be differentiated, also where only the input
+            # or the values lead back to it.
             place = _place(pattern, ctx.backend)
+            g = g if g.requires_grad else g.detach().requires_grad_()
             grads = _sparse_linear_backward(g, x, values, kept, *place, need_x, need_values)
         else:
             grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)

@@ -229,6 +229,16 @@ def test_who_looks_sees_the_custom_op_and_the_same_bits(backend: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("backend", ["masked", "csr"])
+def test_a_penalty_on_the_gradient_of_a_linear_loss_is_refused_not_dropped(backend: str) -> None:
+    pattern = pattern_of()
+    x, values, *_ = inputs(pattern, 3, dtype=torch.float32)
+    output = sparse_linear(x, values, pattern, None, backend).sum()
+    (first,) = torch.autograd.grad(output, (x,), create_graph=True)
+    with pytest.raises(RuntimeError, match="a sparse layer has no second derivative"):
+        (output + first.square().sum()).backward()
+
+
 def test_double_backward_is_refused_in_words() -> None:
     pattern = pattern_of()
     x, values, bias, _ = inputs(pattern, 3)
