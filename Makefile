@@ -17,14 +17,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch goes first and by its exact version: left to the resolver it may be a build with gigabytes of CUDA libraries.
+# Without bytecode: Python makes it on first use for what is imported; for the thousands of files that are not it takes
+# as long as everything else.
+INSTALL = $(PIP) install --quiet --no-compile --constraint constraints.txt
+INSTALL_TORCH = $(INSTALL) "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
+
 $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet --constraint constraints.txt "torch==$$(sed -n 's/^torch==//p' constraints.txt)"
-	$(PIP) install --quiet --constraint constraints.txt --editable .
+	$(INSTALL_TORCH)
+	$(INSTALL) --editable .
 	touch $@
 
-$(DEV_STAMP): $(RUN_STAMP)
-	$(PIP) install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+$(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	$(INSTALL_TORCH)
+	$(INSTALL) --editable ".[dev]"
+	touch $(RUN_STAMP) $@
 
 # Two language models from real abstracts, dense and 75 % sparse, then fine-tuning and soft prompts; ends with a report.
 demo: $(RUN_STAMP)

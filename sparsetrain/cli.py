@@ -232,7 +232,9 @@ def _report(words: list[str]) -> int:
 
 def _sweep_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sparsetrain sweep", add_help=False, exit_on_error=False)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run directories, or a directory of them")
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUNS", help="run directories, directories of them, or results.csv"
+    )
     parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, optima.csv and figure.png go")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")

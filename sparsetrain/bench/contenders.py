@@ -37,7 +37,7 @@ class Contender:
         weight: the dense matrix ``[M, K]`` that it multiplies by, for a check; None where it is not at hand.
         state_bytes: what stays between steps in training with AdamW, divided by ``stored``; None if unknown.
         stored: number of trained weights.
-        gradient_bytes: of the weights, part of the peak of a step; None where the peak cannot be seen.
+        torch_memory: whether all memory of a step is torch's, so that its peak can be seen.
         note: what a reader must know to compare it.
     """
 
@@ -45,7 +45,7 @@ class Contender:
     stored: int
     weight: Tensor | None = None
     state_bytes: Callable[[], int] | None = None
-    gradient_bytes: int | None = None
+    torch_memory: bool = False
     note: str = ""
 
 
@@ -96,7 +96,7 @@ def contender(name: str, case: LayerCase) -> Contender:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is in beta, and of how others make their arrays
             work, weight, state, note = PEER_LAYERS[name](pattern, values, x, g)
-        return Contender(work, pattern.nnz, weight, state, 4 * pattern.nnz if state else None, note)
+        return Contender(work, pattern.nnz, weight, state, state is not None, note)
     return _backend(name, case, x, g)
 
 
@@ -109,8 +109,9 @@ def measure_memory(entry: Contender) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if entry.state_bytes is not None:
         found["state_bytes_per_weight"] = entry.state_bytes() / entry.stored
-    if entry.gradient_bytes is not None and entry.work.fresh is not None:
-        found["peak_activation_bytes"] = peak_bytes(entry.work.fresh) - entry.gradient_bytes
+    if entry.torch_memory and (fresh := entry.work.fresh) is not None:
+        gradients: list[Tensor] = []
+        found["peak_activation_bytes"] = peak_bytes(lambda: gradients.extend(fresh()), lambda: gradients)
     return found
 
 
@@ -133,7 +134,7 @@ def _dense(case: LayerCase, x: Tensor, g: Tensor, dtype: torch.dtype) -> Contend
     if dtype == torch.bfloat16:
         return Contender(work, linear.weight.numel(), note="weights, activations and gradients in bfloat16")
     size = linear.weight.numel()
-    return Contender(work, size, linear.weight.detach(), lambda: STATE_BYTES * size, 4 * size)
+    return Contender(work, size, linear.weight.detach(), lambda: STATE_BYTES * size, torch_memory=True)
 
 
 def _backend(name: str, case: LayerCase, x: Tensor, g: Tensor) -> Contender:
@@ -151,5 +152,4 @@ def _backend(name: str, case: LayerCase, x: Tensor, g: Tensor) -> Contender:
     notes = [f"blocks of {case.block[0]}x{case.block[1]}"] if name in BLOCK_BACKENDS else []
     notes += [f"chose {chosen}"] if name == "auto" else []
     work = step_of(layer, [layer.values], x, g)
-    size = 4 * layer.values.numel()
-    return Contender(work, pattern.nnz, weight, lambda: layer_bytes(layer), size, ", ".join(notes))
+    return Contender(work, pattern.nnz, weight, lambda: layer_bytes(layer), torch_memory=True, note=", ".join(notes))

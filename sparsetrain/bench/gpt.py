@@ -103,10 +103,11 @@ class TrainingStep:
 
     def peak_activation_bytes(self) -> int:
         """Return the peak of forward and backward, without the gradients that the parameters are left with."""
-        peak = peak_bytes(lambda: self.forward().backward())
-        held = sum(p.grad.numel() * p.grad.element_size() for p in self.parameters if p.grad is not None)
+        peak = peak_bytes(
+            lambda: self.forward().backward(), lambda: [p.grad for p in self.parameters if p.grad is not None]
+        )
         self.optimizer.zero_grad(set_to_none=True)
-        return peak - held
+        return peak
 
 
 def dense_model(gpt: GptSection) -> Transformer:

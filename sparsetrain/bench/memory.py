@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,11 +37,15 @@ def bytes_per_nonzero(module: nn.Module) -> float | None:
     return sum(map(layer_bytes, layers)) / nnz if nnz else None
 
 
-def peak_bytes(step: Callable[[], Any]) -> int:
+def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] = tuple) -> int:
     """Return how far the bytes that torch holds rise during ``step`` above where they stood before it.
 
     Every allocation of torch's allocator counts, scratch memory of the sparse kernels included. The memory that other
     libraries allocate themselves is not seen. What was allocated outside of such calls is not seen to be freed.
+
+    Args:
+        aside: called after ``step``; the tensors that it returns, which ``step`` leaves behind, do not count, from
+            their allocation on.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _muted(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -49,9 +53,20 @@ def peak_bytes(step: Callable[[], Any]) -> int:
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    changes = [(event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"]
-    held = np.cumsum([change for _, change in sorted(changes, key=lambda pair: pair[0])])
+    changes = sorted(_allocations(results.experimental_event_tree()))
+    # An address is used again when it is free: the last time counts.
+    last = {address: number for number, (_, address, size) in enumerate(changes) if size > 0}
+    left = {last.get(tensor.untyped_storage().data_ptr()) for tensor in aside()}
+    held = np.cumsum([size for number, (_, _, size) in enumerate(changes) if number not in left])
     return int(max(held.max(initial=0), 0))
+
+
+def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
+    """Yield time, address and bytes of every allocation in torch's trees of events; bytes below 0 were freed."""
+    for event in events:
+        if event.tag.name == "Allocation":
+            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from _allocations(event.children)
 
 
 @contextmanager

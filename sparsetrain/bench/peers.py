@@ -47,8 +47,17 @@ def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Ten
         for weight in weights:
             weight.grad = None
 
-    # The copy stands for the result of an earlier layer: it is freed as soon as nothing keeps it.
-    return Work(lambda: layer(x), backward, lambda: backward(layer(x.clone())))
+    def fresh() -> list[Tensor]:
+        # The copy stands for the result of an earlier layer: it is freed as soon as nothing keeps it.
+        layer(x.clone()).backward(g)
+        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        gradients = [each.values() if each.layout == torch.sparse_csr else each for each in gradients]
+        x.grad = None
+        for weight in weights:
+            weight.grad = None
+        return gradients
+
+    return Work(lambda: layer(x), backward, fresh)
 
 
 def _torch_csr(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:

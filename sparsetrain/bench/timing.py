@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 _MOST_CALLS = 1000
 
 
@@ -19,12 +21,13 @@ class Work:
         forward: computes the result, keeping what ``backward`` needs.
         backward: takes that result; leaves nothing behind that makes the next step another one. None where there is
             no backward pass.
-        fresh: the whole step on an input of its own, to see what memory it takes; None where that cannot be seen.
+        fresh: the whole step on an input of its own, to see what memory it takes; returns the gradients of the weights.
+            None where that cannot be seen.
     """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] | None = None
-    fresh: Callable[[], None] | None = None
+    fresh: Callable[[], list[Tensor]] | None = None
 
 
 @dataclass

@@ -6,9 +6,11 @@ killed, or is given again with more values, skips what is done.
 
 from __future__ import annotations
 
+import csv
 import functools
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from sparsetrain.training.state import resolve_device
 
 # What `COLUMNS` already say, or follows from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
+_LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
 
 
@@ -171,43 +174,75 @@ class SweepRows:
 def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
     """Return a row for every finished pre-training run in ``places``: run directories, or directories of those.
 
+    A place may also be a ``results.csv`` that was collected before: its rows stand for runs whose directories are gone.
+
     The column ``parameterization`` is the scheme, with those of its settings that differ between runs of that scheme;
     or, with ``apart``, the scheme alone, and such settings have columns of their own.
 
     Raises:
-        UserError: a place that holds no run, or none that is finished.
+        UserError: a place that holds no run, or none that is finished; a table without a column that varies.
     """
+    tables = [place for place in places if place.suffix == ".csv"]
     done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     unfinished: list[Path] = []
-    for directory in dict.fromkeys(found for place in places for found in _runs(place)):
+    for directory in dict.fromkeys(found for place in places if place not in tables for found in _runs(place)):
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
         result = read_json(directory / RESULT)
         if result.get("stage") == "pretrain":
             done[directory] = (read_config(directory), result)
-    if not done:
+    earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
+    for directory in done:
+        earlier.pop(directory.name, None)
+    if not done and not earlier:
         raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
     plain = {directory: dict(_leaves(config)) for directory, (config, _) in done.items()}
     sections = {directory: config["parameterization"] for directory, (config, _) in done.items()}
     labels = {directory: section["scheme"] for directory, section in sections.items()} if apart else _labels(sections)
     varied = [
         name
-        for name in next(iter(plain.values()))
+        for name in next(iter(plain.values()), {})
         if name not in _SAID
         and name != "parameterization.scheme"
         and (apart or not name.startswith("parameterization."))
         and len({str(leaves.get(name)) for leaves in plain.values()}) > 1
     ]
+    for row, table in earlier.values():
+        missing = [name for name in varied if name not in row]
+        if missing:
+            raise UserError(f"{table} has no column {missing[0]}, which differs between the runs beside it")
+    varied += dict.fromkeys(name for row, _ in earlier.values() for name in row if "." in name and name not in varied)
     rows = []
     for directory, (_, result) in done.items():
         row = {name: result.get(name) for name in COLUMNS}
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
-        row |= {name: result.get(name) for name in ("status", "tokens", "seconds", "precision")}
+        row |= {name: result.get(name) for name in _LAST[:4]}
         rows.append({**row, "train_flops": result["flops"]["total"], "run": directory.name})
+    order = (*COLUMNS, *varied, *_LAST)
+    rows += [{name: row[name] for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
     return SweepRows(rows, varied, unfinished)
+
+
+def _table(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers."""
+    with file_errors(path), path.open(newline="", encoding="utf-8") as stream:
+        reader = csv.DictReader(stream)
+        missing = [name for name in (*COLUMNS, *_LAST) if name not in (reader.fieldnames or ())]
+        if missing:
+            raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
+        return [{name: _cell(text) for name, text in row.items()} for row in reader]
+
+
+def _cell(text: str | None) -> Any:
+    if not text:
+        return None
+    for kind in (int, float):
+        with suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:

@@ -153,6 +153,19 @@ def test_peak_is_that_of_the_tensors_alive_at_once() -> None:
     assert peak_bytes(step) == 4 * 1500
 
 
+def test_what_a_step_leaves_does_not_count_from_where_it_was_made() -> None:
+    left: list[torch.Tensor] = []
+
+    def step() -> None:
+        torch.empty(1000)  # the peak is here, before what is left exists
+        left.append(torch.empty(800))
+        torch.empty(600)
+
+    assert peak_bytes(step) == 4 * 1400
+    left.clear()
+    assert peak_bytes(step, lambda: left) == 4 * 1000
+
+
 def test_activation_memory_of_a_dense_step_is_input_output_and_input_gradient() -> None:
     found = measure_memory(contender("dense", CASE))
     assert found == {"state_bytes_per_weight": 16.0, "peak_activation_bytes": 4 * 80 * (48 + 32 + 48)}

@@ -209,6 +209,40 @@ def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "results.csv"]
 
 
+def test_a_table_stands_for_runs_whose_directories_are_gone(made_up: Path, tmp_path: Path, screen: Console) -> None:
+    whole = collect([made_up]).rows
+    show_sweep([made_up], "lr", tmp_path / "first", 3, False, screen)
+    table = tmp_path / "first" / "results.csv"
+    assert collect([table]).rows == whole
+    part = sorted(made_up.glob("supar-*"))
+    assert collect([*part, table]).rows == whole  # each run once
+    show_sweep([*part, table], "lr", tmp_path / "second", 3, False, screen)
+    for name in ("results.csv", "optima.csv"):
+        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+
+
+def test_a_table_beside_runs_has_the_columns_in_which_they_differ(tmp_path: Path) -> None:
+    for place, stds in {"old": (0.1, 0.2), "new": (0.2, 0.4)}.items():
+        for std in stds:
+            write_run(tmp_path / place, [f"model.init_std={std}", f"optimizer.lr={std}"])
+    show_sweep([tmp_path / "old"], "model.init_std", tmp_path, 3, False)
+    table = tmp_path / "results.csv"
+    (tmp_path / "new" / "run-1").rename(tmp_path / "new" / "run-2")  # run-0 is in both: the directory counts
+    found = collect([tmp_path / "new", table])
+    assert [(row["run"], row["model.init_std"]) for row in found.rows] == [
+        ("run-0", 0.2),
+        ("run-1", 0.2),
+        ("run-2", 0.4),
+    ]
+    assert collect([tmp_path / "new" / "run-2", table]).varied == ["model.init_std"]  # one run alone does not vary
+    decayed = write_run(tmp_path / "decayed", ["optimizer.weight_decay=0.5"])
+    with pytest.raises(UserError, match=r"results.csv has no column optimizer.weight_decay, which differs"):
+        collect([tmp_path / "new", decayed, table])
+    table.write_text(table.read_text().replace(",tokens,", ",words,"))
+    with pytest.raises(UserError, match=r"results.csv is no table of a sweep: it has no column tokens"):
+        collect([table])
+
+
 def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
