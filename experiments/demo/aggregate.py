@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
 
@@ -86,12 +86,6 @@ def values(rows: list[dict[str, Any]], arm: str, stage: str, key: str) -> list[f
     return [row[key] for row in rows if row["arm"] == arm and row["stage"] == stage and row[key] is not None]
 
 
-def interval(samples: list[float]) -> float:
-    """Return half the width of the 95 % interval of the mean of at least two samples."""
-    spread = np.std(samples, ddof=1) / np.sqrt(len(samples))
-    return float(student.ppf(0.975, len(samples) - 1) * spread)
-
-
 def draw(rows: list[dict[str, Any]]) -> Figure:
     """Return the figure: bits per byte after pre-training, and accuracies on section roles."""
     arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "scratch"]
@@ -109,7 +103,7 @@ def draw(rows: list[dict[str, Any]]) -> Figure:
     colours = dict(zip(["scratch", *arms], COLOURS, strict=False))
     for axes, place, arm, stage, key, factor in bars:
         samples = [factor * value for value in values(rows, arm, stage, key)]
-        spread = interval(samples) if len(samples) > 1 else None
+        spread = half_width(samples) if len(samples) > 1 else None
         axes.errorbar(place, np.mean(samples), spread, fmt="_", ms=26, capsize=5, color=colours[arm])
         axes.plot([place] * len(samples), samples, "o", ms=4, color=colours[arm], alpha=0.6)
     majority = 100 * float(np.mean([row["majority"] for row in rows if row["majority"] is not None]))

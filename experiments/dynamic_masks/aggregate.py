@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
 from sparsetrain.training.metrics import read_metrics
@@ -76,12 +76,6 @@ def _order(directory: Path) -> tuple[int, int]:
     return RULES.index(config["sparsity"]["evolution"]["rule"]), config["seed"]
 
 
-def interval(samples: list[float]) -> float:
-    """Return half the width of the 95 % interval of the mean of at least two samples."""
-    spread = np.std(samples, ddof=1) / np.sqrt(len(samples))
-    return float(student.ppf(0.975, len(samples) - 1) * spread)
-
-
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Return for each rule but static what the seed-paired difference of losses says."""
     losses = {(row["rule"], row["seed"]): row["loss"] for row in rows}
@@ -95,7 +89,7 @@ def verdicts(rows: list[dict[str, Any]]) -> dict[str, str]:
         if len(pairs) < 2:
             said[rule] = f"{len(pairs)} seeds beside static: no verdict"
             continue
-        mean, half = float(np.mean(pairs)), interval(pairs)
+        mean, half = float(np.mean(pairs)), half_width(pairs)
         verdict = (
             "beats static" if mean - half > 0 else "is worse than static" if mean + half < 0 else "is not told apart"
         )
@@ -112,7 +106,7 @@ def draw(rows: list[dict[str, Any]], directories: list[Path]) -> Figure:
         samples = [row["loss"] for row in rows if row["rule"] == rule and row["loss"] is not None]
         if not samples:
             continue
-        half = interval(samples) if len(samples) > 1 else None
+        half = half_width(samples) if len(samples) > 1 else None
         left.errorbar(place, np.mean(samples), half, fmt="_", ms=24, capsize=5, color=COLOURS[rule])
         left.plot([place] * len(samples), samples, "o", ms=4, color=COLOURS[rule], alpha=0.6)
     left.set_xticks(range(len(rules)), rules)

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.run import read_config
 
 HERE = Path(__file__).parent
@@ -99,10 +99,8 @@ def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float
     Below two seeds the interval is infinite.
     """
     differences = [one[seed] - other[seed] for seed in one if seed in other]
-    if len(differences) < 2:
-        return (differences[0] if differences else float("nan")), float("inf"), len(differences)
-    half = student.ppf(0.975, len(differences) - 1) * np.std(differences, ddof=1) / np.sqrt(len(differences))
-    return float(np.mean(differences)), float(half), len(differences)
+    mean = float(np.mean(differences)) if differences else float("nan")
+    return mean, half_width(differences), len(differences)
 
 
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
@@ -199,9 +197,7 @@ def draw(rows: list[Row]) -> Figure:
 
 def _mark(axes: Any, place: float, samples: list[float], colour: str) -> None:
     if samples:
-        half = 0.0
-        if len(samples) > 1:
-            half = float(student.ppf(0.975, len(samples) - 1) * np.std(samples, ddof=1) / np.sqrt(len(samples)))
+        half = half_width(samples) if len(samples) > 1 else None
         axes.errorbar(place, np.mean(samples), half, fmt="_", ms=12, capsize=3, color=colour)
         axes.plot([place] * len(samples), samples, "o", ms=3, color=colour, alpha=0.6)
 

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy.stats import t as student
 
 from sparsetrain.errors import UserError
+from sparsetrain.scaling.intervals import LEVEL, half_width
 
-LEVEL = 0.95
 RESAMPLES = 2000
 
 
@@ -219,7 +218,7 @@ def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
         return Gap(math.inf if max(a[seed] for seed in shared) == math.inf else -1.0, None, len(shared))
     mean, interval = float(ratios.mean()), None
     if len(shared) > 1:
-        half = student.ppf(0.5 + LEVEL / 2, len(shared) - 1) * float(ratios.std(ddof=1)) / math.sqrt(len(shared))
+        half = half_width(ratios)
         interval = (math.expm1(mean - half), math.expm1(mean + half))
     return Gap(math.expm1(mean), interval, len(shared))
 
