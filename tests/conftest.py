@@ -76,6 +76,15 @@ for _owner, _name in (
 # says what they were compiled from.
 os.environ.setdefault("SPARSETRAIN_KERNEL_CACHE", str(Path(__file__).parents[1] / ".kernels"))
 
+# Every run draws other examples, so that a few become many over time. HYPOTHESIS_PROFILE=thorough is for a change whose
+# properties are in doubt.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("quick", max_examples=25)
+    settings.register_profile("thorough", max_examples=300)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 

@@ -136,7 +136,7 @@ def test_every_kind_of_block_matches_scipy(block: tuple[int, int], tokens: int) 
     use=st.sampled_from([0, 1]),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_the_three_products_match_scipy(
     block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, use: int, seed: int
 ) -> None:

@@ -25,7 +25,7 @@ def decoded(layout: Layout, values: np.ndarray) -> np.ndarray:
     return dense[:, : layout.columns]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 40), st.integers(1, 70)),
     density=st.sampled_from([0.02, 0.1, 0.3, 1.0]),

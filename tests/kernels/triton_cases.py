@@ -158,7 +158,7 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(case=problems())
-@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_three_products_match_dense_float64(case: Problem) -> None:
     assert_right(case)
 

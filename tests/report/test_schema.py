@@ -123,7 +123,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 @given(data=st.data())
 def test_any_other_json_is_accepted_or_refused_in_one_line(report_json: str, data: st.DataObject) -> None:
     content = json.loads(report_json)

@@ -124,7 +124,7 @@ def test_terminal_report_holds_sentences_and_tables(content: dict[str, Any]) -> 
         assert part in shown
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None)
 @given(name=st.text(min_size=1, max_size=40))
 def test_hostile_names_reach_terminal_and_markdown_as_text(report_json: str, name: str) -> None:
     content = json.loads(report_json)

@@ -74,7 +74,7 @@ def products(x: Tensor, values: Tensor, g: Tensor, pattern: SparsityPattern) -> 
     threads=st.integers(1, 3),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None)
 def test_the_three_products_match_scipy(
     rows: int, columns: int, tokens: int, density: float, threads: int, seed: int
 ) -> None:

@@ -14,7 +14,7 @@ from sparsetrain.sparsity.init import check_sparsity, make_pattern, random_patte
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), density=st.floats(0.001, 1.0), seed=st.integers(0, 2**62))
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None)
 def test_number_of_nonzeros_is_exact(rows: int, columns: int, density: float, seed: int) -> None:
     expected = round(density * rows * columns)
     draws = seeds.generator(seed, "mask")

@@ -64,7 +64,7 @@ def assert_matches_dense(pattern: SparsityPattern, x: Tensor, values: Tensor, bi
 
 
 @given(problem=problems(), with_bias=st.booleans())
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None)
 def test_forward_and_gradients_match_dense_torch(
     problem: tuple[SparsityPattern, tuple[int, ...], int], with_bias: bool
 ) -> None:

@@ -42,7 +42,7 @@ def patterns(seed: int, block: tuple[int, int], densities: tuple[float, float]) 
     block=st.sampled_from([(1, 1), (2, 3)]),
     densities=st.tuples(st.floats(0.1, 1.0), st.floats(0.1, 1.0)),
 )
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 def test_carrying_values_matches_scatter_mask_gather(
     seed: int, block: tuple[int, int], densities: tuple[float, float]
 ) -> None:
@@ -127,7 +127,7 @@ def test_a_protected_row_keeps_its_largest_weight() -> None:
     drop=st.floats(0.0, 0.99),
     parts=st.sampled_from([(1, 1), (2, 1), (2, 4)]),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 def test_counts_add_up_in_every_band(
     seed: int, density: float, target: float, drop: float, parts: tuple[int, int]
 ) -> None:

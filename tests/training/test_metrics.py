@@ -41,7 +41,7 @@ def test_a_run_that_starts_anew_drops_everything(tmp_path: Path) -> None:
     assert steps(path) == [0]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cut=st.integers(0, 60))
 def test_a_log_cut_short_at_any_byte_is_read_and_continued(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "metrics.jsonl"
