@@ -37,7 +37,7 @@ def bytes_per_nonzero(module: nn.Module) -> float | None:
     return sum(map(layer_bytes, layers)) / nnz if nnz else None
 
 
-def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] = tuple) -> int:
+def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] | None = None) -> int:
     """Return how far the bytes that torch holds rise during ``step`` above where they stood before it.
 
     Every allocation of torch's allocator counts, scratch memory of the sparse kernels included. The memory that other
@@ -53,10 +53,16 @@ def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] = 
     assert profiler.profiler is not None
     results = profiler.profiler.kineto_results
     assert results is not None
-    changes = sorted(_allocations(results.experimental_event_tree()))
-    # An address is used again when it is free: the last time counts.
-    last = {address: number for number, (_, address, size) in enumerate(changes) if size > 0}
-    left = {last.get(tensor.untyped_storage().data_ptr()) for tensor in aside()}
+    left: set[int | None] = set()
+    if aside is None:  # the list of events knows no addresses, but costs less than the trees
+        changes = sorted(
+            (event.start_ns(), 0, event.nbytes()) for event in results.events() if event.name() == "[memory]"
+        )
+    else:
+        changes = sorted(_allocations(results.experimental_event_tree()))
+        # An address is used again when it is free: the last time counts.
+        last = {address: number for number, (_, address, size) in enumerate(changes) if size > 0}
+        left = {last.get(tensor.untyped_storage().data_ptr()) for tensor in aside()}
     held = np.cumsum([size for number, (_, _, size) in enumerate(changes) if number not in left])
     return int(max(held.max(initial=0), 0))
 
