@@ -54,7 +54,7 @@ def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] | 
     results = profiler.profiler.kineto_results
     assert results is not None
     left: set[int | None] = set()
-    if aside is None:  # the list of events knows no addresses, but costs less than the trees
+    if aside is None:  # the list of events has no addresses, and no trees of objects to walk
         changes = sorted(
             (event.start_ns(), 0, event.nbytes()) for event in results.events() if event.name() == "[memory]"
         )

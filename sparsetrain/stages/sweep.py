@@ -208,11 +208,12 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         and (apart or not name.startswith("parameterization."))
         and len({str(leaves.get(name)) for leaves in plain.values()}) > 1
     ]
+    known = {*COLUMNS, *_LAST, *varied}
+    varied += dict.fromkeys(name for row, _ in earlier.values() for name in row if name not in known)
     for row, table in earlier.values():
         missing = [name for name in varied if name not in row]
         if missing:
             raise UserError(f"{table} has no column {missing[0]}, which differs between the runs beside it")
-    varied += dict.fromkeys(name for row, _ in earlier.values() for name in row if "." in name and name not in varied)
     rows = []
     for directory, (_, result) in done.items():
         row = {name: result.get(name) for name in COLUMNS}

@@ -38,7 +38,7 @@ def assert_same_function(a: nn.Module, b: nn.Module, width: int = K) -> None:
 
 
 @given(density=st.floats(0.02, 1.0), seed=st.integers(0, 2**31))
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:.* have no weight")
 def test_number_of_values_is_exact(density: float, seed: int) -> None:
     made = layer(density, seed)

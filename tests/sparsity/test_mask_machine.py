@@ -249,7 +249,6 @@ def test_masks_agree_with_a_dense_twin_whatever_happens() -> None:
     run_state_machine_as_test(
         MaskMachine,
         settings=settings(
-            max_examples=20,
             stateful_step_count=20,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

@@ -238,6 +238,12 @@ def test_a_table_beside_runs_has_the_columns_in_which_they_differ(tmp_path: Path
     decayed = write_run(tmp_path / "decayed", ["optimizer.weight_decay=0.5"])
     with pytest.raises(UserError, match=r"results.csv has no column optimizer.weight_decay, which differs"):
         collect([tmp_path / "new", decayed, table])
+    other = tmp_path / "other.csv"
+    other.write_text(table.read_text().replace("model.init_std", "model.dropout").replace("run-", "more-"))
+    with pytest.raises(UserError, match=r"results.csv has no column model.dropout, which differs"):
+        collect([table, other])
+    other.write_text(table.read_text().replace("model.init_std", "init_from"))  # a setting of the top level
+    assert collect([other]).varied == ["init_from"]
     table.write_text(table.read_text().replace(",tokens,", ",words,"))
     with pytest.raises(UserError, match=r"results.csv is no table of a sweep: it has no column tokens"):
         collect([table])
