@@ -437,19 +437,6 @@ def test_a_sweep_that_is_stopped_goes_on_later(shell: Shell, monkeypatch: pytest
     assert out.count("pretrain: complete") == 2
 
 
-@pytest.mark.slow
-def test_a_sweep_on_several_processes(shell: Shell) -> None:
-    text = [word for word in shell.tiny if word.startswith("data.")]
-    words = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", *text, "data.max_documents=50,1,60"]
-    status, _, err = shell.run("data", "-m", *words)
-    assert (status, err.count("\n")) == (2, 1), err
-    assert "data.max_documents=1 is too small" in err
-    built = (Path(os.environ["SPARSETRAIN_CACHE"]) / "corpora").glob("*/manifest.json")
-    documents = [sum(s["documents"] for s in json.loads(path.read_text())["splits"].values()) for path in built]
-    assert sorted(documents) == [50, 60]
-    assert [path.name for path in shell.home.iterdir()] == ["runs"]
-
-
 # The wheel.
 
 

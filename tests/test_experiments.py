@@ -151,16 +151,18 @@ def test_a_sweep_that_was_killed_goes_on(
 
 
 @pytest.mark.slow
-def test_a_sweep_runs_side_by_side(
+def test_a_sweep_runs_side_by_side_and_a_bad_point_is_one_line(
     notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     words = ["pretrain", "-m", "experiment=supar_lr_transfer", f"data.path={notes}", *SMALL, *NARROW, "seed=0"]
-    words += ["sparsity.sparsity=0.5", "optimizer.lr=0.002,0.004", "parameterization=supar"]
-    assert main([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == 0
+    words += ["sparsity.sparsity=0.5", "optimizer.lr=0.002", "parameterization=supar", "sparsity.backend=masked"]
+    words += ["data.max_documents=50,1,60"]
+    assert main([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1, err
+    assert "data.max_documents=1 is too small" in err
     assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 2
-    capfd.readouterr()
     # The same points, wherever they were computed.
-    assert main(words) == 0
-    assert "2 points, 2 finished before, 0 to run" in capfd.readouterr().out
+    assert main(words) == 2
+    assert capfd.readouterr().out.count("pretrain: already done") == 2

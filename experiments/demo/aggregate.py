@@ -9,7 +9,6 @@ seeds with a 95 % interval (Student's t over seeds).
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.report.sweep import write_rows
 from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
@@ -125,10 +125,7 @@ def main(directories: list[str]) -> None:
     """Write ``results.csv`` and ``figure.png`` beside this file."""
     check_alike([Path(directory) for directory in directories])
     rows = [row for directory in directories for row in rows_of(Path(directory))]
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, HERE / "results.csv", COLUMNS)
     draw(rows).savefig(HERE / "figure.png", dpi=160)
 
 

@@ -10,7 +10,6 @@ beside it what the masks did. Whether an arm beats the static one is decided by 
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
+from sparsetrain.report.sweep import write_rows
 from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
@@ -136,10 +136,7 @@ def main(directories: list[str]) -> None:
     done = finished([Path(directory) for directory in directories])
     done.sort(key=_order)
     rows = [row_of(directory) for directory in done]
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, HERE / "results.csv", COLUMNS)
     draw(rows, done).savefig(HERE / "figure.png", dpi=160)
     for rule, text in verdicts(rows).items():
         print(f"{rule:8} {text}")

@@ -9,7 +9,6 @@ between ways of fine-tuning are paired by seed, with a 95 % interval of Student'
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.report.sweep import write_rows
 from sparsetrain.scaling.intervals import half_width
 from sparsetrain.stages.run import read_config
 
@@ -28,19 +28,8 @@ HERE = Path(__file__).parent
 COLOURS = ("#667080", "#0072b2", "#d55e00", "#009e73", "#8a2be2")
 COLUMNS = (
     *("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit"),
-    *(
-        "arm",
-        "how",
-        "task",
-        "status",
-        "density",
-        "tokens",
-        "bits_per_byte",
-        "accuracy",
-        "ci_low",
-        "ci_high",
-        "macro_f1",
-    ),
+    *("arm", "how", "task", "status", "density", "tokens", "bits_per_byte"),
+    *("accuracy", "ci_low", "ci_high", "macro_f1"),
     *("n_test", "majority", "train_flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
 )
 Row = dict[str, Any]
@@ -205,10 +194,7 @@ def _mark(axes: Any, place: float, samples: list[float], colour: str) -> None:
 def main(out: str) -> None:
     """Write the three files beside this one and print the bars."""
     rows = rows_of(Path(out))
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(rows, HERE / "results.csv", COLUMNS)
     outcome = bars(rows)
     lines = ["| bar | outcome | numbers |", "|---|---|---|", *(f"| {' | '.join(entry)} |" for entry in outcome)]
     (HERE / "bars.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

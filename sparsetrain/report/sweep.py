@@ -237,10 +237,10 @@ def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -
             )
 
 
-def write_rows(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write ``results.csv``: a row for each run."""
+def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] | None = None) -> None:
+    """Write ``results.csv``: a row for each run. Columns are those of the first row unless they are given."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(stream, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
