@@ -95,7 +95,7 @@ def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
     """Return ``(bar, outcome, numbers)`` for every bar.
 
-    An outcome is holds, fails, not told apart, too few seeds, or not run.
+    An outcome is holds, fails, not told apart, no difference, too few seeds, or not run.
     """
     found: list[tuple[str, str, str]] = []
     arms = ("dense", "sparse-0.5", "sparse-0.75")
@@ -146,6 +146,8 @@ def _outcome(holds: bool, count: int) -> str:
 def _sign(mean: float, half: float, count: int) -> str:
     if count < 2:
         return "too few seeds" if count else "not run"
+    if mean == half == 0:
+        return "no difference"  # the same accuracy from every seed: models that all answer the majority class
     if mean + half < 0:
         return "fails"
     return "holds" if mean - half >= 0 else "not told apart"
