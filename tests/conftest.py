@@ -33,6 +33,7 @@ try:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from numba.core.ccallback import CFunc
     from rich.console import Console
 
     for _module in ("hypothesis", "peft", "scipy.stats", "transformers.models.gpt2"):
@@ -63,12 +64,14 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Most of the time of a sweep and of a report. None of these calls anything of ours but what writes the numbers of axes.
+# Most of the time of a sweep, of a report and of compiling a kernel. None of these calls anything of ours but what
+# writes the numbers of axes, and what makes instructions, which tests of small compiled functions watch.
 for _owner, _name in (
     (ConfigLoaderImpl, "load_configuration"),
     (OverridesParser, "parse_overrides"),
     (FigureCanvasAgg, "print_png"),
     (FigureCanvasSVG, "print_svg"),
+    (CFunc, "compile"),
 ):
     setattr(_owner, _name, _unwatched(getattr(_owner, _name)))
 
