@@ -126,9 +126,17 @@ def _loss(row: Mapping[str, Any]) -> float:
 
 
 def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
-    """Return what tells the curves of a parameterization apart, in words."""
+    """Return what tells the curves of a parameterization apart, in words, without extras that follow from others."""
     names = [*SHAPE, *extra]
-    varying = [i for i in range(len(lines[0].shape)) if len({line.shape[i] for line in lines}) > 1]
+
+    def values(*columns: int) -> int:
+        return len({tuple(line.shape[i] for i in columns) for line in lines})
+
+    varying = [i for i in range(len(lines[0].shape)) if values(i) > 1]
+    for i in reversed(varying[:]):
+        others = [j for j in varying if j != i and j >= len(SHAPE)]
+        if i >= len(SHAPE) and any(values(j, i) == values(j) for j in others):
+            varying.remove(i)
     texts = []
     for line in lines:
         parts = [f"{names[i].rpartition('.')[2]} {_number(line.shape[i])}" for i in varying]

@@ -195,6 +195,17 @@ def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> 
     assert set(labels_of(lines, ["optimizer.weight_decay"])) == {"weight_decay 0", "weight_decay 0.1"}
 
 
+def test_a_setting_that_follows_from_another_is_not_in_the_labels() -> None:
+    extra = ["evolution.start", "evolution.rule"]
+    same = {"parameterization": "supar", "sparsity": 0.9, "width": 32, "depth": 2, "seed": 0, "loss": 2.0}
+    rows = [
+        {**same, "lr": lr, "evolution.start": start, "evolution.rule": rule}
+        for rule, start in (("static", 0.0), ("rigl", 0.0), ("gmp", 0.1))
+        for lr in (0.01, 0.02)
+    ]
+    assert set(labels_of(lines_of(rows, "lr", extra), extra)) == {"rule static", "rule rigl", "rule gmp"}
+
+
 def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
     for number in range(6):
         words = ["experiment=base_tuning", f"draw={number}"]
