@@ -86,8 +86,10 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
         extra: columns beside parameterization, sparsity, width and depth that tell curves apart.
 
     Raises:
-        UserError: no such column, or one that does not vary.
+        UserError: no such column, one that does not vary, or one that tells curves apart.
     """
+    if x in SHAPE:
+        raise UserError(f"x={x} tells curves apart; x is lr or another setting, such as model.init_std")
     if any(row.get(x) is None for row in rows):
         raise UserError(f"x={x} is not a number in every run; columns: {', '.join(name for name in rows[0])}")
     if len({row[x] for row in rows}) < 2:
