@@ -78,7 +78,8 @@ def test_powers_of_two_are_exact_to_two_units_in_the_last_place() -> None:
     exact = np.exp2(x.astype(np.float64))
     assert np.max(np.abs(out - exact) / exact) < 2.0**-22
     whole = np.arange(-126, 128).astype(np.float32)
-    assert np.array_equal(_apply(whole, whole)[0], np.exp2(whole))
+    # Not np.exp2: in float32 it is one unit off at 127 on some processors.
+    assert np.array_equal(_apply(whole, whole)[0], np.ldexp(np.float32(1), whole.astype(np.int32)))
 
 
 def test_powers_of_two_at_the_ends() -> None:
