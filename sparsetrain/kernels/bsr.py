@@ -19,12 +19,13 @@ from sparsetrain.kernels.compile import Kernel, part
 from sparsetrain.kernels.register_blocks import (
     four_rows,
     four_rows_of_24,
+    four_rows_of_64,
     one_by_few,
     one_row,
     three_by_four,
     two_by_four,
 )
-from sparsetrain.kernels.simd import element
+from sparsetrain.kernels.simd import NATIVE_LANES, element
 from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
 from sparsetrain.kernels.words import floats, ints, number, share, shorts
 
@@ -115,6 +116,12 @@ def _tile(
                     first = panel == 0 and start == np.int64(element(ends, row * panels))
                     for line in range(0, whole, 4):
                         token: Int = np.int64(0)
+                        if NATIVE_LANES == 16 and slices == TILE:
+                            four_rows_of_64(
+                                *(x, base, height, width, index, order, turned, values),
+                                *(start, stop, line, y, to + line * TILE, first),
+                            )
+                            token = slices
                         while slices == TILE and token < 48:
                             four_rows_of_24(
                                 *(x, base + token, height, width, index, order, turned, values),

@@ -3,7 +3,7 @@
     Y = X W^T     one nonzero: one broadcast and the multiply-adds of 64 tokens, kept in registers for a whole run of
                   nonzeros of a row
     dX = G W      the same on the layout of W^T
-    dW = G^T X    at the nonzeros only: eight of a row at a time, 64 tokens before their lanes are summed
+    dW = G^T X    at the nonzeros only: eight of a row at a time, 64 or 128 tokens before their lanes are summed
 
 Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row
 by row. A thread takes a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside
@@ -17,16 +17,13 @@ from typing import Any
 import numpy as np
 
 from sparsetrain.kernels.compile import Kernel, part
-from sparsetrain.kernels.lanes import add_sums4, add_sums8, sum_lanes
-from sparsetrain.kernels.simd import add, element, fma, lane, load, load8, load_four, load_quad, splat, splat8, store
+from sparsetrain.kernels.register_rows import TOGETHER, row_of_16, row_of_64, sums_of_row
+from sparsetrain.kernels.simd import element
 from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
 from sparsetrain.kernels.words import floats, ints, longs, number, share, shorts
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
 PANEL = 512
-
-_LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
-_lane0, _lane1, _lane2, _lane3 = lane
 
 
 @Kernel
@@ -89,19 +86,19 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
     first, last, index = share(words, tiles(tokens))
     made = index * rows * TILE
     for tile in range(first, last):
-        token = tile * TILE
-        present = min(TILE, tokens - token)
         base = (index if use == 0 else tile) * (columns + 1) * TILE
         if use != 2:
-            _pack(x, token * x_step, x_step, present, columns, packed, base)
+            _pack_tile(x, tile, x_step, tokens, columns, packed, base)
+        present = min(TILE, tokens - tile * TILE)
         _tile(packed, base, present, width, chunks, ends, offsets, values, rows, scratch, made)
-        unpack(scratch, made, present, rows, y, token * y_step, y_step)
+        unpack(scratch, made, present, rows, y, tile * TILE * y_step, y_step)
 
 
 @part
-def _pack(source: Array, at: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
-    """Pack a tile with the feature more, all zero, that blanks point at."""
-    pack(source, at, step, tokens, features, target, to)
+def _pack_tile(source: Array, tile: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
+    """Pack one tile of a matrix, with the feature more, all zero, that blanks point at."""
+    token = tile * TILE
+    pack(source, token * step, step, min(TILE, tokens - token), features, target, to)
     clear(target, to + features * TILE, to + (features + 1) * TILE)
 
 
@@ -130,68 +127,11 @@ def _tile(
                 end = np.int64(element(ends, block * rows + row + 1))
                 to = made + row * TILE
                 if present > 32:
-                    _row_of_64(x, at, offsets, values, start, end, y, to, block == 0)
+                    row_of_64(x, at, offsets, values, start, end, y, to, block == 0)
                 else:
-                    _row_of_16(x, at, offsets, values, start, end, y, to, block == 0)
+                    row_of_16(x, at, offsets, values, start, end, y, to, block == 0)
                     if present > 16:
-                        _row_of_16(x, at + 16, offsets, values, start, end, y, to + 16, block == 0)
-
-
-@part
-def _row_of_64(
-    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
-) -> None:
-    """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``."""
-    if first:
-        a = b = c = d = splat(np.float32(0.0))
-    else:
-        a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
-    place = start
-    while place + 4 <= end:
-        quad, four = load_quad(offsets, place), load_four(values, place)
-        o, w = at + np.int64(quad & _LOW16), _lane0(four)
-        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
-        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
-        o, w = at + np.int64((quad >> _16) & _LOW16), _lane1(four)
-        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
-        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
-        o, w = at + np.int64((quad >> _32) & _LOW16), _lane2(four)
-        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
-        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
-        o, w = at + np.int64(quad >> _48), _lane3(four)
-        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
-        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
-        place += 4
-    while place < end:  # rare, see `Layout`
-        o, w = at + np.int64(element(offsets, place)), splat(element(values, place))
-        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
-        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
-        place += 1
-    store(y, to, a)
-    store(y, to + 16, b)
-    store(y, to + 32, c)
-    store(y, to + 48, d)
-
-
-@part
-def _row_of_16(
-    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
-) -> None:
-    """The same for 16 tokens; four nonzeros have sums of their own, since one sum would wait for itself."""
-    a = splat(np.float32(0.0)) if first else load(y, to)
-    b = c = d = splat(np.float32(0.0))
-    place = start
-    while place + 4 <= end:
-        quad, four = load_quad(offsets, place), load_four(values, place)
-        a = fma(_lane0(four), load(x, at + np.int64(quad & _LOW16)), a)
-        b = fma(_lane1(four), load(x, at + np.int64((quad >> _16) & _LOW16)), b)
-        c = fma(_lane2(four), load(x, at + np.int64((quad >> _32) & _LOW16)), c)
-        d = fma(_lane3(four), load(x, at + np.int64(quad >> _48)), d)
-        place += 4
-    while place < end:  # rare, see `Layout`
-        a = fma(splat(element(values, place)), load(x, at + np.int64(element(offsets, place))), a)
-        place += 1
-    store(y, to, add(add(a, b), add(c, d)))
+                        row_of_16(x, at + 16, offsets, values, start, end, y, to + 16, block == 0)
 
 
 @Kernel
@@ -235,13 +175,13 @@ def gradients_bfloat16(words: Any) -> None:
 
 @part
 def _gradients(words: Any, g: Array, dx: Array) -> None:
-    """Write ``dX = G W`` and ``G^T X`` at the nonzeros of W, a tile of tokens at a time.
+    """Write ``dX = G W`` and ``G^T X`` at the nonzeros of W, ``TOGETHER`` tiles of tokens at a time.
 
     Both products read a tile of G while it is in L2; G is never packed as a whole.
 
     Words: g ``[tokens, rows]``, dx ``[tokens, columns]``, the distances of their rows, tokens, columns, rows; packed g,
-    scratch ``[parts, rows + 1, 64]``; need of dx, 0 or 1; width, chunks, ends, offsets and values of the layout of the
-    transpose of W; scratch ``[parts, columns, 64]``; need of the values' gradient; packed x
+    scratch ``[parts, TOGETHER, rows + 1, 64]``; need of dx, 0 or 1; width, chunks, ends, offsets and values of the
+    layout of the transpose of W; scratch ``[parts, columns, 64]``; need of the values' gradient; packed x
     ``[tiles, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums ``[parts, stored]``,
     in the order of that layout.
     """
@@ -252,26 +192,32 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
     need_values, x, width, chunks = number(words, 19), floats(words, 20), number(words, 21), number(words, 22)
     ends, offsets, stored, sums = ints(words, 23), shorts(words, 24), number(words, 25), floats(words, 26)
     first, last, index = share(words, tiles(tokens))
-    base, made, own = index * (rows + 1) * TILE, index * columns * TILE, index * stored
+    g_tile, x_tile, own = (rows + 1) * TILE, (columns + 1) * TILE, index * stored
+    base, made = index * TOGETHER * g_tile, index * columns * TILE
     if need_values:
         clear(sums, own, own + stored)
-    for tile in range(first, last):
-        token = tile * TILE
-        present = min(TILE, tokens - token)
-        _pack(g, token * g_step, g_step, present, rows, packed, base)
-        if need_dx:
-            _tile(packed, base, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
-            unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
+    for tile in range(first, last, TOGETHER):
+        many = min(TOGETHER, last - tile)
+        for one in range(many):
+            at, token = base + one * g_tile, (tile + one) * TILE
+            _pack_tile(g, tile + one, g_step, tokens, rows, packed, at)
+            if need_dx:
+                present = min(TILE, tokens - token)
+                _tile(packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
+                unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
         if need_values:
-            _sums(packed, base, x, tile * (columns + 1) * TILE, rows, width, chunks, ends, offsets, sums, own)
+            _sums(packed, base, g_tile, x, tile * x_tile, x_tile, many, rows, width, chunks, ends, offsets, sums, own)
 
 
 @part
 def _sums(
     g: Array,
     g_at: Int,
+    g_tile: Int,
     x: Array,
     x_at: Int,
+    x_tile: Int,
+    many: Int,
     rows: Int,
     width: Int,
     chunks: Int,
@@ -280,7 +226,7 @@ def _sums(
     sums: Array,
     own: Int,
 ) -> None:
-    """Add to ``sums[own:]`` the inner products at the nonzeros over one tile of g and x."""
+    """Add to ``sums[own:]`` the inner products at the nonzeros over ``many`` tiles of g and x."""
     for top in range(0, rows, PANEL):
         bottom = min(rows, top + PANEL)
         for block in range(chunks // rows):
@@ -289,7 +235,8 @@ def _sums(
             for row in range(top, bottom):
                 start = end
                 end = np.int64(element(ends, block * rows + row + 1))
-                _sums_of_row(x, at, g, g_at + row * TILE, offsets, start, end, sums, own)
+                line = g_at + row * TILE
+                sums_of_row(x, at, x_tile, g, line, g_tile, many, offsets, start, end, sums, own)
 
 
 @Kernel
@@ -311,47 +258,3 @@ def add_parts(words: Any) -> None:
             for more in range(1, count):
                 add_to(sums, more * stored + start, target, to, length)
             to += length
-
-
-@part
-def _sums_of_row(
-    x: Array, at: Int, g: Array, row: Int, offsets: Array, start: Int, end: Int, sums: Array, own: Int
-) -> None:
-    """Add the inner products of one row of a tile of g with the x of each nonzero of a chunk."""
-    zero = splat8(np.float32(0.0))
-    place = start
-    while place + 8 <= end:
-        quad, more = load_quad(offsets, place), load_quad(offsets, place + 4)
-        a = b = c = d = e = f = h = i = zero
-        oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
-        oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
-        oe, of = at + np.int64(more & _LOW16), at + np.int64((more >> _16) & _LOW16)
-        oh, oi = at + np.int64((more >> _32) & _LOW16), at + np.int64(more >> _48)
-        for token in range(0, TILE, 8):
-            w = load8(g, row + token)
-            a, b = fma(w, load8(x, oa + token), a), fma(w, load8(x, ob + token), b)
-            c, d = fma(w, load8(x, oc + token), c), fma(w, load8(x, od + token), d)
-            e, f = fma(w, load8(x, oe + token), e), fma(w, load8(x, of + token), f)
-            h, i = fma(w, load8(x, oh + token), h), fma(w, load8(x, oi + token), i)
-        add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
-        place += 8
-    if place + 4 <= end:
-        # Each of four has two sums, since one would wait for itself.
-        quad = load_quad(offsets, place)
-        a = b = c = d = e = f = h = i = zero
-        oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
-        oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
-        for token in range(0, TILE, 16):
-            w, v = load8(g, row + token), load8(g, row + token + 8)
-            a, e = fma(w, load8(x, oa + token), a), fma(v, load8(x, oa + token + 8), e)
-            b, f = fma(w, load8(x, ob + token), b), fma(v, load8(x, ob + token + 8), f)
-            c, h = fma(w, load8(x, oc + token), c), fma(v, load8(x, oc + token + 8), h)
-            d, i = fma(w, load8(x, od + token), d), fma(v, load8(x, od + token + 8), i)
-        add_sums4(sums, own + place, add(a, e), add(b, f), add(c, h), add(d, i))
-        place += 4
-    while place < end:  # rare, see `Layout`
-        a, o = zero, at + np.int64(element(offsets, place))
-        for token in range(0, TILE, 8):
-            a = fma(load8(g, row + token), load8(x, o + token), a)
-        sums[own + place] += sum_lanes(a)
-        place += 1

@@ -1,7 +1,7 @@
 """What the kernels of `bsr` do in registers: a few rows or sums for all columns of a block, for some tokens.
 
 Two multiply-adds a cycle that take four cycles each need at least eight sums; twelve of 8 lanes fit into sixteen
-registers beside the operands.
+registers beside the operands, and sixteen of 16 lanes into the 32 of AVX-512.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ import numpy as np
 
 from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.lanes import add_sums4, add_sums_2x4, add_sums_head
-from sparsetrain.kernels.simd import element, fma, load, load8, splat, splat8, store
+from sparsetrain.kernels.simd import (
+    NATIVE_LANES,
+    element,
+    fma,
+    load,
+    load8,
+    native_load,
+    native_splat,
+    splat,
+    splat8,
+    store,
+)
 from sparsetrain.kernels.tiles import TILE, Array, Int
 
 
@@ -113,6 +124,65 @@ def four_rows_of_24(
 
 
 @part
+def four_rows_of_64(
+    x: Array,
+    at: Int,
+    height: Int,
+    width: Int,
+    index: Array,
+    order: Array,
+    turned: bool,
+    values: Array,
+    start: Int,
+    stop: Int,
+    line: Int,
+    y: Array,
+    to: Int,
+    first: bool,
+) -> None:
+    """The same for 64 tokens, where registers have 16 lanes and there are 32 of them: sixteen sums."""
+    size = height * width
+    across, along = (np.int64(1), height) if turned else (width, np.int64(1))
+    second, third, fourth = to + TILE, to + 2 * TILE, to + 3 * TILE
+    if first:
+        a = b = c = d = e = f = g = h = i = j = k = m = n = o = p = q = splat(np.float32(0.0))
+    else:
+        a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
+        e, f, g, h = load(y, second), load(y, second + 16), load(y, second + 32), load(y, second + 48)
+        i, j, k, m = load(y, third), load(y, third + 16), load(y, third + 32), load(y, third + 48)
+        n, o, p, q = load(y, fourth), load(y, fourth + 16), load(y, fourth + 32), load(y, fourth + 48)
+    for block in range(start, stop):
+        number = np.int64(element(order, block)) if turned else block
+        w = number * size + line * across
+        place = at + np.int64(element(index, block)) * width * TILE
+        end = place + width * TILE
+        while place < end:
+            r, s, t, u = load(x, place), load(x, place + 16), load(x, place + 32), load(x, place + 48)
+            v = splat(element(values, w))
+            a, b, c, d = fma(v, r, a), fma(v, s, b), fma(v, t, c), fma(v, u, d)
+            v = splat(element(values, w + across))
+            e, f, g, h = fma(v, r, e), fma(v, s, f), fma(v, t, g), fma(v, u, h)
+            v = splat(element(values, w + 2 * across))
+            i, j, k, m = fma(v, r, i), fma(v, s, j), fma(v, t, k), fma(v, u, m)
+            v = splat(element(values, w + 3 * across))
+            n, o, p, q = fma(v, r, n), fma(v, s, o), fma(v, t, p), fma(v, u, q)
+            place += TILE
+            w += along
+    _store_64(y, to, a, b, c, d)
+    _store_64(y, second, e, f, g, h)
+    _store_64(y, third, i, j, k, m)
+    _store_64(y, fourth, n, o, p, q)
+
+
+@part
+def _store_64(y: Array, to: Int, a: Any, b: Any, c: Any, d: Any) -> None:
+    store(y, to, a)
+    store(y, to + 16, b)
+    store(y, to + 32, c)
+    store(y, to + 48, d)
+
+
+@part
 def _term(
     x: Array, o: Int, values: Array, w: Int, across: Int, a: Any, b: Any, c: Any, d: Any
 ) -> tuple[Any, Any, Any, Any]:
@@ -160,10 +230,7 @@ def one_row(
             c, d = fma(v, load(x, o + 32), c), fma(v, load(x, o + 48), d)
             o += TILE
             w += along
-    store(y, to, a)
-    store(y, to + 16, b)
-    store(y, to + 32, c)
-    store(y, to + 48, d)
+    _store_64(y, to, a, b, c, d)
 
 
 @part
@@ -171,12 +238,13 @@ def two_by_four(
     g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
 ) -> None:
     """Add the inner products of two rows of g with four of x."""
-    a = b = c = d = e = f = h = i = splat8(np.float32(0.0))
+    a = b = c = d = e = f = h = i = native_splat(np.float32(0.0))
     for tile in range(many):
         first, other = row + tile * g_tile, at + tile * x_tile
-        for token in range(0, TILE, 8):
-            u, v, o = load8(g, first + token), load8(g, first + TILE + token), other + token
-            p, q, r, s = load8(x, o), load8(x, o + TILE), load8(x, o + 2 * TILE), load8(x, o + 3 * TILE)
+        for token in range(0, TILE, NATIVE_LANES):
+            u, v, o = native_load(g, first + token), native_load(g, first + TILE + token), other + token
+            p, q = native_load(x, o), native_load(x, o + TILE)
+            r, s = native_load(x, o + 2 * TILE), native_load(x, o + 3 * TILE)
             a, b, c, d = fma(u, p, a), fma(u, q, b), fma(u, r, c), fma(u, s, d)
             e, f, h, i = fma(v, p, e), fma(v, q, f), fma(v, r, h), fma(v, s, i)
     add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
@@ -187,19 +255,19 @@ def three_by_four(
     g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
 ) -> None:
     """The same for three rows of g: twelve sums, enough for two multiply-adds that take four cycles each."""
-    a = b = c = d = e = f = h = i = j = k = m = n = splat8(np.float32(0.0))
+    a = b = c = d = e = f = h = i = j = k = m = n = native_splat(np.float32(0.0))
     for tile in range(many):
         first, other = row + tile * g_tile, at + tile * x_tile
-        for token in range(0, TILE, 8):
-            u, v, w = load8(g, first + token), load8(g, first + TILE + token), load8(g, first + 2 * TILE + token)
-            o = other + token
-            p = load8(x, o)
+        for token in range(0, TILE, NATIVE_LANES):
+            o, line = other + token, first + token
+            u, v, w = native_load(g, line), native_load(g, line + TILE), native_load(g, line + 2 * TILE)
+            p = native_load(x, o)
             a, e, j = fma(u, p, a), fma(v, p, e), fma(w, p, j)
-            p = load8(x, o + TILE)
+            p = native_load(x, o + TILE)
             b, f, k = fma(u, p, b), fma(v, p, f), fma(w, p, k)
-            p = load8(x, o + 2 * TILE)
+            p = native_load(x, o + 2 * TILE)
             c, h, m = fma(u, p, c), fma(v, p, h), fma(w, p, m)
-            p = load8(x, o + 3 * TILE)
+            p = native_load(x, o + 3 * TILE)
             d, i, n = fma(u, p, d), fma(v, p, i), fma(w, p, n)
     add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
     add_sums4(sums, to + 2 * width, j, k, m, n)
@@ -212,13 +280,13 @@ def one_by_few(
     """Add the inner products of one row of g with ``count`` (at most four) of x."""
     # The missing ones of four repeat the last and are not written.
     second, third, fourth = min(1, count - 1) * TILE, min(2, count - 1) * TILE, (count - 1) * TILE
-    a = b = c = d = splat8(np.float32(0.0))
+    a = b = c = d = native_splat(np.float32(0.0))
     for tile in range(many):
         first, other = row + tile * g_tile, at + tile * x_tile
-        for token in range(0, TILE, 8):
-            u, o = load8(g, first + token), other + token
-            a, b = fma(u, load8(x, o), a), fma(u, load8(x, o + second), b)
-            c, d = fma(u, load8(x, o + third), c), fma(u, load8(x, o + fourth), d)
+        for token in range(0, TILE, NATIVE_LANES):
+            u, o = native_load(g, first + token), other + token
+            a, b = fma(u, native_load(x, o), a), fma(u, native_load(x, o + second), b)
+            c, d = fma(u, native_load(x, o + third), c), fma(u, native_load(x, o + fourth), d)
     if count == 4:
         add_sums4(sums, to, a, b, c, d)
     else:

@@ -186,6 +186,9 @@ def _splat(kind: Vector) -> Any:
 splat = _splat(F32X16)
 splat8 = _splat(F32X8)
 
+# Of the lanes that one register has.
+native_load, native_splat = (load, splat) if NATIVE_LANES == 16 else (load8, splat8)
+
 
 @intrinsic
 def load_four(typing: Any, array: Any, offset: Any) -> Any:

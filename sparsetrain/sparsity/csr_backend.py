@@ -86,7 +86,7 @@ class CsrBackend(CpuBackend):
         gradients(
             threads,
             *(rows, grad_x, rows.stride(0), in_features, tokens, in_features, out_features),
-            *(scratch(threads, out_features + self.spare, TILE), int(need_x), *turned.words, ordered),
+            *(scratch(threads, csr.TOGETHER, out_features + self.spare, TILE), int(need_x), *turned.words, ordered),
             *(scratch(threads, in_features, TILE), int(need_values), kept, *layout.words, layout.stored, sums),
         )
         if not need_values:

@@ -1,0 +1,196 @@
+"""What the kernels of `csr` do in registers: one row's run of nonzeros in a block of columns, for a tile of tokens.
+
+Two multiply-adds a cycle that take four cycles each need at least eight sums. 64 tokens are eight sums of 8 lanes, but
+four of 16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.lanes import add_sums4, add_sums8, sum_lanes
+from sparsetrain.kernels.simd import (
+    NATIVE_LANES,
+    add,
+    element,
+    fma,
+    lane,
+    load,
+    load_four,
+    load_quad,
+    native_load,
+    native_splat,
+    splat,
+    store,
+)
+from sparsetrain.kernels.tiles import TILE, Array, Int
+
+# Tiles whose products are summed before lanes are, in the weight gradient. A sum of 16 lanes costs twice as much beside
+# its multiply-adds as one of 8, and processors that have them have more than 32 KB of L1.
+TOGETHER = NATIVE_LANES // 8
+
+_LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
+_lane0, _lane1, _lane2, _lane3 = lane
+
+
+@part
+def row_of_64(
+    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
+) -> None:
+    """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``."""
+    if first:
+        a = b = c = d = splat(np.float32(0.0))
+    else:
+        a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
+    place = start
+    if NATIVE_LANES == 16:
+        a, b, c, d, place = _two_sets(x, at, offsets, values, place, end, a, b, c, d)
+    while place + 4 <= end:
+        quad, four = load_quad(offsets, place), load_four(values, place)
+        o, w = at + np.int64(quad & _LOW16), _lane0(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64((quad >> _16) & _LOW16), _lane1(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64((quad >> _32) & _LOW16), _lane2(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64(quad >> _48), _lane3(four)
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        place += 4
+    while place < end:  # rare, see `Layout`
+        o, w = at + np.int64(element(offsets, place)), splat(element(values, place))
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        place += 1
+    store(y, to, a)
+    store(y, to + 16, b)
+    store(y, to + 32, c)
+    store(y, to + 48, d)
+
+
+@part
+def _two_sets(
+    x: Array, at: Int, offsets: Array, values: Array, place: Int, end: Int, a: Any, b: Any, c: Any, d: Any
+) -> tuple[Any, Any, Any, Any, int]:
+    """Add the products of a chunk's groups of four to the sums of 64 tokens, which are two sets of four on the way.
+
+    Values are spread by loads: a shuffle of 16 lanes takes the place of a multiply-add.
+    """
+    e = f = g = h = splat(np.float32(0.0))
+    while place + 4 <= end:
+        quad = load_quad(offsets, place)
+        o, w = at + np.int64(quad & _LOW16), splat(element(values, place))
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64((quad >> _16) & _LOW16), splat(element(values, place + 1))
+        e, f = fma(w, load(x, o), e), fma(w, load(x, o + 16), f)
+        g, h = fma(w, load(x, o + 32), g), fma(w, load(x, o + 48), h)
+        o, w = at + np.int64((quad >> _32) & _LOW16), splat(element(values, place + 2))
+        a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
+        c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
+        o, w = at + np.int64(quad >> _48), splat(element(values, place + 3))
+        e, f = fma(w, load(x, o), e), fma(w, load(x, o + 16), f)
+        g, h = fma(w, load(x, o + 32), g), fma(w, load(x, o + 48), h)
+        place += 4
+    return add(a, e), add(b, f), add(c, g), add(d, h), place
+
+
+@part
+def row_of_16(
+    x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
+) -> None:
+    """The same for 16 tokens; four nonzeros have sums of their own, since one sum would wait for itself."""
+    a = splat(np.float32(0.0)) if first else load(y, to)
+    b = c = d = splat(np.float32(0.0))
+    place = start
+    while place + 4 <= end:
+        quad, four = load_quad(offsets, place), load_four(values, place)
+        a = fma(_lane0(four), load(x, at + np.int64(quad & _LOW16)), a)
+        b = fma(_lane1(four), load(x, at + np.int64((quad >> _16) & _LOW16)), b)
+        c = fma(_lane2(four), load(x, at + np.int64((quad >> _32) & _LOW16)), c)
+        d = fma(_lane3(four), load(x, at + np.int64(quad >> _48)), d)
+        place += 4
+    while place < end:  # rare, see `Layout`
+        a = fma(splat(element(values, place)), load(x, at + np.int64(element(offsets, place))), a)
+        place += 1
+    store(y, to, add(add(a, b), add(c, d)))
+
+
+@part
+def sums_of_row(
+    x: Array,
+    at: Int,
+    x_tile: Int,
+    g: Array,
+    row: Int,
+    g_tile: Int,
+    many: Int,
+    offsets: Array,
+    start: Int,
+    end: Int,
+    sums: Array,
+    own: Int,
+) -> None:
+    """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk."""
+    zero = native_splat(np.float32(0.0))
+    tiles_at_once = many if TOGETHER == 2 else 1
+    place = start
+    while place + 8 <= end:
+        quad, more = load_quad(offsets, place), load_quad(offsets, place + 4)
+        a = b = c = d = e = f = h = i = zero
+        oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
+        oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
+        oe, of = at + np.int64(more & _LOW16), at + np.int64((more >> _16) & _LOW16)
+        oh, oi = at + np.int64((more >> _32) & _LOW16), at + np.int64(more >> _48)
+        for tile in range(tiles_at_once):
+            t, u = tile * x_tile, row + tile * g_tile
+            for token in range(0, TILE, NATIVE_LANES):
+                w = native_load(g, u + token)
+                a, b = fma(w, native_load(x, oa + t + token), a), fma(w, native_load(x, ob + t + token), b)
+                c, d = fma(w, native_load(x, oc + t + token), c), fma(w, native_load(x, od + t + token), d)
+                e, f = fma(w, native_load(x, oe + t + token), e), fma(w, native_load(x, of + t + token), f)
+                h, i = fma(w, native_load(x, oh + t + token), h), fma(w, native_load(x, oi + t + token), i)
+        add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
+        place += 8
+    if place + 4 <= end:
+        # Each of four has two sums, since one would wait for itself.
+        quad = load_quad(offsets, place)
+        a = b = c = d = e = f = h = i = zero
+        oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
+        oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
+        for tile in range(tiles_at_once):
+            t, u = tile * x_tile, row + tile * g_tile
+            for token in range(0, TILE, 2 * NATIVE_LANES):
+                w, v = native_load(g, u + token), native_load(g, u + token + NATIVE_LANES)
+                a, e = (
+                    fma(w, native_load(x, oa + t + token), a),
+                    fma(v, native_load(x, oa + t + token + NATIVE_LANES), e),
+                )
+                b, f = (
+                    fma(w, native_load(x, ob + t + token), b),
+                    fma(v, native_load(x, ob + t + token + NATIVE_LANES), f),
+                )
+                c, h = (
+                    fma(w, native_load(x, oc + t + token), c),
+                    fma(v, native_load(x, oc + t + token + NATIVE_LANES), h),
+                )
+                d, i = (
+                    fma(w, native_load(x, od + t + token), d),
+                    fma(v, native_load(x, od + t + token + NATIVE_LANES), i),
+                )
+        add_sums4(sums, own + place, add(a, e), add(b, f), add(c, h), add(d, i))
+        place += 4
+    while place < end:  # rare, see `Layout`
+        a, o = zero, at + np.int64(element(offsets, place))
+        for tile in range(tiles_at_once):
+            t, u = tile * x_tile, row + tile * g_tile
+            for token in range(0, TILE, NATIVE_LANES):
+                a = fma(native_load(g, u + token), native_load(x, o + t + token), a)
+        sums[own + place] += sum_lanes(a)
+        place += 1
