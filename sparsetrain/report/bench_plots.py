@@ -18,7 +18,7 @@ from sparsetrain.report.bench import DENSE, TITLES, amdahl, machine_line, title
 from sparsetrain.report.plots import INK, MARKERS, MUTED, RULE, SERIES
 from sparsetrain.report.text import percent, shorten, si, tick
 
-_PANEL_INCHES = (4.2, 4.4)
+_PANEL_INCHES = (4.2, 5.0)
 _STYLE: dict[Any, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -124,8 +124,8 @@ def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    # Below the panel: inside it there is always a line in the way.
-    axes.legend(loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=2, handlelength=2.4, columnspacing=1.2)
+    # Below the panel: inside it there is always a line in the way. One column, which is never wider than its panel.
+    axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.13), handlelength=2.4, labelspacing=0.25)
 
 
 def _threads(entries: list[Values]) -> list[int]:
