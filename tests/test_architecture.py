@@ -33,7 +33,7 @@ ORDER = [
     ),
     *("training", "scaling", "report", "stages", "bench", "config", "cli"),
 ]
-MAX_LINES = 420
+MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # A path on the machine of whoever wrote it.

@@ -7,14 +7,12 @@ from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, 
 from sparsetrain.sparsity.csr_backend import CsrBackend
 from sparsetrain.sparsity.evolution import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
 from sparsetrain.sparsity.init import (
-    PatternSpec,
     balanced_pattern,
     block_pattern,
     given_pattern,
     magnitude_pattern,
     make_pattern,
     nm_pattern,
-    pattern_nnz,
     random_pattern,
 )
 from sparsetrain.sparsity.linear import SparseLinear
@@ -22,6 +20,7 @@ from sparsetrain.sparsity.manager import LayerReport, MaskManager, MaskUpdate
 from sparsetrain.sparsity.masked_backend import MaskedBackend
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
 from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register_elementwise_optimizer
 from sparsetrain.sparsity.triton_backend import register_triton

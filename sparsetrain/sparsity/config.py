@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.init import PatternSpec, check_sparsity
+from sparsetrain.sparsity.spec import PatternSpec, check_sparsity
 
 ALLOCATIONS = ("uniform", "erk")
 RULES = ("static", "set", "rigl", "gmp", "vspdf")

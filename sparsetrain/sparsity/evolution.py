@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.config import ACCUMULATION, CURVES, DROP_SCHEDULES, GROWTH, SparsityConfig
-from sparsetrain.sparsity.init import check_sparsity
+from sparsetrain.sparsity.spec import check_sparsity
 
 STAIRS = 4  # of the curve "step"
 

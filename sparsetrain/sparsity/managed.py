@@ -12,10 +12,10 @@ from sparsetrain.sparsity.allocation import matches
 from sparsetrain.sparsity.config import EVOLVING, SparsityConfig
 from sparsetrain.sparsity.evolution import Rule, Static
 from sparsetrain.sparsity.exploration import Exploration
-from sparsetrain.sparsity.init import PatternSpec, pattern_nnz
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.select import Slices, bands
+from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
 from sparsetrain.sparsity.surgery import (
     LayerPlan,
     draw_patterns,

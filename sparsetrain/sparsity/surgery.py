@@ -15,9 +15,10 @@ from sparsetrain import seeds
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.sparsity.allocation import allocate_densities, choose
 from sparsetrain.sparsity.config import SparsityConfig
-from sparsetrain.sparsity.init import PatternSpec, full_pattern, given_pattern, make_pattern
+from sparsetrain.sparsity.init import full_pattern, given_pattern, make_pattern
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.spec import PatternSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 Layer = TypeVar("Layer", bound=nn.Module)

@@ -15,8 +15,8 @@ from sparsetrain.models import ModelConfig
 from sparsetrain.optim import OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.sparsity import SparsityConfig
-from sparsetrain.sparsity.init import check_sparsity
 from sparsetrain.sparsity.ops import backend_names
+from sparsetrain.sparsity.spec import check_sparsity
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import PatternSpec, SparsityPattern
+from sparsetrain.sparsity import PatternSpec, SparsityPattern, pattern_nnz
 from sparsetrain.sparsity.init import (
     PATTERNS,
     balanced_pattern,
@@ -21,9 +21,9 @@ from sparsetrain.sparsity.init import (
     magnitude_pattern,
     make_pattern,
     nm_pattern,
-    pattern_nnz,
     random_pattern,
 )
+from sparsetrain.sparsity.spec import PATTERN_NAMES
 
 SPECS = [
     PatternSpec(),
@@ -214,4 +214,4 @@ def test_what_cannot_be_meant_is_one_line(make: object, message: str) -> None:
 
 
 def test_every_name_has_a_test() -> None:
-    assert {spec.name for spec in SPECS} == set(PATTERNS)
+    assert {spec.name for spec in SPECS} == set(PATTERNS) == set(PATTERN_NAMES)
