@@ -1,0 +1,38 @@
+"""Tiny checkpoints for tests: saving them, and seeing that their parts belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sparsetrain.training.checkpoint import (
+    Checkpoint,
+    OptimizerTensors,
+    load_checkpoint,
+    save_checkpoint,
+)
+
+FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.json")
+
+
+def save(directory: Path, step: int, keep_last: int = 3, mark: int = 0) -> Path:
+    """Save a tiny checkpoint; ``mark`` tells apart two of the same step."""
+    model = {"weight": torch.full((2, 2), float(step)), "bias": torch.full((2,), float(mark))}
+    optimizer = OptimizerTensors({"weight.exp_avg": torch.full((2, 2), float(step))}, [{"options": {"lr": 0.1}}])
+    return save_checkpoint(directory, step, model, optimizer, {"step": step, "mark": mark}, keep_last)
+
+
+def check(checkpoint: Checkpoint) -> Checkpoint:
+    """Assert that the parts of a checkpoint from `save` belong together."""
+    step, mark = checkpoint.step, checkpoint.state["mark"]
+    assert checkpoint.state["step"] == step
+    assert torch.equal(checkpoint.model["weight"], torch.full((2, 2), float(step)))
+    assert torch.equal(checkpoint.model["bias"], torch.full((2,), float(mark)))  # type: ignore[arg-type]
+    assert torch.equal(checkpoint.optimizer.tensors["weight.exp_avg"], torch.full((2, 2), float(step)))
+    return checkpoint
+
+
+def load(directory: Path) -> tuple[Checkpoint, list[str]]:
+    refusals: list[str] = []
+    return check(load_checkpoint(directory, on_refused=refusals.append)), refusals
