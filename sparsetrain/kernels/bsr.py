@@ -1,8 +1,8 @@
 """The three products of a training step with a matrix W ``[rows, columns]`` of dense blocks.
 
-    Y = X W^T     four rows of a block and 16 tokens are held in registers for a run of blocks of a row
+    Y = X W^T     four rows of a block and 24 tokens (64 with AVX-512) are held in registers for a run of a row's blocks
     dX = G W      the same on the list of blocks of W^T; the values are read where they are, rows as columns
-    dW = G^T X    at the blocks only: two rows by four columns, 128 tokens before their lanes are summed
+    dW = G^T X    at the blocks only: three rows by four columns, 128 tokens before their lanes are summed
 
 Four rows share each load of tokens, so the multiply-adds and not the loads are what the processor waits for. Tiles of
 tokens, threads and the order of sums are those of `csr`; a `blocks.Blocks` says where the blocks are. Blocks have sides

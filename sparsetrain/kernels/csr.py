@@ -5,9 +5,9 @@
     dX = G W      the same on the layout of W^T
     dW = G^T X    at the nonzeros only: eight of a row at a time, 64 or 128 tokens before their lanes are summed
 
-Columns are cut into blocks whose tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block, row
-by row. A thread takes a range of tiles of tokens. The gradient of the values is summed in the order of tokens inside
-a part and then in the order of parts: for one number of threads the bits of a result are always the same.
+Columns are cut into blocks of which a tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block,
+row by row. A thread takes a range of tiles of tokens. The gradient of the values is summed in the order of tokens
+inside a part and then in the order of parts: for one number of threads the bits of a result are always the same.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from sparsetrain.kernels.simd import (
 from sparsetrain.kernels.tiles import TILE, Array, Int
 
 # Tiles whose products are summed before lanes are, in the weight gradient. A sum of 16 lanes costs twice as much beside
-# its multiply-adds as one of 8, and processors that have them have more than 32 KB of L1.
+# its multiply-adds as one of 8. Measured with 48 KB of L1, which two tiles of x just fill; see `LOG.md`.
 TOGETHER = NATIVE_LANES // 8
 
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
@@ -139,7 +139,7 @@ def sums_of_row(
 ) -> None:
     """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk."""
     zero = native_splat(np.float32(0.0))
-    tiles_at_once = many if TOGETHER == 2 else 1
+    tiles_at_once = many if TOGETHER > 1 else 1
     place = start
     while place + 8 <= end:
         quad, more = load_quad(offsets, place), load_quad(offsets, place + 4)

@@ -5,8 +5,8 @@ step (forward, input gradient, weight gradient) of a sparse backend takes no lon
 between are interpolated in their logarithms, sizes beyond are those of the edge.
 
 `sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
-used: two cores of Zen 3 (AVX2), or of Emerald Rapids where the processor has AVX-512. Dense products gain more from
-AVX-512 than sparse ones, which wait for loads.
+used: that of two cores of Zen 3 (AVX2), or of Emerald Rapids where torch computes with AVX-512, from which dense
+products gained more there than sparse ones, which wait for loads.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 
 FALLBACK = "masked"
 CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
-SHIPPED = {False: "crossover.json", True: "crossover_avx512.json"}  # by whether the processor has AVX-512
+SHIPPED = {False: "crossover.json", True: "crossover_avx512.json"}  # by whether torch computes with AVX-512
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,9 @@ def from_plain(content: Any, source: str) -> dict[str, Crossover]:
 def machine_key() -> str:
     """Return what tells machines apart whose tables differ: processor and number of cores, as eight digits."""
     name = next((line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features"))), "")
-    text = f"{platform.machine()} {name} {_flags()} {os.cpu_count()}"
+    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
+    text = f"{platform.machine()} {name} {flags} {os.cpu_count()}"
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def _flags() -> str:
-    return next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
 
 
 def _cpuinfo() -> list[str]:
@@ -130,7 +127,7 @@ def _load() -> dict[str, Crossover]:
 
 
 def _shipped() -> dict[str, Crossover]:
-    name = SHIPPED["avx512f" in _flags().split()]
+    name = SHIPPED["AVX512" in torch.backends.cpu.get_cpu_capability()]
     text = resources.files("sparsetrain.sparsity").joinpath(name).read_text("utf-8")
     return from_plain(json.loads(text), name)
 

@@ -119,7 +119,7 @@ class SparsityConfig:
         sparsity: fraction of zeros over the layers that no group takes, in [0, 1).
         nnz: in place of ``sparsity``: the number of weights of all layers that take part, those of groups included.
         pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded`` or ``checkerboard``.
-        block, m, fan_out, bands: options of patterns; see `sparsetrain.sparsity.init.PatternSpec`.
+        block, m, fan_out, bands: options of patterns; see `sparsetrain.sparsity.spec.PatternSpec`.
         allocation: ``uniform`` gives every layer the same sparsity; ``erk`` gives a layer of R outputs and C inputs a
             density in proportion to (R + C) / (R C), as in RigL (arXiv 1911.11134).
         groups: layers with a sparsity of their own; the first match wins.

@@ -113,6 +113,39 @@ def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_
     assert second < first / 2
 
 
+_OTHER_LANES = """
+from sparsetrain.kernels import compile as compiling
+features = compiling.cpu_features()
+wide = "+avx512f" in features
+chosen = features.replace("+avx512f", "-avx512f") if wide else f"{features},+avx512f"
+compiling.cpu_features = lambda: chosen
+from sparsetrain.kernels import simd
+assert simd.NATIVE_LANES == (8 if wide else 16)
+import torch
+from sparsetrain import SparseLinear
+from sparsetrain.sparsity import block_pattern
+torch.set_num_threads(2)
+blocks = block_pattern((84, 64), 0.5, torch.Generator().manual_seed(0), (14, 8))
+layers = {"csr": SparseLinear(70, 45, density=0.4, seed=0), "bsr": SparseLinear(64, 84, pattern=blocks, seed=0)}
+for backend, layer in layers.items():
+    torch.manual_seed(0)
+    x, g = torch.randn(300, layer.in_features, requires_grad=True), torch.randn(300, layer.out_features)
+    results = []
+    for layer.backend in (backend, "masked"):
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_products_are_right_with_the_lanes_of_the_other_kind_of_processor(tmp_path: Path) -> None:
+    # LLVM splits 16 lanes where registers have 8, so that either kind of kernel is tested wherever the tests run.
+    command = [sys.executable, "-c", _OTHER_LANES]
+    run = subprocess.run(command, env=separate(tmp_path), capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 _GATHER = """
 import sys, time
 from pathlib import Path

@@ -18,8 +18,6 @@ from sparsetrain.stages import (
 
 Configure = Callable[..., Any]
 
-CPU = torch.device("cpu")
-
 
 @pytest.fixture
 def sparse(configure: Configure, tmp_path: Path, screen: Console) -> RunResult:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from sparsetrain.config import load
@@ -25,8 +24,6 @@ from sparsetrain.stages import (
 from sparsetrain.stages.config import build
 
 Configure = Callable[..., Any]
-
-CPU = torch.device("cpu")
 
 
 # What the command line takes over from init_from.

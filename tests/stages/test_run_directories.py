@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
 from sparsetrain.data import Tokenizer
@@ -28,8 +27,6 @@ from sparsetrain.stages.config import fingerprint
 from sparsetrain.stages.run import Origin, claimed
 
 Configure = Callable[..., Any]
-
-CPU = torch.device("cpu")
 
 
 def listing(directory: Path) -> list[str]:
