@@ -232,7 +232,7 @@ def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -
         writer.writerow([*OPTIMA[:4], *extra, *OPTIMA[4:]])
         for line in lines:
             found, moved = line.optimum, line.shift
-            low, high = (None, None) if found.interval is None else (2**end for end in found.interval)
+            low, high = (None, None) if found.interval is None else map(_opened, found.interval)
             ends = (None, None) if moved is None or moved.interval is None else moved.interval
             writer.writerow(
                 [
@@ -352,8 +352,16 @@ def _number(value: Any) -> str:
 
 
 def _interval(interval: tuple[float, float] | None, show: Any) -> str:
-    return "" if interval is None else f" [{show(interval[0])}, {show(interval[1])}]"
+    """Return an interval in brackets; an end beyond the grid is ``open``."""
+    if interval is None:
+        return ""
+    low, high = (show(end) if math.isfinite(end) else "open" for end in interval)
+    return f" [{low}, {high}]"
+
+
+def _opened(log2: float) -> float | None:
+    return 2**log2 if math.isfinite(log2) else None
 
 
 def _cell(value: float | None) -> str:
-    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+    return "" if value is None or not math.isfinite(value) else f"{value:.6g}"

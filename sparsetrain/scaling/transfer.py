@@ -227,7 +227,8 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[fl
     """Return the ``(log2 x, seed)`` points to run next, the cheap way from a coarse grid to an interval.
 
     With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
-    neighbours at those of ``seeds`` that they lack; nothing when they have them all.
+    neighbours at those of ``seeds`` that they lack. When they have them all: a point, at all seeds, beyond each end of
+    the grid at which the interval is open; nothing when it is closed.
     """
     found = optimum(curve, 1)
     if found.edge is not None:
@@ -239,6 +240,11 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[fl
     for point in range(center - 1, center + 2):
         have = {seed for seed, loss in zip(curve.seeds, curve.losses[point], strict=True) if not math.isnan(loss)}
         points += [(float(curve.log2[point]), seed) for seed in seeds if seed not in have]
+    interval = None if points else optimum(curve).interval
+    if interval is not None and math.isinf(interval[0]):
+        points += [(float(curve.log2[0]) - curve.step, seed) for seed in seeds]
+    if interval is not None and math.isinf(interval[1]):
+        points += [(float(curve.log2[-1]) + curve.step, seed) for seed in seeds]
     return points
 
 

@@ -224,6 +224,10 @@ def test_what_to_run_next_extends_an_edge_or_adds_seeds_around_the_minimum() -> 
     assert to_run(bracketed, (0, 1)) == [(-7.0, 1), (-6.0, 1), (-5.0, 1)]
     full = curve([[3.0, 3.0], [1.0, 1.0], [2.0, 2.0]], [-8.0, -7.0, -6.0])
     assert to_run(full, (0, 1)) == []
+    open_at_the_right = curve([[2.0, 2.0], [1.0, 1.5], [1.6, 1.2]], [0.0, 1.0, 2.0])
+    assert to_run(open_at_the_right, (0, 1)) == [(3.0, 0), (3.0, 1)]
+    open_at_the_left = curve([[1.6, 1.2], [1.0, 1.5], [2.0, 2.0]], [0.0, 1.0, 2.0])
+    assert to_run(open_at_the_left, (0, 1)) == [(-1.0, 0), (-1.0, 1)]
 
 
 def test_curves_are_made_of_rows_in_any_order() -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 from sparsetrain.config import load
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.errors import UserError
-from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet
+from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet, write_optima
 from sparsetrain.stages import pretrain
 from sparsetrain.stages.config import as_plain, model_config
 from sparsetrain.stages.run import COLUMNS
@@ -150,6 +150,23 @@ def test_an_edge_is_extended_and_never_called_an_optimum(tmp_path: Path) -> None
     assert "beyond 0.004 (high edge)" in optima_sheet(lines, "lr").rows[0][1]
     assert next_commands(lines, "lr", [], (0,)) == ["optimizer.lr=0.008,0.016 seed=0"]
     assert findings(lines) == ["supar: the base has no optimum inside the grid, so no shift is known."]
+
+
+def test_an_end_of_an_interval_beyond_the_grid_is_open_and_the_grid_is_to_grow_there(tmp_path: Path) -> None:
+    # One seed alone would be best at the left end.
+    rows = [
+        {"parameterization": "sp", "sparsity": 0.0, "width": 64, "depth": 2, "lr": rate, "seed": seed, "loss": loss}
+        for seed, losses in enumerate(([1.6, 1.0, 2.0], [1.2, 1.5, 2.0]))
+        for rate, loss in zip((0.001, 0.002, 0.004), losses, strict=True)
+    ]
+    lines = lines_of(rows, "lr")
+    assert "[open, " in optima_sheet(lines, "lr").rows[0][1]
+    write_optima(lines, tmp_path / "optima.csv")
+    with (tmp_path / "optima.csv").open() as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["low"] == ""
+    assert float(row["high"]) > 0.001
+    assert next_commands(lines, "lr", (), (0, 1)) == ["optimizer.lr=0.0005 seed=0,1"]
 
 
 def test_diverged_runs_bracket_and_a_curve_of_them_alone_has_no_optimum(tmp_path: Path) -> None:
