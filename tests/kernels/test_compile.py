@@ -126,7 +126,9 @@ from sparsetrain import SparseLinear
 from sparsetrain.sparsity import block_pattern
 torch.set_num_threads(2)
 blocks = block_pattern((84, 64), 0.5, torch.Generator().manual_seed(0), (14, 8))
-layers = {"csr": SparseLinear(70, 45, density=0.4, seed=0), "bsr": SparseLinear(64, 84, pattern=blocks, seed=0)}
+layers = {"bsr": SparseLinear(64, 84, pattern=blocks, seed=0)}
+if not wide:  # csr with 8 lanes is tested above, with AVX2 alone
+    layers["csr"] = SparseLinear(70, 45, density=0.4, seed=0)
 for backend, layer in layers.items():
     torch.manual_seed(0)
     x, g = torch.randn(300, layer.in_features, requires_grad=True), torch.randn(300, layer.out_features)
