@@ -24,7 +24,7 @@ from sparsetrain.kernels.simd import (
     splat8,
     store,
 )
-from sparsetrain.kernels.tiles import TILE, Array, Int
+from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
 
 
 @part
@@ -168,18 +168,10 @@ def four_rows_of_64(
             n, o, p, q = fma(v, r, n), fma(v, s, o), fma(v, t, p), fma(v, u, q)
             place += TILE
             w += along
-    _store_64(y, to, a, b, c, d)
-    _store_64(y, second, e, f, g, h)
-    _store_64(y, third, i, j, k, m)
-    _store_64(y, fourth, n, o, p, q)
-
-
-@part
-def _store_64(y: Array, to: Int, a: Any, b: Any, c: Any, d: Any) -> None:
-    store(y, to, a)
-    store(y, to + 16, b)
-    store(y, to + 32, c)
-    store(y, to + 48, d)
+    store_tile(y, to, a, b, c, d)
+    store_tile(y, second, e, f, g, h)
+    store_tile(y, third, i, j, k, m)
+    store_tile(y, fourth, n, o, p, q)
 
 
 @part
@@ -230,7 +222,7 @@ def one_row(
             c, d = fma(v, load(x, o + 32), c), fma(v, load(x, o + 48), d)
             o += TILE
             w += along
-    _store_64(y, to, a, b, c, d)
+    store_tile(y, to, a, b, c, d)
 
 
 @part

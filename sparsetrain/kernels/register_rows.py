@@ -26,7 +26,7 @@ from sparsetrain.kernels.simd import (
     splat,
     store,
 )
-from sparsetrain.kernels.tiles import TILE, Array, Int
+from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
 
 # Tiles whose products are summed before lanes are, in the weight gradient. A sum of 16 lanes costs twice as much beside
 # its multiply-adds as one of 8. Measured with 48 KB of L1, which two tiles of x just fill; see `LOG.md`.
@@ -68,10 +68,7 @@ def row_of_64(
         a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
         c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
         place += 1
-    store(y, to, a)
-    store(y, to + 16, b)
-    store(y, to + 32, c)
-    store(y, to + 48, d)
+    store_tile(y, to, a, b, c, d)
 
 
 @part

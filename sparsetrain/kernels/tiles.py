@@ -60,6 +60,15 @@ def unpack(source: Array, at: Int, tokens: Int, features: Int, target: Array, to
 
 
 @part
+def store_tile(target: Array, to: Int, a: Any, b: Any, c: Any, d: Any) -> None:
+    """Write one feature of a tile, four vectors of 16 tokens, to ``target[to:to + 64]``."""
+    store(target, to, a)
+    store(target, to + 16, b)
+    store(target, to + 32, c)
+    store(target, to + 48, d)
+
+
+@part
 def copy(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
     """Copy ``count`` float32."""
     whole = count // 16 * 16
