@@ -54,23 +54,20 @@ def multiply_bfloat16(words: Any) -> None:
 def _multiply(words: Any, x: Array, y: Array) -> None:
     """Write ``Y = X W^T``.
 
-    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; packed
-    ``[tiles, columns, 64]``; use: 0 to pack every tile into the one tile of this part, ``packed[part]``, 1 to pack x
-    into ``packed`` and leave it there, 2 if ``packed`` holds x already; height, width, panels, ends and index of the
-    blocks; values; scratch ``[parts, 512, 64]``.
+    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; a packed
+    tile of x, scratch ``[parts, columns, 64]``; height, width, panels, ends and index of the blocks; values; scratch
+    ``[parts, 512, 64]``.
     """
     x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
-    height, width, panels = number(words, 13), number(words, 14), number(words, 15)
-    ends, blocks, values, scratch = ints(words, 16), ints(words, 17), floats(words, 18), floats(words, 19)
+    columns, rows, packed = number(words, 9), number(words, 10), floats(words, 11)
+    height, width, panels = number(words, 12), number(words, 13), number(words, 14)
+    ends, blocks, values, scratch = ints(words, 15), ints(words, 16), floats(words, 17), floats(words, 18)
     first, last, index = share(words, tiles(tokens))
-    made = index * PANEL * TILE
+    base, made = index * columns * TILE, index * PANEL * TILE
     for tile in range(first, last):
         token = tile * TILE
         present = min(TILE, tokens - token)
-        base = (index if use == 0 else tile) * columns * TILE
-        if use != 2:
-            pack(x, token * x_step, x_step, present, columns, packed, base)
+        pack(x, token * x_step, x_step, present, columns, packed, base)
         _tile(
             *(packed, base, present, height, width, panels, ends, blocks, blocks, False),
             *(values, rows, scratch, made, y, token * y_step, y_step),
@@ -146,36 +143,38 @@ def _tile(
 @Kernel
 def gradients(words: Any) -> None:
     """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
-    _gradients(words, floats(words, 4), floats(words, 5))
+    _gradients(words, floats(words, 4), floats(words, 5), floats(words, 6))
 
 
 @Kernel
 def gradients_bfloat16(words: Any) -> None:
-    """The same for G and dX in bfloat16, passed as uint16."""
-    _gradients(words, shorts(words, 4), shorts(words, 5))
+    """The same for G, dX and X in bfloat16, passed as uint16."""
+    _gradients(words, shorts(words, 4), shorts(words, 5), shorts(words, 6))
 
 
 @part
-def _gradients(words: Any, g: Array, dx: Array) -> None:
-    """Write ``dX = G W`` and ``G^T X`` at the blocks of W, two tiles of tokens at a time.
+def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
+    """Write the gradient of the input and ``G^T X`` at the blocks of W, two tiles of tokens at a time.
 
-    Both products read a tile of G while it is in L2; G is never packed as a whole.
+    Both products read a tile of G while it is in L2; neither G nor X is ever packed as a whole.
 
-    Words: g ``[tokens, rows]``, dx ``[tokens, columns]``, the distances of their rows, tokens, columns, rows; packed g,
-    scratch ``[parts, 2, rows, 64]``; need of dx, 0 or 1; height and width of the blocks of W; panels, ends, index and
-    order of the blocks of the transpose; values; scratch ``[parts, 512, 64]``; need of the values' gradient; packed x
-    ``[tiles, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums ``[parts, nnz]``.
+    Words: g ``[tokens, rows]``, dx and x ``[tokens, columns]``, the distances of their rows, tokens, columns, rows;
+    need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, 2, rows, 64]``; height and width of
+    the blocks of W; panels, ends, index and order of the blocks of the transpose; values; scratch ``[parts, 512, 64]``;
+    packed x, scratch ``[parts, 2, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums
+    ``[parts, nnz]``.
     """
-    g_step, dx_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed, need_dx = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
-    height, width = number(words, 13), number(words, 14)
-    t_panels, t_ends, t_index, t_order = number(words, 15), ints(words, 16), ints(words, 17), ints(words, 18)
-    values, scratch, need_values, x = floats(words, 19), floats(words, 20), number(words, 21), floats(words, 22)
-    panels, ends, index, nnz = number(words, 23), ints(words, 24), ints(words, 25), number(words, 26)
-    sums = floats(words, 27)
+    g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
+    columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
+    g_packed, height, width = floats(words, 15), number(words, 16), number(words, 17)
+    t_panels, t_ends, t_index, t_order = number(words, 18), ints(words, 19), ints(words, 20), ints(words, 21)
+    values, scratch, x_packed = floats(words, 22), floats(words, 23), floats(words, 24)
+    panels, ends, index, nnz = number(words, 25), ints(words, 26), ints(words, 27), number(words, 28)
+    sums = floats(words, 29)
     first, last, part_index = share(words, (tiles(tokens) + 1) // 2)
     g_tile, x_tile = rows * TILE, columns * TILE
-    base, made, own = 2 * part_index * g_tile, part_index * PANEL * TILE, part_index * nnz
+    g_base, x_base = 2 * part_index * g_tile, 2 * part_index * x_tile
+    made, own = part_index * PANEL * TILE, part_index * nnz
     if need_values:
         clear(sums, own, own + nnz)
     for pair in range(first, last):
@@ -183,16 +182,20 @@ def _gradients(words: Any, g: Array, dx: Array) -> None:
         for half in range(many):
             token = (2 * pair + half) * TILE
             present = min(TILE, tokens - token)
-            at = base + half * g_tile
-            pack(g, token * g_step, g_step, present, rows, packed, at)
+            at = g_base + half * g_tile
+            pack(g, token * g_step, g_step, present, rows, g_packed, at)
             if need_dx:
                 _tile(
-                    *(packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True),
+                    *(g_packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True),
                     *(values, columns, scratch, made, dx, token * dx_step, dx_step),
                 )
         if need_values:
+            for half in range(many):
+                token = (2 * pair + half) * TILE
+                present = min(TILE, tokens - token)
+                pack(x, token * x_step, x_step, present, columns, x_packed, x_base + half * x_tile)
             _sums(
-                *(packed, base, g_tile, x, 2 * pair * x_tile, x_tile, many),
+                *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
                 *(height, width, panels, ends, index, rows, sums, own),
             )
 

@@ -74,21 +74,18 @@ def multiply_bfloat16(words: Any) -> None:
 def _multiply(words: Any, x: Array, y: Array) -> None:
     """Write ``Y = X W^T``.
 
-    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; packed
-    ``[tiles, columns + 1, 64]``; use: 0 to pack every tile into the one tile of this part, ``packed[part]``, 1 to pack
-    x into ``packed`` and leave it there, 2 if ``packed`` holds x already; width, chunks, ends, offsets and values of
-    the layout; scratch ``[parts, rows, 64]``.
+    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; a packed
+    tile of x, scratch ``[parts, columns + 1, 64]``; width, chunks, ends, offsets and values of the layout; scratch
+    ``[parts, rows, 64]``.
     """
     x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed, use = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
-    width, chunks, ends, offsets = number(words, 13), number(words, 14), ints(words, 15), shorts(words, 16)
-    values, scratch = floats(words, 17), floats(words, 18)
+    columns, rows, packed = number(words, 9), number(words, 10), floats(words, 11)
+    width, chunks, ends, offsets = number(words, 12), number(words, 13), ints(words, 14), shorts(words, 15)
+    values, scratch = floats(words, 16), floats(words, 17)
     first, last, index = share(words, tiles(tokens))
-    made = index * rows * TILE
+    base, made = index * (columns + 1) * TILE, index * rows * TILE
     for tile in range(first, last):
-        base = (index if use == 0 else tile) * (columns + 1) * TILE
-        if use != 2:
-            _pack_tile(x, tile, x_step, tokens, columns, packed, base)
+        _pack_tile(x, tile, x_step, tokens, columns, packed, base)
         present = min(TILE, tokens - tile * TILE)
         _tile(packed, base, present, width, chunks, ends, offsets, values, rows, scratch, made)
         unpack(scratch, made, present, rows, y, tile * TILE * y_step, y_step)
@@ -135,78 +132,56 @@ def _tile(
 
 
 @Kernel
-def pack_all(words: Any) -> None:
-    """Pack a matrix as `multiply` does.
-
-    Words: x ``[tokens, columns]``, the distance of its rows, tokens, columns, packed ``[tiles, columns + spare, 64]``,
-    spare: 1, or 0 without the feature more that blanks point at.
-    """
-    _pack_all(words, floats(words, 4))
-
-
-@Kernel
-def pack_all_bfloat16(words: Any) -> None:
-    """The same for x in bfloat16, passed as uint16."""
-    _pack_all(words, shorts(words, 4))
-
-
-@part
-def _pack_all(words: Any, x: Array) -> None:
-    step, tokens, columns, packed = number(words, 5), number(words, 6), number(words, 7), floats(words, 8)
-    spare = number(words, 9)
-    first, last, _ = share(words, tiles(tokens))
-    for tile in range(first, last):
-        token, to = tile * TILE, tile * (columns + spare) * TILE
-        pack(x, token * step, step, min(TILE, tokens - token), columns, packed, to)
-        clear(packed, to + columns * TILE, to + (columns + spare) * TILE)
-
-
-@Kernel
 def gradients(words: Any) -> None:
     """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
-    _gradients(words, floats(words, 4), floats(words, 5))
+    _gradients(words, floats(words, 4), floats(words, 5), floats(words, 6))
 
 
 @Kernel
 def gradients_bfloat16(words: Any) -> None:
-    """The same for G and dX in bfloat16, passed as uint16."""
-    _gradients(words, shorts(words, 4), shorts(words, 5))
+    """The same for G, dX and X in bfloat16, passed as uint16."""
+    _gradients(words, shorts(words, 4), shorts(words, 5), shorts(words, 6))
 
 
 @part
-def _gradients(words: Any, g: Array, dx: Array) -> None:
+def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
     """Write ``dX = G W`` and ``G^T X`` at the nonzeros of W, ``TOGETHER`` tiles of tokens at a time.
 
-    Both products read a tile of G while it is in L2; G is never packed as a whole.
+    Both products read a tile of G while it is in L2; neither G nor X is ever packed as a whole.
 
-    Words: g ``[tokens, rows]``, dx ``[tokens, columns]``, the distances of their rows, tokens, columns, rows; packed g,
-    scratch ``[parts, TOGETHER, rows + 1, 64]``; need of dx, 0 or 1; width, chunks, ends, offsets and values of the
-    layout of the transpose of W; scratch ``[parts, columns, 64]``; need of the values' gradient; packed x
-    ``[tiles, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums ``[parts, stored]``,
-    in the order of that layout.
+    Words: g ``[tokens, rows]``, dx and x ``[tokens, columns]``, the distances of their rows, tokens, columns, rows;
+    need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, TOGETHER, rows + 1, 64]``; width,
+    chunks, ends, offsets and values of the layout of the transpose of W; scratch ``[parts, columns, 64]``; packed x,
+    scratch ``[parts, TOGETHER, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums
+    ``[parts, stored]``, in the order of that layout.
     """
-    g_step, dx_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed, need_dx = number(words, 9), number(words, 10), floats(words, 11), number(words, 12)
-    t_width, t_chunks, t_ends = number(words, 13), number(words, 14), ints(words, 15)
-    t_offsets, t_values, scratch = shorts(words, 16), floats(words, 17), floats(words, 18)
-    need_values, x, width, chunks = number(words, 19), floats(words, 20), number(words, 21), number(words, 22)
-    ends, offsets, stored, sums = ints(words, 23), shorts(words, 24), number(words, 25), floats(words, 26)
+    g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
+    columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
+    g_packed, t_width, t_chunks = floats(words, 15), number(words, 16), number(words, 17)
+    t_ends, t_offsets, t_values = ints(words, 18), shorts(words, 19), floats(words, 20)
+    scratch, x_packed, width, chunks = floats(words, 21), floats(words, 22), number(words, 23), number(words, 24)
+    ends, offsets, stored, sums = ints(words, 25), shorts(words, 26), number(words, 27), floats(words, 28)
     first, last, index = share(words, tiles(tokens))
     g_tile, x_tile, own = (rows + 1) * TILE, (columns + 1) * TILE, index * stored
-    base, made = index * TOGETHER * g_tile, index * columns * TILE
+    g_base, x_base, made = index * TOGETHER * g_tile, index * TOGETHER * x_tile, index * columns * TILE
     if need_values:
         clear(sums, own, own + stored)
     for tile in range(first, last, TOGETHER):
         many = min(TOGETHER, last - tile)
         for one in range(many):
-            at, token = base + one * g_tile, (tile + one) * TILE
-            _pack_tile(g, tile + one, g_step, tokens, rows, packed, at)
+            at, token = g_base + one * g_tile, (tile + one) * TILE
+            _pack_tile(g, tile + one, g_step, tokens, rows, g_packed, at)
             if need_dx:
                 present = min(TILE, tokens - token)
-                _tile(packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
+                _tile(g_packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
                 unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
         if need_values:
-            _sums(packed, base, g_tile, x, tile * x_tile, x_tile, many, rows, width, chunks, ends, offsets, sums, own)
+            for one in range(many):
+                _pack_tile(x, tile + one, x_step, tokens, columns, x_packed, x_base + one * x_tile)
+            _sums(
+                *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
+                *(rows, width, chunks, ends, offsets, sums, own),
+            )
 
 
 @part

@@ -42,22 +42,26 @@ class BsrBackend(CpuBackend):
             return f"computes block patterns; blocks of {pattern.block[0]}x{pattern.block[1]} have {sides}"
         return None
 
-    def forward(
-        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
         bsr, threads, rows = _kernels().bsr, torch.get_num_threads(), with_whole_rows(x)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
         blocks = _blocks(pattern)
-        use, packed = self.packed(x, shared, pattern, keep, threads)
         multiply = bsr.multiply if x.dtype == torch.float32 else bsr.multiply_bfloat16
         multiply(
             threads,
-            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features, packed, use),
-            *(blocks.height, blocks.width, blocks.panels, blocks.ends, blocks.index),
+            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
+            *(
+                scratch(threads, in_features, TILE),
+                blocks.height,
+                blocks.width,
+                blocks.panels,
+                blocks.ends,
+                blocks.index,
+            ),
             *(in_float32(values), scratch(threads, bsr.PANEL, TILE)),
         )
-        return y, self.kept_of(use, packed, x)
+        return y, x.new_empty(0)
 
     def backward(
         self,
@@ -70,6 +74,7 @@ class BsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         bsr, threads, rows = _kernels().bsr, torch.get_num_threads(), with_whole_rows(g)
+        inputs = with_whole_rows(x) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         blocks = _blocks(pattern)
@@ -82,10 +87,10 @@ class BsrBackend(CpuBackend):
         gradients = bsr.gradients if g.dtype == torch.float32 else bsr.gradients_bfloat16
         gradients(
             threads,
-            *(rows, grad_x, rows.stride(0), in_features, tokens, in_features, out_features),
-            *(scratch(threads, 2, out_features, TILE), int(need_x), blocks.height, blocks.width),
+            *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
+            *(int(need_x), int(need_values), scratch(threads, 2, out_features, TILE), blocks.height, blocks.width),
             *(turned.panels, turned.ends, turned.index, order, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
-            *(int(need_values), kept, blocks.panels, blocks.ends, blocks.index, pattern.nnz, sums),
+            *(scratch(threads, 2, in_features, TILE), blocks.panels, blocks.ends, blocks.index, pattern.nnz, sums),
         )
         if not need_values:
             return grad_x, values.new_empty(0)

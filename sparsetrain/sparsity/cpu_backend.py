@@ -10,20 +10,14 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 
 TILE = 64  # tokens of a tile of the kernels, known without importing a compiler
 _DTYPES = (torch.float32, torch.bfloat16)
-# What `forward` does about the packed input: see `sparsetrain.kernels.csr`.
-_PACK_EACH, _PACK_AND_KEEP, _PACKED = 0, 1, 2
 
 
 class CpuBackend(Backend):
     """Takes float32 and bfloat16 on a CPU, sums in float32, on as many threads as torch has.
 
-    Keeps the input packed into tiles of tokens, in float32, in place of the input. Subclasses define `unsuited`,
-    `forward` and `backward`.
+    Keeps nothing but the input for the backward pass, which packs a tile of it again: that costs less than writing all
+    tiles to memory on the way forward and reading them back. Subclasses define `unsuited`, `forward` and `backward`.
     """
-
-    needs_input = False
-    keeps_input = True
-    spare = 0  # features of a packed tile beyond those of the input
 
     def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
         if device.type != "cpu":
@@ -39,38 +33,14 @@ class CpuBackend(Backend):
         raise NotImplementedError
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return self.forward(x, x.new_empty(0), values, pattern, keep=False)[0]
+        return self.forward(x, values, pattern, keep=False)[0]
 
     def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         return self.backward(g, g, values, g.new_empty(0), pattern, need_x=True, need_values=False)[0]
 
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        from sparsetrain.kernels import csr
-
-        packed, rows = self.kept(x, pattern), with_whole_rows(x)
-        pack = csr.pack_all if x.dtype == torch.float32 else csr.pack_all_bfloat16
-        pack(torch.get_num_threads(), rows, rows.stride(0), *x.shape, packed, self.spare)
-        values = x.new_empty(pattern.nnz)
-        return self.backward(g, x, values, packed, pattern, need_x=False, need_values=True)[1]
-
-    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        tiles = (x.shape[0] + TILE - 1) // TILE
-        return x.new_empty((tiles, x.shape[1] + self.spare, TILE), dtype=torch.float32, device="cpu")
-
-    def packed(
-        self, x: Tensor, shared: Tensor, pattern: SparsityPattern, keep: bool, threads: int
-    ) -> tuple[int, Tensor]:
-        """Return what a kernel is to do about the packed input, as it is told, and the memory for it."""
-        if shared.numel():
-            return _PACKED, shared
-        if keep:
-            return _PACK_AND_KEEP, self.kept(x, pattern)
-        return _PACK_EACH, scratch(threads, x.shape[1] + self.spare, TILE)
-
-    @staticmethod
-    def kept_of(use: int, packed: Tensor, x: Tensor) -> Tensor:
-        """Return what `forward` keeps after it did what `packed` said."""
-        return packed if use == _PACK_AND_KEEP else x.new_empty(0)
+        nothing = x.new_empty(0)
+        return self.backward(g, x, x.new_empty(pattern.nnz), nothing, pattern, need_x=False, need_values=True)[1]
 
 
 def in_float32(values: Tensor) -> Tensor:

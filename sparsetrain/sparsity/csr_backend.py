@@ -33,16 +33,13 @@ class CsrBackend(CpuBackend):
     """
 
     name = "csr"
-    spare = 1  # zeros, for the blanks of `sparsetrain.kernels.layout`
 
     def unsuited(self, pattern: SparsityPattern) -> str | None:
         if pattern.block != (1, 1):
             return f"computes unstructured patterns; this one has blocks of {pattern.block[0]}x{pattern.block[1]}"
         return None
 
-    def forward(
-        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
         csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(x)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
@@ -50,14 +47,13 @@ class CsrBackend(CpuBackend):
         ordered, plain = scratch(layout.stored), in_float32(values)
         few = enough(threads, pattern.nnz)
         csr.gather_runs(few, plain, pattern.row_ptr, layout.ends, layout.chunks, out_features, ordered)
-        use, packed = self.packed(x, shared, pattern, keep, threads)
         multiply = csr.multiply if x.dtype == torch.float32 else csr.multiply_bfloat16
         multiply(
             threads,
-            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features, packed, use),
-            *(*layout.words, ordered, scratch(threads, out_features, TILE)),
+            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
+            *(scratch(threads, in_features + 1, TILE), *layout.words, ordered, scratch(threads, out_features, TILE)),
         )
-        return y, self.kept_of(use, packed, x)
+        return y, x.new_empty(0)
 
     def backward(
         self,
@@ -70,6 +66,7 @@ class CsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(g)
+        inputs = with_whole_rows(x) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         layout = turned = _layout(pattern)
@@ -85,9 +82,10 @@ class CsrBackend(CpuBackend):
         gradients = csr.gradients if g.dtype == torch.float32 else csr.gradients_bfloat16
         gradients(
             threads,
-            *(rows, grad_x, rows.stride(0), in_features, tokens, in_features, out_features),
-            *(scratch(threads, csr.TOGETHER, out_features + self.spare, TILE), int(need_x), *turned.words, ordered),
-            *(scratch(threads, in_features, TILE), int(need_values), kept, *layout.words, layout.stored, sums),
+            *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
+            *(int(need_x), int(need_values), scratch(threads, csr.TOGETHER, out_features + 1, TILE)),
+            *(*turned.words, ordered, scratch(threads, in_features, TILE)),
+            *(scratch(threads, csr.TOGETHER, in_features + 1, TILE), *layout.words, layout.stored, sums),
         )
         if not need_values:
             return grad_x, values.new_empty(0)

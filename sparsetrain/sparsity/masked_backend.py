@@ -26,9 +26,7 @@ class MaskedBackend(Backend):
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
         return pattern.gather(g.t() @ x)
 
-    def forward(
-        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
         pattern.keep_positions()
         dense = pattern.scatter(values)
         return F.linear(x, dense), dense if keep else x.new_empty(0)

@@ -21,15 +21,10 @@ class Backend:
     """Three contractions over a pattern, and how forward and backward share work between them.
 
     Subclasses define `matmul`, `matmul_t` and `sampled`, and that is enough. One that can reuse in the backward pass
-    what the forward pass computed (a packed input, a scattered matrix) defines `forward`, `kept_shape` and `backward`
-    too.
+    what the forward pass computed (a scattered matrix) defines `forward`, `kept` and `backward` too.
     """
 
     name: str
-    # Whether the backward pass reads the input itself. One that keeps a form of its own leaves the input to be freed.
-    needs_input = True
-    # Whether what `forward` keeps depends on the input alone, so that layers with the same input can share it.
-    keeps_input = False
 
     def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
         """Return why this backend cannot compute with such values, or None."""
@@ -47,14 +42,10 @@ class Backend:
         """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
         raise NotImplementedError
 
-    def forward(
-        self, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool
-    ) -> tuple[Tensor, Tensor]:
-        """Return ``x @ W.T`` and whatever `backward` wants kept (an empty tensor for nothing).
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return ``x @ W.T`` and whatever `backward` wants kept beside x (an empty tensor for nothing).
 
         Args:
-            shared: what another layer kept of the same x, or an empty tensor; never given unless ``keeps_input``. It
-                is not returned again.
             keep: whether `backward` may follow.
         """
         return self.matmul(x, values, pattern), x.new_empty(0)
@@ -75,7 +66,7 @@ class Backend:
     ) -> tuple[Tensor, Tensor]:
         """Return ``g @ W`` and the values of ``g.T @ x``; an empty tensor for one that is not needed.
 
-        ``x`` is empty unless ``needs_input``; ``kept`` is what `forward` kept, for this layer or another one.
+        ``x`` is empty unless ``need_values``; ``kept`` is what `forward` kept.
         """
         return (
             self.matmul_t(g, values, pattern) if need_x else g.new_empty(0),
@@ -174,7 +165,6 @@ def _find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: li
 @torch.library.custom_op("sparsetrain::sparse_linear", mutates_args=())
 def _sparse_linear(
     x: Tensor,
-    shared: Tensor,
     values: Tensor,
     row_ptr: Tensor,
     col: Tensor,
@@ -184,13 +174,12 @@ def _sparse_linear(
     layout: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(x, shared, values, _find(layout, row_ptr, col, shape, block), keep)
+    return BACKENDS[backend].forward(x, values, _find(layout, row_ptr, col, shape, block), keep)
 
 
 @_sparse_linear.register_fake
 def _(
     x: Tensor,
-    shared: Tensor,
     values: Tensor,
     row_ptr: Tensor,
     col: Tensor,
@@ -200,7 +189,7 @@ def _(
     layout: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    kept = BACKENDS[backend].kept(x, _LAYOUTS[layout]) if keep and shared.numel() == 0 else x.new_empty(0)
+    kept = BACKENDS[backend].kept(x, _LAYOUTS[layout]) if keep else x.new_empty(0)
     return x.new_empty(x.shape[0], shape[0]), kept
 
 
@@ -246,22 +235,21 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, shared, values, row_ptr, col, *rest, _keep = inputs
+    x, values, row_ptr, col, *rest, _keep = inputs
     # Else autograd makes zeros of the size of `kept`, as its gradient.
     ctx.set_materialize_grads(False)
-    kept = shared if shared.numel() else output[1]
-    # A backend that keeps the input in its own form has no use for the input itself, which may then be freed.
-    ctx.save_for_backward(x if BACKENDS[rest[2]].needs_input else x.new_empty(0), values.detach(), kept, row_ptr, col)
+    x = x if ctx.needs_input_grad[1] else x.new_empty(0)
+    ctx.save_for_backward(x, values.detach(), output[1], row_ptr, col)
     ctx.rest = rest
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
     if g is None:
-        return (None,) * 10
-    need_x, need_values = ctx.needs_input_grad[0], ctx.needs_input_grad[2]
+        return (None,) * 9
+    need_x, need_values = ctx.needs_input_grad[:2]
     grad_x, grad_values = _sparse_linear_backward(g.contiguous(), *ctx.saved_tensors, *ctx.rest, need_x, need_values)
-    return (grad_x if need_x else None, None, grad_values if need_values else None, *[None] * 7)
+    return (grad_x if need_x else None, grad_values if need_values else None, *[None] * 7)
 
 
 def _refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
@@ -276,23 +264,21 @@ class _Direct(torch.autograd.Function):
     """`_sparse_linear` without its custom op, which spends some half a millisecond a step on itself."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, shared: Tensor, values: Tensor, pattern: SparsityPattern, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        y, kept = BACKENDS[backend].forward(x, shared, values, pattern, keep=True)
+    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> tuple[Tensor, Tensor]:
+        y, kept = BACKENDS[backend].forward(x, values, pattern, keep=True)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(kept)
         ctx.pattern, ctx.backend = pattern, backend
-        given = x if BACKENDS[backend].needs_input else x.new_empty(0)
+        given = x if ctx.needs_input_grad[1] else x.new_empty(0)
         # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
-        ctx.save_for_backward(given, values.detach(), shared if shared.numel() else kept)
+        ctx.save_for_backward(given, values.detach(), kept)
         return y, kept
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 5
-        need_x, _, need_values, *_ = ctx.needs_input_grad
+            return (None,) * 4
+        need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = (tensor.detach() for tensor in ctx.saved_tensors)
         g, pattern = g.contiguous(), ctx.pattern
         if torch.is_grad_enabled():
@@ -303,7 +289,7 @@ class _Direct(torch.autograd.Function):
             grads = _sparse_linear_backward(g, x, values, kept, *place, need_x, need_values)
         else:
             grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
-        return (grads[0] if need_x else None, None, grads[1] if need_values else None, None, None)
+        return (grads[0] if need_x else None, grads[1] if need_values else None, None, None)
 
 
 def _place(pattern: SparsityPattern, backend: str) -> tuple[Any, ...]:
@@ -342,45 +328,20 @@ def sparse_linear(
         raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
     if values.shape != (pattern.nnz,):
         raise UserError(f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros")
-    given = x
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
     rows = x.reshape(-1, x.shape[-1])
     chosen = resolve_backend(backend, pattern, rows.shape[0], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
-    shared = _shared(given, x.dtype, chosen) if keep and values.requires_grad else None
-    held = x.new_empty(0) if shared is None else shared
     if _dispatched(x, values):
-        y, kept = _sparse_linear(rows, held, values, *_place(pattern, chosen), keep)
+        y, _ = _sparse_linear(rows, values, *_place(pattern, chosen), keep)
     elif keep:
-        y, kept = _Direct.apply(rows, held, values, pattern, chosen)
+        y, _ = _Direct.apply(rows, values, pattern, chosen)
     else:
-        y, kept = BACKENDS[chosen].forward(rows, held, values, pattern, keep=False)
-    if keep and shared is None:
-        _share(given, x.dtype, chosen, kept)
+        y, _ = BACKENDS[chosen].forward(rows, values, pattern, keep=False)
     y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
-
-
-# Layers that read the same activation (gate and up; separate q, k and v) share what a backend keeps of it. It hangs on
-# the activation itself, so nothing outlives it and nothing else can hit it; only results of other operations are
-# given one, which are gone with the graph of their step.
-_KEPT = "_sparsetrain_kept"
-
-
-def _shared(x: Tensor, dtype: torch.dtype, backend: str) -> Tensor | None:
-    """Return what another layer kept of x with this backend and type, unless x has changed since."""
-    if torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input:
-        return None
-    version, *key, kept = getattr(x, _KEPT, (None, None, None, None))
-    return kept if version == x._version and key == [dtype, backend] else None
-
-
-def _share(x: Tensor, dtype: torch.dtype, backend: str, kept: Tensor) -> None:
-    if torch.compiler.is_compiling() or not BACKENDS[backend].keeps_input or not kept.numel() or x.grad_fn is None:
-        return
-    setattr(x, _KEPT, (x._version, dtype, backend, kept))
 
 
 def _autocast(tensor: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ import scipy.sparse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsetrain.kernels import bsr, csr
+from sparsetrain.kernels import bsr
 from sparsetrain.kernels.blocks import build_blocks, build_turned
-from sparsetrain.kernels.tiles import TILE, tiles
+from sparsetrain.kernels.tiles import TILE
 
 Array = Any
 BLOCKS = [(16, 16), (4, 4), (8, 8), (32, 32), (64, 64), (4, 16), (16, 4), (64, 4), (5, 7), (6, 9), (33, 13), (4, 63)]
@@ -56,7 +56,7 @@ def matrix_of(block: tuple[int, int], rows: int, columns: int, density: float, s
 
 
 def products(
-    matrix: Matrix, x: Array, g: Array, threads: int = 1, use: int = 1, poison: float = np.nan
+    matrix: Matrix, x: Array, g: Array, threads: int = 1, poison: float = np.nan
 ) -> tuple[Array, Array, Array]:
     """Return ``x @ W.T``, ``g @ W`` and the gradient of the values; everything is filled with ``poison`` before."""
     (rows, columns), (height, width) = matrix.shape, matrix.block
@@ -69,24 +69,20 @@ def products(
         return np.full(shape, poison if dtype == np.float32 else 0x7FC0, dtype)
 
     y, dx = empty(tokens, rows, dtype=x.dtype), empty(tokens, columns, dtype=g.dtype)
-    packed = empty(tiles(tokens) if use else threads, columns, TILE)
     scratch = empty(threads, bsr.PANEL, TILE)
     multiply = bsr.multiply if wide else bsr.multiply_bfloat16
     multiply(
         threads,
-        *(x, y, x_step, rows, tokens, columns, rows, packed, use),
+        *(x, y, x_step, rows, tokens, columns, rows, empty(threads, columns, TILE)),
         *(height, width, plain.panels, plain.ends, plain.index, matrix.values, scratch),
     )
-    if not use:
-        packed = empty(tiles(tokens), columns, TILE)
-        (csr.pack_all if wide else csr.pack_all_bfloat16)(threads, x, x_step, tokens, columns, packed, 0)
     sums, gradient = np.zeros((threads, nnz), np.float32), empty(nnz)
     gradients = bsr.gradients if wide else bsr.gradients_bfloat16
     gradients(
         threads,
-        *(g, dx, g_step, columns, tokens, columns, rows, empty(threads, 2, rows, TILE), 1, height, width),
-        *(turned.panels, turned.ends, turned.index, turned.order, matrix.values, scratch),
-        *(1, packed, plain.panels, plain.ends, plain.index, nnz, sums),
+        *(g, dx, x, g_step, columns, x_step, tokens, columns, rows, 1, 1, empty(threads, 2, rows, TILE)),
+        *(height, width, turned.panels, turned.ends, turned.index, turned.order, matrix.values, scratch),
+        *(empty(threads, 2, columns, TILE), plain.panels, plain.ends, plain.index, nnz, sums),
     )
     bsr.add_parts(threads, sums, threads, nnz, gradient)
     return y, dx, gradient
@@ -112,9 +108,9 @@ def bound(size: Array) -> Array:
     return 2e-6 * 4 * np.maximum(size, 1e-3)
 
 
-def check(matrix: Matrix, tokens: int, threads: int = 1, use: int = 1) -> None:
+def check(matrix: Matrix, tokens: int, threads: int = 1) -> None:
     x, g = data(matrix, tokens)
-    ours = products(matrix, x, g, threads, use)
+    ours = products(matrix, x, g, threads)
     for mine, (theirs, size) in zip(ours, exact(matrix, x, g), strict=True):
         assert mine.shape == theirs.shape
         assert np.all(np.abs(mine - theirs) <= bound(size))
@@ -133,14 +129,13 @@ def test_every_kind_of_block_matches_scipy(block: tuple[int, int], tokens: int) 
     density=st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]),
     tokens=st.integers(1, 300),
     threads=st.integers(1, 3),
-    use=st.sampled_from([0, 1]),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None)
 def test_the_three_products_match_scipy(
-    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, use: int, seed: int
+    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, seed: int
 ) -> None:
-    check(matrix_of(block, rows, columns, density, seed), tokens, threads, use)
+    check(matrix_of(block, rows, columns, density, seed), tokens, threads)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 192])

@@ -225,27 +225,20 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypa
         assert not writable
 
 
-def problem(tokens: int = 200, columns: int = 48) -> tuple[Any, ...]:
-    x = np.random.default_rng(0).standard_normal((tokens, columns), dtype=np.float32)
-    tiles = -(-tokens // 64)
-    padded = np.zeros((tiles * 64, columns), np.float32)
-    padded[:tokens] = x
-    return x, padded.reshape(tiles, 64, columns).transpose(0, 2, 1)
-
-
 Runner = Callable[[int], np.ndarray]
 
 
 @pytest.fixture
 def runner() -> tuple[Runner, np.ndarray]:
-    x, expected = problem()
+    draw = np.random.default_rng(0)
+    values, order = draw.standard_normal(10_007, dtype=np.float32), draw.permutation(10_007).astype(np.int32)
 
     def run(threads: int) -> np.ndarray:
-        packed = np.full(expected.shape, np.nan, np.float32)
-        csr.pack_all(threads, x, x.shape[1], len(x), x.shape[1], packed, 0)
-        return packed
+        target = np.full(len(order), np.nan, np.float32)
+        csr.gather(threads, values, order, len(order), target)
+        return target
 
-    return run, expected
+    return run, values[order]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 9])

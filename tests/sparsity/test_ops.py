@@ -117,8 +117,8 @@ def test_gradcheck_in_float64(block: tuple[int, int], device: torch.device) -> N
 
 
 def arguments(pattern: SparsityPattern, x: Tensor, values: Tensor, backend: str = "masked") -> tuple[Any, ...]:
-    shape, block, nothing = list(pattern.shape), list(pattern.block), x.detach().new_empty(0)
-    return x, nothing, values, pattern.row_ptr, pattern.col, shape, block, backend, ops.layout_id(pattern), True
+    shape, block = list(pattern.shape), list(pattern.block)
+    return x, values, pattern.row_ptr, pattern.col, shape, block, backend, ops.layout_id(pattern), True
 
 
 @pytest.mark.parametrize("backend", ["masked", "csr"])
@@ -134,7 +134,7 @@ def test_opcheck_of_forward_and_backward(transposed: bool, backend: str, device:
     torch.library.opcheck(ops._sparse_linear, call)
     kept = ops._sparse_linear(*call)[1].detach()
     for needs in ((True, True), (False, True), (True, False)):
-        detached = (g, x.detach(), values.detach(), kept, *call[3:9], *needs)
+        detached = (g, x.detach(), values.detach(), kept, *call[2:8], *needs)
         torch.library.opcheck(ops._sparse_linear_backward, detached)
 
 
@@ -316,7 +316,7 @@ def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
     assert loops.calls == ["matmul", "matmul_t", "sampled"]
     torch.testing.assert_close(*results)
     call = arguments(layer.pattern, x.detach()[0], layer.values.detach())
-    torch.library.opcheck(ops._sparse_linear, (*call[:7], "loops", *call[8:]))
+    torch.library.opcheck(ops._sparse_linear, (*call[:6], "loops", *call[7:]))
 
 
 def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> None:

@@ -87,10 +87,10 @@ def test_opcheck_of_forward_and_backward(transposed: bool) -> None:
     x = torch.randn(columns, 5, device=DEVICE).t() if transposed else torch.randn(5, columns, device=DEVICE)
     values, g = torch.randn(pattern.nnz, device=DEVICE), torch.randn(5, rows, device=DEVICE)
     place = (pattern.row_ptr, pattern.col, list(pattern.shape), list(pattern.block), "triton", ops.layout_id(pattern))
-    torch.library.opcheck(ops._sparse_linear, (x.requires_grad_(), values.requires_grad_(), *place))
-    packed = torch.empty(0, device=DEVICE)
+    torch.library.opcheck(ops._sparse_linear, (x.requires_grad_(), values.requires_grad_(), *place, True))
+    kept = torch.empty(0, device=DEVICE)
     for needs in ((True, True), (False, True), (True, False)):
-        call = (g, x.detach(), values.detach(), packed, *place, *needs)
+        call = (g, x.detach(), values.detach(), kept, *place, *needs)
         torch.library.opcheck(ops._sparse_linear_backward, call)
 
 
