@@ -151,19 +151,19 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
 
     Words: g ``[tokens, rows]``, dx and x ``[tokens, columns]``, the distances of their rows, tokens, columns, rows;
     need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, TOGETHER, rows + 1, 64]``; width,
-    chunks, ends, offsets and values of the layout of the transpose of W; scratch ``[parts, columns, 64]``; packed x,
-    scratch ``[parts, TOGETHER, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums
+    chunks, ends, offsets and values of the layout of the transpose of W; a tile of dx and then packed x, scratch
+    ``[parts, TOGETHER, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums
     ``[parts, stored]``, in the order of that layout.
     """
     g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
     columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
     g_packed, t_width, t_chunks = floats(words, 15), number(words, 16), number(words, 17)
     t_ends, t_offsets, t_values = ints(words, 18), shorts(words, 19), floats(words, 20)
-    scratch, x_packed, width, chunks = floats(words, 21), floats(words, 22), number(words, 23), number(words, 24)
-    ends, offsets, stored, sums = ints(words, 25), shorts(words, 26), number(words, 27), floats(words, 28)
+    scratch, width, chunks = floats(words, 21), number(words, 22), number(words, 23)
+    ends, offsets, stored, sums = ints(words, 24), shorts(words, 25), number(words, 26), floats(words, 27)
     first, last, index = share(words, tiles(tokens))
     g_tile, x_tile, own = (rows + 1) * TILE, (columns + 1) * TILE, index * stored
-    g_base, x_base, made = index * TOGETHER * g_tile, index * TOGETHER * x_tile, index * columns * TILE
+    g_base, x_base = index * TOGETHER * g_tile, index * TOGETHER * x_tile
     if need_values:
         clear(sums, own, own + stored)
     for tile in range(first, last, TOGETHER):
@@ -173,13 +173,13 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
             _pack_tile(g, tile + one, g_step, tokens, rows, g_packed, at)
             if need_dx:
                 present = min(TILE, tokens - token)
-                _tile(g_packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, made)
-                unpack(scratch, made, present, columns, dx, token * dx_step, dx_step)
+                _tile(g_packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values, columns, scratch, x_base)
+                unpack(scratch, x_base, present, columns, dx, token * dx_step, dx_step)
         if need_values:
             for one in range(many):
-                _pack_tile(x, tile + one, x_step, tokens, columns, x_packed, x_base + one * x_tile)
+                _pack_tile(x, tile + one, x_step, tokens, columns, scratch, x_base + one * x_tile)
             _sums(
-                *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
+                *(g_packed, g_base, g_tile, scratch, x_base, x_tile, many),
                 *(rows, width, chunks, ends, offsets, sums, own),
             )
 

@@ -84,8 +84,8 @@ class CsrBackend(CpuBackend):
             threads,
             *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
             *(int(need_x), int(need_values), scratch(threads, csr.TOGETHER, out_features + 1, TILE)),
-            *(*turned.words, ordered, scratch(threads, in_features, TILE)),
-            *(scratch(threads, csr.TOGETHER, in_features + 1, TILE), *layout.words, layout.stored, sums),
+            *(*turned.words, ordered, scratch(threads, csr.TOGETHER, in_features + 1, TILE)),
+            *(*layout.words, layout.stored, sums),
         )
         if not need_values:
             return grad_x, values.new_empty(0)
