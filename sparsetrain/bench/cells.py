@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -78,6 +81,18 @@ def plan(config: BenchConfig) -> list[Cell]:
     return cells
 
 
+def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
+    """Return the cells in the groups that are timed in the same rounds: a series of `NNZ` or `TOKENS`, or one cell.
+
+    A line is fitted through a series. What slows the machine for a minute would bend it, were the points one by one.
+    """
+    groups: list[tuple[Cell, ...]] = []
+    for (part, _), several in itertools.groupby(cells, lambda cell: (cell.part, cell.threads)):
+        alike = tuple(several)
+        groups += [alike] if part in (NNZ, TOKENS) else [(cell,) for cell in alike]
+    return groups
+
+
 def effort(cell: Cell, config: BenchConfig) -> float:
     """Return about how long a cell takes beside others, for the time left."""
     if cell.in_features is not None and cell.out_features is not None:
@@ -89,22 +104,45 @@ def effort(cell: Cell, config: BenchConfig) -> float:
     return size * len(cell.contenders) / cell.threads
 
 
-def measure(cell: Cell, config: BenchConfig) -> dict[str, Any]:
-    """Return everything that is measured of a cell, as plain values.
+def measure(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
+    """Return everything that is measured of the cells of a group, as plain values.
 
     Returns:
-        ``asdict(cell)`` without the contenders, and ``results`` by contender: ``forward_seconds`` and
+        For each, ``asdict(cell)`` without the contenders, and ``results`` by contender: ``forward_seconds`` and
         ``step_seconds``, an entry a round, ``calls`` in each, ``note``, and memory where it can be known. ``skipped``
         holds a reason for each contender that could not be measured; ``profile`` is of the reference model.
     """
-    with with_threads(cell.threads):
-        run = _measure_model if cell.part in (MODEL, REFERENCE) else _measure_layer
-        found = run(cell, config)
-    described = {key: value for key, value in asdict(cell).items() if key != "contenders"}
-    return {**described, **found}
+    with with_threads(cells[0].threads):
+        if cells[0].part in (MODEL, REFERENCE):
+            found = [_measure_model(cell, config) for cell in cells]
+        else:
+            found = _measure_layers(cells, config)
+    return [
+        {key: value for key, value in asdict(cell).items() if key != "contenders"} | values
+        for cell, values in zip(cells, found, strict=True)
+    ]
 
 
-def _measure_layer(cell: Cell, config: BenchConfig) -> dict[str, Any]:
+def _measure_layers(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
+    """Return the results of layers that take turns, all contenders of all cells."""
+    made = [_contenders(cell, config) for cell in cells]
+    works = {(number, name): entry.work for number, (entries, _) in enumerate(made) for name, entry in entries.items()}
+    # Of different sizes, none is the measure of how long another may take.
+    patience = config.patience if len(cells) == 1 else math.inf
+    times = interleaved(works, config.repeats, config.least_seconds, patience)
+    found = []
+    for number, (entries, skipped) in enumerate(made):
+        results = {}
+        for name, entry in entries.items():
+            taken = times[number, name]
+            memory = measure_memory(entry) if config.memory and not taken.given_up else {}
+            results[name] = _result(taken, entry.note) | {"stored_weights": entry.stored} | memory
+        found.append({"results": results, "skipped": skipped})
+    return found
+
+
+def _contenders(cell: Cell, config: BenchConfig) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Return the contenders of a layer that compute the right thing here, and why the others do not."""
     assert cell.in_features is not None
     assert cell.out_features is not None
     assert cell.sparsity is not None
@@ -120,13 +158,7 @@ def _measure_layer(cell: Cell, config: BenchConfig) -> dict[str, Any]:
             entries[name] = entry
         except Skipped as reason:
             skipped[name] = str(reason)
-    works = {name: entry.work for name, entry in entries.items()}
-    times = interleaved(works, config.repeats, config.least_seconds, config.patience)
-    results = {}
-    for name, entry in entries.items():
-        memory = measure_memory(entry) if config.memory and not times[name].given_up else {}
-        results[name] = _result(times[name], entry.note) | {"stored_weights": entry.stored} | memory
-    return {"results": results, "skipped": skipped}
+    return entries, skipped
 
 
 def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsetrain.bench.cells import Cell, effort, measure, plan
+from sparsetrain.bench.cells import Cell, effort, measure, plan, together
 from sparsetrain.bench.config import BenchConfig
 from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
@@ -87,23 +87,27 @@ def _measure_all(
         _say(console, f"bench: {len(cells) - len(todo)} of {len(cells)} cells already measured in {directory}")
     started = time.monotonic()
     left = total = sum(effort(cell, config) for cell in todo)
-    for number, cell in enumerate(todo):
+    number = 0
+    for group in together(todo):
         spent = time.monotonic() - started
         if config.max_seconds is not None and spent > config.max_seconds:
             _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells to go; run it again")
             return False
         # Until something was measured there is nothing to tell the time by.
         eta = f"  ETA {duration(spent * left / (total - left))}" if left < total else ""
-        with console.status(f"[{number + 1}/{len(todo)}] {cell.title}{eta}"):
-            found = measure(cell, config)
-        left -= effort(cell, config)
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        with console.status(f"[{number + 1}/{len(todo)}] {group[0].title}{more}{eta}"):
+            results = measure(group, config)
+        left -= sum(effort(cell, config) for cell in group)
         done = time.monotonic() - started
         remaining = duration(done * left / (total - left)) if left > 0 else "0 s"
-        _say(console, f"[{number + 1}/{len(todo)}] {cell.title}: {_gist(found)}  ETA {remaining}")
-        # Measured again beside other contenders: the newer one counts.
-        for key in [key for key in values["cells"] if key.rpartition(" ")[0] == cell.title]:
-            del values["cells"][key]
-        values["cells"][cell.key] = found
+        for cell, found in zip(group, results, strict=True):
+            number += 1
+            _say(console, f"[{number}/{len(todo)}] {cell.title}: {_gist(found)}  ETA {remaining}")
+            # Measured again beside other contenders: the newer one counts.
+            for key in [key for key in values["cells"] if key.rpartition(" ")[0] == cell.title]:
+                del values["cells"][key]
+            values["cells"][cell.key] = found
         write_json(directory / BENCH, values)
     return True
 

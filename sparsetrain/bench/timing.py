@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 _MOST_CALLS = 1000
+_Name = TypeVar("_Name", bound=Hashable)
 
 
 @dataclass
@@ -51,8 +52,8 @@ def run_once(work: Work) -> tuple[float, float]:
 
 
 def interleaved(
-    works: Mapping[str, Work], repeats: int, least_seconds: float = 0.0, patience: float = math.inf
-) -> dict[str, Times]:
+    works: Mapping[_Name, Work], repeats: int, least_seconds: float = 0.0, patience: float = math.inf
+) -> dict[_Name, Times]:
     """Return the times of all ``works``, measured in rounds.
 
     In each round every contender runs once, or as often as takes ``least_seconds`` (an entry is then the mean over
@@ -60,7 +61,7 @@ def interleaved(
     Of one that takes more than ``patience`` times as long as the first of ``works``, the second of these two calls is
     all there is: `Times.given_up`.
     """
-    times: dict[str, Times] = {}
+    times: dict[_Name, Times] = {}
     limit = math.inf
     for name, work in works.items():
         run_once(work)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from sparsetrain.bench import BenchConfig, bench, cells, run
 from sparsetrain.bench.peers import missing
+from sparsetrain.bench.timing import interleaved
 from sparsetrain.cli import main
 from sparsetrain.config import load
 from sparsetrain.report.bench import BENCH, rows_of
@@ -137,11 +139,11 @@ def test_an_interrupted_bench_keeps_its_cells_and_goes_on(
     words = ["bench", *tiny(tmp_path / "run", "what=layers")]
     measured: list[str] = []
 
-    def stopping(cell: cells.Cell, config: BenchConfig) -> dict[str, Any]:
+    def stopping(group: Sequence[cells.Cell], config: BenchConfig) -> list[dict[str, Any]]:
         if measured:
             raise KeyboardInterrupt
-        measured.append(cell.key)
-        return cells.measure(cell, config)
+        measured.extend(cell.key for cell in group)
+        return cells.measure(group, config)
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "measure", stopping)
@@ -152,6 +154,22 @@ def test_an_interrupted_bench_keeps_its_cells_and_goes_on(
     assert main(words) == 0
     assert "1 of 2 cells already measured" in capsys.readouterr().out
     assert read(tmp_path / "run")["complete"]
+
+
+def test_the_points_of_a_series_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One after the other, what slows the machine for a minute would bend the line that is fitted through them.
+    rounds: list[list[Any]] = []
+
+    def watched(works: Any, *rest: Any) -> Any:
+        rounds.append(list(works))
+        return interleaved(works, *rest)
+
+    monkeypatch.setattr(cells, "interleaved", watched)
+    assert main(["bench", *tiny(tmp_path / "run", "what=scaling")]) == 0
+    config = read(tmp_path / "run")["config"]
+    points = [len(config["scaling"][name]) for name in ("sparsities", "token_counts")]
+    assert [len(names) for names in rounds] == [2 * count for count in points]
+    assert [{name for _, name in names} for names in rounds] == [{"dense", "masked"}] * 2
 
 
 def test_a_bench_can_be_made_in_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
