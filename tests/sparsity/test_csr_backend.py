@@ -299,13 +299,15 @@ def test_autocast_matches_the_dense_layer() -> None:
     assert layer.values.grad.dtype == torch.float32
 
 
-def test_a_compiled_model_equals_an_eager_one() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_compiled_model_equals_an_eager_one(frozen: bool) -> None:
     torch.compiler.reset()
     model = nn.Sequential(
         SparseLinear(64, 48, density=0.3, seed=0, backend="csr"),
         nn.GELU(),
         SparseLinear(48, 8, density=0.5, seed=1, backend="csr"),
     )
+    model[2].values.requires_grad_(not frozen)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     x = torch.randn(70, 64)
     gradients = []
