@@ -1,9 +1,8 @@
-"""The cells of a bench: what is measured together in one go, each a unit of progress and of resuming."""
+"""The cells of a bench: what is compared with each other, and which of them are measured in one go."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -127,9 +126,8 @@ def _measure_layers(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str
     """Return the results of layers that take turns, all contenders of all cells."""
     made = [_contenders(cell, config) for cell in cells]
     works = {(number, name): entry.work for number, (entries, _) in enumerate(made) for name, entry in entries.items()}
-    # Of different sizes, none is the measure of how long another may take.
-    patience = config.patience if len(cells) == 1 else math.inf
-    times = interleaved(works, config.repeats, config.least_seconds, patience)
+    beside = {key: (key[0], DENSE) for key in works}
+    times = interleaved(works, config.repeats, config.least_seconds, config.patience, beside)
     found = []
     for number, (entries, skipped) in enumerate(made):
         results = {}

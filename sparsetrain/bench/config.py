@@ -97,7 +97,7 @@ class BenchConfig:
         patience: what takes more than so many times as long as dense is timed once only (bfloat16 on a processor
             that has no instructions for it).
         memory: whether to measure bytes per nonzero and peak activation memory too.
-        max_seconds: start no new cell after so long; the same command goes on. Null for no limit.
+        max_seconds: start no new cell, or series of them, after so long; the same command goes on. Null for no limit.
         seed: of weights, masks and inputs.
         run_dir: where the results go; null for a directory below ``runs_dir`` named by the configuration.
     """

@@ -52,7 +52,8 @@ class BenchResult:
 def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
     """Measure what the configuration asks for, show it, and write ``bench.json``, ``results.csv`` and ``bench.png``.
 
-    Each finished cell is kept at once; the same command skips those that were measured on this machine with this code.
+    Each finished cell, or series of them, is kept at once; the same command skips those that were measured on this
+    machine with this code.
 
     Raises:
         UserError: a directory that is in use, cannot be written, or holds measurements of other settings or of
@@ -81,14 +82,15 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
 def _measure_all(
     cells: list[Cell], values: dict[str, Any], config: BenchConfig, directory: Path, console: Console
 ) -> bool:
-    """Measure the cells that are not there yet, keeping each; return whether all are."""
-    todo = [cell for cell in cells if cell.key not in values["cells"]]
+    """Measure the cells that are not there yet, and all of a series of which any is not; return whether all are."""
+    whole = [group for group in together(cells) if any(cell.key not in values["cells"] for cell in group)]
+    todo = [cell for group in whole for cell in group]
     if len(todo) < len(cells):
         _say(console, f"bench: {len(cells) - len(todo)} of {len(cells)} cells already measured in {directory}")
     started = time.monotonic()
     left = total = sum(effort(cell, config) for cell in todo)
     number = 0
-    for group in together(todo):
+    for group in whole:
         spent = time.monotonic() - started
         if config.max_seconds is not None and spent > config.max_seconds:
             _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells to go; run it again")

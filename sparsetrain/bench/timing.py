@@ -52,26 +52,28 @@ def run_once(work: Work) -> tuple[float, float]:
 
 
 def interleaved(
-    works: Mapping[_Name, Work], repeats: int, least_seconds: float = 0.0, patience: float = math.inf
+    works: Mapping[_Name, Work],
+    repeats: int,
+    least_seconds: float = 0.0,
+    patience: float = math.inf,
+    beside: Mapping[_Name, _Name] | None = None,
 ) -> dict[_Name, Times]:
     """Return the times of all ``works``, measured in rounds.
 
     In each round every contender runs once, or as often as takes ``least_seconds`` (an entry is then the mean over
     these calls); the order rotates from round to round. Two calls before the first round warm up and are not counted.
-    Of one that takes more than ``patience`` times as long as the first of ``works``, the second of these two calls is
-    all there is: `Times.given_up`.
+    Of one that takes more than ``patience`` times as long as the first of ``works``, or as the one before it that
+    ``beside`` says, the second of these two calls is all there is: `Times.given_up`.
     """
     times: dict[_Name, Times] = {}
-    limit = math.inf
+    longest: dict[_Name, float] = {}
     for name, work in works.items():
         run_once(work)
         # The second call: the first one may compile, or build what is built once.
         forward, whole = run_once(work)
-        longest = max(whole, 1e-9)
-        if not times:
-            limit = patience * longest
-        times[name] = Times(calls=min(_MOST_CALLS, max(1, math.ceil(least_seconds / longest))))
-        if longest > limit:
+        longest[name] = max(whole, 1e-9)
+        times[name] = Times(calls=min(_MOST_CALLS, max(1, math.ceil(least_seconds / longest[name]))))
+        if longest[name] > patience * longest[beside[name] if beside else next(iter(works))]:
             times[name] = Times([forward], [] if work.backward is None else [whole], given_up=True)
     order = [name for name in works if not times[name].given_up]
     for turn in range(repeats):

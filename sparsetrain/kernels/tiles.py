@@ -1,8 +1,7 @@
 """Between token-major matrices and feature-major tiles of tokens.
 
 A tile holds 64 tokens: ``[features, 64]``, so that one weight meets 64 neighbouring values of its input feature, which
-stay in L1 for a block of features. A packed matrix is its tiles one after the other, ``[tiles, features, 64]``; in the
-last one, tokens beyond the end are zero.
+stay in L1 for a block of features. In the last tile of a matrix, tokens beyond the end are zero.
 
 Matrices are passed flat, with the distance between their rows; their elements are float32, or bfloat16 as uint16.
 Tiles are float32.

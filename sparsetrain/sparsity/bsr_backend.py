@@ -90,7 +90,14 @@ class BsrBackend(CpuBackend):
             *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
             *(int(need_x), int(need_values), scratch(threads, 2, out_features, TILE), blocks.height, blocks.width),
             *(turned.panels, turned.ends, turned.index, order, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
-            *(scratch(threads, 2, in_features, TILE), blocks.panels, blocks.ends, blocks.index, pattern.nnz, sums),
+            *(
+                scratch(threads, 2 * int(need_values), in_features, TILE),
+                blocks.panels,
+                blocks.ends,
+                blocks.index,
+                pattern.nnz,
+                sums,
+            ),
         )
         if not need_values:
             return grad_x, values.new_empty(0)

@@ -1,4 +1,4 @@
-"""What the backends that compute on a CPU by `sparsetrain.kernels` have in common: packed inputs, types, memory."""
+"""What the backends that compute on a CPU by `sparsetrain.kernels` have in common: types, and memory."""
 
 from __future__ import annotations
 

@@ -170,6 +170,10 @@ def test_the_points_of_a_series_take_turns(tmp_path: Path, monkeypatch: pytest.M
     points = [len(config["scaling"][name]) for name in ("sparsities", "token_counts")]
     assert [len(names) for names in rounds] == [2 * count for count in points]
     assert [{name for _, name in names} for names in rounds] == [{"dense", "masked"}] * 2
+    # One point more: all of its series again, and nothing of the other.
+    more = [0.25, *config["scaling"]["sparsities"]]
+    assert main(["bench", *tiny(tmp_path / "run", "what=scaling", f"scaling.sparsities={more}")]) == 0
+    assert [len(names) for names in rounds[2:]] == [2 * len(more)]
 
 
 def test_a_bench_can_be_made_in_slices(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,6 +122,10 @@ def test_rounds_take_turns_and_short_work_is_repeated() -> None:
     assert all(len(entry.step) == len(entry.forward) == 3 for entry in times.values())
     assert interleaved(works, 1, least_seconds=1e-4)["a"].calls > 1
     assert interleaved({"a": Work(lambda: None)}, 2)["a"].step == []
+    beside = {"a": "a", "b": "a", "c": "b"}
+    pauses = {"a": 0.0, "b": 0.1, "c": 0.1}
+    three = {name: Work(lambda pause=pause: time.sleep(pause)) for name, pause in pauses.items()}
+    assert [entry.given_up for entry in interleaved(three, 3, 0.0, 4.0, beside).values()] == [False, True, False]
     slow = interleaved({"a": Work(lambda: None), "b": Work(lambda: time.sleep(0.01))}, 5, patience=2.0)
     assert (len(slow["a"].forward), len(slow["b"].forward), slow["b"].given_up) == (5, 1, True)
     assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0, 2.0, 3.0])) == (2.0, 2.5)

@@ -71,7 +71,7 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.testing.assert_close(mine, other)
 
 
-def test_layers_with_one_input_share_their_packed_copy_with_the_same_bits() -> None:
+def test_layers_with_one_input_and_with_copies_of_it_have_the_same_bits() -> None:
     patterns = [pattern_of((16, 16)), pattern_of((4, 8), 9, 12)]
     leaf = torch.randn(130, 96, requires_grad=True)
     values = [torch.randn(pattern.nnz, requires_grad=True) for pattern in patterns]

@@ -128,6 +128,8 @@ def test_strided_inputs_match_their_copies() -> None:
     wide = torch.randn(70, 90)
     for x in (wide[:, 20:50], wide[:, ::3], wide[:30, :70].t(), wide[:1, :30].expand(70, 30), wide[::2, :30]):
         assert torch.equal(BACKEND.matmul(x, values, pattern), BACKEND.matmul(x.contiguous(), values, pattern))
+        g = torch.randn(len(x), 40)
+        assert torch.equal(BACKEND.sampled(g, x, pattern), BACKEND.sampled(g, x.contiguous(), pattern))
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
