@@ -51,15 +51,8 @@ class BsrBackend(CpuBackend):
         multiply(
             threads,
             *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
-            *(
-                scratch(threads, in_features, TILE),
-                blocks.height,
-                blocks.width,
-                blocks.panels,
-                blocks.ends,
-                blocks.index,
-            ),
-            *(in_float32(values), scratch(threads, bsr.PANEL, TILE)),
+            *(scratch(threads, in_features, TILE), blocks.height, blocks.width, blocks.panels, blocks.ends),
+            *(blocks.index, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
         )
         return y, x.new_empty(0)
 
@@ -74,7 +67,7 @@ class BsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         bsr, threads, rows = _kernels().bsr, torch.get_num_threads(), with_whole_rows(g)
-        inputs = with_whole_rows(x) if need_values else rows
+        inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         blocks = _blocks(pattern)
@@ -90,14 +83,8 @@ class BsrBackend(CpuBackend):
             *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
             *(int(need_x), int(need_values), scratch(threads, 2, out_features, TILE), blocks.height, blocks.width),
             *(turned.panels, turned.ends, turned.index, order, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
-            *(
-                scratch(threads, 2 * int(need_values), in_features, TILE),
-                blocks.panels,
-                blocks.ends,
-                blocks.index,
-                pattern.nnz,
-                sums,
-            ),
+            *(scratch(threads, 2 * int(need_values), in_features, TILE), blocks.panels, blocks.ends),
+            *(blocks.index, pattern.nnz, sums),
         )
         if not need_values:
             return grad_x, values.new_empty(0)

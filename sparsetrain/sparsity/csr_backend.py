@@ -66,7 +66,7 @@ class CsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(g)
-        inputs = with_whole_rows(x) if need_values else rows
+        inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         layout = turned = _layout(pattern)
