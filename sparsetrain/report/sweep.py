@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file
@@ -261,7 +262,7 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
     labels = labels_of(lines, extra)
     order = list(dict.fromkeys(labels))
     with styled():
-        figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.2), layout="constrained")
+        figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.6), layout="constrained")
         grid = figure.subplots(1, len(schemes) + 2)
         for index, scheme in enumerate(schemes):
             axes = grid[index]
@@ -270,7 +271,7 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
             axes.set_title(scheme)
             for line, label in zip(lines, labels, strict=True):
                 if line.scheme == scheme:
-                    _curve(axes, line, label, order.index(label))
+                    _curve(axes, line, order.index(label))
             axes.set_xlabel(x)
             axes.set_xscale("log", base=2)
             axes.tick_params(axis="x", labelrotation=60)
@@ -278,17 +279,33 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
             axes.grid(True)
         grid[0].set_ylabel("validation loss, nats")
         _fit(grid[0], lines)
-        grid[0].legend(fontsize=7)
         _shifts(grid[-2], lines, labels, order, schemes)
         _transfer(grid[-1], lines, labels, order, schemes)
+        # Above the panels: inside one a legend would lie on its points.
+        curves = [Line2D([], [], color=SERIES[place % len(SERIES)], marker="o", ms=3) for place in range(len(order))]
+        figure.legend(curves, order, loc="outside upper left", ncols=4, fontsize=7)
+        bounds = any(line.shift is not None and line.shift.at_least for line in lines)
+        figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=4, fontsize=7)
         save_png(figure, path)
 
 
-def _curve(axes: Axes, line: Line, label: str, index: int) -> None:
+def _keys(schemes: Sequence[str], bounds: bool) -> list[Line2D]:
+    """Return what the two panels on the right are explained by, bounds among it if there are any."""
+    looks = [(SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]) for index in range(len(schemes))]
+    keys = [
+        Line2D([], [], color=colour, marker=marker, ms=5, label=scheme)
+        for (colour, marker), scheme in zip(looks, schemes, strict=True)
+    ]
+    own = Line2D([], [], color=MUTED, marker="o", ms=5, ls="--", mfc="none", label="own best")
+    bound = Line2D([], [], color=MUTED, marker="^", ms=8, ls="", mfc="none", label="shift: at least")
+    return [*keys, own, bound] if bounds else [*keys, own]
+
+
+def _curve(axes: Axes, line: Line, index: int) -> None:
     colour = SERIES[index % len(SERIES)]
     means = line.curve.filled().mean(axis=1)
     shown = np.isfinite(means)
-    axes.plot(2 ** line.curve.log2[shown], means[shown], color=colour, marker="o", ms=3, lw=1.2, label=label)
+    axes.plot(2 ** line.curve.log2[shown], means[shown], color=colour, marker="o", ms=3, lw=1.2)
     for seed in range(len(line.curve.seeds)):
         axes.plot(2**line.curve.log2, line.curve.losses[:, seed], "o", color=colour, ms=2, alpha=0.4)
     found = line.optimum
@@ -321,8 +338,6 @@ def _shifts(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: lis
             axes.plot(place, line.shift.steps, marker, color=colour, ms=5)
             if line.shift.interval is not None and all(map(math.isfinite, line.shift.interval)):
                 axes.plot([place, place], line.shift.interval, color=colour, lw=1.4)
-        axes.plot([], [], marker, color=colour, label=scheme)
-    axes.legend(title="open: at least", fontsize=7, title_fontsize=7)
     _named(axes, order)
 
 
@@ -335,14 +350,14 @@ def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: l
         # Measured like the other line: the vertex of a parabola would lie below it by construction.
         best = [float(line.curve.filled().mean(axis=1).min()) for line in own.values()]
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-        axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4, label=f"{scheme}, base's")
-        axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none", label=f"{scheme}, own")
-    axes.legend(fontsize=7)
+        axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4)
+        axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none")
     _named(axes, order)
 
 
 def _named(axes: Axes, order: list[str]) -> None:
-    axes.set_xticks(range(len(order)), order, rotation=60, ha="right", rotation_mode="anchor")
+    names = [name.replace(", ", ",\n") for name in order]
+    axes.set_xticks(range(len(order)), names, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(order) - 0.5)
     axes.grid(True)
 
