@@ -260,6 +260,20 @@ def screen() -> Console:
     return Console(file=io.StringIO(), width=200)
 
 
+@pytest.fixture
+def shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], notes: Path, questions: Path
+) -> Any:
+    """A `shell.Shell`: ``shell.run(WORDS)`` is ``sparsetrain WORDS`` in a directory of its own."""
+    from shell import Shell
+
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by a sweep, and here put back afterwards
+    return Shell(home, capfd, notes, questions)
+
+
 TritonCases = Callable[[Path, str], None]
 
 

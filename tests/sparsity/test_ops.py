@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import K, M, arguments, assert_matches_dense, inputs, pattern_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import (
-    Backend,
-    SparseLinear,
-    SparsityPattern,
-    backend_names,
-    ops,
-    register_backend,
-    sparse_linear,
-)
-from sparsetrain.sparsity.masked_backend import MaskedBackend
-
-K, M = 12, 10
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_linear
 
 
 @st.composite
@@ -38,29 +26,6 @@ def problems(draw: st.DrawFn) -> tuple[SparsityPattern, tuple[int, ...], int]:
     mask = tiles.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
     leading = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
     return SparsityPattern.from_mask(mask, block), leading, draw(st.integers(0, 2**31))
-
-
-def pattern_of(rows: int = M, columns: int = K, density: float = 0.4, seed: int = 0) -> SparsityPattern:
-    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
-    mask[0, 0] = True
-    return SparsityPattern.from_mask(mask)
-
-
-def inputs(pattern: SparsityPattern, *leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, values and bias that want gradients, and a gradient of the output."""
-    rows, columns = pattern.shape
-    made = [torch.randn(*shape, dtype=dtype) for shape in ((*leading, columns), (pattern.nnz,), (rows,))]
-    g = torch.randn(*leading, rows, dtype=dtype).to(pattern.device)
-    return *(tensor.to(pattern.device).requires_grad_() for tensor in made), g
-
-
-def assert_matches_dense(pattern: SparsityPattern, x: Tensor, values: Tensor, bias: Tensor | None, g: Tensor) -> None:
-    wanted = [tensor for tensor in (x, values, bias) if tensor is not None]
-    ours = sparse_linear(x, values, pattern, bias)
-    theirs = F.linear(x, pattern.scatter(values), bias)
-    torch.testing.assert_close(ours, theirs)
-    for mine, other in zip(torch.autograd.grad(ours, wanted, g), torch.autograd.grad(theirs, wanted, g), strict=True):
-        torch.testing.assert_close(mine, other)
 
 
 @given(problem=problems(), with_bias=st.booleans())
@@ -114,11 +79,6 @@ def test_gradcheck_in_float64(block: tuple[int, int], device: torch.device) -> N
 
 
 # -- inside torch ----------------------------------------------------------------------------------------------------
-
-
-def arguments(pattern: SparsityPattern, x: Tensor, values: Tensor, backend: str = "masked") -> tuple[Any, ...]:
-    shape, block = list(pattern.shape), list(pattern.block)
-    return x, values, pattern.row_ptr, pattern.col, shape, block, backend, ops.layout_id(pattern), True
 
 
 @pytest.mark.parametrize("backend", ["masked", "csr"])
@@ -260,147 +220,3 @@ def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], nnz: int, mess
     pattern = pattern_of()
     with pytest.raises(UserError, match=message):
         sparse_linear(torch.randn(shape), torch.randn(pattern.nnz + nnz), pattern)
-
-
-# -- backends --------------------------------------------------------------------------------------------------------
-
-
-class Loops(Backend):
-    """Three contractions in the plainest torch, and a list of the calls."""
-
-    name = "loops"
-
-    def __init__(self) -> None:
-        self.calls: list[str] = []
-
-    def _entries(self, pattern: SparsityPattern) -> list[tuple[int, int]]:
-        return [(int(at) // pattern.shape[1], int(at) % pattern.shape[1]) for at in pattern.positions()]
-
-    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        self.calls.append("matmul")
-        y = x.new_zeros(x.shape[0], pattern.shape[0])
-        for value, (row, column) in zip(values, self._entries(pattern), strict=True):
-            y[:, row] += value * x[:, column]
-        return y
-
-    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        self.calls.append("matmul_t")
-        x = g.new_zeros(g.shape[0], pattern.shape[1])
-        for value, (row, column) in zip(values, self._entries(pattern), strict=True):
-            x[:, column] += value * g[:, row]
-        return x
-
-    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        self.calls.append("sampled")
-        return torch.stack([g[:, row] @ x[:, column] for row, column in self._entries(pattern)])
-
-
-@pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
-    monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
-    backend = Loops()
-    register_backend(backend)
-    return backend
-
-
-def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
-    assert backend_names() == ["auto", *ops.BACKENDS]
-    assert backend_names()[-1] == "loops"
-    layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops", dtype=torch.float64)
-    x = torch.randn(2, 3, K, dtype=torch.float64, requires_grad=True)
-    results = []
-    for name in ("loops", "masked"):
-        layer.backend = name
-        output = layer(x)
-        results.append((output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))))
-    assert loops.calls == ["matmul", "matmul_t", "sampled"]
-    torch.testing.assert_close(*results)
-    call = arguments(layer.pattern, x.detach()[0], layer.values.detach())
-    torch.library.opcheck(ops._sparse_linear, (*call[:6], "loops", *call[7:]))
-
-
-def test_frozen_values_and_frozen_inputs_skip_their_gradient(loops: Loops) -> None:
-    layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops")
-    layer(torch.randn(2, K)).sum().backward()
-    assert loops.calls == ["matmul", "sampled"]
-    loops.calls.clear()
-    assert layer.values.grad is not None
-    trained = layer.values.grad.clone()
-    layer.requires_grad_(False)
-    x = torch.randn(2, K, requires_grad=True)
-    layer(x).sum().backward()
-    assert loops.calls == ["matmul", "matmul_t"]
-    assert torch.equal(layer.values.grad, trained)
-    loops.calls.clear()
-    assert not layer(torch.randn(2, K)).requires_grad
-    assert loops.calls == ["matmul"]
-
-
-def test_the_masked_backends_contractions_match_numpy() -> None:
-    backend, pattern = MaskedBackend(), pattern_of()
-    x, values, _, g = (tensor.detach() for tensor in inputs(pattern, 4))
-    dense = pattern.scatter(values).numpy()
-    torch.testing.assert_close(backend.matmul(x, values, pattern), torch.from_numpy(x.numpy() @ dense.T))
-    torch.testing.assert_close(backend.matmul_t(g, values, pattern), torch.from_numpy(g.numpy() @ dense))
-    torch.testing.assert_close(
-        backend.sampled(g, x, pattern), torch.from_numpy((g.numpy().T @ x.numpy())[pattern.mask().numpy()])
-    )
-
-
-def test_bad_backend_names_are_refused() -> None:
-    layer = SparseLinear(K, M, density=0.5, seed=0)
-    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, masked.* \(did you mean 'masked'\?\)"):
-        layer.backend = "maskd"
-    assert layer.backend == "auto"
-    with pytest.raises(UserError, match="'auto' is taken"):
-        register_backend(type("Auto", (Backend,), {"name": "auto"})())
-
-
-# -- the registry of layouts -----------------------------------------------------------------------------------------
-
-
-def test_a_collected_pattern_is_rebuilt_from_its_tensors() -> None:
-    pattern = pattern_of()
-    x, values, _, g = inputs(pattern, 3)
-    call = arguments(pattern, x, values)
-    expected = F.linear(x, pattern.scatter(values))
-    output = ops._sparse_linear(*call)[0]
-    expected_gradients = torch.autograd.grad(expected, (x, values), g)
-    number = call[-2]
-    del pattern
-    gc.collect()
-    assert number not in ops._LAYOUTS
-    torch.testing.assert_close(ops._sparse_linear(*call)[0], expected)
-    torch.testing.assert_close(torch.autograd.grad(output, (x, values), g), expected_gradients)
-
-
-def test_two_layers_never_hit_each_others_layout() -> None:
-    # As many patterns as a run goes through, each collected before the next: a number is never given twice.
-    numbers = []
-    for seed in range(20):
-        pattern = pattern_of(seed=seed)
-        numbers.append(ops.layout_id(pattern))
-        assert ops.layout_id(pattern) == numbers[-1]
-        x, values, bias, g = inputs(pattern, 2)
-        assert_matches_dense(pattern, x, values, bias, g)
-        del pattern
-    assert len(set(numbers)) == 20
-
-
-def test_a_topology_that_changes_between_forward_and_backward_does_not_matter() -> None:
-    layer = SparseLinear(K, M, density=0.5, seed=0, bias=False)
-    x = torch.randn(3, K, requires_grad=True)
-    expected = torch.ones(3, M) @ layer.dense_weight().detach()
-    output = layer(x)
-    pattern = pattern_of(seed=9)
-    layer.set_topology(pattern, torch.randn(pattern.nnz))
-    gc.collect()
-    (gradient,) = torch.autograd.grad(output.sum(), (x,))
-    torch.testing.assert_close(gradient, expected)
-
-
-def test_the_first_call_may_be_compiled() -> None:
-    layer = SparseLinear(16, 16, density=0.5, seed=0)
-    x = torch.randn(3, 16)
-    compiled = torch.compile(layer, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), layer(x))

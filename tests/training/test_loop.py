@@ -1,15 +1,13 @@
-"""The loop against itself: repeated, interrupted, killed, split, diverging; and against losses on file.
+"""The loop against itself: repeated, interrupted, killed, split; and against losses on file.
 
-``python tests/training/test_loop.py`` writes the golden losses anew, after a change that is meant to move them.
+``PYTHONPATH=tests:tests/helpers python tests/training/test_loop.py`` writes the golden losses anew, after a change that
+is meant to move them.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import errno
 import io
 import json
-import math
 import os
 import signal
 import subprocess
@@ -21,63 +19,17 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
+from runs import assert_same_run, on_loss, records, send, tensors
 
-from sparsetrain import files
 from sparsetrain.data import Batch, PackedSamples
-from sparsetrain.errors import UserError
-from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import as_plain, build
-from sparsetrain.training import checkpoint
-from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
-from sparsetrain.training.loop import load_weights
-from sparsetrain.training.metrics import TIMED, read_metrics
-from sparsetrain.training.state import Diverged, Interrupted
+from sparsetrain.training.checkpoint import list_checkpoints
+from sparsetrain.training.state import Interrupted
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 Configure = Callable[..., Any]
-
-
-def records(directory: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run without what the clock says."""
-    found = read_metrics(directory / "metrics.jsonl")
-    return [{key: value for key, value in record.items() if key not in TIMED} for record in found]
-
-
-def tensors(directory: Path) -> dict[str, Tensor]:
-    """Return all tensors of the newest checkpoint, the optimizer's with a prefix."""
-    last = load_checkpoint(directory / "checkpoints")
-    return {**last.model, **{f"optimizer {name}": value for name, value in last.optimizer.tensors.items()}}
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert records(one) == records(other)
-    first, second = tensors(one), tensors(other)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
-def on_loss(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[Tensor], Tensor]) -> None:
-    """Replace the result of the ``call``-th training loss from now on by ``act`` of it."""
-    true_loss, calls = Transformer.loss, 0
-
-    def loss(self: Transformer, *arguments: Any) -> Tensor:
-        nonlocal calls
-        calls += 1
-        value = true_loss(self, *arguments)
-        return act(value) if calls == call else value
-
-    monkeypatch.setattr(Transformer, "loss", loss)
-
-
-def send(number: int) -> Callable[[Tensor], Tensor]:
-    def act(value: Tensor) -> Tensor:
-        os.kill(os.getpid(), number)
-        return value
-
-    return act
 
 
 def test_same_seed_gives_the_same_metrics_and_weights(configure: Configure, tmp_path: Path, screen: Console) -> None:
@@ -215,116 +167,6 @@ def test_clipping_bounds_the_update_and_zero_switches_it_off(
     assert abs(first - last) < 0.05  # gradients far below eps move next to nothing
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_step_the_checkpoint_and_causes(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configure(PretrainConfig, run_dir=tmp_path / "run")
-    with monkeypatch.context() as patch:
-        on_loss(patch, 7, lambda value: value * math.nan)
-        with pytest.raises(Diverged) as caught:
-            pretrain(config, screen)
-    message = str(caught.value)
-    for part in ("loss nan", "at step 7", "step-00000004", "learning rate too high", "warmup", "clip=1", "bf16"):
-        assert part in message
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert (result["status"], result["message"]) == ("diverged", message)
-    assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values() if value.is_floating_point())
-    assert [record["step"] for record in records(tmp_path / "run")][-1] == 6
-    # The same run would end in the same way: it is not taken for one that is done.
-    with pytest.raises(Diverged, match=r"loss nan .*as recorded in .*delete it to try again"):
-        pretrain(config, screen)
-
-
-def test_an_update_that_breaks_the_weights_is_not_saved(configure: Configure, tmp_path: Path, screen: Console) -> None:
-    changes = {"optimizer.lr": 3e38, "optimizer.clip": 0.0, "stage.checkpoint_every": 1, "schedule.warmup": 0.0}
-    with pytest.raises(Diverged, match="after step 1; last good checkpoint: none"):
-        pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
-    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
-
-
-def test_a_model_that_cannot_be_evaluated_has_diverged(configure: Configure, tmp_path: Path, screen: Console) -> None:
-    changes = {
-        "optimizer.lr": 1e25,
-        "optimizer.clip": 0.0,
-        "schedule.warmup": 0.0,
-        "schedule.steps": 1,
-        "stage.checkpoint_every": 0,
-    }
-    with pytest.raises(Diverged, match="val_loss nan after step 1"):
-        pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "whole"), screen)
-    with monkeypatch.context() as patch:
-        on_loss(patch, 9, send(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            pretrain(configure(PretrainConfig, run_dir=tmp_path / "cut"), screen)
-    weights = tmp_path / "cut" / "checkpoints" / "step-00000009" / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[len(content) // 2] ^= 1
-    weights.write_bytes(content)
-    with (tmp_path / "cut" / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 10, "lo')  # and the kill cut a line short
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "cut"), screen)
-    shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert "warning: checkpoint step-00000009 refused: " in shown
-    assert "resuming after step 8 of 12" in shown
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
-
-
-def test_all_checkpoints_damaged_is_an_error_and_nothing_is_lost(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        on_loss(patch, 5, send(signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
-    for manifest in (tmp_path / "run" / "checkpoints").glob("*/manifest.json"):
-        manifest.write_text("{}")
-    before = sorted(path for path in tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=r"has no checkpoint that can be used .*step-00000005 refused"):
-        pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "whole"), screen)
-    true_save = checkpoint.safetensors.torch.save_file
-
-    def full(content: Any, path: Path) -> None:
-        if "step-00000008" in str(path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        true_save(content, path)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint.safetensors.torch, "save_file", full)
-        with pytest.raises(UserError, match=r"step-00000008 could not be saved .*No space left.* free some space"):
-            pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_a_full_disk_at_the_start_leaves_nothing(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = configure(PretrainConfig, run_dir=tmp_path / "deep" / "run")
-
-    def full(path: Path) -> None:
-        if "tokenizer" in path.name:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    pretrain(dataclasses.replace(config, run_dir=str(tmp_path / "first")), screen)  # builds the corpus
-    monkeypatch.setattr(files, "flush", full)
-    with pytest.raises(UserError, match=r"no space left on .*deep/run"):
-        pretrain(config, screen)
-    assert not (tmp_path / "deep").exists()
-
-
 def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(
     configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
@@ -339,37 +181,6 @@ def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(
     kept = tensors(tmp_path / "bf16")
     assert {str(t.dtype) for t in kept.values() if t.is_floating_point()} == {"torch.float32"}
     assert "bf16 autocast: asked for" in screen.file.getvalue()  # type: ignore[attr-defined]
-
-
-def test_a_checkpoint_of_another_shape_is_one_line() -> None:
-    small, large = (Transformer(shape(d_model=width), None) for width in (16, 32))
-    with pytest.raises(UserError, match=r"checkpoint X does not fit this model: .*size mismatch") as caught:
-        load_weights(large, small.state_dict(), "X")
-    assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 600
-
-
-def shape(d_model: int) -> ModelConfig:
-    return ModelConfig(d_model=d_model, n_layers=2, n_heads=2, vocab_size=20, seed=0, sparsity=0.5)
-
-
-@pytest.mark.parametrize("damage", ["column out of range", "columns not sorted", "row pointer decreasing"])
-def test_malformed_indices_in_a_checkpoint_are_one_line(damage: str) -> None:
-    model = Transformer(shape(16), None)
-    stored = {name: value.clone() for name, value in model.state_dict().items()}
-    columns, rows = stored["blocks.1.mlp.up.col"], stored["blocks.1.mlp.up.row_ptr"]
-    if damage == "column out of range":
-        columns[-1] = 16
-    elif damage == "columns not sorted":
-        place = int(rows[(rows.diff() > 1).nonzero()[0, 0]])
-        columns[place : place + 2] = columns[place : place + 2].flip(0)
-    else:
-        rows[1] = rows[2] + 1
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(UserError, match=r"blocks\.1\.mlp\.up") as caught:
-        load_weights(model, stored, "X")
-    assert "\n" not in str(caught.value)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if "up." in name)
 
 
 def test_training_runs_and_resumes_on_every_device(
@@ -404,7 +215,6 @@ def test_on_a_terminal_there_is_a_bar(configure: Configure, tmp_path: Path) -> N
 if __name__ == "__main__":
     import tempfile
 
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     from conftest import write_notes
 
     with tempfile.TemporaryDirectory() as folder:

@@ -1,0 +1,56 @@
+"""Runs compared by what they left, and something that happens at one of their losses."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsetrain.models import Transformer
+from sparsetrain.training.checkpoint import load_checkpoint
+from sparsetrain.training.metrics import TIMED, read_metrics
+
+
+def records(directory: Path) -> list[dict[str, Any]]:
+    """Return the metrics of a run without what the clock says."""
+    found = read_metrics(directory / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in TIMED} for record in found]
+
+
+def tensors(directory: Path) -> dict[str, Tensor]:
+    """Return all tensors of the newest checkpoint, the optimizer's with a prefix."""
+    last = load_checkpoint(directory / "checkpoints")
+    return {**last.model, **{f"optimizer {name}": value for name, value in last.optimizer.tensors.items()}}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert records(one) == records(other)
+    first, second = tensors(one), tensors(other)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def on_loss(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[Tensor], Tensor]) -> None:
+    """Replace the result of the ``call``-th training loss from now on by ``act`` of it."""
+    true_loss, calls = Transformer.loss, 0
+
+    def loss(self: Transformer, *arguments: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        value = true_loss(self, *arguments)
+        return act(value) if calls == call else value
+
+    monkeypatch.setattr(Transformer, "loss", loss)
+
+
+def send(number: int) -> Callable[[Tensor], Tensor]:
+    def act(value: Tensor) -> Tensor:
+        os.kill(os.getpid(), number)
+        return value
+
+    return act
