@@ -58,8 +58,9 @@ class Line:
         curve: its losses. xs: the swept values as the runs have them.
         optimum: where it is lowest, or that it is lowest at an edge.
         shift: from the base, the first curve of the same parameterization; None where the base has no optimum.
-        at_base: losses by seed at the base's optimum; empty where that is not known.
-        cost: of that over this curve's own best measured point.
+        at: the base's optimum, log2; None where that is not known.
+        at_base: losses by seed there; empty where it is not known or outside of this curve's points.
+        cost: of that over the loss at this curve's own optimum.
     """
 
     key: tuple[Any, ...]
@@ -67,6 +68,7 @@ class Line:
     xs: tuple[float, ...]
     optimum: Optimum
     shift: Shift | None
+    at: float | None
     at_base: dict[int, float]
     cost: Gap | None
 
@@ -114,14 +116,19 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
 def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
     if not curve.usable:
         nothing = Optimum(None, "low", math.inf, float(curve.log2[0]), False, None, len(curve.seeds))
-        return Line(key, curve, xs, nothing, None, {}, None)
+        return Line(key, curve, xs, nothing, None, None, {}, None)
     found = optimum(curve)
     if not base.usable:
-        return Line(key, curve, xs, found, None, {}, None)
-    start = optimum(base, 1)
-    at_base = {} if start.log2 is None else losses_at(curve, start.log2)
-    cost = relative_gap(at_base, losses_at(curve, found.best))
-    return Line(key, curve, xs, found, shift(curve, base), at_base, cost)
+        return Line(key, curve, xs, found, None, None, {}, None)
+    at = optimum(base, 1).log2
+    at_base = {} if at is None else losses_at(curve, at)
+    cost = relative_gap(at_base, losses_at(curve, _own(found)))
+    return Line(key, curve, xs, found, shift(curve, base), at, at_base, cost)
+
+
+def _own(found: Optimum) -> float:
+    """Return where a curve is lowest as far as that is known: the best point of the grid at an edge."""
+    return found.best if found.log2 is None else found.log2
 
 
 def _loss(row: Mapping[str, Any]) -> float:
@@ -191,7 +198,7 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
             continue
         for text, losses in (
             ("SP with its base's", other.at_base),
-            ("SP tuned again", losses_at(other.curve, other.optimum.best)),
+            ("SP tuned again", losses_at(other.curve, _own(other.optimum))),
         ):
             gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
             if gap is not None and math.isfinite(gap.relative):
@@ -214,7 +221,7 @@ def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Se
         known = {math.log2(value): value for value in line.xs}
         wanted: dict[tuple[float, ...], list[int]] = {}
         by_seed: dict[int, list[float]] = {}
-        for log2, seed in to_run(line.curve, seeds):
+        for log2, seed in to_run(line.curve, seeds, at=line.at):
             by_seed.setdefault(seed, []).append(known.get(log2, float(f"{2**log2:.6g}")))
         for seed, values in by_seed.items():
             wanted.setdefault(tuple(values), []).append(seed)
@@ -347,8 +354,7 @@ def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: l
         own = {label: line for line, label in zip(lines, labels, strict=True) if line.scheme == scheme}
         places = [order.index(label) for label in own]
         moved = [float(np.mean(list(line.at_base.values()))) if line.at_base else np.nan for line in own.values()]
-        # Measured like the other line: the vertex of a parabola would lie below it by construction.
-        best = [float(line.curve.filled().mean(axis=1).min()) for line in own.values()]
+        best = [line.optimum.loss for line in own.values()]
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
         axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4)
         axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none")

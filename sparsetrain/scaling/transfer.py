@@ -29,6 +29,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.scaling.intervals import LEVEL, half_width
 
 RESAMPLES = 2000
+_NEAR = 1e-9  # log2 of x: closer points are the same
 
 
 class Row(NamedTuple):
@@ -199,10 +200,30 @@ def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None
 
 
 def losses_at(curve: Curve, log2: float) -> dict[int, float]:
-    """Return the measured losses by seed at the grid point nearest to ``log2``."""
-    point = int(np.argmin(np.abs(curve.log2 - log2)))
-    found = zip(curve.seeds, curve.losses[point], strict=True)
-    return {seed: float(loss) for seed, loss in found if not math.isnan(loss)}
+    """Return the losses at ``log2`` by seed, those seeds that ran at the nearest point; empty outside of the grid.
+
+    Between points they are read off the parabola through the nearest point and its neighbours, as the optimum is; off a
+    straight line where one of the three diverged, and infinite where the line has no finite end.
+    """
+    x = curve.log2
+    if not x[0] - _NEAR <= log2 <= x[-1] + _NEAR:
+        return {}
+    nearest = int(np.argmin(np.abs(x - log2)))
+    filled = curve.filled()
+    first = max(0, min(nearest - 1, len(x) - 3))
+    points = np.arange(first, min(first + 3, len(x)))
+    if abs(x[nearest] - log2) <= _NEAR:
+        points = np.array([nearest])
+    elif not np.isfinite(filled[points]).all():
+        points = nearest + np.array([-1, 0] if log2 < x[nearest] else [0, 1])
+    # Lagrange's weights of the points.
+    weights = np.array(
+        [np.prod([(log2 - x[other]) / (x[i] - x[other]) for other in points if other != i]) for i in points]
+    )
+    found = filled[points]
+    losses = weights @ found if np.isfinite(found).all() else np.full(len(curve.seeds), np.inf)
+    ran = ~np.isnan(curve.losses[nearest])
+    return {seed: float(loss) for seed, loss, here in zip(curve.seeds, losses, ran, strict=True) if here}
 
 
 def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
@@ -223,12 +244,13 @@ def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
     return Gap(math.expm1(mean), interval, len(shared))
 
 
-def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[float, int]]:
+def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None = None) -> list[tuple[float, int]]:
     """Return the ``(log2 x, seed)`` points to run next, the cheap way from a coarse grid to an interval.
 
     With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
-    neighbours at those of ``seeds`` that they lack. When they have them all: a point, at all seeds, beyond each end of
-    the grid at which the interval is open; nothing when it is closed.
+    neighbours at those of ``seeds`` that they lack, and the two points around another curve's optimum ``at`` which the
+    loss is wanted, if it is outside of the grid. When they are all there: a point, at all seeds, beyond each end of the
+    grid at which the interval is open; nothing when it is closed.
     """
     found = optimum(curve, 1)
     if found.edge is not None:
@@ -240,6 +262,11 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2) -> list[tuple[fl
     for point in range(center - 1, center + 2):
         have = {seed for seed, loss in zip(curve.seeds, curve.losses[point], strict=True) if not math.isnan(loss)}
         points += [(float(curve.log2[point]), seed) for seed in seeds if seed not in have]
+    if at is not None and not losses_at(curve, at):
+        end = float(curve.log2[0] if at < curve.log2[0] else curve.log2[-1])
+        steps = (at - end) / curve.step
+        around = {math.floor(steps), math.ceil(steps)} - {0}
+        points += [(end + number * curve.step, seed) for number in sorted(around) for seed in seeds]
     interval = None if points else optimum(curve).interval
     if interval is not None and math.isinf(interval[0]):
         points += [(float(curve.log2[0]) - curve.step, seed) for seed in seeds]

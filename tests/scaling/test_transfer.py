@@ -211,10 +211,46 @@ def test_relative_gap_pairs_by_seed_and_names_divergence() -> None:
     assert (diverged.relative, diverged.interval) == (math.inf, None)
 
 
-def test_losses_at_are_those_of_the_nearest_point() -> None:
+def test_losses_at_a_point_are_the_measured_ones() -> None:
     losses = np.array([[2.0, 2.1], [1.0, np.nan], [1.5, 1.6]])
-    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 0.9) == {0: 1.0}
-    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 5.0) == {0: 1.5, 1: 1.6}
+    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 1.0) == {0: 1.0}
+    assert losses_at(curve(losses, [0.0, 1.0, 2.0]), 2.0) == {0: 1.5, 1: 1.6}
+
+
+@pytest.mark.parametrize("at", [-9.0, -8.6, -7.6, -7.2, -6.1, -5.0])
+def test_losses_between_points_are_numpys_parabola_through_the_nearest_three(at: float) -> None:
+    x, rng = np.array([-9.0, -8.0, -7.0, -6.0, -5.0]), np.random.default_rng(0)
+    losses = (x + 7.3)[:, None] ** 2 + rng.uniform(1, 2, (5, 2))
+    first = {-9.0: 0, -8.6: 0, -7.6: 0, -7.2: 1, -6.1: 2, -5.0: 2}[at]
+    near = slice(first, first + 3)
+    found = losses_at(curve(losses, x), at)
+    expected = [float(np.polyval(np.polyfit(x[near], losses[near, seed], 2), at)) for seed in range(2)]
+    assert [found[0], found[1]] == pytest.approx(expected)
+
+
+def test_the_loss_at_a_curves_own_optimum_is_that_of_its_vertex() -> None:
+    one = curve([[3.0, 3.2], [1.2, 1.1], [2.0, 2.4], [5.0, 5.1]], [-8.0, -7.0, -6.0, -5.0])
+    found = optimum(one)
+    assert found.log2 is not None
+    assert np.mean(list(losses_at(one, found.log2).values())) == pytest.approx(found.loss)
+
+
+def test_outside_of_the_grid_no_loss_is_known_and_divergence_is_not_smoothed() -> None:
+    one = curve([2.0, 1.0, 1.5, math.inf], [0.0, 1.0, 2.0, 3.0])
+    assert losses_at(one, 3.5) == losses_at(one, -0.1) == {}
+    assert losses_at(one, 1.75) == pytest.approx({0: 1.375})
+    assert losses_at(one, 2.25) == {0: math.inf}
+    two = curve([2.0, 1.0, math.inf], [0.0, 1.0, 2.0])
+    assert losses_at(two, 0.75) == pytest.approx({0: 1.25})  # a line: the third point diverged
+    assert losses_at(curve([2.0], [0.0]), 0.0) == {0: 2.0}
+
+
+def test_points_around_another_curves_optimum_are_proposed() -> None:
+    full = curve([[3.0, 3.1], [1.0, 1.1], [2.0, 2.1]], [-8.0, -7.0, -6.0])
+    assert to_run(full, (0, 1), at=-7.5) == []
+    assert to_run(full, (0, 1), at=-8.4) == [(-9.0, 0), (-9.0, 1)]
+    assert to_run(full, (0, 1), at=-9.7) == [(-10.0, 0), (-10.0, 1), (-9.0, 0), (-9.0, 1)]
+    assert to_run(full, (0,), at=-4.0) == [(-4.0, 0)]
 
 
 def test_what_to_run_next_extends_an_edge_or_adds_seeds_around_the_minimum() -> None:

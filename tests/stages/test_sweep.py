@@ -107,8 +107,8 @@ def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(ma
         assert line.optimum.interval == pytest.approx((line.optimum.log2, line.optimum.log2))
     shifts = [line.shift.steps for line in lines if line.shift is not None]
     assert shifts == pytest.approx([0.0, 2.0, 0.0, 0.25])
-    # At 0.75: SμPar with the dense optimum -8.25, whose nearest point is -8, SP with its own, -9.
-    supar, sp = loss("supar", 0.75, -8, 0), loss("sp", 0.75, -9, 0)
+    # At 0.75: SμPar with the dense optimum, -8.25, and SP with its own, -9.
+    supar, sp = loss("supar", 0.75, CENTERS["supar", 0.0], 0), loss("sp", 0.75, CENTERS["sp", 0.0], 0)
     said = findings(lines)
     assert said[0] == "sp: the farthest optimum is 2.00 grid steps from the base's."
     gap = f"{100 * (1 - supar / sp):.1f} % below SP with its base's (1 seed)"  # the one that both have there
