@@ -101,8 +101,7 @@ def test_the_number_of_points_in_a_readme_is_that_of_the_sweep(name: str) -> Non
     said = re.findall(r"# (\d+) points", (ROOT / "experiments" / name / "README.md").read_text())
     parsed = OverridesParser.create().parse_overrides(with_sweep("pretrain", [f"experiment={name}"]))
     sizes = [len(list(override.sweep_string_iterator())) for override in parsed if override.is_sweep_override()]
-    if said:
-        assert int(said[0]) == math.prod(sizes)
+    assert [int(number) for number in said] == [math.prod(sizes)]
 
 
 @pytest.mark.parametrize("name", SWEEPS)

@@ -1,4 +1,4 @@
-"""The linearisation slope of CompleteP: linearisation.csv and linearisation.png beside this file, in about two minutes.
+"""The linearisation slope of CompleteP: linearisation.csv and linearisation.png beside this file, in half a minute.
 
     python experiments/completep_depth/linearisation.py
 

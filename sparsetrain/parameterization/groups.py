@@ -121,7 +121,7 @@ def assignment(model: nn.Module) -> Assignment:
     """Return what `assign` recorded.
 
     Raises:
-        UserError: nothing.
+        UserError: the model has not been parameterized.
     """
     recorded = getattr(model, "_sparsetrain_assignment", None)
     if not isinstance(recorded, Assignment):

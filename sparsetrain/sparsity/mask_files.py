@@ -24,7 +24,6 @@ from sparsetrain.sparsity.init import given_pattern
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 SUFFIXES = (".npz", ".safetensors")
-_PARTS = ("row_ptr", "col", "shape", "block")
 _SCIPY = {"format", "shape"}
 
 

@@ -10,6 +10,7 @@ import importlib.util
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
@@ -30,6 +31,22 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+
+    def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
+        kernels = _kernels()
+        if device.type != "cuda" and not kernels.INTERPRETED:
+            return f"computes on a GPU, not on {device}"
+        if dtype not in kernels.DTYPES:
+            allowed = ", ".join(str(one).removeprefix("torch.") for one in kernels.DTYPES)
+            return f"computes {allowed}, not {dtype}"
+        return self._unsuited(pattern)
+
+    def _unsuited(self, pattern: SparsityPattern) -> str | None:
+        bh, bw = pattern.block
+        least, most = _kernels().MIN_BLOCK, _kernels().MAX_BLOCK
+        if least <= bh <= most and least <= bw <= most:
+            return None
+        return f"computes block patterns; blocks of {bh}x{bw} have a side outside {least} to {most}"
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         kernels, layout = self._prepare(pattern, x=(x, pattern.shape[1]), values=(values, None))
@@ -54,12 +71,8 @@ class TritonBackend(Backend):
             tensors: by name, each with the columns it must have; None for the values of the pattern.
         """
         kernels = _kernels()
-        bh, bw = pattern.block
-        least, most = kernels.MIN_BLOCK, kernels.MAX_BLOCK
-        if not (least <= bh <= most and least <= bw <= most):
-            raise UserError(
-                f"backend 'triton' computes block patterns; blocks of {bh}x{bw} have a side outside {least} to {most}"
-            )
+        if reason := self._unsuited(pattern):
+            raise UserError(f"backend 'triton' {reason}")
         for name, (tensor, columns) in tensors.items():
             if tensor.device != pattern.device:
                 raise UserError(f"backend 'triton': {name} is on {tensor.device}, the pattern on {pattern.device}")

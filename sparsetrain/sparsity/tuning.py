@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from sparsetrain.sparsity.auto import FALLBACK, Crossover
 from sparsetrain.sparsity.init import random_pattern
 from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.pattern import SparsityPattern
 
+BLOCKS = {"csr": (1, 1), "bsr": (16, 16)}  # what each backend is measured with
 SIDES, TOKENS = (64, 128, 256, 512, 1024), (16, 64, 256, 2048)
 DENSITIES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 _LEAST_SECONDS = 2e-3  # of one timing: shorter steps are repeated inside it
@@ -64,9 +66,10 @@ def measure(
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Crossover:
-    """Return the crossover table of ``backend`` against ``masked``, measured with each number of ``threads``.
+    """Return the crossover table of ``backend``, one of ``BLOCKS``, against ``masked``.
 
     Args:
+        threads: numbers of threads, each measured.
         progress: called with the cells that are done and all.
     """
     before, done, total = torch.get_num_threads(), 0, len(threads) * len(sides) * len(tokens)
@@ -91,7 +94,7 @@ def _cell(backend: str, side: int, tokens: int, repeats: int) -> float:
     g = torch.randn(tokens, side)
     ratios: list[float] = []
     for density in DENSITIES:
-        layer = _layer(side, density)
+        layer = _layer(side, density, BLOCKS[backend])
         dense = step_seconds(layer, x, g, repeats)
         layer.backend = backend
         ratios.append(step_seconds(layer, x, g, repeats) / dense)
@@ -100,8 +103,9 @@ def _cell(backend: str, side: int, tokens: int, repeats: int) -> float:
     return crossing(DENSITIES, ratios)
 
 
-def _layer(side: int, density: float) -> SparseLinear:
-    pattern = random_pattern((side, side), density, torch.Generator().manual_seed(0))
+def _layer(side: int, density: float, block: tuple[int, int]) -> SparseLinear:
+    coarse = random_pattern((side // block[0], side // block[1]), density, torch.Generator().manual_seed(0))
+    pattern = SparsityPattern((side, side), coarse.row_ptr, coarse.col, block)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
         return SparseLinear(side, side, pattern=pattern, bias=False, backend=FALLBACK, seed=0)

@@ -41,9 +41,7 @@ class CheckSection:
     """What is varied, and what counts as keeping the scale.
 
     Args:
-        axis: ``sparsity`` (of every hidden matrix), ``width`` (d_model, at the d_head of the model section) or
-        ``depth``
-            (n_layers).
+        axis: ``sparsity`` of every hidden matrix, ``width`` (d_model, at the d_head of the model section) or ``depth``.
         values: at least two of them.
         schemes: parameterizations to compare, with the base of the parameterization section.
         seeds: how many; each draws its own weights, masks and batches.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass
@@ -9,12 +10,12 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.auto import Crossover, save
-from sparsetrain.sparsity.tuning import SIDES, TOKENS, measure
+from sparsetrain.sparsity.tuning import BLOCKS, SIDES, TOKENS, measure
 from sparsetrain.stages.run import machine
 
 
@@ -26,7 +27,7 @@ class TuneConfig:
 
     Args:
         threads: numbers of threads to measure with; null for one and all cores.
-        sides: square layers of these sizes. tokens: rows of their inputs.
+        sides: square layers of these sizes, multiples of 16. tokens: rows of their inputs.
         repeats: timings of which the median counts.
     """
 
@@ -40,6 +41,10 @@ class TuneConfig:
             given = getattr(self, name)
             if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
                 raise UserError(f"{name}={given} must be numbers from 1 on, each larger than the one before")
+        largest = math.lcm(*(side for block in BLOCKS.values() for side in block))
+        for side in self.sides or []:
+            if side % largest:
+                raise UserError(f"sides={self.sides} must be multiples of {largest}, the blocks of bsr")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats} must be at least 1")
 
@@ -51,23 +56,29 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("csr against dense", total=None)
+        tables: dict[str, Crossover] = {}
+        for name in BLOCKS:
+            task = progress.add_task(f"{name} against dense", total=None)
 
-        def update(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            def update(done: int, total: int, task: TaskID = task) -> None:
+                progress.update(task, completed=done, total=total)
 
-        table = measure("csr", threads, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update)
-    path = save({"csr": table}, {"machine": machine(torch.device("cpu"))})
-    for index, count in enumerate(threads):
-        console.print(_shown(table, index, count))
+            tables[name] = measure(
+                name, threads, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update
+            )
+    path = save(tables, {"machine": machine(torch.device("cpu"))})
+    for name, table in tables.items():
+        for index, count in enumerate(threads):
+            console.print(_shown(name, table, index, count))
     console.print(f"measured in {time.monotonic() - started:.0f} s; saved in {path}", highlight=False, soft_wrap=True)
     return path
 
 
-def _shown(table: Crossover, index: int, threads: int) -> Table:
+def _shown(name: str, table: Crossover, index: int, threads: int) -> Table:
+    block = "x".join(map(str, BLOCKS[name]))
     shown = Table(
-        title=f"threads: {threads}",
-        caption="csr is faster from this sparsity on",
+        title=f"{name} {block}, threads: {threads}",
+        caption="faster from this sparsity on",
     )
     shown.add_column("side", justify="right")
     for tokens in table.tokens:

@@ -30,18 +30,23 @@ def pattern_of(rows: int, columns: int, density: float, seed: int = 0) -> Sparsi
     return SparsityPattern.from_mask(mask)
 
 
-def bound(terms: int, scale: float) -> float:
-    """Rounding of a sum of products in float32: 2e-6 sqrt(terms) of the size of a term."""
-    return 2e-6 * max(1.0, terms) ** 0.5 * scale
+def bound(size: np.ndarray) -> np.ndarray:
+    """2e-6 sqrt(terms) of a large term, which is four times the root of the mean of the squares."""
+    return 2e-6 * 4 * np.maximum(size, 1e-3)
 
 
-def exact(pattern: SparsityPattern, x: Tensor, values: Tensor, g: Tensor) -> list[np.ndarray]:
-    """Return the three products by scipy's CSR in float64."""
+def exact(pattern: SparsityPattern, x: Tensor, values: Tensor, g: Tensor) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return the three products by scipy's CSR in float64, and the root of the sum of their terms' squares."""
     arrays = (values.double().numpy(), pattern.col.numpy(), pattern.row_ptr.numpy())
     matrix = scipy.sparse.csr_matrix(arrays, shape=pattern.shape)
     wide, wide_g = x.double().numpy(), g.double().numpy()
     rows, columns = matrix.nonzero() if matrix.nnz == matrix.count_nonzero() else _places(pattern)
-    return [(matrix @ wide.T).T, (matrix.T @ wide_g.T).T, np.einsum("ti,ti->i", wide_g[:, rows], wide[:, columns])]
+
+    def products(w: Any, x: np.ndarray, g: np.ndarray) -> list[np.ndarray]:
+        return [(w @ x.T).T, (w.T @ g.T).T, np.einsum("ti,ti->i", g[:, rows], x[:, columns])]
+
+    squares = products(matrix.power(2), wide**2, wide_g**2)
+    return list(zip(products(matrix, wide, wide_g), map(np.sqrt, squares), strict=True))
 
 
 def _places(pattern: SparsityPattern) -> tuple[np.ndarray, np.ndarray]:
@@ -55,9 +60,8 @@ def check(pattern: SparsityPattern, tokens: int, seed: int = 0, dtype: torch.dty
     values = torch.randn(pattern.nnz).to(dtype)
     ours = products(x, values, g, pattern)
     rounding = 0.0 if dtype == torch.float32 else 2.0**-8
-    terms = (columns, rows, tokens)
-    for mine, theirs, count in zip(ours, exact(pattern, x, values, g), terms, strict=True):
-        limit = bound(count, 4.0) + rounding * np.abs(theirs)
+    for mine, (theirs, size) in zip(ours, exact(pattern, x, values, g), strict=True):
+        limit = bound(size) + rounding * np.abs(theirs)
         assert np.all(np.abs(mine.double().numpy() - theirs) <= limit)
 
 
@@ -114,12 +118,12 @@ def test_no_nonzeros_give_zeros() -> None:
 def test_the_plain_contractions_match_scipy() -> None:
     pattern = pattern_of(40, 30, 0.3)
     x, g, values = torch.randn(70, 30), torch.randn(70, 40), torch.randn(pattern.nnz)
-    for mine, theirs in zip(
+    for mine, (theirs, size) in zip(
         (BACKEND.matmul(x, values, pattern), BACKEND.matmul_t(g, values, pattern), BACKEND.sampled(g, x, pattern)),
         exact(pattern, x, values, g),
         strict=True,
     ):
-        np.testing.assert_allclose(mine.numpy(), theirs, rtol=1e-5, atol=1e-4)
+        assert np.all(np.abs(mine.numpy() - theirs) <= bound(size))
 
 
 def test_strided_inputs_match_their_copies() -> None:

@@ -81,15 +81,19 @@ def test_gradcheck_in_float64(block: tuple[int, int], device: torch.device) -> N
 # -- inside torch ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["masked", "csr"])
+@pytest.mark.parametrize("backend", ["masked", "csr", "bsr"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_opcheck_of_forward_and_backward(transposed: bool, backend: str, device: torch.device) -> None:
-    if backend == "csr" and device.type != "cpu":
+    if backend != "masked" and device.type != "cpu":
         return  # computes on a CPU
-    pattern = pattern_of().to(device)
+    pattern = pattern_of()
+    if backend == "bsr":
+        mask = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)) < 0.5
+        pattern = SparsityPattern.from_mask(mask.repeat_interleave(4, 0).repeat_interleave(8, 1), (4, 8))
+    pattern = pattern.to(device)
     x, values, _, g = inputs(pattern, 3, dtype=torch.float32)
     if transposed:
-        x = torch.randn(K, 3, device=device).t().requires_grad_()
+        x = torch.randn(pattern.shape[1], 3, device=device).t().requires_grad_()
     call = arguments(pattern, x, values, backend)
     torch.library.opcheck(ops._sparse_linear, call)
     kept = ops._sparse_linear(*call)[1].detach()

@@ -26,17 +26,21 @@ def test_a_measured_table_is_saved_shown_and_used(screen: Console) -> None:
     path = tune(TuneConfig(threads=[1, 2], sides=[64], tokens=[16, 64], repeats=1), screen)
     content = json.loads(path.read_text())
     assert path == auto.tuned_path()
-    assert auto._tables["csr"].sides == [64]
-    assert vars(auto._load()["csr"]) == content["backends"]["csr"] == vars(auto._tables["csr"])
+    assert set(content["backends"]) == {"csr", "bsr"}
+    for name in ("csr", "bsr"):
+        assert auto._tables[name].sides == [64]
+        assert vars(auto._load()[name]) == content["backends"][name] == vars(auto._tables[name])
     assert content["machine"]["threads"] >= 1
     text = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert "threads: 2" in text
-    assert "is faster from" in text
+    assert "csr 1x1, threads: 2" in text
+    assert "bsr 16x16, threads: 1" in text
+    assert "faster from" in text
     assert f"saved in {path}" in text
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("threads", []), ("threads", [0]), ("sides", [64, 32]), ("tokens", [8, 8]), ("repeats", 0)]
+    ("field", "value"),
+    [("threads", []), ("threads", [0]), ("sides", [64, 32]), ("sides", [24]), ("tokens", [8, 8]), ("repeats", 0)],
 )
 def test_what_cannot_be_measured_is_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"^{field}="):
