@@ -202,15 +202,18 @@ def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None
 def losses_at(curve: Curve, log2: float) -> dict[int, float]:
     """Return the losses at ``log2`` by seed, those seeds that ran at the nearest point; empty outside of the grid.
 
-    Between points they are read off the parabola through the nearest point and its neighbours, as the optimum is; off a
-    straight line where one of the three diverged, and infinite where the line has no finite end.
+    Between points they are read off a parabola: that of the optimum between its three points, so that nothing is below
+    the optimum there, else that through the nearest point and its neighbours. They are read off a straight line where
+    one of the three diverged, and are infinite where the line has no finite end.
     """
     x = curve.log2
     if not x[0] - _NEAR <= log2 <= x[-1] + _NEAR:
         return {}
     nearest = int(np.argmin(np.abs(x - log2)))
     filled = curve.filled()
-    first = max(0, min(nearest - 1, len(x) - 3))
+    best = int(np.argmin(filled.mean(axis=1)))
+    inside = 0 < best < len(x) - 1 and x[best - 1] <= log2 <= x[best + 1]
+    first = max(0, min((best if inside else nearest) - 1, len(x) - 3))
     points = np.arange(first, min(first + 3, len(x)))
     if abs(x[nearest] - log2) <= _NEAR:
         points = np.array([nearest])
