@@ -222,7 +222,7 @@ def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Se
         wanted: dict[tuple[float, ...], list[int]] = {}
         by_seed: dict[int, list[float]] = {}
         for log2, seed in to_run(line.curve, seeds, at=line.at):
-            by_seed.setdefault(seed, []).append(known.get(log2, float(f"{2**log2:.6g}")))
+            by_seed.setdefault(seed, []).append(known.get(log2, _power(log2)))
         for seed, values in by_seed.items():
             wanted.setdefault(tuple(values), []).append(seed)
         fixed = [f"{OVERRIDES.get(names[i], names[i])}={str(line.key[i]).partition(' ')[0]}" for i in varying]
@@ -366,6 +366,12 @@ def _named(axes: Axes, order: list[str]) -> None:
     axes.set_xticks(range(len(order)), names, rotation=60, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(order) - 0.5)
     axes.grid(True)
+
+
+def _power(log2: float) -> float:
+    """Return 2 to a power: to the last digit for whole ones, as grids are written, else to six digits."""
+    whole = round(log2)
+    return 2.0**whole if abs(log2 - whole) < 1e-9 else float(f"{2**log2:.6g}")
 
 
 def _number(value: Any) -> str:

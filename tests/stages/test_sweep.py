@@ -152,6 +152,15 @@ def test_an_edge_is_extended_and_never_called_an_optimum(tmp_path: Path) -> None
     assert findings(lines) == ["supar: the base has no optimum inside the grid, so no shift is known."]
 
 
+def test_points_beyond_the_grid_are_powers_of_two_to_the_last_digit() -> None:
+    def row(lr: float, loss: float) -> dict[str, Any]:
+        shape = {"parameterization": "supar", "sparsity": 0.5, "width": 64, "depth": 2}
+        return {**shape, "lr": lr, "seed": 0, "loss": loss}
+
+    falling = [row(2.0**-6, 3.0), row(2.0**-7, 2.0), row(2.0**-8, 1.0)]
+    assert next_commands(lines_of(falling, "lr"), "lr", [], (0,)) == ["optimizer.lr=0.001953125,0.0009765625 seed=0"]
+
+
 def test_an_end_of_an_interval_beyond_the_grid_is_open_and_the_grid_is_to_grow_there(tmp_path: Path) -> None:
     # One seed alone would be best at the left end.
     rows = [
