@@ -200,8 +200,9 @@ def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None
 
 
 def losses_at(curve: Curve, log2: float) -> dict[int, float]:
-    """Return the losses at ``log2`` by seed, those seeds that ran at the nearest point; empty outside of the grid.
+    """Return the losses at ``log2`` of the seeds that ran at the nearest point; empty outside of the grid.
 
+    What such a seed lacks at the neighbours is filled in (`Curve.filled`).
     Between points they are read off a parabola: that of the optimum between its three points, so that nothing is below
     the optimum there, else that through the nearest point and its neighbours. They are read off a straight line where
     one of the three diverged, and are infinite where the line has no finite end.

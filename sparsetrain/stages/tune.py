@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -41,10 +42,9 @@ class TuneConfig:
             given = getattr(self, name)
             if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
                 raise UserError(f"{name}={given} must be numbers from 1 on, each larger than the one before")
-        largest = math.lcm(*(side for block in BLOCKS.values() for side in block))
-        for side in self.sides or []:
-            if side % largest:
-                raise UserError(f"sides={self.sides} must be multiples of {largest}, the blocks of bsr")
+        unit = math.lcm(*itertools.chain(*BLOCKS.values()))
+        if any(side % unit for side in self.sides or []):
+            raise UserError(f"sides={self.sides} must be multiples of {unit}, the blocks of bsr")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats} must be at least 1")
 
