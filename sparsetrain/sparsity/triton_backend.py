@@ -39,11 +39,8 @@ class TritonBackend(Backend):
         if dtype not in kernels.DTYPES:
             allowed = ", ".join(str(one).removeprefix("torch.") for one in kernels.DTYPES)
             return f"computes {allowed}, not {dtype}"
-        return self._unsuited(pattern)
-
-    def _unsuited(self, pattern: SparsityPattern) -> str | None:
         bh, bw = pattern.block
-        least, most = _kernels().MIN_BLOCK, _kernels().MAX_BLOCK
+        least, most = kernels.MIN_BLOCK, kernels.MAX_BLOCK
         if least <= bh <= most and least <= bw <= most:
             return None
         return f"computes block patterns; blocks of {bh}x{bw} have a side outside {least} to {most}"
@@ -71,16 +68,11 @@ class TritonBackend(Backend):
             tensors: by name, each with the columns it must have; None for the values of the pattern.
         """
         kernels = _kernels()
-        if reason := self._unsuited(pattern):
-            raise UserError(f"backend 'triton' {reason}")
         for name, (tensor, columns) in tensors.items():
             if tensor.device != pattern.device:
                 raise UserError(f"backend 'triton': {name} is on {tensor.device}, the pattern on {pattern.device}")
-            if not (tensor.is_cuda or kernels.INTERPRETED):
-                raise UserError(f"backend 'triton' computes on a GPU; {name} is on {tensor.device}")
-            if tensor.dtype not in kernels.DTYPES:
-                allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in kernels.DTYPES)
-                raise UserError(f"backend 'triton' computes {allowed}; {name} has dtype {tensor.dtype}")
+            if reason := self.refusal(tensor.dtype, tensor.device, pattern):
+                raise UserError(f"backend 'triton' {reason} ({name})")
             fits = tensor.shape == (pattern.nnz,) if columns is None else tensor.shape[1:] == (columns,)
             if not fits:
                 wanted = f"({pattern.nnz},)" if columns is None else f"(tokens, {columns})"

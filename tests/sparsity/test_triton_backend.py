@@ -39,5 +39,7 @@ def test_a_tensor_on_the_cpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(triton_bsr, "INTERPRETED", False)
     pattern = SparsityPattern.from_mask(torch.ones(16, 16, dtype=torch.bool), (8, 8))
     layer = SparseLinear(16, 16, pattern=pattern, backend="triton", seed=0)
-    with pytest.raises(UserError, match=r"^backend 'triton' computes on a GPU; x is on cpu$"):
+    with pytest.raises(
+        UserError, match=r"^backend 'triton' computes on a GPU, not on cpu; backend='auto' takes another$"
+    ):
         layer(torch.randn(2, 16))
