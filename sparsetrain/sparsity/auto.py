@@ -11,6 +11,7 @@ products gained more there than sparse ones, which wait for loads.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -51,6 +52,9 @@ class Crossover:
     tokens: list[int]
     threads: list[int]
     density: list[list[list[float]]]
+
+    def __hash__(self) -> int:
+        return id(self)  # for a cache of what was looked up; lists have no hash
 
     def at(self, side: float, tokens: int, threads: int) -> float:
         """Return the density for one layer."""
@@ -145,12 +149,19 @@ def choose(
         # Blocks are at least as fast as single weights; a table of their own goes first where there is one.
         table = _tables.get(name, _tables.get(CANDIDATES[0]))
         if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
-            rows, columns = pattern.shape
-            # A compiler cannot ask for the number of threads; what it traces is decided as for one.
-            threads = 1 if torch.compiler.is_compiling() else torch.get_num_threads()
-            limit = table.at(math.sqrt(rows * columns), max(1, tokens), threads)
-            return name if density <= limit else FALLBACK
+            # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as
+            # for one thread.
+            compiling = torch.compiler.is_compiling()
+            limit = _limit.__wrapped__ if compiling else _limit
+            threads = 1 if compiling else torch.get_num_threads()
+            return name if density <= limit(table, pattern.shape, tokens, threads) else FALLBACK
     return FALLBACK
+
+
+# Every layer asks at every step, and a small one takes hardly longer than the answer.
+@functools.lru_cache(maxsize=4096)
+def _limit(table: Crossover, shape: tuple[int, int], tokens: int, threads: int) -> float:
+    return table.at(math.sqrt(shape[0] * shape[1]), max(1, tokens), threads)
 
 
 # Read when the library is imported: later it might be while a compiler traces.

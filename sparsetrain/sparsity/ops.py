@@ -261,35 +261,45 @@ _sparse_linear_backward.register_autograd(_refuse_double_backward)
 
 
 class _Direct(torch.autograd.Function):
-    """`_sparse_linear` without its custom op, which spends some half a millisecond a step on itself."""
+    """`_sparse_linear` without its custom op, which spends some half a millisecond a step on itself.
+
+    Takes and returns any number of leading dimensions: views made outside would be nodes of the graph, which cost
+    something beside a small layer.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> tuple[Tensor, Tensor]:
-        y, kept = BACKENDS[backend].forward(x, values, pattern, keep=True)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(kept)
+    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> Tensor:
+        y, kept = BACKENDS[backend].forward(_rows(x), values, pattern, keep=True)
         ctx.pattern, ctx.backend = pattern, backend
-        given = x if ctx.needs_input_grad[1] else x.new_empty(0)
+        given = x if ctx.needs_input_grad[1] else None
         # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
         ctx.save_for_backward(given, values.detach(), kept)
-        return y, kept
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 4
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         need_x, need_values, *_ = ctx.needs_input_grad
-        x, values, kept = (tensor.detach() for tensor in ctx.saved_tensors)
-        g, pattern = g.contiguous(), ctx.pattern
+        x, values, kept = ctx.saved_tensors
+        pattern, leading = ctx.pattern, g.shape[:-1]
+        g = _rows(g).contiguous()
+        x = g.new_empty(0) if x is None else _rows(x)
         if torch.is_grad_enabled():
             # For create_graph: the custom op is what refuses, in words, to be differentiated, also where only the input
             # or the values lead back to it.
             place = _place(pattern, ctx.backend)
             g = g if g.requires_grad else g.detach().requires_grad_()
-            grads = _sparse_linear_backward(g, x, values, kept, *place, need_x, need_values)
+            grads = _sparse_linear_backward(g, x.detach(), values, kept, *place, need_x, need_values)
         else:
             grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
-        return (grads[0] if need_x else None, grads[1] if need_values else None, None, None)
+        grad_x = grads[0] if need_x else None
+        if grad_x is not None and len(leading) != 1:
+            grad_x = grad_x.view(*leading, grad_x.shape[1])
+        return (grad_x, grads[1] if need_values else None, None, None)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Return a tensor as a matrix with its last dimension."""
+    return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
 def _place(pattern: SparsityPattern, backend: str) -> tuple[Any, ...]:
@@ -331,16 +341,16 @@ def sparse_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
-    rows = x.reshape(-1, x.shape[-1])
-    chosen = resolve_backend(backend, pattern, rows.shape[0], x.dtype, x.device)
+    chosen = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     if _dispatched(x, values):
-        y, _ = _sparse_linear(rows, values, *_place(pattern, chosen), keep)
+        y, _ = _sparse_linear(_rows(x), values, *_place(pattern, chosen), keep)
     elif keep:
-        y, _ = _Direct.apply(rows, values, pattern, chosen)
+        y = _Direct.apply(x, values, pattern, chosen)
     else:
-        y, _ = BACKENDS[chosen].forward(rows, values, pattern, keep=False)
-    y = y.view(*x.shape[:-1], pattern.shape[0])
+        y, _ = BACKENDS[chosen].forward(_rows(x), values, pattern, keep=False)
+    if y.ndim != x.ndim:
+        y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
 
 

@@ -200,7 +200,7 @@ class SparsityPattern:
     def scatter(self, values: Tensor) -> Tensor:
         """Return the dense ``[R, C]`` matrix with ``values`` ``[nnz]`` at the stored positions, zero elsewhere."""
         dense = values.new_zeros(self.shape[0] * self.shape[1])
-        return dense.index_copy(0, self.positions(), values).view(self.shape)
+        return dense.index_copy_(0, self.positions(), values).view(self.shape)
 
     def gather(self, dense: Tensor) -> Tensor:
         """Return ``[nnz]``: the elements of ``dense`` ``[R, C]`` at the stored positions."""
