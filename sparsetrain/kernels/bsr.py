@@ -26,8 +26,8 @@ from sparsetrain.kernels.register_blocks import (
     two_by_four,
 )
 from sparsetrain.kernels.simd import NATIVE_LANES, element
-from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, pack, tiles, unpack
-from sparsetrain.kernels.words import floats, ints, number, share, shorts
+from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.words import floats, ints, longs, number, share, sharers, shorts
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2. Where there is one panel of
 # columns, outputs are done after it, and are unpacked by 16 KB while they are in L1.
@@ -56,21 +56,25 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
 
     Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; a packed
     tile of x, scratch ``[parts, columns, 64]``; height, width, panels, ends and index of the blocks; values; scratch
-    ``[parts, 512, 64]``.
+    ``[parts, 512, 64]``; pieces of a tile.
     """
     x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
     columns, rows, packed = number(words, 9), number(words, 10), floats(words, 11)
     height, width, panels = number(words, 12), number(words, 13), number(words, 14)
     ends, blocks, values, scratch = ints(words, 15), ints(words, 16), floats(words, 17), floats(words, 18)
-    first, last, index = share(words, tiles(tokens))
+    pieces, step = number(words, 19), max(1, 16 // height)
+    first, last, index = share(words, tiles(tokens) * pieces)
     base, made = index * columns * TILE, index * PANEL * TILE
-    for tile in range(first, last):
-        token = tile * TILE
+    while first < last:
+        token, piece = first // pieces * TILE, first % pieces
+        after = min(pieces, piece + last - first)
+        first += after - piece
         present = min(TILE, tokens - token)
         pack(x, token * x_step, x_step, present, columns, packed, base)
         _tile(
-            *(packed, base, present, height, width, panels, ends, blocks, blocks, False),
-            *(values, rows, scratch, made, y, token * y_step, y_step),
+            *(packed, base, present, height, width, panels, ends, blocks, blocks, False, values),
+            *(cut(rows // height, piece, pieces, step), cut(rows // height, after, pieces, step)),
+            *(scratch, made, y, token * y_step, y_step),
         )
 
 
@@ -87,19 +91,23 @@ def _tile(
     order: Array,
     turned: bool,
     values: Array,
-    rows: Int,
+    begin: Int,
+    after: Int,
     y: Array,
     made: Int,
     target: Array,
     to_target: Int,
     step: Int,
 ) -> None:
-    """Write the product of one packed tile at ``x[base]`` to the rows at ``target[to_target]``, through ``y[made]``."""
-    block_rows, whole = rows // height, height // 4 * 4
+    """Write the product of one packed tile at ``x[base]`` to the rows at ``target[to_target]``, through ``y[made]``.
+
+    That of block rows ``begin`` to ``after``; other features of a row are left as they are.
+    """
+    whole = height // 4 * 4
     slices, run = (present + 15) // 16 * 16, max(1, RUN // width)
     at_once = max(1, (DONE if panels == 1 else PANEL) // height)
-    for top in range(0, block_rows, at_once):
-        bottom = min(block_rows, top + at_once)
+    for top in range(begin, after, at_once):
+        bottom = min(after, top + at_once)
         for panel in range(panels):
             for row in range(top, bottom):
                 start = np.int64(element(ends, row * panels + panel))
@@ -162,7 +170,7 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
     need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, 2, rows, 64]``; height and width of
     the blocks of W; panels, ends, index and order of the blocks of the transpose; values; scratch ``[parts, 512, 64]``;
     packed x, scratch ``[parts, 2, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums
-    ``[parts, nnz]``.
+    ``[parts, nnz]``; pieces of two tiles; int64 ``[1]``, to which the number of parts is written.
     """
     g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
     columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
@@ -170,14 +178,19 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
     t_panels, t_ends, t_index, t_order = number(words, 18), ints(words, 19), ints(words, 20), ints(words, 21)
     values, scratch, x_packed = floats(words, 22), floats(words, 23), floats(words, 24)
     panels, ends, index, nnz = number(words, 25), ints(words, 26), ints(words, 27), number(words, 28)
-    sums = floats(words, 29)
-    first, last, part_index = share(words, (tiles(tokens) + 1) // 2)
+    sums, pieces, lent, step = floats(words, 29), number(words, 30), longs(words, 31), max(1, 16 // width)
+    first, last, part_index = share(words, (tiles(tokens) + 1) // 2 * pieces)
     g_tile, x_tile = rows * TILE, columns * TILE
     g_base, x_base = 2 * part_index * g_tile, 2 * part_index * x_tile
     made, own = part_index * PANEL * TILE, part_index * nnz
+    if part_index == 0:
+        lent[0] = sharers(words)
     if need_values:
         clear(sums, own, own + nnz)
-    for pair in range(first, last):
+    while first < last:
+        pair, piece = first // pieces, first % pieces
+        after = min(pieces, piece + last - first)
+        first += after - piece
         many = 1 if (2 * pair + 1) * TILE >= tokens else 2
         for half in range(many):
             token = (2 * pair + half) * TILE
@@ -186,8 +199,9 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
             pack(g, token * g_step, g_step, present, rows, g_packed, at)
             if need_dx:
                 _tile(
-                    *(g_packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True),
-                    *(values, columns, scratch, made, dx, token * dx_step, dx_step),
+                    *(g_packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True, values),
+                    *(cut(columns // width, piece, pieces, step), cut(columns // width, after, pieces, step)),
+                    *(scratch, made, dx, token * dx_step, dx_step),
                 )
         if need_values:
             for half in range(many):
@@ -196,7 +210,8 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
                 pack(x, token * x_step, x_step, present, columns, x_packed, x_base + half * x_tile)
             _sums(
                 *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
-                *(height, width, panels, ends, index, rows, sums, own),
+                *(height, width, panels, ends, index),
+                *(cut(rows // height, piece, pieces, 1), cut(rows // height, after, pieces, 1), sums, own),
             )
 
 
@@ -214,16 +229,17 @@ def _sums(
     panels: Int,
     ends: Array,
     index: Array,
-    rows: Int,
+    begin: Int,
+    after: Int,
     sums: Array,
     own: Int,
 ) -> None:
-    """Add to ``sums[own:]`` the inner products at the blocks over ``many`` (one or two) tiles of g and x."""
-    block_rows, size = rows // height, height * width
+    """Add to ``sums[own:]`` the inner products in block rows ``begin`` to ``after`` over one or two tiles."""
+    size = height * width
     at_once = max(1, PANEL // height)
     whole = width // 4 * 4
-    for top in range(0, block_rows, at_once):
-        bottom = min(block_rows, top + at_once)
+    for top in range(begin, after, at_once):
+        bottom = min(after, top + at_once)
         for panel in range(panels):
             for row in range(top, bottom):
                 line = g_at + row * height * TILE
@@ -259,9 +275,9 @@ def _sums(
 def add_parts(words: Any) -> None:
     """Add up the parts of a gradient, in their order.
 
-    Words: sums ``[parts, nnz]``, number of parts, nnz, target float32 ``[nnz]``.
+    Words: sums ``[parts, nnz]``, number of parts int64 ``[1]``, nnz, target float32 ``[nnz]``.
     """
-    sums, count, nnz, target = floats(words, 4), number(words, 5), number(words, 6), floats(words, 7)
+    sums, count, nnz, target = floats(words, 4), longs(words, 5)[0], number(words, 6), floats(words, 7)
     first, last, _ = share(words, nnz)
     copy(sums, first, target, first, last - first)
     for more in range(1, count):

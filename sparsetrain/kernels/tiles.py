@@ -29,6 +29,12 @@ def tiles(tokens: Int) -> int:
 
 
 @part
+def cut(total: Int, piece: Int, pieces: Int, step: Int) -> int:
+    """Return where piece ``piece`` of ``pieces`` begins in ``total`` features, at a multiple of ``step``."""
+    return total if piece == pieces else total * piece // pieces // step * step
+
+
+@part
 def pack(source: Array, at: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
     """Write ``tokens`` (at most 64) rows from ``source[at]`` on as one tile to ``target[to:to + 64 * features]``."""
     whole_tokens, whole_features = tokens // 16 * 16, features // 16 * 16

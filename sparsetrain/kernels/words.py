@@ -73,7 +73,13 @@ def _ask(typing: Any, address: Any) -> Any:
 @part
 def share(words: Any, total: int) -> tuple[int, int, int]:
     """Return this thread's part of ``total`` pieces of work (from the first to before the second) and its index."""
-    index, parts = number(words, 2), number(words, 3)
+    index, parts = number(words, 2), sharers(words)
     if number(words, 0) != 0:
-        index, parts = _ask(number(words, 0)), _ask(number(words, 1))
+        index = _ask(number(words, 0))
     return total * index // parts, total * (index + 1) // parts, index
+
+
+@part
+def sharers(words: Any) -> int:
+    """Return how many parts the work has: a runtime may lend fewer threads than were asked for."""
+    return _ask(number(words, 1)) if number(words, 0) != 0 else number(words, 3)

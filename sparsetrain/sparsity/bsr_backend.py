@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetrain.sparsity.cpu_backend import TILE, CpuBackend, enough, in_float32, scratch, with_whole_rows
+from sparsetrain.sparsity.cpu_backend import (
+    TILE,
+    CpuBackend,
+    enough,
+    in_float32,
+    pieces,
+    scratch,
+    with_whole_rows,
+    workers,
+)
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 _MIN_BLOCK, _MAX_BLOCK = 4, 64  # those of the kernels, known without importing them
@@ -43,7 +52,7 @@ class BsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        bsr, threads, rows = _kernels().bsr, torch.get_num_threads(), with_whole_rows(x)
+        bsr, threads, rows = _kernels().bsr, workers(x.shape[0], pattern), with_whole_rows(x)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
         blocks = _blocks(pattern)
@@ -53,6 +62,7 @@ class BsrBackend(CpuBackend):
             *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
             *(scratch(threads, in_features, TILE), blocks.height, blocks.width, blocks.panels, blocks.ends),
             *(blocks.index, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
+            pieces(tokens, 1, threads),
         )
         return y, x.new_empty(0)
 
@@ -66,7 +76,7 @@ class BsrBackend(CpuBackend):
         need_x: bool,
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
-        bsr, threads, rows = _kernels().bsr, torch.get_num_threads(), with_whole_rows(g)
+        bsr, threads, rows = _kernels().bsr, workers(g.shape[0], pattern), with_whole_rows(g)
         inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
@@ -75,8 +85,7 @@ class BsrBackend(CpuBackend):
         turned = _turned(pattern) if need_x else blocks
         order = turned.index if turned.order is None else turned.order
         sums = scratch(threads, pattern.nnz) if need_values else scratch(0)
-        if need_values and threads > 1:
-            sums.zero_()  # a runtime may lend fewer threads than were asked for
+        lent = torch.empty(1, dtype=torch.int64, device="cpu")
         gradients = bsr.gradients if g.dtype == torch.float32 else bsr.gradients_bfloat16
         gradients(
             threads,
@@ -84,14 +93,14 @@ class BsrBackend(CpuBackend):
             *(int(need_x), int(need_values), scratch(threads, 2, out_features, TILE), blocks.height, blocks.width),
             *(turned.panels, turned.ends, turned.index, order, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
             *(scratch(threads, 2 * int(need_values), in_features, TILE), blocks.panels, blocks.ends),
-            *(blocks.index, pattern.nnz, sums),
+            *(blocks.index, pattern.nnz, sums, pieces(tokens, 2, threads), lent),
         )
         if not need_values:
             return grad_x, values.new_empty(0)
         if threads == 1:
             return grad_x, sums[0].to(values.dtype)
         grad_values = scratch(pattern.nnz)
-        bsr.add_parts(enough(threads, pattern.nnz), sums, threads, pattern.nnz, grad_values)
+        bsr.add_parts(enough(threads, pattern.nnz), sums, lent, pattern.nnz, grad_values)
         return grad_x, grad_values.to(values.dtype)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from sparsetrain.sparsity.ops import Backend
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 TILE = 64  # tokens of a tile of the kernels, known without importing a compiler
+A_THREAD = 1 << 19  # multiply-adds that are worth waking a thread for
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -46,6 +49,16 @@ class CpuBackend(Backend):
 def in_float32(values: Tensor) -> Tensor:
     """Return values as kernels read them."""
     return values.detach().float().contiguous()
+
+
+def workers(tokens: int, pattern: SparsityPattern) -> int:
+    """Return how many of torch's threads a product is worth."""
+    return max(1, min(torch.get_num_threads(), tokens * pattern.nnz // A_THREAD))
+
+
+def pieces(tokens: int, tiles: int, threads: int) -> int:
+    """Return into how many pieces a kernel cuts ``tiles`` tiles of tokens, so that all threads have as many."""
+    return threads // math.gcd(-(-tokens // (tiles * TILE)), threads)
 
 
 def enough(threads: int, elements: int) -> int:

@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparsetrain.sparsity.cpu_backend import TILE, CpuBackend, enough, in_float32, scratch, with_whole_rows
+from sparsetrain.sparsity.cpu_backend import (
+    TILE,
+    CpuBackend,
+    enough,
+    in_float32,
+    pieces,
+    scratch,
+    with_whole_rows,
+    workers,
+)
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 
@@ -40,7 +49,7 @@ class CsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(x)
+        csr, threads, rows = _kernels().csr, workers(x.shape[0], pattern), with_whole_rows(x)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
         layout = _layout(pattern)
@@ -52,6 +61,7 @@ class CsrBackend(CpuBackend):
             threads,
             *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
             *(scratch(threads, in_features + 1, TILE), *layout.words, ordered, scratch(threads, out_features, TILE)),
+            pieces(tokens, 1, threads),
         )
         return y, x.new_empty(0)
 
@@ -65,7 +75,7 @@ class CsrBackend(CpuBackend):
         need_x: bool,
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
-        csr, threads, rows = _kernels().csr, torch.get_num_threads(), with_whole_rows(g)
+        csr, threads, rows = _kernels().csr, workers(g.shape[0], pattern), with_whole_rows(g)
         inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
@@ -77,22 +87,21 @@ class CsrBackend(CpuBackend):
             csr.gather(enough(threads, turned.stored), plain, turned.order, turned.stored, ordered)
         if need_values:
             sums = scratch(threads, layout.stored)
-            if threads > 1:
-                sums.zero_()  # a runtime may lend fewer threads than were asked for
+        lent = torch.empty(1, dtype=torch.int64, device="cpu")
         gradients = csr.gradients if g.dtype == torch.float32 else csr.gradients_bfloat16
         gradients(
             threads,
             *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
             *(int(need_x), int(need_values), scratch(threads, csr.TOGETHER, out_features + 1, TILE)),
             *(*turned.words, ordered, scratch(threads, csr.TOGETHER, in_features + 1, TILE)),
-            *(*layout.words, layout.stored, sums),
+            *(*layout.words, layout.stored, sums, pieces(tokens, csr.TOGETHER, threads), lent),
         )
         if not need_values:
             return grad_x, values.new_empty(0)
         grad_values = scratch(pattern.nnz)
         csr.add_parts(
             enough(threads, pattern.nnz),
-            *(sums, threads, layout.stored, pattern.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
+            *(sums, lent, layout.stored, pattern.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
         )
         return grad_x, grad_values.to(values.dtype)
 

@@ -56,7 +56,7 @@ def matrix_of(block: tuple[int, int], rows: int, columns: int, density: float, s
 
 
 def products(
-    matrix: Matrix, x: Array, g: Array, threads: int = 1, poison: float = np.nan
+    matrix: Matrix, x: Array, g: Array, threads: int = 1, pieces: int = 1, poison: float = np.nan
 ) -> tuple[Array, Array, Array]:
     """Return ``x @ W.T``, ``g @ W`` and the gradient of the values; everything is filled with ``poison`` before."""
     (rows, columns), (height, width) = matrix.shape, matrix.block
@@ -74,17 +74,17 @@ def products(
     multiply(
         threads,
         *(x, y, x_step, rows, tokens, columns, rows, empty(threads, columns, TILE)),
-        *(height, width, plain.panels, plain.ends, plain.index, matrix.values, scratch),
+        *(height, width, plain.panels, plain.ends, plain.index, matrix.values, scratch, pieces),
     )
-    sums, gradient = np.zeros((threads, nnz), np.float32), empty(nnz)
+    sums, gradient, lent = empty(threads, nnz), empty(nnz), np.full(1, 1 << 40, np.int64)
     gradients = bsr.gradients if wide else bsr.gradients_bfloat16
     gradients(
         threads,
         *(g, dx, x, g_step, columns, x_step, tokens, columns, rows, 1, 1, empty(threads, 2, rows, TILE)),
         *(height, width, turned.panels, turned.ends, turned.index, turned.order, matrix.values, scratch),
-        *(empty(threads, 2, columns, TILE), plain.panels, plain.ends, plain.index, nnz, sums),
+        *(empty(threads, 2, columns, TILE), plain.panels, plain.ends, plain.index, nnz, sums, pieces, lent),
     )
-    bsr.add_parts(threads, sums, threads, nnz, gradient)
+    bsr.add_parts(threads, sums, lent, nnz, gradient)
     return y, dx, gradient
 
 
@@ -108,9 +108,9 @@ def bound(size: Array) -> Array:
     return 2e-6 * 4 * np.maximum(size, 1e-3)
 
 
-def check(matrix: Matrix, tokens: int, threads: int = 1) -> None:
+def check(matrix: Matrix, tokens: int, threads: int = 1, pieces: int = 1) -> None:
     x, g = data(matrix, tokens)
-    ours = products(matrix, x, g, threads)
+    ours = products(matrix, x, g, threads, pieces)
     for mine, (theirs, size) in zip(ours, exact(matrix, x, g), strict=True):
         assert mine.shape == theirs.shape
         assert np.all(np.abs(mine - theirs) <= bound(size))
@@ -129,13 +129,14 @@ def test_every_kind_of_block_matches_scipy(block: tuple[int, int], tokens: int) 
     density=st.sampled_from([0.0, 0.1, 0.3, 0.7, 1.0]),
     tokens=st.integers(1, 300),
     threads=st.integers(1, 3),
+    pieces=st.integers(1, 5),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None)
 def test_the_three_products_match_scipy(
-    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, seed: int
+    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, pieces: int, seed: int
 ) -> None:
-    check(matrix_of(block, rows, columns, density, seed), tokens, threads)
+    check(matrix_of(block, rows, columns, density, seed), tokens, threads, pieces)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 192])

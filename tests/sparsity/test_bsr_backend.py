@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from threads import fill_with_poison, lend_at_most, work_for_every_thread
 from torch import Tensor
 
 from sparsetrain.bench.memory import pattern_bytes
@@ -16,6 +17,12 @@ from sparsetrain.sparsity.bsr_backend import BsrBackend
 from sparsetrain.sparsity.ops import BACKENDS
 
 BACKEND = BsrBackend()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _all_threads() -> Iterator[None]:
+    with work_for_every_thread():
+        yield
 
 
 def pattern_of(block: tuple[int, int], rows: int = 5, columns: int = 6, density: float = 0.5) -> SparsityPattern:
@@ -58,18 +65,25 @@ def test_the_plain_contractions_match_the_dense_matrix() -> None:
 
 
 def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(*shape: Any, **options: Any) -> Tensor:
-        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, **options)
-
     pattern = pattern_of((5, 16), density=0.3)
     x, g, values = torch.randn(150, 96), torch.randn(150, 25), torch.randn(pattern.nnz)
     expected = products(x, values, g, pattern)
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
-    for threads in (1, 2):
+    fill_with_poison(monkeypatch)
+    for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
             torch.testing.assert_close(mine, other)
+
+
+def test_a_runtime_may_lend_fewer_threads_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = pattern_of((5, 16), density=0.3)
+    x, g, values = torch.randn(150, 96), torch.randn(150, 25), torch.randn(pattern.nnz)
+    expected = products(x, values, g, pattern)
+    lend_at_most(2, monkeypatch)
+    fill_with_poison(monkeypatch)
+    torch.set_num_threads(5)
+    for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_gradient_and_input_of_two_types_are_multiplied_as_the_gradient_s() -> None:

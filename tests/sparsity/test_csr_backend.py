@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import scipy.sparse
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from threads import fill_with_poison, lend_at_most, work_for_every_thread
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +25,12 @@ from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_laye
 from sparsetrain.sparsity.csr_backend import CsrBackend
 
 BACKEND = CsrBackend()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _all_threads() -> Iterator[None]:
+    with work_for_every_thread():
+        yield
 
 
 def pattern_of(rows: int, columns: int, density: float, seed: int = 0) -> SparsityPattern:
@@ -75,7 +83,7 @@ def products(x: Tensor, values: Tensor, g: Tensor, pattern: SparsityPattern) -> 
     columns=st.integers(1, 300),
     tokens=st.integers(1, 300),
     density=st.sampled_from([0.0, 0.003, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0]),
-    threads=st.integers(1, 3),
+    threads=st.integers(1, 5),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None)
@@ -148,18 +156,25 @@ def test_the_same_call_gives_the_same_bits(threads: int) -> None:
 
 
 def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    def poisoned(*shape: Any, **options: Any) -> Tensor:
-        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, torch.nan, **options)
-
     pattern = pattern_of(70, 131, 0.1)
     x, g, values = torch.randn(150, 131), torch.randn(150, 70), torch.randn(pattern.nnz)
     expected = products(x, values, g, pattern)
-    monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
-    for threads in (1, 2):
+    fill_with_poison(monkeypatch)
+    for threads in (1, 2, 4):
         torch.set_num_threads(threads)
         for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
             torch.testing.assert_close(mine, other)
+
+
+def test_a_runtime_may_lend_fewer_threads_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = pattern_of(70, 131, 0.1)
+    x, g, values = torch.randn(150, 131), torch.randn(150, 70), torch.randn(pattern.nnz)
+    expected = products(x, values, g, pattern)
+    lend_at_most(2, monkeypatch)
+    fill_with_poison(monkeypatch)
+    torch.set_num_threads(5)
+    for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

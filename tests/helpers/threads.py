@@ -1,0 +1,45 @@
+"""Kernels on as many threads as a test asks for, with poison where nothing was written yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsetrain.kernels import compile as compiling
+from sparsetrain.sparsity import cpu_backend
+
+
+def fill_with_poison(patch: pytest.MonkeyPatch) -> None:
+    """Make every tensor that is to be uninitialised hold NaN, or an integer far too large."""
+
+    def poisoned(*shape: Any, **options: Any) -> Tensor:
+        poison = 1 << 40 if options.get("dtype") == torch.int64 else torch.nan
+        return torch.full(shape[0] if isinstance(shape[0], tuple) else shape, poison, **options)
+
+    patch.setattr(torch, "empty", poisoned)
+    patch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
+
+
+@contextmanager
+def work_for_every_thread() -> Iterator[None]:
+    """Let products as small as those of tests use all threads that torch has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_backend, "A_THREAD", 1)
+        yield
+
+
+def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> None:
+    """Make the runtime lend fewer threads than it is asked for, as one does where they are scarce."""
+    runtime = compiling.openmp()
+    assert runtime is not None
+    run, *addresses = runtime
+
+    def scarce(address: int, block: int, asked: int, flags: int) -> None:
+        run(address, block, min(asked, threads), flags)
+
+    patch.setattr(compiling, "openmp", lambda: (scarce, *addresses))
