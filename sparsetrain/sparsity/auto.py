@@ -2,11 +2,13 @@
 
 A crossover table says, for layers of several sizes, numbers of tokens and threads, up to which density a whole training
 step (forward, input gradient, weight gradient) of a sparse backend takes no longer than that of ``masked``. Sizes in
-between are interpolated in their logarithms, sizes beyond are those of the edge.
+between are interpolated in their logarithms, sizes beyond are those of the edge. There is one for float32 and one for
+bfloat16, in which a processor may be much slower at dense products, or much faster.
 
 `sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
 used: that of two cores of Zen 3 (AVX2), or of Emerald Rapids where torch computes with AVX-512, from which dense
-products gained more there than sparse ones, which wait for loads.
+products gained more there than sparse ones, which wait for loads. Its tables for bfloat16 count only where the
+processor has matrix units for that type, as the one they were measured on.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 FALLBACK = "masked"
 CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
 SHIPPED = {False: "crossover.json", True: "crossover_avx512.json"}  # by whether torch computes with AVX-512
+_BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,13 @@ def _interpolate(places: Sequence[float], values: Sequence[float], place: float)
     return values[after - 1] * (1 - share) + values[after] * share
 
 
+def table_name(backend: str, dtype: torch.dtype) -> str:
+    """Return the name of the table of a backend for inputs of a type: ``csr``, ``csr bfloat16``."""
+    return f"{backend} {_BFLOAT16}" if dtype == torch.bfloat16 else backend
+
+
 def from_plain(content: Any, source: str) -> dict[str, Crossover]:
-    """Return the table of each backend from the content of a file.
+    """Return the tables by `table_name` from the content of a file.
 
     Raises:
         UserError: it is none; the message names ``source`` and says what to do.
@@ -133,7 +141,9 @@ def _load() -> dict[str, Crossover]:
 def _shipped() -> dict[str, Crossover]:
     name = SHIPPED["AVX512" in torch.backends.cpu.get_cpu_capability()]
     text = resources.files("sparsetrain.sparsity").joinpath(name).read_text("utf-8")
-    return from_plain(json.loads(text), name)
+    matrix_units = any("amx_bf16" in line.split() for line in _cpuinfo())
+    tables = from_plain(json.loads(text), name)
+    return {name: table for name, table in tables.items() if matrix_units or not name.endswith(_BFLOAT16)}
 
 
 def choose(
@@ -146,8 +156,7 @@ def choose(
     """
     density = pattern.density if density is None else density
     for name in CANDIDATES:
-        # Blocks are at least as fast as single weights; a table of their own goes first where there is one.
-        table = _tables.get(name, _tables.get(CANDIDATES[0]))
+        table = _table(name, dtype)
         if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
             # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as
             # for one thread.
@@ -156,6 +165,15 @@ def choose(
             threads = 1 if compiling else torch.get_num_threads()
             return name if density <= limit(table, pattern.shape, tokens, threads) else FALLBACK
     return FALLBACK
+
+
+def _table(backend: str, dtype: torch.dtype) -> Crossover | None:
+    """Return the table to go by: one for the type first; that of single weights, which are no faster, for blocks."""
+    for kind in (dtype, torch.float32):
+        for name in (backend, CANDIDATES[0]):
+            if (table := _tables.get(table_name(name, kind))) is not None:
+                return table
+    return None
 
 
 # Every layer asks at every step, and a small one takes hardly longer than the answer.

@@ -15,8 +15,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.auto import Crossover, save
-from sparsetrain.sparsity.tuning import BLOCKS, SIDES, TOKENS, measure
+from sparsetrain.sparsity.auto import Crossover, save, table_name
+from sparsetrain.sparsity.tuning import BLOCKS, DTYPES, SIDES, TOKENS, measure
 from sparsetrain.stages.run import machine
 
 
@@ -57,14 +57,14 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         tables: dict[str, Crossover] = {}
-        for name in BLOCKS:
-            task = progress.add_task(f"{name} against dense", total=None)
+        for name, dtype in itertools.product(BLOCKS, DTYPES):
+            task = progress.add_task(f"{table_name(name, dtype)} against dense", total=None)
 
             def update(done: int, total: int, task: TaskID = task) -> None:
                 progress.update(task, completed=done, total=total)
 
-            tables[name] = measure(
-                name, threads, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update
+            tables[table_name(name, dtype)] = measure(
+                name, threads, dtype, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update
             )
     path = save(tables, {"machine": machine(torch.device("cpu"))})
     for name, table in tables.items():
@@ -75,9 +75,10 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
 
 
 def _shown(name: str, table: Crossover, index: int, threads: int) -> Table:
-    block = "x".join(map(str, BLOCKS[name]))
+    backend, *kind = name.split()
+    block = "x".join(map(str, BLOCKS[backend]))
     shown = Table(
-        title=f"{name} {block}, threads: {threads}",
+        title=", ".join([f"{backend} {block}", *kind, f"threads: {threads}"]),
         caption="faster from this sparsity on",
     )
     shown.add_column("side", justify="right")

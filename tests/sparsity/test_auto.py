@@ -53,6 +53,47 @@ def test_auto_takes_the_sparse_backend_below_the_crossover_only(monkeypatch: pyt
     assert resolve_backend("auto", blocks, 256) != "csr"
 
 
+def test_bfloat16_goes_by_its_own_table_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("csr", "bsr", "csr bfloat16", "bsr bfloat16"):
+        monkeypatch.delitem(auto._tables, name, raising=False)
+    never, always = (Crossover([64], [64], [1], [[[density]]]) for density in (0.0, 1.0))
+    blocks = SparsityPattern.from_mask(torch.ones(8, 8, dtype=torch.bool), (4, 4))
+
+    def chosen() -> list[str]:
+        types = (torch.float32, torch.bfloat16)
+        return [auto.choose(p, 64, dtype, p.device) for p in (pattern(0.5, 64), blocks) for dtype in types]
+
+    monkeypatch.setitem(auto._tables, "csr", always)
+    assert chosen() == ["csr", "csr", "bsr", "bsr"]
+    monkeypatch.setitem(auto._tables, "csr bfloat16", never)
+    assert chosen() == ["csr", "masked", "bsr", "masked"]
+    monkeypatch.setitem(auto._tables, "bsr bfloat16", always)
+    assert chosen() == ["csr", "masked", "bsr", "bsr"]
+
+
+@pytest.mark.parametrize("flags", ["flags : fma amx_bf16 amx_tile", "flags : fma amx_bf16x", ""])
+def test_the_shipped_table_for_bfloat16_counts_where_there_are_matrix_units(
+    flags: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(auto, "_cpuinfo", lambda: [flags])
+    names = set(auto._shipped())
+    assert {"csr", "bsr"} <= names
+    assert ({"csr bfloat16", "bsr bfloat16"} <= names) == (" amx_bf16 " in flags)
+
+
+def test_what_takes_dense_ages_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = {"csr": 0, "masked": 0}
+
+    def seconds(layer: SparseLinear, x: torch.Tensor, g: torch.Tensor, count: int) -> float:
+        steps[layer.backend] += count
+        return {"csr": 1.0, "masked": 4.5}[layer.backend]
+
+    monkeypatch.setattr(tuning, "_seconds", seconds)
+    assert tuning.measure("csr", [1], torch.bfloat16, [64], [16]).density == [[[1.0]]]
+    assert steps == {"csr": 2, "masked": 2}
+
+
 def test_without_a_table_everything_is_computed_densely(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(auto._tables, "csr")
     assert resolve_backend("auto", pattern(0.1, 64), 2048) == "masked"
@@ -72,7 +113,10 @@ def test_the_shipped_table_is_that_of_such_a_processor(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     text = (Path(auto.__file__).parent / name).read_text()
-    assert auto._load() == from_plain(json.loads(text), name)
+    tables = from_plain(json.loads(text), name)
+    loaded = auto._load()
+    assert loaded == {name: tables[name] for name in loaded}
+    assert {"csr"} <= set(loaded)
 
 
 def test_a_table_with_a_side_of_zero_is_none() -> None:
@@ -117,11 +161,18 @@ def test_a_bad_table_is_told_of_at_import_and_the_shipped_one_is_used(
 
 
 @pytest.mark.parametrize(
-    ("ratios", "expected"),
-    [([1.2, 1.5, 2.0], 0.0), ([0.5, 0.7, 0.9], 1.0), ([0.5, 0.75, 1.25], 0.75), ([1.0, 2.0, 3.0], 0.1)],
+    ("sparse", "dense", "expected"),
+    [
+        ([2.0, 3.0, 5.0], [1.0, 1.0, 1.0], 0.0),  # never faster
+        ([0.1, 0.2, 0.3], [1.0, 1.0, 1.0], 1.0),  # always
+        ([0.3, 1.5, 3.0], [1.0, 1.0, 1.0], 1 / 3),  # 3 d against 1
+        ([0.2, 1.0, 2.0], [0.6, 1.0, 1.5], 0.5),  # 2 d against 0.5 + d
+        ([1.0, 1.0, 1.0], [1.5, 1.9, 2.4], 1.0),
+        ([1.0, 1.0, 1.0], [0.5, 0.5, 0.5], 0.0),
+    ],
 )
-def test_the_crossing_is_where_the_line_through_the_ratios_passes_one(ratios: list[float], expected: float) -> None:
-    assert tuning.crossing([0.1, 0.5, 1.0], ratios) == pytest.approx(expected)
+def test_the_crossing_is_that_of_two_lines(sparse: list[float], dense: list[float], expected: float) -> None:
+    assert tuning.crossing([0.1, 0.5, 1.0], sparse, dense) == pytest.approx(expected, abs=1e-6)
 
 
 def test_measuring_counts_its_cells_and_leaves_the_threads_as_they_were() -> None:
@@ -136,6 +187,8 @@ def test_measuring_counts_its_cells_and_leaves_the_threads_as_they_were() -> Non
 def test_a_steps_time_is_that_of_forward_and_both_gradients() -> None:
     layer = SparseLinear(32, 32, density=0.5, seed=0, backend="masked")
     x = torch.randn(8, 32, requires_grad=True)
-    assert 0.0 < tuning.step_seconds(layer, x, torch.randn(8, 32), 1) < 1.0
+    first, second = tuning.step_seconds([layer, torch.nn.Linear(32, 32)], x, torch.randn(8, 32), 2)
+    assert 0.0 < first < 1.0
+    assert 0.0 < second < 1.0
     assert x.grad is not None
     assert layer.values.grad is not None
