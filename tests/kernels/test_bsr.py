@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.sparse
+import torch
+from hardship import strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -108,8 +110,8 @@ def bound(size: Array) -> Array:
     return 2e-6 * 4 * np.maximum(size, 1e-3)
 
 
-def check(matrix: Matrix, tokens: int, threads: int = 1, pieces: int = 1) -> None:
-    x, g = data(matrix, tokens)
+def check(matrix: Matrix, tokens: int, threads: int = 1, pieces: int = 1, row_step: int = 1, before: int = 0) -> None:
+    x, g = (strided(torch.from_numpy(array), row_step, 1, before).numpy() for array in data(matrix, tokens))
     ours = products(matrix, x, g, threads, pieces)
     for mine, (theirs, size) in zip(ours, exact(matrix, x, g), strict=True):
         assert mine.shape == theirs.shape
@@ -130,13 +132,15 @@ def test_every_kind_of_block_matches_scipy(block: tuple[int, int], tokens: int) 
     tokens=st.integers(1, 300),
     threads=st.integers(1, 3),
     pieces=st.integers(1, 5),
+    row_step=st.integers(1, 3),
+    before=st.integers(0, 20),
     seed=st.integers(0, 2**31),
 )
 @settings(deadline=None)
 def test_the_three_products_match_scipy(
-    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, threads: int, pieces: int, seed: int
+    block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, seed: int, **how: int
 ) -> None:
-    check(matrix_of(block, rows, columns, density, seed), tokens, threads, pieces)
+    check(matrix_of(block, rows, columns, density, seed), tokens, **how)
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 127, 128, 129, 192])

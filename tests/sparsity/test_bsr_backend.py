@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from threads import fill_with_poison, lend_at_most, work_for_every_thread
+from hardship import fill_with_poison, lend_at_most, work_for_every_thread
 from torch import Tensor
 
 from sparsetrain.bench.memory import pattern_bytes

@@ -1,4 +1,4 @@
-"""Kernels on as many threads as a test asks for, with poison where nothing was written yet."""
+"""What is hard on kernels: threads, runtimes that lend few, strides, and poison where nothing was written yet."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ def fill_with_poison(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(torch, "empty", poisoned)
     patch.setattr(Tensor, "new_empty", lambda self, *shape, **options: poisoned(*shape, **options))
+
+
+def strided(matrix: Tensor, row_step: int, column_step: int, before: int) -> Tensor:
+    """Return an equal matrix inside a larger one, which is NaN everywhere else."""
+    rows, columns = matrix.shape
+    wide = torch.full((rows * row_step, before + columns * column_step), torch.nan, dtype=matrix.dtype)
+    return wide[::row_step, before::column_step].copy_(matrix)
 
 
 @contextmanager
