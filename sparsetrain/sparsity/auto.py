@@ -7,8 +7,9 @@ bfloat16, in which a processor may be much slower at dense products, or much fas
 
 `sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
 used: that of two cores of Zen 3 (AVX2), or of Emerald Rapids where torch computes with AVX-512, from which dense
-products gained more there than sparse ones, which wait for loads. Its tables for bfloat16 count only where the
-processor has matrix units for that type, as the one they were measured on.
+products gained more there than sparse ones, which wait for loads. Each of its entries is the least of three
+measurements on a shared host: dense where in doubt. Its tables for bfloat16 count only where the processor has matrix
+units for that type, as the one they were measured on.
 """
 
 from __future__ import annotations
