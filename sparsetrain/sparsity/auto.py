@@ -161,7 +161,7 @@ def choose(
         if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
             # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as
             # for one thread.
-            compiling = torch.compiler.is_compiling()
+            compiling = torch.compiler.is_compiling() or type(tokens) is not int
             limit = _limit.__wrapped__ if compiling else _limit
             threads = 1 if compiling else torch.get_num_threads()
             return name if density <= limit(table, pattern.shape, tokens, threads) else FALLBACK

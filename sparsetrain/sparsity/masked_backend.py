@@ -66,7 +66,8 @@ class MaskedBackend(Backend):
 
 def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
     """Whether a kernel moves such values; else the pattern does, by positions that are kept: 8 bytes a nonzero."""
-    if values.device.type == "cpu" and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL:
+    on_cpu = values.device.type == pattern.device.type == "cpu"
+    if on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL:
         return True
     pattern.keep_positions()
     return False
@@ -97,4 +98,4 @@ def _threads(pattern: SparsityPattern) -> int:
 
 
 def _indices(pattern: SparsityPattern) -> tuple[Tensor, Tensor, int, int, int, int]:
-    return pattern.row_ptr, pattern.col, pattern.row_ptr.numel() - 1, pattern.shape[1], *pattern.block
+    return pattern.row_ptr, pattern.col, pattern.shape[0] // pattern.block[0], pattern.shape[1], *pattern.block

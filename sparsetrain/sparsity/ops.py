@@ -270,14 +270,18 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> Tensor:
         y, kept = BACKENDS[backend].forward(_rows(x), values, pattern, keep=True)
+        ctx.set_materialize_grads(False)
         ctx.pattern, ctx.backend = pattern, backend
         given = x if ctx.needs_input_grad[1] else None
         # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
         ctx.save_for_backward(given, values.detach(), kept)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[1])
+        # Not a view in autograd's eyes: those that a function makes may not be changed in place.
+        return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 4
         need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = ctx.saved_tensors
         pattern, leading = ctx.pattern, g.shape[:-1]
@@ -311,6 +315,7 @@ def _dispatched(*tensors: Tensor) -> bool:
     """Whether somebody is to see a custom op: a compiler, a tracer, a counter, a tensor that is not only one."""
     return (
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
     )

@@ -224,3 +224,29 @@ def test_shapes_that_do_not_fit_are_named(shape: tuple[int, ...], nnz: int, mess
     pattern = pattern_of()
     with pytest.raises(UserError, match=message):
         sparse_linear(torch.randn(shape), torch.randn(pattern.nnz + nnz), pattern)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("backend", ["masked", "csr"])
+def test_an_output_may_be_changed_in_place(leading: tuple[int, ...], backend: str) -> None:
+    layer = SparseLinear(K, M, density=0.5, bias=False, seed=0, backend=backend)
+    x = torch.randn(*leading, K)
+    (ours,) = torch.autograd.grad(torch.relu_(layer(x)).sum(), (layer.values,))
+    (theirs,) = torch.autograd.grad(torch.relu(x @ layer.dense_weight().t()).sum(), (layer.values,))
+    torch.testing.assert_close(ours, theirs)
+
+
+class _Stop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_stays_none() -> None:
+    layer = SparseLinear(K, M, density=0.5, seed=0)
+    _Stop.apply(layer(torch.randn(3, K))).sum().backward()
+    assert layer.values.grad is None
