@@ -1,7 +1,7 @@
 """Writes a sparse matrix out densely and reads a dense one at the nonzeros, straight from a pattern's own indices.
 
-Bits are moved, not numbers: float32, or any type of 16 bits as uint16. Where a place is stored to is unsigned: Numba
-looks at every other index to see whether it is negative.
+Bits are moved, not numbers: float32, or any type of 16 bits as uint16. Single weights are stored at unsigned places:
+Numba looks at every other index to see whether it is negative.
 """
 
 from __future__ import annotations

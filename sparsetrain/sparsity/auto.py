@@ -41,7 +41,7 @@ SHIPPED = {False: "crossover.json", True: "crossover_avx512.json"}  # by whether
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one table is another: what was looked up in it is remembered by the table
 class Crossover:
     """Densities up to which one backend is the faster one.
 
@@ -56,9 +56,6 @@ class Crossover:
     tokens: list[int]
     threads: list[int]
     density: list[list[list[float]]]
-
-    def __hash__(self) -> int:
-        return id(self)  # for a cache of what was looked up; lists have no hash
 
     def at(self, side: float, tokens: int, threads: int) -> float:
         """Return the density for one layer."""
@@ -133,10 +130,13 @@ def save(tables: dict[str, Crossover], about: dict[str, Any]) -> Path:
 
 
 def _load() -> dict[str, Crossover]:
-    path = tuned_path()
-    if path.exists():
-        return from_plain(read_json(path), str(path))
-    return _shipped()
+    path, shipped = tuned_path(), _shipped()
+    if not path.exists():
+        return shipped
+    # A file from before there were tables for bfloat16 has none: those of the library count.
+    return {name: table for name, table in shipped.items() if name.endswith(_BFLOAT16)} | from_plain(
+        read_json(path), str(path)
+    )
 
 
 def _shipped() -> dict[str, Crossover]:

@@ -16,7 +16,7 @@ _DTYPES = (torch.float32, torch.bfloat16)
 
 
 class CpuBackend(Backend):
-    """Takes float32 and bfloat16 on a CPU, sums in float32, on as many threads as torch has.
+    """Takes float32 and bfloat16 on a CPU, sums in float32, on no more threads than torch has.
 
     Keeps nothing but the input for the backward pass, which packs a tile of it again: that costs less than writing all
     tiles to memory on the way forward and reading them back. Subclasses define `unsuited`, `forward` and `backward`.

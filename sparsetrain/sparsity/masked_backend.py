@@ -65,37 +65,33 @@ class MaskedBackend(Backend):
 
 
 def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
-    """Whether a kernel moves such values; else the pattern does, by positions that are kept: 8 bytes a nonzero."""
+    """Whether a kernel moves such values; else torch does, by positions that are kept: 8 bytes a nonzero."""
     on_cpu = values.device.type == pattern.device.type == "cpu"
-    if on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL:
-        return True
-    pattern.keep_positions()
-    return False
+    return on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL
 
 
 def _spread(values: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return what `SparsityPattern.scatter` does, without a graph."""
-    if not _by_kernel(values, pattern):
-        return pattern.scatter(values)
-    kernel = _kernels().spread if values.itemsize == 4 else _kernels().spread16
-    dense = values.new_empty(pattern.shape)
-    kernel(_threads(pattern), values.contiguous(), dense, *_indices(pattern))
-    return dense
+    if _by_kernel(values, pattern):
+        return _moved("spread", values, values.new_empty(pattern.shape), pattern)
+    pattern.keep_positions()
+    return pattern.scatter(values)
 
 
 def _collect(dense: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return what `SparsityPattern.gather` does, without a graph."""
-    if not _by_kernel(dense, pattern):
-        return pattern.gather(dense)
-    kernel = _kernels().collect if dense.itemsize == 4 else _kernels().collect16
-    values = dense.new_empty(pattern.nnz)
-    kernel(_threads(pattern), dense.contiguous(), values, *_indices(pattern))
-    return values
+    if _by_kernel(dense, pattern):
+        return _moved("collect", dense, dense.new_empty(pattern.nnz), pattern)
+    pattern.keep_positions()
+    return pattern.gather(dense)
 
 
-def _threads(pattern: SparsityPattern) -> int:
-    return enough(torch.get_num_threads(), pattern.shape[0] * pattern.shape[1])
-
-
-def _indices(pattern: SparsityPattern) -> tuple[Tensor, Tensor, int, int, int, int]:
-    return pattern.row_ptr, pattern.col, pattern.shape[0] // pattern.block[0], pattern.shape[1], *pattern.block
+def _moved(name: str, source: Tensor, target: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return ``target`` after a kernel has filled it from ``source``, of the same type."""
+    rows, columns = pattern.shape
+    kernel = getattr(_kernels(), name if source.itemsize == 4 else f"{name}16")
+    kernel(
+        enough(torch.get_num_threads(), rows * columns),
+        *(source.contiguous(), target, pattern.row_ptr, pattern.col, rows // pattern.block[0], columns, *pattern.block),
+    )
+    return target

@@ -30,7 +30,6 @@ def step_seconds(layers: Sequence[nn.Module], x: Tensor, g: Tensor, repeats: int
 
     The layers take turns, so that what disturbs the machine for a while disturbs all of them.
     """
-
     for layer in layers:
         _seconds(layer, x, g, 1)
     steps = [max(1, math.ceil(_LEAST_SECONDS / max(1e-7, _seconds(layer, x, g, 1)))) for layer in layers]
@@ -61,7 +60,7 @@ def crossing(densities: Sequence[float], sparse: Sequence[float], dense: Sequenc
     lines = [np.polyfit(at, times, 1, w=1.0 / np.asarray(times)) for times in (sparse, dense)]
     slope, ahead = lines[0][0] - lines[1][0], lines[1][1] - lines[0][1]
     if slope <= 0.0:
-        return float(ahead > slope / 2)  # no crossing: whichever is the faster one
+        return float(ahead > slope / 2)  # no density from which on dense is faster: whichever is so at a half
     return float(np.clip(ahead / slope, 0.0, 1.0))
 
 
@@ -107,12 +106,14 @@ def _cell(backend: str, dtype: torch.dtype, side: int, tokens: int, repeats: int
     if once[1] > _HOPELESS * once[0]:
         return 1.0
     seconds = step_seconds(layers, x, g, repeats)
-    return crossing(DENSITIES, seconds[: len(DENSITIES)], seconds[len(DENSITIES) :])
+    densities = [layer.pattern.density for layer in layers[: len(DENSITIES)]]
+    return crossing(densities, seconds[: len(DENSITIES)], seconds[len(DENSITIES) :])
 
 
 def _layer(side: int, density: float, measured: str, backend: str, dtype: torch.dtype) -> SparseLinear:
     block = BLOCKS[measured]
-    coarse = random_pattern((side // block[0], side // block[1]), density, torch.Generator().manual_seed(0))
+    rows, columns = side // block[0], side // block[1]
+    coarse = random_pattern((rows, columns), max(density, 1 / (rows * columns)), torch.Generator().manual_seed(0))
     pattern = SparsityPattern((side, side), coarse.row_ptr, coarse.col, block)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".* have no weight: they are constant")

@@ -28,7 +28,7 @@ class TuneConfig:
 
     Args:
         threads: numbers of threads to measure with; null for one and all cores.
-        sides: square layers of these sizes, multiples of 16. tokens: rows of their inputs.
+        sides: square layers of these sizes, multiples of 16 from 32 on. tokens: rows of their inputs.
         repeats: timings of which the median counts.
     """
 
@@ -43,8 +43,8 @@ class TuneConfig:
             if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
                 raise UserError(f"{name}={given} must be numbers from 1 on, each larger than the one before")
         unit = math.lcm(*itertools.chain(*BLOCKS.values()))
-        if any(side % unit for side in self.sides or []):
-            raise UserError(f"sides={self.sides} must be multiples of {unit}, the blocks of bsr")
+        if any(side % unit or side == unit for side in self.sides or []):
+            raise UserError(f"sides={self.sides} must be multiples of {unit}, the blocks of bsr, and more than one")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats} must be at least 1")
 

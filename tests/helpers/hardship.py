@@ -40,13 +40,16 @@ def work_for_every_thread() -> Iterator[None]:
         yield
 
 
-def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> None:
-    """Make the runtime lend fewer threads than it is asked for, as one does where they are scarce."""
+def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> list[int]:
+    """Make the runtime lend fewer threads than it is asked for; return a list of how many it will have been asked."""
+    asked_for: list[int] = []
     runtime = compiling.openmp()
     assert runtime is not None
     run, *addresses = runtime
 
     def scarce(address: int, block: int, asked: int, flags: int) -> None:
+        asked_for.append(asked)
         run(address, block, min(asked, threads), flags)
 
     patch.setattr(compiling, "openmp", lambda: (scarce, *addresses))
+    return asked_for

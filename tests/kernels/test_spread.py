@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import spread
-from sparsetrain.sparsity import SparseLinear, SparsityPattern
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, masked_backend
 from sparsetrain.sparsity.masked_backend import MaskedBackend
 
 
@@ -59,7 +63,21 @@ def test_every_bit_arrives_where_numpy_puts_it(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("block", [(1, 1), (4, 8)])
-def test_a_large_matrix_is_computed_as_by_the_pattern_itself(dtype: torch.dtype, block: tuple[int, int]) -> None:
+def test_a_large_matrix_is_computed_as_by_the_pattern_itself(
+    dtype: torch.dtype, block: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, int]] = []
+
+    def recorded(name: str) -> Callable[..., None]:
+        def call(threads: int, *arguments: Any) -> None:
+            called.append((name, threads))
+            getattr(spread, name)(threads, *arguments)
+
+        return call
+
+    names = ("spread", "spread16", "collect", "collect16")
+    kernels = SimpleNamespace(**{name: recorded(name) for name in names})
+    monkeypatch.setattr(masked_backend, "_kernels", lambda: kernels)
     torch.set_num_threads(2)
     pattern = pattern_of(512 // block[0], 384 // block[1], block, 0.3)
     values = torch.randn(pattern.nnz, 2).to(dtype)[:, 0]
@@ -69,6 +87,15 @@ def test_a_large_matrix_is_computed_as_by_the_pattern_itself(dtype: torch.dtype,
     expected = (torch.nn.functional.linear(x, dense), g @ dense, pattern.gather(g.t() @ x))
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine, other)
+    kind = {torch.float64: None, torch.float32: ""}.get(dtype, "16")
+    expected_calls = [] if kind is None else [(f"{name}{kind}", 2) for name in ("spread", "spread", "collect")]
+    assert called == expected_calls
+
+
+def test_what_is_read_from_need_not_be_contiguous() -> None:
+    pattern = pattern_of(192, 128, (1, 1), 0.3)
+    dense = torch.randn(128, 192).t()
+    assert torch.equal(masked_backend._collect(dense, pattern), pattern.gather(dense))
 
 
 def test_a_large_masked_layer_holds_no_index_beside_its_pattern() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hardship import fill_with_poison, lend_at_most, work_for_every_thread
+from hardship import work_for_every_thread
 from torch import Tensor
 
 from sparsetrain.bench.memory import pattern_bytes
@@ -62,28 +62,6 @@ def test_the_plain_contractions_match_the_dense_matrix() -> None:
         expected = pattern.gather(g.t() @ x)
         torch.testing.assert_close(BACKEND.sampled(g, x, pattern), expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(BACKEND.matmul_t(g, values, pattern), g @ dense, rtol=1e-4, atol=1e-4)
-
-
-def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern = pattern_of((5, 16), density=0.3)
-    x, g, values = torch.randn(150, 96), torch.randn(150, 25), torch.randn(pattern.nnz)
-    expected = products(x, values, g, pattern)
-    fill_with_poison(monkeypatch)
-    for threads in (1, 2, 4):
-        torch.set_num_threads(threads)
-        for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
-            torch.testing.assert_close(mine, other)
-
-
-def test_a_runtime_may_lend_fewer_threads_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    pattern = pattern_of((5, 16), density=0.3)
-    x, g, values = torch.randn(150, 96), torch.randn(150, 25), torch.randn(pattern.nnz)
-    expected = products(x, values, g, pattern)
-    lend_at_most(2, monkeypatch)
-    fill_with_poison(monkeypatch)
-    torch.set_num_threads(5)
-    for mine, other in zip(products(x, values, g, pattern), expected, strict=True):
-        torch.testing.assert_close(mine, other)
 
 
 def test_gradient_and_input_of_two_types_are_multiplied_as_the_gradient_s() -> None:

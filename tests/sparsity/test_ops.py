@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from products import K, M, arguments, assert_matches_dense, inputs, pattern_of
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -193,9 +194,11 @@ def test_who_looks_sees_the_custom_op_and_the_same_bits(backend: str) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("backend", ["masked", "csr"])
+@pytest.mark.parametrize("backend", ["masked", "csr", "bsr"])
 def test_a_penalty_on_the_gradient_of_a_linear_loss_is_refused_not_dropped(backend: str) -> None:
-    pattern = pattern_of()
+    pattern = (
+        pattern_of() if backend != "bsr" else SparsityPattern.from_mask(torch.ones(8, 12, dtype=torch.bool), (4, 4))
+    )
     x, values, *_ = inputs(pattern, 3, dtype=torch.float32)
     output = sparse_linear(x, values, pattern, None, backend).sum()
     (first,) = torch.autograd.grad(output, (x,), create_graph=True)
@@ -250,3 +253,19 @@ def test_no_gradient_stays_none() -> None:
     layer = SparseLinear(K, M, density=0.5, seed=0)
     _Stop.apply(layer(torch.randn(3, K))).sum().backward()
     assert layer.values.grad is None
+
+
+@pytest.mark.parametrize("backend", ["auto", "masked"])
+def test_a_layer_traced_with_symbolic_sizes_equals_itself(backend: str) -> None:
+    layer = SparseLinear(128, 256, density=0.3, seed=0, backend=backend)
+    x = torch.randn(6, 128)
+    graph = make_fx(layer, tracing_mode="symbolic", _allow_non_fake_inputs=True)(x)
+    torch.testing.assert_close(graph(x), layer(x))
+
+
+def test_indices_on_another_device_are_refused_not_read() -> None:
+    layer = SparseLinear(128, 256, density=0.3, seed=0)
+    pattern = layer.pattern
+    elsewhere = SparsityPattern.of_sorted(pattern, pattern.row_ptr.to("meta"), pattern.col.to("meta"))
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        sparse_linear(torch.randn(3, 128), layer.values, elsewhere, backend="masked")

@@ -42,7 +42,15 @@ def test_a_measured_table_is_saved_shown_and_used(screen: Console) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("threads", []), ("threads", [0]), ("sides", [64, 32]), ("sides", [24]), ("tokens", [8, 8]), ("repeats", 0)],
+    [
+        ("threads", []),
+        ("threads", [0]),
+        ("sides", [64, 32]),
+        ("sides", [24]),
+        ("sides", [16]),
+        ("tokens", [8, 8]),
+        ("repeats", 0),
+    ],
 )
 def test_what_cannot_be_measured_is_refused(field: str, value: Any) -> None:
     with pytest.raises(UserError, match=f"^{field}="):
