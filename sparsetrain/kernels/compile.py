@@ -49,14 +49,15 @@ def cpu_features() -> str:
     return binding.get_host_cpu_features().flatten() if chosen is None else chosen
 
 
-def cpu() -> str:
-    """Return the name and the features of that processor."""
-    return f"{numba.config.CPU_NAME or binding.get_host_cpu_name()} {cpu_features()}"
+def cpu_name() -> str:
+    """Return the name of that processor, as LLVM writes it: ``znver4``, ``sapphirerapids``, ``x86-64``, ..."""
+    return str(numba.config.CPU_NAME or binding.get_host_cpu_name())
 
 
 def fingerprint(folder: Path | None = None) -> str:
     """Return 16 hexadecimal digits of what compiled code depends on: sources in ``folder``, compiler, processor."""
-    digest = hashlib.blake2b(f"{numba.__version__} {llvmlite.__version__} {cpu()}".encode(), digest_size=8)
+    built_with = f"{numba.__version__} {llvmlite.__version__} {cpu_name()} {cpu_features()}"
+    digest = hashlib.blake2b(built_with.encode(), digest_size=8)
     for path in sorted((folder or Path(__file__).parent).glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()

@@ -1,7 +1,7 @@
 """What the kernels of `csr` do in registers: one row's run of nonzeros in a block of columns, for a tile of tokens.
 
 Two multiply-adds a cycle that take four cycles each need at least eight sums. 64 tokens are eight sums of 8 lanes, but
-four of 16.
+four of 16: enough only where a multiply-add of 16 lanes takes the place of two.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import numpy as np
 from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.lanes import add_sums4, add_sums8, sum_lanes
 from sparsetrain.kernels.simd import (
+    HALVED,
     NATIVE_LANES,
     add,
     element,
@@ -21,16 +22,20 @@ from sparsetrain.kernels.simd import (
     load,
     load_four,
     load_quad,
-    native_load,
-    native_splat,
+    of_lanes,
     splat,
     store,
 )
 from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
 
-# Tiles whose products are summed before lanes are, in the weight gradient. A sum of 16 lanes costs twice as much beside
-# its multiply-adds as one of 8. Measured with 48 KB of L1, which two tiles of x just fill; see `LOG.md`.
-TOGETHER = NATIVE_LANES // 8
+# Of the weight gradient's sums. A sum of 16 lanes costs twice as much beside its multiply-adds as one of 8, so that it
+# is worth it where those take half as long.
+SUM_LANES = 8 if HALVED else NATIVE_LANES
+sum_load, sum_splat = of_lanes(SUM_LANES)
+
+# Tiles whose products are summed before lanes are, in the weight gradient: two make up for the longer sum. Measured
+# with 48 KB of L1, which two tiles of x just fill; see `LOG.md`.
+TOGETHER = SUM_LANES // 8
 
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
 _lane0, _lane1, _lane2, _lane3 = lane
@@ -46,7 +51,7 @@ def row_of_64(
     else:
         a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
     place = start
-    if NATIVE_LANES == 16:
+    if NATIVE_LANES == 16 and not HALVED:
         a, b, c, d, place = _two_sets(x, at, offsets, values, place, end, a, b, c, d)
     while place + 4 <= end:
         quad, four = load_quad(offsets, place), load_four(values, place)
@@ -135,7 +140,7 @@ def sums_of_row(
     own: Int,
 ) -> None:
     """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk."""
-    zero = native_splat(np.float32(0.0))
+    zero = sum_splat(np.float32(0.0))
     tiles_at_once = many if TOGETHER > 1 else 1
     place = start
     while place + 8 <= end:
@@ -147,12 +152,12 @@ def sums_of_row(
         oh, oi = at + np.int64((more >> _32) & _LOW16), at + np.int64(more >> _48)
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, NATIVE_LANES):
-                w = native_load(g, u + token)
-                a, b = fma(w, native_load(x, oa + t + token), a), fma(w, native_load(x, ob + t + token), b)
-                c, d = fma(w, native_load(x, oc + t + token), c), fma(w, native_load(x, od + t + token), d)
-                e, f = fma(w, native_load(x, oe + t + token), e), fma(w, native_load(x, of + t + token), f)
-                h, i = fma(w, native_load(x, oh + t + token), h), fma(w, native_load(x, oi + t + token), i)
+            for token in range(0, TILE, SUM_LANES):
+                w = sum_load(g, u + token)
+                a, b = fma(w, sum_load(x, oa + t + token), a), fma(w, sum_load(x, ob + t + token), b)
+                c, d = fma(w, sum_load(x, oc + t + token), c), fma(w, sum_load(x, od + t + token), d)
+                e, f = fma(w, sum_load(x, oe + t + token), e), fma(w, sum_load(x, of + t + token), f)
+                h, i = fma(w, sum_load(x, oh + t + token), h), fma(w, sum_load(x, oi + t + token), i)
         add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
         place += 8
     if place + 4 <= end:
@@ -163,23 +168,23 @@ def sums_of_row(
         oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, 2 * NATIVE_LANES):
-                w, v = native_load(g, u + token), native_load(g, u + token + NATIVE_LANES)
+            for token in range(0, TILE, 2 * SUM_LANES):
+                w, v = sum_load(g, u + token), sum_load(g, u + token + SUM_LANES)
                 a, e = (
-                    fma(w, native_load(x, oa + t + token), a),
-                    fma(v, native_load(x, oa + t + token + NATIVE_LANES), e),
+                    fma(w, sum_load(x, oa + t + token), a),
+                    fma(v, sum_load(x, oa + t + token + SUM_LANES), e),
                 )
                 b, f = (
-                    fma(w, native_load(x, ob + t + token), b),
-                    fma(v, native_load(x, ob + t + token + NATIVE_LANES), f),
+                    fma(w, sum_load(x, ob + t + token), b),
+                    fma(v, sum_load(x, ob + t + token + SUM_LANES), f),
                 )
                 c, h = (
-                    fma(w, native_load(x, oc + t + token), c),
-                    fma(v, native_load(x, oc + t + token + NATIVE_LANES), h),
+                    fma(w, sum_load(x, oc + t + token), c),
+                    fma(v, sum_load(x, oc + t + token + SUM_LANES), h),
                 )
                 d, i = (
-                    fma(w, native_load(x, od + t + token), d),
-                    fma(v, native_load(x, od + t + token + NATIVE_LANES), i),
+                    fma(w, sum_load(x, od + t + token), d),
+                    fma(v, sum_load(x, od + t + token + SUM_LANES), i),
                 )
         add_sums4(sums, own + place, add(a, e), add(b, f), add(c, h), add(d, i))
         place += 4
@@ -187,7 +192,7 @@ def sums_of_row(
         a, o = zero, at + np.int64(element(offsets, place))
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, NATIVE_LANES):
-                a = fma(native_load(g, u + token), native_load(x, o + t + token), a)
+            for token in range(0, TILE, SUM_LANES):
+                a = fma(sum_load(g, u + token), sum_load(x, o + t + token), a)
         sums[own + place] += sum_lanes(a)
         place += 1
