@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from sparsetrain.kernels import compile as compiling
-from sparsetrain.kernels import csr
+from sparsetrain.kernels import csr, simd
 from sparsetrain.kernels.compile import Kernel, fingerprint
 
 FOLDER = Path(compiling.__file__).parent
@@ -114,20 +114,23 @@ def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_
 
 
 _OTHER_LANES = """
+import sys
 from sparsetrain.kernels import compile as compiling
-features = compiling.cpu_features()
-wide = "+avx512f" in features
-chosen = features.replace("+avx512f", "-avx512f") if wide else f"{features},+avx512f"
-compiling.cpu_features = lambda: chosen
-from sparsetrain.kernels import simd
-assert simd.NATIVE_LANES == (8 if wide else 16)
+features, kind = compiling.cpu_features(), sys.argv[1]
+chosen = features.replace("+avx512f", "-avx512f") if kind == "8" else f"{features},+avx512f"
+compiling.cpu_features, compiling.cpu_name = lambda: chosen, lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
+from sparsetrain.kernels import register_rows, simd
+assert simd.NATIVE_LANES == int(kind.split()[0]) and simd.HALVED == (kind == "16 halved")
+assert register_rows.SUM_LANES == (16 if kind == "16" else 8)
 import torch
 from sparsetrain import SparseLinear
 from sparsetrain.sparsity import block_pattern
 torch.set_num_threads(2)
 blocks = block_pattern((84, 64), 0.5, torch.Generator().manual_seed(0), (14, 8))
-layers = {"bsr": SparseLinear(64, 84, pattern=blocks, seed=0)}
-if not wide:  # csr with 8 lanes is tested above, with AVX2 alone
+layers = {}
+if kind != "16 halved":  # block kernels are those of 16 lanes there
+    layers["bsr"] = SparseLinear(64, 84, pattern=blocks, seed=0)
+if kind != "8":  # csr with 8 lanes is tested above, with AVX2 alone
     layers["csr"] = SparseLinear(70, 45, density=0.4, seed=0)
 for backend, layer in layers.items():
     torch.manual_seed(0)
@@ -139,11 +142,14 @@ for backend, layer in layers.items():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 """
 
+_KIND = f"{simd.NATIVE_LANES} halved" if simd.HALVED else f"{simd.NATIVE_LANES}"
+
 
 @pytest.mark.slow
-def test_products_are_right_with_the_lanes_of_the_other_kind_of_processor(tmp_path: Path) -> None:
-    # LLVM splits 16 lanes where registers have 8, so that either kind of kernel is tested wherever the tests run.
-    command = [sys.executable, "-c", _OTHER_LANES]
+@pytest.mark.parametrize("kind", [kind for kind in ("8", "16", "16 halved") if kind != _KIND])
+def test_products_are_right_with_the_lanes_of_another_kind_of_processor(tmp_path: Path, kind: str) -> None:
+    # LLVM splits 16 lanes where registers have 8, so that every kind of kernel is tested wherever the tests run.
+    command = [sys.executable, "-c", _OTHER_LANES, kind]
     run = subprocess.run(command, env=separate(tmp_path), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
 
