@@ -37,7 +37,7 @@ from sparsetrain.sparsity.pattern import SparsityPattern
 
 FALLBACK = "masked"
 CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
-SHIPPED = {False: "crossover.json", True: "crossover_avx512.json"}  # by whether torch computes with AVX-512
+SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 
 
@@ -140,11 +140,21 @@ def _load() -> dict[str, Crossover]:
 
 
 def _shipped() -> dict[str, Crossover]:
-    name = SHIPPED["AVX512" in torch.backends.cpu.get_cpu_capability()]
-    text = resources.files("sparsetrain.sparsity").joinpath(name).read_text("utf-8")
-    matrix_units = any("amx_bf16" in line.split() for line in _cpuinfo())
-    tables = from_plain(json.loads(text), name)
-    return {name: table for name, table in tables.items() if matrix_units or not name.endswith(_BFLOAT16)}
+    name = SHIPPED[_kind()]
+    content = json.loads(resources.files("sparsetrain.sparsity").joinpath(name).read_text("utf-8"))
+    # Its tables for bfloat16 are those of a processor with such instructions: without them dense is slower.
+    native = any(content.get("bfloat16_by") in line.split() for line in _cpuinfo())
+    tables = from_plain(content, name)
+    return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
+
+
+def _kind() -> str:
+    """Return the kind of processor that this one is most like, of those that a table is shipped for."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return "AVX2"
+    # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.
+    said = {line.split(":")[0].strip(): line.split(":")[-1].strip() for line in _cpuinfo()}
+    return "Zen 4" if (said.get("vendor_id"), said.get("cpu family")) == ("AuthenticAMD", "25") else "AVX-512"
 
 
 def choose(

@@ -71,15 +71,29 @@ def test_bfloat16_goes_by_its_own_table_where_there_is_one(monkeypatch: pytest.M
     assert chosen() == ["csr", "masked", "bsr", "bsr"]
 
 
-@pytest.mark.parametrize("flags", ["flags : fma amx_bf16 amx_tile", "flags : fma amx_bf16x", ""])
-def test_the_shipped_table_for_bfloat16_counts_where_there_are_matrix_units(
-    flags: str, monkeypatch: pytest.MonkeyPatch
+_ZEN4 = ["vendor_id\t: AuthenticAMD", "cpu family\t: 25"]
+_ZEN5 = ["vendor_id\t: AuthenticAMD", "cpu family\t: 26"]
+
+
+@pytest.mark.parametrize(
+    ("about", "flags", "counts"),
+    [
+        ([], "fma amx_bf16 amx_tile", True),
+        ([], "fma amx_bf16x", False),
+        ([], "", False),
+        (_ZEN4, "avx512_bf16 fma", True),
+        (_ZEN4, "amx_bf16", False),
+        (_ZEN5, "avx512_bf16", False),
+    ],
+)
+def test_a_shipped_table_for_bfloat16_counts_where_there_are_the_instructions_of_its_processor(
+    about: list[str], flags: str, counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(auto, "_cpuinfo", lambda: [flags])
+    monkeypatch.setattr(auto, "_cpuinfo", lambda: [*about, f"flags\t\t: {flags}"])
     names = set(auto._shipped())
     assert {"csr", "bsr"} <= names
-    assert ({"csr bfloat16", "bsr bfloat16"} <= names) == (" amx_bf16 " in flags)
+    assert ({"csr bfloat16", "bsr bfloat16"} <= names) == counts
 
 
 def test_what_takes_dense_ages_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,11 +141,22 @@ def test_a_shipped_table_is_one_and_prefers_dense_for_tiny_layers(name: str) -> 
     assert table.at(1024, 2048, 1) > 0.4
 
 
-@pytest.mark.parametrize(("capability", "name"), [("AVX2", "crossover.json"), ("AVX512", "crossover_avx512.json")])
+@pytest.mark.parametrize(
+    ("capability", "about", "name"),
+    [
+        ("AVX2", [], "crossover.json"),
+        ("AVX2", _ZEN4, "crossover.json"),  # where torch was told to leave AVX-512 alone
+        ("AVX512", [], "crossover_avx512.json"),
+        ("AVX512", ["vendor_id\t: GenuineIntel", "cpu family\t: 6"], "crossover_avx512.json"),
+        ("AVX512", _ZEN5, "crossover_avx512.json"),
+        ("AVX512", _ZEN4, "crossover_zen4.json"),
+    ],
+)
 def test_the_shipped_table_is_that_of_such_a_processor(
-    capability: str, name: str, monkeypatch: pytest.MonkeyPatch
+    capability: str, about: list[str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(auto, "_cpuinfo", lambda: about)
     text = (Path(auto.__file__).parent / name).read_text()
     tables = json.loads(text)["backends"]
     loaded = {name: vars(table) for name, table in auto._load().items()}
