@@ -28,13 +28,13 @@ from sparsetrain.kernels.simd import (
 )
 from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
 
-# Of the weight gradient's sums. A sum of 16 lanes costs twice as much beside its multiply-adds as one of 8, so that it
-# is worth it where those take half as long.
+# Of the weight gradient's sums. Adding up 16 lanes takes one step more than 8: worth it where one multiply-add of 16
+# lanes takes the time of one of 8, not where it takes that of two.
 SUM_LANES = 8 if HALVED else NATIVE_LANES
 sum_load, sum_splat = of_lanes(SUM_LANES)
 
-# Tiles whose products are summed before lanes are, in the weight gradient: two make up for the longer sum. Measured
-# with 48 KB of L1, which two tiles of x just fill; see `LOG.md`.
+# Tiles of tokens that the weight gradient sums over before it adds up lanes. For 16 lanes two, so that they are added
+# up half as often: measured with 48 KB of L1, which two tiles of x just fill. 8 lanes were measured with 32 KB.
 TOGETHER = SUM_LANES // 8
 
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)

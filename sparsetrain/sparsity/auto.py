@@ -6,10 +6,10 @@ between are interpolated in their logarithms, sizes beyond are those of the edge
 bfloat16, in which a processor may be much slower at dense products, or much faster.
 
 `sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
-used: that of two cores of Zen 3 (AVX2), or of Emerald Rapids where torch computes with AVX-512, from which dense
-products gained more there than sparse ones, which wait for loads. Each of its entries is the least of three
-measurements on a shared host: dense where in doubt. Its tables for bfloat16 count only where the processor has matrix
-units for that type, as the one they were measured on.
+used: that of two cores of Zen 4 on such a processor; elsewhere of Emerald Rapids where torch computes with AVX-512,
+from which dense products gained more there than sparse ones, which wait for loads; else of Zen 3 (AVX2). With AVX-512
+each entry is the least of three measurements on a shared host: dense where in doubt. Tables for bfloat16 count only
+where the processor has the instructions for it that they were measured with; elsewhere the one for float32 does.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def machine_key() -> str:
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
+@functools.cache
 def _cpuinfo() -> list[str]:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
