@@ -21,6 +21,7 @@ ORDER = [
     *(
         "errors",
         "seeds",
+        "processor",
         "files",
         "cache",
         "kernels",

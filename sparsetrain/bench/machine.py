@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import sparsetrain
+from sparsetrain.processor import cpu_flags, cpuinfo
 
 # Parts of the library whose code a measurement runs through.
 _MEASURED = ("kernels", "sparsity", "models", "parameterization", "bench")
@@ -29,8 +30,7 @@ def available_cores() -> int:
 
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, caches, memory and versions as plain values."""
-    info = _cpuinfo()
-    flags = set(info.get("flags", info.get("Features", "")).split())
+    info, flags = cpuinfo(), cpu_flags()
     return {
         "processor": info.get("model name") or platform.processor() or platform.machine(),
         # The name alone may be that of a whole line of processors, on a virtual machine above all.
@@ -77,16 +77,6 @@ def _set_threads(count: int) -> None:
     for path in loaded:
         with suppress(OSError, AttributeError):
             ctypes.CDLL(path).omp_set_num_threads(count)
-
-
-def _cpuinfo() -> dict[str, str]:
-    """Return the first processor's entries."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}
 
 
 def _caches() -> dict[str, str]:

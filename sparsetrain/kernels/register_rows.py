@@ -13,8 +13,7 @@ import numpy as np
 from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.lanes import add_sums4, add_sums8, sum_lanes
 from sparsetrain.kernels.simd import (
-    HALVED,
-    NATIVE_LANES,
+    PATH_LANES,
     add,
     element,
     fma,
@@ -22,20 +21,16 @@ from sparsetrain.kernels.simd import (
     load,
     load_four,
     load_quad,
-    of_lanes,
+    path_load,
+    path_splat,
     splat,
     store,
 )
 from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
 
-# Of the weight gradient's sums. Adding up 16 lanes takes one step more than 8: worth it where one multiply-add of 16
-# lanes takes the time of one of 8, not where it takes that of two.
-SUM_LANES = 8 if HALVED else NATIVE_LANES
-sum_load, sum_splat = of_lanes(SUM_LANES)
-
 # Tiles of tokens that the weight gradient sums over before it adds up lanes. For 16 lanes two, so that they are added
 # up half as often: measured with 48 KB of L1, which two tiles of x just fill. 8 lanes were measured with 32 KB.
-TOGETHER = SUM_LANES // 8
+TOGETHER = PATH_LANES // 8
 
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
 _lane0, _lane1, _lane2, _lane3 = lane
@@ -51,7 +46,7 @@ def row_of_64(
     else:
         a, b, c, d = load(y, to), load(y, to + 16), load(y, to + 32), load(y, to + 48)
     place = start
-    if NATIVE_LANES == 16 and not HALVED:
+    if PATH_LANES == 16:
         a, b, c, d, place = _two_sets(x, at, offsets, values, place, end, a, b, c, d)
     while place + 4 <= end:
         quad, four = load_quad(offsets, place), load_four(values, place)
@@ -140,7 +135,7 @@ def sums_of_row(
     own: Int,
 ) -> None:
     """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk."""
-    zero = sum_splat(np.float32(0.0))
+    zero = path_splat(np.float32(0.0))
     tiles_at_once = many if TOGETHER > 1 else 1
     place = start
     while place + 8 <= end:
@@ -152,12 +147,12 @@ def sums_of_row(
         oh, oi = at + np.int64((more >> _32) & _LOW16), at + np.int64(more >> _48)
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, SUM_LANES):
-                w = sum_load(g, u + token)
-                a, b = fma(w, sum_load(x, oa + t + token), a), fma(w, sum_load(x, ob + t + token), b)
-                c, d = fma(w, sum_load(x, oc + t + token), c), fma(w, sum_load(x, od + t + token), d)
-                e, f = fma(w, sum_load(x, oe + t + token), e), fma(w, sum_load(x, of + t + token), f)
-                h, i = fma(w, sum_load(x, oh + t + token), h), fma(w, sum_load(x, oi + t + token), i)
+            for token in range(0, TILE, PATH_LANES):
+                w = path_load(g, u + token)
+                a, b = fma(w, path_load(x, oa + t + token), a), fma(w, path_load(x, ob + t + token), b)
+                c, d = fma(w, path_load(x, oc + t + token), c), fma(w, path_load(x, od + t + token), d)
+                e, f = fma(w, path_load(x, oe + t + token), e), fma(w, path_load(x, of + t + token), f)
+                h, i = fma(w, path_load(x, oh + t + token), h), fma(w, path_load(x, oi + t + token), i)
         add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
         place += 8
     if place + 4 <= end:
@@ -168,23 +163,23 @@ def sums_of_row(
         oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, 2 * SUM_LANES):
-                w, v = sum_load(g, u + token), sum_load(g, u + token + SUM_LANES)
+            for token in range(0, TILE, 2 * PATH_LANES):
+                w, v = path_load(g, u + token), path_load(g, u + token + PATH_LANES)
                 a, e = (
-                    fma(w, sum_load(x, oa + t + token), a),
-                    fma(v, sum_load(x, oa + t + token + SUM_LANES), e),
+                    fma(w, path_load(x, oa + t + token), a),
+                    fma(v, path_load(x, oa + t + token + PATH_LANES), e),
                 )
                 b, f = (
-                    fma(w, sum_load(x, ob + t + token), b),
-                    fma(v, sum_load(x, ob + t + token + SUM_LANES), f),
+                    fma(w, path_load(x, ob + t + token), b),
+                    fma(v, path_load(x, ob + t + token + PATH_LANES), f),
                 )
                 c, h = (
-                    fma(w, sum_load(x, oc + t + token), c),
-                    fma(v, sum_load(x, oc + t + token + SUM_LANES), h),
+                    fma(w, path_load(x, oc + t + token), c),
+                    fma(v, path_load(x, oc + t + token + PATH_LANES), h),
                 )
                 d, i = (
-                    fma(w, sum_load(x, od + t + token), d),
-                    fma(v, sum_load(x, od + t + token + SUM_LANES), i),
+                    fma(w, path_load(x, od + t + token), d),
+                    fma(v, path_load(x, od + t + token + PATH_LANES), i),
                 )
         add_sums4(sums, own + place, add(a, e), add(b, f), add(c, h), add(d, i))
         place += 4
@@ -192,7 +187,7 @@ def sums_of_row(
         a, o = zero, at + np.int64(element(offsets, place))
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
-            for token in range(0, TILE, SUM_LANES):
-                a = fma(sum_load(g, u + token), sum_load(x, o + t + token), a)
+            for token in range(0, TILE, PATH_LANES):
+                a = fma(path_load(g, u + token), path_load(x, o + t + token), a)
         sums[own + place] += sum_lanes(a)
         place += 1

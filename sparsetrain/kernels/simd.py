@@ -18,8 +18,8 @@ from sparsetrain.kernels.compile import cpu_features, cpu_name
 
 # The widest vector that a register holds where AVX-512 is, and half of it elsewhere (one of AVX2, two of NEON).
 NATIVE_LANES = 16 if "+avx512f" in cpu_features() else 8
-# Zen 4 has registers of 16 lanes, and loads, multiply-adds and shuffles of 8: one of 16 lanes is two of them.
-HALVED = NATIVE_LANES == 16 and cpu_name() == "znver4"
+# Lanes of one load, multiply-add or shuffle: on Zen 4 one of 16 lanes is two of 8.
+PATH_LANES = 8 if cpu_name() == "znver4" else NATIVE_LANES
 _AVX = "+avx," in f"{cpu_features()},"
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -188,14 +188,9 @@ def _splat(kind: Vector) -> Any:
 splat = _splat(F32X16)
 splat8 = _splat(F32X8)
 
-
-def of_lanes(lanes: int) -> tuple[Any, Any]:
-    """Return load and splat for vectors of 8 or 16 lanes."""
-    return {8: (load8, splat8), 16: (load, splat)}[lanes]
-
-
-# Of the lanes that one register has.
-native_load, native_splat = of_lanes(NATIVE_LANES)
+_OF_LANES = {8: (load8, splat8), 16: (load, splat)}
+native_load, native_splat = _OF_LANES[NATIVE_LANES]
+path_load, path_splat = _OF_LANES[PATH_LANES]
 
 
 @intrinsic

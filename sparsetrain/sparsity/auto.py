@@ -32,6 +32,7 @@ import torch
 from sparsetrain.cache import cache_directory
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json, write_json
+from sparsetrain.processor import cpu_flags, cpuinfo
 from sparsetrain.sparsity.ops import BACKENDS
 from sparsetrain.sparsity.pattern import SparsityPattern
 
@@ -102,18 +103,9 @@ def from_plain(content: Any, source: str) -> dict[str, Crossover]:
 
 def machine_key() -> str:
     """Return what tells machines apart whose tables differ: processor and number of cores, as eight digits."""
-    name = next((line for line in _cpuinfo() if line.startswith(("model name", "flags", "Features"))), "")
-    flags = next((line for line in _cpuinfo() if line.startswith(("flags", "Features"))), "")
+    name, flags = cpuinfo().get("model name", ""), " ".join(sorted(cpu_flags()))
     text = f"{platform.machine()} {name} {flags} {os.cpu_count()}"
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-@functools.cache
-def _cpuinfo() -> list[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
 
 
 def tuned_path() -> Path:
@@ -144,7 +136,7 @@ def _shipped() -> dict[str, Crossover]:
     name = SHIPPED[_kind()]
     content = json.loads(resources.files("sparsetrain.sparsity").joinpath(name).read_text("utf-8"))
     # Its tables for bfloat16 are those of a processor with such instructions: without them dense is slower.
-    native = any(content.get("bfloat16_by") in line.split() for line in _cpuinfo())
+    native = content.get("bfloat16_by") in cpu_flags()
     tables = from_plain(content, name)
     return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
 
@@ -154,8 +146,8 @@ def _kind() -> str:
     if "AVX512" not in torch.backends.cpu.get_cpu_capability():
         return "AVX2"
     # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.
-    said = {line.split(":")[0].strip(): line.split(":")[-1].strip() for line in _cpuinfo()}
-    return "Zen 4" if (said.get("vendor_id"), said.get("cpu family")) == ("AuthenticAMD", "25") else "AVX-512"
+    zen4 = (cpuinfo().get("vendor_id"), cpuinfo().get("cpu family")) == ("AuthenticAMD", "25")
+    return "Zen 4" if zen4 else "AVX-512"
 
 
 def choose(

@@ -23,6 +23,7 @@ import sparsetrain
 from sparsetrain.data import Corpus, Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, read_json, sha256_of, whole_file, write_json, write_text
+from sparsetrain.processor import cpuinfo
 from sparsetrain.stages.config import RunConfig, as_plain, differences
 from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.training.state import Diverged
@@ -256,12 +257,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = platform.machine()
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{cpuinfo().get('model name', platform.machine())}, {os.cpu_count()} cores"
 
 
 def command_line() -> str:

@@ -119,9 +119,8 @@ from sparsetrain.kernels import compile as compiling
 features, kind = compiling.cpu_features(), sys.argv[1]
 chosen = features.replace("+avx512f", "-avx512f") if kind == "8" else f"{features},+avx512f"
 compiling.cpu_features, compiling.cpu_name = lambda: chosen, lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
-from sparsetrain.kernels import register_rows, simd
-assert simd.NATIVE_LANES == int(kind.split()[0]) and simd.HALVED == (kind == "16 halved")
-assert register_rows.SUM_LANES == (16 if kind == "16" else 8)
+from sparsetrain.kernels import simd
+assert simd.NATIVE_LANES == int(kind.split()[0]) and simd.PATH_LANES == (16 if kind == "16" else 8)
 import torch
 from sparsetrain import SparseLinear
 from sparsetrain.sparsity import block_pattern
@@ -142,7 +141,7 @@ for backend, layer in layers.items():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 """
 
-_KIND = f"{simd.NATIVE_LANES} halved" if simd.HALVED else f"{simd.NATIVE_LANES}"
+_KIND = f"{simd.NATIVE_LANES}" + (" halved" if simd.PATH_LANES < simd.NATIVE_LANES else "")
 
 
 @pytest.mark.slow

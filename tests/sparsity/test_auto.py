@@ -71,26 +71,27 @@ def test_bfloat16_goes_by_its_own_table_where_there_is_one(monkeypatch: pytest.M
     assert chosen() == ["csr", "masked", "bsr", "bsr"]
 
 
-_ZEN4 = ["vendor_id\t: AuthenticAMD", "cpu family\t: 25"]
-_ZEN5 = ["vendor_id\t: AuthenticAMD", "cpu family\t: 26"]
+_ZEN4 = {"vendor_id": "AuthenticAMD", "cpu family": "25"}
+_ZEN5 = {"vendor_id": "AuthenticAMD", "cpu family": "26"}
 
 
 @pytest.mark.parametrize(
     ("about", "flags", "counts"),
     [
-        ([], "fma amx_bf16 amx_tile", True),
-        ([], "fma amx_bf16x", False),
-        ([], "", False),
+        ({}, "fma amx_bf16 amx_tile", True),
+        ({}, "fma amx_bf16x", False),
+        ({}, "", False),
         (_ZEN4, "avx512_bf16 fma", True),
         (_ZEN4, "amx_bf16", False),
         (_ZEN5, "avx512_bf16", False),
     ],
 )
 def test_a_shipped_table_for_bfloat16_counts_where_there_are_the_instructions_of_its_processor(
-    about: list[str], flags: str, counts: bool, monkeypatch: pytest.MonkeyPatch
+    about: dict[str, str], flags: str, counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(auto, "_cpuinfo", lambda: [*about, f"flags\t\t: {flags}"])
+    monkeypatch.setattr(auto, "cpuinfo", lambda: about)
+    monkeypatch.setattr(auto, "cpu_flags", lambda: set(flags.split()))
     names = set(auto._shipped())
     assert {"csr", "bsr"} <= names
     assert ({"csr bfloat16", "bsr bfloat16"} <= names) == counts
@@ -144,19 +145,19 @@ def test_a_shipped_table_is_one_and_prefers_dense_for_tiny_layers(name: str) -> 
 @pytest.mark.parametrize(
     ("capability", "about", "name"),
     [
-        ("AVX2", [], "crossover.json"),
+        ("AVX2", {}, "crossover.json"),
         ("AVX2", _ZEN4, "crossover.json"),  # where torch was told to leave AVX-512 alone
-        ("AVX512", [], "crossover_avx512.json"),
-        ("AVX512", ["vendor_id\t: GenuineIntel", "cpu family\t: 6"], "crossover_avx512.json"),
+        ("AVX512", {}, "crossover_avx512.json"),
+        ("AVX512", {"vendor_id": "GenuineIntel", "cpu family": "6"}, "crossover_avx512.json"),
         ("AVX512", _ZEN5, "crossover_avx512.json"),
         ("AVX512", _ZEN4, "crossover_zen4.json"),
     ],
 )
 def test_the_shipped_table_is_that_of_such_a_processor(
-    capability: str, about: list[str], name: str, monkeypatch: pytest.MonkeyPatch
+    capability: str, about: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(auto, "_cpuinfo", lambda: about)
+    monkeypatch.setattr(auto, "cpuinfo", lambda: about)
     text = (Path(auto.__file__).parent / name).read_text()
     tables = json.loads(text)["backends"]
     loaded = {name: vars(table) for name, table in auto._load().items()}
