@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 ORDER = [
     *(
         "errors",
+        "wrappers",
         "seeds",
         "processor",
         "files",
