@@ -30,6 +30,8 @@ class Layout:
         offsets: uint16 ``[stored]``; 64 times the column, counted from the start of the block.
         order: int32 ``[stored]``, where in the values of the pattern each nonzero stands, -1 for a blank; None if the
             layout is of the matrix itself: then a chunk is a run of its row's values.
+        row_ptr: int64 ``[rows + 1]``, where the values of each row begin; its own copy, since the indices that the
+            layout was made of may be written over while kernels read it. None beside an order.
     """
 
     rows: int
@@ -38,6 +40,7 @@ class Layout:
     ends: Array
     offsets: Array
     order: Array | None
+    row_ptr: Array | None
 
     @functools.cached_property
     def stored(self) -> int:
@@ -77,7 +80,7 @@ def build_layout(row_ptr: Array, col: Array, columns: int, width: int | None = N
     counts = row_ptr[1:] - row_ptr[:-1]
     offsets = np.empty(int(((counts + GROUP - 1) // GROUP * GROUP).sum()), np.uint16)
     _place(row_ptr, col, columns, width, ends, offsets)
-    return Layout(rows, columns, width, ends, offsets, None)
+    return Layout(rows, columns, width, ends, offsets, None, row_ptr.copy())
 
 
 def build_transposed(row_ptr: Array, col: Array, columns: int, width: int | None = None) -> Layout:
@@ -89,7 +92,7 @@ def build_transposed(row_ptr: Array, col: Array, columns: int, width: int | None
     plain = build_layout(turned_ptr, turned_col, rows, width)
     placed = np.empty(plain.stored, np.int32)
     _permute(order, turned_ptr, plain.ends, placed)
-    return Layout(columns, rows, plain.width, plain.ends, plain.offsets, placed)
+    return Layout(columns, rows, plain.width, plain.ends, plain.offsets, placed, None)
 
 
 @compiled

@@ -89,7 +89,8 @@ def layout(row_ptr: Tensor, col: Tensor, shape: tuple[int, int], block: tuple[in
     # Found by search, where counting would be an atomic addition on a GPU.
     ptr_t = torch.searchsorted(col[order], torch.arange(width // bw + 1, device=col.device, dtype=col.dtype))
     longest, longest_t = torch.stack([counts.max(), ptr_t.diff().max()]).tolist()
-    rows = Side(row_ptr.to(torch.int32), col.to(torch.int32), None, longest)
+    # Copies, since the indices may be written over while kernels read them.
+    rows = Side(row_ptr.to(torch.int32, copy=True), col.to(torch.int32, copy=True), None, longest)
     columns = Side(ptr_t.to(torch.int32), row_of[order].to(torch.int32), order.to(torch.int32), longest_t)
 
     tile_width = min(128 if bh <= 32 else 64, _fit(longest * bw))

@@ -55,7 +55,7 @@ class CsrBackend(CpuBackend):
         layout = _layout(pattern)
         ordered, plain = scratch(layout.stored), in_float32(values)
         few = enough(threads, pattern.nnz)
-        csr.gather_runs(few, plain, pattern.row_ptr, layout.ends, layout.chunks, out_features, ordered)
+        csr.gather_runs(few, plain, layout.row_ptr, layout.ends, layout.chunks, out_features, ordered)
         multiply = csr.multiply if x.dtype == torch.float32 else csr.multiply_bfloat16
         multiply(
             threads,
@@ -101,7 +101,7 @@ class CsrBackend(CpuBackend):
         grad_values = scratch(pattern.nnz)
         csr.add_parts(
             enough(threads, pattern.nnz),
-            *(sums, lent, layout.stored, pattern.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
+            *(sums, lent, layout.stored, layout.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
         )
         return grad_x, grad_values.to(values.dtype)
 

@@ -44,6 +44,8 @@ class SparseLinear(nn.Module):
 
     row_ptr: Tensor
     col: Tensor
+    _label = ""
+    _copied = False
 
     def __init__(
         self,
@@ -86,8 +88,7 @@ class SparseLinear(nn.Module):
         pattern = SparsityPattern(pattern.shape, pattern.row_ptr.to(device), pattern.col.to(device), pattern.block)
         self.register_buffer("row_ptr", pattern.row_ptr)
         self.register_buffer("col", pattern.col)
-        self._pattern = pattern
-        layout_id(pattern)  # now, since a compiler that traces the forward pass cannot register it
+        self._replace_pattern(pattern)
         factory: dict[str, Any] = {"device": pattern.device, "dtype": dtype or torch.get_default_dtype()}
         self.values = nn.Parameter(torch.empty(pattern.nnz, **factory))
         self.bias = nn.Parameter(torch.empty(out_features, **factory)) if bias else None
@@ -114,15 +115,48 @@ class SparseLinear(nn.Module):
 
     @property
     def pattern(self) -> SparsityPattern:
-        """The topology as a `SparsityPattern`: a cached view of the buffers."""
-        if self._pattern.row_ptr is not self.row_ptr or self._pattern.col is not self.col:
-            block = _block_of(self.row_ptr, self.col, self.values.numel(), self.out_features)
-            pattern = SparsityPattern((self.out_features, self.in_features), self.row_ptr, self.col, block)
-            # The view and the buffers are the same tensors; what replaces the buffers (a device move, a load) leaves
-            # it stale.
-            self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
-            layout_id(pattern)
+        """The topology as a `SparsityPattern`: a cached view of the buffers, whoever has written into them.
+
+        Raises:
+            UserError: the buffers hold no valid indices; the message names the layer.
+        """
+        pattern = self._current()
+        if torch.compiler.is_compiling() or pattern.untouched:  # a compiled product looks when it runs
+            return pattern
+        pattern.refresh()
+        return pattern
+
+    def _current(self) -> SparsityPattern:
+        """Return the view of the tensors that are the buffers now; what they hold may have been written over."""
+        pattern = self._pattern
+        if pattern.row_ptr is self.row_ptr and pattern.col is self.col:
+            return pattern
+        # Something has replaced the buffers: a device move, a load.
+        sizes = self.row_ptr.shape == pattern.row_ptr.shape and self.col.shape == pattern.col.shape
+        try:
+            # While FSDP holds the values in shards their number says nothing.
+            block = pattern.block if sizes else _block_of(self.row_ptr, self.col, self.values.numel(), *self._shape)
+            self._replace_pattern(SparsityPattern.over(self._shape, self.row_ptr, self.col, block))
+        except UserError as error:
+            raise UserError(f"{self.label}: {error}") from None
         return self._pattern
+
+    @property
+    def label(self) -> str:
+        """What messages call the layer: its name in the model that it was put into, or else its sizes."""
+        return self._label or f"SparseLinear({self.in_features}, {self.out_features})"
+
+    @label.setter
+    def label(self, name: str) -> None:
+        self._label = name
+        self._mark(self._pattern)
+
+    def _mark(self, pattern: SparsityPattern) -> None:
+        pattern.__dict__.update(owner=self.label, copied=self._copied)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def set_topology(self, pattern: SparsityPattern, values: Tensor) -> None:
         """Replace positions and values; the Parameter object stays, its gradient is dropped.
@@ -138,7 +172,10 @@ class SparseLinear(nn.Module):
             raise UserError(
                 f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros (at least 1 needed)"
             )
-        self._replace_pattern(pattern.to(self.values.device))
+        # A copy, as at construction.
+        device = self.values.device
+        row_ptr, col = pattern.row_ptr.to(device), pattern.col.to(device)
+        self._replace_pattern(SparsityPattern(pattern.shape, row_ptr, col, pattern.block))
         self.values.grad = None
         self._replace_values(values.detach().to(self.values, copy=True))
 
@@ -156,8 +193,10 @@ class SparseLinear(nn.Module):
             self.values.grad = carry(gradient)
 
     def _replace_pattern(self, pattern: SparsityPattern) -> None:
+        # The view and the buffers are the same tensors.
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
-        layout_id(pattern)
+        self._mark(pattern)
+        layout_id(pattern)  # now, since a compiler that traces the forward pass cannot register it
 
     def _replace_values(self, new: Tensor) -> None:
         if new.shape != self.values.shape:
@@ -220,7 +259,18 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
-        return sparse_linear(x, self.values, self.pattern, self.bias, self.backend)
+        return sparse_linear(x, self.values, self._current(), self.bias, self.backend)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # What is saved is what the layer computes with from now on, also where torch recorded no write. Nothing is
+        # refused here: the tensors of a state are what a damaged layer is repaired through.
+        self._current().doubt()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._copied = True
+        self._mark(self._pattern)
 
     def _load_from_state_dict(
         self,
@@ -250,13 +300,15 @@ class SparseLinear(nn.Module):
         row_ptr, col, values = found["row_ptr"], found["col"], found["values"]
         if values.ndim != 1:
             raise UserError(f"values have shape {tuple(values.shape)}; one dimension is needed")
-        block = _block_of(row_ptr, col, values.numel(), self.out_features)
+        block = _block_of(row_ptr, col, values.numel(), *self._shape)
         pattern = SparsityPattern((self.out_features, self.in_features), row_ptr, col, block)
         # Compared with the buffers, not with the view: after `to_empty` there is no valid one.
         same = values.shape == self.values.shape and all(
             torch.equal(new.cpu(), old.cpu()) for new, old in ((pattern.row_ptr, self.row_ptr), (pattern.col, self.col))
         )
         if same:
+            # A state that was read into the layer's own tensors has changed them already.
+            self._current().refresh(accept=True)
             return
         if self.strict_topology:
             raise UserError(
@@ -272,7 +324,7 @@ class SparseLinear(nn.Module):
         )
 
 
-def _block_of(row_ptr: Tensor, col: Tensor, nnz: int, out_features: int) -> tuple[int, int]:
+def _block_of(row_ptr: Tensor, col: Tensor, nnz: int, out_features: int, in_features: int) -> tuple[int, int]:
     """Return the block that the sizes of the stored tensors imply, so that no separate entry can disagree."""
     block_rows = row_ptr.numel() - 1
     if block_rows < 1 or out_features % block_rows or col.numel() < 1:

@@ -162,6 +162,20 @@ def _find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: li
     return pattern
 
 
+def _check_fit(pattern: SparsityPattern, values: Tensor) -> None:
+    """Notice writes into the indices, and make sure that a kernel which goes by them stays inside ``values``.
+
+    Raises:
+        UserError: indices of no matrix of the pattern's shape, or another number of values.
+    """
+    if not pattern.untouched:
+        pattern.refresh()
+    if values.numel() != pattern.nnz or values.ndim != 1:
+        raise UserError(
+            f"{pattern.owner}: values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros"
+        )
+
+
 @torch.library.custom_op("sparsetrain::sparse_linear", mutates_args=())
 def _sparse_linear(
     x: Tensor,
@@ -174,7 +188,9 @@ def _sparse_linear(
     layout: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    return BACKENDS[backend].forward(x, values, _find(layout, row_ptr, col, shape, block), keep)
+    pattern = _find(layout, row_ptr, col, shape, block)
+    _check_fit(pattern, values)
+    return BACKENDS[backend].forward(x, values, pattern, keep)
 
 
 @_sparse_linear.register_fake
@@ -209,6 +225,7 @@ def _sparse_linear_backward(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     pattern = _find(layout, row_ptr, col, shape, block)
+    _check_fit(pattern, values)
     return BACKENDS[backend].backward(g, x, values, kept, pattern, need_x, need_values)
 
 
@@ -271,7 +288,7 @@ class _Direct(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> Tensor:
         y, kept = BACKENDS[backend].forward(_rows(x), values, pattern, keep=True)
         ctx.set_materialize_grads(False)
-        ctx.pattern, ctx.backend = pattern, backend
+        ctx.pattern, ctx.backend, ctx.changes = pattern, backend, pattern.changes
         given = x if ctx.needs_input_grad[1] else None
         # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
         ctx.save_for_backward(given, values.detach(), kept)
@@ -285,6 +302,11 @@ class _Direct(torch.autograd.Function):
         need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = ctx.saved_tensors
         pattern, leading = ctx.pattern, g.shape[:-1]
+        _check_fit(pattern, values)
+        if pattern.changes != ctx.changes:
+            raise RuntimeError(
+                f"{pattern.owner}: its indices were changed in place between the forward and the backward pass"
+            )
         g = _rows(g).contiguous()
         x = g.new_empty(0) if x is None else _rows(x)
         if torch.is_grad_enabled():
@@ -341,14 +363,15 @@ def sparse_linear(
     """
     if x.ndim == 0 or x.shape[-1] != pattern.shape[1]:
         raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
-    if values.shape != (pattern.nnz,):
-        raise UserError(f"values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros")
+    traced = _dispatched(x, values)
+    if not traced:
+        _check_fit(pattern, values)
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
     chosen = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
-    if _dispatched(x, values):
+    if traced:
         y, _ = _sparse_linear(_rows(x), values, *_place(pattern, chosen), keep)
     elif keep:
         y = _Direct.apply(x, values, pattern, chosen)

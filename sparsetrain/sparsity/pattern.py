@@ -5,6 +5,7 @@ Legend: R rows, C columns, ``(bh, bw)`` the block, nnz the number of stored scal
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -13,7 +14,11 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.sparsity.indices import UNKNOWN, Checked, as_indices, check_block, check_indices, fingerprint, recorded
 from sparsetrain.sparsity.select import row_slices
+
+_REFRESH = threading.Lock()
+_KEPT = ("layout_id",)  # derived, but not from the indices
 
 
 class Run(NamedTuple):
@@ -31,6 +36,10 @@ class SparsityPattern:
     inside a block; for the block ``(1, 1)`` that is the order of CSR. Patterns are immutable: a changed topology is
     a new pattern. Empty rows are legal, since a random mask of a small matrix has some.
 
+    The indices of a layer's pattern are buffers of the layer, into which other code may write (a distributed
+    checkpoint, DDP, an average of models). What is derived from them is therefore built from indices that were
+    checked, never while they differ from those, and `refresh` notices a write.
+
     Args:
         shape: ``(R, C)`` of the dense matrix, i.e. ``(out_features, in_features)`` of a linear layer.
         row_ptr: int64 ``[R / bh + 1]``; the blocks of block row r are ``col[row_ptr[r]:row_ptr[r + 1]]``.
@@ -47,26 +56,59 @@ class SparsityPattern:
     block: tuple[int, int] = (1, 1)
     # Derived layouts (flat positions, kernel tilings): computed once, on first use, per pattern.
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    _checked: Checked = field(init=False, repr=False)
+    owner: str = field(default="a sparse layer", init=False, repr=False)  # what messages call its layer
+    copied: bool = field(default=False, init=False, repr=False)  # whether its layer came of copying or unpickling one
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
         object.__setattr__(self, "block", (int(self.block[0]), int(self.block[1])))
-        row_ptr, col = _indices("row_ptr", self.row_ptr), _indices("col", self.col)
+        row_ptr, col = as_indices("row_ptr", self.row_ptr), as_indices("col", self.col)
         if row_ptr.device != col.device:
             raise UserError(f"row_ptr is on {row_ptr.device} and col on {col.device}; one device is needed")
         if col.is_meta:
             raise UserError("a pattern cannot live on the meta device: its indices are data, not only a shape")
         # Validated as int64: an index beyond int32 must be reported, not wrapped around.
-        _validate(self.shape, row_ptr, col, self.block)
-        object.__setattr__(self, "row_ptr", row_ptr)
-        object.__setattr__(self, "col", col.to(torch.int32))
+        check_indices(self.shape, row_ptr, col, self.block)
+        self._hold(row_ptr, col.to(torch.int32))
+
+    def _hold(self, row_ptr: Tensor, col: Tensor) -> None:
+        row_ptr, col = recorded(row_ptr), recorded(col)
+        self.__dict__.update(row_ptr=row_ptr, col=col, _checked=Checked(row_ptr, col))
 
     def __getstate__(self) -> dict[str, Any]:
         # Derived layouts hold identities of this process and are cheap to rebuild: they are not copied.
-        return {**self.__dict__, "_derived": {}}
+        return {**self.__dict__, "_derived": {}, "_checked": self._checked.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        if "_checked" not in state:  # written by an earlier version
+            self._hold(self.row_ptr, self.col)
+            return
+        # No version: whether the copy holds what was checked is found out at its first use.
+        checked = Checked.copied(self.col.numel(), state["_checked"])
+        self.__dict__["_checked"] = checked
+
+    @classmethod
+    def over(
+        cls, shape: tuple[int, int], row_ptr: Tensor, col: Tensor, block: tuple[int, int] = (1, 1)
+    ) -> SparsityPattern:
+        """Return a pattern that holds the given tensors themselves, not copies, where their types allow it.
+
+        For tensors that others hold too and may write into, such as the buffers of a layer.
+
+        Raises:
+            UserError: as the constructor.
+        """
+        if row_ptr.dtype != torch.int64 or col.dtype != torch.int32 or row_ptr.is_inference() or col.is_inference():
+            return cls(shape, row_ptr, col, block)
+        if row_ptr.device != col.device or not (row_ptr.is_contiguous() and col.is_contiguous()):
+            return cls(shape, row_ptr, col, block)
+        check_indices(shape, row_ptr, col, block)
+        pattern = object.__new__(cls)
+        pattern.__dict__.update(shape=shape, block=block, _derived={})
+        pattern._hold(row_ptr, col)
+        return pattern
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: tuple[int, int] = (1, 1)) -> SparsityPattern:
@@ -83,7 +125,7 @@ class SparsityPattern:
             raise UserError(f"mask has dtype {mask.dtype}; torch.bool is needed (for example weight != 0)")
         rows, columns = mask.shape
         bh, bw = block
-        _check_block((rows, columns), block)
+        check_block((rows, columns), block)
         tiles = mask.reshape(rows // bh, bh, columns // bw, bw)
         occupied = tiles.any(3).any(1)
         if block != (1, 1) and not torch.equal(occupied, tiles.all(3).all(1)):
@@ -101,13 +143,74 @@ class SparsityPattern:
         For code that has just made them: sorted, unique, in range, int64 and int32.
         """
         pattern = object.__new__(cls)
-        pattern.__dict__.update(shape=like.shape, row_ptr=row_ptr, col=col, block=like.block, _derived={})
+        pattern.__dict__.update(shape=like.shape, block=like.block, _derived={})
+        pattern._hold(row_ptr, col)
         return pattern
+
+    # ------------------------------------------------------------------------------------------- writes by others
+
+    @property
+    def untouched(self) -> bool:
+        """Whether torch has recorded no write into the indices since they were last checked."""
+        return self._checked.versions == (self.row_ptr._version, self.col._version)
+
+    @property
+    def changes(self) -> int:
+        """How often `refresh` found other positions."""
+        return self._checked.changes
+
+    def doubt(self) -> None:
+        """Make the next `refresh` read the indices, whatever torch has recorded (writes through ``.data``, NumPy)."""
+        self._checked.versions = UNKNOWN
+
+    def refresh(self, accept: bool = False) -> bool:
+        """Check the indices again if somebody has written into them; return whether they hold other positions now.
+
+        Layouts that were derived from other positions are forgotten. A write of the same content costs one pass over
+        the indices.
+
+        Args:
+            accept: take over other positions in a copied layer, too.
+
+        Raises:
+            UserError: the indices are no longer those of a matrix of this shape, or the layer is a copy, in which
+                nobody but an average of models would change them. It raises again until that is put right.
+        """
+        if self.untouched:
+            return False
+        with _REFRESH:
+            # Before the content is read: a write that comes meanwhile is found the next time.
+            versions, checked = (self.row_ptr._version, self.col._version), self._checked
+            found = fingerprint(self.row_ptr, self.col)
+            if found == checked.fingerprint and self.col.numel() == checked.units:
+                checked.versions = versions
+                return False
+            if self.copied and not accept:
+                raise UserError(
+                    f"{self.owner}: the masks of this copy of a layer were changed in place, as an average of models "
+                    "does: sparsetrain.AveragedModel averages under masks that move, load_state_dict takes over others"
+                )
+            try:
+                if self.row_ptr.dtype != torch.int64 or self.col.dtype != torch.int32:
+                    raise UserError(f"row_ptr is now {self.row_ptr.dtype} and col {self.col.dtype}")
+                if not (self.row_ptr.is_contiguous() and self.col.is_contiguous()):
+                    raise UserError("row_ptr and col are no longer contiguous")
+                check_indices(self.shape, self.row_ptr, self.col, self.block)
+            except UserError as error:
+                raise UserError(
+                    f"{self.owner}: somebody has written into its indices, and they are no longer "
+                    f"those of a mask ({error}); indices cannot be averaged or rounded"
+                ) from None
+            for name in [name for name in self._derived if name not in _KEPT]:
+                self._derived.pop(name, None)
+            checked.units, checked.changes = self.col.numel(), checked.changes + 1
+            checked.fingerprint, checked.versions = found, versions
+            return True
 
     @property
     def nnz(self) -> int:
         """Number of stored scalars."""
-        return self.col.numel() * self.block[0] * self.block[1]
+        return self._checked.units * self.block[0] * self.block[1]
 
     @property
     def density(self) -> float:
@@ -130,10 +233,24 @@ class SparsityPattern:
         return SparsityPattern(self.shape, self.row_ptr.to(device), self.col.to(device), self.block)
 
     def derived(self, name: str, build: Callable[[], Any]) -> Any:
-        """Return the layout called ``name``, built by ``build()`` on first use and kept as long as the pattern."""
-        if name not in self._derived:
-            self._derived[name] = build()
-        return self._derived[name]
+        """Return the layout called ``name``, built by ``build()`` on first use and kept as long as the pattern.
+
+        ``build`` must copy what it keeps of the indices: a layout is read by compiled code that checks nothing.
+
+        Raises:
+            UserError: somebody has written into the indices since they were checked; the next use checks them again.
+        """
+        found = self._derived.get(name)
+        if found is None:
+            checked = self._checked
+            if name not in _KEPT and fingerprint(self.row_ptr, self.col) != checked.fingerprint:
+                self.doubt()
+                raise UserError(
+                    f"{self.owner}: somebody has written into its indices while it was in use; "
+                    "the next forward pass takes what they are now"
+                )
+            found = self._derived.setdefault(name, build())
+        return found
 
     def block_rows(self) -> Tensor:
         """Return int64 ``[number of blocks]``: the block row of each stored block."""
@@ -245,44 +362,3 @@ class SparsityPattern:
                 f"patterns differ in shape or block: {self.shape} in blocks of {self.block}, "
                 f"{other.shape} in blocks of {other.block}"
             )
-
-
-def _indices(name: str, given: Any) -> Tensor:
-    # A tensor stays where it is; `as_tensor` would move it to torch's default device.
-    indices = given.detach() if isinstance(given, Tensor) else torch.as_tensor(given)
-    if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
-        raise UserError(f"{name} has dtype {indices.dtype}; integers are needed")
-    # A copy: a pattern is immutable, whatever happens to the tensor it was made of.
-    return indices.to(torch.int64, copy=True).contiguous()
-
-
-def _check_block(shape: tuple[int, int], block: tuple[int, int]) -> None:
-    if min(shape) < 1:
-        raise UserError(f"pattern shape {shape}: both sides must be at least 1")
-    if min(block) < 1 or shape[0] % block[0] or shape[1] % block[1]:
-        raise UserError(f"block {block[0]}x{block[1]} does not divide the matrix {shape[0]}x{shape[1]}")
-
-
-def _validate(shape: tuple[int, int], row_ptr: Tensor, col: Tensor, block: tuple[int, int]) -> None:
-    _check_block(shape, block)
-    rows, columns = shape[0] // block[0], shape[1] // block[1]
-    if row_ptr.shape != (rows + 1,):
-        raise UserError(f"row_ptr has shape {tuple(row_ptr.shape)}; a pattern with {rows} rows needs ({rows + 1},)")
-    if col.ndim != 1:
-        raise UserError(f"col has {col.ndim} dimensions; one is needed")
-    if int(row_ptr[0]) != 0 or int(row_ptr[-1]) != len(col):
-        ends = f"{int(row_ptr[0])} to {int(row_ptr[-1])}"
-        raise UserError(f"row_ptr runs from {ends}; it must run from 0 to the {len(col)} stored columns")
-    falls = row_ptr[1:] < row_ptr[:-1]
-    if bool(falls.any()):
-        raise UserError(f"row_ptr decreases at row {int(falls.nonzero()[0])}")
-    row_of = torch.repeat_interleave(torch.arange(rows, device=col.device), row_ptr[1:] - row_ptr[:-1])
-    outside = (col < 0) | (col >= columns)
-    if bool(outside.any()):
-        at = int(outside.nonzero()[0])
-        raise UserError(f"row {int(row_of[at])} has column {int(col[at])}; columns go from 0 to {columns - 1}")
-    unsorted = (col[1:] <= col[:-1]) & (row_of[1:] == row_of[:-1])
-    if bool(unsorted.any()):
-        at = int(unsorted.nonzero()[0])
-        pair = f"{int(col[at])} and then {int(col[at + 1])}"
-        raise UserError(f"row {int(row_of[at])} has columns {pair}; they must increase, without repeats")
