@@ -13,6 +13,8 @@ from torch.nn.utils import skip_init
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.dense_matrix import dense_matrix
+from sparsetrain.sparsity.gradients import DenseGradientRequest
 from sparsetrain.sparsity.init import random_pattern
 from sparsetrain.sparsity.ops import backend_names, layout_id, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
@@ -46,6 +48,7 @@ class SparseLinear(nn.Module):
     col: Tensor
     _label = ""
     _copied = False
+    _request: DenseGradientRequest[Any] | None = None
 
     def __init__(
         self,
@@ -152,7 +155,12 @@ class SparseLinear(nn.Module):
         self._mark(self._pattern)
 
     def _mark(self, pattern: SparsityPattern) -> None:
-        pattern.__dict__.update(owner=self.label, copied=self._copied)
+        pattern.__dict__.update(owner=self.label, copied=self._copied, request=self._request)
+
+    def request_dense_gradient(self, request: DenseGradientRequest[Any] | None) -> None:
+        """Hand the dense gradients of the backward passes from now on to ``request``; None for nobody."""
+        self._request = request
+        self._mark(self._pattern)
 
     @property
     def _shape(self) -> tuple[int, int]:
@@ -250,7 +258,7 @@ class SparseLinear(nn.Module):
 
     def dense_weight(self) -> Tensor:
         """Return the dense ``[out_features, in_features]`` matrix, differentiable in ``values``."""
-        return self.pattern.scatter(self.values)
+        return dense_matrix(self.values, self.pattern)
 
     @property
     def weight(self) -> Tensor:
@@ -266,6 +274,10 @@ class SparseLinear(nn.Module):
         # refused here: the tensors of a state are what a damaged layer is repaired through.
         self._current().doubt()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Who asked this layer for its gradient has not asked a copy.
+        return {key: value for key, value in self.__dict__.items() if key != "_request"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -18,13 +17,11 @@ from sparsetrain.sparsity.evolution import Rule, Static
 from sparsetrain.sparsity.exchange import (
     Counts,
     all_finite,
-    choose_grown,
     choose_kept,
     draw_grown,
     exchange_counts,
-    units_of,
 )
-from sparsetrain.sparsity.gradients import DenseGradientProbe
+from sparsetrain.sparsity.growth import Grown, Growth
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.managed import Managed, manage_layers
 from sparsetrain.sparsity.pattern import SparsityPattern
@@ -64,14 +61,6 @@ class MaskUpdate:
     dropped: int
     grown: int
     resized: bool
-
-
-@dataclass(frozen=True)
-class _Grown:
-    """What is left of a dense gradient: the units to grow, and the gradient there if it gives the initial values."""
-
-    units: Tensor  # places in the grid, increasing
-    gradient: Tensor | None
 
 
 def _is_cut(layer: SparseLinear) -> bool:
@@ -158,8 +147,8 @@ class MaskManager:
         self._layers = manage_layers(model, rule, plan, globs, self.seed)
         self._ranks = Ranks()
         self._known: int | None = None  # id of the optimizer that was checked
-        self._probes: dict[str, DenseGradientProbe[_Grown]] = {}
-        self._arm()
+        self._growth = Growth(rule, self._ranks, lambda entry, step: self._counts(entry, step, self._drop(entry, step)))
+        self._growth.ask(self._layers, self.steps + 1)
 
     @property
     def layers(self) -> dict[str, SparseLinear]:
@@ -205,7 +194,7 @@ class MaskManager:
             for entry in self._layers
             if entry.due(self.rule, self.steps) and (counts := self._update(entry, optimizer)) is not None
         ]
-        self._arm()
+        self._growth.ask(self._layers, self.steps + 1)
         if not changed:
             return None
         self._ranks.check_equal(self.hash)
@@ -214,31 +203,6 @@ class MaskManager:
             self.on_resize()
         names, dropped, grown = zip(*changed, strict=True)
         return MaskUpdate(self.steps, names, sum(dropped), sum(grown), resized)
-
-    def _arm(self) -> None:
-        """Put probes on the layers whose dense gradient the next step will need."""
-        for probe in self._probes.values():
-            probe.finish()
-        self._probes = {}
-        if not self.rule.needs_gradient:
-            return
-        for entry in self._layers:
-            if entry.due(self.rule, self.steps + 1):
-                self._probes[entry.name] = self._probe(entry, self.steps + 1)
-
-    def _probe(self, entry: Managed, step: int) -> DenseGradientProbe[_Grown]:
-        def digest(dense: Tensor) -> _Grown:
-            self._ranks.add_up(dense)
-            pattern = entry.layer.pattern
-            if not all_finite(dense):
-                raise UserError(f"{self.rule.name}: the gradient of layer '{entry.name}' is not finite at step {step}")
-            counts = self._counts(entry, step, self._drop(entry, step))
-            units = choose_grown(dense, pattern, counts)
-            gradient = units_of(dense, units, pattern.block) if self.rule.grown_scale > 0.0 else None
-            # All layers keep theirs until the step ends.
-            return _Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)
-
-        return DenseGradientProbe(entry.layer, digest, accumulate=self.rule.accumulation == "staggered")
 
     def _drop(self, entry: Managed, step: int) -> float:
         return self.rule.drop(step - entry.offset)
@@ -250,11 +214,10 @@ class MaskManager:
 
     def _update(self, entry: Managed, optimizer: Optimizer) -> tuple[int, int] | None:
         """Update one layer; return the numbers of weights dropped and grown, None if there was nothing to do."""
-        probe = self._probes.pop(entry.name, None)
-        found = None if probe is None else probe.finish()
+        asked, found = self._growth.take(entry, self.steps)
         layer, step = entry.layer, self.steps
         # Without a gradient (the layer took no part in the step) nothing is exchanged, but its size still follows.
-        drop = 0.0 if probe is not None and found is None else self._drop(entry, step)
+        drop = 0.0 if asked and found is None else self._drop(entry, step)
         counts = self._counts(entry, step, drop)
         update = self._next(entry, counts, found)
         if update is None:
@@ -271,7 +234,7 @@ class MaskManager:
         grown = update.grown_count
         return before - (layer.values.numel() - grown), grown
 
-    def _next(self, entry: Managed, counts: Counts, found: _Grown | None) -> TopologyUpdate | None:
+    def _next(self, entry: Managed, counts: Counts, found: Grown | None) -> TopologyUpdate | None:
         """Return the update of a layer, None if there is nothing to do.
 
         The old pattern is not held beyond: its indices are freed when the layer is given the new ones.
@@ -387,4 +350,4 @@ class MaskManager:
             own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             own = {key: tensor for key, tensor in own.items() if key in ("first", "ever")}
             entry.history.restore(own, entry.layer.pattern)
-        self._arm()
+        self._growth.ask(self._layers, self.steps + 1)

@@ -155,14 +155,15 @@ def _same(pattern: SparsityPattern, row_ptr: Tensor, col: Tensor, shape: list[in
     return all(mine.data_ptr() == given.data_ptr() or torch.equal(mine, given) for mine, given in pairs)
 
 
-def _find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> SparsityPattern:
+def find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> SparsityPattern:
+    """Return the pattern that a number stands for in this process, or one made of the tensors beside it."""
     pattern = _LAYOUTS.get(layout)
     if pattern is None or not _same(pattern, row_ptr, col, shape, block):
         pattern = SparsityPattern((shape[0], shape[1]), row_ptr, col, (block[0], block[1]))
     return pattern
 
 
-def _check_fit(pattern: SparsityPattern, values: Tensor) -> None:
+def check_fit(pattern: SparsityPattern, values: Tensor) -> None:
     """Notice writes into the indices, and make sure that a kernel which goes by them stays inside ``values``.
 
     Raises:
@@ -188,8 +189,10 @@ def _sparse_linear(
     layout: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    pattern = _find(layout, row_ptr, col, shape, block)
-    _check_fit(pattern, values)
+    pattern = find(layout, row_ptr, col, shape, block)
+    check_fit(pattern, values)
+    if keep and pattern.request is not None:
+        pattern.request.opened()
     return BACKENDS[backend].forward(x, values, pattern, keep)
 
 
@@ -224,8 +227,10 @@ def _sparse_linear_backward(
     need_x: bool,
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
-    pattern = _find(layout, row_ptr, col, shape, block)
-    _check_fit(pattern, values)
+    pattern = find(layout, row_ptr, col, shape, block)
+    check_fit(pattern, values)
+    if need_values and pattern.request is not None:
+        pattern.request.add(g, x)
     return BACKENDS[backend].backward(g, x, values, kept, pattern, need_x, need_values)
 
 
@@ -269,12 +274,13 @@ def _backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor 
     return (grad_x if need_x else None, grad_values if need_values else None, *[None] * 7)
 
 
-def _refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
+def refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
+    """Raise: what a custom op's backward pass computes cannot be differentiated again."""
     raise RuntimeError("a sparse layer has no second derivative: call backward without create_graph=True")
 
 
 _sparse_linear.register_autograd(_backward, setup_context=_setup)
-_sparse_linear_backward.register_autograd(_refuse_double_backward)
+_sparse_linear_backward.register_autograd(refuse_double_backward)
 
 
 class _Direct(torch.autograd.Function):
@@ -290,6 +296,8 @@ class _Direct(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.pattern, ctx.backend, ctx.changes = pattern, backend, pattern.changes
         given = x if ctx.needs_input_grad[1] else None
+        if pattern.request is not None and given is not None:
+            pattern.request.opened(ctx)
         # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
         ctx.save_for_backward(given, values.detach(), kept)
         # Not a view in autograd's eyes: those that a function makes may not be changed in place.
@@ -302,7 +310,7 @@ class _Direct(torch.autograd.Function):
         need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = ctx.saved_tensors
         pattern, leading = ctx.pattern, g.shape[:-1]
-        _check_fit(pattern, values)
+        check_fit(pattern, values)
         if pattern.changes != ctx.changes:
             raise RuntimeError(
                 f"{pattern.owner}: its indices were changed in place between the forward and the backward pass"
@@ -316,6 +324,8 @@ class _Direct(torch.autograd.Function):
             g = g if g.requires_grad else g.detach().requires_grad_()
             grads = _sparse_linear_backward(g, x.detach(), values, kept, *place, need_x, need_values)
         else:
+            if need_values and pattern.request is not None:
+                pattern.request.add(g, x, ctx)
             grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
         grad_x = grads[0] if need_x else None
         if grad_x is not None and len(leading) != 1:
@@ -365,7 +375,7 @@ def sparse_linear(
         raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
     traced = _dispatched(x, values)
     if not traced:
-        _check_fit(pattern, values)
+        check_fit(pattern, values)
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
@@ -376,6 +386,8 @@ def sparse_linear(
     elif keep:
         y = _Direct.apply(x, values, pattern, chosen)
     else:
+        if pattern.request is not None:
+            pattern.request.passed()
         y, _ = BACKENDS[chosen].forward(_rows(x), values, pattern, keep=False)
     if y.ndim != x.ndim:
         y = y.view(*x.shape[:-1], pattern.shape[0])

@@ -59,6 +59,8 @@ class SparsityPattern:
     _checked: Checked = field(init=False, repr=False)
     owner: str = field(default="a sparse layer", init=False, repr=False)  # what messages call its layer
     copied: bool = field(default=False, init=False, repr=False)  # whether its layer came of copying or unpickling one
+    # A `sparsetrain.sparsity.gradients.DenseGradientRequest`, while someone wants the dense gradient of its layer.
+    request: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", (int(self.shape[0]), int(self.shape[1])))
@@ -78,7 +80,7 @@ class SparsityPattern:
 
     def __getstate__(self) -> dict[str, Any]:
         # Derived layouts hold identities of this process and are cheap to rebuild: they are not copied.
-        return {**self.__dict__, "_derived": {}, "_checked": self._checked.fingerprint}
+        return {**self.__dict__, "_derived": {}, "_checked": self._checked.fingerprint, "request": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

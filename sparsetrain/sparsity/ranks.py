@@ -17,13 +17,30 @@ def is_sharded(parameter: Tensor) -> bool:
 class Ranks:
     """The processes that train one model together, if there are several when this is built.
 
-    Their collective calls go through a process group of their own: they happen in the middle of a backward pass, where
-    the wrapper of the model talks too, and calls in one group must come in the same order everywhere.
+    All collective calls are made from `MaskManager.step`, which every rank reaches, in the same order everywhere; none
+    from a backward pass, in which a rank may not use a layer. They go through a process group of their own, since the
+    wrapper of the model talks in its own.
     """
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group() if together else None
+
+    @property
+    def several(self) -> bool:
+        return self._group is not None
+
+    def any(self, here: bool) -> bool:
+        """Return whether something holds on any rank."""
+        if self._group is None:
+            return here
+        flag = torch.tensor([int(here)], dtype=torch.int64, device=self._device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over all ranks."""
@@ -35,9 +52,8 @@ class Ranks:
         if self._group is None:
             return
         digest = make_digest()
-        device = "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
         number = int(digest[:15], 16)  # 60 bits
-        ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+        ends = torch.tensor([number, -number], dtype=torch.int64, device=self._device)
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
         if int(ends[0]) != number or int(ends[1]) != -number:
             raise RuntimeError(

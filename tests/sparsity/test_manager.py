@@ -166,21 +166,21 @@ def test_rigl_under_hooks_autocast_and_repeated_layers_matches_the_twin() -> Non
 
 
 def test_rigl_makes_dense_gradients_at_update_steps_only_and_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain.sparsity.gradients import DenseGradientProbe
+    from sparsetrain.sparsity.gradients import DenseGradientRequest
 
     made: list[tuple[int, int]] = []
     references: list[weakref.ref[Tensor]] = []
-    digest = DenseGradientProbe._digest
+    close = DenseGradientRequest._close
 
-    def counting(self: DenseGradientProbe[Any]) -> None:
-        held = sum(probe._dense is not None for probe in manager._probes.values())
+    def counting(self: DenseGradientRequest[Any]) -> None:
+        held = sum(request._dense is not None for request in manager._growth._requests.values())
         assert all(reference() is None for reference in references)  # those of other layers are gone, not only hidden
         references.append(weakref.ref(self._dense))
         made.append((manager.steps, held))
-        digest(self)
+        close(self)
         assert self._dense is None
 
-    monkeypatch.setattr(DenseGradientProbe, "_digest", counting)
+    monkeypatch.setattr(DenseGradientRequest, "_close", counting)
     model = mlp()
     manager = st.MaskManager(model, st.RigL(sparsity=0.8, every=3), seed=0)
     optimizer = adamw(model)
@@ -193,8 +193,7 @@ def test_rigl_makes_dense_gradients_at_update_steps_only_and_one_at_a_time(monke
         optimizer.zero_grad()
     # During steps 3 and 6 (after two and five done), for two layers, never with another one's dense gradient alive.
     assert made == [(2, 1), (2, 1), (5, 1), (5, 1)]
-    hooks = [len(layer._forward_hooks) for layer in manager.layers.values()]
-    assert hooks == [0, 0]
+    assert [layer.pattern.request for layer in manager.layers.values()] == [None, None]
 
 
 def test_grown_weights_can_start_against_their_gradient() -> None:
@@ -220,11 +219,16 @@ def test_a_layer_without_part_in_the_step_keeps_its_mask() -> None:
     manager = st.MaskManager(unused, st.RigL(sparsity=0.5, every=1), seed=0)
     before = {name: layer.pattern for name, layer in manager.layers.items()}
     optimizer = adamw(unused)
-    loss_of(model, batch(0)).backward()
-    optimizer.step()
-    update = manager.step(optimizer)
-    assert update is not None
-    assert update.layers == ("used.0", "used.2")
+
+    def update(step: int) -> tuple[str, ...] | None:
+        loss_of(model, batch(step)).backward()
+        optimizer.step()
+        changed = manager.step(optimizer)
+        return changed and changed.layers
+
+    with pytest.warns(UserWarning, match="RigL: layer 'unused' had no gradient at step 1"):
+        assert update(0) == ("used.0", "used.2")
+    assert update(1) == ("used.0", "used.2")  # and it is not said again
     assert manager.layers["unused"].pattern is before["unused"]
 
 
