@@ -6,6 +6,7 @@ from sparsetrain.parameterization import Parameterization, param_groups, paramet
 from sparsetrain.sparsity import (
     GMP,
     SET,
+    AveragedModel,
     EvolutionConfig,
     MaskManager,
     Phase,
@@ -27,6 +28,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GMP",
     "SET",
+    "AveragedModel",
     "EvolutionConfig",
     "MaskManager",
     "ModelConfig",

@@ -2,6 +2,7 @@
 
 from sparsetrain.sparsity.allocation import allocate, allocate_densities
 from sparsetrain.sparsity.auto import choose
+from sparsetrain.sparsity.averaging import AveragedModel
 from sparsetrain.sparsity.bsr_backend import BsrBackend
 from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, SparsityGroup
 from sparsetrain.sparsity.csr_backend import CsrBackend
@@ -34,6 +35,7 @@ set_choice(choose)
 __all__ = [
     "GMP",
     "SET",
+    "AveragedModel",
     "Backend",
     "EvolutionConfig",
     "LayerReport",

@@ -20,6 +20,16 @@ from sparsetrain.sparsity.ops import backend_names, layout_id, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 
+class _Moves:
+    """How often the masks of a layer have moved; copies of the layer look at this one too."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Moves:
+        return self
+
+
 class SparseLinear(nn.Module):
     """``y = x @ W.T + b`` with W stored as ``values`` ``[nnz]`` over a `SparsityPattern`.
 
@@ -49,6 +59,7 @@ class SparseLinear(nn.Module):
     _label = ""
     _copied = False
     _request: DenseGradientRequest[Any] | None = None
+    _origin: tuple[_Moves, int, int] | None = None  # of a copy: moves of the original, and versions at that time
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.strict_topology = strict_topology
         self.backend = backend
+        self._moves = _Moves()
         seed = seeds.resolve_seed(seed)
         device = torch.device(device or torch.get_default_device())
         if device.type == "meta":
@@ -194,6 +206,7 @@ class SparseLinear(nn.Module):
             pattern: of the layer's shape, on its device. carry: from ``[old nnz]`` to a new tensor ``[nnz]``.
         """
         # In this order, one at a time: what is replaced is freed before the next one is made.
+        self._moves.count += 1
         self._replace_pattern(pattern)
         gradient, self.values.grad = self.values.grad, None
         self._replace_values(carry(self.values))
@@ -267,6 +280,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``."""
+        if self._origin is not None and not torch.compiler.is_compiling():
+            self._compare_with_origin()
         return sparse_linear(x, self.values, self._current(), self.bias, self.backend)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -281,8 +296,28 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._copied = True
+        self._copied, self._moves = True, _Moves()
+        if "_moves" in state:
+            self._origin = state["_moves"], state["_moves"].count, self.values._version
         self._mark(self._pattern)
+
+    def forget_origin(self) -> None:
+        """Say that a copy goes its own way: its weights are not compared with moves of the original's masks."""
+        self._origin = None
+
+    def _compare_with_origin(self) -> None:
+        """Warn if the weights of a copy were written to after the masks of the original had moved."""
+        assert self._origin is not None
+        self._current().refresh()  # masks that were written over are refused, whatever the weights are
+        moves, count, version = self._origin
+        if moves.count != count and self.values._version != version:
+            self._origin = None
+            warnings.warn(
+                f"{self.label}: the masks of the layer that this one was copied from have moved since, and its weights "
+                "were written to: if they are averages, they average weights of different positions "
+                "(sparsetrain.AveragedModel averages matrices)",
+                stacklevel=3,
+            )
 
     def _load_from_state_dict(
         self,
@@ -304,6 +339,8 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self._origin is not None:  # positions and weights that belong together
+            self._origin = self._origin[0], self._origin[0].count, self.values._version
 
     def _adopt(self, found: dict[str, Tensor]) -> None:
         if len(found) < 3:
@@ -330,9 +367,11 @@ class SparseLinear(nn.Module):
         self.set_topology(pattern, values)
 
     def extra_repr(self) -> str:
+        nnz = self._pattern.nnz  # as it was checked: to be shown, a layer need not be sound
+        density = nnz / (self.in_features * self.out_features)
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, density={self.pattern.density:.4g}, "
-            f"nnz={self.pattern.nnz}, bias={self.bias is not None}, backend={self.backend!r}"
+            f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4g}, nnz={nnz}, "
+            f"bias={self.bias is not None}, backend={self.backend!r}"
         )
 
 

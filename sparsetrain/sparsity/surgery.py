@@ -192,6 +192,7 @@ def replace_linears(
         sparse = SparseLinear.from_linear(_as_linear(linears[name]), pattern, backend)
         layers[name] = _with_hooks_of(linears[name], sparse)
     for name, layer in layers.items():
+        layer.label = name
         _replace(model, name, layer)
     return layers
 
