@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparsetrain.sparsity.layouts import check_shapes
 from sparsetrain.sparsity.ops import Backend
 from sparsetrain.sparsity.pattern import SparsityPattern
 
@@ -36,12 +37,15 @@ class CpuBackend(Backend):
         raise NotImplementedError
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, x=x, values=values)
         return self.forward(x, values, pattern, keep=False)[0]
 
     def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, g=g, values=values)
         return self.backward(g, g, values, g.new_empty(0), pattern, need_x=True, need_values=False)[0]
 
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, g=g, x=x)
         nothing = x.new_empty(0)
         return self.backward(g, x, x.new_empty(pattern.nnz), nothing, pattern, need_x=False, need_values=True)[1]
 

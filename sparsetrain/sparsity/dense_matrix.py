@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.sparsity.ops import check_fit, find, layout_id, refuse_double_backward
+from sparsetrain.sparsity.layouts import check_fit, find, layout_id
+from sparsetrain.sparsity.ops import refuse_double_backward
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 

@@ -11,6 +11,8 @@ from torch import Tensor
 from sparsetrain.errors import UserError
 
 MAX_SIDE = 2**31 - 1
+_CHUNK = 1 << 22
+_ODD, _ODDER = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9  # multipliers that spread bits, modulo 2^64
 UNKNOWN = (-1, -1)  # versions that no tensors have
 
 
@@ -38,11 +40,30 @@ class Checked:
 
 
 def fingerprint(row_ptr: Tensor, col: Tensor) -> int:
-    """Return 64 bits that two different pairs of indices share by accident only."""
+    """Return a number of 64 bits or more that two different pairs of indices share by accident only."""
     if row_ptr.is_meta or col.is_meta:
         return 0
-    first, second = (zlib.crc32(part.detach().cpu().contiguous().numpy().data) for part in (row_ptr, col))
-    return first << 32 | second
+    first, second = (_checksum(part.detach()) for part in (row_ptr, col))
+    return first << 64 | second
+
+
+def _checksum(indices: Tensor) -> int:
+    if indices.device.type == "cpu":
+        return zlib.crc32(indices.contiguous().numpy().data)
+    return mixed_sum(indices)
+
+
+def mixed_sum(indices: Tensor) -> int:
+    """Return a sum over (place, index), each pair mixed to 64 bits; it is made where the indices are, as on a GPU."""
+    total = torch.zeros((), dtype=torch.int64, device=indices.device)
+    start = 0
+    for part in indices.split(_CHUNK):
+        place = torch.arange(start, start + len(part), device=indices.device)
+        mixed = part.to(torch.int64).add_(place.mul_(_ODD)).mul_(_ODDER)
+        mixed ^= mixed >> 29
+        total += mixed.mul_(_ODD).sum()
+        start += len(part)
+    return int(total) & (2**64 - 1)
 
 
 def recorded(indices: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.dense_matrix import dense_matrix
 from sparsetrain.sparsity.gradients import DenseGradientRequest
 from sparsetrain.sparsity.init import random_pattern
-from sparsetrain.sparsity.ops import backend_names, layout_id, sparse_linear
+from sparsetrain.sparsity.layouts import layout_id
+from sparsetrain.sparsity.ops import backend_names, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 

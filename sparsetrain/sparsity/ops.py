@@ -5,8 +5,6 @@ Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.layouts import LAYOUTS, check_fit, check_shapes, find, layout_id
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 
@@ -130,53 +129,6 @@ def resolve_backend(
     return name
 
 
-# A pattern cannot cross the boundary of a custom op, its tensors and a number can. The number finds the pattern, and
-# the layouts derived from it, again; when the pattern is gone it is rebuilt from the tensors.
-_LAYOUTS: weakref.WeakValueDictionary[int, SparsityPattern] = weakref.WeakValueDictionary()
-_COUNTER = itertools.count(1)
-
-
-def layout_id(pattern: SparsityPattern) -> int:
-    """Return the number by which this process finds ``pattern`` again."""
-
-    def register() -> int:
-        number = next(_COUNTER)
-        _LAYOUTS[number] = pattern
-        return number
-
-    return pattern.derived("layout_id", register)
-
-
-def _same(pattern: SparsityPattern, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> bool:
-    """Whether a number found the right pattern: one that an exported graph brings along may mean another here."""
-    if (*pattern.shape, *pattern.block) != (*shape, *block) or pattern.device != col.device:
-        return False
-    pairs = ((pattern.row_ptr, row_ptr), (pattern.col, col))
-    return all(mine.data_ptr() == given.data_ptr() or torch.equal(mine, given) for mine, given in pairs)
-
-
-def find(layout: int, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> SparsityPattern:
-    """Return the pattern that a number stands for in this process, or one made of the tensors beside it."""
-    pattern = _LAYOUTS.get(layout)
-    if pattern is None or not _same(pattern, row_ptr, col, shape, block):
-        pattern = SparsityPattern((shape[0], shape[1]), row_ptr, col, (block[0], block[1]))
-    return pattern
-
-
-def check_fit(pattern: SparsityPattern, values: Tensor) -> None:
-    """Notice writes into the indices, and make sure that a kernel which goes by them stays inside ``values``.
-
-    Raises:
-        UserError: indices of no matrix of the pattern's shape, or another number of values.
-    """
-    if not pattern.untouched:
-        pattern.refresh()
-    if values.numel() != pattern.nnz or values.ndim != 1:
-        raise UserError(
-            f"{pattern.owner}: values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros"
-        )
-
-
 @torch.library.custom_op("sparsetrain::sparse_linear", mutates_args=())
 def _sparse_linear(
     x: Tensor,
@@ -190,7 +142,7 @@ def _sparse_linear(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     pattern = find(layout, row_ptr, col, shape, block)
-    check_fit(pattern, values)
+    check_shapes(pattern, x=x, values=values)
     if keep and pattern.request is not None:
         pattern.request.opened()
     return BACKENDS[backend].forward(x, values, pattern, keep)
@@ -208,7 +160,7 @@ def _(
     layout: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    kept = BACKENDS[backend].kept(x, _LAYOUTS[layout]) if keep else x.new_empty(0)
+    kept = BACKENDS[backend].kept(x, LAYOUTS[layout]) if keep else x.new_empty(0)
     return x.new_empty(x.shape[0], shape[0]), kept
 
 
@@ -228,7 +180,7 @@ def _sparse_linear_backward(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     pattern = find(layout, row_ptr, col, shape, block)
-    check_fit(pattern, values)
+    check_shapes(pattern, x=x if need_values else None, g=g, values=values)
     if need_values and pattern.request is not None:
         pattern.request.add(g, x)
     return BACKENDS[backend].backward(g, x, values, kept, pattern, need_x, need_values)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.sparsity import SparsityPattern, ops, sparse_linear
+from sparsetrain.sparsity import SparsityPattern, layouts, sparse_linear
 
 K, M = 12, 10
 
@@ -38,4 +38,4 @@ def assert_matches_dense(pattern: SparsityPattern, x: Tensor, values: Tensor, bi
 
 def arguments(pattern: SparsityPattern, x: Tensor, values: Tensor, backend: str = "masked") -> tuple[Any, ...]:
     shape, block = list(pattern.shape), list(pattern.block)
-    return x, values, pattern.row_ptr, pattern.col, shape, block, backend, ops.layout_id(pattern), True
+    return x, values, pattern.row_ptr, pattern.col, shape, block, backend, layouts.layout_id(pattern), True

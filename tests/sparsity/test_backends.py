@@ -16,6 +16,7 @@ from sparsetrain.sparsity import (
     SparseLinear,
     SparsityPattern,
     backend_names,
+    layouts,
     ops,
     register_backend,
 )
@@ -128,7 +129,7 @@ def test_a_collected_pattern_is_rebuilt_from_its_tensors() -> None:
     number = call[-2]
     del pattern
     gc.collect()
-    assert number not in ops._LAYOUTS
+    assert number not in layouts.LAYOUTS
     torch.testing.assert_close(ops._sparse_linear(*call)[0], expected)
     torch.testing.assert_close(torch.autograd.grad(output, (x, values), g), expected_gradients)
 
@@ -138,8 +139,8 @@ def test_two_layers_never_hit_each_others_layout() -> None:
     numbers = []
     for seed in range(20):
         pattern = pattern_of(seed=seed)
-        numbers.append(ops.layout_id(pattern))
-        assert ops.layout_id(pattern) == numbers[-1]
+        numbers.append(layouts.layout_id(pattern))
+        assert layouts.layout_id(pattern) == numbers[-1]
         x, values, bias, g = inputs(pattern, 2)
         assert_matches_dense(pattern, x, values, bias, g)
         del pattern

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from hardship import fill_with_poison, lend_at_most, work_for_every_thread
+from products import arguments
 from torch import Tensor
 
-from sparsetrain.sparsity import SparsityPattern, cpu_backend
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity import SparsityPattern, cpu_backend, ops
 from sparsetrain.sparsity.ops import BACKENDS
 
 
@@ -83,3 +85,22 @@ def test_a_thread_is_woken_for_so_many_multiply_adds(problem: Problem, monkeypat
 )
 def test_tiles_are_cut_so_that_all_threads_have_as_much(tokens: int, tiles: int, threads: int, expected: int) -> None:
     assert cpu_backend.pieces(tokens, tiles, threads) == expected
+
+
+@pytest.mark.parametrize("name", ["csr", "bsr"])
+def test_contractions_that_would_read_outside_are_refused(name: str) -> None:
+    """A wrong width, too few values or rows: said before a kernel sees them, also through the custom op."""
+    block = (1, 1) if name == "csr" else (4, 4)
+    pattern = SparsityPattern.from_mask(torch.ones(16, 24, dtype=torch.bool), block)
+    x, g, values = torch.randn(5, 24), torch.randn(5, 16), torch.randn(pattern.nnz)
+    backend = BACKENDS[name]
+    for call in (
+        lambda: backend.matmul(x[:, :8], values, pattern),
+        lambda: backend.matmul(x, values[:-1], pattern),
+        lambda: backend.matmul_t(g[:, :8], values, pattern),
+        lambda: backend.sampled(g, x[:4], pattern),
+        lambda: backend.sampled(g[:, :3], x, pattern),
+        lambda: ops._sparse_linear(*arguments(pattern, x[:, :8].contiguous(), values, name)),
+    ):
+        with pytest.raises(UserError, match=r"has shape|have shape|rows"):
+            call()

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.bench.memory import pattern_bytes
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_layers, sparse_linear
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, layouts, sparse_layers, sparse_linear
 from sparsetrain.sparsity.csr_backend import CsrBackend
 
 BACKEND = CsrBackend()
@@ -382,5 +382,5 @@ def test_a_graph_keeps_the_values_of_its_topology(density: float) -> None:
 
 def test_a_number_that_means_another_pattern_here_is_not_trusted() -> None:
     right, wrong = pattern_of(40, 30, 0.3), pattern_of(40, 30, 0.3, 1)
-    found = ops.find(ops.layout_id(wrong), right.row_ptr.clone(), right.col.clone(), [40, 30], [1, 1])
+    found = layouts.find(layouts.layout_id(wrong), right.row_ptr.clone(), right.col.clone(), [40, 30], [1, 1])
     assert found.equals(right)

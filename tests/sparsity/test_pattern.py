@@ -222,3 +222,20 @@ def test_moving_to_a_device_keeps_the_positions(device: torch.device) -> None:
     assert torch.equal(moved.mask().cpu(), pattern.mask())
     assert torch.equal(moved.transpose()[1].cpu(), pattern.transpose()[1])
     assert pattern.to("cpu") is pattern
+
+
+def test_fingerprints_differ_wherever_one_index_does() -> None:
+    """Also the one that is made on a GPU, which only the CPU runs here: order, place and value count."""
+    from sparsetrain.sparsity.indices import mixed_sum
+
+    indices = torch.randint(0, 50, (1000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    changed = [indices.flip(0), indices.roll(1), indices[:-1]]
+    for place in (0, 1, 499, 999):
+        other = indices.clone()
+        other[place] += 1
+        changed.append(other)
+    swapped = indices.clone()
+    swapped[[3, 7]] = indices[[7, 3]]
+    sums = [mixed_sum(other) for other in (indices, *changed, swapped)]
+    assert len(set(sums)) == len(sums)
+    assert mixed_sum(indices.clone()) == sums[0]

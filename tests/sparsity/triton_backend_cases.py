@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.errors import UserError
 from sparsetrain.kernels import triton_bsr
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_linear
+from sparsetrain.sparsity.layouts import layout_id
 from sparsetrain.sparsity.triton_backend import TritonBackend
 
 DEVICE = torch.device("cpu" if triton_bsr.INTERPRETED else "cuda")
@@ -86,7 +87,14 @@ def test_opcheck_of_forward_and_backward(transposed: bool) -> None:
     rows, columns = pattern.shape
     x = torch.randn(columns, 5, device=DEVICE).t() if transposed else torch.randn(5, columns, device=DEVICE)
     values, g = torch.randn(pattern.nnz, device=DEVICE), torch.randn(5, rows, device=DEVICE)
-    place = (pattern.row_ptr, pattern.col, list(pattern.shape), list(pattern.block), "triton", ops.layout_id(pattern))
+    place = (
+        pattern.row_ptr,
+        pattern.col,
+        list(pattern.shape),
+        list(pattern.block),
+        "triton",
+        layout_id(pattern),
+    )
     torch.library.opcheck(ops._sparse_linear, (x.requires_grad_(), values.requires_grad_(), *place, True))
     kept = torch.empty(0, device=DEVICE)
     for needs in ((True, True), (False, True), (True, False)):
