@@ -21,7 +21,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.report.sweep import write_rows
-from sparsetrain.scaling.intervals import half_width
+from sparsetrain.scaling.intervals import half_width, paired
 from sparsetrain.stages.run import read_config
 
 HERE = Path(__file__).parent
@@ -80,16 +80,6 @@ def select(rows: list[Row], key: str, **wanted: Any) -> dict[int, float]:
         for row in rows
         if row[key] is not None and all(row[name] == value for name, value in wanted.items())
     }
-
-
-def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float, int]:
-    """Return mean and half the 95 % interval of one - other over common seeds, and their number.
-
-    Below two seeds the interval is infinite.
-    """
-    differences = [one[seed] - other[seed] for seed in one if seed in other]
-    mean = float(np.mean(differences)) if differences else float("nan")
-    return mean, half_width(differences), len(differences)
 
 
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
