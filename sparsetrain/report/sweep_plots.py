@@ -44,7 +44,8 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
         curves = [Line2D([], [], color=SERIES[place % len(SERIES)], marker="o", ms=3) for place in range(len(order))]
         figure.legend(curves, order, loc="outside upper left", ncols=4, fontsize=7)
         bounds = any(line.shift is not None and line.shift.at_least for line in lines)
-        figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=4, fontsize=7)
+        columns = 4 if len(schemes) > 1 else 2  # narrow figures have no room for both legends in one row
+        figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=columns, fontsize=7)
         save_png(figure, path)
 
 
