@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import functools
 import json
 import math
 import os
@@ -17,6 +19,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from sparsetrain.cli import main
 from sparsetrain.config import check, complete, config_directory, options, with_sweep
 from sparsetrain.models import Transformer
+from sparsetrain.report.sweep import lines_of, write_optima
+from sparsetrain.stages.sweep import collect
+from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -44,6 +49,29 @@ TINY: dict[str, list[str]] = {
 }
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo"})
+CURVES = [name for name in SWEEPS if name != "base_tuning"]
+# What tells the arms of the other tables apart.
+ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
+
+
+def swept(name: str) -> str:
+    return "model.init_std" if name == "supar_init_transfer" else "lr"
+
+
+@functools.cache
+def claims(name: str) -> list[Claim]:
+    """Return what the rows of an experiment say with an interval; nothing for those without arms or curves."""
+    folder = ROOT / "experiments" / name
+    if name in CURVES:
+        return sweep_claims(folder / "results.csv", swept(name))
+    found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
+    tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
+    return found + (item_claims(folder / tables[name]) if name in tables else [])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def collecting(name: str) -> list[str]:
@@ -109,6 +137,64 @@ def test_a_tiny_form_only_changes_settings_that_the_sweep_has(name: str) -> None
     whole = {word.partition("=")[0] for word in with_sweep("pretrain", [f"experiment={name}"])}
     small = {word.partition("=")[0] for word in with_sweep("pretrain", [f"experiment={name}", *SMALL, *TINY[name]])}
     assert whole <= small
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: Path) -> None:
+    folder = ROOT / "experiments" / name
+    found = collect([folder / "results.csv"])
+    extra = [column for column in found.varied if column != swept(name)]
+    write_optima(lines_of(found.rows, swept(name), extra), tmp_path / "optima.csv", extra)
+    assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", "."])
+def test_every_interval_of_a_readme_follows_from_the_rows(name: str) -> None:
+    everything = [*CURVES, *ARMS]
+    text = (ROOT / "README.md" if name == "." else ROOT / "experiments" / name / "README.md").read_text()
+    named = re.findall(r"\]\((?:\.\./)?(\w+)/README\.md\)", text)
+    sources = [name, *named] if name in everything else everything
+    assert unsupported(text, [claim for source in dict.fromkeys(sources) for claim in claims(source)]) == []
+
+
+def test_an_interval_that_the_rows_do_not_carry_is_found() -> None:
+    text = (ROOT / "experiments" / "supar_lr_transfer" / "README.md").read_text()
+    assert "+0.37 [0.20, 0.54]" in text
+    for other in ("+0.37 [0.29, 0.42]", "+0.73 [0.20, 0.54]"):  # the range of the seeds; another number
+        assert unsupported(text.replace("+0.37 [0.20, 0.54]", other), claims("supar_lr_transfer")) == [other]
+    assert unsupported("dense is 60.3 ± 2.3, sparse 60.3 ± 1.0", claims("mediswift_pipeline")) == ["60.3 ± 1.0"]
+
+
+@pytest.mark.parametrize("name", [*CURVES, *ARMS])
+def test_tables_say_how_many_tokens_there_are_per_weight_and_per_nonzero(name: str) -> None:
+    folder = ROOT / "experiments" / name
+    expected = set()
+    for row in rows(folder / "results.csv"):
+        if row.get("stage", row.get("how", "pretrain")) == "pretrain":
+            # The hidden matrices of a block: four of attention, and two of the MLP with four times as many features.
+            per_weight = int(row["tokens"]) / (12 * int(row["width"]) ** 2 * int(row["depth"]))
+            density = float(row.get("density") or 1.0 - float(row["sparsity"]))
+            expected.add(f"{per_weight:.2g} / {per_weight / density:.2g}")
+    cells = [
+        cell
+        for line in (folder / "README.md").read_text().splitlines()
+        for cell in line.strip("|").split(" | ")
+        if re.fullmatch(r" ?[\d.]+ / [\d.]+ ?", cell)
+    ]
+    assert {cell.strip() for cell in cells} == expected
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_loss_of_fewer_seeds_than_stand_beside_it_is_marked(name: str) -> None:
+    folder = ROOT / "experiments" / name
+    text = (folder / "README.md").read_text()
+    fewer = [
+        f"{float(row['loss_at_base_optimum']):.3f} ({row['seeds_at_base_optimum']} seed)"
+        for row in rows(folder / "optima.csv")
+        if 0 < int(row["seeds_at_base_optimum"]) < int(row["seeds"])
+    ]
+    assert [loss for loss in fewer if loss not in text] == []
+    assert text.count(" seed) |") == len(fewer)
 
 
 def test_the_coordinates_experiment_runs(

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.report.sweep import write_rows
-from sparsetrain.scaling.intervals import half_width
+from sparsetrain.scaling.intervals import half_width, paired
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
 from sparsetrain.training.metrics import read_metrics
@@ -78,22 +78,20 @@ def _order(directory: Path) -> tuple[int, int]:
 
 def verdicts(rows: list[dict[str, Any]]) -> dict[str, str]:
     """Return for each rule but static what the seed-paired difference of losses says."""
-    losses = {(row["rule"], row["seed"]): row["loss"] for row in rows}
+    losses: dict[str, dict[int, float]] = {rule: {} for rule in RULES}
+    for row in rows:
+        if row["loss"] is not None:
+            losses[row["rule"]][row["seed"]] = row["loss"]
     said = {}
     for rule in RULES[1:]:
-        pairs = [
-            losses["static", seed] - loss
-            for (name, seed), loss in losses.items()
-            if name == rule and loss is not None and losses.get(("static", seed)) is not None
-        ]
-        if len(pairs) < 2:
-            said[rule] = f"{len(pairs)} seeds beside static: no verdict"
+        mean, half, count = paired(losses["static"], losses[rule])
+        if count < 2:
+            said[rule] = f"{count} seeds beside static: no verdict"
             continue
-        mean, half = float(np.mean(pairs)), half_width(pairs)
         verdict = (
             "beats static" if mean - half > 0 else "is worse than static" if mean + half < 0 else "is not told apart"
         )
-        said[rule] = f"{verdict}: static - {rule} = {mean:+.4f} ± {half:.4f} nats ({len(pairs)} seeds)"
+        said[rule] = f"{verdict}: static - {rule} = {mean:+.4f} ± {half:.4f} nats ({count} seeds)"
     return said
 
 

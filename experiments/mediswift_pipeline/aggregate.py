@@ -21,7 +21,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.report.sweep import write_rows
-from sparsetrain.scaling.intervals import half_width
+from sparsetrain.scaling.intervals import half_width, paired
 from sparsetrain.stages.run import read_config
 
 HERE = Path(__file__).parent
@@ -82,20 +82,11 @@ def select(rows: list[Row], key: str, **wanted: Any) -> dict[int, float]:
     }
 
 
-def paired(one: dict[int, float], other: dict[int, float]) -> tuple[float, float, int]:
-    """Return mean and half the 95 % interval of one - other over common seeds, and their number.
-
-    Below two seeds the interval is infinite.
-    """
-    differences = [one[seed] - other[seed] for seed in one if seed in other]
-    mean = float(np.mean(differences)) if differences else float("nan")
-    return mean, half_width(differences), len(differences)
-
-
 def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
     """Return ``(bar, outcome, numbers)`` for every bar.
 
-    An outcome is holds, fails, not told apart, no difference, too few seeds, or not run.
+    An outcome is holds, fails, not established, not told apart, no difference, too few seeds, or not run. A bar of
+    points holds or fails where the whole interval does; with the bar inside of the interval it is not established.
     """
     found: list[tuple[str, str, str]] = []
     arms = ("dense", "sparse-0.5", "sparse-0.75")
@@ -112,11 +103,12 @@ def bars(rows: list[Row]) -> list[tuple[str, str, str]]:
     for arm, points in (("sparse-0.5", 0.02), ("sparse-0.75", 0.04)):
         mean, half, count = paired(tuned(arm), tuned("dense"))
         text = f"{arm} - dense = {_points(mean, half)} ({count} seeds)"
-        found.append((f"(b) {arm} within {100 * points:.0f} points of dense", _outcome(mean >= -points, count), text))
+        outcome = _reaches(mean, half, count, -points)
+        found.append((f"(b) {arm} within {100 * points:.0f} points of dense", outcome, text))
     for arm in arms:
         mean, half, count = paired(tuned(arm), tuned("scratch"))
         text = f"{arm} - scratch = {_points(mean, half)} ({count} seeds)"
-        found.append((f"(b) {arm} 10 points above scratch", _outcome(mean >= 0.10, count), text))
+        found.append((f"(b) {arm} 10 points above scratch", _reaches(mean, half, count, 0.10), text))
     tasks = sorted({row["task"] for row in rows if row["task"]}, reverse=True)
     for task in tasks:
         mean, half, count = paired(tuned("sparse-0.75", task=task), tuned("sparse-0.75", "finetune-sparse", task))
@@ -141,6 +133,12 @@ def _outcome(holds: bool, count: int) -> str:
     if count < 2:
         return "too few seeds" if count else "not run"
     return "holds" if holds else "fails"
+
+
+def _reaches(mean: float, half: float, count: int, bar: float) -> str:
+    if count < 2 or mean - half >= bar or mean + half < bar:
+        return _outcome(mean - half >= bar, count)
+    return "not established"
 
 
 def _sign(mean: float, half: float, count: int) -> str:

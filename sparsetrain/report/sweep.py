@@ -1,4 +1,4 @@
-"""What a sweep shows: optima with intervals, how far they move, what a transferred value costs, and the figure."""
+"""What a sweep shows in numbers: optima with intervals, how far they move, and what a transferred value costs."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file
-from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import percent
 from sparsetrain.scaling.transfer import (
@@ -25,6 +21,7 @@ from sparsetrain.scaling.transfer import (
     Optimum,
     Row,
     Shift,
+    gap_beyond,
     losses_at,
     make_curves,
     optimum,
@@ -45,7 +42,7 @@ OVERRIDES = {
 OPTIMA = (
     *("parameterization", *SHAPE),
     *("points", "seeds", "edge", "optimum", "low", "high", "loss", "shift_steps", "shift_at_least"),
-    *("shift_low", "shift_high", "loss_at_base_optimum", "transfer_cost"),
+    *("shift_low", "shift_high", "loss_at_base_optimum", "transfer_cost", "seeds_at_base_optimum"),
 )
 
 
@@ -120,7 +117,7 @@ def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]
     found = optimum(curve)
     if not base.usable:
         return Line(key, curve, xs, found, None, None, {}, None)
-    at = optimum(base, 1).log2
+    at = optimum(base).log2
     at_base = {} if at is None else losses_at(curve, at)
     cost = relative_gap(at_base, losses_at(curve, _own(found)))
     return Line(key, curve, xs, found, shift(curve, base), at, at_base, cost)
@@ -169,10 +166,13 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
             sign = ">=" if line.shift.at_least and line.shift.steps >= 0 else "<=" if line.shift.at_least else ""
             moved = f"{sign}{line.shift.steps:+.2f}" + _interval(line.shift.interval, lambda value: f"{value:+.2f}")
         there = f"{np.mean(list(line.at_base.values())):.4f}" if line.at_base else "-"
+        if 0 < len(line.at_base) < found.seeds:
+            there += f" ({_seeds(len(line.at_base))})"
         rows.append((f"{line.scheme}, {label}", where, moved, f"{found.loss:.4f}", there, str(found.seeds)))
     columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
     note = (
-        "Brackets: 95 % over resampled seeds. Base: the first curve of the parameterization. Losses: validation, nats."
+        "Brackets: 95 %, Student's t over the seeds' own minima, shifts paired by seed; open: beyond the grid, or not "
+        "known. Base: the first curve of the parameterization. Losses: validation, nats."
     )
     return Sheet("Optima", columns, tuple(rows), note)
 
@@ -192,22 +192,40 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
         elif not moves:
             said.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
     standard = {line.shape: line for line in lines if line.scheme == "sp"}
+    bases = {line.scheme: line for line in reversed(lines)}  # the first of each
     for line, label in zip(lines, labels, strict=True):
         other = standard.get(line.shape)
         if other is None or line.scheme == "sp":
             continue
+        first, others_first = bases[line.scheme], bases["sp"]
         for text, losses in (
             ("SP with its base's", other.at_base),
             ("SP tuned again", losses_at(other.curve, _own(other.optimum))),
         ):
             gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
-            if gap is not None and math.isfinite(gap.relative):
-                said.append(
-                    f"{label}: {line.scheme} with its base's best value has a loss {percent(abs(gap.relative))} "
-                    f"{'below' if gap.relative < 0 else 'above'} {text}{_interval(gap.interval, percent)} "
-                    f"({gap.seeds} {'seed' if gap.seeds == 1 else 'seeds'})."
-                )
+            if gap is None or not math.isfinite(gap.relative):
+                continue
+            said.append(
+                f"{label}: {line.scheme} with its base's best value has a loss {_apart(gap)} {text}{_sure(gap)}."
+            )
+            beyond = gap_beyond(line.at_base, losses, first.at_base, others_first.at_base)
+            if beyond is not None and line is not first and first.shape == others_first.shape:
+                said.append(f"{label}: relative to the gap of the two bases that is {_apart(beyond)}{_sure(beyond)}.")
     return said
+
+
+def _apart(gap: Gap) -> str:
+    return f"{percent(abs(gap.relative))} {'below' if gap.relative < 0 else 'above'}"
+
+
+def _sure(gap: Gap) -> str:
+    """Return the interval of a gap, on how many seeds, and whether it contains no gap at all."""
+    unsure = gap.interval is not None and gap.interval[0] <= 0.0 <= gap.interval[1]
+    return f"{_interval(gap.interval, percent)} ({_seeds(gap.seeds)}{', not told apart' if unsure else ''})"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} {'seed' if count == 1 else 'seeds'}"
 
 
 def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Sequence[int]) -> list[str]:
@@ -251,6 +269,7 @@ def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -
                     *map(_cell, ends),
                     _cell(float(np.mean(list(line.at_base.values()))) if line.at_base else None),
                     _cell(None if line.cost is None else line.cost.relative),
+                    len(line.at_base),
                 ]
             )
 
@@ -261,111 +280,6 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[
         writer = csv.DictWriter(stream, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
-    """Draw every curve, a column for each parameterization, then shifts and losses at the transferred value; a PNG."""
-    schemes = list(dict.fromkeys(line.scheme for line in lines))
-    labels = labels_of(lines, extra)
-    order = list(dict.fromkeys(labels))
-    with styled():
-        figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.6), layout="constrained")
-        grid = figure.subplots(1, len(schemes) + 2)
-        for index, scheme in enumerate(schemes):
-            axes = grid[index]
-            axes.sharex(grid[0])
-            axes.sharey(grid[0])
-            axes.set_title(scheme)
-            for line, label in zip(lines, labels, strict=True):
-                if line.scheme == scheme:
-                    _curve(axes, line, order.index(label))
-            axes.set_xlabel(x)
-            axes.set_xscale("log", base=2)
-            axes.tick_params(axis="x", labelrotation=60)
-            log_axis(axes.xaxis)
-            axes.grid(True)
-        grid[0].set_ylabel("validation loss, nats")
-        _fit(grid[0], lines)
-        _shifts(grid[-2], lines, labels, order, schemes)
-        _transfer(grid[-1], lines, labels, order, schemes)
-        # Above the panels: inside one a legend would lie on its points.
-        curves = [Line2D([], [], color=SERIES[place % len(SERIES)], marker="o", ms=3) for place in range(len(order))]
-        figure.legend(curves, order, loc="outside upper left", ncols=4, fontsize=7)
-        bounds = any(line.shift is not None and line.shift.at_least for line in lines)
-        figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=4, fontsize=7)
-        save_png(figure, path)
-
-
-def _keys(schemes: Sequence[str], bounds: bool) -> list[Line2D]:
-    """Return what the two panels on the right are explained by, bounds among it if there are any."""
-    looks = [(SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]) for index in range(len(schemes))]
-    keys = [
-        Line2D([], [], color=colour, marker=marker, ms=5, label=scheme)
-        for (colour, marker), scheme in zip(looks, schemes, strict=True)
-    ]
-    own = Line2D([], [], color=MUTED, marker="o", ms=5, ls="--", mfc="none", label="own best")
-    bound = Line2D([], [], color=MUTED, marker="^", ms=8, ls="", mfc="none", label="shift: at least")
-    return [*keys, own, bound] if bounds else [*keys, own]
-
-
-def _curve(axes: Axes, line: Line, index: int) -> None:
-    colour = SERIES[index % len(SERIES)]
-    means = line.curve.filled().mean(axis=1)
-    shown = np.isfinite(means)
-    axes.plot(2 ** line.curve.log2[shown], means[shown], color=colour, marker="o", ms=3, lw=1.2)
-    for seed in range(len(line.curve.seeds)):
-        axes.plot(2**line.curve.log2, line.curve.losses[:, seed], "o", color=colour, ms=2, alpha=0.4)
-    found = line.optimum
-    if found.log2 is not None:
-        axes.plot(2**found.log2, found.loss, "*", color=colour, ms=10, zorder=3)
-    elif math.isfinite(found.loss):
-        axes.plot(2**found.best, found.loss, "<" if found.edge == "low" else ">", color=colour, ms=9, mfc="none")
-
-
-def _fit(axes: Axes, lines: Sequence[Line]) -> None:
-    """Show what happens around the minima: a diverging end would flatten the rest."""
-    lowest = [line.optimum.loss for line in lines if math.isfinite(line.optimum.loss)]
-    if lowest:
-        low, high = min(lowest), max(lowest)
-        axes.set_ylim(low - 0.05 * (high - low + 0.1), high + 1.5 * (high - low) + 0.15)
-
-
-def _shifts(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: list[str], schemes: list[str]) -> None:
-    axes.set_title("shift of the optimum, grid steps")
-    axes.axhspan(-1, 1, color=MUTED, alpha=0.12, lw=0)
-    for index, scheme in enumerate(schemes):
-        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-        for line, label in zip(lines, labels, strict=True):
-            if line.scheme != scheme or line.shift is None:
-                continue
-            place = order.index(label) + 0.1 * (index - (len(schemes) - 1) / 2)
-            if line.shift.at_least:
-                axes.plot(place, line.shift.steps, "^" if line.shift.steps > 0 else "v", color=colour, mfc="none", ms=8)
-                continue
-            axes.plot(place, line.shift.steps, marker, color=colour, ms=5)
-            if line.shift.interval is not None and all(map(math.isfinite, line.shift.interval)):
-                axes.plot([place, place], line.shift.interval, color=colour, lw=1.4)
-    _named(axes, order)
-
-
-def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: list[str], schemes: list[str]) -> None:
-    axes.set_title("loss: base's best value, own best")
-    for index, scheme in enumerate(schemes):
-        own = {label: line for line, label in zip(lines, labels, strict=True) if line.scheme == scheme}
-        places = [order.index(label) for label in own]
-        moved = [float(np.mean(list(line.at_base.values()))) if line.at_base else np.nan for line in own.values()]
-        best = [line.optimum.loss for line in own.values()]
-        colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
-        axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4)
-        axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none")
-    _named(axes, order)
-
-
-def _named(axes: Axes, order: list[str]) -> None:
-    names = [name.replace(", ", ",\n") for name in order]
-    axes.set_xticks(range(len(order)), names, rotation=60, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.5, len(order) - 0.5)
-    axes.grid(True)
 
 
 def _power(log2: float) -> float:

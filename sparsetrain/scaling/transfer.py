@@ -7,9 +7,9 @@ neighbours. Three rules keep it honest:
 - the best point at the end of the grid is an *edge*, never an optimum: the grid has to grow;
 - a point at which any seed diverged counts as infinitely bad; next to the best point it brackets it, but no parabola
   goes through it, so the optimum is then the grid point itself;
-- intervals come from resampling whole seeds, because the losses of one seed go up and down together. A resample whose
-  best point is at an edge makes the interval open at that end. With one seed there is no interval, and with three there
-  are only ten different resamples: such an interval is close to the range of the seeds.
+- intervals are Student's t over seeds (`scaling.intervals`): each seed has a vertex of its own, of the parabola through
+  its losses at the three points of the mean curve, and only seeds that ran at all three count. An end beyond the grid
+  is open: nothing was measured there. With one seed there is no interval, with two a very wide one.
 
 Not every point needs every seed (one seed over the whole grid, three around the minimum, is the cheap way). A missing
 loss is filled in by the additive model loss = f(x) + g(seed), fitted to what is there.
@@ -26,9 +26,8 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsetrain.errors import UserError
-from sparsetrain.scaling.intervals import LEVEL, half_width
+from sparsetrain.scaling.intervals import Interval, difference_interval, mean_interval, paired
 
-RESAMPLES = 2000
 _NEAR = 1e-9  # log2 of x: closer points are the same
 
 
@@ -92,7 +91,8 @@ class Optimum:
         loss: of the parabola's vertex, or of the best point where there is no parabola.
         best: the best point of the grid, log2.
         interpolated: whether a parabola gave the position.
-        interval: 95 % over resampled seeds, log2; infinite at an end beyond the grid; None with one seed or at an edge.
+        interval: 95 %, Student's t over the seeds' own vertices, log2; infinite at an end beyond the grid, and at both
+            if the losses of a seed have no minimum. None at an edge, next to a diverged point, and below two seeds.
         seeds: how many there are.
     """
 
@@ -101,7 +101,7 @@ class Optimum:
     loss: float
     best: float
     interpolated: bool
-    interval: tuple[float, float] | None
+    interval: Interval | None
     seeds: int
 
 
@@ -112,12 +112,12 @@ class Shift:
     Args:
         steps: positive for a larger x.
         at_least: the optimum is at the edge, at least this far away, and no one knows how far.
-        interval: 95 % over resampled seeds; None with one seed or at an edge.
+        interval: 95 %, Student's t over the seeds' own shifts, paired by seed; None where an optimum has none.
     """
 
     steps: float
     at_least: bool
-    interval: tuple[float, float] | None
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Gap:
     """Relative difference of two losses, ``a / b - 1`` of the mean log ratio, with Student's interval over seeds."""
 
     relative: float
-    interval: tuple[float, float] | None
+    interval: Interval | None
     seeds: int
 
 
@@ -156,46 +156,58 @@ def make_curves(rows: Iterable[Row]) -> dict[Hashable, Curve]:
     return curves
 
 
-def optimum(curve: Curve, resamples: int = RESAMPLES) -> Optimum:
-    """Return where ``curve`` is lowest, with its interval; the same curve always gives the same numbers.
+def optimum(curve: Curve) -> Optimum:
+    """Return where ``curve`` is lowest, with its interval.
 
     Raises:
         UserError: every point diverged.
     """
-    filled = curve.filled()
-    means = filled.mean(axis=1)
+    means = curve.filled().mean(axis=1)
     if not curve.usable:
         raise UserError("every point of the curve diverged: there is no optimum to look for")
     best = float(curve.log2[np.argmin(means)])
     position, loss, interpolated = _vertex(curve.log2, means)
     if not math.isfinite(position):
         return Optimum(None, "low" if position < 0 else "high", loss, best, False, None, len(curve.seeds))
-    interval = None
-    if len(curve.seeds) > 1:
-        interval = _interval(_positions(curve, filled, _draws(curve, resamples)))
+    interval = mean_interval(list(own_optima(curve).values()))
+    if interval is not None:
+        low, high = interval
+        interval = (-math.inf if low < curve.log2[0] else low, math.inf if high > curve.log2[-1] else high)
     return Optimum(position, None, loss, best, interpolated, interval, len(curve.seeds))
 
 
-def shift(curve: Curve, base: Curve, resamples: int = RESAMPLES) -> Shift | None:
+def own_optima(curve: Curve) -> dict[int, float]:
+    """Return log2 of each seed's own optimum, read off the three points around the lowest mean.
+
+    It is the vertex of the seed's parabola, also where that lies outside of the three points; infinite, on the side on
+    which the loss falls, where the parabola has no minimum. A seed that did not run at all three points is left out.
+    Nothing is returned where the lowest mean is at an end of the grid or next to a diverged point.
+    """
+    best = int(np.argmin(curve.filled().mean(axis=1)))
+    if best in (0, len(curve.log2) - 1):
+        return {}
+    near = slice(best - 1, best + 2)
+    x, found = curve.log2[near], {}
+    for seed, losses in zip(curve.seeds, curve.losses[near].T, strict=True):
+        if np.isfinite(losses).all():
+            a, u = _parabola(x, losses)
+            found[seed] = float(x[1]) + u if a > 0.0 else math.copysign(math.inf, losses[0] - losses[2])
+    return found
+
+
+def shift(curve: Curve, base: Curve) -> Shift | None:
     """Return how far the optimum of ``curve`` is from that of ``base``, in the base's grid steps.
 
-    Seeds are resampled together if both curves have the same ones. None if the base's own optimum is at an edge, or if
-    it has one point: there is nothing to measure from.
+    None if the base's own optimum is at an edge, or if it has one point: there is nothing to measure from.
     """
-    ours, theirs = optimum(curve, 1), optimum(base, 1)
+    ours, theirs = optimum(curve), optimum(base)
     if theirs.log2 is None or base.step == 0.0:
         return None
     if ours.log2 is None:
         return Shift((ours.best - theirs.log2) / base.step, True, None)
-    interval = None
-    if len(curve.seeds) > 1 and len(base.seeds) > 1:
-        same = curve.seeds == base.seeds
-        a = _positions(curve, curve.filled(), _draws(curve, resamples))
-        b = _positions(base, base.filled(), _draws(base, resamples, 0 if same else 1))
-        with np.errstate(invalid="ignore"):
-            steps = (a - b) / base.step
-        # Both beyond the same edge: nothing is known about that resample.
-        interval = _interval(steps[~np.isnan(steps)])
+    interval = difference_interval(own_optima(curve), own_optima(base))
+    if interval is not None:
+        interval = (interval[0] / base.step, interval[1] / base.step)
     return Shift((ours.log2 - theirs.log2) / base.step, False, interval)
 
 
@@ -238,14 +250,26 @@ def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
     shared = sorted(a.keys() & b.keys())
     if not shared:
         return None
-    ratios = np.array([math.log(a[seed]) - math.log(b[seed]) for seed in shared])
-    if not np.isfinite(ratios).all():
+    logs, their_logs = ({seed: math.log(losses[seed]) for seed in shared} for losses in (a, b))
+    if not np.isfinite([logs[seed] - their_logs[seed] for seed in shared]).all():
         return Gap(math.inf if max(a[seed] for seed in shared) == math.inf else -1.0, None, len(shared))
-    mean, interval = float(ratios.mean()), None
-    if len(shared) > 1:
-        half = half_width(ratios)
-        interval = (math.expm1(mean - half), math.expm1(mean + half))
+    mean, half, _ = paired(logs, their_logs)
+    interval = (math.expm1(mean - half), math.expm1(mean + half)) if len(shared) > 1 else None
     return Gap(math.expm1(mean), interval, len(shared))
+
+
+def gap_beyond(
+    a: dict[int, float], b: dict[int, float], a_base: dict[int, float], b_base: dict[int, float]
+) -> Gap | None:
+    """Return the part of the gap between ``a`` and ``b`` that the gap of their bases does not explain.
+
+    It is the difference in differences, ``(a / b) / (a_base / b_base) - 1``, over the seeds that all four have; None
+    where there is none, or where a loss of them diverged.
+    """
+    shared = sorted(a.keys() & b.keys() & a_base.keys() & b_base.keys())
+    if not shared or not all(math.isfinite(losses[seed]) for losses in (a, b, a_base, b_base) for seed in shared):
+        return None
+    return relative_gap({s: a[s] / b[s] for s in shared}, {s: a_base[s] / b_base[s] for s in shared})
 
 
 def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None = None) -> list[tuple[float, int]]:
@@ -253,10 +277,10 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None
 
     With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
     neighbours at those of ``seeds`` that they lack, and the two points around another curve's optimum ``at`` which the
-    loss is wanted, if it is outside of the grid. When they are all there: a point, at all seeds, beyond each end of the
-    grid at which the interval is open; nothing when it is closed.
+    loss is wanted, if it is outside of the grid. When they are all there: a point, at all seeds, beyond an end of the
+    grid that is one of the three points and behind which a seed has its own optimum; else nothing.
     """
-    found = optimum(curve, 1)
+    found = optimum(curve)
     if found.edge is not None:
         sign = 1 if found.edge == "high" else -1
         step = curve.step or 1.0
@@ -271,11 +295,12 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None
         steps = (at - end) / curve.step
         around = {math.floor(steps), math.ceil(steps)} - {0}
         points += [(end + number * curve.step, seed) for number in sorted(around) for seed in seeds]
-    interval = None if points else optimum(curve).interval
-    if interval is not None and math.isinf(interval[0]):
-        points += [(float(curve.log2[0]) - curve.step, seed) for seed in seeds]
-    if interval is not None and math.isinf(interval[1]):
-        points += [(float(curve.log2[-1]) + curve.step, seed) for seed in seeds]
+    if not points:
+        own = own_optima(curve).values()
+        if center == 1 and min(own, default=math.inf) < curve.log2[0]:
+            points += [(float(curve.log2[0]) - curve.step, seed) for seed in seeds]
+        if center == len(curve.log2) - 2 and max(own, default=-math.inf) > curve.log2[-1]:
+            points += [(float(curve.log2[-1]) + curve.step, seed) for seed in seeds]
     return points
 
 
@@ -288,32 +313,20 @@ def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, bool]:
     left, middle, right = y[best - 1 : best + 2]
     if not (math.isfinite(left) and math.isfinite(right)):
         return float(x[best]), float(middle), False
-    # Newton's form around the middle: y = middle + b u + a u^2 with u = x - x[best].
-    before, after = float(x[best] - x[best - 1]), float(x[best + 1] - x[best])
-    fall, rise = (middle - left) / before, (right - middle) / after
-    a = (rise - fall) / (before + after)
-    b = fall + a * before
+    a, u = _parabola(x[best - 1 : best + 2], y[best - 1 : best + 2])
     if a <= 0.0:  # three equal losses
         return float(x[best]), float(middle), True
-    return float(x[best] - b / (2 * a)), float(middle - b * b / (4 * a)), True
+    return float(x[best]) + u, float(middle) - a * u * u, True
 
 
-def _draws(curve: Curve, resamples: int, stream: int = 0) -> np.ndarray:
-    """Return indices of seeds drawn with replacement, ``[resamples, s]``."""
-    n = len(curve.seeds)
-    return np.random.default_rng((n, stream)).integers(n, size=(resamples, n))
+def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """Return of the parabola through three points its curvature a and where its vertex is, from the middle point on.
 
-
-def _positions(curve: Curve, filled: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Return the position of the minimum of each resample, infinite at an edge, ``[resamples]``."""
-    means = filled[:, draws].mean(axis=2)
-    return np.array([_vertex(curve.log2, column)[0] for column in means.T])
-
-
-def _interval(positions: np.ndarray) -> tuple[float, float] | None:
-    if not positions.size:
-        return None
-    tail = (1.0 - LEVEL) / 2
-    # Drawn values rather than values between them: between a number and infinity there is nothing.
-    low, high = np.quantile(positions, tail, method="lower"), np.quantile(positions, 1 - tail, method="higher")
-    return float(low), float(high)
+    The vertex is 0 where there is none, a = 0.
+    """
+    # Newton's form around the middle: y = y[1] + b u + a u^2 with u = x - x[1].
+    before, after = float(x[1] - x[0]), float(x[2] - x[1])
+    fall, rise = float(y[1] - y[0]) / before, float(y[2] - y[1]) / after
+    a = (rise - fall) / (before + after)
+    b = fall + a * before
+    return a, (-b / (2 * a) if a != 0.0 else 0.0)

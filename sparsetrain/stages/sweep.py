@@ -28,10 +28,10 @@ from sparsetrain.report.sweep import (
     lines_of,
     next_commands,
     optima_sheet,
-    sweep_figure,
     write_optima,
     write_rows,
 )
+from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps

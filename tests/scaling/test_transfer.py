@@ -17,9 +17,11 @@ from sparsetrain.errors import UserError
 from sparsetrain.scaling.transfer import (
     Curve,
     Row,
+    gap_beyond,
     losses_at,
     make_curves,
     optimum,
+    own_optima,
     relative_gap,
     shift,
     to_run,
@@ -111,29 +113,69 @@ def noisy(center: float, seeds: int, noise: float, rng: np.random.Generator) -> 
     return quadratic(center)[:, None] + offsets + rng.normal(0, noise, size=(len(GRID), seeds))
 
 
-def test_the_interval_agrees_with_scipys_bootstrap() -> None:
-    losses = noisy(-8.3, 6, 0.02, np.random.default_rng(0))
-
-    def position(*of_seeds: np.ndarray, axis: int = -1) -> float:
-        return optimum(curve(np.mean(of_seeds, axis=-1)), 1).log2 or math.nan
-
-    theirs = scipy.stats.bootstrap(
-        tuple(losses), position, paired=True, vectorized=False, method="percentile", rng=1, n_resamples=2000
-    ).confidence_interval
-    ours = optimum(curve(losses)).interval
-    assert ours is not None
-    assert ours == pytest.approx((theirs.low, theirs.high), abs=0.02)
+def vertices(losses: np.ndarray, points: slice) -> np.ndarray:
+    """Return where numpy's parabola through three points of each seed has its vertex."""
+    a, b, _ = np.polyfit(GRID[points], losses[points], 2)
+    return np.asarray(-b / (2 * a))
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
+@pytest.mark.parametrize("seeds", [2, 3, 6])
+def test_the_interval_is_scipys_over_the_seeds_own_vertices(seeds: int) -> None:
+    losses = noisy(-8.3, seeds, 0.004, np.random.default_rng(seeds))
+    one = curve(losses)
+    found = optimum(one)
+    own = vertices(losses, slice(2, 5))  # the mean is lowest at -8
+    assert found.best == -8.0
+    assert list(own_optima(one).values()) == pytest.approx(own)
+    assert found.interval == pytest.approx(scipy.stats.t.interval(0.95, seeds - 1, own.mean(), scipy.stats.sem(own)))
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     rng = np.random.default_rng(0)
-    covered = 0
-    for _ in range(150):
-        found = optimum(curve(noisy(-8.3, 8, 0.03, rng)), 300).interval
+    count, ranges = 1500, 0
+    ratios: list[float] = []
+    moves: list[float] = []
+    for _ in range(count):
+        at, base_at = rng.uniform(-7.6, -7.2), rng.uniform(-8.6, -8.2)
+        tilt = GRID[:, None] * rng.normal(0, 0.02, 3)  # what two curves of the same seeds have in common
+        one, base = (curve(noisy(center, 3, 0.01, rng) + tilt) for center in (at, base_at))
+        own = list(own_optima(one).values())
+        ranges += min(own) <= at <= max(own)
+        ratios.append((np.mean(own) - at) / scipy.stats.sem(own))
+        found, moved = optimum(one).interval, shift(one, base)
         assert found is not None
-        covered += found[0] <= -8.3 <= found[1]
-    # A percentile bootstrap of 8 seeds is narrower than its 95 %: about sqrt(7/8) of the width, and no Student tails.
-    assert 0.82 <= covered / 150 <= 0.98
+        assert moved is not None
+        assert moved.interval is not None
+        # What the interval says of its own width, in standard errors of t with two degrees of freedom.
+        assert found[1] - found[0] == pytest.approx(2 * scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(own))
+        middle, half = np.mean(moved.interval), (moved.interval[1] - moved.interval[0]) / 2
+        moves.append(float((middle - (at - base_at)) / (half / scipy.stats.t.ppf(0.975, 2))))
+    for found_ratios in (ratios, moves):
+        covered = np.mean(np.abs(found_ratios) <= scipy.stats.t.ppf(0.975, 2))
+        assert 0.935 <= covered <= 0.965
+        assert scipy.stats.kstest(found_ratios, scipy.stats.t(2).cdf).pvalue > 0.01
+    # The range of three seeds, all that a percentile bootstrap of them gives, is right in 1 - 2 (1/2)^3 of all cases.
+    assert ranges / count == pytest.approx(0.75, abs=0.04)
+
+
+def test_a_seed_that_lacks_one_of_the_three_points_has_no_optimum_of_its_own() -> None:
+    losses = noisy(-8.3, 4, 0.004, np.random.default_rng(0))
+    whole = optimum(curve(losses[:, :3])).interval
+    losses[2, 3] = np.nan  # what is filled in says nothing new
+    assert own_optima(curve(losses)).keys() == {0, 1, 2}
+    assert optimum(curve(losses)).interval == pytest.approx(whole)
+    losses[2, 1:] = np.nan
+    assert optimum(curve(losses)).interval is None
+
+
+def test_a_seed_whose_losses_have_no_minimum_leaves_the_interval_open() -> None:
+    falling = np.array([[2.0, 2.0, 2.1], [1.0, 1.0, 1.8], [2.0, 2.0, 1.2]])
+    one = curve(falling, [0.0, 1.0, 2.0])
+    assert own_optima(one) == {0: 1.0, 1: 1.0, 2: math.inf}
+    assert optimum(one).interval == (-math.inf, math.inf)
+    moved = shift(one, curve(falling[:, [0, 1, 0]], [0.0, 1.0, 2.0]))
+    assert moved is not None
+    assert (moved.steps, moved.interval) == (pytest.approx(9 / 74), (-math.inf, math.inf))
 
 
 def test_offsets_of_whole_seeds_do_not_widen_the_interval() -> None:
@@ -141,8 +183,8 @@ def test_offsets_of_whole_seeds_do_not_widen_the_interval() -> None:
     assert optimum(curve(exact)).interval == pytest.approx((-8.3, -8.3))
 
 
-def test_a_resample_at_the_edge_opens_the_interval() -> None:
-    # Seed 1 alone would be best at the right end.
+def test_an_interval_that_reaches_beyond_the_grid_is_open_there() -> None:
+    # Seed 1 alone would be best beyond the right end.
     losses = np.array([[2.0, 2.0], [1.0, 1.5], [1.6, 1.2]])
     found = optimum(curve(losses, [0.0, 1.0, 2.0]))
     assert found.log2 is not None
@@ -201,6 +243,22 @@ def test_relative_gap_agrees_with_scipys_paired_t_test() -> None:
     assert found is not None
     assert found.interval == pytest.approx((math.expm1(low), math.expm1(high)))
     assert found.relative == pytest.approx(math.expm1(np.mean(np.log(a) - np.log(b))))
+
+
+def test_a_gap_beyond_that_of_the_bases_is_scipys_paired_t_test_of_the_difference_in_differences() -> None:
+    rng = np.random.default_rng(0)
+    a, b, a_base, b_base = (dict(enumerate(rng.uniform(2, 3, 4))) for _ in range(4))
+    found = gap_beyond({**a, 9: 1.0}, b, a_base, b_base)
+    ours, theirs = (
+        np.log([x[seed] for seed in range(4)]) - np.log([y[seed] for seed in range(4)])
+        for x, y in ((a, b), (a_base, b_base))
+    )
+    low, high = scipy.stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found is not None
+    assert found.relative == pytest.approx(math.expm1(float(np.mean(ours - theirs))))
+    assert found.interval == pytest.approx((math.expm1(low), math.expm1(high)))
+    assert gap_beyond(a, b, {7: 1.0}, b_base) is None
+    assert gap_beyond(a, b, a_base, {0: math.inf}) is None
 
 
 def test_relative_gap_pairs_by_seed_and_names_divergence() -> None:

@@ -8,7 +8,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.stats
 import yaml
 from rich.console import Console
 
@@ -115,6 +117,59 @@ def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(ma
     assert [text for text in said if text.startswith("sparsity 0.75") and gap in text]
 
 
+def made_of(
+    floors: dict[tuple[str, float], list[float]], log2s: tuple[int, ...] = (-9, -8, -7)
+) -> list[dict[str, Any]]:
+    """Return rows of curves that are lowest at 2^-8, with these losses there, one of each seed."""
+    return [
+        {
+            "parameterization": scheme,
+            "sparsity": sparsity,
+            "width": 64,
+            "depth": 2,
+            "seed": seed,
+            "lr": 2.0**log2,
+            "loss": floor + 0.1 * abs(log2 + 8),
+        }
+        for (scheme, sparsity), of_seeds in floors.items()
+        for seed, floor in enumerate(of_seeds)
+        for log2 in (-9, -8, -7)
+    ]
+
+
+def test_gaps_say_how_sure_they_are_and_what_is_left_of_them_beside_the_bases() -> None:
+    sparse = [2.0, 2.4, 2.8]
+    floors = {("sp", 0.0): [2.2] * 3, ("sp", 0.75): sparse, ("supar", 0.0): [2.0] * 3, ("supar", 0.75): [2.0] * 3}
+    said = findings(lines_of(made_of(floors), "lr"))
+    ours = "supar with its base's best value has a loss {} below SP tuned again"
+    for sparsity, text, ratios in (
+        ("0", ours, np.full(3, 2.0 / 2.2)),
+        ("0.75", ours, 2.0 / np.array(sparse)),
+        ("0.75", "relative to the gap of the two bases that is {} below", 2.2 / np.array(sparse)),
+    ):
+        logs = np.log(ratios)
+        half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(logs)
+        gap, low, high = 100 * np.expm1([logs.mean(), logs.mean() - half, logs.mean() + half])
+        unsure = ", not told apart" if low < 0 < high else ""
+        assert (
+            f"sparsity {sparsity}: {text.format(f'{-gap:.1f} %')} [{low:.1f} %, {high:.1f} %] (3 seeds{unsure})."
+            in said
+        )
+    assert [text for text in said if text.startswith("sparsity 0: relative")] == []
+
+
+def test_a_loss_that_fewer_seeds_have_than_the_curve_says_so(tmp_path: Path) -> None:
+    rows = made_of({("sp", 0.0): [2.0] * 3})
+    moved = [{**row, "lr": 4 * row["lr"], "sparsity": 0.75} for row in rows]
+    rows += [*moved, {**moved[0], "lr": 2.0**-8, "loss": 2.3}]
+    lines = lines_of(rows, "lr")
+    assert [row[4] for row in optima_sheet(lines, "lr").rows] == ["2.0000", "2.3000 (1 seed)"]
+    write_optima(lines, tmp_path / "optima.csv")
+    with (tmp_path / "optima.csv").open() as stream:
+        found = [(row["seeds"], row["seeds_at_base_optimum"]) for row in csv.DictReader(stream)]
+    assert found == [("3", "3"), ("3", "1")]
+
+
 def test_show_writes_tables_and_a_figure_that_do_not_depend_on_the_day(
     made_up: Path, tmp_path: Path, screen: Console
 ) -> None:
@@ -162,19 +217,18 @@ def test_points_beyond_the_grid_are_powers_of_two_to_the_last_digit() -> None:
 
 
 def test_an_end_of_an_interval_beyond_the_grid_is_open_and_the_grid_is_to_grow_there(tmp_path: Path) -> None:
-    # One seed alone would be best at the left end.
+    # One seed alone would be best beyond the left end; two seeds say little of the right one either.
     rows = [
         {"parameterization": "sp", "sparsity": 0.0, "width": 64, "depth": 2, "lr": rate, "seed": seed, "loss": loss}
         for seed, losses in enumerate(([1.6, 1.0, 2.0], [1.2, 1.5, 2.0]))
         for rate, loss in zip((0.001, 0.002, 0.004), losses, strict=True)
     ]
     lines = lines_of(rows, "lr")
-    assert "[open, " in optima_sheet(lines, "lr").rows[0][1]
+    assert "[open, open]" in optima_sheet(lines, "lr").rows[0][1]
     write_optima(lines, tmp_path / "optima.csv")
     with (tmp_path / "optima.csv").open() as stream:
         (row,) = csv.DictReader(stream)
-    assert row["low"] == ""
-    assert float(row["high"]) > 0.001
+    assert (row["low"], row["high"]) == ("", "")
     assert next_commands(lines, "lr", (), (0, 1)) == ["optimizer.lr=0.0005 seed=0,1"]
 
 

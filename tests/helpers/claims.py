@@ -1,0 +1,165 @@
+"""What the rows of an experiment say with an interval, by SciPy: each number that a text may state, and its ends."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.stats
+
+from sparsetrain.report.sweep import Line, lines_of
+from sparsetrain.scaling.transfer import losses_at
+from sparsetrain.stages.sweep import collect
+
+NUMBER = r"[+-]?\d+(?:\.\d+)?"
+UNIT = r"(?: %| points| steps| (?:grid )?steps of 2x| doublings)?"
+BRACKETS = re.compile(rf"(?:({NUMBER}){UNIT} )?\[({NUMBER}|open), ({NUMBER}|open)\]")
+PLUS_MINUS = re.compile(rf"({NUMBER}) ± (\d+(?:\.\d+)?)")
+Seeds = Mapping[int, float]
+
+
+class Claim(NamedTuple):
+    """A number with the ends of its interval."""
+
+    points: tuple[float, ...]
+    low: float
+    high: float
+
+
+def student(samples: Iterable[float]) -> tuple[float, float, float]:
+    """Return mean and the ends of Student's interval."""
+    values = np.array(list(samples))
+    middle, half = float(values.mean()), _quantile(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values))
+    return middle, middle - half, middle + half
+
+
+@functools.cache
+def _quantile(count: int) -> float:
+    return float(scipy.stats.t.ppf(0.975, count - 1))
+
+
+def unsupported(text: str, claims: Sequence[Claim]) -> list[str]:
+    """Return the intervals in a text that no claim has, to the digits that are printed; a loss may be said as a gain.
+
+    What a bar allows is no interval: paragraphs that begin with ``**Bar`` are left out, and so is code.
+    """
+    text = re.sub(r"```.*?```|^\*\*Bar.*?(?=\n\n)", "", text, flags=re.DOTALL | re.MULTILINE)
+    text = " ".join(text.split())
+    signed = [(claim, sign) for claim in claims for sign in (1, -1)]
+    return [
+        match[0]
+        for match in BRACKETS.finditer(text)
+        if not any(_same(match[1], *match.group(2, 3), claim, sign) for claim, sign in signed)
+    ] + [
+        match[0]
+        for match in PLUS_MINUS.finditer(text)
+        if not any(
+            _printed(sign * point, match[1]) and _printed((claim.high - claim.low) / 2, match[2])
+            for claim, sign in signed
+            for point in claim.points
+        )
+    ]
+
+
+def _same(number: str | None, low: str, high: str, claim: Claim, sign: int) -> bool:
+    ends = sorted((sign * claim.low, sign * claim.high))
+    known = number is None or any(_printed(sign * point, number) for point in claim.points)
+    return known and _printed(ends[0], low) and _printed(ends[1], high)
+
+
+def _printed(value: float, text: str) -> bool:
+    if text == "open" or not math.isfinite(value):
+        return text == "open" and not math.isfinite(value)
+    return abs(value - float(text)) <= 0.5 * 10.0 ** -len(text.partition(".")[2]) + 1e-9
+
+
+def sweep_claims(rows: Path, x: str) -> list[Claim]:
+    """Return what a sweep's table says: optima, how far they are apart, and how far losses are, in percent."""
+    found = collect([rows])
+    lines = lines_of(found.rows, x, [name for name in found.varied if name != x])
+    bases = {line.scheme: line for line in reversed(lines)}
+    own = [_vertices(line) for line in lines]
+    claims = []
+    for line, positions in zip(lines, own, strict=True):
+        assert line.optimum.log2 is not None
+        _, low, high = student(positions.values())
+        low = 2**low if low >= line.curve.log2[0] else -math.inf
+        high = 2**high if high <= line.curve.log2[-1] else math.inf
+        claims.append(Claim((2**line.optimum.log2,), low, high))
+    for (one, mine), (other, theirs) in itertools.permutations(zip(lines, own, strict=True), 2):
+        assert one.optimum.log2 is not None
+        assert other.optimum.log2 is not None
+        mean, low, high = student(mine[seed] - theirs[seed] for seed in mine)
+        claims.append(Claim((mean, one.optimum.log2 - other.optimum.log2), low, high))
+    logs = {(index, where): losses for index, line in enumerate(lines) for where, losses in _logs(line).items()}
+    for one_place, other_place in itertools.permutations(logs, 2):
+        claims += _percent(_minus(logs[one_place], logs[other_place]))
+    for (index, where), (other_index, other_where) in itertools.permutations(logs, 2):
+        line, other = lines[index], lines[other_index]
+        if line.shape == other.shape and line.scheme != other.scheme:
+            base, other_base = (lines.index(bases[scheme]) for scheme in (line.scheme, other.scheme))
+            gap = _minus(logs[index, where], logs[other_index, other_where])
+            claims += _percent(_minus(gap, _minus(logs[base, "own"], logs[other_base, "own"])))
+    return claims
+
+
+def _vertices(line: Line) -> dict[int, float]:
+    """Return where NumPy's parabola of each seed, through the three points around the lowest mean, has its vertex."""
+    best = int(np.argmin(line.curve.filled().mean(axis=1)))
+    near = slice(best - 1, best + 2)
+    a, b, _ = np.polyfit(line.curve.log2[near], line.curve.losses[near], 2)
+    return dict(zip(line.curve.seeds, -b / (2 * a), strict=True))
+
+
+def _logs(line: Line) -> dict[str, Seeds]:
+    """Return log losses by seed at a line's own optimum and at its base's."""
+    assert line.optimum.log2 is not None
+    places = {"own": losses_at(line.curve, line.optimum.log2), "base": line.at_base}
+    return {where: {seed: math.log(loss) for seed, loss in losses.items()} for where, losses in places.items()}
+
+
+def _minus(one: Seeds, other: Seeds) -> Seeds:
+    return {seed: one[seed] - other[seed] for seed in one if seed in other}
+
+
+def _percent(logs: Seeds) -> list[Claim]:
+    if len(logs) < 2:
+        return []
+    mean, low, high = (100 * math.expm1(value) for value in student(logs.values()))
+    return [Claim((mean,), low, high)]
+
+
+def arm_claims(rows: Path, *names: str) -> list[Claim]:
+    """Return what a table of arms, told apart by ``names``, says: means over seeds, paired differences and ratios."""
+    with rows.open(newline="", encoding="utf-8") as stream:
+        table = list(csv.DictReader(stream))
+    claims = []
+    for key, factor in (("loss", 1.0), ("bits_per_byte", 1.0), ("accuracy", 100.0)):
+        arms: dict[Any, dict[int, float]] = {}
+        for row in table:
+            if row.get(key):
+                arms.setdefault(tuple(row[name] for name in names), {})[int(row["seed"])] = factor * float(row[key])
+        for values in arms.values():
+            mean, low, high = student(values.values())
+            claims.append(Claim((mean,), low, high))
+        for one, other in itertools.permutations(arms.values(), 2):
+            mean, low, high = student(_minus(one, other).values())
+            claims.append(Claim((mean,), low, high))
+            if factor == 1.0:
+                claims += _percent(_minus(*({s: math.log(v) for s, v in arm.items()} for arm in (one, other))))
+    return claims
+
+
+def item_claims(rows: Path) -> list[Claim]:
+    """Return the accuracies of a table with the intervals that stand in it, over test items, in percent."""
+    with rows.open(newline="", encoding="utf-8") as stream:
+        table = [row for row in csv.DictReader(stream) if row["accuracy"]]
+    numbers = ([100 * float(row[name]) for name in ("accuracy", "ci_low", "ci_high")] for row in table)
+    return [Claim((accuracy,), low, high) for accuracy, low, high in numbers]
