@@ -14,6 +14,13 @@ class UserError(ValueError):
     """
 
 
+class NotFiniteError(UserError):
+    """Weights or gradients that are infinite or NaN where they must be ranked, by their magnitudes for example.
+
+    A training loop takes it for divergence: what was put in was usable, and the training made it so.
+    """
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the option closest to ``word``, or an empty string if none is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)

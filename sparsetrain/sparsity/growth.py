@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import NotFiniteError
 from sparsetrain.sparsity.evolution import Rule
 from sparsetrain.sparsity.exchange import Counts, all_finite, choose_grown, units_of
 from sparsetrain.sparsity.gradients import DenseGradientRequest
@@ -70,7 +70,7 @@ class Growth:
         """Return whether a layer was asked, and what is to grow in it: None if it took part in no backward pass.
 
         Raises:
-            UserError: the gradient is not finite.
+            NotFiniteError: the gradient is not finite.
         """
         request = self._requests.pop(entry.name, None)
         if request is None:
@@ -87,7 +87,7 @@ class Growth:
                 self._ranks.add_up(dense)
                 grown = self._choose(entry, step, dense)
         if took_part and grown is None:
-            raise UserError(f"{self.rule.name}: the gradient of layer '{entry.name}' is not finite at step {step}")
+            raise NotFiniteError(f"{self.rule.name}: the gradient of layer '{entry.name}' is not finite at step {step}")
         if not took_part and entry.name not in self._said:
             self._said.add(entry.name)
             warnings.warn(

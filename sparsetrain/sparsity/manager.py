@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparsetrain import seeds
-from sparsetrain.errors import UserError
+from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.sparsity.config import SparsityConfig
 from sparsetrain.sparsity.evolution import Rule, Static
 from sparsetrain.sparsity.exchange import (
@@ -182,7 +182,7 @@ class MaskManager:
             What changed, or None.
 
         Raises:
-            UserError: as `attach`; or weights or gradients to be ranked that are not finite.
+            UserError: as `attach`. NotFiniteError: weights or gradients to be ranked that are not finite.
             RuntimeError: the ranks of a distributed training have arrived at different masks.
         """
         if self._known != id(optimizer):
@@ -243,7 +243,7 @@ class MaskManager:
         if sum(grown for _, _, grown in counts) == 0 and sum(kept for _, kept, _ in counts) == pattern.col.numel():
             return None
         if not all_finite(layer.values):
-            raise UserError(
+            raise NotFiniteError(
                 f"{self.rule.name}: the weights of layer '{entry.name}' are not finite at step {self.steps}"
             )
         if found is None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from sparsetrain import seeds
 from sparsetrain.data import Batch
-from sparsetrain.errors import UserError
+from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.optim.schedule import Schedule
 from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.checkpoint import (
@@ -89,7 +90,7 @@ class Trainer:
         """Train to the end and return the final state.
 
         Raises:
-            Diverged: a loss or gradient that is not finite.
+            Diverged: a loss, a gradient or a weight that is not finite.
             Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
             UserError: no readable checkpoint although there are some, no space left, or a checkpoint of another shape.
         """
@@ -197,7 +198,8 @@ class Trainer:
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 # Weighted by targets, so that accumulation does not change the mean.
                 part = self.loss(batch.to(self.device)) * (count / sum(targets))
-            part.backward()
+            with self._ranking(factor):  # RigL's dense gradients are ranked inside the backward pass
+                part.backward()
             total += part.detach()
         loss = total.item()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -207,7 +209,8 @@ class Trainer:
         self.optimizer.step()
         state.step += 1
         if self.masks is not None:
-            self.masks.step(self.optimizer)
+            with self._ranking(factor):
+                self.masks.step(self.optimizer)
         watched: dict[str, float] | None = None
         if state.step == 1 or self._due(self.config.log_every, state.step, state.step == self.schedule.total_steps):
             watched = {} if self.masks is None else self.masks.watch()
@@ -215,6 +218,14 @@ class Trainer:
         state.samples_seen += self.config.batch_size
         state.tokens_seen += sum(batch.tokens.numel() for batch in batches)
         return loss, norm, self.base_lr * factor, watched
+
+    @contextmanager
+    def _ranking(self, factor: float) -> Iterator[None]:
+        """Turn weights or gradients that a rule cannot rank, because they are not finite, into `Diverged`."""
+        try:
+            yield
+        except NotFiniteError as error:
+            raise Diverged(self._diagnosis(str(error), factor)) from None
 
     def _evaluate(self, state: TrainState, final: bool) -> Mapping[str, float]:
         """Return the numbers of `evaluate`; a model that can only be trained, not evaluated, has diverged."""

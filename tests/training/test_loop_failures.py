@@ -68,6 +68,33 @@ def test_a_model_that_cannot_be_evaluated_has_diverged(configure: Configure, tmp
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
 
 
+RANKING: dict[str, dict[str, Any]] = {
+    "static": {},
+    "set": {"rule": "set", "every": 1},
+    "rigl": {"rule": "rigl", "every": 1},
+    "staggered": {"rule": "rigl", "every": 8, "accumulation": "staggered", "drop_schedule": "constant"},
+    "gmp": {"rule": "gmp", "every": 1},
+    "vspdf": {"rule": "vspdf", "grow": "gradient", "phases": [{"at": 0.1, "sparsity": 0.5}]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:.* have no weight")
+@pytest.mark.parametrize("rule", RANKING)
+@pytest.mark.parametrize("lr", [3e38, 1e25], ids=["weights", "gradients"])
+def test_a_rule_that_can_rank_no_more_ends_like_static_masks(
+    rule: str, lr: float, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    """Weights or gradients that are not finite are divergence under every rule; the run and its result stay."""
+    changes = {"optimizer.lr": lr, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "stage.eval_every": 0}
+    changes |= {"sparsity": {"sparsity": 0.75, "evolution": RANKING[rule]}}  # type: ignore[dict-item]
+    with pytest.raises(Diverged, match=r"not finite|nan|inf"):
+        pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "diverged"
+    assert (tmp_path / "run" / "config.yaml").exists()
+    assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
