@@ -78,6 +78,7 @@ EXAMPLES = {
 PLAIN = ("report", "sweep", "mask")  # verbs that take paths, not settings
 HYDRA_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
 MULTIRUN_FLAGS = ("-m", "--multirun")
+FORCE = "--force"  # is short for force=true
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -137,9 +138,10 @@ def _run(given: list[str]) -> int:
         return 0
     if verb in PLAIN:
         return {"report": _report, "sweep": _sweep, "mask": _mask}[verb](rest)
+    rest = ["force=true" if word == FORCE else word for word in rest]
     options = [word.partition("=")[0] for word in rest if word.startswith("-")]
     for word in options:
-        known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, "--help")
+        known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, FORCE, "--help")
         if word not in known:
             raise UserError(f"no option '{word}'{nearest(word, known)}; settings are written key=value")
     if options:
@@ -361,6 +363,7 @@ def _help() -> str:
         "sparsetrain: train language models whose weights are sparse from the first step\n\n"
         "usage: sparsetrain VERB [key=value ...]        one run\n"
         "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
+        "       sparsetrain VERB --force ...            although the memory for it seems not to be there\n"
         "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
         "       sparsetrain --version\n\n"
         f"verbs:\n{verbs}\n\n"

@@ -100,6 +100,7 @@ class BenchConfig:
         max_seconds: start no new cell, or series of them, after so long; the same command goes on. Null for no limit.
         seed: of weights, masks and inputs.
         run_dir: where the results go; null for a directory below ``runs_dir`` named by the configuration.
+        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
     """
 
     what: str = "all"
@@ -122,6 +123,7 @@ class BenchConfig:
     seed: int = 0
     run_dir: str | None = None
     runs_dir: str = "runs"
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_choice("what", self.what, (*PARTS, "all"))

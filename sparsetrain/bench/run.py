@@ -21,11 +21,13 @@ from sparsetrain.bench.cells import Cell, effort, measure, plan, together
 from sparsetrain.bench.config import BenchConfig
 from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
+from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, whole_file, write_json, write_text
 from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
+from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
 from sparsetrain.stages.run import commit
 
 FIGURE, TABLE, LOCK = "bench.png", "results.csv", ".lock"
@@ -61,7 +63,8 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
     """
     console = console or Console()
     directory = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / _name(config)
-    with _claimed(directory):
+    _check_memory(config)
+    with _claimed(directory), memory_errors("this measurement"):
         values = _opened(directory / BENCH, config, console)
         for name in config.peers:
             if reason := missing(name):
@@ -77,6 +80,25 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
         print_bench(values, console)
         _say(console, f"run directory: {directory}")
     return BenchResult(directory, values)
+
+
+def _check_memory(config: BenchConfig) -> None:
+    """Refuse a bench before its first cell if any cell does not fit."""
+    gpt, parts = config.gpt, config.parts
+    layers = [(shape, config.tokens) for shape in config.shapes] if "layers" in parts else []
+    if "scaling" in parts:
+        layers.append((config.scaling.shape, max(config.tokens, *config.scaling.token_counts)))
+    for (k, m), tokens in layers:
+        # Dense float32, beside which everything is timed: weight and gradient; input, result and both gradients.
+        needed = footprint_of({"the weights": 2 * k * m * 4, "inputs and gradients": 2 * tokens * (k + m) * 4})
+        check_footprint(needed, f"a layer of shape [{k},{m}] with tokens={tokens}", config.force)
+    if "model" in parts:
+        model = gpt.model_config()
+        workload = Workload(model, batch_size=gpt.batch, micro_batch=gpt.batch, context=gpt.context)
+        names = ("batch_size", "batch"), ("context", "context"), ("d_model", "d_model"), ("n_layers", "n_layers")
+        what = f"a step with gpt.batch={gpt.batch}, gpt.context={gpt.context}, gpt.d_model={gpt.d_model}"
+        knobs = {name: f"gpt.{ours}" for name, ours in (*names, ("vocab_size", "vocab_size"))}
+        check_memory(workload, f"{what} and gpt.n_layers={gpt.n_layers}", knobs, force=config.force)
 
 
 def _measure_all(
@@ -163,7 +185,7 @@ def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 
 def _name(config: BenchConfig) -> str:
-    left_out = ("run_dir", "runs_dir", "max_seconds")
+    left_out = ("run_dir", "runs_dir", "max_seconds", "force")
     content = {key: value for key, value in asdict(config).items() if key not in left_out}
     digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
     return f"bench-{config.what}-{digest}"

@@ -58,11 +58,14 @@ class _Rows:
         """Return the number of input tokens of a row."""
         return len(source) + self._n_slots + len(self.answers[label])
 
+    def width(self, length: int) -> int:
+        """Return the number of tokens to which a batch is padded whose longest row has ``length``."""
+        return min(-(-length // _MULTIPLE) * _MULTIPLE, self._context)
+
     def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
         """Return a batch of rows, padded on the right."""
         lengths = [self.length(source, label) for source, label in zip(sources, labels, strict=True)]
-        width = min(-(-max(lengths) // _MULTIPLE) * _MULTIPLE, self._context)
-        shape = (len(sources), width)
+        shape = (len(sources), self.width(max(lengths)))
         tokens = np.full(shape, self._eos, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         slots = np.full(shape, -1, dtype=np.int64) if self._n_slots else None
@@ -151,6 +154,11 @@ class TaskBatches:
         tail = [index for batch in batches if len(batch) < self._batch_size for index in batch]
         shuffled = [index for place in random.permutation(len(full)).tolist() for index in full[place]]
         return [*head.tolist(), *shuffled, *tail]
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Tokens of the shortest and of the longest row, each padded as in a batch of its own."""
+        return self._rows.width(int(self._lengths.min())), self._rows.width(int(self._lengths.max()))
 
     def indices(self, first: int, count: int) -> list[int]:
         """Return which of the examples the rows ``first`` to ``first + count - 1`` of the run are."""

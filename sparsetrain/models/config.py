@@ -12,6 +12,9 @@ MLPS = ("gelu", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("alibi", "rope", "learned", "none")
 
+# Indices of a sparse matrix have 32 bits. A block is an object, of which no list may be made that fills the memory.
+_MOST, _MOST_LAYERS = 2**31 - 1, 2**16
+
 
 @dataclass
 class ModelConfig:
@@ -128,6 +131,11 @@ class ModelConfig:
 def _check_count(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{name}={value!r} is not a positive integer")
+    most = _MOST_LAYERS if name == "n_layers" else _MOST
+    if value > most:
+        raise UserError(
+            f"{name}={value!r:.30} is above {most}, the most that a model may have: no memory would hold it"
+        )
 
 
 def _check_real(name: str, value: object) -> None:

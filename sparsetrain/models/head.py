@@ -90,6 +90,11 @@ class _CrossEntropy(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight * grad, None
 
 
+def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
+    """Return the number of tokens whose logits exist at once."""
+    return max(_LEAST_TOKENS, (_CPU_ELEMENTS if device == "cpu" else _GPU_ELEMENTS) // vocabulary)
+
+
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """Add ``grad.T @ hidden`` to ``total`` ``[V, D]``, in the type of ``total``."""
     if total.dtype == grad.dtype:
@@ -99,8 +104,7 @@ def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
 
 
 def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    elements = _CPU_ELEMENTS if hidden.device.type == "cpu" else _GPU_ELEMENTS
-    size = max(_LEAST_TOKENS, elements // vocabulary)
+    size = chunk_tokens(vocabulary, hidden.device.type)
     return hidden.split(size), targets.split(size)
 
 

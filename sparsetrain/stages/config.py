@@ -24,7 +24,7 @@ T = TypeVar("T")
 # What does not change the result, and so does not make another run of it.
 # What a run starts from counts by its content, `run.source_key`, not by its path.
 INCIDENTAL = (
-    *("init_from", "run_dir", "runs_dir", "device", "threads", "draw"),
+    *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
     *("log_every", "checkpoint_every", "keep_last"),
 )
 
@@ -48,6 +48,7 @@ class RunConfig:
         run_dir: where the run goes; null for a directory below ``runs_dir`` named by the configuration.
         device: auto, cpu or cuda. threads: of torch on the CPU; null leaves torch's choice.
         draw: number of a point of a random search, from which settings of the form ``${draw:...}`` follow.
+        force: go on although the memory that the run needs, as estimated, is not there. ``--force`` says the same.
     """
 
     model: dict[str, Any] = field(default_factory=dict)
@@ -65,6 +66,7 @@ class RunConfig:
     device: str = "auto"
     threads: int | None = None
     draw: int | None = None
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)

@@ -27,6 +27,7 @@ from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration
 from sparsetrain.seeds import derive_seed
 from sparsetrain.stages.config import RunConfig, fingerprint, model_config
+from sparsetrain.stages.memory import check_memory, memory_errors, training
 from sparsetrain.stages.pretrain import Stopwatch, build_model
 from sparsetrain.stages.run import COLUMNS, Origin, RunResult, claimed, commit, finish, machine
 from sparsetrain.training.state import resolve_device
@@ -143,7 +144,10 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
     origin = Origin.of_corpus(corpus)
     directory = _directory(config, origin)
     with claimed(directory, config, origin) as done:
-        rows = _read_all(config, corpus, directory, console)
+        if done is None:
+            _check_memory(config, corpus.tokenizer.vocab_size)
+        with memory_errors("this check"):
+            rows = _read_all(config, corpus, directory, console)
         found = spreads(rows)
         axis = "density" if config.check.axis == "sparsity" else config.check.axis
         print_sheets(coordinates_sheets(found, axis), console)
@@ -166,6 +170,26 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
                 "commit": commit(),
             },
         )
+
+
+def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
+    """Refuse a check of which any point does not fit: only all of them give a verdict."""
+    stage, context = config.stage, config.data.context
+    for value in config.check.values:
+        point = config.point(value, config.seed)
+        model = model_config(point.model, vocab_size)
+        whole = replace(stage, accumulation=1)
+        workload = training(point, model, whole, whole_logits=True)
+        what = (
+            f"the point {value:g} of check.values with stage.batch_size={stage.batch_size}, data.context={context}, "
+            f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"
+        )
+        knobs = {"batch_size": "stage.batch_size", "context": "data.context"}
+        if config.check.axis != "width":
+            knobs["d_model"] = "model.d_model"
+        if config.check.axis != "depth":
+            knobs["n_layers"] = "model.n_layers"
+        check_memory(workload, what, knobs, resolve_device(config.device), config.force)
 
 
 def judge(check: CheckSection, rows: Sequence[Coordinate], found: Sequence[Spread]) -> dict[str, Any]:

@@ -13,14 +13,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparsetrain.cost.flops import training_flops_per_token
-from sparsetrain.data import Batch, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
+from sparsetrain.cost.footprint import Workload
+from sparsetrain.data import Batch, Task, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
 from sparsetrain.data.tasks import Example
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.backends import settle_backends
-from sparsetrain.stages.config import FinetuneConfig, as_plain, total_steps
+from sparsetrain.stages.config import FinetuneConfig, PromptConfig, as_plain, model_config, total_steps
+from sparsetrain.stages.memory import adjustable, check_memory, memory_errors, training
 from sparsetrain.stages.pretrain import (
     Stopwatch,
     build_model,
@@ -106,7 +108,54 @@ def run_task(
     with claimed(directory, config, origin) as done:
         if done is not None:
             return skipped(done, console)
-        return _train(config, verb, origin, directory, prepare_model, n_slots, console)
+        # Before the model is built: what is to be learned says how long the rows are.
+        task = load_task(config.task)
+        stage, tokenizer = config.stage, origin.tokenizer
+        samples = TaskBatches(
+            *(task.train, tokenizer, task.answers, config.data.context, stage.batch_size),
+            *(config.samples_seed, verb, n_slots),
+        )
+        needs = memory_of(config, verb, samples.widths, samples.examples_per_epoch, tokenizer.vocab_size)
+        check_memory(*needs, resolve_device(config.device), config.force)
+        with memory_errors("this training"):
+            return _train(config, verb, origin, directory, prepare_model, n_slots, task, samples, console)
+
+
+def memory_of(
+    config: FinetuneConfig,
+    verb: str,
+    widths: tuple[int, int],
+    examples: int,
+    vocab_size: int,
+    stage: str = "stage",
+) -> tuple[Workload, str, dict[str, str]]:
+    """Return what a training on a task holds in memory, its name in a message, and what could be smaller.
+
+    Args:
+        widths: tokens of the shortest and of the longest row.
+        examples: how many there are to train on.
+        stage: the name of the section with the settings of the loop.
+    """
+    model, slots = model_config(config.model, vocab_size), 0
+    # The longest row is certain to come if every row does.
+    rows = total_steps(config, examples) * config.stage.batch_size
+    width = widths[1 if rows >= examples else 0]
+    trained, dense = True, config.mode == "dense" and config.init_from is not None
+    if isinstance(config, PromptConfig):
+        trained, slots = config.train == "both", config.n_tokens
+        dense = dense and trained
+    workload = training(
+        *(config, model, config.stage),
+        dense=dense,
+        context=width,
+        evaluated=1,
+        cached=width,
+        trained=trained,
+        prompt_tokens=slots,
+    )
+    what = f"{verb} with {stage}.batch_size={config.stage.batch_size}, rows of {width} tokens and a model of "
+    what += f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"
+    return workload, what, adjustable(config, stage)
 
 
 def load_model(config: FinetuneConfig, vocab_size: int, device: torch.device) -> Transformer:
@@ -132,6 +181,8 @@ def _train(
     directory: Path,
     prepare_model: Callable[[Transformer, Tokenizer], TaskModel],
     n_slots: int,
+    task: Task,
+    samples: TaskBatches,
     console: Console,
 ) -> RunResult:
     clock = Stopwatch()
@@ -144,7 +195,6 @@ def _train(
     pretrained_density = overall_density(network)
     subject = prepare_model(network, tokenizer)
     subject.module.to(device)
-    task = load_task(config.task)
     origin.save(directory)
     settings, opt = config.stage, config.optimizer
     context = config.data.context
@@ -152,9 +202,6 @@ def _train(
     describe(network, reason, device, console)
     console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
 
-    samples = TaskBatches(
-        task.train, tokenizer, task.answers, context, settings.batch_size, config.samples_seed, verb, n_slots
-    )
     schedule = Schedule(config.schedule, total_steps(config, samples.examples_per_epoch))
     rules = config.parameterization
     optimizer = build_optimizer(param_groups(subject.module, rules, opt.lr, opt.weight_decay, opt.eps), opt)

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.sparsity import densify
-from sparsetrain.stages.config import RunConfig, build
+from sparsetrain.stages.config import RunConfig, build, model_config
+from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.stages.pretrain import build_model
 from sparsetrain.stages.run import read_config, run_tokenizer, run_weights
 from sparsetrain.training.loop import load_weights
@@ -26,6 +28,7 @@ class GenerateConfig:
         max_new_tokens: how many tokens to add at most; generation also ends at the end-of-text token.
         temperature: 0 takes the likeliest token. top_p: draw from the likeliest tokens that hold this probability.
         soft_prompt: put the run's soft prompt behind the text, if the run has one.
+        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
     """
 
     init_from: str | None = None
@@ -36,6 +39,7 @@ class GenerateConfig:
     soft_prompt: bool = True
     seed: int = 0
     device: str = "auto"
+    force: bool = False
 
     def __post_init__(self) -> None:
         check_choice("device", self.device, DEVICES)
@@ -43,11 +47,15 @@ class GenerateConfig:
             raise UserError("init_from is missing: the run directory to generate from, init_from=RUN_DIR")
 
 
+def run_config(directory: Path) -> RunConfig:
+    """Return what the configuration of any run has in common with that of the others."""
+    common = RunConfig.__dataclass_fields__
+    return build(RunConfig, {key: value for key, value in read_config(directory).items() if key in common})
+
+
 def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPrompt | None]:
     """Return the model of a run, as sparse or dense as its checkpoint, and its soft prompt if it learned one."""
-    values = read_config(directory)
-    common = RunConfig.__dataclass_fields__
-    config = build(RunConfig, {key: value for key, value in values.items() if key in common})
+    config = run_config(directory)
     weights = run_weights(directory)
     prompt = None
     if "prompt.vectors" in weights:
@@ -65,16 +73,25 @@ def generate(config: GenerateConfig) -> str:
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
-    model, prompt = load_run(directory, device)
     tokenizer = run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
-    tokens = model.generate(
-        torch.tensor([ids], device=device),
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        stop_token=tokenizer.eos_id,
-        generator=torch.Generator(device).manual_seed(config.seed),
-        prompt=prompt if config.soft_prompt else None,
+    saved = run_config(directory)
+    plan = saved.sparsity if saved.sparsity.is_sparse else None
+    length = len(ids) + max(0, config.max_new_tokens)
+    workload = Workload(
+        model_config(saved.model, tokenizer.vocab_size), plan, evaluated=1, context=len(ids), cached=length
     )
+    what = f"generation with max_new_tokens={config.max_new_tokens} behind {len(ids)} tokens"
+    check_memory(workload, what, {"cached": "prompt and max_new_tokens together"}, device, config.force)
+    with memory_errors("this generation"):
+        model, prompt = load_run(directory, device)
+        tokens = model.generate(
+            torch.tensor([ids], device=device),
+            config.max_new_tokens,
+            config.temperature,
+            config.top_p,
+            stop_token=tokenizer.eos_id,
+            generator=torch.Generator(device).manual_seed(config.seed),
+            prompt=prompt if config.soft_prompt else None,
+        )
     return tokenizer.decode(tokens[0].tolist())

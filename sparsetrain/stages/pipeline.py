@@ -20,15 +20,18 @@ from sparsetrain.stages.config import (
     PipelineConfig,
     PretrainConfig,
     PromptConfig,
+    PromptSection,
     RunConfig,
     total_steps,
 )
 from sparsetrain.stages.finetune import finetune
-from sparsetrain.stages.pretrain import pretrain, run_directory
+from sparsetrain.stages.finetune import memory_of as task_memory
+from sparsetrain.stages.memory import check_memory
+from sparsetrain.stages.pretrain import memory_of, pretrain, run_directory
 from sparsetrain.stages.prompt import prompt
 from sparsetrain.stages.run import Origin, RunResult, claimed, command_line, commit, finish, finished, skipped
 from sparsetrain.training.metrics import read_metrics
-from sparsetrain.training.state import Diverged
+from sparsetrain.training.state import Diverged, resolve_device
 
 SCRATCH = "scratch"
 
@@ -49,7 +52,7 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
             skipped(done, console)
             show_report(directory, console)
             return done
-        _check_task(config, corpus)
+        _check_arms(config, corpus, directory)
         arms = [_run_arm(config, sparsity, directory, console) for sparsity in config.arms]
         scratch = None
         if config.pipeline.scratch:
@@ -71,15 +74,35 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     return result
 
 
-def _check_task(config: PipelineConfig, corpus: Corpus) -> None:
-    """Raise `UserError` before the first arm is trained if its model could not be fine-tuned afterwards."""
+def _check_arms(config: PipelineConfig, corpus: Corpus, directory: Path) -> None:
+    """Raise `UserError` before the first arm is trained if a later stage could not be, for its task or its memory."""
     task, section = load_task(config.task), config.pipeline.prompt
     n_slots = 0 if section is None else section.n_tokens
-    TaskBatches(task.train, corpus.tokenizer, task.answers, config.data.context, 1, config.seed, "check", n_slots)
+    vocab_size = corpus.tokenizer.vocab_size
+    samples = TaskBatches(
+        task.train, corpus.tokenizer, task.answers, config.data.context, 1, config.seed, "check", n_slots
+    )
     total_steps(config, len(corpus.train))
     for stage in (config.pipeline.finetune, section):
         if stage is not None:
             total_steps(dataclasses.replace(config, schedule=stage.schedule, stage=stage.stage), len(task.train))
+    device, place = resolve_device(config.device), directory / "check"
+    shortest, longest = samples.widths
+    widths = (max(1, shortest - n_slots), max(1, longest - n_slots))
+    for sparsity in config.arms:
+        home = directory / arm_name(sparsity)
+        if finished(home / "pretrain") is None:
+            check_memory(*memory_of(_pretrain_config(config, sparsity, home), corpus), device, config.force)
+        tuned = _finetune_config(config, sparsity, place, home / "finetune")
+        if finished(home / "finetune") is None:
+            needs = task_memory(tuned, "finetune", widths, len(task.train), vocab_size, "pipeline.finetune.stage")
+            check_memory(*needs, device, config.force)
+        if section is not None and finished(home / "prompt") is None:
+            prompted = _prompt_config(config, section, sparsity, place, home)
+            needs = task_memory(
+                prompted, "prompt", samples.widths, len(task.train), vocab_size, "pipeline.prompt.stage"
+            )
+            check_memory(*needs, device, config.force)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,16 +131,7 @@ def arm_name(sparsity: float) -> str:
 def _run_arm(config: PipelineConfig, sparsity: float, directory: Path, console: Console) -> _Arm:
     home = directory / arm_name(sparsity)
     console.rule(arm_name(sparsity))
-    pretrained = _attempt(
-        pretrain,
-        PretrainConfig(
-            **_shared(config, sparsity, home / "pretrain"),
-            optimizer=config.optimizer,
-            schedule=config.schedule,
-            stage=config.stage,
-        ),
-        console,
-    )
+    pretrained = _attempt(pretrain, _pretrain_config(config, sparsity, home), console)
     if not pretrained.complete:
         return _Arm(sparsity, pretrained)
     tuned = _attempt(finetune, _finetune_config(config, sparsity, pretrained.directory, home / "finetune"), console)
@@ -125,22 +139,7 @@ def _run_arm(config: PipelineConfig, sparsity: float, directory: Path, console: 
     start = pretrained if section is None or section.start == "pretrain" else tuned
     prompted = None
     if section is not None and start.complete:
-        prompted = _attempt(
-            prompt,
-            PromptConfig(
-                **_shared(config, sparsity, home / "prompt"),
-                init_from=str(start.directory),
-                task=config.task,
-                n_tokens=section.n_tokens,
-                init=section.init,
-                words=section.words,
-                train=section.train,
-                optimizer=section.optimizer,
-                schedule=section.schedule,
-                stage=section.stage,
-            ),
-            console,
-        )
+        prompted = _attempt(prompt, _prompt_config(config, section, sparsity, start.directory, home), console)
     return _Arm(sparsity, pretrained, _complete(tuned), _complete(prompted))
 
 
@@ -158,6 +157,32 @@ def _attempt(stage: Callable[[Any, Console], RunResult], config: RunConfig, cons
 
 def _complete(run: RunResult | None) -> RunResult | None:
     return run if run is not None and run.complete else None
+
+
+def _pretrain_config(config: PipelineConfig, sparsity: float, home: Path) -> PretrainConfig:
+    return PretrainConfig(
+        **_shared(config, sparsity, home / "pretrain"),
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        stage=config.stage,
+    )
+
+
+def _prompt_config(
+    config: PipelineConfig, section: PromptSection, sparsity: float, start: Path, home: Path
+) -> PromptConfig:
+    return PromptConfig(
+        **_shared(config, sparsity, home / "prompt"),
+        init_from=str(start),
+        task=config.task,
+        n_tokens=section.n_tokens,
+        init=section.init,
+        words=section.words,
+        train=section.train,
+        optimizer=section.optimizer,
+        schedule=section.schedule,
+        stage=section.stage,
+    )
 
 
 def _finetune_config(

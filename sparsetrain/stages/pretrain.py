@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from sparsetrain.cost.flops import matrices
+from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
 from sparsetrain.errors import UserError
@@ -24,6 +25,7 @@ from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule,
 from sparsetrain.stages.backends import backends, settle_backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
 from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
+from sparsetrain.stages.memory import adjustable, check_memory, memory_errors, training
 from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
 from sparsetrain.training.evaluate import score_text
 from sparsetrain.training.loop import Trainer, load_weights
@@ -48,7 +50,9 @@ def pretrain(config: PretrainConfig, console: Console | None = None) -> RunResul
         if done is not None:
             return skipped(done, console)
         origin.save(directory)
-        return _train(config, corpus, directory, console)
+        check_memory(*memory_of(config, corpus), resolve_device(config.device), config.force)
+        with memory_errors("this training"):
+            return _train(config, corpus, directory, console)
 
 
 def run_directory(verb: str, config: RunConfig, origin: Origin) -> Path:
@@ -113,6 +117,28 @@ def overall_density(model: Transformer) -> float:
     """Return nonzeros over elements of all hidden matrices: those of the blocks."""
     hidden = matrices(model.config, layer_densities(model) or 1.0)
     return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
+
+
+def memory_of(config: RunConfig, corpus: Corpus) -> tuple[Workload, str, dict[str, str]]:
+    """Return what a pre-training holds in memory, its name in a message, and the settings that could be smaller.
+
+    Raises:
+        UserError: a text shorter than the context, or more of it than learned positions.
+    """
+    model, stage, context = (
+        model_config(config.model, corpus.tokenizer.vocab_size),
+        config.stage,
+        config.data.context,
+    )
+    check_context(model, context)
+    PackedSamples(corpus.train, context, config.samples_seed, "pretrain")  # says if the text is shorter
+    windows = -(-max(0, len(corpus.validation) - 1) // context)
+    workload = training(config, model, stage, evaluated=min(stage.batch_size, FINAL_EVALUATION, windows))
+    what = (
+        f"training with stage.batch_size={stage.batch_size}, data.context={context}, "
+        f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"
+    )
+    return workload, what, adjustable(config)
 
 
 def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Console) -> RunResult:

@@ -35,13 +35,15 @@ from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
-from sparsetrain.stages.pretrain import run_directory
+from sparsetrain.stages.memory import memory_fits
+from sparsetrain.stages.pretrain import memory_of, run_directory
 from sparsetrain.stages.run import COLUMNS, CONFIG, RESULT, Origin, read_config
 from sparsetrain.training.state import resolve_device
 
 # What `COLUMNS` already say, or follows from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
 _LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
+_WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
 
 
@@ -108,6 +110,9 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
                 done_flops += dense_flops
                 done_seconds += result["seconds"]
             continue
+        if not _fits(config, corpus):
+            refused += 1
+            continue
         flops, dense = flops + sparse_flops, dense + dense_flops
         if largest is None or config.model["d_model"] > largest.model["d_model"]:
             largest = config
@@ -117,6 +122,13 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
     elif largest is not None:
         rate = _STEP_SHARE * _product_rate(largest)
     return SweepCost(total, done, refused, flops, dense, rate, measured)
+
+
+def _fits(config: PretrainConfig, corpus: Corpus) -> bool:
+    try:
+        return config.force or memory_fits(memory_of(config, corpus)[0], resolve_device(config.device))
+    except UserError:
+        return False  # the point itself will say why
 
 
 def _corpus(config: PretrainConfig, corpora: dict[str, Corpus | None], console: Console | None) -> Corpus | None:
@@ -143,7 +155,7 @@ def _training_flops(config: PretrainConfig, corpus: Corpus) -> tuple[float, floa
 def _product_rate(config: PretrainConfig) -> float:
     """Return FLOPs per second of the product of one step's tokens with a matrix of the model, over a quarter second."""
     device = resolve_device(config.device)
-    width = int(config.model["d_model"])
+    width = min(_WIDEST, int(config.model["d_model"]))
     tokens = min(4096, config.stage.batch_size * config.data.context)
     x, w = torch.ones(tokens, width, device=device), torch.ones(4 * width, width, device=device)
     count, started = 0, time.monotonic()

@@ -17,6 +17,7 @@ from rich.table import Table
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.auto import Crossover, save, table_name
 from sparsetrain.sparsity.tuning import BLOCKS, DTYPES, SIDES, TOKENS, measure
+from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
 from sparsetrain.stages.run import machine
 
 
@@ -30,12 +31,14 @@ class TuneConfig:
         threads: numbers of threads to measure with; null for one and all cores.
         sides: square layers of these sizes, multiples of 16 from 32 on. tokens: rows of their inputs.
         repeats: timings of which the median counts.
+        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
     """
 
     threads: list[int] | None = None
     sides: list[int] | None = None
     tokens: list[int] | None = None
     repeats: int = 5
+    force: bool = False
 
     def __post_init__(self) -> None:
         for name in ("threads", "sides", "tokens"):
@@ -53,6 +56,15 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
     """Measure the crossover table of this machine, save it in the cache and print it; return its path."""
     console = console or Console()
     threads = config.threads or sorted({1, os.cpu_count() or 1})
+    side, rows = max(config.sides or SIDES), max(config.tokens or TOKENS)
+    # The densest of the layers that are timed has nearly all of its weights, and computing densely spreads them.
+    needed = footprint_of({"the layer": 2 * side**2 * 4, "inputs and gradients": 2 * rows * side * 4})
+    check_footprint(needed, f"a layer of sides={side} with tokens={rows}", config.force)
+    with memory_errors("this measurement"):
+        return _tune(config, threads, console)
+
+
+def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:

@@ -1,0 +1,80 @@
+"""What would fit: the largest value of one setting for which a workload's likely footprint stays within a size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from sparsetrain.cost.footprint import ACTIVATIONS, BATCH, CACHE, EMBEDDINGS, LOGITS, WEIGHTS, Workload
+from sparsetrain.errors import UserError
+
+Knobs = Mapping[str, str]
+"""The settings that may be changed: what they are here, `batch_size` for one, and how they are written."""
+
+# Which settings are tried first, by what needs most.
+_ORDER = {
+    ACTIVATIONS: ("batch_size", "accumulation", "context"),
+    LOGITS: ("batch_size", "accumulation", "context"),
+    BATCH: ("batch_size", "context"),
+    CACHE: ("cached",),
+    WEIGHTS: ("d_model", "n_layers"),
+    EMBEDDINGS: ("vocab_size", "max_context", "d_model"),
+}
+_MOST_MICRO_BATCHES = 4096
+
+
+def what_fits(workload: Workload, size: int, knobs: Knobs) -> list[str]:
+    """Return up to two settings, ``name=value``, each of which alone brings the workload below ``size`` bytes.
+
+    Empty if none does.
+    """
+    first = _ORDER[workload.footprint().main.name]
+    order = [name for name in (*first, *(name for name in knobs if name not in first)) if name in knobs]
+    found = ((name, _largest(workload, name, size)) for name in order)
+    return [f"{knobs[name]}={value}" for name, value in found if value is not None][:2]
+
+
+def _largest(workload: Workload, name: str, size: int) -> int | None:
+    """Return the largest smaller value of a setting that fits; of the accumulation the smallest larger one."""
+    model = workload.model
+
+    def fits(change: Callable[[int], Workload], value: int) -> bool:
+        try:
+            return change(value).footprint().likely <= size
+        except UserError:  # a model that there is not, of an odd width of a head for one
+            return False
+
+    def of_model(field: str) -> Callable[[int], Workload]:
+        return lambda value: replace(workload, model=replace(model, **{field: value}))  # type: ignore[arg-type]
+
+    if name == "accumulation":
+        rows, now = workload.batch_size, workload.batch_size // max(1, workload.micro_batch)
+        values = (n for n in range(now + 1, min(rows, _MOST_MICRO_BATCHES) + 1) if rows % n == 0)
+        return next((n for n in values if fits(lambda n: replace(workload, micro_batch=rows // n), n)), None)
+    if name == "d_model":
+        unit = model.n_heads * (2 if model.positions == "rope" else 1)
+        found = _bisect(lambda k: fits(of_model("d_model"), k * unit), model.d_model // unit)
+        return None if found is None else found * unit
+    changes: dict[str, tuple[Callable[[int], Workload], int]] = {
+        "batch_size": (
+            lambda n: replace(workload, batch_size=n, micro_batch=n, evaluated=min(workload.evaluated, n)),
+            workload.batch_size,
+        ),
+        "context": (lambda n: replace(workload, context=n), workload.context),
+        "cached": (lambda n: replace(workload, cached=n), workload.cached),
+        "prompt_tokens": (lambda n: replace(workload, prompt_tokens=n), workload.prompt_tokens),
+        **{field: (of_model(field), getattr(model, field)) for field in ("n_layers", "vocab_size", "max_context")},
+    }
+    change, now = changes[name]
+    return _bisect(lambda n: fits(change, n), now)
+
+
+def _bisect(fits: Callable[[int], bool], now: int) -> int | None:
+    """Return the largest n from 1 to ``now - 1`` that fits, None if not even 1 does; what is smaller needs less."""
+    if now <= 1 or not fits(1):
+        return None
+    low, high = 1, now
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

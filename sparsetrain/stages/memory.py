@@ -1,0 +1,161 @@
+"""Whether what a verb is about to do fits into memory: asked before anything is built, and answered in one line."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+
+from sparsetrain.cost.available import Available, available_memory
+from sparsetrain.cost.fitting import what_fits
+from sparsetrain.cost.footprint import Footprint, Part, Workload
+from sparsetrain.errors import UserError
+from sparsetrain.models import ModelConfig
+from sparsetrain.report.text import byte_size
+from sparsetrain.stages.config import RunConfig, model_config
+from sparsetrain.training.state import LoopConfig, resolve_device, resolve_precision
+
+Fitting = Callable[[int], list[str]]
+"""Returns the settings that would fit into a number of bytes."""
+
+_SCALE = 1 << 100  # no number beyond it is shown: sizes are integers of any length
+
+
+def training(
+    config: RunConfig,
+    model: ModelConfig,
+    stage: LoopConfig,
+    *,
+    dense: bool = False,
+    context: int | None = None,
+    evaluated: int = 0,
+    cached: int = 0,
+    trained: bool = True,
+    whole_logits: bool = False,
+    prompt_tokens: int = 0,
+) -> Workload:
+    """Return the workload of a training with the settings ``stage``; see `sparsetrain.cost.footprint.Workload`.
+
+    Args:
+        dense: whether the masks are dropped. context: of the rows; None for ``data.context``.
+        evaluated: sequences of an evaluation, at most.
+    """
+    plan = None if dense or not config.sparsity.is_sparse else config.sparsity
+    optimizer = config.optimizer
+    return Workload(
+        model,
+        plan,
+        batch_size=stage.batch_size,
+        micro_batch=stage.batch_size // stage.accumulation,
+        context=config.data.context if context is None else context,
+        evaluated=evaluated,
+        cached=cached,
+        moments=2 if optimizer.name == "adamw" else int(optimizer.momentum > 0),
+        trained=trained,
+        half=resolve_precision(stage.precision, resolve_device(config.device))[0] is not None,
+        whole_logits=whole_logits,
+        prompt_tokens=prompt_tokens,
+    )
+
+
+def adjustable(config: RunConfig, stage: str = "stage", **more: str) -> dict[str, str]:
+    """Return which settings of a training may be made smaller, and how they are written; see `what_fits`.
+
+    A run that starts from another one has its model.
+    """
+    known = {"batch_size": f"{stage}.batch_size", "accumulation": f"{stage}.accumulation", "context": "data.context"}
+    if config.init_from is None:
+        vocabulary = "data.vocab_size" if config.model.get("vocab_size") is None else "model.vocab_size"
+        known |= {"d_model": "model.d_model", "n_layers": "model.n_layers", "vocab_size": vocabulary}
+        if model_config(config.model, 1).positions == "learned":
+            known["max_context"] = "model.max_context"
+    return known | more
+
+
+def check_memory(
+    workload: Workload, what: str, knobs: Mapping[str, str], device: torch.device | None = None, force: bool = False
+) -> None:
+    """Refuse a workload that certainly does not fit.
+
+    Where it may just fit, or is forced, a warning on standard error says what it needs.
+
+    Args:
+        what: of what kind it is, with the settings that decide about it, for the message.
+        knobs: settings that could be made smaller, as in `what_fits`.
+
+    Raises:
+        UserError: its least footprint is larger than what there is, on the device or, of the weights, on the CPU, where
+            a model is built.
+    """
+    footprint = workload.footprint()
+    places = [(footprint, None)] if device is None or device.type == "cpu" else []
+    if not places:
+        built = Workload(workload.model, workload.plan).footprint()
+        places = [(built, None), (footprint, device)]  # type: ignore[list-item]
+    for needed, place in places:
+        check_footprint(needed, what, force, place, lambda size: what_fits(workload, size, knobs))
+
+
+def memory_fits(workload: Workload, device: torch.device) -> bool:
+    """Return whether `check_memory` lets a workload through."""
+    on_device = device if device.type != "cpu" else None
+    built = Workload(workload.model, workload.plan).footprint().least <= available_memory().bytes
+    return built and workload.footprint().least <= available_memory(on_device).bytes
+
+
+def check_footprint(
+    needed: Footprint, what: str, force: bool, device: torch.device | None = None, fitting: Fitting | None = None
+) -> None:
+    """Refuse a footprint that is certainly too large, as `check_memory` does.
+
+    Args:
+        fitting: returns the settings that fit into a number of bytes.
+    """
+    there = available_memory(device)
+    if needed.likely > there.bytes:
+        gc.collect()  # what a run before this one left behind
+        if device is not None:
+            torch.cuda.empty_cache()
+        there = available_memory(device)
+    if needed.likely <= there.bytes:
+        return
+    line = describe(needed, what, there)
+    if needed.least > there.bytes and not force:
+        found = fitting(there.bytes) if fitting is not None else []
+        advice = f"; {' or '.join(found)} would fit" if found else ""
+        raise UserError(f"{line}{advice}; --force goes on all the same")
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def describe(needed: Footprint, what: str, there: Available) -> str:
+    """Return the estimate, its main part, and what there is, as a clause."""
+    main = needed.main
+    return (
+        f"{what} needs about {_shown(max(needed.likely, needed.least))} of memory, "
+        f"{_shown(main.likely)} of it for {main.name}; {_shown(there.bytes)} are {there.limit}"
+    )
+
+
+def _shown(size: int) -> str:
+    return byte_size(float(min(size, _SCALE)))
+
+
+def footprint_of(least: Mapping[str, int]) -> Footprint:
+    """Return the footprint of tensors that are known to exist together, in bytes by purpose."""
+    return Footprint(tuple(Part(name, size, size) for name, size in least.items()), sum(least.values()))
+
+
+@contextmanager
+def memory_errors(what: str) -> Iterator[None]:
+    """Turn an allocation that failed into a `UserError`: memory that was there may be gone, or a run was forced."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = str(error).split("\n")[0]
+        words = ("can't allocate memory", "not enough memory", "out of memory", "size calculation overflowed")
+        if not isinstance(error, MemoryError) and not any(word in text.lower() for word in words):
+            raise
+        raise UserError(f"{what} ran out of memory: {text or 'an allocation failed'}") from None
