@@ -73,9 +73,8 @@ def generate(config: GenerateConfig) -> str:
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
-    tokenizer = run_tokenizer(directory)
+    saved, tokenizer = run_config(directory), run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
-    saved = run_config(directory)
     plan = saved.sparsity if saved.sparsity.is_sparse else None
     length = len(ids) + max(0, config.max_new_tokens)
     workload = Workload(
