@@ -12,6 +12,7 @@ from sparsetrain.sparsity import (
     Phase,
     RigL,
     SparseLinear,
+    SparseMultiheadAttention,
     SparsityConfig,
     SparsityGroup,
     SparsityPattern,
@@ -21,6 +22,7 @@ from sparsetrain.sparsity import (
     register_backend,
     sparse_linear,
     sparsify,
+    summary,
 )
 
 __version__ = "0.1.0"
@@ -37,6 +39,7 @@ __all__ = [
     "RigL",
     "SoftPrompt",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparsityConfig",
     "SparsityGroup",
     "SparsityPattern",
@@ -50,4 +53,5 @@ __all__ = [
     "register_backend",
     "sparse_linear",
     "sparsify",
+    "summary",
 ]

@@ -19,9 +19,11 @@ from sparsetrain.sparsity.init import (
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.manager import LayerReport, MaskManager, MaskUpdate
 from sparsetrain.sparsity.masked_backend import MaskedBackend
+from sparsetrain.sparsity.multihead import SparseMultiheadAttention
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
+from sparsetrain.sparsity.summary import Summary, SummaryRow, summary
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
 from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register_elementwise_optimizer
 from sparsetrain.sparsity.triton_backend import register_triton
@@ -46,10 +48,13 @@ __all__ = [
     "RigL",
     "Rule",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SparsityConfig",
     "SparsityGroup",
     "SparsityPattern",
     "Static",
+    "Summary",
+    "SummaryRow",
     "TopologyUpdate",
     "VariableSparsity",
     "allocate",
@@ -71,4 +76,5 @@ __all__ = [
     "sparse_layers",
     "sparse_linear",
     "sparsify",
+    "summary",
 ]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.config import SparsityConfig, SparsityGroup
+from sparsetrain.sparsity.names import default_reason
 from sparsetrain.sparsity.select import largest_remainder
 
 __all__ = ["SparsityConfig", "SparsityGroup", "allocate", "allocate_densities", "matches"]
@@ -32,8 +33,13 @@ def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
     return {name: sparsity for name, sparsity in sparsities.items() if sparsity > 0.0}
 
 
-def choose(names: Iterable[str], config: SparsityConfig) -> dict[str, SparsityGroup | None]:
+def choose(
+    names: Iterable[str], config: SparsityConfig, kept: Collection[str] | None = None
+) -> dict[str, SparsityGroup | None]:
     """Return the layers that take part and the group of each, None where none matches.
+
+    Args:
+        kept: the layers that the default of ``exclude`` leaves out; None decides by the names alone.
 
     Raises:
         UserError: as `allocate`.
@@ -43,7 +49,12 @@ def choose(names: Iterable[str], config: SparsityConfig) -> dict[str, SparsityGr
         for glob in config.include:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise UserError(f"sparsity include '{glob}' matches no linear layer; layers: {_some(names)}")
-    candidates = [name for name in names if matches(name, config.include) and not matches(name, config.exclude)]
+    if not config.excludes_by_default:
+        kept = [name for name in names if matches(name, config.exclude)]
+    elif kept is None:
+        kept = [name for name in names if default_reason(name, names) is not None]
+    left_out = set(kept)
+    candidates = [name for name in names if matches(name, config.include) and name not in left_out]
     used: set[int] = set()
     result: dict[str, SparsityGroup | None] = {}
     for name in candidates:
@@ -70,6 +81,7 @@ def allocate_densities(
     *,
     budget: float | None = None,
     weights: Mapping[str, float] | None = None,
+    kept: Collection[str] | None = None,
 ) -> dict[str, float]:
     """Return the density of each layer that takes part; 1 where it stays dense.
 
@@ -84,11 +96,12 @@ def allocate_densities(
             ``weights``; met from below, to within the cost of one weight.
         weights: the cost of one nonzero of each layer, for example its training FLOPs per token (6 for a layer that is
             used once a token); 1 for all by default.
+        kept: as `choose` takes it.
 
     Raises:
         UserError: as `allocate`; a budget that is too small for one weight a layer, or larger than dense layers cost.
     """
-    chosen = choose(shapes, config)
+    chosen = choose(shapes, config, kept)
     numel = {name: shapes[name][0] * shapes[name][1] for name in chosen}
     fixed = {name: 1.0 - group.sparsity for name, group in chosen.items() if group is not None}
     free = [name for name in chosen if name not in fixed]

@@ -15,6 +15,7 @@ DROP_SCHEDULES = ("constant", "linear", "cosine")
 CURVES = ("cubic", "linear", "cosine", "step")
 GROWTH = ("random", "gradient")
 ACCUMULATION = ("last", "staggered")
+DEFAULT_EXCLUDE = ("*head*", "*embed*")  # stands for heads, routers and embeddings; see `SparsityConfig`
 EVOLVING = ("random", "magnitude", "block")  # patterns that a rule other than static keeps
 
 
@@ -113,7 +114,12 @@ class SparsityConfig:
 
     A layer takes part when its qualified name matches a glob of ``include`` and none of ``exclude``; its sparsity is
     that of the first matching entry of ``groups``, else what ``allocation`` makes of ``sparsity``. Embeddings, norms
-    and biases are no linear layers and stay dense; the head is left out by the default of ``exclude``.
+    and biases are no linear layers and stay dense.
+
+    The default of ``exclude`` means output heads, routers of experts and embeddings, whose names stand in
+    `sparsetrain.sparsity.names`. There, whole parts at the end of a name count: ``score``, ``classifier`` and
+    ``lm_head`` are heads, and the layer ``heads.0.key`` of an attention head is none. A layer whose weight is that of
+    an embedding counts as a head. Any other list of ``exclude`` is taken as globs alone.
 
     Args:
         sparsity: fraction of zeros over the layers that no group takes, in [0, 1).
@@ -133,7 +139,7 @@ class SparsityConfig:
     pattern: str = "random"
     groups: list[SparsityGroup] = field(default_factory=list)
     include: list[str] = field(default_factory=lambda: ["*"])
-    exclude: list[str] = field(default_factory=lambda: ["*head*", "*embed*"])
+    exclude: list[str] = field(default_factory=lambda: list(DEFAULT_EXCLUDE))
     backend: str = "auto"
     seed: int | None = None
     allocation: str = "uniform"
@@ -169,6 +175,11 @@ class SparsityConfig:
     def is_sparse(self) -> bool:
         """Whether any layer could become sparse."""
         return self.sparsity > 0.0 or self.nnz is not None or bool(self.groups)
+
+    @property
+    def excludes_by_default(self) -> bool:
+        """Whether ``exclude`` is the default, which stands for heads, routers and embeddings."""
+        return tuple(self.exclude) == DEFAULT_EXCLUDE
 
     def spec(self, pattern: str | None = None) -> PatternSpec:
         """Return the pattern of the plan, or of a group that names another, with the options that it has."""

@@ -16,11 +16,16 @@ from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.select import Slices, bands
 from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
+from sparsetrain.sparsity.summary import warn_of_dense
 from sparsetrain.sparsity.surgery import (
     LayerPlan,
+    check_replaceable,
     draw_patterns,
+    kept_by_default,
     linear_layers,
+    matrix_layers,
     plan_layers,
+    planned_names,
     replace_linears,
     shapes_of,
     sparse_layers,
@@ -105,8 +110,9 @@ def manage_layers(
     for name, layer in plans.items():
         pattern = patterns[name]
         parts[name] = bands(grid_of(pattern), layer.spec.bands if pattern.block == layer.spec.block else (1, 1))
-    if new:
+    if plan is not None and new:
         sparse |= replace_linears(model, linears, new, backend)
+        warn_of_dense(model, plan, "MaskManager", stacklevel=4)
     staggered, every = rule.accumulation == "staggered", getattr(rule, "every", 1)
     managed = []
     for index, (name, layer) in enumerate(plans.items()):
@@ -121,11 +127,11 @@ def manage_layers(
 
 def _planned(model: nn.Module, rule: Rule, plan: SparsityConfig) -> dict[str, LayerPlan]:
     """Return the plans of the linear layers of a model, dense or sparse, with the densities of the rule at step 0."""
-    linears = linear_layers(model)
-    everything = {
-        name: module for name, module in model.named_modules() if isinstance(module, SparseLinear) or name in linears
-    }
-    layers = plan_layers(shapes_of(everything), plan)
+    everything = matrix_layers(model)
+    kept = kept_by_default(model, everything)
+    dense = {name: layer for name, layer in everything.items() if not isinstance(layer, SparseLinear)}
+    check_replaceable(model, dense, [name for name in planned_names(model, everything, plan, kept) if name in dense])
+    layers = plan_layers(shapes_of(everything), plan, kept)
     return {name: replace(layer, start=_density_at(rule, layer.density, 0)) for name, layer in layers.items()}
 
 

@@ -64,3 +64,12 @@ def is_router(name: str, others: Collection[str] = ()) -> bool:
         return False
     beside = f"{name[: len(name) - len(gate)]}experts"
     return any(other == beside or other.startswith(f"{beside}.") for other in others)
+
+
+def default_reason(name: str, others: Collection[str] = ()) -> str | None:
+    """Return why a linear layer of that name stays dense by default: ``head``, ``router`` or ``embedding``, or None."""
+    if "embed" in name and not is_head(name):
+        return "embedding"
+    if is_part_of_head(name):
+        return "head"
+    return "router" if is_router(name, others) else None

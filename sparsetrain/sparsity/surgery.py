@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from sparsetrain import seeds
+from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.sparsity.allocation import allocate_densities, choose
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.foreign import (
+    Rows,
+    adapters_of,
+    as_linear,
+    check_unwrapped,
+    give_back,
+    is_conv1d,
+    is_linear,
+    matrix_of,
+    refusal,
+    shape_of,
+    take_over,
+    tied_heads,
+    uses_of,
+)
 from sparsetrain.sparsity.init import full_pattern, given_pattern, make_pattern
 from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.multihead import SparseMultiheadAttention, can_split, projections_of
+from sparsetrain.sparsity.names import default_reason
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.spec import PatternSpec
+from sparsetrain.sparsity.summary import large_dense, warn_of_dense
+
+__all__ = ["densify", "is_conv1d", "sparse_layers", "sparsify"]
 
 Model = TypeVar("Model", bound=nn.Module)
-Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
-    """Yield ``(qualified name, layer)`` for every sparse layer of ``model``."""
-    for name, module in model.named_modules():
+    """Yield ``(qualified name, layer)`` for every sparse layer of ``model``; wrappers are no part of the name."""
+    for name, module in wrappers.named_modules(model):
         if isinstance(module, SparseLinear):
             yield name, module
 
@@ -45,9 +61,12 @@ def sparsify(
 ) -> Model:
     """Replace linear layers by `SparseLinear`, keeping the weights at the positions that stay.
 
-    By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced but those named ``*head*`` or ``*embed*``.
-    Each layer's mask is a function of the seed and its qualified name, so that no two layers share one. A plan whose
-    masks evolve gives the masks of step 0; `MaskManager` changes them.
+    By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced but heads, routers and embeddings, which
+    `SparsityConfig` defines. The input projections of ``nn.MultiheadAttention`` become the layers ``q_proj``,
+    ``k_proj`` and ``v_proj`` (`SparseMultiheadAttention`). One warning names what else stays dense and holds more than
+    1 % of the weights; `summary` lists everything. Each layer's mask is a function of the seed and its qualified name,
+    so that no two layers share one; ``torch.compile`` and other wrappers are no part of a name. A plan whose masks
+    evolve gives the masks of step 0; `MaskManager` changes them.
 
     Args:
         model: changed in place.
@@ -65,8 +84,9 @@ def sparsify(
 
     Raises:
         UserError: bad sparsity, globs that match nothing, a layer left without weights, a mask of another shape or for
-            no layer, a weight that is shared with another module or computed from other parameters, or a model that is
-            itself a linear layer. The model is then unchanged.
+            no layer, a model that is itself a linear layer or is inside DDP or FSDP, or a layer that a sparse one
+            cannot replace, by name: its weight is shared, computed, quantized, on the meta device or has no size yet,
+            or its class has a forward of its own. The model is then unchanged.
     """
     options = include is not None or exclude is not None or pattern != "random"
     if masks is not None:
@@ -79,8 +99,8 @@ def sparsify(
     linears = linear_layers(model)
     if masks is not None:
         _check_masks(masks, linears)
-        wanted = {name: given_pattern(mask) for name, mask in masks.items()}
-        replace_linears(model, linears, wanted, backend)
+        check_replaceable(model, linears, masks)
+        replace_linears(model, linears, {name: given_pattern(mask) for name, mask in masks.items()}, backend)
         return model
     if plan is None:
         assert sparsity is not None
@@ -88,8 +108,12 @@ def sparsify(
         chosen = {key: value for key, value in globs.items() if value is not None}
         plan = SparsityConfig(sparsity=sparsity, pattern=pattern, backend=backend, **chosen)
     base_seed = seeds.resolve_seed(plan.seed if plan.seed is not None else seed)
-    layers = plan_layers(shapes_of(linears), plan)
+    kept = kept_by_default(model, linears)
+    check_replaceable(model, linears, planned_names(model, linears, plan, kept))
+    layers = plan_layers(shapes_of(linears), plan, kept)
     replace_linears(model, linears, draw_patterns(linears, layers, base_seed), plan.backend)
+    if layers:
+        warn_of_dense(model, plan, "sparsify", stacklevel=3)
     return model
 
 
@@ -102,15 +126,20 @@ class LayerPlan:
     spec: PatternSpec
 
 
-def plan_layers(shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig) -> dict[str, LayerPlan]:
+def plan_layers(
+    shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, kept: Collection[str] | None = None
+) -> dict[str, LayerPlan]:
     """Return the layers of a plan that are sparse at some time; those that stay dense throughout are left out.
+
+    Args:
+        kept: as `sparsetrain.sparsity.allocation.choose` takes it.
 
     Raises:
         UserError: as `sparsetrain.sparsity.allocation.allocate_densities`.
     """
-    groups = choose(shapes, plan)
+    groups = choose(shapes, plan, kept)
     evolution, layers = plan.evolution, {}
-    for name, density in allocate_densities(shapes, plan).items():
+    for name, density in allocate_densities(shapes, plan, kept=kept).items():
         if density < 1.0:
             # Gradual pruning begins less sparse than what it is allocated, usually dense.
             start = max(density, 1.0 - evolution.initial_sparsity) if evolution.rule == "gmp" else density
@@ -121,28 +150,77 @@ def plan_layers(shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig) -> 
 
 def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
     """Return ``(out_features, in_features)`` of linear and sparse layers by name."""
-    shapes = {}
-    for name, layer in layers.items():
-        if is_conv1d(layer):
-            weight = layer.weight
-            assert isinstance(weight, Tensor)
-            shapes[name] = (weight.shape[1], weight.shape[0])
-        else:
-            assert isinstance(layer, nn.Linear | SparseLinear)
-            shapes[name] = (layer.out_features, layer.in_features)
-    return shapes
+    return {name: shape_of(layer) for name, layer in layers.items()}
+
+
+def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model, dense or sparse, by qualified name and in its order.
+
+    The input projections of an ``nn.MultiheadAttention`` are among them, as `Rows`.
+
+    Raises:
+        UserError: the model is itself a linear layer or an attention module.
+    """
+    uses = uses_of(model)
+    found: dict[str, nn.Module] = {}
+    for name, module in wrappers.named_modules(model):
+        if is_linear(module) or isinstance(module, SparseLinear):
+            found[name] = module
+        elif isinstance(module, nn.MultiheadAttention) and can_split(module, uses) and name:
+            found |= projections_of(name, module)
+    if "" in found and not isinstance(found[""], SparseLinear):
+        raise UserError("the model is itself a linear layer: use SparseLinear.from_linear(layer, pattern)")
+    return found
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the dense linear layers of a model by qualified name.
+    """Return the dense ones among `matrix_layers`."""
+    return {name: layer for name, layer in matrix_layers(model).items() if not isinstance(layer, SparseLinear)}
+
+
+def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the layers that stay dense unless the user's own globs say otherwise."""
+    others = [name for name, _ in wrappers.named_modules(model)]
+    others += [name for name, _ in wrappers.named_parameters(model)]
+    return {name for name in layers if default_reason(name, others) is not None} | tied_heads(model, layers)
+
+
+def planned_names(
+    model: nn.Module, layers: Collection[str], plan: SparsityConfig, kept: Collection[str] | None
+) -> list[str]:
+    """Return the layers that a plan takes and does not leave dense by a group of sparsity 0.
 
     Raises:
-        UserError: the model is itself one.
+        UserError: as `sparsetrain.sparsity.allocation.choose`; the line also names large matrices of the model that are
+            no linear layers.
     """
-    linears = {name: module for name, module in model.named_modules() if _is_linear(module)}
-    if "" in linears:
-        raise UserError("the model is itself a linear layer: use SparseLinear.from_linear(layer, pattern)")
-    return linears
+    if not plan.is_sparse:
+        return []
+    try:
+        chosen = choose(layers, plan, kept)
+    except UserError as error:
+        others = large_dense(model, plan)
+        raise UserError(f"{error}; no linear layers are {'; '.join(others)}" if others else str(error)) from None
+    free = plan.sparsity > 0.0 or plan.nnz is not None
+    return [name for name, group in chosen.items() if (free if group is None else group.sparsity > 0.0)]
+
+
+def check_replaceable(model: nn.Module, linears: Mapping[str, nn.Module], names: Collection[str]) -> None:
+    """Refuse layers that a sparse layer cannot replace.
+
+    Raises:
+        UserError: the first of them, by name, and why; or a model inside DDP or FSDP.
+    """
+    if not names:
+        return
+    uses, adapters = uses_of(model), adapters_of(model)
+    for name in names:
+        layer = linears[name]
+        reason = None if isinstance(layer, Rows) else refusal(name, layer, uses, adapters)
+        if reason is not None:
+            raise UserError(f"{name}: {reason}; exclude it from sparsify")
+        _check_bare(model, layer.holder if isinstance(layer, Rows) else name)
+    check_unwrapped(model, "sparsify")
 
 
 def draw_patterns(
@@ -155,9 +233,7 @@ def draw_patterns(
     for name, layer in layers.items():
         weight: Tensor | None = None
         if layer.spec.name == "magnitude":
-            weight = linears[name]._parameters.get("weight")
-            if weight is not None and is_conv1d(linears[name]):
-                weight = weight.t()
+            weight = matrix_of(linears[name])
         draws = seeds.generator(seed, "mask", name)
         try:
             if layer.start == 1.0:  # nothing to choose yet, but blocks are stored as such
@@ -174,26 +250,24 @@ def replace_linears(
 ) -> dict[str, SparseLinear]:
     """Put sparse layers in the place of those that ``patterns`` names, all or none; return them by name.
 
-    Raises:
-        UserError: a weight that is shared or computed.
+    Call `check_replaceable` first.
     """
-    # With duplicates: a module that the model holds under two names shares its weight with itself.
-    everything = [module for _, module in model.named_modules(remove_duplicate=False)]
-    uses = Counter(id(parameter) for module in everything for parameter in module.parameters(recurse=False))
     layers: dict[str, SparseLinear] = {}
     for name, pattern in patterns.items():
-        weight = linears[name]._parameters.get("weight")
-        if weight is None:
-            raise UserError(
-                f"{name}: its weight is computed (weight norm, a parametrization); exclude it from sparsify"
-            )
-        if uses[id(weight)] > 1:
-            raise UserError(f"{name}: its weight is shared with another module; exclude it from sparsify")
-        sparse = SparseLinear.from_linear(_as_linear(linears[name]), pattern, backend)
-        layers[name] = _with_hooks_of(linears[name], sparse)
+        old = linears[name]
+        sparse = SparseLinear.from_linear(as_linear(old), pattern, backend)
+        layers[name] = sparse if isinstance(old, Rows) else take_over(old, sparse)
+    holders = {old.holder for name in layers if isinstance(old := linears[name], Rows)}
+    for holder in sorted(holders):
+        attention = wrappers.find_module(model, holder)
+        assert isinstance(attention, nn.MultiheadAttention)
+        parts = [(name, old) for name, old in linears.items() if isinstance(old, Rows) and old.holder == holder]
+        projections = {old.child: layers[name] if name in layers else old.copy() for name, old in parts}
+        wrappers.replace_module(model, holder, SparseMultiheadAttention(attention, projections))
     for name, layer in layers.items():
         layer.label = name
-        _replace(model, name, layer)
+        if not isinstance(linears[name], Rows):
+            wrappers.replace_module(model, name, layer)
     return layers
 
 
@@ -207,67 +281,41 @@ def _check_masks(masks: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> 
 
 
 def densify(model: Model) -> Model:
-    """Replace every `SparseLinear` by an ``nn.Linear`` in place, zeros where the mask was; returns ``model``.
+    """Replace every `SparseLinear` by a dense layer in place, zeros where the mask was; returns ``model``.
 
-    All of the dense weights train afterwards. The parameters are new objects: build the optimizer after this.
+    Each layer gets the class that `sparsify` found there: a Conv1D, a subclass of ``nn.Linear``, or an
+    ``nn.MultiheadAttention`` around it. All of the dense weights train afterwards. The weights are new objects: build
+    the optimizer after this.
+
+    Raises:
+        UserError: the model is itself a sparse layer, or it is inside DDP or FSDP. The model is then unchanged.
     """
-    if isinstance(model, SparseLinear):
-        raise UserError("the model is itself a sparse layer: use layer.to_linear()")
-    dense: dict[SparseLinear, nn.Linear] = {}
     # With duplicates: a layer that the model uses in two places stays one layer.
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(layer, SparseLinear):
-            if layer not in dense:
-                dense[layer] = _with_hooks_of(layer, layer.to_linear())
-            _replace(model, name, dense[layer])
+    everything = list(wrappers.named_modules(model, remove_duplicate=False))
+    sparse = [(name, layer) for name, layer in everything if isinstance(layer, SparseLinear)]
+    attention = [(name, module) for name, module in everything if isinstance(module, SparseMultiheadAttention)]
+    if any(name == "" for name, _ in sparse):
+        raise UserError("the model is itself a sparse layer: use layer.to_linear()")
+    if sparse or attention:
+        check_unwrapped(model, "densify")
+    for name, _ in [*sparse, *attention]:
+        _check_bare(model, name)
+    dense: dict[nn.Module, nn.Module] = {}
+    for name, layer in sparse:
+        if layer not in dense:
+            dense[layer] = give_back(layer)
+        wrappers.replace_module(model, name, dense[layer])
+    for name, module in attention:
+        if module not in dense:
+            dense[module] = module.dense()
+        wrappers.replace_module(model, name, dense[module])
     return model
 
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is Hugging Face's GPT-2 layer, a linear layer with a transposed weight ``[K, M]``."""
-    # By its attributes: transformers is an optional dependency.
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def _as_linear(module: nn.Module) -> nn.Linear:
-    if isinstance(module, nn.Linear):
-        return module
-    weight, bias = module.weight, module.bias
-    assert isinstance(weight, nn.Parameter)
-    assert isinstance(bias, nn.Parameter)
-    linear = skip_init(nn.Linear, weight.shape[0], weight.shape[1], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        linear.weight.copy_(weight.t())
-        linear.bias.copy_(bias)
-    linear.weight.requires_grad_(weight.requires_grad)
-    linear.bias.requires_grad_(bias.requires_grad)
-    return linear.train(module.training)
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-
-
-def _with_hooks_of(old: nn.Module, new: Layer) -> Layer:
-    """Return ``new`` with the hooks of ``old``, among them a parameterization's multipliers."""
-    for name in _HOOKS:
-        # The very dictionaries: the handles that `register_forward_hook` gave out still remove what is in them.
-        setattr(new, name, getattr(old, name))
-    return new
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+def _check_bare(model: nn.Module, name: str) -> None:
+    """Refuse a layer that has a wrapper of its own, before anything is changed."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    inner = wrappers.find_module(model, parent).get_submodule(child) if name else model
+    if wrappers.wrapped_child(inner) is not None:
+        kind = type(inner).__name__
+        raise UserError(f"{name}: it is wrapped ({kind}); change the bare layer first, then compile or wrap it")
