@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from sparsetrain import wrappers
@@ -119,7 +119,7 @@ def refusal(name: str, module: nn.Module, uses: Mapping[int, int], adapters: tup
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None:
         return "its weight is computed (weight norm, a parametrization) or masked by torch's pruning"
-    if is_lazy(weight):
+    if isinstance(weight, UninitializedParameter):
         return "its size is not known yet (LazyLinear); run one forward pass first"
     if uses.get(id(weight), 0) > 1:
         return "its weight is shared with another module"

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 
 from sparsetrain import wrappers
 from sparsetrain.sparsity.allocation import matches
 from sparsetrain.sparsity.config import SparsityConfig
-from sparsetrain.sparsity.foreign import Rows, adapters_of, is_linear, refusal, shape_of, tied_heads, uses_of
+from sparsetrain.sparsity.foreign import adapters_of, is_linear, refusal, shape_of, tied_heads, uses_of
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.multihead import can_split
 from sparsetrain.sparsity.names import default_reason
@@ -30,7 +30,7 @@ class SummaryRow:
 
     Args:
         name: qualified name of the module for its ``weight`` or ``values``, else of the parameter.
-        kind: class of the module that holds it.
+        module: qualified name of the module that holds it. kind: the class of that module.
         shape: of the dense matrix; more than two dimensions for convolutions and stacked experts.
         parameters: number of entries of the dense matrix.
         nnz: stored weights of a sparse layer; entries other than zero of a dense matrix.
@@ -39,6 +39,7 @@ class SummaryRow:
     """
 
     name: str
+    module: str
     kind: str
     shape: tuple[int, ...]
     parameters: int
@@ -157,7 +158,10 @@ def summary(model: nn.Module) -> Summary:
             if not reason:
                 reason = "excluded" if sparse else "not sparse yet"
         full = name if leaf in ("weight", "values") else f"{name}.{leaf}" if name else leaf
-        rows.append(SummaryRow(full, type(module).__name__, shape, numel, nnz, reason, numel / total if total else 0.0))
+        owner = name.partition(".parametrizations.")[0]
+        rows.append(
+            SummaryRow(full, owner, type(module).__name__, shape, numel, nnz, reason, numel / total if total else 0.0)
+        )
         if id(parameter) not in counted:
             counted.add(id(parameter))
             matrix_parameters, matrix_nnz = matrix_parameters + numel, matrix_nnz + nnz
@@ -187,7 +191,8 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
     for row in summary(model).rows:
         if row.is_sparse or row.reason in EXPECTED:
             continue
-        if not matches(row.name, plan.include) or matches(row.name, left_out):
+        names = (row.name, row.module)
+        if not any(matches(name, plan.include) for name in names) or any(matches(name, left_out) for name in names):
             continue
         # The same matrix of every block is one thing to say.
         groups.setdefault((re.sub(r"\b\d+\b", "*", row.name), row.reason), []).append(row)
@@ -201,13 +206,16 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
-    """Yield (module name, module, parameter's own name, parameter) of all matrices; a shared one for each holder."""
+    """Yield (module name, module, parameter's own name, parameter) of all matrices; a shared one for each holder.
+
+    Biases are none, also where experts have one each.
+    """
     for name, module in wrappers.named_modules(model):
         for leaf, parameter in module._parameters.items():
-            if parameter is None or is_lazy(parameter):
+            if parameter is None or isinstance(parameter, UninitializedParameter):
                 continue
             stored = isinstance(module, SparseLinear) and leaf == "values"
-            if stored or parameter.ndim > 1:
+            if stored or (parameter.ndim > 1 and "bias" not in leaf):
                 yield name, module, leaf, parameter
 
 
@@ -217,7 +225,7 @@ def _total(model: nn.Module) -> int:
     seen: set[int] = set()
     for _, module in wrappers.named_modules(model):
         for leaf, parameter in module._parameters.items():
-            if parameter is None or id(parameter) in seen or is_lazy(parameter):
+            if parameter is None or id(parameter) in seen or isinstance(parameter, UninitializedParameter):
                 continue
             seen.add(id(parameter))
             if isinstance(module, SparseLinear) and leaf == "values":
@@ -236,7 +244,9 @@ def _reason(
         return "embedding"
     if type(module).__name__.endswith("Norm"):
         return "norm"
-    if is_linear(module) and leaf == "weight" and not isinstance(module, Rows):
+    if ".parametrizations." in name:
+        return "weight is computed (a parametrization)"
+    if is_linear(module):
         return default_reason(name, others) or (refusal(name, module, uses, adapters) or "").removeprefix("its ")
     if isinstance(module, _CONVOLUTIONS):
         return "convolution"
@@ -244,12 +254,12 @@ def _reason(
         return "RNN"
     if isinstance(module, nn.Bilinear):
         return "bilinear"
-    if isinstance(module, nn.MultiheadAttention) and leaf not in ("bias_k", "bias_v"):
+    if isinstance(module, nn.MultiheadAttention):
         return "" if name and can_split(module, uses) else "attention input projection"
     known = default_reason(path, others)
     if known is not None:
         return known
-    if "pos" in leaf or "token" in leaf or leaf in ("bias_k", "bias_v"):
+    if "pos" in leaf or "token" in leaf:
         return "embedding"
     if module._parameters[leaf].ndim == 3 and max(module._parameters[leaf].shape[1:]) > 1:  # type: ignore[union-attr]
         return "stacked experts"
