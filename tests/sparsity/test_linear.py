@@ -199,7 +199,7 @@ def test_weight_works_inside_multihead_attention() -> None:
     attention = nn.MultiheadAttention(8, 2, batch_first=True)
     nn.init.normal_(attention.out_proj.bias)
     reference = copy.deepcopy(attention)
-    sparsify(attention, 0.5, seed=0)
+    sparsify(attention, 0.5, include=["out_proj"], seed=0)
     sparse = attention.out_proj
     assert isinstance(sparse, SparseLinear)
     with torch.no_grad():
@@ -217,7 +217,7 @@ def test_weight_works_inside_multihead_attention() -> None:
 def test_weight_works_inside_the_encoder_layer_and_its_fast_path(training: bool) -> None:
     encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True).train(training)
     reference = copy.deepcopy(encoder)
-    sparsify(encoder, 0.5, seed=0)
+    sparsify(encoder, 0.5, include=["linear*", "*.out_proj"], seed=0)
     with torch.no_grad():
         for name in ("linear1", "linear2", "self_attn.out_proj"):
             sparse = encoder.get_submodule(name)
