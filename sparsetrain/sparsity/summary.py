@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from sparsetrain import wrappers
 from sparsetrain.sparsity.allocation import matches
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.experts import stacks_of
 from sparsetrain.sparsity.foreign import adapters_of, is_linear, refusal, shape_of, tied_heads, uses_of
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.multihead import can_split
@@ -191,7 +192,7 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
     for row in summary(model).rows:
         if row.is_sparse or row.reason in EXPECTED:
             continue
-        names = (row.name, row.module)
+        names = (row.name, row.module, f"{row.module}.weight")
         if not any(matches(name, plan.include) for name in names) or any(matches(name, left_out) for name in names):
             continue
         # The same matrix of every block is one thing to say.
@@ -261,6 +262,6 @@ def _reason(
         return known
     if "pos" in leaf or "token" in leaf:
         return "embedding"
-    if module._parameters[leaf].ndim == 3 and max(module._parameters[leaf].shape[1:]) > 1:  # type: ignore[union-attr]
-        return "stacked experts"
+    if "expert" in f"{name}.{type(module).__name__}".lower():
+        return "" if leaf in stacks_of(name, module, uses) else "stacked experts"
     return f"parameter of {type(module).__name__}"

@@ -12,6 +12,7 @@ from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.sparsity.allocation import allocate_densities, choose
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.experts import LAYERS, experts_of, has_split_experts, join_experts, split_experts, stacks_of
 from sparsetrain.sparsity.foreign import (
     Rows,
     adapters_of,
@@ -63,10 +64,13 @@ def sparsify(
 
     By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced but heads, routers and embeddings, which
     `SparsityConfig` defines. The input projections of ``nn.MultiheadAttention`` become the layers ``q_proj``,
-    ``k_proj`` and ``v_proj`` (`SparseMultiheadAttention`). One warning names what else stays dense and holds more than
-    1 % of the weights; `summary` lists everything. Each layer's mask is a function of the seed and its qualified name,
-    so that no two layers share one; ``torch.compile`` and other wrappers are no part of a name. A plan whose masks
-    evolve gives the masks of step 0; `MaskManager` changes them.
+    ``k_proj`` and ``v_proj`` (`SparseMultiheadAttention`). Experts in one tensor ``NAME`` ``[experts, out, in]`` become
+    the layers ``NAME_layers.0`` and so on, and ``NAME`` is read from them. One warning names what else stays dense and
+    holds more than 1 % of the weights; `summary` lists everything.
+
+    Each layer's mask is a function of the seed and its qualified name, so that no two layers share one;
+    ``torch.compile`` and other wrappers are no part of a name. A plan whose masks evolve gives the masks of step 0;
+    `MaskManager` changes them.
 
     Args:
         model: changed in place.
@@ -168,6 +172,9 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
             found[name] = module
         elif isinstance(module, nn.MultiheadAttention) and can_split(module, uses) and name:
             found |= projections_of(name, module)
+        else:
+            for leaf in stacks_of(name, module, uses):
+                found |= experts_of(name, module, leaf)
     if "" in found and not isinstance(found[""], SparseLinear):
         raise UserError("the model is itself a linear layer: use SparseLinear.from_linear(layer, pattern)")
     return found
@@ -259,16 +266,28 @@ def replace_linears(
         layers[name] = sparse if isinstance(old, Rows) else take_over(old, sparse)
     holders = {old.holder for name in layers if isinstance(old := linears[name], Rows)}
     for holder in sorted(holders):
-        attention = wrappers.find_module(model, holder)
-        assert isinstance(attention, nn.MultiheadAttention)
-        parts = [(name, old) for name, old in linears.items() if isinstance(old, Rows) and old.holder == holder]
-        projections = {old.child: layers[name] if name in layers else old.copy() for name, old in parts}
-        wrappers.replace_module(model, holder, SparseMultiheadAttention(attention, projections))
+        parts = {name: old for name, old in linears.items() if isinstance(old, Rows) and old.holder == holder}
+        _split(model, holder, parts, layers)
     for name, layer in layers.items():
         layer.label = name
         if not isinstance(linears[name], Rows):
             wrappers.replace_module(model, name, layer)
     return layers
+
+
+def _split(model: nn.Module, holder: str, parts: Mapping[str, Rows], layers: Mapping[str, SparseLinear]) -> None:
+    """Make layers of the parts of a module's larger matrices: the sparse ones, and dense ones of what stays dense."""
+    module = wrappers.find_module(model, holder)
+    if isinstance(module, nn.MultiheadAttention):
+        made = {part.child: layers[name] if name in layers else part.copy() for name, part in parts.items()}
+        wrappers.replace_module(model, holder, SparseMultiheadAttention(module, made))
+        return
+    stacks: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        stacks.setdefault(part.child.rpartition(".")[0].removesuffix(LAYERS), []).append(name)
+    for leaf, names in stacks.items():
+        if any(name in layers for name in names):
+            split_experts(module, leaf, [layers[name] if name in layers else parts[name].copy() for name in names])
 
 
 def _check_masks(masks: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> None:
@@ -284,8 +303,8 @@ def densify(model: Model) -> Model:
     """Replace every `SparseLinear` by a dense layer in place, zeros where the mask was; returns ``model``.
 
     Each layer gets the class that `sparsify` found there: a Conv1D, a subclass of ``nn.Linear``, or an
-    ``nn.MultiheadAttention`` around it. All of the dense weights train afterwards. The weights are new objects: build
-    the optimizer after this.
+    ``nn.MultiheadAttention`` or a tensor of experts around it. All of the dense weights train afterwards. The weights
+    are new objects: build the optimizer after this.
 
     Raises:
         UserError: the model is itself a sparse layer, or it is inside DDP or FSDP. The model is then unchanged.
@@ -309,6 +328,9 @@ def densify(model: Model) -> Model:
         if module not in dense:
             dense[module] = module.dense()
         wrappers.replace_module(model, name, dense[module])
+    for _, holder in everything:
+        if has_split_experts(holder):
+            join_experts(holder)
     return model
 
 
