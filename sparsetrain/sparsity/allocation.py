@@ -71,7 +71,10 @@ def choose(
             raise UserError(f"sparsity group '{group.match}' applies to no layer{why}; layers: {_some(candidates)}")
     if (config.sparsity > 0.0 or config.nnz is not None) and not candidates:
         said = f"sparsity={config.sparsity}" if config.nnz is None else f"nnz={config.nnz}"
-        raise UserError(f"{said}: no linear layer matches include={config.include} and not exclude={config.exclude}")
+        line = f"{said}: no linear layer matches include={config.include} and not exclude={config.exclude}"
+        heads = [name for name in names if matches(name, config.include)] if config.excludes_by_default else []
+        # The default speaks of more names than it shows.
+        raise UserError(f"{line}; exclude=[] takes {_some(heads)}, which stay dense by default" if heads else line)
     return result
 
 

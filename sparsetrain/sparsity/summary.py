@@ -138,6 +138,11 @@ def summary(model: nn.Module) -> Summary:
     Args:
         model: with or without sparse layers; wrappers are no part of the names.
     """
+    return _summarise(model, count=True)
+
+
+def _summarise(model: nn.Module, count: bool) -> Summary:
+    """Return the summary of a model; without ``count``, dense matrices are taken as full and not looked at."""
     rows: list[SummaryRow] = []
     found = list(_matrices(model))
     sparse = any(isinstance(module, SparseLinear) for _, module, _, _ in found)
@@ -154,7 +159,7 @@ def summary(model: nn.Module) -> Summary:
             numel, nnz, reason = shape[0] * shape[1], parameter.numel(), ""
         else:
             shape, numel = tuple(parameter.shape), parameter.numel()
-            nnz = numel if parameter.is_meta else int(parameter.detach().count_nonzero())
+            nnz = numel if parameter.is_meta or not count else int(parameter.detach().count_nonzero())
             reason = "head" if name in tied else _reason(name, module, leaf, others, uses, adapters)
             if not reason:
                 reason = "excluded" if sparse else "not sparse yet"
@@ -189,8 +194,9 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
     """Return a phrase for each kind of large matrix that stays dense although a plan does not leave it out."""
     left_out = [*(() if plan.excludes_by_default else plan.exclude), *(g.match for g in plan.groups if g.sparsity == 0)]
     groups: dict[tuple[str, str], list[SummaryRow]] = {}
-    for row in summary(model).rows:
-        if row.is_sparse or row.reason in EXPECTED:
+    for row in _summarise(model, count=False).rows:
+        asked_for = row.name in plan.include  # by its very name, as in include=["lm_head"]
+        if row.is_sparse or (row.reason in EXPECTED and not asked_for):
             continue
         names = (row.name, row.module, f"{row.module}.weight")
         if not any(matches(name, plan.include) for name in names) or any(matches(name, left_out) for name in names):

@@ -219,3 +219,33 @@ def test_a_compiled_attention_computes_the_same() -> None:
     torch.testing.assert_close(torch.compile(model, backend="eager")(x), expected)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model.eval(), backend="eager")(x), expected)
+
+
+def test_a_whole_transformer_attends_across_and_comes_back() -> None:
+    """Encoder and decoder of torch, self and cross attention: the function of its dense equal, before and after."""
+    torch.manual_seed(0)
+    model = nn.Transformer(WIDTH, HEADS, 1, 1, 32, dropout=0.0, batch_first=True)
+    sparsify(model, 0.5, seed=0)
+    assert "decoder.layers.0.multihead_attn.k_proj" in dict(sparse_layers(model))
+    inputs = torch.randn(2, 6, WIDTH), torch.randn(2, 4, WIDTH)
+    causal = nn.Transformer.generate_square_subsequent_mask(4)
+    options = {"tgt_mask": causal, "tgt_is_causal": True}
+    expected = model(*inputs, **options)
+    torch.testing.assert_close(densify(copy.deepcopy(model))(*inputs, **options), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(*inputs, **options), expected)
+
+
+def test_attention_with_a_forward_of_its_own_is_named() -> None:
+    """A subclass computes with ``in_proj_weight`` itself, so that stays what it is, and a line says so."""
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, *inputs: Tensor, **options: Any) -> Any:
+            return super().forward(*inputs, **options)
+
+    model = nn.ModuleDict({"own": Own(WIDTH, HEADS)})
+    with pytest.warns(UserWarning, match=r"own\.in_proj_weight \(attention input projection"):
+        sparsify(model, 0.5, seed=0)
+    assert [name for name, _ in sparse_layers(model)] == ["own.out_proj"]
+    x = torch.randn(4, 2, WIDTH)
+    assert model["own"](x, x, x)[0].isfinite().all()

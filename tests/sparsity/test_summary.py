@@ -166,6 +166,17 @@ def test_a_group_without_sparsity_and_given_masks_are_said_on_purpose() -> None:
     assert [row.reason for row in summary(other).rows] == ["", "excluded"]
 
 
+def test_a_head_that_was_asked_for_by_name_is_said_to_stay_dense() -> None:
+    """The default of exclude wins over include, and a line says so."""
+    model = nn.ModuleDict({"fc": nn.Linear(32, 32), "score": nn.Linear(32, 2)})
+    with pytest.warns(UserWarning, match=r"stay dense: score \(head"):
+        sparsify(copy.deepcopy(model), 0.5, include=["fc", "score"], seed=0)
+    with pytest.raises(UserError, match=r"exclude=\[\] takes score, which stay dense by default"):
+        sparsify(model, 0.5, include=["score"], seed=0)
+    sparsify(model, 0.5, include=["fc", "score"], exclude=[], seed=0)
+    assert summary(model).sparsity > 0.4
+
+
 def test_a_model_without_linear_layers_to_thin_is_refused_with_what_it_has() -> None:
     """The line names the large matrices that are none."""
     with pytest.raises(UserError, match=r"no linear layer matches.*conv \(convolution, "):
