@@ -165,7 +165,7 @@ def take_over(old: nn.Module, new: SparseLinear) -> SparseLinear:
     attributes = others_attributes(old)
     for key in attributes:
         setattr(new, key, vars(old)[key])
-    new._origin = Origin(type(old), attributes)  # type: ignore[assignment]  # no module and no tensor
+    new._dense_origin = Origin(type(old), attributes)  # type: ignore[assignment]  # no module and no tensor
     _move(old, new, "values")
     return new
 
@@ -176,7 +176,7 @@ def give_back(layer: SparseLinear) -> nn.Module:
     It is exactly zero where the mask was. Hooks, bias, mode, and attributes that others put on either layer are those
     of the sparse layer.
     """
-    origin = getattr(layer, "_origin", Origin(nn.Linear, ()))
+    origin = getattr(layer, "_dense_origin", Origin(nn.Linear, ()))
     linear = layer.to_linear()
     dense: nn.Module = linear
     if origin.cls is not nn.Linear:
