@@ -1,5 +1,6 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
+import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.parameterization import Parameterization, param_groups, parameterize

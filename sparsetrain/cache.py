@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from functools import partial
 from pathlib import Path
 
@@ -17,8 +18,36 @@ whole_directory = partial(files.whole_directory, advice=_ADVICE)
 
 
 def cache_directory() -> Path:
-    """Return the cache directory: ``SPARSETRAIN_CACHE``, else the user's cache folder (``XDG_CACHE_HOME``)."""
+    """Return the cache directory: ``SPARSETRAIN_CACHE``, else the user's cache folder (``XDG_CACHE_HOME``).
+
+    Raises:
+        UserError: the variable holds no path.
+    """
     if chosen := os.environ.get("SPARSETRAIN_CACHE"):
-        return Path(chosen).expanduser().absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(base).expanduser().absolute() / "sparsetrain"
+        return files.typed_path(chosen, "SPARSETRAIN_CACHE").absolute()
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return files.typed_path(base, "XDG_CACHE_HOME").absolute() / "sparsetrain"
+    return files.typed_path("~/.cache", "HOME").absolute() / "sparsetrain"
+
+
+def check_room(size: int = 1 << 16) -> None:
+    """Make sure that the cache can be written and has room for ``size`` bytes, before work is done for it.
+
+    Raises:
+        UserError: it cannot, or it has not.
+    """
+    root = cache_directory()
+    with file_errors(root, size):
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root) as probe:
+            probe.write(bytes(size))
+            probe.flush()
+            os.fsync(probe.fileno())
+
+
+def clear_leftovers() -> None:
+    """Remove what processes that were killed while they filled the cache left in it and in its folders."""
+    root = cache_directory()
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    for folder in (root, *folders):
+        files.clear_leftovers(folder)

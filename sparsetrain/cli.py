@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Sequence
+from contextlib import redirect_stderr
 from io import StringIO
-from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from types import FrameType
-from typing import Any
-from uuid import uuid4
 
-from sparsetrain import __version__
-from sparsetrain.errors import UserError, check_choice, nearest
-from sparsetrain.files import file_errors
+from sparsetrain import __version__, process
+from sparsetrain.errors import UserError, nearest, single_line
+from sparsetrain.files import NO_SPACE, file_errors, typed_path
 
 ABOUT = {
     "data": "Download or read a corpus, train its tokenizer, write its token files.",
@@ -76,51 +71,58 @@ EXAMPLES = {
 }
 
 PLAIN = ("report", "sweep", "mask")  # verbs that take paths, not settings
-HYDRA_FLAGS = ("--cfg", "-c", "--resolve", "--package", "-p", "--info", "-i", "--config-dir", "-cd", "--hydra-help")
-MULTIRUN_FLAGS = ("-m", "--multirun")
-FORCE = "--force"  # is short for force=true
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, 1 for a diverged run, 2 for input that cannot be used."""
+    """Run the command line and return its exit status; for the statuses see `sparsetrain.process`."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with _terminations(), warnings.catch_warnings():
+        with process.handled(process.Stop()), warnings.catch_warnings():
             # The line that describes the model counts its empty rows; one warning a layer would bury it.
             warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
-            return _run(given)
-    except UserError as error:
-        print(f"sparsetrain: {_single_line(error)}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stop:
-        print("sparsetrain: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        return 143 if isinstance(stop, _Terminated) else 130
+            try:
+                status = _run(given)
+                sys.stdout.flush()  # here, where a failure is still told from an error of the run
+                return status
+            except UserError as error:
+                return _refused(single_line(error))
+            except KeyboardInterrupt as stop:
+                print(f"sparsetrain: {process.INTERRUPTED}", file=sys.stderr)
+                return 143 if isinstance(stop, process.Terminated) else 130
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                return _refused(_system_error(error))
+    except BrokenPipeError:
+        if process.nobody_reads():
+            return process.NOBODY_READS
+        raise
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich has turned the one into the other
+            return process.NOBODY_READS
+        raise
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM outside a training loop, which has handlers of its own."""
+def _refused(line: str) -> int:
+    print(f"sparsetrain: {line}", file=sys.stderr)
+    return 2
 
 
-@contextmanager
-def _terminations() -> Iterator[None]:
-    """Make SIGTERM end the program as Ctrl-C does: temporary files are removed and a line says how to go on."""
+def _system_error(error: OSError) -> str:
+    """Return what the system refused as one line; it names the file.
 
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise _Terminated
-
+    Raises:
+        OSError: ``error`` itself, where it is neither about room nor about a name or a right.
+    """
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # only the main thread may set handlers
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _single_line(error: BaseException) -> str:
-    return " ".join(str(error).split("\n"))
+        with file_errors(place or Path("the disk or the output")):
+            raise error
+    except UserError as refused:
+        if error.errno in NO_SPACE:
+            process.silence(1)  # what Python has not written, which it would try again at its end
+            return single_line(refused)
+        return f"{place}: {error.strerror}" if place else single_line(refused)
 
 
 def _run(given: list[str]) -> int:
@@ -138,87 +140,25 @@ def _run(given: list[str]) -> int:
         return 0
     if verb in PLAIN:
         return {"report": _report, "sweep": _sweep, "mask": _mask}[verb](rest)
-    rest = ["force=true" if word == FORCE else word for word in rest]
-    options = [word.partition("=")[0] for word in rest if word.startswith("-")]
-    for word in options:
-        known = (*MULTIRUN_FLAGS, *HYDRA_FLAGS, FORCE, "--help")
-        if word not in known:
-            raise UserError(f"no option '{word}'{nearest(word, known)}; settings are written key=value")
-    if options:
-        return _through_hydra(verb, rest)
     return _execute(verb, rest)
 
 
-def _execute(verb: str, overrides: list[str]) -> int:
+def _execute(verb: str, words: list[str]) -> int:
     from sparsetrain.config import load
+    from sparsetrain.multirun import Words, run_multirun, show
+    from sparsetrain.verbs import start
 
-    return _start(verb, load(verb, overrides), shlex.join(["sparsetrain", verb, *overrides]))
-
-
-def _start(verb: str, config: Any, command: str) -> int:
-    """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
-    from sparsetrain import stages
-    from sparsetrain.bench import bench
-    from sparsetrain.training.state import Diverged, Interrupted
-
-    runs: dict[str, Callable[[Any], Any]] = {
-        "data": _data,
-        "pretrain": stages.pretrain,
-        "finetune": stages.finetune,
-        "prompt": stages.prompt,
-        "pipeline": stages.pipeline,
-        "coord-check": stages.coord_check,
-        "tune": stages.tune,
-        "bench": bench,
-        "generate": lambda settings: print(stages.generate(settings)),
-    }
+    given = Words.of(verb, words)
+    command = shlex.join(["sparsetrain", verb, *words])
     try:
-        result = runs[verb](config)
-    except Diverged as error:
-        print(f"sparsetrain: diverged: {_single_line(error)}", file=sys.stderr)
-        return 1
-    except Interrupted as error:
-        print(f"sparsetrain: {_single_line(error)}: {command}", file=sys.stderr)
-        return error.exit_code
-    if verb == "pipeline":
-        return 1 if result.values.get("diverged") else 0
-    if isinstance(result, stages.RunResult):
-        _summary(result)
-    return 0
-
-
-def _data(config: Any) -> None:
-    from rich.console import Console
-
-    from sparsetrain.data import load_task, prepare
-    from sparsetrain.stages.pipeline import overlap_caveat
-
-    console = Console()
-    corpus = prepare(config.data, progress=True, console=console)
-    for split, counts in corpus.manifest["splits"].items():
-        entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
-        console.print(f"{split}: {', '.join(entries)}", highlight=False)
-    console.print(f"licence: {corpus.manifest['licence']}", highlight=False, soft_wrap=True)
-    if config.task is not None:
-        task = load_task(config.task)
-        console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
-        overlap = task.overlap(corpus.train_ids())
-        console.print(f"test documents in the training text: {overlap}", highlight=False)
-        for sentence in overlap_caveat(corpus):
-            console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
-
-
-def _summary(result: Any) -> None:
-    shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
-    parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
-    print("; ".join([f"{result.values['stage']}: {result.values['status']}", *([", ".join(parts)] if parts else [])]))
-    print(f"run directory: {result.directory}")
-
-
-def _number(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_number(item) for item in value) + "]"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+        if given.asks:
+            show(verb, given)
+            return 0
+        if given.multirun:
+            return run_multirun(verb, given, command)
+        return start(verb, load(verb, given.overrides), command)
+    except UserError as error:
+        raise UserError(given.said(error)) from None
 
 
 def _report(words: list[str]) -> int:
@@ -228,17 +168,15 @@ def _report(words: list[str]) -> int:
 
     if len(words) != 1:
         raise UserError(f"report takes one run directory, not {len(words)}: sparsetrain report RUN_DIR")
-    show_run(Path(words[0]), Console())
+    show_run(typed_path(words[0], "RUN_DIR"), Console())
     return 0
 
 
 def _sweep_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("sparsetrain sweep", add_help=False, exit_on_error=False)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUNS", help="run directories, directories of them, or results.csv"
-    )
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, directories of them, or results.csv")
     parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where results.csv, optima.csv and figure.png go")
+    parser.add_argument("--out", metavar="DIR", help="where results.csv, optima.csv and figure.png go")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")
     parser.add_argument("--search", action="store_true", help="a random search: rank the points instead of curves")
     return parser
@@ -262,7 +200,9 @@ def _sweep(words: list[str]) -> int:
         raise UserError(f"sweep: {said.getvalue().strip().splitlines()[-1].partition('error: ')[2]}") from None
     if given.seeds < 1:
         raise UserError(f"--seeds={given.seeds} must be at least 1")
-    show_sweep(given.runs, given.x, given.out, given.seeds, given.search, Console())
+    places = [typed_path(place, "RUNS") for place in given.runs]
+    out = None if given.out is None else typed_path(given.out, "--out")
+    show_sweep(places, given.x, out, given.seeds, given.search, Console())
     return 0
 
 
@@ -278,83 +218,9 @@ def _mask(words: list[str]) -> int:
     paths = [word for word in words[1:] if not word.startswith("picture=")]
     if len(paths) != 1 or len(pictures) > 1 or "" in pictures:
         raise UserError("mask inspect takes one path and at most one picture=FILE")
-    inspect_masks(Path(paths[0]), Console(), Path(pictures[0]) if pictures else None)
+    picture = typed_path(pictures[0], "picture") if pictures else None
+    inspect_masks(typed_path(paths[0], "PATH"), Console(), picture)
     return 0
-
-
-def _through_hydra(verb: str, rest: list[str]) -> int:
-    """Hand a multirun, or a question about the configuration, to Hydra's own command line."""
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    from sparsetrain.config import check, complete, config_directory, one_line, register, with_sweep
-
-    flags = [word for word in rest if word.startswith("-")]
-    values = {
-        rest[place + 1] for place, word in enumerate(rest[:-1]) if word in HYDRA_FLAGS and "=" not in rest[place + 1]
-    }
-    overrides = complete(word for word in rest if not word.startswith("-") and word not in values)
-    for flag, value in pairwise([*(part for word in rest for part in word.split("=", 1)), ""]):
-        if flag in ("--cfg", "-c"):
-            check_choice(flag, value, ("job", "hydra", "all"))
-    sweep = any(word in MULTIRUN_FLAGS for word in flags)
-    check(verb, overrides, sweep=sweep)
-    if sweep:
-        overrides = with_sweep(verb, overrides)
-        check(verb, overrides, sweep=True)
-        if verb == "pretrain" and not values:
-            _print_cost(overrides)
-    register()
-    # Hydra would otherwise replace the error of a job by a page of its own.
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
-    launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
-    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *flags, *sorted(values), *overrides]
-    command = shlex.join(["sparsetrain", verb, *rest])
-    try:
-        # Here and not in a temporary directory: the points of a sweep may run on other machines that share this one.
-        with file_errors(Path.cwd()), TemporaryDirectory(prefix=".sweep-", dir=Path.cwd()) as failures:
-            launch(_Job(verb, overrides, command, Path(failures)))()
-            return max((int(path.name.partition("-")[0]) for path in Path(failures).iterdir()), default=0)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(one_line(error)) from None
-    finally:
-        sys.argv = before
-
-
-def _print_cost(overrides: list[str]) -> None:
-    """Say what a sweep takes before it starts."""
-    from rich.console import Console
-
-    from sparsetrain.config import points
-    from sparsetrain.stages.sweep import sweep_cost
-
-    console = Console()
-    console.print(sweep_cost(points("pretrain", overrides), console).describe(), highlight=False, soft_wrap=True)
-
-
-class _Job:
-    """One point of a multirun. A class, so that a launcher can send it to another process.
-
-    What fails is said at once and noted in the directory ``failures``, and the sweep goes on with its other points;
-    an exception would make Hydra say it again in its own words.
-    """
-
-    def __init__(self, verb: str, overrides: list[str], command: str, failures: Path) -> None:
-        self.verb, self.overrides, self.command, self.failures = verb, overrides, command, failures
-
-    def __call__(self, tree: Any) -> None:
-        from sparsetrain.config import convert
-
-        try:
-            status = _start(self.verb, convert(self.verb, tree, self.overrides), self.command)
-        except UserError as error:
-            print(f"sparsetrain: {_single_line(error)}", file=sys.stderr, flush=True)
-            status = 2
-        if status > 2:
-            raise KeyboardInterrupt
-        if status:
-            (self.failures / f"{status}-{uuid4().hex}").touch()
 
 
 def _help() -> str:

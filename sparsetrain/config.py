@@ -6,19 +6,17 @@ import copy
 import dataclasses
 import functools
 import itertools
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, ValueType
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,7 +24,19 @@ import sparsetrain
 from sparsetrain.bench import BenchConfig
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, nearest
+from sparsetrain.inherited import inherit, use_paths
 from sparsetrain.models import ModelConfig
+from sparsetrain.overrides import (
+    SEARCH_PATH,
+    added_folders,
+    check_enumerable,
+    complete,
+    parse,
+    plain_value,
+    quoted,
+    text_settings,
+    with_interpolation,
+)
 from sparsetrain.stages import (
     CoordinatesConfig,
     FinetuneConfig,
@@ -36,11 +46,8 @@ from sparsetrain.stages import (
     PromptConfig,
     TuneConfig,
 )
-from sparsetrain.stages.config import build, differences
+from sparsetrain.stages.config import build
 from sparsetrain.stages.resolvers import register_resolvers
-from sparsetrain.stages.run import TOKENIZER, read_config
-
-SCHEDULES = ("schedule", "pipeline.finetune.schedule", "pipeline.prompt.schedule")
 
 
 @dataclasses.dataclass
@@ -101,24 +108,26 @@ def register() -> None:
     register_resolvers()
 
 
-def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
+def with_sweep(verb: str, overrides: Iterable[str]) -> tuple[list[str], bool]:
     """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
 
     One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
+    With them, whether the launcher has processes of its own for the points.
     """
     given = list(overrides)
-    parsed = OverridesParser.create().parse_overrides(given)
+    parsed = parse(given)
     single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     tree = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True)
+    parallel = not str(tree.hydra.launcher.get("_target_")).endswith(".BasicLauncher")
     params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
     keys = {override.key_or_group for override in parsed}
-    added = [f"{key}={value}" for key, value in params.items() if key not in keys]
-    return [*added, *given, "hydra.sweeper.params=null"] if params else given
+    added = as_typed(verb, [f"{key}={value}" for key, value in params.items() if key not in keys], sweep=True)
+    return ([*added, *given, "hydra.sweeper.params=null"] if params else given), parallel
 
 
 def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:
     """Yield the configuration of every point of a multirun, or None for one that is refused."""
-    parsed = [o for o in OverridesParser.create().parse_overrides(list(overrides)) if not _is_hydras(o)]
+    parsed = [o for o in parse(overrides) if not _is_hydras(o) or o.key_or_group == SEARCH_PATH]
     choices = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
@@ -136,34 +145,26 @@ def _is_hydras(override: Override) -> bool:
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
-def groups(verb: str) -> dict[str, list[str]]:
-    """Return the configuration groups of a verb and the options of each, null among them where it is the default."""
+def groups(verb: str, folders: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """Return the configuration groups of a verb and the options of each, null among them where it is the default.
+
+    Args:
+        folders: directories that were added to the library's own.
+    """
     members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
+    added = list(folders)
     return {
-        name: options(name) + ([] if default else ["null"])
+        name: sorted({*options(name), *(option for folder in added for option in options(name, folder))})
+        + ([] if default else ["null"])
         for name, default in entries
         if not name.startswith("override")
     }
 
 
-def options(group: str) -> list[str]:
+def options(group: str, folder: Path | None = None) -> list[str]:
     """Return the names of the files of a group."""
-    return sorted(path.stem for path in (config_directory() / group).glob("*.yaml"))
-
-
-def complete(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides, with ``schedule.tokens=null`` added to ``schedule.steps=...`` and the reverse.
-
-    The length of a run can be said in either, and the one on the command line wins.
-    """
-    given = list(overrides)
-    keys = {text.split("=", 1)[0].lstrip("+") for text in given}
-    for section in SCHEDULES:
-        for said, other in (("steps", "tokens"), ("tokens", "steps")):
-            if f"{section}.{said}" in keys and f"{section}.{other}" not in keys:
-                given.append(f"{section}.{other}=null")
-    return given
+    return sorted(path.stem for path in ((folder or config_directory()) / group).glob("*.yaml"))
 
 
 def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
@@ -171,11 +172,11 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
 
     Several values for one key are wrong too, unless for a ``sweep``; there each must be of the right type.
     """
-    try:
-        parsed = OverridesParser.create().parse_overrides(overrides)
-    except OverrideParseException as error:
-        raise UserError(f"cannot read the override: {str(error).splitlines()[0]}") from None
-    known_groups = groups(verb)
+    parsed = parse(overrides)
+    added = added_folders(parsed)
+    known_groups = groups(verb, added)
+    for override in parsed:
+        check_enumerable(override, override.key_or_group in known_groups)
     tree = _with_optional_groups(verb, parsed, known_groups)
     for override in parsed:
         key = override.key_or_group
@@ -190,11 +191,14 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                     if not hint and f"{key}.{key}" in flat(tree):  # sparsity=0.75
                         hint = f" (did you mean '{key}.{key}={choice}'?)"
                     raise UserError(f"{key}={choice} is not one of {', '.join(known_groups[key])}{hint}")
+                for folder in added:
+                    if choice in options(key, folder) and choice in options(key):
+                        raise UserError(f"{key}={choice}: the library has one of this name; rename that in {folder}")
             continue
         _check_key(verb, key, tree, known_groups)
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             for value in override.sweep_iterator():
-                _check_type(key, value, tree)
+                _check_type(key, plain_value(value), tree)
 
 
 def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: Mapping[str, list[str]]) -> DictConfig:
@@ -203,10 +207,12 @@ def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: M
     chosen = [
         f"{override.key_or_group}={choice}"
         for override in parsed
+        if override.key_or_group in known_groups
         for choice in _choices(override)[:1]
-        if choice in known_groups.get(override.key_or_group, ()) and tree.get(override.key_or_group, 0) is None
+        if choice in known_groups[override.key_or_group] and tree.get(override.key_or_group, 0) is None
     ]
-    return _load(verb, chosen) if chosen else tree
+    search = [str(override.input_line) for override in parsed if override.key_or_group == SEARCH_PATH]
+    return _load(verb, chosen + search) if chosen else tree
 
 
 def _choices(override: Override) -> list[str]:
@@ -262,47 +268,37 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
     Raises:
         UserError: an unknown key or choice, a value of the wrong type or out of range; a single line.
     """
-    given = complete(quoted(verb, overrides))
+    given = complete(as_typed(verb, overrides))
     check(verb, given)
     return convert(verb, _load(verb, given), given)
 
 
-def quoted(verb: str, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides with quotes around the text of settings that hold text.
-
-    Hydra's grammar gives commas, brackets, equals signs and quotes a meaning that they do not have in a sentence or in
-    the name of a file. A value that is quoted already, and an interpolation, stay as they are.
-    """
-    texts = _texts(ROOTS[verb])
-    result = []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        plain = re.fullmatch(r"[\w./:+@%*-]*", value)
-        given = value[:1] in ("'", '"') and value[-1:] == value[:1] and len(value) > 1
-        if equals and key.lstrip("+") in texts and not plain and not given and not value.startswith("${"):
-            escaped = value.replace("'", "\\'")
-            override = f"{key}='{escaped}'"
-        result.append(override)
-    return result
-
-
-def _texts(kind: type, prefix: str = "") -> set[str]:
-    """Return the settings of a configuration whose value is text."""
-    found = set()
-    for name, hint in get_type_hints(kind).items():
-        arms = (hint, *getattr(hint, "__args__", ()))
-        if str in arms and get_origin(hint) is not list:
-            found.add(prefix + name)
-        for arm in arms:
-            if isinstance(arm, type) and dataclasses.is_dataclass(arm):
-                found |= _texts(arm, f"{prefix}{name}.")
-    return found
+def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[str]:
+    """Return overrides for Hydra in which text stands as it was typed; see `overrides.quoted`."""
+    leaves = flat(defaults(verb))
+    return quoted(overrides, text_settings(_schema(ROOTS[verb])), leaves.__contains__, sweep)
 
 
 @functools.cache
 def defaults(verb: str) -> DictConfig:
     """Return the configuration of a verb without any override, not to be changed."""
     return _load(verb, [])
+
+
+def as_file(verb: str, overrides: list[str], resolve: bool) -> dict[str, Any]:
+    """Return the configuration as a file would hold it, but text as it was typed; ``resolve`` the interpolations."""
+    try:
+        plain = OmegaConf.to_container(_load(verb, overrides), resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
+    assert isinstance(plain, dict)
+    settings = text_settings(_schema(ROOTS[verb]))
+    for key in {text.partition("=")[0].lstrip("+") for text in overrides} & settings.keys():
+        *sections, name = key.split(".")
+        section: Any = functools.reduce(dict.__getitem__, sections, plain)
+        if not resolve and isinstance(section[name], str):
+            section[name] = with_interpolation(section[name])
+    return {str(key): value for key, value in plain.items()}
 
 
 def _load(verb: str, overrides: list[str], hydra: bool = False) -> DictConfig:
@@ -317,12 +313,13 @@ def _load(verb: str, overrides: list[str], hydra: bool = False) -> DictConfig:
 
 def one_line(error: BaseException) -> str:
     """Return what Hydra and OmegaConf say in several lines and layers as one line, the innermost cause last."""
-    parts = [str(error).splitlines()[0]]
-    cause = error.__cause__
+    parts = [str(getattr(error, "full_key", None) or "")]
+    cause: BaseException | None = error
     while cause is not None:
-        parts.append(str(cause).splitlines()[0])
+        said = (str(cause).splitlines() or [""])[0]
+        parts.append(said.removeprefix("UserError raised while resolving interpolation: "))
         cause = cause.__cause__
-    return ": ".join(dict.fromkeys(parts))
+    return ": ".join(dict.fromkeys(filter(None, parts)))
 
 
 def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
@@ -333,36 +330,10 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
         raise UserError(one_line(error)) from None
     assert isinstance(plain, dict)
     values = {str(key): value for key, value in plain.items()}
+    use_paths(values)
     if verb in ("pretrain", "finetune", "prompt") and values.get("init_from"):
-        _inherit(verb, values, [text.split("=", 1)[0].lstrip("+") for text in overrides])
+        inherit(verb, values, [text.split("=", 1)[0].lstrip("+") for text in overrides])
     return build(ROOTS[verb], values)
-
-
-def _inherit(verb: str, values: dict[str, Any], overridden: list[str]) -> None:
-    """Take model, parameterization, masks and (but for pre-training) data from the run that is started from."""
-    directory = Path(values["init_from"])
-    if not directory.is_dir():
-        raise UserError(f"init_from={directory}: no such run directory")
-    saved = read_config(directory)
-    if "pipeline" in saved:
-        stages = sorted(str(path.parent) for path in directory.glob("*/*/config.yaml"))
-        raise UserError(f"init_from={directory} is a pipeline; choose one of its stages: {', '.join(stages)}")
-    for section in ("model", "sparsity"):
-        for key in overridden:
-            if key == section or key.startswith(f"{section}."):
-                changed = differences(values[section], saved[section], section)
-                asked = [text for text in changed if key == section or text.startswith(f"{key}=")]
-                if asked:
-                    raise UserError(f"init_from={directory}: its checkpoint has another shape: {asked[0]}")
-        values[section] = saved[section]
-    inherited = ["parameterization"] if verb == "pretrain" else ["parameterization", "data"]
-    for section in inherited:
-        if section in overridden:
-            continue
-        own = {key.partition(".")[2] for key in overridden if key.startswith(f"{section}.")}
-        values[section] = {**saved[section], **{key: values[section][key] for key in own}}
-    if verb == "pretrain" and values["data"]["tokenizer_path"] is None:
-        values["data"]["tokenizer_path"] = str(directory / TOKENIZER)
 
 
 def describe(verb: str) -> str:

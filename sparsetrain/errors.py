@@ -21,6 +21,11 @@ class NotFiniteError(UserError):
     """
 
 
+def single_line(error: BaseException) -> str:
+    """Return what an error says as one line."""
+    return " ".join(str(error).split("\n"))
+
+
 def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the option closest to ``word``, or an empty string if none is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)

@@ -19,11 +19,13 @@ ROOT = Path(__file__).parents[1]
 # The house, ground floor first: a part imports from itself and from the parts before it.
 ORDER = [
     *(
+        "process",
         "errors",
         "wrappers",
         "seeds",
         "processor",
         "files",
+        "screen",
         "cache",
         "kernels",
         "sparsity",
@@ -33,7 +35,8 @@ ORDER = [
         "data",
         "optim",
     ),
-    *("training", "scaling", "report", "stages", "bench", "config", "cli"),
+    *("training", "scaling", "report", "stages", "bench"),
+    *("overrides", "inherited", "config", "verbs", "multirun", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")

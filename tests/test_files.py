@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import (
+    clear_leftovers,
     file_errors,
     read_json,
     sha256_of,
+    temporary_directory,
+    typed_path,
     whole_directory,
     whole_file,
     write_json,
@@ -123,3 +127,59 @@ def test_json_round_trip_refuses_nan_and_garbage(tmp_path: Path) -> None:
         read_json(path)
     with pytest.raises(UserError, match=r"cannot read .*absent\.json: No such file"):
         read_json(tmp_path / "absent.json")
+
+
+def test_what_killed_processes_left_is_removed_and_what_live_ones_write_stays(tmp_path: Path) -> None:
+    """The lock tells them apart: a file and a directory of each kind, and names that are not ours."""
+    dead = [".a.txt.abcd_123.part", ".b.abcdefg1.part", ".sweep-abcdefgh", ".download.12345678"]
+    kept = [".a.txt.part", "a.txt.abcdefgh.part", ".sweep-other", ".lock", ".abcdefgh.part", ".keep"]
+    for name in (dead[0], *kept):
+        (tmp_path / name).write_text("x")
+    for name in dead[1:]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").touch()
+    (tmp_path / ".link.abcdefgh.part").symlink_to(tmp_path / ".keep")
+    with (
+        whole_file(tmp_path / "c") as file,
+        whole_directory(tmp_path / "d") as folder,
+        temporary_directory(tmp_path, ".sweep-") as sweep,
+    ):
+        file.write_text("whole")
+        (folder / "file").touch()
+        clear_leftovers(tmp_path)
+        assert file.exists()
+        assert folder.exists()
+        assert sweep.exists()
+        assert names(tmp_path) == {*kept, ".link.abcdefgh.part", file.name, folder.name, sweep.name}
+    assert names(tmp_path) == {*kept, ".link.abcdefgh.part", "c", "d"}
+    assert (tmp_path / "c").read_text() == "whole"
+
+
+def test_writing_a_file_removes_what_was_left_of_the_same_file_alone(tmp_path: Path) -> None:
+    for name in (".a.abcdefgh.part", ".b.abcdefgh.part"):
+        (tmp_path / name).touch()
+    write_text(tmp_path / "a", "x")
+    assert names(tmp_path) == {"a", ".b.abcdefgh.part"}
+
+
+def test_two_that_begin_at_once_do_not_remove_each_others_files(tmp_path: Path) -> None:
+    """Threads stand for processes: a lock belongs to an opened file, not to a process."""
+
+    def write(number: int) -> None:
+        for turn in range(20):
+            with whole_file(tmp_path / f"{number % 2}") as file:
+                file.write_text(f"{number} {turn}")
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(write, range(6)))
+    assert names(tmp_path) == {"0", "1"}
+
+
+def test_a_typed_path_is_that_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for text in ("a/b", "a[1].txt", "1.10", " a ", "日本", "*.txt", "."):
+        assert typed_path(text, "x") == Path(text)
+    assert typed_path("~/a", "x") == tmp_path / "a"
+    for text, said in (("", "empty"), ("~nosuchuser", "no user"), ("a\0", "null byte"), ("x" * 300, "too long")):
+        with pytest.raises(UserError, match=rf"^x\b.*{said}"):
+            typed_path(text, "x")

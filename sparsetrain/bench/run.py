@@ -23,7 +23,7 @@ from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, whole_file, write_json, write_text
+from sparsetrain.files import clear_leftovers, file_errors, whole_file, write_json, write_text
 from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
@@ -212,6 +212,7 @@ def _claimed(directory: Path) -> Iterator[None]:
         lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        clear_leftovers(directory)
         yield
     except BlockingIOError:
         raise UserError(f"run_dir={directory} is in use by another process; wait for it or choose another") from None

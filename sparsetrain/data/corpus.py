@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from sparsetrain.cache import cache_directory, whole_directory
+from sparsetrain.cache import cache_directory, clear_leftovers, whole_directory
 from sparsetrain.data.hub import HubDataset
 from sparsetrain.data.medline import Medline
 from sparsetrain.data.sources import Document, LocalFiles, Source
@@ -37,6 +37,7 @@ from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from sparsetrain.data.tokens import TokenFile, token_dtype
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import sha256_of
+from sparsetrain.screen import say
 
 _FORMAT = 1  # of a corpus directory; a new number makes every corpus build again
 _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
@@ -147,6 +148,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     cannot be read or used, and for a full disk; nothing half written stays.
     """
     screen = console or Console()
+    clear_leftovers()
     source = _source(config)
     given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
     key = _key(config, source, given)
@@ -161,7 +163,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
                 _build(temporary, config, source, given, key, display)
     corpus = replace(open_corpus(directory), cached=cached)
     if progress:
-        screen.print(corpus.describe(), soft_wrap=True, highlight=False, markup=False)
+        say(screen, corpus.describe())
     return corpus
 
 

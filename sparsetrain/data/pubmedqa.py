@@ -15,6 +15,7 @@ from sparsetrain.data.hub import load_rows
 from sparsetrain.data.labelled import Example, Task, take
 from sparsetrain.data.split import position
 from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
 
 LABELS = ("yes", "no", "maybe")
 QUESTIONS_FILE = "ori_pqal.json"
@@ -89,7 +90,7 @@ def load(path: str | None, n_train: int, n_validation: int, n_test: int, seed: i
     ``path`` is a directory that holds the two files of the public repository; None takes the hub's copy. Which
     question is in which split depends on neither ``seed`` nor the counts.
     """
-    examples, test_ids = _from_directory(Path(path).expanduser()) if path is not None else _from_hub()
+    examples, test_ids = _from_directory(typed_path(path, "task.path")) if path is not None else _from_hub()
     test = [example for example in examples if example.id in test_ids]
     rest = sorted(
         (example for example in examples if example.id not in test_ids),

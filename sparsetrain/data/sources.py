@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsetrain.errors import UserError, nearest
-from sparsetrain.files import sha256_of
+from sparsetrain.files import sha256_of, typed_path
 
 _CUT_CHARACTERS = 1000
 _READERS = (".txt", ".jsonl", ".parquet")
@@ -213,7 +213,7 @@ def find_files(path: str) -> list[Path]:
     A directory is searched through its subdirectories. Raises `UserError` if there is no file, if one is empty, or
     if its suffix is none of ``.txt``, ``.jsonl``, ``.parquet``.
     """
-    place = Path(path).expanduser()
+    place = typed_path(path, "data.path")
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
         if not files:

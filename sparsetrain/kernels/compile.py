@@ -29,6 +29,7 @@ import numpy as np
 from llvmlite import binding
 
 from sparsetrain.cache import cache_directory
+from sparsetrain.files import typed_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -67,7 +68,7 @@ def fingerprint(folder: Path | None = None) -> str:
 def compiled_directory() -> Path:
     """Return where compiled kernels lie: below ``SPARSETRAIN_KERNEL_CACHE``, else the library's cache."""
     given = os.environ.get(CACHE)
-    return (Path(given).absolute() if given else cache_directory() / "kernels") / fingerprint()
+    return (typed_path(given, CACHE).absolute() if given else cache_directory() / "kernels") / fingerprint()
 
 
 @contextmanager

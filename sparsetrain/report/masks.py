@@ -17,6 +17,7 @@ from sparsetrain.files import file_errors
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, clean, percent
+from sparsetrain.screen import say
 from sparsetrain.sparsity.exploration import unpack_bits
 from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
 from sparsetrain.sparsity.pattern import SparsityPattern
@@ -60,7 +61,7 @@ def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> 
         if _is_checkpoint(path):  # whose files are listed in its manifest: nothing is added to it
             picture = path.parent.parent / f"masks-{path.name}.png"
     draw_masks(masks, picture)
-    console.print(f"picture: {picture}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"picture: {picture}")
 
 
 def read_masks(path: Path) -> list[InspectedMask]:

@@ -29,6 +29,7 @@ INCIDENTAL = (
 )
 
 PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
+RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
 
 TRAINABLE = ("prompt", "both")
 PROMPT_STARTS = ("pretrain", "finetune")
@@ -258,7 +259,7 @@ def as_plain(config: Any) -> dict[str, Any]:
     plain = asdict(config)
     for section, name in PATHS:
         if plain.get(section) and plain[section].get(name) is not None:
-            plain[section][name] = os.path.abspath(plain[section][name])
+            plain[section][name] = os.path.abspath(os.path.expanduser(plain[section][name]))
     return plain
 
 

@@ -25,6 +25,7 @@ from sparsetrain.parameterization.rules import SCHEMES
 from sparsetrain.report.coordinates import coordinates_figure, coordinates_sheets
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration
+from sparsetrain.screen import say
 from sparsetrain.seeds import derive_seed
 from sparsetrain.stages.config import RunConfig, fingerprint, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors, training
@@ -153,7 +154,7 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
         print_sheets(coordinates_sheets(found, axis), console)
         verdicts = judge(config.check, rows, found)
         for scheme, verdict in verdicts.items():
-            console.print(f"{scheme}: {verdict['text']}", highlight=False, soft_wrap=True)
+            say(console, f"{scheme}: {verdict['text']}")
         if done is not None:
             return done
         _write_table(rows, directory / TABLE)
@@ -242,11 +243,10 @@ def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, consol
                 # One write a trial: a kill leaves whole lines, or a last one that is thrown away.
                 stream.write(json.dumps([list(key), [asdict(row) for row in trial_rows]]) + "\n")
             scheme, value, seed = key
-            console.print(
+            say(
+                console,
                 f"coord-check {number + 1}/{len(wanted)}  {scheme} {config.check.axis} {value:g} seed {seed}  "
                 f"{duration(clock.seconds())}",
-                highlight=False,
-                soft_wrap=True,
             )
         rows += trial_rows
     return rows

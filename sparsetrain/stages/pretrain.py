@@ -21,6 +21,7 @@ from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
+from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
 from sparsetrain.stages.backends import backends, settle_backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
@@ -312,9 +313,8 @@ def describe(model: Transformer, precision: str, device: torch.device, console: 
     layers = list(sparse_layers(model))
     empty = sum(layer.pattern.empty_rows for _, layer in layers)
     warning = f"; {empty} outputs have no weight at all" if empty else ""
-    console.print(
+    say(
+        console,
         f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends(model)}, "
         f"{device.type}, {precision}{warning}",
-        highlight=False,
-        soft_wrap=True,
     )

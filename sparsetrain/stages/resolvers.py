@@ -16,6 +16,9 @@
 from __future__ import annotations
 
 import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -61,8 +64,27 @@ def draw(name: str, low: float, high: float, *, _root_: DictConfig) -> float:
     return float(f"{low * (high / low) ** share:.3g}")
 
 
+def _checked(resolver: Callable[..., Any]) -> Callable[..., Any]:
+    """Have wrong arguments of a resolver refused in words."""
+
+    @functools.wraps(resolver)
+    def call(*arguments: Any, _root_: DictConfig) -> Any:
+        said = f"${{{resolver.__name__}:{','.join(map(str, arguments))}}}"
+        try:
+            return resolver(*arguments, _root_=_root_)
+        except UserError:
+            raise
+        except (TypeError, ValueError, ArithmeticError) as error:
+            names = ",".join(name for name in inspect.signature(resolver).parameters if name != "_root_")
+            raise UserError(
+                f"{said}: it must be ${{{resolver.__name__}:{names.upper()}}} of numbers ({error})"
+            ) from None
+
+    return call
+
+
 @functools.cache
 def register_resolvers() -> None:
     """Make the resolvers known to OmegaConf."""
     for resolver in (heads, base_width, aspect, iso_sparsity, draw):
-        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+        OmegaConf.register_new_resolver(resolver.__name__, _checked(resolver), replace=True)

@@ -22,9 +22,11 @@ from torch import Tensor
 import sparsetrain
 from sparsetrain.data import Corpus, Tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, read_json, sha256_of, whole_file, write_json, write_text
+from sparsetrain.files import clear_leftovers, file_errors, read_json, sha256_of, whole_file, write_json, write_text
 from sparsetrain.processor import cpuinfo
+from sparsetrain.screen import say
 from sparsetrain.stages.config import RunConfig, as_plain, differences
+from sparsetrain.training import checkpoint
 from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.training.state import Diverged
 
@@ -132,6 +134,9 @@ def claimed(directory: Path, config: RunConfig, origin: Origin) -> Iterator[RunR
             raise UserError(
                 f"run_dir={directory} is in use by another process; wait for it or choose another"
             ) from None
+        with file_errors(directory):
+            clear_leftovers(directory)
+            checkpoint.clear_leftovers(directory / CHECKPOINTS)
         ours = {**as_plain(config), "corpus": origin.corpus, "source": origin.source}
         fresh = not (directory / CONFIG).exists()
         try:
@@ -177,7 +182,7 @@ def skipped(done: RunResult, console: Console) -> RunResult:
     """
     if done.values.get("status") == "diverged":
         raise Diverged(f"{done['message']} (as recorded in {done.directory}; delete it to try again)")
-    console.print(f"{done['stage']}: already done in {done.directory}", highlight=False, soft_wrap=True, markup=False)
+    say(console, f"{done['stage']}: already done in {done.directory}")
     return done
 
 

@@ -34,6 +34,7 @@ from sparsetrain.report.sweep import (
 from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
+from sparsetrain.screen import say
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pretrain import memory_of, run_directory
@@ -314,9 +315,9 @@ def show_sweep(
     console = console or Console()
     found = collect(places, apart=search)
     x = "lr" if x == "optimizer.lr" else x
-    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    tell = functools.partial(say, console)
     diverged = sum(row["status"] == "diverged" for row in found.rows)
-    say(f"{len(found.rows)} finished runs, {diverged} of them diverged; {len(found.unfinished)} unfinished")
+    tell(f"{len(found.rows)} finished runs, {diverged} of them diverged; {len(found.unfinished)} unfinished")
     if search:
         knobs = search_knobs(found.rows, ["lr", *found.varied])
         print_sheets([search_sheet(found.rows, knobs)], console)
@@ -325,12 +326,12 @@ def show_sweep(
         lines = lines_of(found.rows, x, extra)
         print_sheets([optima_sheet(lines, x, extra)], console)
         for sentence in findings(lines, extra):
-            say(f"- {sentence}")
+            tell(f"- {sentence}")
         commands = next_commands(lines, x, extra, range(seeds))
         if commands:
-            say("to run next, each line at the end of the sweep's command:")
+            tell("to run next, each line at the end of the sweep's command:")
         for command in commands:
-            say(f"  {command}")
+            tell(f"  {command}")
     if out is None:
         return
     with file_errors(out):
@@ -341,4 +342,4 @@ def show_sweep(
     else:
         write_optima(lines, out / "optima.csv", extra)
         sweep_figure(lines, x, out / "figure.png", extra)
-    say(f"written: {', '.join(sorted(path.name for path in out.glob('*.[cp][sn][vg]')))} in {out}")
+    tell(f"written: {', '.join(sorted(path.name for path in out.glob('*.[cp][sn][vg]')))} in {out}")

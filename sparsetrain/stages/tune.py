@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
+from sparsetrain.screen import say
 from sparsetrain.sparsity.auto import Crossover, save, table_name
 from sparsetrain.sparsity.tuning import BLOCKS, DTYPES, SIDES, TOKENS, measure
 from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
@@ -65,6 +67,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
 
 
 def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
+    check_room()  # it would be a pity to find out after an hour
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
@@ -82,7 +85,7 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
     for name, table in tables.items():
         for index, count in enumerate(threads):
             console.print(_shown(name, table, index, count))
-    console.print(f"measured in {time.monotonic() - started:.0f} s; saved in {path}", highlight=False, soft_wrap=True)
+    say(console, f"measured in {time.monotonic() - started:.0f} s; saved in {path}")
     return path
 
 

@@ -48,6 +48,7 @@ __all__ = [
     "Checkpoint",
     "OptimizerTensors",
     "checkpoint_name",
+    "clear_leftovers",
     "list_checkpoints",
     "load_checkpoint",
     "optimizer_tensors",
@@ -133,8 +134,11 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def _tidy(directory: Path) -> None:
-    """Clear what an interrupted save left behind."""
+def clear_leftovers(directory: Path) -> None:
+    """Clear what an interrupted save left in a run's ``checkpoints`` directory, which no other process may write to."""
+    if not directory.is_dir():
+        return
+    (directory / _POINTER).unlink(missing_ok=True)
     for path in sorted(directory.iterdir()):
         if path.name.startswith(_REPLACED):
             original = directory / path.name.removeprefix(_REPLACED)
@@ -228,7 +232,7 @@ def save_checkpoint(
         if not directory.is_dir():
             directory.mkdir(parents=True)
             flush(directory.parent)
-        _tidy(directory)
+        clear_leftovers(directory)
         working.mkdir()
         safetensors.torch.save_file(model, working / MODEL)
         safetensors.torch.save_file(optimizer, working / OPTIMIZER)

@@ -8,6 +8,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from sparsetrain.screen import say
+
 LINES_PER_RUN = 10
 
 
@@ -72,6 +74,4 @@ class ProgressBar:
             self.printed = due
             done = step - self.first_step
             left = (now - self.started) / done * (self.total - step) if done else 0.0
-            self.console.print(
-                f"{self.title}  {step}/{self.total}  {numbers}  ETA {left:.0f}s", highlight=False, soft_wrap=True
-            )
+            say(self.console, f"{self.title}  {step}/{self.total}  {numbers}  ETA {left:.0f}s")

@@ -88,6 +88,23 @@ def test_two_processes_on_one_run_directory_are_refused(configure: Configure, tm
     assert pretrain(config, screen).complete
 
 
+def test_what_a_killed_run_left_is_gone_after_the_next(
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    """Also in the directory of a run that is done, in its checkpoints, and in the cache."""
+    (corpora,) = tmp_path.rglob("corpora")
+    before = listing(sparse.directory), listing(corpora)
+    last = max((sparse.directory / "checkpoints").glob("step-*"))
+    for kind in (".removing-", ".writing-", ".replaced-"):
+        shutil.copytree(last, last.with_name(kind + last.name))
+    (last.parent / ".latest").touch()
+    (sparse.directory / ".train_ids.txt.abcdefgh.part").touch()
+    (corpora / ".file-0.abcdefgh.part").mkdir()
+    (corpora / ".file-0.abcdefgh.part" / "train.bin").touch()
+    assert pretrain(configure(PretrainConfig, run_dir=sparse.directory), screen).complete
+    assert (listing(sparse.directory), listing(corpora)) == before
+
+
 def fails_inside(directory: Path, config: PretrainConfig) -> None:
     with claimed(directory, config, Origin("text", None, Tokenizer.bytes(), set())):
         raise UserError("a mistake")

@@ -1,0 +1,228 @@
+"""Overrides, ``key=value``: the value of a setting that holds text arrives as it was typed.
+
+Hydra's grammar gives commas, brackets, equals signs, quotes, digits and ``true`` a meaning that they do not have in a
+sentence or in the name of a file, and OmegaConf gives one to ``${``. The type of the field in the configuration
+decides: the value of a text is put into quotes, here and nowhere else, before either of them reads it.
+
+* A value that is in quotes as a whole, ``'...'`` or ``"..."``, is what stands between them.
+* ``null`` is the absent value of a setting that may have none.
+* ``${name}`` is the value of the setting or the resolver of that name where there is one, but not in prose.
+* In a multirun, commas outside quotes separate several values. Where they might belong to a sentence or to the name of
+  a file, the override is refused, with how to write it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep, ValueType
+from hydra.errors import OverrideParseException
+from omegaconf import OmegaConf
+
+from sparsetrain.errors import UserError
+
+SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for further directories of configurations
+
+# Settings that hold sentences. Any mark in them is text.
+PROSE = ("prompt", "words")
+
+SCHEDULES = ("schedule", "pipeline.finetune.schedule", "pipeline.prompt.schedule")
+
+_MOST_VALUES = 10_000  # of a range
+_QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+_WORD = re.compile(r"[\w./:+@%*~=-]+")  # what is no sentence, and in a multirun one of several values
+_FUNCTION = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)  # Hydra's
+_INTERPOLATION = re.compile(r"\$\{\s*([\w.]+)\s*([:}])")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSetting:
+    """A setting whose value is text. ``optional``: it may be null. ``many``: it is a list of texts."""
+
+    name: str
+    optional: bool
+    many: bool
+
+    @property
+    def prose(self) -> bool:
+        return self.name.rpartition(".")[2] in PROSE
+
+
+def text_settings(schema: type, prefix: str = "") -> dict[str, TextSetting]:
+    """Return the settings of a configuration that hold text, by their dotted names."""
+    found: dict[str, TextSetting] = {}
+    for entry in dataclasses.fields(schema):
+        name, hint = f"{prefix}{entry.name}", entry.type
+        arms = (hint, *getattr(hint, "__args__", ()))
+        if str in arms:
+            found[name] = TextSetting(name, type(None) in arms, get_origin(hint) is list)
+        for arm in arms:
+            if isinstance(arm, type) and dataclasses.is_dataclass(arm) and get_origin(hint) is not list:
+                found |= text_settings(_resolved(arm), f"{name}.")
+    return found
+
+
+@functools.cache
+def _resolved(kind: type) -> type:
+    """Return a dataclass whose field types are types, not their names."""
+    hints = get_type_hints(kind)
+    return dataclasses.make_dataclass(
+        kind.__name__, [(entry.name, hints[entry.name], None) for entry in dataclasses.fields(kind)]
+    )
+
+
+def parse(overrides: Iterable[str]) -> list[Override]:
+    """Return the overrides as Hydra reads them.
+
+    Raises:
+        UserError: one that Hydra cannot read.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise UserError(f"cannot read the override: {'; '.join(str(error).splitlines()[:2])}") from None
+
+
+def check_enumerable(override: Override, group: bool) -> None:
+    """Raise `UserError` for a sweep whose values cannot be counted up, or are too many to be meant.
+
+    Args:
+        group: the key is that of a group, whose files a ``glob`` can match.
+    """
+    if override.value_type == ValueType.INTERVAL_SWEEP:
+        raise UserError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...)")
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP and not group:
+        raise UserError(f"{override.input_line}: only the choices of a group can be matched; use choice(...)")
+    span = override.value()
+    if isinstance(span, RangeSweep):
+        ends = [float(end or 0) for end in (span.start, span.stop, span.step)]
+        if not all(map(math.isfinite, ends)) or ends[2] == 0 or abs((ends[1] - ends[0]) / ends[2]) > _MOST_VALUES:
+            raise UserError(
+                f"{override.input_line} must have finite ends, a step other than 0, and at most {_MOST_VALUES:,} values"
+            )
+
+
+def complete(overrides: Iterable[str]) -> list[str]:
+    """Return the overrides, with ``schedule.tokens=null`` added to ``schedule.steps=...`` and the reverse.
+
+    The length of a run can be said in either, and the one on the command line wins.
+    """
+    given = list(overrides)
+    keys = {text.split("=", 1)[0].lstrip("+") for text in given}
+    for section in SCHEDULES:
+        for said, other in (("steps", "tokens"), ("tokens", "steps")):
+            if f"{section}.{said}" in keys and f"{section}.{other}" not in keys:
+                given.append(f"{section}.{other}=null")
+    return given
+
+
+def search_path_override(folder: Path) -> str:
+    """Return the override that adds a directory of configurations."""
+    return f"{SEARCH_PATH}=[{QuotedString(without_interpolation(f'file://{folder}'), Quote.single).with_quotes()}]"
+
+
+def added_folders(parsed: Iterable[Override]) -> list[Path]:
+    """Return the directories of configurations that overrides add."""
+    given = next((override.value() for override in parsed if override.key_or_group == SEARCH_PATH), None)
+    places = [str(place) for place in given] if isinstance(given, list) else []
+    return [Path(place.removeprefix("file://")) for place in places if "://" not in place.removeprefix("file://")]
+
+
+def quoted(
+    overrides: Iterable[str], settings: dict[str, TextSetting], known: Callable[[str], bool], sweep: bool = False
+) -> list[str]:
+    """Return the overrides with quotes around the text of those settings that hold text.
+
+    Args:
+        known: whether a name is that of a setting, so that ``${name}`` is its value.
+        sweep: commas outside quotes separate several values.
+
+    Raises:
+        UserError: in a sweep, commas of which it is not certain what they mean.
+    """
+    result = []
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        setting = settings.get(key.lstrip("+"))
+        if equals and setting is not None:
+            override = f"{key}={_quoted(setting, value, known, sweep)}"
+        result.append(override)
+    return result
+
+
+def _quoted(setting: TextSetting, value: str, known: Callable[[str], bool], sweep: bool) -> str:
+    if setting.many:
+        inner = value.strip()
+        if not (inner.startswith("[") and inner.endswith("]")) or set(inner[1:-1]) & set("[]{}"):
+            return value  # Hydra's own words for it
+        return f"[{','.join(_one(setting, piece.strip(), known) for piece in _pieces(inner[1:-1]) if piece.strip())}]"
+    pieces = list(_pieces(value)) if sweep else [value]
+    if len(pieces) == 1:
+        return _one(setting, value, known)
+    if _FUNCTION.fullmatch(value) and not setting.prose:
+        return value
+    pieces = [piece.strip() for piece in pieces]
+    if all(_is_quoted(piece) or (_WORD.fullmatch(piece) and not setting.prose) for piece in pieces):
+        return ",".join(_one(setting, piece, known) for piece in pieces)
+    whole = QuotedString(value, Quote.single).with_quotes()
+    raise UserError(
+        f"{setting.name}={value}: in a multirun a comma outside quotes separates values; write quotes inside the "
+        f"shell's around one text with commas, {setting.name}={whole}, or around each: {setting.name}='...','...'"
+    )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield what commas separate, but for commas inside a piece that is in quotes as a whole."""
+    start = 0
+    while True:
+        match = re.compile(rf"\s*(?:{_QUOTED.pattern})\s*(?=,|$)", re.DOTALL).match(text, start)
+        end = match.end() if match else text.find(",", start)
+        if end < 0 or end >= len(text):
+            yield text[start:]
+            return
+        yield text[start:end]
+        start = end + 1
+
+
+def _is_quoted(value: str) -> bool:
+    return _QUOTED.fullmatch(value) is not None
+
+
+def _one(setting: TextSetting, value: str, known: Callable[[str], bool]) -> str:
+    """Return one text in quotes, or null."""
+    if value == "null" and setting.optional and not setting.many:
+        return value
+    text = OverridesParser.create().parse_rule(value, "primitive").text if _is_quoted(value) else value
+    if setting.prose or not any(_names_something(match, known) for match in _INTERPOLATION.finditer(text)):
+        text = without_interpolation(text)
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def _names_something(match: re.Match[str], known: Callable[[str], bool]) -> bool:
+    name, end = match.groups()
+    return OmegaConf.has_resolver(name) if end == ":" else known(name)
+
+
+def without_interpolation(text: str) -> str:
+    """Return what OmegaConf reads as ``text``: each ``${`` with a backslash, and backslashes before it doubled."""
+    return re.sub(r"(\\*)\$\{", lambda match: f"{2 * match[1]}\\${{", text)
+
+
+def with_interpolation(text: str) -> str:
+    """Return the text that `without_interpolation` was given, or one with an interpolation in it as it is."""
+    found = re.findall(r"(\\*)\$\{", text)
+    if any(len(marks) % 2 == 0 for marks in found):
+        return text
+    return re.sub(r"(\\*)\$\{", lambda match: f"{match[1][: len(match[1]) // 2]}${{", text)
+
+
+def plain_value(value: Any) -> Any:
+    """Return a value of a sweep without Hydra's mark that it was in quotes."""
+    return value.text if isinstance(value, QuotedString) else value

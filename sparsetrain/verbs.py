@@ -1,0 +1,74 @@
+"""What each verb does with its complete configuration, and the status that it ends with."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+
+from sparsetrain import stages
+from sparsetrain.bench import bench
+from sparsetrain.data import load_task, prepare
+from sparsetrain.errors import single_line
+from sparsetrain.screen import say
+from sparsetrain.stages.pipeline import overlap_caveat
+from sparsetrain.training.state import Diverged, Interrupted
+
+
+def start(verb: str, config: Any, command: str) -> int:
+    """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
+    runs: dict[str, Callable[[Any], Any]] = {
+        "data": _data,
+        "pretrain": stages.pretrain,
+        "finetune": stages.finetune,
+        "prompt": stages.prompt,
+        "pipeline": stages.pipeline,
+        "coord-check": stages.coord_check,
+        "tune": stages.tune,
+        "bench": bench,
+        "generate": lambda settings: print(stages.generate(settings)),
+    }
+    try:
+        result = runs[verb](config)
+    except Diverged as error:
+        print(f"sparsetrain: diverged: {single_line(error)}", file=sys.stderr)
+        return 1
+    except Interrupted as error:
+        print(f"sparsetrain: {single_line(error)}: {command}", file=sys.stderr)
+        return error.exit_code
+    if verb == "pipeline":
+        return 1 if result.values.get("diverged") else 0
+    if isinstance(result, stages.RunResult):
+        _summary(result)
+    return 0
+
+
+def _data(config: Any) -> None:
+    console = Console()
+    corpus = prepare(config.data, progress=True, console=console)
+    for split, counts in corpus.manifest["splits"].items():
+        entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
+        say(console, f"{split}: {', '.join(entries)}")
+    say(console, f"licence: {corpus.manifest['licence']}")
+    if config.task is not None:
+        task = load_task(config.task)
+        say(console, f"task: {task.describe()}")
+        overlap = task.overlap(corpus.train_ids())
+        say(console, f"test documents in the training text: {overlap}")
+        for sentence in overlap_caveat(corpus):
+            say(console, f"warning: {sentence}")
+
+
+def _summary(result: Any) -> None:
+    shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
+    parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
+    print("; ".join([f"{result.values['stage']}: {result.values['status']}", *([", ".join(parts)] if parts else [])]))
+    print(f"run directory: {result.directory}")
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_number(item) for item in value) + "]"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
