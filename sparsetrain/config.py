@@ -108,21 +108,29 @@ def register() -> None:
     register_resolvers()
 
 
-def with_sweep(verb: str, overrides: Iterable[str]) -> tuple[list[str], bool]:
+def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
     """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
 
     One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
-    With them, whether the launcher has processes of its own for the points.
     """
     given = list(overrides)
     parsed = parse(given)
-    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
-    tree = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True)
-    parallel = not str(tree.hydra.launcher.get("_target_")).endswith(".BasicLauncher")
-    params = OmegaConf.to_container(tree.hydra.sweeper).get("params") or {}  # type: ignore[union-attr]
+    params = OmegaConf.to_container(_hydras(verb, parsed).sweeper).get("params") or {}  # type: ignore[union-attr]
     keys = {override.key_or_group for override in parsed}
     added = as_typed(verb, [f"{key}={value}" for key, value in params.items() if key not in keys], sweep=True)
-    return ([*added, *given, "hydra.sweeper.params=null"] if params else given), parallel
+    return [*added, *given, "hydra.sweeper.params=null"] if params else given
+
+
+def launches_processes(verb: str, overrides: Iterable[str]) -> bool:
+    """Return whether the launcher of a multirun has processes of its own for the points."""
+    return not str(_hydras(verb, parse(overrides)).launcher.get("_target_")).endswith(".BasicLauncher")
+
+
+def _hydras(verb: str, parsed: Iterable[Override]) -> DictConfig:
+    """Return Hydra's own settings of a multirun."""
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    tree: DictConfig = _load(verb, [*single, "hydra.mode=MULTIRUN"], hydra=True).hydra
+    return tree
 
 
 def points(verb: str, overrides: Iterable[str]) -> Iterator[Any | None]:

@@ -35,6 +35,7 @@ from sparsetrain.config import (
     complete,
     config_directory,
     convert,
+    launches_processes,
     one_line,
     points,
     register,
@@ -49,6 +50,7 @@ from sparsetrain.verbs import start
 
 _VALUED = {"--cfg": "-c", "--package": "-p", "--info": "-i", "--config-dir": "-cd"}
 _PLAIN = {"--multirun": "-m", "--resolve": "", "--hydra-help": ""}
+_SHORT = {"--force": "force=true"}  # options that are short for a setting
 _CHOICES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
@@ -77,13 +79,13 @@ class Words:
         left = list(words)
         while left:
             word = left.pop(0)
-            if not word.startswith("-"):
-                found.overrides.append(word)
+            if not word.startswith("-") or word in _SHORT:
+                found.overrides.append(_SHORT.get(word, word))
                 continue
             said, equals, value = word.partition("=")
             name = long.get(said, said)
             if name not in _VALUED | _PLAIN:
-                known = (*_VALUED, *_PLAIN, *long, "--help")
+                known = (*_VALUED, *_PLAIN, *_SHORT, *long, "--help")
                 raise UserError(f"no option '{said}'{nearest(said, known)}; settings are written key=value")
             if name in _VALUED and not equals:
                 if left and (name != "--info" or left[0] in _CHOICES[name]):
@@ -174,7 +176,7 @@ def run_multirun(verb: str, words: Words, command: str) -> int:
     """Run every point of a multirun; return the highest status among them. ``command`` is what would start it again."""
     overrides = complete(as_typed(verb, words.overrides, sweep=True))
     check(verb, overrides, sweep=True)
-    overrides, parallel = with_sweep(verb, overrides)
+    overrides = with_sweep(verb, overrides)
     check(verb, overrides, sweep=True)
     if verb == "pretrain":
         console = Console()
@@ -182,7 +184,7 @@ def run_multirun(verb: str, words: Words, command: str) -> int:
     # Here and not in the system's directory: the points may run on other machines that share this one.
     with file_errors(Path.cwd()), temporary_directory(Path.cwd(), ".sweep-") as notes:
         job = Job(verb, words, overrides, command, notes)
-        if parallel:
+        if launches_processes(verb, overrides):
             with _waiting(notes) as stop:
                 try:
                     _hydra(verb, words, overrides, job)
