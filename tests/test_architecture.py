@@ -24,6 +24,8 @@ ORDER = [
         "seeds",
         "processor",
         "files",
+        "shapes",
+        "reading",
         "cache",
         "kernels",
         "sparsity",
