@@ -89,7 +89,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
 def _header(content: bytes, name: str) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
     """Return the type, the order and the shape that a header gives."""
     try:
-        header = ast.literal_eval(content.decode("latin1").strip())
+        header = ast.literal_eval(content.decode("latin1"))
         dtype, fortran, shape = (header[key] for key in ("descr", "fortran_order", "shape"))
         kind = np.dtype(dtype) if isinstance(dtype, str) else None
     except (SyntaxError, ValueError, TypeError, LookupError, MemoryError, RecursionError):

@@ -250,3 +250,12 @@ def zip_members(content: bytes, draw: random.Random) -> bytes:
         for name, inside in dict(members).items():
             archive.writestr(name, inside)
     return stream.getvalue()
+
+
+def safetensors_header(content: bytes, draw: random.Random) -> bytes:
+    """Change the values or the text of the header of a safetensors file, with its right length before it."""
+    length = int.from_bytes(content[:8], "little")
+    if not 2 <= length <= len(content) - 8:
+        return flip(content, draw)
+    header = draw.choice((json_values, json_values, tokens))(content[8 : 8 + length], draw)
+    return len(header).to_bytes(8, "little") + header + content[8 + length :]
