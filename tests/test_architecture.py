@@ -26,6 +26,7 @@ ORDER = [
         "files",
         "shapes",
         "reading",
+        "screen",
         "cache",
         "kernels",
         "sparsity",
