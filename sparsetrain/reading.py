@@ -181,7 +181,9 @@ def read_json_lines(
     Raises:
         UserError: see `read_bytes` and `json_lines`.
     """
-    lines = io.BytesIO(read_bytes(path, max_bytes))
+    content = read_bytes(path, max_bytes)
+    decode(content, str(path))  # a byte is named by its place in the file
+    lines = io.BytesIO(content)
     return [value for _, value in json_lines(lines, str(path), shape, finite=finite, cut=cut)]
 
 

@@ -6,14 +6,14 @@ killed, or is given again with more values, skips what is done.
 
 from __future__ import annotations
 
-import csv
 import functools
+import math
+import re
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import torch
 from rich.console import Console
@@ -21,7 +21,9 @@ from rich.console import Console
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.data import Corpus, prepare
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, read_json
+from sparsetrain.files import file_errors
+from sparsetrain.reading import read_csv
+from sparsetrain.report.run_files import load_result
 from sparsetrain.report.search import search_figure, search_knobs, search_sheet
 from sparsetrain.report.sweep import (
     findings,
@@ -34,6 +36,8 @@ from sparsetrain.report.sweep import (
 from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
+from sparsetrain.screen import say
+from sparsetrain.shapes import Count, Fraction, Positive, Range, check
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pretrain import memory_of, run_directory
@@ -44,7 +48,49 @@ from sparsetrain.training.state import resolve_device
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
 _LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
 _WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
+_TEXTS = ("parameterization", "commit", "status", "precision", "run")
+_WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
+
+
+class _Total(TypedDict):
+    total: float
+
+
+class _Swept(TypedDict):
+    """What a sweep needs of a run's result beside what every result holds."""
+
+    flops: _Total
+
+
+class _Scheme(TypedDict):
+    scheme: str
+
+
+class _Configured(TypedDict):
+    """What a sweep needs of a run's configuration."""
+
+    parameterization: _Scheme
+
+
+class _Row(TypedDict):
+    """A row of a table; a diverged run has no loss."""
+
+    parameterization: str
+    sparsity: Fraction
+    width: Positive
+    depth: Positive
+    lr: float
+    seed: int
+    steps: Count | None
+    loss: Annotated[float, Range(0, 1e30)] | None
+    commit: str | None
+    status: str
+    tokens: Count | None
+    seconds: float | None
+    precision: str | None
+    train_flops: float | None
+    run: str
 
 
 @dataclass(frozen=True)
@@ -104,7 +150,7 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
             continue
         if (directory / RESULT).exists():
             done += 1
-            result = read_json(directory / RESULT)
+            result = load_result(directory / RESULT)
             if result.get("status") == "complete" and result.get("seconds"):
                 measured += 1
                 done_flops += dense_flops
@@ -201,9 +247,11 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
-        result = read_json(directory / RESULT)
+        result = load_result(directory / RESULT)
         if result.get("stage") == "pretrain":
-            done[directory] = (read_config(directory), result)
+            check(result, _Swept, str(directory / RESULT))
+            config = check(read_config(directory), _Configured, str(directory / CONFIG))
+            done[directory] = (config, result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
     for directory in done:
         earlier.pop(directory.name, None)
@@ -232,7 +280,8 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
         row |= {name: result.get(name) for name in _LAST[:4]}
-        rows.append({**row, "train_flops": result["flops"]["total"], "run": directory.name})
+        row |= {"train_flops": result["flops"]["total"], "run": directory.name}
+        rows.append(check(row, _Row, str(directory / RESULT)))
     order = (*COLUMNS, *varied, *_LAST)
     rows += [{name: row[name] for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
@@ -240,22 +289,30 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers."""
-    with file_errors(path), path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in (*COLUMNS, *_LAST) if name not in (reader.fieldnames or ())]
+    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers.
+
+    Raises:
+        UserError: no CSV, a missing column, or a cell that is not what its column holds; it is named with its row.
+    """
+    rows = []
+    for number, cells in enumerate(read_csv(path), start=1):
+        missing = [name for name in (*COLUMNS, *_LAST) if name not in cells]
         if missing:
             raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
-        return [{name: _cell(text) for name, text in row.items()} for row in reader]
+        row = {name: (text or None) if name in _TEXTS else _cell(text) for name, text in cells.items()}
+        rows.append(check(row, _Row, f"{path}, row {number}"))
+    if not rows:
+        raise UserError(f"{path} has no row")
+    return rows
 
 
-def _cell(text: str | None) -> Any:
+def _cell(text: str) -> Any:
+    """Return what `write_rows` wrote: a number as that, nothing as None."""
     if not text:
         return None
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _DECIMAL.fullmatch(text) and math.isfinite(float(text)) else text
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
@@ -314,9 +371,9 @@ def show_sweep(
     console = console or Console()
     found = collect(places, apart=search)
     x = "lr" if x == "optimizer.lr" else x
-    say = functools.partial(console.print, highlight=False, soft_wrap=True, markup=False)
+    tell = functools.partial(say, console)
     diverged = sum(row["status"] == "diverged" for row in found.rows)
-    say(f"{len(found.rows)} finished runs, {diverged} of them diverged; {len(found.unfinished)} unfinished")
+    tell(f"{len(found.rows)} finished runs, {diverged} of them diverged; {len(found.unfinished)} unfinished")
     if search:
         knobs = search_knobs(found.rows, ["lr", *found.varied])
         print_sheets([search_sheet(found.rows, knobs)], console)
@@ -325,12 +382,12 @@ def show_sweep(
         lines = lines_of(found.rows, x, extra)
         print_sheets([optima_sheet(lines, x, extra)], console)
         for sentence in findings(lines, extra):
-            say(f"- {sentence}")
+            tell(f"- {sentence}")
         commands = next_commands(lines, x, extra, range(seeds))
         if commands:
-            say("to run next, each line at the end of the sweep's command:")
+            tell("to run next, each line at the end of the sweep's command:")
         for command in commands:
-            say(f"  {command}")
+            tell(f"  {command}")
     if out is None:
         return
     with file_errors(out):
@@ -341,4 +398,4 @@ def show_sweep(
     else:
         write_optima(lines, out / "optima.csv", extra)
         sweep_figure(lines, x, out / "figure.png", extra)
-    say(f"written: {', '.join(sorted(path.name for path in out.glob('*.[cp][sn][vg]')))} in {out}")
+    tell(f"written: {', '.join(sorted(path.name for path in out.glob('*.[cp][sn][vg]')))} in {out}")
