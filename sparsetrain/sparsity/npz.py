@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 import struct
 import zipfile
 import zlib
@@ -23,7 +24,8 @@ from sparsetrain.errors import UserError
 FREE_BYTES = 64 << 20
 EXPANSION = 64
 MAX_HEADER = 1024  # bytes; numpy writes 118 for an array of numbers
-KINDS = "biufcSU"  # bool, integers, floats, complex, and the texts by which scipy names its formats
+# Bool, integers, floats, complex, and the texts by which scipy names its formats.
+_TYPE = re.compile(r"[<>=|]?([biufcSU][0-9]{1,4}|\?)")
 
 _HEADER_LENGTH = {(1, 0): "<H", (2, 0): "<I", (3, 0): "<I"}
 _BROKEN = (
@@ -91,10 +93,10 @@ def _header(content: bytes, name: str) -> tuple[np.dtype[Any], bool, tuple[int, 
     try:
         header = ast.literal_eval(content.decode("latin1"))
         dtype, fortran, shape = (header[key] for key in ("descr", "fortran_order", "shape"))
-        kind = np.dtype(dtype) if isinstance(dtype, str) else None
+        kind = np.dtype(dtype) if isinstance(dtype, str) and _TYPE.fullmatch(dtype) else None
     except (SyntaxError, ValueError, TypeError, LookupError, MemoryError, RecursionError):
         raise UserError(f"{name} has no valid header") from None
-    if kind is None or kind.kind not in KINDS or kind.itemsize > (1024 if kind.kind in "SU" else 16):
+    if kind is None or kind.itemsize > (1024 if kind.kind in "SU" else 16):
         raise UserError(f"{name} has the type {str(dtype)!r:.60}; numbers are needed")
     sides = isinstance(shape, tuple) and all(type(side) is int and 0 <= side < 2**48 for side in shape)
     if not isinstance(fortran, bool) or not sides or len(shape) > 8:

@@ -83,7 +83,7 @@ class _Row(TypedDict):
     lr: float
     seed: int
     steps: Count | None
-    loss: Annotated[float, Range(0, 1e30)] | None
+    loss: Annotated[float, Range(-1e30, 1e30)] | None
     commit: str | None
     status: str
     tokens: Count | None
