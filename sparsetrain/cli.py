@@ -21,6 +21,7 @@ from uuid import uuid4
 from sparsetrain import __version__
 from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.files import file_errors
+from sparsetrain.screen import say
 
 ABOUT = {
     "data": "Download or read a corpus, train its tokenizer, write its token files.",
@@ -197,15 +198,15 @@ def _data(config: Any) -> None:
     corpus = prepare(config.data, progress=True, console=console)
     for split, counts in corpus.manifest["splits"].items():
         entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
-        console.print(f"{split}: {', '.join(entries)}", highlight=False)
-    console.print(f"licence: {corpus.manifest['licence']}", highlight=False, soft_wrap=True)
+        say(console, f"{split}: {', '.join(entries)}")
+    say(console, f"licence: {corpus.manifest['licence']}")
     if config.task is not None:
         task = load_task(config.task)
-        console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
+        say(console, f"task: {task.describe()}")
         overlap = task.overlap(corpus.train_ids())
-        console.print(f"test documents in the training text: {overlap}", highlight=False)
+        say(console, f"test documents in the training text: {overlap}")
         for sentence in overlap_caveat(corpus):
-            console.print(f"warning: {sentence}", highlight=False, soft_wrap=True)
+            say(console, f"warning: {sentence}")
 
 
 def _summary(result: Any) -> None:
@@ -330,7 +331,7 @@ def _print_cost(overrides: list[str]) -> None:
     from sparsetrain.stages.sweep import sweep_cost
 
     console = Console()
-    console.print(sweep_cost(points("pretrain", overrides), console).describe(), highlight=False, soft_wrap=True)
+    say(console, sweep_cost(points("pretrain", overrides), console).describe())
 
 
 class _Job:

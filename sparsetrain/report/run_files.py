@@ -114,8 +114,13 @@ def load_result(path: Path) -> dict[str, Any]:
 
 
 def check_times(cells: dict[str, Cell], dense: str) -> None:
-    """Raise `UserError` unless each cell has a ``dense`` contender to compare with, and each contender a time."""
+    """Raise `UserError` unless each cell has a ``dense`` contender to compare with, and each contender a time.
+
+    A cell without a sparsity is one of the reference model.
+    """
     for name, cell in cells.items():
+        if cell["sparsity"] is None and cell["part"] != "reference":
+            raise UserError(f"cells[{name!r:.60}].sparsity is null in the part {cell['part']!r:.60}")
         results = cell["results"]
         if dense not in results:
             raise UserError(f"cells[{name!r:.60}].results has no {dense!r}, which the others are compared with")

@@ -19,6 +19,7 @@ from sparsetrain.data.tasks import Example
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
+from sparsetrain.screen import say
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.backends import settle_backends
 from sparsetrain.stages.config import FinetuneConfig, PromptConfig, as_plain, model_config, total_steps
@@ -200,7 +201,7 @@ def _train(
     context = config.data.context
     settle_backends(network, directory, settings.batch_size // settings.accumulation * context, autocast)
     describe(network, reason, device, console)
-    console.print(f"task: {task.describe()}", highlight=False, soft_wrap=True)
+    say(console, f"task: {task.describe()}")
 
     schedule = Schedule(config.schedule, total_steps(config, samples.examples_per_epoch))
     rules = config.parameterization

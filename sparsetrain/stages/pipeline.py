@@ -14,6 +14,7 @@ from sparsetrain.files import write_json
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_report
+from sparsetrain.screen import say
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import (
     FinetuneConfig,
@@ -148,7 +149,7 @@ def _attempt(stage: Callable[[Any, Console], RunResult], config: RunConfig, cons
     try:
         return stage(config, console)
     except Diverged as error:
-        console.print(f"diverged: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+        say(console, f"diverged: {error}", "red")
         assert config.run_dir is not None
         result = finished(Path(config.run_dir))
         assert result is not None

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from sparsetrain.errors import UserError
+from sparsetrain.screen import say
 from sparsetrain.sparsity.auto import Crossover, save, table_name
 from sparsetrain.sparsity.tuning import BLOCKS, DTYPES, SIDES, TOKENS, measure
 from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
@@ -82,7 +83,7 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
     for name, table in tables.items():
         for index, count in enumerate(threads):
             console.print(_shown(name, table, index, count))
-    console.print(f"measured in {time.monotonic() - started:.0f} s; saved in {path}", highlight=False, soft_wrap=True)
+    say(console, f"measured in {time.monotonic() - started:.0f} s; saved in {path}")
     return path
 
 

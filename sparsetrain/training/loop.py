@@ -22,6 +22,7 @@ from sparsetrain import seeds
 from sparsetrain.data import Batch
 from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.optim.schedule import Schedule
+from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.checkpoint import (
     JSON,
@@ -289,20 +290,15 @@ class Trainer:
         stored = load_checkpoint(directory, on_refused=self._warn)
         load_weights(self.module, stored.model, str(stored.path))
         restore_optimizer(self.optimizer, stored.optimizer, self._trained())
-        self.console.print(
-            f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        say(self.console, f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
         state = dict(stored.state)
         self._resume_masks(state.pop("masks", None), stored)
         before = state.pop("setup", None)
         if before != self._setup():
-            self.console.print(
+            say(
+                self.console,
                 f"warning: {self.title} was begun with {before} and goes on with {self._setup()}: its numbers are no "
                 "longer those of an uninterrupted run to the last bit",
-                highlight=False,
-                soft_wrap=True,
             )
         return TrainState(**state)  # type: ignore[arg-type]
 
@@ -317,7 +313,7 @@ class Trainer:
         )
 
     def _warn(self, line: str) -> None:
-        self.console.print(f"warning: {line}", highlight=False, soft_wrap=True, markup=False)
+        say(self.console, f"warning: {line}")
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:

@@ -31,13 +31,30 @@ MASKS = {
     "rule": "SET",
     "layers": {"blocks.0.mlp.up": {"nnz": 4, "density": 0.5, "target_density": 0.5, "dead_rows": 0}},
 }
-RESULT = {
-    **{"stage": "pretrain", "status": "complete", "parameterization": "sp", "sparsity": 0.5, "width": 32, "depth": 2},
-    **{"lr": 0.5, "seed": 0, "steps": 3, "tokens": 9, "seconds": 1.5, "precision": "fp32", "commit": "abc"},
-    **{"flops": {"total": 1e9}, "loss_first": 5.0, "loss_last": 2.25, "ci95": [0.25, 0.5], "masks": MASKS},
+RESULT: dict[str, Any] = {
+    "stage": "pretrain",
+    "status": "complete",
+    "parameterization": "sp",
+    "sparsity": 0.5,
+    "width": 32,
+    "depth": 2,
+    "lr": 0.5,
+    "seed": 0,
+    "steps": 3,
+    "tokens": 9,
+    "seconds": 1.5,
+    "precision": "fp32",
+    "commit": "abc",
+    "flops": {"total": 1e9},
+    "loss_first": 5.0,
+    "loss_last": 2.25,
+    "ci95": [0.25, 0.5],
+    "masks": MASKS,
 }
 CONFIG = {"parameterization": {"scheme": "sp", "base_width": None}, "optimizer": {"lr": 0.5}, "seed": 0, "corpus": "c"}
-NAMES = "parameterization,sparsity,width,depth,lr,seed,steps,loss,commit,x.y,status,tokens,seconds,precision,train_flops,run"
+NAMES = "parameterization,sparsity,width,depth,lr,seed,steps,loss,commit,x.y,status,tokens,seconds,precision," + (
+    "train_flops,run"
+)
 
 
 def screen() -> Any:
