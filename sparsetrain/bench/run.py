@@ -27,8 +27,8 @@ from sparsetrain.files import file_errors, whole_file, write_json, write_text
 from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
-from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
 from sparsetrain.screen import plain, say
+from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
 from sparsetrain.stages.run import commit
 
 FIGURE, TABLE, LOCK = "bench.png", "results.csv", ".lock"

@@ -50,6 +50,46 @@ class Result(TypedDict):
     masks: NotRequired[Masks | None]
 
 
+class Total(TypedDict):
+    total: float
+
+
+class SweptResult(TypedDict):
+    """What a sweep needs of a run's result beside what every result holds."""
+
+    flops: Total
+
+
+class Scheme(TypedDict):
+    scheme: str
+
+
+class SweptConfig(TypedDict):
+    """What a sweep needs of a run's configuration."""
+
+    parameterization: Scheme
+
+
+class SweepRow(TypedDict):
+    """A row of a table; a diverged run has no loss."""
+
+    parameterization: str
+    sparsity: Fraction
+    width: Positive
+    depth: Positive
+    lr: float
+    seed: int
+    steps: Count | None
+    loss: Annotated[float, Range(-1e30, 1e30)] | None
+    commit: str | None
+    status: str
+    tokens: Count | None
+    seconds: float | None
+    precision: str | None
+    train_flops: float | None
+    run: str
+
+
 class Contender(TypedDict):
     """Times of a contender in a cell of a bench, an entry a round."""
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -23,7 +23,7 @@ from sparsetrain.data import Corpus, prepare
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors
 from sparsetrain.reading import read_csv
-from sparsetrain.report.run_files import load_result
+from sparsetrain.report.run_files import SweepRow, SweptConfig, SweptResult, load_result
 from sparsetrain.report.search import search_figure, search_knobs, search_sheet
 from sparsetrain.report.sweep import (
     findings,
@@ -37,7 +37,7 @@ from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
 from sparsetrain.screen import say
-from sparsetrain.shapes import Count, Fraction, Positive, Range, check
+from sparsetrain.shapes import check
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pretrain import memory_of, run_directory
@@ -51,46 +51,6 @@ _WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
 _TEXTS = ("parameterization", "commit", "status", "precision", "run")
 _WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
-
-
-class _Total(TypedDict):
-    total: float
-
-
-class _Swept(TypedDict):
-    """What a sweep needs of a run's result beside what every result holds."""
-
-    flops: _Total
-
-
-class _Scheme(TypedDict):
-    scheme: str
-
-
-class _Configured(TypedDict):
-    """What a sweep needs of a run's configuration."""
-
-    parameterization: _Scheme
-
-
-class _Row(TypedDict):
-    """A row of a table; a diverged run has no loss."""
-
-    parameterization: str
-    sparsity: Fraction
-    width: Positive
-    depth: Positive
-    lr: float
-    seed: int
-    steps: Count | None
-    loss: Annotated[float, Range(-1e30, 1e30)] | None
-    commit: str | None
-    status: str
-    tokens: Count | None
-    seconds: float | None
-    precision: str | None
-    train_flops: float | None
-    run: str
 
 
 @dataclass(frozen=True)
@@ -249,8 +209,8 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
             continue
         result = load_result(directory / RESULT)
         if result.get("stage") == "pretrain":
-            check(result, _Swept, str(directory / RESULT))
-            config = check(read_config(directory), _Configured, str(directory / CONFIG))
+            check(result, SweptResult, str(directory / RESULT))
+            config = check(read_config(directory), SweptConfig, str(directory / CONFIG))
             done[directory] = (config, result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
     for directory in done:
@@ -281,7 +241,7 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row |= {name: plain[directory].get(name) for name in varied}
         row |= {name: result.get(name) for name in _LAST[:4]}
         row |= {"train_flops": result["flops"]["total"], "run": directory.name}
-        rows.append(check(row, _Row, str(directory / RESULT)))
+        rows.append(check(row, SweepRow, str(directory / RESULT)))
     order = (*COLUMNS, *varied, *_LAST)
     rows += [{name: row[name] for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
@@ -300,7 +260,7 @@ def _table(path: Path) -> list[dict[str, Any]]:
         if missing:
             raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
         row = {name: (text or None) if name in _TEXTS else _cell(text) for name, text in cells.items()}
-        rows.append(check(row, _Row, f"{path}, row {number}"))
+        rows.append(check(row, SweepRow, f"{path}, row {number}"))
     if not rows:
         raise UserError(f"{path} has no row")
     return rows
