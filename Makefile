@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: setup demo test test-triton lint format clean
+.PHONY: setup demo test test-triton fuzz lint format clean
 
 setup: $(DEV_STAMP)
 
@@ -39,6 +39,10 @@ demo: $(RUN_STAMP)
 # --cov needs one file per process; torch with one thread per test process is as fast as the machine allows.
 test: $(DEV_STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=85 tests
+
+# Ten thousand mutated inputs for each reader of files; `make test` takes some of them.
+fuzz: $(DEV_STAMP)
+	OMP_NUM_THREADS=1 SPARSETRAIN_FUZZ=10000 $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
 
 # The kernels for a GPU, where there is none: by Triton's interpreter.
 test-triton: $(DEV_STAMP)

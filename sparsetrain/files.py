@@ -21,6 +21,18 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import UserError
+from sparsetrain.reading import read_json
+
+__all__ = [
+    "file_errors",
+    "flush",
+    "read_json",
+    "sha256_of",
+    "whole_directory",
+    "whole_file",
+    "write_json",
+    "write_text",
+]
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _UNWRITABLE = (
@@ -225,17 +237,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all; NaN is refused, since it is no JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Return the value of a JSON file.
-
-    Raises:
-        UserError: no such file, or one that is no JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON: {error}") from None

@@ -45,6 +45,9 @@ finally:
 
 from sparsetrain.data import medline  # noqa: E402
 from sparsetrain.data.wheel import Wheel  # noqa: E402
+from sparsetrain.sparsity import auto  # noqa: E402
+
+auto.tables()  # read now, so that a test which changes them finds them, and leaves them as they were
 
 
 def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:

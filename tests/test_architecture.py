@@ -24,6 +24,8 @@ ORDER = [
         "wrappers",
         "seeds",
         "processor",
+        "shapes",
+        "reading",
         "files",
         "screen",
         "cache",

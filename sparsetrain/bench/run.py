@@ -27,6 +27,7 @@ from sparsetrain.files import clear_leftovers, file_errors, whole_file, write_js
 from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
+from sparsetrain.screen import plain, say
 from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
 from sparsetrain.stages.run import commit
 
@@ -120,7 +121,7 @@ def _measure_all(
         # Until something was measured there is nothing to tell the time by.
         eta = f"  ETA {duration(spent * left / (total - left))}" if left < total else ""
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        with console.status(f"[{number + 1}/{len(todo)}] {group[0].title}{more}{eta}"):
+        with console.status(plain(f"[{number + 1}/{len(todo)}] {group[0].title}{more}{eta}")):
             results = measure(group, config)
         left -= sum(effort(cell, config) for cell in group)
         done = time.monotonic() - started
@@ -221,4 +222,4 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, soft_wrap=True, markup=False)
+    say(console, text)

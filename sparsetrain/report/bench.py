@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.text import Text
 
 from sparsetrain.errors import UserError
-from sparsetrain.files import read_json
+from sparsetrain.reading import read_json
+from sparsetrain.report.run_files import Bench, check_times
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, byte_size, clean, percent
+from sparsetrain.shapes import check
 
 BENCH = "bench.json"
 FORMAT = 1
@@ -187,11 +189,16 @@ def load_bench(path: Path) -> Values:
     """Return what a bench has found so far, finished or not.
 
     Raises:
-        UserError: an unreadable file, or one that another version wrote.
+        UserError: an unreadable file, one that another version wrote, or one that holds something else.
     """
-    values = read_json(path)
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    values = read_json(path, dict)
+    if values.get("format") != FORMAT:
         raise UserError(f"{path} is no file of this version of sparsetrain bench")
+    check(values, Bench, str(path))
+    try:
+        check_times(values["cells"], DENSE)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return {**values, "summary": summarise(values)}
 
 

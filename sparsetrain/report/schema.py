@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from sparsetrain.errors import UserError
-from sparsetrain.files import read_json
+from sparsetrain.reading import read_json
 
 STAGES: tuple[Literal["finetune"], Literal["prompt"]] = ("finetune", "prompt")
 """Stages that end in an accuracy, in the order in which they run."""
@@ -102,7 +102,7 @@ def load_report(path: Path) -> Report:
     Raises:
         UserError: no such file, no JSON, or not a report; the message names the file and the field.
     """
-    content = read_json(path)
+    content = read_json(path, finite=False)
     try:
         return validate_report(content)
     except UserError as error:

@@ -7,12 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsetrain.errors import UserError
-from sparsetrain.files import read_json
 from sparsetrain.report.bench import BENCH, load_bench, print_bench
 from sparsetrain.report.html import write_html
+from sparsetrain.report.run_files import load_result
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import layer_masks, print_report, run_metrics
 from sparsetrain.report.text import scalar
+from sparsetrain.screen import say
 from sparsetrain.training.metrics import read_metrics
 
 REPORT, PAGE, RESULT, METRICS = "report.json", "report.html", "result.json", "metrics.jsonl"
@@ -28,7 +29,7 @@ def show_report(directory: Path, console: Console) -> None:
         UserError: no readable ``report.json`` there.
     """
     print_report(load_report(directory / REPORT), console)
-    console.print(f"report: {(directory / PAGE).absolute()}", highlight=False, soft_wrap=True)
+    say(console, f"report: {(directory / PAGE).absolute()}")
 
 
 def show_run(directory: Path, console: Console) -> None:
@@ -48,7 +49,7 @@ def show_run(directory: Path, console: Console) -> None:
     if not _began(directory) and not stages:
         raise UserError(f"{directory} holds no run: neither {REPORT}, {RESULT} nor {METRICS} is there")
     for stage in stages:
-        console.print(f"{stage.relative_to(directory)!s:28} {_status(stage)}", highlight=False, soft_wrap=True)
+        say(console, f"{stage.relative_to(directory)!s:28} {_status(stage)}")
     if _began(directory):
         _show_stage(directory, console)
 
@@ -60,22 +61,22 @@ def _began(directory: Path) -> bool:
 def _status(directory: Path) -> str:
     """Return how far a stage has come, in a few words."""
     if (directory / RESULT).exists():
-        return str(read_json(directory / RESULT).get("status"))
+        return scalar(load_result(directory / RESULT).get("status"))
     records = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []
     return f"at step {records[-1]['step']}, not finished" if records else "not begun"
 
 
 def _show_stage(directory: Path, console: Console) -> None:
     if (directory / RESULT).exists():
-        result = read_json(directory / RESULT)
+        result = load_result(directory / RESULT)
         for key in (*_HEADLINES, *_RESULTS):
             if key in result:
-                console.print(f"{key:18} {scalar(result[key])}", highlight=False, soft_wrap=True)
-        masks = result.get("masks", {})
+                say(console, f"{key:18} {scalar(result[key])}")
+        masks = result.get("masks") or {}
         if masks.get("rule", "Static") != "Static":
-            console.print(f"{'masks':18} {masks['rule']}", highlight=False)
-            console.print(layer_masks(masks["layers"]).rich())
+            say(console, f"{'masks':18} {scalar(masks['rule'])}")
+            console.print(layer_masks(masks.get("layers", {})).rich())
     else:
-        console.print(f"{'status':18} {_status(directory)}; the command that started it goes on", highlight=False)
+        say(console, f"{'status':18} {_status(directory)}; the command that started it goes on")
     if (directory / METRICS).exists():
         console.print(run_metrics(read_metrics(directory / METRICS)).rich())

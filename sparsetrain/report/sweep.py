@@ -90,7 +90,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
     """
     if x in SHAPE:
         raise UserError(f"x={x} tells curves apart; x is lr or another setting, such as model.init_std")
-    if any(row.get(x) is None for row in rows):
+    if not all(isinstance(row.get(x), int | float) for row in rows):
         raise UserError(f"x={x} is not a number in every run; columns: {', '.join(name for name in rows[0])}")
     if len({row[x] for row in rows}) < 2:
         raise UserError(f"x={x} has the same value in every run: there is no curve to draw")

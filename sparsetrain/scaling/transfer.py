@@ -245,9 +245,10 @@ def losses_at(curve: Curve, log2: float) -> dict[int, float]:
 def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
     """Return how much larger the losses ``a`` are than ``b``, paired by seed; None if they share no seed.
 
-    A diverged loss makes the gap infinite, without an interval.
+    A diverged loss makes the gap infinite, without an interval. A loss that is not above 0, as a parabola between
+    points may have, has no logarithm: its seed is left out.
     """
-    shared = sorted(a.keys() & b.keys())
+    shared = sorted(seed for seed in a.keys() & b.keys() if a[seed] > 0 and b[seed] > 0)
     if not shared:
         return None
     logs, their_logs = ({seed: math.log(losses[seed]) for seed in shared} for losses in (a, b))

@@ -20,19 +20,23 @@ import json
 import math
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from sparsetrain.cache import cache_directory
 from sparsetrain.errors import UserError
-from sparsetrain.files import read_json, write_json
+from sparsetrain.files import write_json
 from sparsetrain.processor import cpu_flags, cpuinfo
+from sparsetrain.reading import read_json
+from sparsetrain.shapes import Fraction, check
 from sparsetrain.sparsity.ops import BACKENDS
 from sparsetrain.sparsity.pattern import SparsityPattern
 
@@ -40,6 +44,20 @@ FALLBACK = "masked"
 CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
 SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
+MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
+
+
+class _Plain(TypedDict):
+    """A `Crossover` in a file."""
+
+    sides: list[int]
+    tokens: list[int]
+    threads: list[int]
+    density: list[list[list[Fraction]]]
+
+
+class _Tables(TypedDict):
+    backends: dict[str, _Plain]
 
 
 @dataclass(frozen=True, eq=False)  # one table is another: what was looked up in it is remembered by the table
@@ -91,14 +109,28 @@ def from_plain(content: Any, source: str) -> dict[str, Crossover]:
         UserError: it is none; the message names ``source`` and says what to do.
     """
     try:
-        tables = {str(name): Crossover(**entry) for name, entry in content["backends"].items()}
-        for table in tables.values():
-            if min(*table.sides, *table.tokens) <= 0:
-                raise ValueError("sides and tokens are logarithmic scales: positive")
-            table.at(100, 100, 1)
-    except (TypeError, KeyError, AttributeError, IndexError, ValueError) as error:
-        raise UserError(f"{source} is no crossover table ({error!r}); delete it or run: sparsetrain tune") from None
-    return tables
+        check(content, _Tables, "the file")
+        return {name: _crossover(name, entry) for name, entry in content["backends"].items()}
+    except UserError as error:
+        raise UserError(f"{source} is no crossover table ({error}); delete it or run: sparsetrain tune") from None
+
+
+def _crossover(name: str, entry: _Plain) -> Crossover:
+    axes = {"threads": entry["threads"], "sides": entry["sides"], "tokens": entry["tokens"]}
+    for axis, places in axes.items():
+        if not places:
+            raise UserError(f"{name!r:.60}: {axis} is empty")
+        if min(places) <= 0:
+            raise UserError(f"{name!r:.60}: sides and tokens are logarithmic scales: positive, as {axis} must be")
+        if any(low >= high for low, high in pairwise(places)):
+            raise UserError(f"{name!r:.60}: {axis} must increase")
+    threads, sides, tokens = map(len, axes.values())
+    density = entry["density"]
+    if len(density) != threads or any(
+        len(rows) != sides or any(len(row) != tokens for row in rows) for rows in density
+    ):
+        raise UserError(f"{name!r:.60}: density must be [{threads}][{sides}][{tokens}], as its axes are")
+    return Crossover(entry["sides"], entry["tokens"], entry["threads"], density)
 
 
 def machine_key() -> str:
@@ -117,18 +149,49 @@ def save(tables: dict[str, Crossover], about: dict[str, Any]) -> Path:
     """Write the table of this machine and use it from now on; return its path."""
     path = tuned_path()
     write_json(path, {**about, "backends": {name: vars(table) for name, table in tables.items()}})
-    _tables.clear()
-    _tables.update(tables)
+    with _reading:
+        _tables.clear()
+        _tables.update(tables)
+        _read.append(True)
     return path
+
+
+def tables() -> dict[str, Crossover]:
+    """Return the tables to go by: this machine's own, or those of the library; read at the first call.
+
+    A file that is no table is warned of and set aside.
+    """
+    if not _read:
+        _read_tables()
+    return _tables
+
+
+def _read_tables() -> bool:
+    """Read the tables if no other thread has; return True, once they are there."""
+    with _reading:
+        if not _read:
+            try:
+                found = _load()
+            except UserError as error:
+                warnings.warn(f"{error}; the table of the library is used", stacklevel=2)
+                found = _shipped()
+            _tables.update(found)
+            _read.append(True)
+    return True
+
+
+# A compiler that traces `choose` must not trace the reading of a file: it calls this function, and takes its result for
+# a constant. `torch.compiler.assume_constant_result` sets the same attribute, and imports the compiler first: a second.
+_read_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _load() -> dict[str, Crossover]:
     path, shipped = tuned_path(), _shipped()
-    if not path.exists():
+    if not os.path.exists(path):  # which also says no where the directory may not be entered
         return shipped
     # A file from before there were tables for bfloat16 has none: those of the library count.
     return {name: table for name, table in shipped.items() if name.endswith(_BFLOAT16)} | from_plain(
-        read_json(path), str(path)
+        read_json(path, max_bytes=MAX_BYTES), str(path)
     )
 
 
@@ -173,9 +236,10 @@ def choose(
 
 def _table(backend: str, dtype: torch.dtype) -> Crossover | None:
     """Return the table to go by: one for the type first; that of single weights, which are no faster, for blocks."""
+    known = tables()
     for kind in (dtype, torch.float32):
         for name in (backend, CANDIDATES[0]):
-            if (table := _tables.get(table_name(name, kind))) is not None:
+            if (table := known.get(table_name(name, kind))) is not None:
                 return table
     return None
 
@@ -186,9 +250,6 @@ def _limit(table: Crossover, shape: tuple[int, int], tokens: int, threads: int) 
     return table.at(math.sqrt(shape[0] * shape[1]), max(1, tokens), threads)
 
 
-# Read when the library is imported: later it might be while a compiler traces.
-try:
-    _tables: dict[str, Crossover] = _load()
-except UserError as _error:  # an unreadable table must not keep `sparsetrain tune` from making another
-    warnings.warn(f"{_error}; the table of the library is used", stacklevel=2)
-    _tables = _shipped()
+_tables: dict[str, Crossover] = {}
+_read: list[bool] = []  # whether `_tables` are read: at the first use of auto, so that an import reads no user's file
+_reading = threading.Lock()

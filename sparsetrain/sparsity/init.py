@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.sparsity.foreign_masks import is_sparse, pattern_of_sparse
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.select import random_cells, split_evenly, top_cells
 from sparsetrain.sparsity.spec import PatternSpec, block_grid, exact_count, kept_of_m, kept_regions
@@ -84,27 +86,26 @@ def given_pattern(mask: Any, block: tuple[int, int] = (1, 1)) -> SparsityPattern
     """Return a mask of the user's own as a pattern.
 
     Args:
-        mask: bool ``[out_features, in_features]`` as a tensor or an array, a `SparsityPattern`, or a scipy sparse
-            matrix or array, of which the entries other than zero count.
+        mask: bool ``[out_features, in_features]`` as a tensor or an array, a `SparsityPattern`, or a sparse matrix of
+            scipy or torch, of which the entries other than zero count. Indices are checked before any code follows
+            them.
 
     Raises:
-        UserError: another type or dtype, or blocks that are only partly true.
+        UserError: another type or dtype, blocks that are only partly true, or indices outside of the matrix.
     """
     if isinstance(mask, SparsityPattern):
         return mask
+    if is_sparse(mask):
+        pattern = pattern_of_sparse(mask)
+        return pattern if block == (1, 1) else SparsityPattern.from_mask(pattern.mask(), block)
     if isinstance(mask, Tensor):
         return SparsityPattern.from_mask(mask, block)
-    if hasattr(mask, "tocsr") and hasattr(mask, "nnz"):  # scipy.sparse, without importing it
-        csr = mask.tocsr().astype(bool)
-        csr.sum_duplicates()
-        csr.eliminate_zeros()
-        csr.sort_indices()
-        shape = (int(csr.shape[0]), int(csr.shape[1]))
-        pattern = SparsityPattern(shape, torch.as_tensor(csr.indptr), torch.as_tensor(csr.indices))
-        return pattern if block == (1, 1) else SparsityPattern.from_mask(pattern.mask(), block)
     if hasattr(mask, "dtype") and hasattr(mask, "shape"):
-        return SparsityPattern.from_mask(torch.as_tensor(mask), block)
-    raise UserError(f"mask is a {type(mask).__name__}; a bool tensor or array, or a scipy sparse matrix is needed")
+        array = np.asarray(mask)
+        if array.dtype != bool:
+            raise UserError(f"mask has dtype {array.dtype}; bool is needed (for example weight != 0)")
+        return SparsityPattern.from_mask(torch.tensor(array), block)
+    raise UserError(f"mask is a {type(mask).__name__}; a bool tensor or array, or a sparse matrix is needed")
 
 
 def full_pattern(shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> SparsityPattern:

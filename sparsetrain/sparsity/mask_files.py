@@ -7,7 +7,6 @@ which the entries other than zero count; and what ``scipy.sparse.save_npz`` writ
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file
-from sparsetrain.sparsity.init import given_pattern
+from sparsetrain.sparsity.foreign_masks import check_sides, pattern_of_arrays
+from sparsetrain.sparsity.npz import read_npz
 from sparsetrain.sparsity.pattern import SparsityPattern
 
 SUFFIXES = (".npz", ".safetensors")
@@ -65,12 +65,7 @@ def load_masks(path: Path | str, shapes: Mapping[str, tuple[int, int]] | None = 
     """
     path = Path(path)
     _check_suffix(path)
-    try:
-        tensors = _read(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0]}") from None
+    tensors = _read(path)
     try:
         found = patterns_of(tensors, shapes or {})
     except UserError as error:
@@ -87,44 +82,67 @@ def _check_suffix(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    with np.load(path, allow_pickle=False) as archive:
-        if set(archive.files) >= _SCIPY:
-            from scipy import sparse
-
-            pattern = given_pattern(sparse.load_npz(path))
+        return _read_safetensors(path)
+    arrays = read_npz(path)
+    try:
+        if arrays.keys() >= _SCIPY:
+            pattern = _of_scipy(arrays)
             return {"row_ptr": pattern.row_ptr, "col": pattern.col, "shape": torch.tensor(pattern.shape)}
-        return {name: torch.from_numpy(archive[name]) for name in archive.files}
+        return {name: _tensor(name, array) for name, array in arrays.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file whose header the library compares with its size; small floats as float32."""
+    try:
+        tensors = safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read as .safetensors: {reason[:200]}") from None
+    small = {name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.element_size() == 1}
+    return {name: tensor.float() if name in small else tensor for name, tensor in tensors.items()}
+
+
+def _of_scipy(arrays: dict[str, np.ndarray[Any, Any]]) -> SparsityPattern:
+    layout = arrays["format"].item() if arrays["format"].size == 1 else ""
+    text = layout.decode("latin1") if isinstance(layout, bytes) else str(layout)
+    shape = _pair("shape", _tensor("shape", arrays["shape"]))
+    if "coords" in arrays and arrays["coords"].shape[:1] == (2,):
+        arrays = {**arrays, "row": arrays["coords"][0], "col": arrays["coords"][1]}
+    return pattern_of_arrays(text, shape, arrays)
+
+
+def _tensor(name: str, array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind in "SU":
+        raise UserError(f"{name!r:.60} holds text; numbers are needed")
+    if array.dtype.kind == "u" and array.dtype.itemsize > 1:  # which torch hardly computes with
+        if array.size and int(array.max()) >= 2**63:
+            raise UserError(f"{name!r:.60} has {int(array.max())}; integers must have 64 bits with a sign")
+        array = array.astype(np.int64)
+    if array.dtype.itemsize > (16 if array.dtype.kind == "c" else 8):
+        raise UserError(f"{name!r:.60} has dtype {array.dtype}; at most 64 bits a number are read")
+    return torch.from_numpy(array)
 
 
 def patterns_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]]) -> dict[str, SparsityPattern]:
     """Return the patterns among named tensors; see `load_masks`.
 
     Raises:
-        UserError: indices that describe no matrix.
+        UserError: indices that describe no matrix, or a side beyond `MAX_SIDE`.
     """
     layers = {name.rpartition(".")[0]: None for name in tensors if name.rpartition(".")[2] == "row_ptr"}
     found = {}
     for layer in layers:
         prefix = f"{layer}." if layer else ""
-        row_ptr, col = tensors[f"{prefix}row_ptr"], tensors.get(f"{prefix}col")
-        if col is None:
-            raise UserError(f"layer '{layer}' has row_ptr and no col")
-        blocks = len(row_ptr) - 1
-        block = (1, 1)
-        if f"{prefix}block" in tensors:
-            block = _pair(tensors[f"{prefix}block"])
-        elif f"{prefix}values" in tensors and layer in shapes:
-            bh = shapes[layer][0] // max(blocks, 1)
-            block = (bh, tensors[f"{prefix}values"].numel() // max(1, col.numel() * bh))
-        if f"{prefix}shape" in tensors:
-            shape = _pair(tensors[f"{prefix}shape"])
-        else:
-            shape = shapes.get(layer, (blocks * block[0], (int(col.max()) + 1 if col.numel() else 1) * block[1]))
+        if f"{prefix}col" not in tensors:
+            raise UserError(f"layer {layer!r:.60} has row_ptr and no col")
         try:
-            found[layer] = SparsityPattern(shape, row_ptr, col, block)
+            found[layer] = _pattern(tensors, prefix, shapes.get(layer))
         except UserError as error:
-            raise UserError(f"layer '{layer}': {error}") from None
+            raise UserError(f"layer {layer!r:.60}: {error}") from None
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
         if tensor.ndim == 2 and min(tensor.shape) > 0 and layer not in found:
@@ -135,6 +153,30 @@ def patterns_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, i
     return found
 
 
-def _pair(tensor: Tensor) -> tuple[int, int]:
-    first, second = (int(side) for side in tensor.reshape(-1)[:2])
+def _pattern(tensors: Mapping[str, Tensor], prefix: str, known: tuple[int, int] | None) -> SparsityPattern:
+    """Return the pattern whose tensors begin with ``prefix``; ``known`` is its shape, if the tensors do not say it."""
+    row_ptr, col = tensors[f"{prefix}row_ptr"], tensors[f"{prefix}col"]
+    for name, tensor in (("row_ptr", row_ptr), ("col", col)):
+        if tensor.ndim != 1 or tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}; integers of one dimension are needed")
+    blocks = len(row_ptr) - 1
+    block = (1, 1)
+    if f"{prefix}block" in tensors:
+        block = _pair("block", tensors[f"{prefix}block"])
+    elif f"{prefix}values" in tensors and known is not None:
+        bh = known[0] // max(blocks, 1)
+        block = (bh, tensors[f"{prefix}values"].numel() // max(1, col.numel() * bh))
+    if f"{prefix}shape" in tensors:
+        shape = _pair("shape", tensors[f"{prefix}shape"])
+    else:
+        shape = known or (blocks * block[0], (int(col.max()) + 1 if col.numel() else 1) * block[1])
+    check_sides(shape)
+    return SparsityPattern(shape, row_ptr, col, block)
+
+
+def _pair(name: str, tensor: Tensor) -> tuple[int, int]:
+    whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    if tuple(tensor.shape) != (2,) or not whole:
+        raise UserError(f"{name} is {tensor.dtype} {list(tensor.shape)}; two whole numbers are needed")
+    first, second = tensor.tolist()
     return first, second

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.files import read_json, write_json
+from sparsetrain.files import write_json
 from sparsetrain.models import Transformer
+from sparsetrain.reading import read_json
 from sparsetrain.sparsity import backend_names, sparse_layers
 from sparsetrain.sparsity.auto import choose
 from sparsetrain.sparsity.ops import resolve_backend
@@ -39,7 +40,7 @@ def settle_backends(
         UserError: the saved choice is unreadable, or a backend that the configuration names cannot compute a layer.
     """
     path = directory / BACKENDS
-    saved = read_json(path) if path.exists() else {}
+    saved: dict[str, str] = read_json(path, dict[str, str]) if path.exists() else {}
     chosen: dict[str, str] = {}
     for name, layer in sparse_layers(model):
         dtype, device, pattern = autocast or layer.values.dtype, layer.values.device, layer.pattern

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +22,13 @@ from sparsetrain.optim import build_optimizer
 from sparsetrain.parameterization import Coordinate, Parameterization, Spread, Trial, param_groups, spreads
 from sparsetrain.parameterization.coordinates import LOSS, check_values, losses_fall, read_coordinates
 from sparsetrain.parameterization.rules import SCHEMES
+from sparsetrain.reading import read_json_lines
 from sparsetrain.report.coordinates import coordinates_figure, coordinates_sheets
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration
 from sparsetrain.screen import say
 from sparsetrain.seeds import derive_seed
+from sparsetrain.shapes import AnyFloat, Count
 from sparsetrain.stages.config import RunConfig, fingerprint, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors, training
 from sparsetrain.stages.pretrain import Stopwatch, build_model
@@ -36,6 +38,21 @@ from sparsetrain.training.state import resolve_device
 AXES = ("sparsity", "width", "depth")
 QUANTITIES = ("activation", "update")  # those that must keep their scale on every axis
 TRIALS, TABLE, RESULTS, FIGURE = "trials.jsonl", "coordinates.csv", "results.csv", "figure.png"
+
+
+class _Row(TypedDict):
+    """A `Coordinate` in a line of trials; a diverged one is infinite."""
+
+    scheme: str
+    value: float
+    seed: int
+    kind: str
+    quantity: str
+    step: Count
+    rms: AnyFloat
+
+
+_Trial = tuple[tuple[str, float, int], list[_Row]]
 
 
 @dataclass
@@ -243,31 +260,28 @@ def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, consol
                 # One write a trial: a kill leaves whole lines, or a last one that is thrown away.
                 stream.write(json.dumps([list(key), [asdict(row) for row in trial_rows]]) + "\n")
             scheme, value, seed = key
-            say(
-                console,
-                f"coord-check {number + 1}/{len(wanted)}  {scheme} {config.check.axis} {value:g} seed {seed}  "
-                f"{duration(clock.seconds())}",
-            )
+            seconds = duration(clock.seconds())
+            axis = config.check.axis
+            say(console, f"coord-check {number + 1}/{len(wanted)}  {scheme} {axis} {value:g} seed {seed}  {seconds}")
         rows += trial_rows
     return rows
 
 
 def _finished_trials(path: Path) -> dict[tuple[str, float, int], list[Coordinate]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    """Return what was read before, by scheme, value and seed; a last line cut short by a kill is run again.
+
+    Raises:
+        UserError: a line of something else.
+    """
+    if not path.exists():
         return {}
-    found = {}
-    kept = []
-    for line in lines:
-        try:
-            key, rows = json.loads(line)
-        except ValueError:
-            break  # cut short by a kill; what follows, if anything, is run again
-        kept.append(line)
-        found[key[0], float(key[1]), int(key[2])] = [Coordinate(**row) for row in rows]
-    write_text(path, "".join(f"{line}\n" for line in kept))
-    return found
+    trials = read_json_lines(path, _Trial, finite=False, cut=True)
+    write_text(path, "".join(f"{json.dumps(trial)}\n" for trial in trials))
+    names = [entry.name for entry in fields(Coordinate)]
+    return {
+        (scheme, float(value), seed): [Coordinate(**{name: row[name] for name in names}) for row in rows]
+        for (scheme, value, seed), rows in trials
+    }
 
 
 def _read_one(config: CoordinatesConfig, corpus: Corpus, scheme: str, value: float, seed: int) -> list[Coordinate]:

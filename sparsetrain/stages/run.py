@@ -22,8 +22,11 @@ from torch import Tensor
 import sparsetrain
 from sparsetrain.data import Corpus, Tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.files import clear_leftovers, file_errors, read_json, sha256_of, whole_file, write_json, write_text
+from sparsetrain.files import clear_leftovers, file_errors, sha256_of, whole_file, write_json, write_text
 from sparsetrain.processor import cpuinfo
+from sparsetrain.reading import read_text, read_yaml
+from sparsetrain.report.run_files import load_result
+from sparsetrain.report.text import shorten
 from sparsetrain.screen import say
 from sparsetrain.stages.config import RunConfig, as_plain, differences
 from sparsetrain.training import checkpoint
@@ -33,6 +36,7 @@ from sparsetrain.training.state import Diverged
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
 # What every table of an experiment begins with, one row a run.
 COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
+MAX_ID_BYTES = 1 << 30
 METRICS, LOCK, TRAIN_IDS, BACKENDS = "metrics.jsonl", ".lock", "train_ids.txt", "backends.json"
 
 
@@ -81,9 +85,9 @@ class Origin:
         directory = Path(init_from)
         corpus = str(read_config(directory).get("corpus"))
         try:
-            seen = (directory / TRAIN_IDS).read_text(encoding="utf-8").split("\n")[:-1]
-        except OSError as error:
-            raise UserError(f"init_from={init_from}: cannot read {TRAIN_IDS} ({error.strerror})") from None
+            seen = read_text(directory / TRAIN_IDS, MAX_ID_BYTES).split("\n")[:-1]
+        except UserError as error:
+            raise UserError(f"init_from={init_from}: {error}") from None
         return cls(corpus, source_key(init_from), run_tokenizer(directory), set(seen))
 
     def save(self, directory: Path) -> None:
@@ -144,8 +148,8 @@ def claimed(directory: Path, config: RunConfig, origin: Origin) -> Iterator[RunR
                 write_text(directory / CONFIG, yaml.safe_dump(ours, sort_keys=False))
             elif changed := differences(ours, read_config(directory)):
                 raise UserError(
-                    f"run_dir={directory} holds a run with another configuration: {', '.join(changed[:3])}; "
-                    "choose another run_dir or delete that one"
+                    f"run_dir={directory} holds a run with another configuration: "
+                    f"{shorten(', '.join(changed[:3]), 600)}; choose another run_dir or delete that one"
                 )
             yield finished(directory)
         except UserError:
@@ -171,7 +175,7 @@ def _remove_traces(directory: Path, made: list[Path]) -> None:
 def finished(directory: Path) -> RunResult | None:
     """Return the result of a run that ended, or None."""
     path = directory / RESULT
-    return RunResult(directory, read_json(path)) if path.exists() else None
+    return RunResult(directory, load_result(path)) if path.exists() else None
 
 
 def skipped(done: RunResult, console: Console) -> RunResult:
@@ -181,8 +185,8 @@ def skipped(done: RunResult, console: Console) -> RunResult:
         Diverged: that is how it ended, and how it would again.
     """
     if done.values.get("status") == "diverged":
-        raise Diverged(f"{done['message']} (as recorded in {done.directory}; delete it to try again)")
-    say(console, f"{done['stage']}: already done in {done.directory}")
+        raise Diverged(f"{done.values.get('message')} (as recorded in {done.directory}; delete it to try again)")
+    say(console, f"{done.values.get('stage', 'stage')}: already done in {done.directory}")
     return done
 
 
@@ -199,12 +203,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         UserError: no run there, or an unreadable file.
     """
     path = directory / CONFIG
+    if directory.is_dir() and not path.exists():
+        raise UserError(f"{directory} is no run directory: it has no {CONFIG}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{directory} is no run directory: it has no {CONFIG}") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+        content = read_yaml(path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {str(error).removeprefix(str(path)).lstrip(' ,:')}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no configuration")
     return content

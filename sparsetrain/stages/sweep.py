@@ -6,11 +6,11 @@ killed, or is given again with more values, skips what is done.
 
 from __future__ import annotations
 
-import csv
 import functools
+import math
+import re
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from rich.console import Console
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.data import Corpus, prepare
 from sparsetrain.errors import UserError
-from sparsetrain.files import file_errors, read_json
+from sparsetrain.files import file_errors
+from sparsetrain.reading import read_csv
+from sparsetrain.report.run_files import SweepRow, SweptConfig, SweptResult, load_result
 from sparsetrain.report.search import search_figure, search_knobs, search_sheet
 from sparsetrain.report.sweep import (
     findings,
@@ -35,6 +37,7 @@ from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration, flatten, si
 from sparsetrain.screen import say
+from sparsetrain.shapes import check
 from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pretrain import memory_of, run_directory
@@ -45,6 +48,8 @@ from sparsetrain.training.state import resolve_device
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
 _LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
 _WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
+_TEXTS = ("parameterization", "commit", "status", "precision", "run")
+_WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 _STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
 
 
@@ -105,7 +110,7 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
             continue
         if (directory / RESULT).exists():
             done += 1
-            result = read_json(directory / RESULT)
+            result = load_result(directory / RESULT)
             if result.get("status") == "complete" and result.get("seconds"):
                 measured += 1
                 done_flops += dense_flops
@@ -202,9 +207,11 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
-        result = read_json(directory / RESULT)
+        result = load_result(directory / RESULT)
         if result.get("stage") == "pretrain":
-            done[directory] = (read_config(directory), result)
+            check(result, SweptResult, str(directory / RESULT))
+            config = check(read_config(directory), SweptConfig, str(directory / CONFIG))
+            done[directory] = (config, result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
     for directory in done:
         earlier.pop(directory.name, None)
@@ -233,7 +240,8 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
         row |= {name: result.get(name) for name in _LAST[:4]}
-        rows.append({**row, "train_flops": result["flops"]["total"], "run": directory.name})
+        row |= {"train_flops": result["flops"]["total"], "run": directory.name}
+        rows.append(check(row, SweepRow, str(directory / RESULT)))
     order = (*COLUMNS, *varied, *_LAST)
     rows += [{name: row[name] for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
@@ -241,22 +249,30 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers."""
-    with file_errors(path), path.open(newline="", encoding="utf-8") as stream:
-        reader = csv.DictReader(stream)
-        missing = [name for name in (*COLUMNS, *_LAST) if name not in (reader.fieldnames or ())]
+    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers.
+
+    Raises:
+        UserError: no CSV, a missing column, or a cell that is not what its column holds; it is named with its row.
+    """
+    rows = []
+    for number, cells in enumerate(read_csv(path), start=1):
+        missing = [name for name in (*COLUMNS, *_LAST) if name not in cells]
         if missing:
             raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
-        return [{name: _cell(text) for name, text in row.items()} for row in reader]
+        row = {name: (text or None) if name in _TEXTS else _cell(text) for name, text in cells.items()}
+        rows.append(check(row, SweepRow, f"{path}, row {number}"))
+    if not rows:
+        raise UserError(f"{path} has no row")
+    return rows
 
 
-def _cell(text: str | None) -> Any:
+def _cell(text: str) -> Any:
+    """Return what `write_rows` wrote: a number as that, nothing as None."""
     if not text:
         return None
-    for kind in (int, float):
-        with suppress(ValueError):
-            return kind(text)
-    return text
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _DECIMAL.fullmatch(text) and math.isfinite(float(text)) else text
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:

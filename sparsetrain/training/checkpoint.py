@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import re
 import shutil
@@ -25,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import safetensors.torch
 from safetensors import SafetensorError
@@ -33,6 +32,7 @@ from torch import Tensor
 
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import flush
+from sparsetrain.reading import parse_json
 from sparsetrain.training.manifest import (
     RefusedError,
     canonical,
@@ -65,6 +65,12 @@ _NAME = re.compile(r"step-([0-9]{8,})")
 # Hidden directories: being written, standing in for one that is being replaced, being deleted.
 _WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
 _POINTER = ".latest"  # the next ``latest``
+
+
+class _Document(TypedDict):
+    state: dict[str, Any]
+    optimizer: list[dict[str, Any]]
+    aliases: dict[str, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -271,15 +277,20 @@ def _latest(directory: Path) -> str | None:
 def _read_verified(path: Path, step: int) -> Checkpoint:
     """Read each file once, so that the bytes that are used are the bytes that were verified."""
     manifest = read_manifest(path, step)
-    document = json.loads(read_file(path, STATE, manifest))
+    content = read_file(path, STATE, manifest)
+    try:
+        document = parse_json(content, STATE, _Document, finite=False)
+    except UserError as error:
+        raise RefusedError(str(error)) from None
     tensors: dict[str, dict[str, Tensor]] = {}
     for file in (MODEL, OPTIMIZER):
         try:
             tensors[file] = safetensors.torch.load(read_file(path, file, manifest))
-        except SafetensorError as error:
-            raise RefusedError(f"{file} cannot be read: {error}") from None
-        for alias, kept in document["aliases"][file].items():
-            tensors[file][alias] = tensors[file][kept]
+            for alias, kept in document["aliases"].get(file, {}).items():
+                tensors[file][alias] = tensors[file][kept]
+        except (SafetensorError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise RefusedError(f"{file} cannot be read: {reason[:200]}") from None
     optimizer = OptimizerTensors(tensors[OPTIMIZER], document["optimizer"])
     return Checkpoint(step, tensors[MODEL], optimizer, document["state"], path)
 

@@ -12,12 +12,25 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
+from sparsetrain.errors import UserError
 from sparsetrain.files import flush, sha256_of
+from sparsetrain.reading import parse_json
+from sparsetrain.shapes import Count, check
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+
+class _File(TypedDict):
+    size: Count
+    sha256: str
+
+
+class _Body(TypedDict):
+    step: Count
+    files: dict[str, _File]
 
 
 class RefusedError(Exception):
@@ -73,15 +86,18 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
     """
     content = _read(directory / MANIFEST)
     try:
-        manifest = json.loads(content)
-        body = {key: value for key, value in manifest.items() if key != "digest"}
+        body = {key: value for key, value in parse_json(content, MANIFEST, dict).items() if key != "digest"}
         genuine = content == _sealed(body)
-    except (ValueError, AttributeError, RecursionError):  # not UTF-8, not JSON, not an object, nested to the limit
+    except UserError:  # not UTF-8, not JSON, not an object, nested beyond the limit
         genuine = False
     if not genuine:
         raise RefusedError(f"{MANIFEST} has been changed or is incomplete")
     if body.get("format") != FORMAT:
         raise RefusedError(f"it has format {body.get('format')}, and this version reads format {FORMAT}")
+    try:
+        check(body, _Body, MANIFEST)
+    except UserError as error:
+        raise RefusedError(str(error)) from None
     if body["step"] != step:
         raise RefusedError(f"{MANIFEST} is of step {body['step']}")
     return body
@@ -93,7 +109,9 @@ def read_file(directory: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
     Raises:
         RefusedError: the file is missing, unreadable, or not what the manifest says.
     """
-    expected = manifest["files"][name]
+    expected = manifest["files"].get(name)
+    if expected is None:
+        raise RefusedError(f"{name} is not in {MANIFEST}")
     content = _read(directory / name)
     if len(content) != expected["size"]:
         raise RefusedError(f"{name} has {len(content)} bytes, expected {expected['size']}")

@@ -6,13 +6,30 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, write_text
+from sparsetrain.reading import read_json_lines
+from sparsetrain.shapes import Count
 
 # Entries that depend on the clock and the machine; all others are the same in every run of the same seed.
 TIMED = ("seconds", "tokens_per_second", "flops_per_second")
+MAX_BYTES = 1 << 30
+
+
+class Record(TypedDict):
+    """A line of metrics; other entries may be there. Losses in nats."""
+
+    step: Count
+    tokens: NotRequired[Count | None]
+    loss: NotRequired[float | None]
+    val_loss: NotRequired[float | None]
+    bits_per_byte: NotRequired[float | None]
+    lr: NotRequired[float | None]
+    density: NotRequired[float | None]
+    target_density: NotRequired[float | None]
+    itop_rate: NotRequired[float | None]
+    mask_overlap: NotRequired[float | None]
 
 
 class MetricsLog:
@@ -54,19 +71,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the records of a metrics file; a last line cut short by a kill is left out.
 
     Raises:
-        UserError: no such file, or a broken line before the last.
+        UserError: no such file, or a line that is no `Record`; the message has its number.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 at byte {error.start}") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is no valid JSON") from None
-    return records
+    return read_json_lines(path, Record, cut=True, max_bytes=MAX_BYTES)

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import os
 import re
+import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -189,24 +195,87 @@ def test_a_saved_table_is_used_and_read_again() -> None:
         auto._tables.update(before)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"backends": {"csr": {"sides": []}}}'])
-def test_a_bad_table_is_told_of_at_import_and_the_shipped_one_is_used(
-    content: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = auto.tuned_path()
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    # Another copy of the module: the one in use keeps its classes and its tables.
+@pytest.fixture
+def again(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Another copy of the module, as after an import: the one in use keeps its classes and its tables."""
     spec = importlib.util.spec_from_file_location("imported_again", auto.__file__)
     assert spec is not None
     assert spec.loader is not None
-    again = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, again)  # where dataclasses look
-    with pytest.warns(UserWarning, match=rf"{re.escape(path.name)} is no .*; the table of the library is used$"):
-        spec.loader.exec_module(again)
-    tables = {name: vars(table) for name, table in again._tables.items()}
-    assert tables == {name: vars(table) for name, table in auto._shipped().items()}
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look
+    spec.loader.exec_module(module)
+    return module
+
+
+def plain(entry: dict[str, Any]) -> str:
+    """A file with a table that is right but for ``entry``."""
+    whole = {"sides": [64, 128], "tokens": [16], "threads": [1], "density": [[[0.5], [0.25]]]}
+    return json.dumps({"backends": {"csr": {**whole, **entry}}})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", '{"backends": {"csr": {"sides": []}}}', '{"backends": [1]}', "[" * 100_000),
+        *(plain({"density": value}) for value in ([[[256.0], [0.5]]], [[[-0.1], [0.5]]], [[["x"], [0.5]]], [[[None]]])),
+        *(plain({"density": value}) for value in ([[[math.nan], [0.5]]], [[[0.5]]], [[[0.5, 0.5], [0.5]]], [], 0.5)),
+        *(plain({"sides": value}) for value in ([], [128, 64], [0, 64], [64, 64], [64.5, 128], [64, 2**70], 64)),
+        *(plain({"threads": value}) for value in ([0], [-1], [True], [1, 2], ["1"])),
+    ],
+)
+def test_a_bad_table_is_told_of_at_its_first_use_and_the_shipped_one_is_used(content: str, again: Any) -> None:
+    """Densities lie in [0, 1], axes increase, shapes agree; an import reads no user's file."""
+    path = auto.tuned_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert again._tables == {}
+    with pytest.warns(UserWarning, match=rf"{re.escape(path.name)}.*; the table of the library is used$") as caught:
+        tables = again.tables()
+    assert [len(str(warning.message).splitlines()) for warning in caught] == [1]
+    assert {name: vars(table) for name, table in tables.items()} == {
+        name: vars(table) for name, table in auto._shipped().items()
+    }
     assert tables
+    assert again.tables() is tables  # and says it once
+
+
+def test_the_tables_are_read_once_by_many_threads(again: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each thread sees whole tables, whoever reads them."""
+    path = auto.tuned_path()
+    path.parent.mkdir(parents=True)
+    path.write_text(plain({}))
+    reads, seen = [], []
+    load = again._load
+    monkeypatch.setattr(again, "_load", lambda: reads.append(time.sleep(0.05)) or load())
+    threads = [threading.Thread(target=lambda: seen.append(vars(again.tables()["csr"]))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(reads) == 1
+    assert [table["density"] for table in seen] == [[[[0.5], [0.25]]]] * 8
+
+
+def test_a_table_that_cannot_be_reached_is_none(again: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in the place of the cache is no reason to fail."""
+    Path(os.environ["SPARSETRAIN_CACHE"]).write_text("")
+    assert again.tables().keys() == auto._shipped().keys()
+
+
+def test_a_compiler_that_asks_first_reads_the_tables_without_tracing_it() -> None:
+    """The first forward pass of a process may be a compiled one: the whole of it is one graph."""
+    code = (
+        "import torch, sparsetrain\n"
+        "from sparsetrain.sparsity import auto\n"
+        "assert auto._tables == {}\n"
+        "layer = sparsetrain.SparseLinear(64, 64, density=0.5, bias=False, seed=0)\n"
+        "x = torch.randn(8, 64)\n"
+        "compiled = torch.compile(layer, backend='eager', fullgraph=True)(x)\n"
+        "assert auto._tables\n"
+        "torch.testing.assert_close(compiled, x @ layer.dense_weight().t())\n"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.parametrize(
