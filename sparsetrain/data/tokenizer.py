@@ -7,7 +7,6 @@ UTF-8 bytes, so that a loss in nats per token becomes bits per byte without deco
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models
 
+from sparsetrain.data import bpe_training
+from sparsetrain.data.tokenizer_file import byte_symbols, check_ids, check_layout, check_round_trip, library_errors
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
+from sparsetrain.reading import read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 # How tokenizers in use call the token that ends a document.
@@ -26,46 +28,37 @@ _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
 
-def _alphabet() -> list[str]:
-    """Return the character that byte-level BPE writes for each byte, indexed by the byte.
-
-    Printable bytes of Latin-1 stand for themselves; the others, in order, for the characters from U+0100 on.
-    """
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) if byte in printable else chr(0x100 + others.index(byte)) for byte in range(256)]
-
-
 class Tokenizer:
     """A byte-level tokenizer, made from the bytes of a ``tokenizer.json``.
 
     ``sha256`` is the hash of those bytes; token files carry it so that they are never read with another tokenizer.
-    Raises `UserError` if the bytes are no byte-level tokenizer, or if it has no token for the end of a document.
+    Raises `UserError` if the bytes are no byte-level tokenizer, if it loses or changes text (see `tokenizer_file`),
+    or if it has no special token for the end of a document.
     """
 
     def __init__(self, content: bytes, origin: str = "tokenizer.json") -> None:
-        try:
+        where = f"data.tokenizer_path={origin}"
+        with library_errors(f"{where}: not a tokenizer.json"):
             self._inner = tokenizers.Tokenizer.from_str(content.decode())
-            layout = json.loads(content)
-        except Exception as error:  # the library raises bare Exception
-            reason = (str(error).splitlines() or ["?"])[0]
-            raise UserError(f"tokenizer_path={origin}: not a tokenizer.json ({reason})") from error
-        if "ByteLevel" not in json.dumps([layout.get("pre_tokenizer"), layout.get("decoder")]):
-            raise UserError(f"tokenizer_path={origin}: not a byte-level tokenizer; bits per byte need one")
+        check_layout(content, where)
         self._content = content
+        self._where = where
         self._inner.no_padding()
         self._inner.no_truncation()
         # A document that spells a special token out must not be able to end itself.
         self._inner.encode_special_tokens = True
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
-        known = [name for name in _END_NAMES if name in vocabulary]
+        check_ids(vocabulary, where)
+        special = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
+        known = [name for name in _END_NAMES if name in special]
         if not known:
             names = ", ".join(_END_NAMES)
-            raise UserError(f"tokenizer_path={origin}: no token that ends a document; looked for {names}")
+            raise UserError(f"{where}: no token that ends a document; looked for the special tokens {names}")
         self.eos_token: str = known[0]
         self.eos_id: int = vocabulary[self.eos_token]
-        self.vocab_size: int = 1 + max(vocabulary.values())
+        self.vocab_size: int = len(vocabulary)
         self.sha256: str = hashlib.sha256(content).hexdigest()
+        check_round_trip(self._inner, self.token_bytes.numpy(), where)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -77,22 +70,16 @@ class Tokenizer:
             raise UserError(
                 f"vocab_size={vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
             )
-        inner = _byte_level(models.BPE())
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        inner.train_from_iterator(texts, trainer=trainer)
-        return cls(inner.to_str(pretty=True).encode())
+        try:
+            return cls(bpe_training.train(texts, vocab_size, END_OF_TEXT))
+        except bpe_training.TrainingFailedError as error:
+            raise UserError(f"data.tokenizer=bpe: the training of the tokenizer failed: {error}") from error
 
     @classmethod
     def bytes(cls) -> Tokenizer:
         """Return the tokenizer whose ids 0 to 255 are the bytes and whose id 256 ends a document."""
-        vocabulary = {character: byte for byte, character in enumerate(_alphabet())}
-        inner = _byte_level(models.BPE(vocab=vocabulary, merges=[]))
+        vocabulary = {character: byte for byte, character in enumerate(byte_symbols())}
+        inner = bpe_training.byte_level(models.BPE(vocab=vocabulary, merges=[]))
         inner.add_special_tokens([END_OF_TEXT])
         return cls(inner.to_str(pretty=True).encode())
 
@@ -103,8 +90,8 @@ class Tokenizer:
         if place.is_dir():
             place = place / "tokenizer.json"
         if not place.is_file():
-            raise UserError(f"tokenizer_path={path}: no such file")
-        return cls(place.read_bytes(), origin=str(path))
+            raise UserError(f"data.tokenizer_path={path}: no such file")
+        return cls(read_bytes(place), origin=str(path))
 
     def save(self, path: Path) -> None:
         """Write the ``tokenizer.json`` this was made from, byte for byte."""
@@ -112,12 +99,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without a token for its end."""
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
         # The fast form leaves out the character offsets.
-        return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; bytes that are no UTF-8, as at a cut inside a character, become U+FFFD."""
@@ -127,7 +116,7 @@ class Tokenizer:
     def token_bytes(self) -> torch.Tensor:
         """LongTensor [vocab_size]: how many UTF-8 bytes each token stands for; 0 for special tokens.
 
-        Exact for a tokenizer without a normaliser, which those made here are.
+        Exact: `Tokenizer` takes none whose tokens stand for other text than they count.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._inner.get_vocab(with_added_tokens=True).items():
@@ -138,10 +127,3 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
-
-
-def _byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    inner = tokenizers.Tokenizer(model)
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    return inner

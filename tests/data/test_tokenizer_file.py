@@ -1,0 +1,208 @@
+"""Files of tokenizers: those that lose text are refused by name, and the others give back every text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Library
+from tokenizers.decoders import ByteLevel as Decoder
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from sparsetrain.data.tokenizer import END_OF_TEXT, Tokenizer
+from sparsetrain.data.tokenizer_file import byte_symbols, decoded
+from sparsetrain.errors import UserError
+
+Change = Callable[[dict[str, Any]], object]
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
+    r"\s+(?!\S)|\s+"
+)
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+
+
+def content(pre: Any = None, normalizer: Any = None, added: Any = None) -> bytes:
+    """Return a file of the library itself with one setting changed."""
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre or ByteLevel(add_prefix_space=False)
+    library.decoder = Decoder()
+    if normalizer is not None:
+        library.normalizer = normalizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=[END_OF_TEXT], initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
+    library.train_from_iterator(["the same words again and again"] * 50, trainer)
+    if added is not None:
+        library.add_tokens([added])
+    return str(library.to_str()).encode()
+
+
+def changed(change: Change, file: bytes | None = None) -> bytes:
+    """Return the file with its layout changed."""
+    layout = json.loads(file or content())
+    change(layout)
+    return json.dumps(layout).encode()
+
+
+def added(text: str, **settings: bool) -> Change:
+    token = {"id": 300, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return lambda layout: layout["added_tokens"].append({**token, "special": False, **settings})
+
+
+def steps(*members: dict[str, Any]) -> Change:
+    def change(layout: dict[str, Any]) -> None:
+        layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*members]}
+
+    return change
+
+
+def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}
+
+
+NO_MERGES = changed(lambda layout: layout["model"].update(merges=[]))
+LOSING = [
+    # what stands before the model
+    (content(pre=ByteLevel()), "puts a space before each text; set its add_prefix_space to false"),
+    (content(normalizer=normalizers.NFKC()), "the normalizer 'NFKC' rewrites text"),
+    (content(normalizer=normalizers.Sequence([normalizers.NFC()])), "the normalizer 'NFC' rewrites text"),
+    (content(normalizer=normalizers.Lowercase()), "set normalizer to null"),
+    (
+        content(pre=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), ByteLevel(add_prefix_space=False)])),
+        "the pre_tokenizer 'WhitespaceSplit' leaves out characters",
+    ),
+    (changed(steps(split(r"\s", "Removed"), BYTES)), "'Split' leaves out characters"),
+    (changed(steps({"type": "UnicodeScripts"}, BYTES)), "'UnicodeScripts' leaves out characters"),
+    (changed(steps(BYTES, BYTES)), "not a byte-level tokenizer"),
+    (changed(steps(split("(a+)+$"), BYTES)), "cannot encode 'aaaa"),
+    (changed(lambda layout: layout.update(pre_tokenizer={"type": "Whitespace"})), "not a byte-level tokenizer"),
+    (changed(lambda layout: layout.update(pre_tokenizer=None)), "not a byte-level tokenizer"),
+    (changed(lambda layout: layout.update(decoder=None)), "its decoder is not ByteLevel"),
+    # the model
+    (changed(lambda layout: layout["model"]["vocab"].update(a=4 * 10**9)), "ids up to 4000000000; ids must be 0 to 2"),
+    (changed(lambda layout: layout["model"]["vocab"].update(a=layout["model"]["vocab"]["b"])), "have the same id"),
+    (changed(lambda layout: layout["model"]["vocab"].pop("a"), NO_MERGES), r"no token for 1 of the 256 bytes \(0x61\)"),
+    (changed(lambda layout: layout["model"].update(dropout=0.1)), "dropout=0.1 makes the tokens of a text random"),
+    (changed(lambda layout: layout["model"].update(end_of_word_suffix="</w>")), "end_of_word_suffix='</w>'"),
+    (
+        changed(lambda layout: layout["model"].update(continuing_subword_prefix="##"), NO_MERGES),
+        "continuing_subword_prefix='##'",
+    ),
+    # added tokens
+    (content(added=AddedToken("<m>", lstrip=True, rstrip=True)), "the added token '<m>' swallows the white space"),
+    (content(added=AddedToken("<m>", rstrip=True)), "set its lstrip and rstrip to false"),
+    (changed(added("é")), "the added token 'é' decodes to another text"),
+    (changed(added("Ġ")), "the added token 'Ġ' decodes to another text"),
+    (changed(added("am", special=True)), "the special token 'am' is one that ordinary text gives"),
+    (changed(added("a", special=True)), "the special token 'a' is one that ordinary text gives"),
+    (changed(lambda layout: layout["added_tokens"][0].update(special=False)), "no token that ends a document"),
+    # no file of the kind
+    (b"\xff", "not a tokenizer.json"),
+    (b"[" * 100_000, "not a tokenizer.json"),
+    (b"[]", "not a tokenizer.json"),
+    (b'{"model": {}}', "not a tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize(("file", "message"), LOSING)
+def test_a_file_that_loses_text_is_refused_by_its_setting(file: bytes, message: str) -> None:
+    """The line names the setting of the configuration, the file, and what in it loses text."""
+    with pytest.raises(UserError, match=message) as caught:
+        Tokenizer(file, origin="own.json")
+    assert str(caught.value).startswith("data.tokenizer_path=own.json: ")
+    assert "\n" not in str(caught.value)
+
+
+KEEPING = {
+    "gpt-2": content(),
+    "of old, without a type": changed(lambda layout: layout["model"].pop("type")),
+    "llama 3": changed(steps(split(LLAMA_3), BYTES)),
+    "digits and punctuation": changed(
+        steps(
+            {"type": "Punctuation", "behavior": "Contiguous"},
+            {**BYTES, "use_regex": True},
+            {"type": "Digits", "individual_digits": True},
+        )
+    ),
+    "taken whole": changed(lambda layout: layout["model"].update(ignore_merges=True)),
+    "unknown tokens": changed(lambda layout: layout["model"].update(unk_token=END_OF_TEXT, byte_fallback=True)),
+    "no normalizers": changed(lambda layout: layout.update(normalizer={"type": "Sequence", "normalizers": []})),
+    "blanks as tokens": changed(added("    ", normalized=True)),
+    "japanese token": changed(added("日本")),
+    "single word": changed(added("<m>", single_word=True)),
+    "mask of roberta": changed(added("<mask>", special=True, lstrip=True)),
+    "truncation": changed(
+        lambda layout: layout.update(
+            truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+        )
+    ),
+    "padding": changed(
+        lambda layout: layout.update(
+            padding={
+                "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": END_OF_TEXT,
+            }
+        )
+    ),
+    "an end by the post-processor": changed(
+        lambda layout: layout.update(
+            post_processor={"type": "RobertaProcessing", "sep": [END_OF_TEXT, 0], "cls": [END_OF_TEXT, 0],
+                            "trim_offsets": True, "add_prefix_space": True}
+        )
+    ),
+}  # fmt: skip
+any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
+pieces = st.lists(
+    any_text | st.sampled_from(["<m>", "<mask>", "    ", "日本", END_OF_TEXT, " again", "123456"]), max_size=6
+)
+
+
+@pytest.fixture(scope="module", params=KEEPING)
+def kept(request: pytest.FixtureRequest) -> Tokenizer:
+    """Each of the tokenizers that lose no text."""
+    return Tokenizer(KEEPING[request.param])
+
+
+@given(text=pieces.map("".join))
+@example(text="a <mask> b  <m> c")
+def test_an_accepted_file_gives_back_any_text_and_counts_its_bytes(kept: Tokenizer, text: str) -> None:
+    """What the library's settings add, pad and cut is left out; special tokens are text where a text spells them."""
+    tokenizer = kept
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode_batch([text, ""]) == [ids, []]
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.eos_id not in ids
+    assert int(tokenizer.token_bytes[ids].sum()) == len(text.encode())
+
+
+def test_symbols_of_bytes_match_transformers() -> None:
+    """The alphabet is that of GPT-2."""
+    expected = bytes_to_unicode()
+    assert dict(enumerate(byte_symbols())) == expected
+
+
+@given(any_text)
+def test_tokens_are_decoded_as_the_library_decodes_them(token: str) -> None:
+    """Text that is all symbols stands for bytes, other text for itself."""
+    assert decoded(token).decode(errors="replace") == Decoder().decode([token])
+
+
+def test_text_that_no_utf_8_can_hold_is_refused() -> None:
+    """Half a character, as a terminal may give it, is one line."""
+    with pytest.raises(UserError, match="cannot encode a text"):
+        Tokenizer.bytes().encode("a\udcff")
+    with pytest.raises(UserError, match="cannot encode a text"):
+        Tokenizer.bytes().encode_batch(["a", "a\ud800"])
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/t.json", "x" * 5000, "a\0b"])
+def test_a_path_that_is_none_is_one_line(path: str) -> None:
+    """A user that does not exist, a name that is too long, a zero byte."""
+    with pytest.raises(UserError, match=r"data\.tokenizer_path="):
+        Tokenizer.load(path)
