@@ -21,6 +21,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsetrain.cache import cache_directory, clear_leftovers, whole_directory
+from sparsetrain.data.checksums import sha256_once
+from sparsetrain.data.corpus_manifest import (
+    SPLITS,
+    TRAIN_IDS,
+    check_files,
+    read_manifest,
+    read_train_ids,
+    write_manifest,
+)
 from sparsetrain.data.hub import HubDataset
 from sparsetrain.data.medline import Medline
 from sparsetrain.data.sources import Document, LocalFiles, Source
@@ -44,7 +53,7 @@ _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
 # A tokenizer is trained on about this much text, spread evenly over the training documents: more of it costs time
 # and hardly changes the tokens per byte (on MEDLINE, by 0.1 %).
 _TOKENIZER_BYTES = 1 << 24
-_SPLITS = ("train", "validation")
+_TOKENIZER = "tokenizer.json"
 
 Report = Callable[[float], None]
 
@@ -128,11 +137,11 @@ class Corpus:
 
     def train_ids(self) -> set[str]:
         """Return the ids of the documents that ``train`` was made of."""
-        return set((self.directory / "train_ids.txt").read_text(encoding="utf-8").split("\n")[:-1])
+        return read_train_ids(self.directory, self.manifest)
 
     def describe(self) -> str:
         """Return one line: where it is and how large."""
-        counts = [self.manifest["splits"][split] for split in _SPLITS]
+        counts = [self.manifest["splits"][split] for split in SPLITS]
         documents, tokens, size = (sum(count[key] for count in counts) for key in ("documents", "tokens", "bytes"))
         origin = "found in cache" if self.cached else "built in"
         return (
@@ -161,6 +170,8 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
             # A byte tokenizer writes two bytes per byte of text, a trained one less than one.
             with whole_directory(directory, 2 * source.size_estimate()) as temporary:
                 _build(temporary, config, source, given, key, display)
+                if _key(config, source, given) != key:
+                    raise UserError(f"{source.name}: the text changed while it was read; run the same command again")
     corpus = replace(open_corpus(directory), cached=cached)
     if progress:
         say(screen, corpus.describe())
@@ -170,20 +181,22 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
 def open_corpus(directory: Path) -> Corpus:
     """Read a prepared corpus.
 
-    Raises `UserError` if a file is missing or of the wrong length, or if the tokens are of another tokenizer than
-    the one beside them.
+    Raises `UserError` if a file is missing, of the wrong length or of another checksum than the manifest gives, or if
+    the tokens are of another tokenizer than the one beside them.
     """
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        splits, dtype, expected = manifest["splits"], manifest["dtype"], manifest["tokenizer_sha256"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory} has no readable manifest.json; delete the directory to build it again") from error
-    tokenizer = Tokenizer.load(directory / "tokenizer.json")
-    if tokenizer.sha256 != expected:
+    manifest = read_manifest(directory)
+    found, expected = sha256_once(directory / _TOKENIZER), manifest["tokenizer_sha256"]
+    if found != expected:
         raise UserError(
-            f"{directory}: token file of another tokenizer (tokens: {expected}, tokenizer.json: {tokenizer.sha256})"
+            f"{directory}: token file of another tokenizer (tokens: {expected}, {_TOKENIZER}: {found}); delete the "
+            "directory to build it again"
         )
-    train, validation = (TokenFile(directory / f"{split}.bin", dtype, splits[split]["tokens"]) for split in _SPLITS)
+    tokenizer = Tokenizer.load(directory / _TOKENIZER)
+    train, validation = (
+        TokenFile(directory / f"{split}.bin", manifest["dtype"], manifest["splits"][split]["tokens"])
+        for split in SPLITS
+    )
+    check_files(directory, manifest)
     return Corpus(directory, manifest, tokenizer, train, validation, cached=True)
 
 
@@ -331,12 +344,12 @@ def _encode(
     directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], plan: _Plan, source: Source, report: Report
 ) -> tuple[dict[str, dict[str, int]], int]:
     """Write the token files and ``train_ids.txt``; return the counts per split and the documents left for tests."""
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in _SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     left_out = done = 0
     eos = np.array([tokenizer.eos_id], dtype=dtype)
     with contextlib.ExitStack() as stack:
-        files = {split: stack.enter_context((directory / f"{split}.bin").open("wb")) for split in _SPLITS}
-        train_ids = stack.enter_context((directory / "train_ids.txt").open("w", encoding="utf-8"))
+        files = {split: stack.enter_context((directory / f"{split}.bin").open("wb")) for split in SPLITS}
+        train_ids = stack.enter_context((directory / TRAIN_IDS).open("w", encoding="utf-8"))
         for chunk in _chunks(plan.parts(source.documents())):
             used = [(split, document) for split, document in chunk if split != "test"]
             left_out += len(chunk) - len(used)
@@ -365,9 +378,9 @@ def _build(
     plan = _plan(config, source)
     tokenizer = given or _tokenizer(config, plan, source, display.task("train tokenizer"))
     dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
-    tokenizer.save(directory / "tokenizer.json")
+    tokenizer.save(directory / _TOKENIZER)
     counts, left_out = _encode(directory, tokenizer, dtype, plan, source, display.task("encode"))
-    splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in _SPLITS}
+    splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in SPLITS}
     manifest = {
         "source": source.name,
         "licence": source.licence,
@@ -380,4 +393,4 @@ def _build(
         "left_out": {"test_documents": left_out, "beyond_max_documents": plan.splits.count(None)},
         "versions": {name: metadata.version(name) for name in ("tokenizers", "numpy")},
     }
-    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    write_manifest(directory, manifest)

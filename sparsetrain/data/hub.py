@@ -68,7 +68,7 @@ class HubDataset:
             if text is None or not check_text(text, where).strip():
                 continue
             name = row.get("id")
-            yield Document(content_id(text) if name is None else clean_id(name), text)
+            yield Document(content_id(text) if name is None else clean_id(name, where), text)
 
     def note(self) -> dict[str, object]:
         """Return the fingerprint that `datasets` gives to the rows that were read."""

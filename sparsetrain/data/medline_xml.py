@@ -16,6 +16,27 @@ from collections.abc import Iterator
 from typing import IO
 
 _REPORT_EVERY = 500  # records
+# A file of MEDLINE is 200 MB of XML. More than this is no such file, but one made to fill the memory.
+MOST_BYTES = 1 << 30
+
+
+class _Guarded:
+    """A stream of XML of at most ``most`` bytes, without entities: MEDLINE declares none, and they can be bombs."""
+
+    def __init__(self, stream: IO[bytes], most: int) -> None:
+        self._stream = stream
+        self._left = most
+        self._tail = b""
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._stream.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError("the XML is larger than any file of MEDLINE")
+        if b"<!ENTITY" in self._tail + content:
+            raise ValueError("the XML declares an entity, which no file of MEDLINE does")
+        self._tail = content[-7:]
+        return content
 
 
 def _text(element: ElementTree.Element | None) -> str:
@@ -23,14 +44,14 @@ def _text(element: ElementTree.Element | None) -> str:
     return "" if element is None else " ".join("".join(element.itertext()).split())
 
 
-def records(compressed: IO[bytes]) -> Iterator[dict[str, object] | None]:
+def records(compressed: IO[bytes], most: int = MOST_BYTES) -> Iterator[dict[str, object] | None]:
     """Yield one entry per ``PubmedArticle``: None without an abstract, else ``id``, ``title`` and ``sections``.
 
     ``sections`` is a list of ``[Label, NlmCategory, text]``; an abstract without structure has one, with both
     empty. An abstract whose sections are all empty counts as none.
     """
     with gzip.open(compressed) as stream:
-        for _, element in ElementTree.iterparse(stream):
+        for _, element in ElementTree.iterparse(_Guarded(stream, most)):
             if element.tag != "PubmedArticle":
                 continue
             article = element.find("MedlineCitation/Article")
@@ -39,8 +60,11 @@ def records(compressed: IO[bytes]) -> Iterator[dict[str, object] | None]:
             sections = [section for section in sections if section[2]]
             entry: dict[str, object] | None = None
             if article is not None and sections:
+                pmid = _text(element.find("MedlineCitation/PMID"))
+                if not pmid:
+                    raise ValueError("an abstract has no PMID")
                 entry = {
-                    "id": element.findtext("MedlineCitation/PMID", ""),
+                    "id": pmid,
                     "title": _text(article.find("ArticleTitle")),
                     "sections": sections,
                 }

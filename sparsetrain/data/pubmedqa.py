@@ -6,16 +6,18 @@ validate on.
 
 from __future__ import annotations
 
-import json
+import reprlib
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sparsetrain.data.hub import load_rows
 from sparsetrain.data.labelled import Example, Task, take
+from sparsetrain.data.sources import check_text, clean_id
 from sparsetrain.data.split import position
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
+from sparsetrain.reading import read_json
 
 LABELS = ("yes", "no", "maybe")
 QUESTIONS_FILE = "ori_pqal.json"
@@ -39,48 +41,55 @@ def official_test_pmids() -> frozenset[str]:
     return _pmids("pubmedqa_test_pmids.txt")
 
 
-def _example(pmid: str, question: str, contexts: list[str], decision: str) -> Example:
-    # The question and the cue come last: a source too long for the model is cut on the left, in the context.
-    source = f"{' '.join(contexts)}\nquestion: {question}\nanswer:"
+def _example(pmid: object, question: object, contexts: object, decision: object, where: str) -> Example:
+    """Return the example of a question, of which nothing is made text that is none."""
+    place = f"{where}: question {reprlib.repr(pmid)}"
     if decision not in LABELS:
-        raise UserError(f"PubMedQA question {pmid}: final_decision={decision!r} is not one of {', '.join(LABELS)}")
-    return Example(pmid, source, LABELS.index(decision))
+        raise UserError(f"{place}: final_decision={reprlib.repr(decision)} is not one of {', '.join(LABELS)}")
+    if not isinstance(contexts, list):
+        raise UserError(f"{place}: its contexts are {type(contexts).__name__}, not a list of texts")
+    paragraphs = " ".join(check_text(context, f"{place}, contexts") for context in contexts)
+    # The question and the cue come last: a source too long for the model is cut on the left, in the context.
+    source = f"{paragraphs}\nquestion: {check_text(question, f'{place}, question')}\nanswer:"
+    return Example(clean_id(pmid, place), source, LABELS.index(decision))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, shape: Any) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(
             f"task.path={path.parent}: no {path.name} there; it must hold {QUESTIONS_FILE} and {TEST_FILE} "
             "of https://github.com/pubmedqa/pubmedqa"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a JSON {type(content).__name__}, not an object keyed by PMID")
+    content: dict[str, Any] = read_json(path, shape, finite=False)
     return content
 
 
 def _from_directory(directory: Path) -> tuple[list[Example], frozenset[str]]:
-    rows = _read_json(directory / QUESTIONS_FILE)
-    test = frozenset(_read_json(directory / TEST_FILE))
+    rows = _read_json(directory / QUESTIONS_FILE, dict[str, dict[str, Any]])
+    test = frozenset(_read_json(directory / TEST_FILE, dict[str, Literal["yes", "no", "maybe"]]))
     if missing := test - rows.keys():
         raise UserError(f"{directory}: {len(missing)} PMIDs of {TEST_FILE} are not in {QUESTIONS_FILE}")
-    try:
-        return [
-            _example(pmid, row["QUESTION"], row["CONTEXTS"], row["final_decision"]) for pmid, row in rows.items()
-        ], test
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{directory / QUESTIONS_FILE}: a question has no field {error}") from error
+    where = str(directory / QUESTIONS_FILE)
+    examples = []
+    for pmid, row in rows.items():
+        if absent := [field for field in ("QUESTION", "CONTEXTS", "final_decision") if field not in row]:
+            raise UserError(f"{where}: question {reprlib.repr(pmid)} has no field {absent[0]!r}")
+        examples.append(_example(pmid, row["QUESTION"], row["CONTEXTS"], row["final_decision"], where))
+    return examples, test
 
 
 def _from_hub() -> tuple[list[Example], frozenset[str]]:
     otherwise = f"give task.path, a directory with {QUESTIONS_FILE} and {TEST_FILE}"
-    rows = load_rows(*_HUB, otherwise=otherwise)
-    examples = [
-        _example(str(row["pubid"]), row["question"], row["context"]["contexts"], row["final_decision"]) for row in rows
-    ]
+    where = f"hub data set {_HUB[0]}"
+    examples = []
+    for number, row in enumerate(load_rows(*_HUB, otherwise=otherwise), start=1):
+        context = row.get("context")
+        contexts = context.get("contexts") if isinstance(context, dict) else context
+        examples.append(
+            _example(
+                row.get("pubid"), row.get("question"), contexts, row.get("final_decision"), f"{where}, row {number}"
+            )
+        )
     return examples, official_test_pmids()
 
 

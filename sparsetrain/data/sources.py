@@ -6,10 +6,10 @@ need not fit in memory.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import importlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from sparsetrain.data.checksums import sha256_once
 from sparsetrain.errors import UserError, nearest
-from sparsetrain.files import sha256_of, typed_path
+from sparsetrain.files import typed_path
+from sparsetrain.reading import parse_json
 
 _CUT_CHARACTERS = 1000
+_NAMES_SHOWN, _NAME_CHARACTERS = 20, 80  # of the fields that an error names
 _READERS = (".txt", ".jsonl", ".parquet")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 
@@ -76,9 +79,16 @@ def content_id(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def clean_id(value: object) -> str:
-    """Return a document id as one line without surrounding space."""
-    return " ".join(str(value).split())
+def clean_id(value: object, where: str) -> str:
+    """Return a document id, text or a whole number, as one line without surrounding space.
+
+    Raises `UserError` that begins with ``where`` for any other id.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        raise UserError(f"{where}: the id is {type(value).__name__}, neither text nor a whole number")
+    return " ".join(check_text(value, where).split())
 
 
 def check_text(text: object, where: str) -> str:
@@ -95,13 +105,29 @@ def check_text(text: object, where: str) -> str:
 def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
     """Return ``row[field]``, or raise `UserError` that names the fields there are."""
     if field not in row:
-        options = ", ".join(sorted(row)) or "none"
-        raise UserError(f"{where}: no field text_field={field!r}; it has {options}{nearest(field, row)}")
+        options = ", ".join(_shown(name) for name in sorted(row)[:_NAMES_SHOWN]) or "none"
+        options += ", …" if len(row) > _NAMES_SHOWN else ""
+        raise UserError(f"{where}: no field text_field={field!r}; it has {options}{_shown(nearest(field, row))}")
     return row[field]
 
 
+def _shown(name: str) -> str:
+    """Return the name of a field as part of a line."""
+    return "".join(mark if mark.isprintable() else "\ufffd" for mark in name[:_NAME_CHARACTERS])
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turn what the file system says of a file that is read into one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
+
+
 def _decode(path: Path) -> str:
-    raw = path.read_bytes()
+    with _readable(path):
+        raw = path.read_bytes()
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
@@ -152,12 +178,12 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document | No
     if not text.strip():
         return None
     name = row.get("id")
-    return Document(content_id(text) if name is None else clean_id(name), text)
+    return Document(content_id(text) if name is None else clean_id(name, where), text)
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
     offset = 0
-    with path.open("rb") as stream:
+    with _readable(path), path.open("rb") as stream:
         for number, raw in enumerate(stream, start=1):
             where = f"{path}, line {number}"
             try:
@@ -169,9 +195,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+                row = parse_json(line, "the line", finite=False)
+            except UserError as error:
+                raise UserError(f"{where}: not JSON ({error})") from error
             if not isinstance(row, dict):
                 raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {text_field!r}")
             document = _document(row, text_field, where)
@@ -184,23 +210,45 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install 'sparsetrain[parquet]'") from error
+    row_number = 0
+    for rows in _parquet_rows(parquet, path, text_field):
+        for row in rows:
+            row_number += 1
+            if row[text_field] is None:
+                continue
+            document = _document(row, text_field, f"{path}, row {row_number}")
+            if document is not None:
+                yield document
+
+
+def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a Parquet file, some at a time: the field of the text, and ``id`` where there is one."""
+    # Beside pyarrow's own errors come those of the file system, of decoding text and of numbers out of range.
+    kinds = (importlib.import_module("pyarrow").ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
-        table = parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's errors derive from these two
-        raise UserError(f"{path} is not a Parquet file: {str(error).splitlines()[0]}") from error
-    with table:
+        # Where the writer has put checksums into the file, they are compared.
+        table = parquet.ParquetFile(path, page_checksum_verification=True)
         names = table.schema_arrow.names
+    except kinds as error:
+        raise UserError(f"{path} is not a Parquet file: {_reason(error)}") from error
+    with table:
         pick_field(dict.fromkeys(names), text_field, str(path))
+        if twice := [name for name in (text_field, "id") if names.count(name) > 1]:
+            raise UserError(f"{path}: the column {twice[0]} stands twice")
         columns = [name for name in (text_field, "id") if name in names]
-        row_number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
-                row_number += 1
-                if row[text_field] is None:
-                    continue
-                document = _document(row, text_field, f"{path}, row {row_number}")
-                if document is not None:
-                    yield document
+        number = 0
+        try:
+            batches = table.iter_batches(batch_size=1024, columns=columns)
+            while (batch := next(batches, None)) is not None:
+                rows = batch.to_pylist()
+                number += len(rows)
+                yield rows
+        except kinds as error:
+            raise UserError(f"{path} is damaged behind row {number}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]]:
@@ -213,6 +261,18 @@ def find_files(path: str) -> list[Path]:
     A directory is searched through its subdirectories. Raises `UserError` if there is no file, if one is empty, or
     if its suffix is none of ``.txt``, ``.jsonl``, ``.parquet``.
     """
+    try:
+        files = _matching(path)
+        for file in files:
+            _check_file(file)
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte in it, an unknown user
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"path={path}: cannot be read ({_reason(error)})") from error
+    return files
+
+
+def _matching(path: str) -> list[Path]:
     place = typed_path(path, "data.path")
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
@@ -225,15 +285,20 @@ def find_files(path: str) -> list[Path]:
         if not files:
             known = [file.name for file in place.parent.iterdir()] if place.parent.is_dir() else []
             raise UserError(f"path={path}: no such file{nearest(place.name, known)}")
-    for file in files:
-        if file.suffix.lower() not in _READERS:
-            raise UserError(f"path={file}: cannot read {file.suffix or 'a file without suffix'}; "
-                            f"allowed are {', '.join(_READERS)}")  # fmt: skip
-        if file.stat().st_size == 0:
-            raise UserError(f"path={file}: the file is empty")
-        if not os.access(file, os.R_OK):
-            raise UserError(f"path={file}: no permission to read it")
     return files
+
+
+def _check_file(file: Path) -> None:
+    if file.suffix.lower() not in _READERS:
+        raise UserError(
+            f"path={file}: cannot read {file.suffix or 'a file without suffix'}; allowed are {', '.join(_READERS)}"
+        )
+    if not file.is_file():
+        raise UserError(f"path={file}: no regular file")
+    if file.stat().st_size == 0:
+        raise UserError(f"path={file}: the file is empty")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"path={file}: no permission to read it")
 
 
 class LocalFiles:
@@ -249,10 +314,11 @@ class LocalFiles:
 
     def identity(self) -> dict[str, object]:
         """Return size and sha256 of each file: a moved file is the same corpus, a changed one is another."""
-        return {
-            "files": [{"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in self.files],
-            "text_field": self.text_field,
-        }
+        files = []
+        for file in self.files:
+            with _readable(file):
+                files.append({"bytes": file.stat().st_size, "sha256": sha256_once(file)})
+        return {"files": files, "text_field": self.text_field}
 
     def open(self, report: Callable[[float], None]) -> None:
         """Do nothing: the files are there."""
@@ -269,4 +335,4 @@ class LocalFiles:
 
     def size_estimate(self) -> int:
         """Return the size of the files in bytes."""
-        return sum(file.stat().st_size for file in self.files)
+        return sum(file.stat().st_size for file in self.files if file.is_file())

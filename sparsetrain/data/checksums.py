@@ -1,0 +1,34 @@
+"""Checksums of files in the cache, each computed once in a process for as long as its file stays as it was."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import sha256_of
+
+# A file that was written to within this time of now may be written to again without another time stamp.
+_UNSETTLED_NS = 2_000_000_000
+_known: dict[tuple[int, ...], str] = {}
+
+
+def sha256_once(path: Path) -> str:
+    """Return the sha256 of a file's bytes in hexadecimal.
+
+    It is remembered under the file's device, inode, size and times, so that a sweep reads each corpus once.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        status = path.stat()
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if (known := _known.get(key)) is not None:
+            return known
+        found = sha256_of(path)
+        if max(status.st_mtime_ns, status.st_ctime_ns) + _UNSETTLED_NS < time.time_ns():
+            _known[key] = found
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    return found

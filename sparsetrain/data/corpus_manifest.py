@@ -1,0 +1,111 @@
+"""The manifest of a prepared corpus: what is in its directory, and the checksum of every file and of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NotRequired, TypedDict
+
+from sparsetrain.data.checksums import sha256_once
+from sparsetrain.errors import UserError
+from sparsetrain.reading import read_json
+from sparsetrain.shapes import Count, Positive, check
+
+MANIFEST = "manifest.json"
+TRAIN_IDS = "train_ids.txt"
+SPLITS = ("train", "validation")
+
+
+class _Split(TypedDict):
+    documents: Count
+    tokens: Count
+    bytes: Count
+    sha256: str
+
+
+class _Splits(TypedDict):
+    train: _Split
+    validation: _Split
+
+
+class _Manifest(TypedDict):
+    source: str
+    licence: str
+    built_from: dict[str, Any]
+    about_source: dict[str, Any]
+    tokenizer_sha256: str
+    vocab_size: Positive
+    dtype: Literal["uint16", "uint32"]
+    splits: _Splits
+    left_out: dict[str, int]
+    versions: dict[str, str]
+    train_ids_sha256: NotRequired[str]
+    digest: NotRequired[str]
+
+
+# Manifests of the first versions have neither; what there is of checksums in them is compared all the same.
+_LATER = {"train_ids_sha256", "digest"}
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
+    """Write the manifest of a corpus whose files are complete, with the checksum of its ids and of itself."""
+    sealed = {**body, "train_ids_sha256": sha256_once(directory / TRAIN_IDS)}
+    sealed["digest"] = _digest(sealed)
+    (directory / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """Return the manifest of a corpus.
+
+    Raises:
+        UserError: it is missing, damaged, or of another kind; the line says that the directory can be deleted.
+    """
+    try:
+        manifest: dict[str, Any] = read_json(directory / MANIFEST, dict)
+        body = {key: value for key, value in manifest.items() if key != "digest"}
+        check(manifest, _Manifest, "it")
+        of_old = manifest.keys() == _Manifest.__annotations__.keys() - _LATER
+        if not of_old and manifest.get("digest") != _digest(body):
+            raise UserError("its content does not have its checksum")
+    except UserError as error:
+        raise UserError(
+            f"{directory} has no readable {MANIFEST} ({error}); delete the directory to build it again"
+        ) from None
+    return manifest
+
+
+def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise `UserError` unless the files of a corpus have the checksums that its manifest gives."""
+    expected = {f"{split}.bin": manifest["splits"][split]["sha256"] for split in SPLITS}
+    if "train_ids_sha256" in manifest:
+        expected[TRAIN_IDS] = manifest["train_ids_sha256"]
+    for name, checksum in expected.items():
+        if sha256_once(directory / name) != checksum:
+            raise UserError(
+                f"{directory / name} is damaged: it does not have the checksum of {MANIFEST}; delete the directory to "
+                "build it again"
+            )
+
+
+def read_train_ids(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
+    """Return the ids of the documents that the training split was made of.
+
+    Raises:
+        UserError: the file is missing or is not as it was written.
+    """
+    path = directory / TRAIN_IDS
+    try:
+        content = path.read_bytes()
+        ids = content.decode().split("\n")[:-1]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete the directory to build it again") from None
+    checksum = manifest.get("train_ids_sha256", hashlib.sha256(content).hexdigest())
+    if hashlib.sha256(content).hexdigest() != checksum or len(ids) != manifest["splits"]["train"]["documents"]:
+        raise UserError(f"{path} is damaged: it is not what {MANIFEST} says; delete the directory to build it again")
+    return set(ids)
