@@ -13,17 +13,21 @@ import sys
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Protocol
 
 _REPORT_EVERY = 500  # records
 # A file of MEDLINE is 200 MB of XML. More than this is no such file, but one made to fill the memory.
 MOST_BYTES = 1 << 30
 
 
+class _Stream(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
 class _Guarded:
     """A stream of XML of at most ``most`` bytes, without entities: MEDLINE declares none, and they can be bombs."""
 
-    def __init__(self, stream: IO[bytes], most: int) -> None:
+    def __init__(self, stream: _Stream, most: int) -> None:
         self._stream = stream
         self._left = most
         self._tail = b""

@@ -80,16 +80,11 @@ def _from_directory(directory: Path) -> tuple[list[Example], frozenset[str]]:
 
 def _from_hub() -> tuple[list[Example], frozenset[str]]:
     otherwise = f"give task.path, a directory with {QUESTIONS_FILE} and {TEST_FILE}"
-    where = f"hub data set {_HUB[0]}"
     examples = []
     for number, row in enumerate(load_rows(*_HUB, otherwise=otherwise), start=1):
-        context = row.get("context")
+        where, context = f"hub data set {_HUB[0]}, row {number}", row.get("context")
         contexts = context.get("contexts") if isinstance(context, dict) else context
-        examples.append(
-            _example(
-                row.get("pubid"), row.get("question"), contexts, row.get("final_decision"), f"{where}, row {number}"
-            )
-        )
+        examples.append(_example(row.get("pubid"), row.get("question"), contexts, row.get("final_decision"), where))
     return examples, official_test_pmids()
 
 
