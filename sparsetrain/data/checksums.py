@@ -1,9 +1,12 @@
-"""Checksums of files in the cache, each computed once in a process for as long as its file stays as it was."""
+"""Checksums of values, and of files: each computed once in a process for as long as its file stays as it was."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import sha256_of
@@ -11,6 +14,11 @@ from sparsetrain.files import sha256_of
 # A file that was written to within this time of now may be written to again without another time stamp.
 _UNSETTLED_NS = 2_000_000_000
 _known: dict[tuple[int, ...], str] = {}
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a value of JSON, the same for equal values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_once(path: Path) -> str:

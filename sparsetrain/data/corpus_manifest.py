@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from sparsetrain.data.checksums import sha256_once
+from sparsetrain.data.checksums import digest, sha256_once
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
 from sparsetrain.shapes import Count, Positive, check
@@ -49,14 +49,10 @@ class _Manifest(TypedDict):
 _LATER = {"train_ids_sha256", "digest"}
 
 
-def _digest(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
 def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
     """Write the manifest of a corpus whose files are complete, with the checksum of its ids and of itself."""
     sealed = {**body, "train_ids_sha256": sha256_once(directory / TRAIN_IDS)}
-    sealed["digest"] = _digest(sealed)
+    sealed["digest"] = digest(sealed)
     (directory / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
 
 
@@ -71,7 +67,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         body = {key: value for key, value in manifest.items() if key != "digest"}
         check(manifest, _Manifest, "it")
         of_old = manifest.keys() == _Manifest.__annotations__.keys() - _LATER
-        if not of_old and manifest.get("digest") != _digest(body):
+        if not of_old and manifest.get("digest") != digest(body):
             raise UserError("its content does not have its checksum")
     except UserError as error:
         raise UserError(

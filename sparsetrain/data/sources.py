@@ -228,7 +228,7 @@ def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[di
     try:
         # Where the writer has put checksums into the file, they are compared.
         table = parquet.ParquetFile(path, page_checksum_verification=True)
-        names = table.schema_arrow.names
+        names, count = table.schema_arrow.names, table.metadata.num_rows
     except kinds as error:
         raise UserError(f"{path} is not a Parquet file: {_reason(error)}") from error
     with table:
@@ -245,6 +245,8 @@ def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[di
                 yield rows
         except kinds as error:
             raise UserError(f"{path} is damaged behind row {number}: {_reason(error)}") from error
+        if number != count:  # pyarrow stops without a word where a column has no more values
+            raise UserError(f"{path} is damaged: it has {number} rows, and its footer says {count}")
 
 
 def _reason(error: BaseException) -> str:

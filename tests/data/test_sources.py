@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -102,6 +104,14 @@ def test_identity_depends_on_content_not_on_place(tmp_path: Path) -> None:
         ("a.jsonl", b"[1]\n", r"line 1: a JSON list, not an object"),
         ("a.jsonl", b'{"texts": "x"}\n', r"no field text_field='text'; it has texts \(did you mean 'texts'\?\)"),
         ("a.jsonl", b'{"text": 3}\n', r"line 1: the text is int"),
+        ("a.jsonl", b'{"text": "x"}\n\n{"id": "\\ud800", "text": "x"}\n', r"line 3: .*lone surrogate"),
+        ("a.jsonl", b'{"text": "x", "id": ["a"]}\n', r"line 1: the id is list, neither text nor a whole number"),
+        ("a.jsonl", b'{"text": "x", "id": 1.5}\n', r"line 1: the id is float"),
+        ("a.jsonl", b'{"text": "x", "id": true}\n', r"line 1: the id is bool"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", r"line 2: .*nests more than 100"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "x", "n": ' + b"9" * 5000 + b"}\n", r"line 2: .*5000 digits"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}\n', r"line 1: .*'text' stands twice"),
+        ("a.jsonl", b'{"t\\n\\u0007": "x"}\n', r"no field text_field='text'; it has t\ufffd\ufffd$"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: .*lone surrogate"),
         ("a.txt", b"", r"a\.txt: the file is empty"),
         ("a.csv", b"x", r"cannot read \.csv; allowed are \.txt, \.jsonl, \.parquet"),
@@ -113,6 +123,72 @@ def test_unusable_files_are_one_line(tmp_path: Path, name: str, content: bytes, 
     with pytest.raises(UserError, match=message) as caught:
         texts(tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def parquet(path: Path, columns: dict[str, Any], **options: Any) -> bytes:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="none", use_dictionary=False, **options)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("mark", "damage", "message"),
+    [
+        (b"Note 7 ", b"\xff", "is damaged behind row 0: 'utf-8'"),
+        (None, bytes(8), "is damaged behind row 0"),
+        (None, b"\xff" * 40, "is damaged behind row 0"),
+    ],
+    ids=["no UTF-8", "zeros in a page header", "ones in a page header"],
+)
+def test_parquet_damaged_behind_its_footer_is_one_line(
+    tmp_path: Path, mark: bytes | None, damage: bytes, message: str
+) -> None:
+    """The footer is whole, so that the file opens, and its pages are not."""
+    file = tmp_path / "a.parquet"
+    content = parquet(file, {"text": [f"Note {n} is here." for n in range(50)]})
+    at = 8 if mark is None else content.index(mark)
+    file.write_bytes(content[:at] + damage + content[at + len(damage) :])
+    with pytest.raises(UserError, match=message) as caught:
+        texts(file)
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_checksums_of_parquet_pages_are_compared(tmp_path: Path) -> None:
+    """Another letter is no damage that pyarrow sees without them."""
+    file = tmp_path / "a.parquet"
+    content = parquet(file, {"text": [f"Note {n} is here." for n in range(50)]}, write_page_checksum=True)
+    file.write_bytes(content.replace(b"Note 7 ", b"Vote 7 ", 1))
+    with pytest.raises(UserError, match=r"is damaged behind row 0: .*CRC"):
+        texts(file)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [b"bytes"]}, "row 1: the text is bytes, not a string"),
+        ({"text": [["a", "list"]]}, "row 1: the text is list, not a string"),
+        ({"text": ["a"], "id": [0.5]}, "row 1: the id is float, neither text nor a whole number"),
+    ],
+)
+def test_parquet_columns_of_other_types_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
+    """Nothing that is not text becomes Python's text of it."""
+    parquet(tmp_path / "a.parquet", columns)
+    with pytest.raises(UserError, match=message):
+        texts(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("path", ["~nosuchuser/a.txt", "x" * 5000, "a\0b"])
+def test_a_path_that_is_none_is_one_line(path: str) -> None:
+    """A user that does not exist, a name that is too long, a zero byte."""
+    with pytest.raises(UserError, match=r"^path="):
+        LocalFiles(path)
+
+
+def test_a_pipe_is_no_file_of_text(tmp_path: Path) -> None:
+    """Reading it would wait for ever."""
+    os.mkfifo(tmp_path / "a.txt")
+    with pytest.raises(UserError, match="no regular file"):
+        LocalFiles(str(tmp_path / "a.txt"))
 
 
 def test_missing_file_suggests_its_neighbour(tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_section_roles_of_a_wheel(small_medline: Wheel) -> None:
     assert task.overlap({example.document for example in task.test}) > 0
 
 
-def write_pubmedqa(folder: Path, rows: dict[str, Any], test: list[str]) -> str:
+def write_pubmedqa(folder: Path, rows: Any, test: list[str]) -> str:
     folder.mkdir(exist_ok=True)
     (folder / "ori_pqal.json").write_text(json.dumps(rows))
     (folder / "test_ground_truth.json").write_text(json.dumps(dict.fromkeys(test, "yes")))
@@ -102,6 +102,10 @@ def rows_of(count: int) -> dict[str, Any]:
         }
         for number in range(count)
     }
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    return {"QUESTION": "Is it?", "CONTEXTS": ["It was."], "final_decision": "yes", **changes}
 
 
 def test_pubmedqa_keeps_the_official_test_set(tmp_path: Path) -> None:
@@ -155,14 +159,42 @@ def test_pubmedqa_offline_tells_to_give_a_path(monkeypatch: pytest.MonkeyPatch) 
     [
         ({"1": {"QUESTION": "q", "CONTEXTS": [], "final_decision": "perhaps"}}, [], "'perhaps' is not one of yes, no"),
         ({"1": {"QUESTION": "q", "CONTEXTS": []}}, [], "no field 'final_decision'"),
+        ({"905": row(QUESTION=["is it?"])}, [], "question '905', question: the text is list, not a string"),
+        ({"905": row(QUESTION=1.5)}, [], "question '905', question: the text is float"),
+        ({"905": row(QUESTION="\ud800")}, [], "lone surrogate"),
+        ({"905": row(CONTEXTS="some text")}, [], "question '905': its contexts are str, not a list of texts"),
+        ({"905": row(CONTEXTS=["a", 3])}, [], "question '905', contexts: the text is int"),
+        ({"905": row(final_decision=["yes"])}, [], r"final_decision=\['yes'\] is not one of"),
+        ({"905": ["is it?"]}, [], r"905=\['is it\?'\] must be a mapping"),
+        ({"\ud800": row()}, [], "lone surrogate"),
+        (["is it?"], [], r"ori_pqal\.json holds .* must be a mapping"),
         (rows_of(5), ["77"], "1 PMIDs of test_ground_truth.json are not in"),
         (rows_of(5), [], "0 test questions"),
     ],
 )
-def test_unusable_pubmedqa_is_one_line(tmp_path: Path, rows: dict[str, Any], test: list[str], message: str) -> None:
+def test_unusable_pubmedqa_is_one_line(tmp_path: Path, rows: Any, test: list[str], message: str) -> None:
     path = write_pubmedqa(tmp_path / "q", rows, test)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         load_task(TaskConfig(name="pubmedqa", path=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("answers", [["1"], {"1": "perhaps"}, {"1": ["yes"]}])
+def test_answers_of_another_kind_are_refused(tmp_path: Path, answers: Any) -> None:
+    path = write_pubmedqa(tmp_path / "q", rows_of(5), [])
+    (tmp_path / "q" / "test_ground_truth.json").write_text(json.dumps(answers))
+    with pytest.raises(UserError, match=r"test_ground_truth\.json.* must be "):
+        load_task(TaskConfig(name="pubmedqa", path=path))
+
+
+@pytest.mark.parametrize("change", [{"question": ["Is it?"]}, {"context": None}, {"pubid": 1.5}, {"question": None}])
+def test_a_hub_row_that_holds_no_text_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"pubid": 1, "question": "Is it?", "context": {"contexts": ["It is."]}, "final_decision": "yes", **change}]
+    module = types.ModuleType("datasets")
+    module.load_dataset = lambda name, config, split: rows  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "datasets", module)
+    with pytest.raises(UserError, match="hub data set qiaojin/PubMedQA, row 1: question"):
+        load_task(TaskConfig(name="pubmedqa"))
 
 
 def test_a_directory_without_the_files_names_them(tmp_path: Path) -> None:
