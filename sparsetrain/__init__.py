@@ -2,7 +2,7 @@
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
-from sparsetrain.parameterization import Parameterization, param_groups, parameterize
+from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
 from sparsetrain.sparsity import (
     GMP,
     SET,
@@ -47,6 +47,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "VariableSparsity",
+    "decay_groups",
     "densify",
     "param_groups",
     "parameterize",
