@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
@@ -71,7 +72,8 @@ def examine(model: nn.Module, roles: Mapping[str, Role | str], strict: bool = Tr
     if strict:
         check_globs(roles, everywhere)
     names = {name for name, _ in wrappers.named_modules(model)} | {place.name for place in everywhere}
-    known = {**roles, **roles_inside_torch_layers(model)}
+    known = {**roles_inside_torch_layers(model), **roles}
+    known = {**roles, **known}  # the user's first
     found: dict[str, Role] = {}
     for same in tied.values():
         of = {place.name: find_role(place, known, names) for place in same}
@@ -112,10 +114,13 @@ def _settle(role: Role, place: Place, blocks: Blocks) -> Role:
 
 
 def _without_role(place: Place) -> UserError:
-    if isinstance(place.module, (*MATRIX_TYPES, nn.Embedding)) and place.module._parameters.get("weight") is None:
+    # In the layer itself (weight norm of old, pruning) or in a module inside it.
+    bare = isinstance(place.module, (*MATRIX_TYPES, nn.Embedding)) and place.module._parameters.get("weight") is None
+    if bare or isinstance(place.module, ParametrizationList):
+        name = place.module_name.split(".parametrizations.")[0]
         return UserError(
-            f"parameter '{place.name}': the weight of '{place.module_name}' is computed (weight norm, a "
-            "parametrization, pruning): parameterize the model before that"
+            f"parameter '{place.name}': the weight of '{name}' is computed (weight norm, a parametrization, pruning): "
+            "parameterize the model before that"
         )
     return UserError(
         f"parameter '{place.name}' ({type(place.module).__name__}) has no known role: pass "

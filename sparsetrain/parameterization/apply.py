@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol, TypeVar, runtime_checkable
@@ -198,15 +197,22 @@ def _of_heads(
             parent, _, child = place.module_name.rpartition(".")
             scales.check_called(place.module_name, modules.get(parent), child, "alpha_out / m_d")
             found.append(Multiplier(place.module, factor, on_input=True))
-    tokens = [place for place in own.with_role(Role.EMBEDDING) if isinstance(place.module, EMBEDDING_TYPES)]
-    if tokens and not heads and rules.logit_multiplier(widths.m_d(tokens[0])) != 1.0:
-        warnings.warn(
-            f"parameterize: {type(model).__name__} has no head among its modules, so alpha_out / m_d multiplies "
-            "nothing; name the head in roles=, or multiply the logits where they are computed",
-            UserWarning,
-            stacklevel=4,
-        )
+    if not heads:
+        _check_no_hidden_head(own, widths, rules, modules)
     return found
+
+
+def _check_no_hidden_head(
+    own: Anatomy, widths: Base, rules: Parameterization, modules: Mapping[str, nn.Module]
+) -> None:
+    """Raise `UserError` for a model without a head whose code multiplies by the weight of its embedding itself."""
+    for place in own.with_role(Role.EMBEDDING):
+        parent, _, child = place.module_name.rpartition(".")
+        if scales.reads_weight(modules.get(parent), child) and rules.logit_multiplier(widths.m_d(place)) != 1.0:
+            raise UserError(
+                f"parameterize: alpha_out / m_d cannot reach the logits: {type(modules[parent]).__name__} multiplies "
+                f"by the weight of '{place.module_name}' itself; make the head a layer (nn.Linear) that shares it"
+            )
 
 
 def _is_layer(place: Place) -> bool:

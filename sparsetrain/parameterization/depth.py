@@ -10,7 +10,7 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization.roles import is_norm
+from sparsetrain.parameterization.roles import IN_PROJECTIONS, is_norm
 
 Structure = frozenset[str]
 
@@ -86,8 +86,19 @@ def _within(name: str, entries: tuple[str, ...]) -> bool:
 
 
 def _structure(module: nn.Module) -> Structure:
-    owners = wrappers.named_modules(module)
-    return frozenset(name for name, owner in owners if any(p is not None for p in owner._parameters.values()))
+    owners = dict(wrappers.named_modules(module))
+    # Attention is one thing, whether its input projections are one matrix or three sparse layers.
+    split = {f"{name}.{part}" for name, one in owners.items() if _is_attention(one) for part in IN_PROJECTIONS}
+    held = {name for name, owner in owners.items() if _is_attention(owner) or _has_parameters(owner)}
+    return frozenset(held - split)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values())
 
 
 def count_layers(model: nn.Module, blocks: Blocks, leaves: int) -> tuple[int, str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain import seeds, wrappers
 from sparsetrain.parameterization.groups import assign
 from sparsetrain.parameterization.norms import is_norm_of_torch, starting_gain
-from sparsetrain.parameterization.roles import EMBEDDING_TYPES
+from sparsetrain.parameterization.roles import EMBEDDING_TYPES, IN_PROJECTIONS
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
 from sparsetrain.sparsity import SparseLinear
 from sparsetrain.sparsity.surgery import is_conv1d
@@ -65,23 +65,35 @@ def initialise(
             if spec.role in (Role.BIAS, Role.FINAL_BIAS):
                 parameter.zero_()
                 continue
-            module_name, _, leaf = name.rpartition(".")
-            std = rules.init_std(spec, sigma, n_layers)
-            _draw(parameter, owners[module_name], name, leaf, std, seed)
+            _draw(parameter, owners, name, rules.init_std(spec, sigma, n_layers), seed)
             for row in padding.get(id(parameter), ()):
                 parameter[row] = 0.0
 
 
-def _draw(parameter: nn.Parameter, owner: nn.Module, name: str, leaf: str, std: float, seed: int) -> None:
-    sparse = isinstance(owner, SparseLinear)
-    key = name.removesuffix(leaf) + "weight" if sparse else name
+def _draw(parameter: nn.Parameter, owners: Mapping[str, nn.Module], name: str, std: float, seed: int) -> None:
+    module_name, _, leaf = name.rpartition(".")
+    owner = owners[module_name]
     # A Conv1D holds the transposed matrix; drawn as [M, K] too, so that its sparse successor gets its numbers.
     transposed = is_conv1d(owner) and parameter.ndim == 2
-    shape = owner.pattern.shape if sparse else parameter.shape[::-1] if transposed else parameter.shape
+    sparse = isinstance(owner, SparseLinear) and leaf == "values"
+    key = name.removesuffix(leaf) + "weight" if sparse else name
+    shape: tuple[int, ...] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+    if isinstance(owner, SparseLinear) and sparse:
+        shape = owner.pattern.shape
+    rows = slice(None)
+    attention = owners.get(module_name.rpartition(".")[0])
+    projection = module_name.rpartition(".")[2]
+    if isinstance(attention, nn.MultiheadAttention) and projection in IN_PROJECTIONS:
+        # Its dense form holds the three projections in one matrix, or each under a name of its own.
+        holder = module_name.rpartition(".")[0]
+        key = f"{holder}.{projection}_weight"
+        if attention._qkv_same_embed_dim:
+            first = IN_PROJECTIONS.index(projection) * shape[0]
+            key, rows, shape = f"{holder}.in_proj_weight", slice(first, first + shape[0]), (3 * shape[0], shape[1])
     # On the CPU and in float32, so that neither torch's default device nor its default dtype changes a number.
-    draws: Tensor = torch.empty(shape, dtype=torch.float32, device="cpu")
-    draws.normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key)).mul_(std)
-    if sparse:
+    draws = torch.empty(shape, dtype=torch.float32, device="cpu")
+    draws = draws.normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key))[rows].mul_(std)
+    if isinstance(owner, SparseLinear) and sparse:
         draws = owner.pattern.gather(draws.to(parameter.device))
     parameter.copy_(draws.t() if transposed else draws)
 

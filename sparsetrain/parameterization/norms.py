@@ -42,9 +42,9 @@ def is_norm_of_torch(module: nn.Module) -> bool:
 
 
 def _with_gain(module: nn.Module, parameter: nn.Parameter, value: float) -> float | None:
-    """Return the RMS of the module's output for normal inputs when its gain has one value, None if it cannot be called.
+    """Return the RMS of what a module adds to its bias when its gain has one value, None if it cannot be called.
 
-    A second input, the gate of a gated norm, is constant.
+    Inputs are normal; a second input, the gate of a gated norm, is constant.
     """
     draws = torch.Generator().manual_seed(0)
     x = torch.empty(4, parameter.shape[0]).normal_(generator=draws).to(parameter)
@@ -52,10 +52,12 @@ def _with_gain(module: nn.Module, parameter: nn.Parameter, value: float) -> floa
     with torch.no_grad():
         parameter.fill_(value)
         try:
-            output = _call(module, x)
+            output, bias = _call(module, x), _call(module, torch.zeros_like(x))
         finally:
             parameter.copy_(before)
-    return None if output is None else output.double().square().mean().sqrt().item()
+    if output is None or bias is None:
+        return None
+    return (output - bias).double().square().mean().sqrt().item()
 
 
 def _call(module: nn.Module, x: Tensor) -> Tensor | None:

@@ -40,7 +40,7 @@ def check_pre_norm(model: nn.Module, blocks: Blocks, ends: Mapping[str, nn.Modul
     """
     modules = dict(wrappers.named_modules(model))
     # One block of each kind: of a hybrid model an attention block and a recurrent one.
-    kinds = {(blocks.list_of(name), structure): name for name, structure in reversed(blocks.structures.items())}
+    kinds = {(blocks.list_of(name), structure): name for name, structure in reversed([*blocks.structures.items()])}
     for name in kinds.values():
         block = modules[name]
         own = {end: module for end, module in ends.items() if f"{end}.".startswith(f"{name}.")}

@@ -33,7 +33,7 @@ HIDDEN_NAMES = (
     *("c_fc", "up_proj", "gate_proj", "gate_up_proj", "mlp.up", "mlp.gate", "fc1", "fc_in", "dense_h_to_4h"),
     *("intermediate.dense", "ffn", "ffn.lin1", "wi", "wi_0", "wi_1", "w1", "w3"),
     *("in_proj", "in_proj_qkvz", "in_proj_ba", "x_proj"),
-    *("pooler.dense", "transform.dense", "predictions.dense", "classifier.dense", "lm_head.dense"),
+    *("pooler", "pooler.dense", "transform.dense", "predictions.dense", "classifier.dense", "lm_head.dense"),
     *("pre_classifier", "vocab_transform", "project_in", "project_out", "embedding_hidden_mapping_in"),
 )
 # Matrices that read features of a fixed size: they act as an embedding does.
@@ -60,6 +60,8 @@ FINAL_NORM_NAMES = ("ln_f", "final_norm", "norm_f", "final_layer_norm", "final_l
 MATRIX_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+# The layers that stand for in_proj_weight where attention has been made sparse.
+IN_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -141,11 +143,11 @@ def find_role(place: Place, roles: Mapping[str, Role | str], names: set[str]) ->
             parameter's own name gives exactly its role. The first that matches wins.
         names: of all modules and parameters, among which the experts of a router are looked for.
     """
-    for glob, role in roles.items():
+    for glob, given in roles.items():
         if fnmatchcase(place.module_name, glob):
-            return _of_leaf(Role(role), place)
+            return _of_leaf(Role(given), place)
         if fnmatchcase(place.name, glob):
-            return Role(role)
+            return Role(given)
     role = _kept(place) or _of_module(place, names)
     if role is not None:
         return _of_leaf(role, place)
@@ -195,7 +197,7 @@ def _of_module(place: Place, names: set[str]) -> Role | None:
 
 def roles_inside_torch_layers(model: nn.Module) -> dict[str, Role]:
     """Return the roles of ``linear1`` and ``linear2`` of torch's own transformer layers, by their full names."""
-    found = {}
+    found: dict[str, Role] = {}
     for name, module in wrappers.named_modules(model):
         if isinstance(module, TORCH_LAYERS):
             prefix = f"{name}." if name else ""

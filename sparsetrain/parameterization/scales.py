@@ -26,6 +26,9 @@ _EMBEDDING_NORMS = (
 )
 
 
+_SETTING_UP = ("__init__", "reset_parameters", "_reset_parameters", "init_weights", "_init_weights", "tie_weights")
+
+
 class _Scale:
     """A forward hook that multiplies; a class, so that a model with it can be copied and pickled."""
 
@@ -130,7 +133,7 @@ def _returns_its_out_proj(module: nn.Module) -> bool:
     """Whether a module returns what its ``out_proj`` gives, but computes it from the weight, always or at times."""
     if isinstance(module, nn.MultiheadAttention):
         return True
-    return type(module).__name__.endswith("Mixer") and "weight" in _uses(module, "out_proj")
+    return type(module).__name__.endswith("Mixer") and reads_weight(module, "out_proj")
 
 
 def embedding_norm(name: str, modules: dict[str, nn.Module]) -> str | None:
@@ -158,20 +161,30 @@ def check_called(name: str, parent: nn.Module | None, child: str, what: str) -> 
         )
 
 
+def reads_weight(parent: nn.Module | None, child: str) -> bool:
+    """Whether the code of ``parent`` multiplies by the weight of its ``child`` itself, beside any call of it."""
+    return parent is not None and "weight" in _uses(parent, child)
+
+
 def _uses(parent: nn.Module, child: str) -> set[str]:
-    """Return in which ways the code of a module's class uses a child: ``call``, ``weight``."""
+    """Return in which ways the methods of a module's class use a child when it runs: ``call``, ``weight``."""
     found = set()
     for kind in type(parent).__mro__:
-        if kind in (nn.Module, object) or not issubclass(kind, nn.Module):
+        if not issubclass(kind, nn.Module) or kind is nn.Module:
             continue
-        try:
-            source = inspect.getsource(kind)
-        except (OSError, TypeError):
-            return {"call"}
-        if re.search(rf"self\.{re.escape(child)}\(", source):
-            found.add("call")
-        if re.search(rf"self\.{re.escape(child)}\.weight(?!\s*(=|\.(dtype|device|shape|size|numel|dim)))", source):
-            found.add("weight")
+        for name, method in vars(kind).items():
+            if name in _SETTING_UP or not inspect.isfunction(method):
+                continue
+            try:
+                source = inspect.getsource(method)
+            except (OSError, TypeError):
+                return {"call"}
+            if re.search(rf"self\.{re.escape(child)}\(", source):
+                found.add("call")
+            if re.search(
+                rf"self\.{re.escape(child)}\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|numel|dim)))", source
+            ):
+                found.add("weight")
     return found
 
 

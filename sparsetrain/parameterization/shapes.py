@@ -66,7 +66,7 @@ def fan_out(place: Place) -> int:
         return module.out_channels
     if weight.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear):
         return weight.shape[-1 if is_transposed_stack(place) else -2]
-    return weight.shape[0]
+    return weight.shape[0] // (3 if place.leaf == "in_proj_weight" else 1)
 
 
 def is_transposed_stack(place: Place) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.parameterization.anatomy import Anatomy, examine
 from sparsetrain.parameterization.depth import counterpart
-from sparsetrain.parameterization.roles import Place, home, places
+from sparsetrain.parameterization.roles import IN_PROJECTIONS, Place, home, places
 from sparsetrain.parameterization.rules import INSIDE_BLOCK, MATRICES, Parameterization, Role, TensorSpec
 from sparsetrain.parameterization.shapes import check_orientation, fan_in, fan_out
 from sparsetrain.sparsity import SparseLinear
@@ -100,9 +100,21 @@ class Base:
         if block is not None and self._blocks.lists:
             same = counterpart(block, self._own.blocks, self._blocks, self._shapes)
             name = same + name[len(block) :]
-        if name not in self._places:
+        found = self._places.get(name, {}).get(_kind(place)) or self._in_projection(name, place)
+        if found is None and (name not in self._places or not place.is_bias):
             raise UserError(f"parameterize: the base model has no module '{place.module_name}'")
-        return self._places[name].get(_kind(place))
+        return found
+
+    def _in_projection(self, name: str, place: Place) -> Place | None:
+        """Return the base's input projection of attention, of which one model may have one and the other three."""
+        assert self._places is not None
+        if place.leaf == "in_proj_weight":
+            return self._places.get(f"{name}.{IN_PROJECTIONS[0]}", {}).get("weight")
+        attention, _, projection = name.rpartition(".")
+        if projection not in IN_PROJECTIONS or place.is_bias:
+            return None
+        held = self._places.get(attention, {})
+        return held.get("in_proj_weight") or held.get(f"{projection}_weight")
 
     def _widths_inside(self, block: str) -> dict[str, int]:
         assert self._places is not None
