@@ -5,6 +5,7 @@ from sparsetrain.parameterization.coordinates import Coordinate, Spread, Trial, 
 from sparsetrain.parameterization.groups import assign, assignment, decay_groups, param_groups
 from sparsetrain.parameterization.initial import initialise
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
+from sparsetrain.parameterization.scales import input_scale
 
 __all__ = [
     "Coordinate",
@@ -18,6 +19,7 @@ __all__ = [
     "coordinate_check",
     "decay_groups",
     "initialise",
+    "input_scale",
     "param_groups",
     "parameterize",
     "spreads",

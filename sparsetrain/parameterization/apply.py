@@ -112,7 +112,6 @@ def parameterize(
     for multiplier in multipliers:
         scale = scales.scale_input if multiplier.on_input else scales.scale_output
         scale(multiplier.module, multiplier.factor)
-    scales.keep_padded_encoders(bare)
     return model
 
 
@@ -177,6 +176,9 @@ def _of_embeddings(
             grown = scales.embedding_factor(name, modules) / scales.embedding_factor(other.module_name, theirs)
         norm = scales.embedding_norm(name, modules)
         factors[name] = (alpha_in if norm is None else 1.0) / grown
+        if factors[name] != 1.0:
+            parent, _, child = name.rpartition(".")
+            scales.check_called(name, modules.get(parent), child, "alpha_in")
         if norm is not None:
             factors[norm] = alpha_in
     return [Multiplier(modules[name], factor) for name, factor in factors.items() if factor != 1.0]

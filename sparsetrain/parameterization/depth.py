@@ -75,8 +75,8 @@ def find_blocks(model: nn.Module, matrices: Collection[nn.Module], outputs: Coll
             chosen[name] = entries
     unclear = tuple(
         name
-        for name in normed - chosen.keys()
-        if len(lists[name]) > 1 and any(_within(name, entries) for entries in chosen.values())
+        for name, entries in lists.items()
+        if name in normed - chosen.keys() and len(entries) > 1 and any(_within(name, of) for of in chosen.values())
     )
     return Blocks(chosen, {entry: structures[entry] for entries in chosen.values() for entry in entries}, unclear)
 

@@ -11,6 +11,7 @@ from sparsetrain.parameterization.rules import Parameterization
 
 _COUNTS = ("num_heads", "n_heads", "n_head", "num_attention_heads", "heads", "nhead")
 _WIDTHS = ("head_dim", "d_head", "dim_head", "head_size", "attention_head_size", "key_value_proj_dim")
+_QUERIES = ("q_proj", "query", "to_q", "wq", "q_lin", "q")
 _MODEL_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 
 
@@ -40,19 +41,23 @@ def warn_of_head_widths(model: nn.Module, base: nn.Module, rules: Parameterizati
 
 def _head_width(module: nn.Module) -> int | None:
     """Return the width of an attention head, from a module's attributes or its configuration, None if none is there."""
-    width = _number(module, _WIDTHS)
-    if width is not None and _number(module, _COUNTS) is not None:
-        return width
-    if isinstance(module, nn.MultiheadAttention):
-        return module.embed_dim // module.num_heads
+    count, width = _number(module, _COUNTS), _number(module, _WIDTHS)
+    if count is not None:
+        if width is not None:
+            return width
+        for name in _QUERIES:
+            outputs = getattr(getattr(module, name, None), "out_features", None)
+            if isinstance(outputs, int):
+                return outputs // count
+        whole = _number(module, _MODEL_WIDTHS)
+        if whole is not None:
+            return whole // count
     config = getattr(module, "config", None)
-    if config is None or isinstance(config, dict):
-        return width
     explicit = _number(config, ("head_dim", "d_kv"))
-    count, model_width = _number(config, _COUNTS), _number(config, _MODEL_WIDTHS)
-    if explicit is not None:
+    heads, whole = _number(config, _COUNTS), _number(config, _MODEL_WIDTHS)
+    if explicit is not None or heads is None or whole is None:
         return explicit
-    return model_width // count if count and model_width else width
+    return whole // heads
 
 
 def _number(owner: object, names: tuple[str, ...]) -> int | None:

@@ -41,7 +41,6 @@ def initialise(
     Raises:
         UserError: a parameter without a spec, or a trained norm whose first gain cannot be told.
     """
-    assign(model, specs, rules, n_layers)
     owners = dict(wrappers.named_modules(model))
     padding = _padding_rows(owners)
     with torch.no_grad():
@@ -49,8 +48,9 @@ def initialise(
         gains = {
             name: starting_gain(name, owners[name.rpartition(".")[0]], parameter)
             for name, parameter in wrappers.named_parameters(model)
-            if specs[name].role in (Role.NORM, Role.FINAL_NORM) and not parameter.is_meta
+            if name in specs and specs[name].role in (Role.NORM, Role.FINAL_NORM) and not parameter.is_meta
         }
+        assign(model, specs, rules, n_layers)
         if _holds_no_values(model, gains):
             gains = dict.fromkeys(gains, 1.0)
         for name, parameter in wrappers.named_parameters(model):

@@ -39,6 +39,10 @@ def check_pre_norm(model: nn.Module, blocks: Blocks, ends: Mapping[str, nn.Modul
         ends: the modules that would be multiplied, by name; see `scales.branch_ends`.
     """
     modules = dict(wrappers.named_modules(model))
+    for name, module in modules.items():
+        inside = [end for end in ends if not name or f"{end}.".startswith(f"{name}.")]
+        if inside and isinstance(module, TORCH_LAYERS) and not module.norm_first:
+            raise _post_norm(inside[0], f"{type(module).__name__} with norm_first=False")
     # One block of each kind: of a hybrid model an attention block and a recurrent one.
     kinds = {(blocks.list_of(name), structure): name for name, structure in reversed([*blocks.structures.items()])}
     for name in kinds.values():
@@ -46,9 +50,6 @@ def check_pre_norm(model: nn.Module, blocks: Blocks, ends: Mapping[str, nn.Modul
         own = {end: module for end, module in ends.items() if f"{end}.".startswith(f"{name}.")}
         if not own:
             continue
-        layers = [module for module in block.modules() if isinstance(module, TORCH_LAYERS)]
-        if any(not layer.norm_first for layer in layers):
-            raise _post_norm(next(iter(own)), f"{type(layers[0]).__name__} with norm_first=False")
         if any(parameter.is_meta for parameter in block.parameters()):
             continue
         with _quiet(model):

@@ -85,8 +85,8 @@ class Place:
 
     @property
     def is_bias(self) -> bool:
-        # Also in_proj_bias of attention, bias_ih_l0 of a recurrent layer and down_proj_bias of experts.
-        return self.leaf.endswith("bias") or self.leaf.startswith("bias_")
+        # Also in_proj_bias of attention, bias_ih_l0 of a recurrent layer, down_proj_bias of experts and a norm's beta.
+        return self.leaf.endswith("bias") or self.leaf.startswith("bias_") or self.leaf == "beta"
 
 
 def places(model: nn.Module) -> Iterator[Place]:

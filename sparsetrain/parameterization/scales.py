@@ -68,27 +68,13 @@ def remove_scales(model: nn.Module) -> None:
                 del hooks[key]
 
 
-def output_scale(module: nn.Module) -> float:
-    """Return the factor that `scale_output` put on a module, 1 where there is none."""
-    return next((hook.factor for hook in module._forward_hooks.values() if isinstance(hook, _OutputScale)), 1.0)
+def input_scale(embedding: nn.Module) -> float:
+    """Return the factor that `sparsetrain.parameterize` put on what an embedding returns, 1 where there is none.
 
-
-def keep_padded_encoders(model: nn.Module) -> None:
-    """Let torch's encoders take padded batches in evaluation although their layers have hooks.
-
-    A hook keeps a layer out of torch's fused path, and only that path can read the nested tensors into which an encoder
-    packs a padded batch.
+    Vectors that stand in for rows of its weight, as `sparsetrain.SoftPrompt`, need the same.
     """
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and getattr(module, "use_nested_tensor", False):
-            module.use_nested_tensor = (
-                any(
-                    isinstance(hook, _Scale)
-                    for part in module.modules()
-                    for hook in (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-                )
-                is False
-            )
+    module = wrappers.unwrap(embedding)
+    return next((hook.factor for hook in module._forward_hooks.values() if isinstance(hook, _OutputScale)), 1.0)
 
 
 # -- where the multipliers go ------------------------------------------------------------------------------------------

@@ -57,6 +57,18 @@ class LayerNormPlusOne(nn.LayerNorm):
         return nn.functional.layer_norm(x, self.normalized_shape, self.weight + 1.0, self.bias, self.eps)
 
 
+class GammaBeta(nn.Module):
+    """A layer norm whose gain and bias are called gamma and beta; its class name says LayerNorm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma, self.beta = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.layer_norm(x, (x.shape[-1],), self.gamma, self.beta)
+
+
+GammaBeta.__name__ = "OldLayerNorm"
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "torch": lambda: nn.LayerNorm(32),
     "torch RMSNorm": lambda: nn.RMSNorm(32),
@@ -66,6 +78,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
     "gain called gamma": lambda: RMSNorm(32, name="gamma"),
     "gated": lambda: GatedRMSNorm(32),
     "gated, one more": lambda: GatedRMSNorm(32, shift=1.0),
+    "gamma and beta": lambda: GammaBeta(32),
     "subclass of torch's": lambda: LayerNormPlusOne(32),
 }
 
