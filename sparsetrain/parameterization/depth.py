@@ -10,7 +10,8 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization.roles import IN_PROJECTIONS, is_norm
+from sparsetrain.parameterization.parts import part_of
+from sparsetrain.parameterization.roles import is_norm
 
 Structure = frozenset[str]
 
@@ -87,18 +88,11 @@ def _within(name: str, entries: tuple[str, ...]) -> bool:
 
 def _structure(module: nn.Module) -> Structure:
     owners = dict(wrappers.named_modules(module))
-    # Attention is one thing, whether its input projections are one matrix or three sparse layers.
-    split = {f"{name}.{part}" for name, one in owners.items() if _is_attention(one) for part in IN_PROJECTIONS}
-    held = {name for name, owner in owners.items() if _is_attention(owner) or _has_parameters(owner)}
-    return frozenset(held - split)
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return isinstance(module, nn.MultiheadAttention)
-
-
-def _has_parameters(module: nn.Module) -> bool:
-    return any(parameter is not None for parameter in module._parameters.values())
+    # Attention and experts are one thing, whether their matrices are one tensor or a sparse layer each.
+    parts = {name: part_of(name, owners) for name in owners}
+    held = {name for name, owner in owners.items() if any(p is not None for p in owner._parameters.values())}
+    whole = {part.holder_name for part in parts.values() if part is not None}
+    return frozenset({name for name in held if parts[name] is None} | whole)
 
 
 def count_layers(model: nn.Module, blocks: Blocks, leaves: int) -> tuple[int, str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from sparsetrain import seeds, wrappers
+from sparsetrain import seeds
 from sparsetrain.parameterization.groups import assign
 from sparsetrain.parameterization.norms import is_norm_of_torch, starting_gain
-from sparsetrain.parameterization.roles import EMBEDDING_TYPES, IN_PROJECTIONS
+from sparsetrain.parameterization.roles import EMBEDDING_TYPES, Place, places
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
 from sparsetrain.sparsity import SparseLinear
 from sparsetrain.sparsity.surgery import is_conv1d
@@ -41,20 +41,22 @@ def initialise(
     Raises:
         UserError: a parameter without a spec, or a trained norm whose first gain cannot be told.
     """
-    owners = dict(wrappers.named_modules(model))
-    padding = _padding_rows(owners)
+    padding = _padding_rows(model)
+    first = {id(place.parameter): place for place in reversed([*places(model)])}
+    homes = {place.name: place for place in reversed(first.values())}
     with torch.no_grad():
         # First what may be refused, so that the model is then unchanged.
         gains = {
-            name: starting_gain(name, owners[name.rpartition(".")[0]], parameter)
-            for name, parameter in wrappers.named_parameters(model)
-            if name in specs and specs[name].role in (Role.NORM, Role.FINAL_NORM) and not parameter.is_meta
+            name: starting_gain(name, place.module, place.parameter)
+            for name, place in homes.items()
+            if name in specs and specs[name].role in (Role.NORM, Role.FINAL_NORM) and not place.parameter.is_meta
         }
         assign(model, specs, rules, n_layers)
-        if _holds_no_values(model, gains):
+        if _hold_no_values([homes[name] for name in gains]):
             gains = dict.fromkeys(gains, 1.0)
-        for name, parameter in wrappers.named_parameters(model):
-            spec = specs[name]
+        draws = _Draws(seed)
+        for name, place in homes.items():
+            spec, parameter = specs[name], place.parameter
             if parameter.is_meta or spec.role is Role.KEEP:
                 continue
             if name in gains:
@@ -65,52 +67,55 @@ def initialise(
             if spec.role in (Role.BIAS, Role.FINAL_BIAS):
                 parameter.zero_()
                 continue
-            _draw(parameter, owners, name, rules.init_std(spec, sigma, n_layers), seed)
+            draws.fill(place, rules.init_std(spec, sigma, n_layers))
             for row in padding.get(id(parameter), ()):
                 parameter[row] = 0.0
 
 
-def _draw(parameter: nn.Parameter, owners: Mapping[str, nn.Module], name: str, std: float, seed: int) -> None:
-    module_name, _, leaf = name.rpartition(".")
-    owner = owners[module_name]
-    # A Conv1D holds the transposed matrix; drawn as [M, K] too, so that its sparse successor gets its numbers.
-    transposed = is_conv1d(owner) and parameter.ndim == 2
-    sparse = isinstance(owner, SparseLinear) and leaf == "values"
-    key = name.removesuffix(leaf) + "weight" if sparse else name
-    shape: tuple[int, ...] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
-    if isinstance(owner, SparseLinear) and sparse:
-        shape = owner.pattern.shape
-    rows = slice(None)
-    attention = owners.get(module_name.rpartition(".")[0])
-    projection = module_name.rpartition(".")[2]
-    if isinstance(attention, nn.MultiheadAttention) and projection in IN_PROJECTIONS:
-        # Its dense form holds the three projections in one matrix, or each under a name of its own.
-        holder = module_name.rpartition(".")[0]
-        key = f"{holder}.{projection}_weight"
-        if attention._qkv_same_embed_dim:
-            first = IN_PROJECTIONS.index(projection) * shape[0]
-            key, rows, shape = f"{holder}.in_proj_weight", slice(first, first + shape[0]), (3 * shape[0], shape[1])
-    # On the CPU and in float32, so that neither torch's default device nor its default dtype changes a number.
-    draws = torch.empty(shape, dtype=torch.float32, device="cpu")
-    draws = draws.normal_(0.0, 1.0, generator=seeds.generator(seed, "init", key))[rows].mul_(std)
-    if isinstance(owner, SparseLinear) and sparse:
-        draws = owner.pattern.gather(draws.to(parameter.device))
-    parameter.copy_(draws.t() if transposed else draws)
+class _Draws:
+    """Standard normal numbers by the name of a dense tensor, each a function of the seed and the name."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._whole: tuple[str, Tensor] | None = None  # of which the last part was taken
+
+    def fill(self, place: Place, std: float) -> None:
+        """Fill a parameter with numbers of a standard deviation, a sparse one with those at its positions."""
+        module, parameter = place.module, place.parameter
+        # A Conv1D holds the transposed matrix; drawn as [M, K] too, so that its sparse successor gets its numbers.
+        transposed = is_conv1d(module) and parameter.ndim == 2
+        shape: tuple[int, ...] = tuple(parameter.shape[::-1] if transposed else parameter.shape)
+        pattern = module.pattern if isinstance(module, SparseLinear) and place.leaf == "values" else None
+        if pattern is not None:
+            shape = pattern.shape
+        draws = self._matrix(place, shape).mul_(std)
+        if pattern is not None:
+            draws = pattern.gather(draws.to(parameter.device))
+        parameter.copy_(draws.t() if transposed else draws)
+
+    def _matrix(self, place: Place, shape: tuple[int, ...]) -> Tensor:
+        name = ".".join(part for part in place.dense if part)
+        if place.part is None:
+            return self._draw(name, shape)
+        if self._whole is None or self._whole[0] != name:
+            self._whole = name, self._draw(name, place.part.shape_of_whole(shape[0], shape[1]))
+        return place.part.take(self._whole[1]).clone(memory_format=torch.contiguous_format)
+
+    def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        # On the CPU and in float32, so that neither torch's default device nor its default dtype changes a number.
+        draws = torch.empty(shape, dtype=torch.float32, device="cpu")
+        return draws.normal_(0.0, 1.0, generator=seeds.generator(self._seed, "init", name))
 
 
-def _holds_no_values(model: nn.Module, gains: Mapping[str, float | None]) -> bool:
+def _hold_no_values(gains: list[Place]) -> bool:
     """Whether every norm is torch's own and has the gain 0: memory from ``to_empty``, which no author has filled."""
-    return bool(gains) and all(
-        is_norm_of_torch(wrappers.find_module(model, name.rpartition(".")[0])) and not parameter.detach().any()
-        for name, parameter in wrappers.named_parameters(model)
-        if name in gains
-    )
+    return bool(gains) and all(is_norm_of_torch(place.module) and not place.parameter.any() for place in gains)
 
 
-def _padding_rows(modules: Mapping[str, nn.Module]) -> dict[int, list[int]]:
+def _padding_rows(model: nn.Module) -> dict[int, list[int]]:
     """Return the rows of each parameter, by its id, that stand for padding in one of the embeddings that share it."""
     rows: dict[int, list[int]] = {}
-    for module in modules.values():
+    for module in model.modules():
         if isinstance(module, EMBEDDING_TYPES) and module.padding_idx is not None:
             rows.setdefault(id(module.weight), []).append(module.padding_idx)
     return rows

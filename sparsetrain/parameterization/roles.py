@@ -14,6 +14,7 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.parameterization.parts import Part, part_of
 from sparsetrain.parameterization.rules import Role
 from sparsetrain.sparsity.names import ends_with, is_head, is_part_of_head, is_router
 from sparsetrain.sparsity.surgery import is_conv1d
@@ -60,8 +61,6 @@ FINAL_NORM_NAMES = ("ln_f", "final_norm", "norm_f", "final_layer_norm", "final_l
 MATRIX_TYPES = (nn.Linear, nn.modules.conv._ConvNd, nn.Bilinear)
 EMBEDDING_TYPES = (nn.Embedding, nn.EmbeddingBag)
 TORCH_NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-# The layers that stand for in_proj_weight where attention has been made sparse.
-IN_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 TORCH_LAYERS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
@@ -72,16 +71,25 @@ class Place:
     Args:
         module_name: without the parts that wrappers put into it.
         leaf: the parameter's name inside the module.
+        part: of which dense tensor a sparse layer holds a part, if it does.
     """
 
     module_name: str
     leaf: str
     module: nn.Module
     parameter: nn.Parameter
+    part: Part | None = None
 
     @property
     def name(self) -> str:
         return f"{self.module_name}.{self.leaf}" if self.module_name else self.leaf
+
+    @property
+    def dense(self) -> tuple[str, str]:
+        """Module and name of the tensor in a dense model: the same for a dense and for a sparse matrix."""
+        if self.part is not None:
+            return self.part.holder_name, self.part.leaf
+        return self.module_name, "weight" if self.leaf == "values" else self.leaf
 
     @property
     def is_bias(self) -> bool:
@@ -91,10 +99,12 @@ class Place:
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Yield every place of every parameter, in the order of the modules."""
-    for module_name, module in wrappers.named_modules(model):
+    modules = dict(wrappers.named_modules(model))
+    for module_name, module in modules.items():
+        part = part_of(module_name, modules)
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                yield Place(module_name, leaf, module, parameter)
+                yield Place(module_name, leaf, module, parameter, part)
 
 
 def home(tied: list[Place]) -> Place:
@@ -109,6 +119,7 @@ def home(tied: list[Place]) -> Place:
 def check_globs(roles: Mapping[str, Role | str], everywhere: list[Place]) -> None:
     """Raise `UserError` for a glob that matches neither a module nor a parameter, or a role that does not exist."""
     names = {place.module_name for place in everywhere} | {place.name for place in everywhere}
+    names |= {part.name for place in everywhere if (part := place.part) is not None}
     for glob, role in roles.items():
         check_choice(f"roles['{glob}']", role, Role)
         if not any(fnmatchcase(name, glob) for name in names):
@@ -144,7 +155,8 @@ def find_role(place: Place, roles: Mapping[str, Role | str], names: set[str]) ->
         names: of all modules and parameters, among which the experts of a router are looked for.
     """
     for glob, given in roles.items():
-        if fnmatchcase(place.module_name, glob):
+        stack = place.part.name if place.part is not None else place.module_name
+        if fnmatchcase(place.module_name, glob) or fnmatchcase(stack, glob):
             return _of_leaf(Role(given), place)
         if fnmatchcase(place.name, glob):
             return Role(given)
@@ -215,10 +227,11 @@ def _of_raw_parameter(place: Place) -> Role | None:
         return None
     if place.parameter.numel() == 1:
         return Role.KEEP  # a gate or a temperature
-    if place.parameter.ndim < 2:
+    if place.parameter.ndim < 2 and place.part is None:
         return None
+    name = place.name if place.part is None else place.part.name
     tables = (
         *((RAW_OUTPUT_NAMES, Role.OUTPUT), (RAW_HIDDEN_NAMES, Role.HIDDEN)),
         *((POSITION_NAMES, Role.POSITION), (TOKEN_NAMES, Role.EMBEDDING)),
     )
-    return next((role for known, role in tables if ends_with(place.name, known)), None)
+    return next((role for known, role in tables if ends_with(name, known)), None)

@@ -98,6 +98,9 @@ def branch_ends(model: nn.Module, outputs: Iterable[Place], blocks: Blocks) -> d
         if norms:
             ends |= {norm: modules[norm] for norm in norms}
             continue
+        if place.part is not None and place.part.stacked:  # the module sums up what its experts give
+            ends[place.part.holder_name] = place.part.holder
+            continue
         parent_name, _, child = name.rpartition(".")
         parent = modules.get(parent_name)
         if parent is not None and child == "out_proj" and _returns_its_out_proj(parent):

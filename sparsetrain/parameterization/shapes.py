@@ -36,7 +36,7 @@ def fan_in(place: Place, dim: int | None = None) -> int:
     """
     module, weight = place.module, place.parameter
     if isinstance(module, SparseLinear) and place.leaf == "values":
-        return module.in_features
+        return module.out_features if _is_flipped_part(place, dim) else module.in_features
     if weight.ndim == 0:
         return 1
     if dim is not None:
@@ -59,7 +59,7 @@ def fan_out(place: Place) -> int:
     """Return the number of outputs of a matrix, the length of anything else."""
     module, weight = place.module, place.parameter
     if isinstance(module, SparseLinear) and place.leaf == "values":
-        return module.out_features
+        return module.in_features if _is_flipped_part(place, None) else module.out_features
     if weight.ndim < 2 or place.is_bias or isinstance(module, EMBEDDING_TYPES) or is_conv1d(module):
         return weight.shape[-1] if weight.ndim else 1
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -72,8 +72,19 @@ def fan_out(place: Place) -> int:
 def is_transposed_stack(place: Place) -> bool:
     """Whether experts are stacked as [E, in, out]."""
     return place.parameter.ndim == 3 and (
-        getattr(place.module, "is_transposed", False) is True or type(place.module).__name__ in _TRANSPOSED_STACKS
+        getattr(place.module, "is_transposed", False) is True or _holds_transposed(place.module)
     )
+
+
+def _is_flipped_part(place: Place, dim: int | None) -> bool:
+    """Whether the sparse layer of an expert has its inputs and outputs the other way round: it is of [E, in, out]."""
+    if place.part is None or not place.part.stacked or place.part.transposed:
+        return False
+    return dim in (-2, 1) or _holds_transposed(place.part.holder)
+
+
+def _holds_transposed(module: nn.Module) -> bool:
+    return any(kind.__name__ in _TRANSPOSED_STACKS for kind in type(module).__mro__)
 
 
 def check_orientation(place: Place, base: Place, role: Role, said: bool) -> None:
@@ -81,15 +92,28 @@ def check_orientation(place: Place, base: Place, role: Role, said: bool) -> None
 
     With the same ratio to the base in both dimensions it does not, nor where the user has ``said`` it.
     """
-    module = place.module
-    known = isinstance(module, nn.modules.conv._ConvNd | nn.Bilinear | SparseLinear)
-    if said or role not in MATRICES or place.parameter.ndim < 3 or known or hasattr(module, "is_transposed"):
+    stacks = [one for one in (place, base) if one.part is None]
+    holders = [one.module if one.part is None else one.part.holder for one in (place, base)]
+    if said or role not in MATRICES or any(one.parameter.ndim < 3 for one in stacks):
         return
-    if type(module).__name__ in _TRANSPOSED_STACKS or base.parameter.ndim != place.parameter.ndim:
+    if any(one.part is not None and not one.part.stacked for one in (place, base)):
         return
-    (rows, columns), (base_rows, base_columns) = place.parameter.shape[-2:], base.parameter.shape[-2:]
+    for holder in holders:
+        if isinstance(holder, nn.modules.conv._ConvNd | nn.Bilinear | SparseLinear):
+            return
+        if hasattr(holder, "is_transposed") or _holds_transposed(holder):
+            return
+    (rows, columns), (base_rows, base_columns) = _sides(place), _sides(base)
     if rows * base_columns != columns * base_rows:
+        name = ".".join(place.dense)
         raise UserError(
-            f"parameterize: '{place.name}' {list(place.parameter.shape)} is a stack of matrices, and nothing says "
-            f"which dimension counts inputs: pass fan_in={{'{place.name}': -1}} for [.., out, in], -2 for [.., in, out]"
+            f"parameterize: '{name}' is a stack of matrices [{rows}, {columns}], and nothing says which dimension "
+            f"counts inputs: pass fan_in={{'{name}': -1}} for [.., out, in], -2 for [.., in, out]"
         )
+
+
+def _sides(place: Place) -> tuple[int, int]:
+    """Return the last two dimensions of a stack of matrices, of which a sparse layer may hold one."""
+    if isinstance(place.module, SparseLinear):
+        return place.module.out_features, place.module.in_features
+    return place.parameter.shape[-2], place.parameter.shape[-1]

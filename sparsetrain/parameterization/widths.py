@@ -10,7 +10,7 @@ from torch import nn
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.parameterization.anatomy import Anatomy, examine
 from sparsetrain.parameterization.depth import counterpart
-from sparsetrain.parameterization.roles import IN_PROJECTIONS, Place, home, places
+from sparsetrain.parameterization.roles import Place, home, places
 from sparsetrain.parameterization.rules import INSIDE_BLOCK, MATRICES, Parameterization, Role, TensorSpec
 from sparsetrain.parameterization.shapes import check_orientation, fan_in, fan_out
 from sparsetrain.sparsity import SparseLinear
@@ -38,7 +38,7 @@ class Base:
         dims: Mapping[str, int],
     ) -> None:
         self._own, self._dims, self._sgd = own, dims, rules.optimizer == "sgd"
-        names = [place.name for place in own.everywhere]
+        names = {name for place in own.everywhere for name in (place.name, ".".join(place.dense))}
         for glob in dims:
             if not any(fnmatchcase(name, glob) for name in names):
                 raise UserError(f"parameterize: fan_in['{glob}'] matches no parameter{nearest(glob, names)}")
@@ -47,7 +47,7 @@ class Base:
             return
         self._places = {}
         for place in places(base):
-            self._places.setdefault(place.module_name, {})[_kind(place)] = place
+            self._places.setdefault(place.dense[0], {}).setdefault(place.dense[1], place)
         self._blocks = examine(base, roles, strict=False).blocks
         self._shapes = {block: self._widths_inside(block) for block in self._blocks.structures}
         widths = {fan_in(p, self._dim(p)) for of in self._places.values() for p in of.values() if not p.is_bias}
@@ -96,35 +96,21 @@ class Base:
         """Return the base's tensor that corresponds to one of the model's, None if there is no base or no such bias."""
         if self._places is None:
             return None
-        name, block = place.module_name, self._own.blocks.block_of(place.module_name)
+        name, leaf = place.dense
+        block = self._own.blocks.block_of(name)
         if block is not None and self._blocks.lists:
             same = counterpart(block, self._own.blocks, self._blocks, self._shapes)
             name = same + name[len(block) :]
-        found = self._places.get(name, {}).get(_kind(place)) or self._in_projection(name, place)
-        if found is None and (name not in self._places or not place.is_bias):
+        held = self._places.get(name)
+        if held is None or (leaf not in held and not place.is_bias):
             raise UserError(f"parameterize: the base model has no module '{place.module_name}'")
-        return found
-
-    def _in_projection(self, name: str, place: Place) -> Place | None:
-        """Return the base's input projection of attention, of which one model may have one and the other three."""
-        assert self._places is not None
-        if place.leaf == "in_proj_weight":
-            return self._places.get(f"{name}.{IN_PROJECTIONS[0]}", {}).get("weight")
-        attention, _, projection = name.rpartition(".")
-        if projection not in IN_PROJECTIONS or place.is_bias:
-            return None
-        held = self._places.get(attention, {})
-        return held.get("in_proj_weight") or held.get(f"{projection}_weight")
+        return held.get(leaf)
 
     def _widths_inside(self, block: str) -> dict[str, int]:
         assert self._places is not None
         held = [p for of in self._places.values() for p in of.values() if f"{p.name}.".startswith(f"{block}.")]
-        return {f"{place.module_name[len(block) :]}.{_kind(place)}": fan_in(place, self._dim(place)) for place in held}
+        return {".".join(p.dense)[len(block) :]: fan_in(p, self._dim(p)) for p in held}
 
     def _dim(self, place: Place) -> int | None:
-        return next((dim for glob, dim in self._dims.items() if fnmatchcase(place.name, glob)), None)
-
-
-def _kind(place: Place) -> str:
-    """Return the name of a tensor, the same for a dense and for a sparse matrix."""
-    return "weight" if place.leaf == "values" and isinstance(place.module, SparseLinear) else place.leaf
+        names = {place.name, ".".join(part for part in place.dense if part)}
+        return next((dim for glob, dim in self._dims.items() if any(fnmatchcase(name, glob) for name in names)), None)
