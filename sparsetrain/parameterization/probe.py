@@ -6,6 +6,7 @@ norm(x + branch(x)), it does something else, and before a norm at the end of a b
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -180,7 +181,8 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     state = torch.get_rng_state()
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a model says of its dummy inputs
             yield
     finally:
         torch.set_rng_state(state)

@@ -189,9 +189,10 @@ def check_reachable(place: Place, factor: float, what: str) -> None:
 def embedding_factor(name: str, modules: dict[str, nn.Module]) -> float:
     """Return the factor by which a model's own code multiplies an embedding: Gemma's and BART's sqrt(d_model)."""
     for owner in (modules[name], modules.get(name.rpartition(".")[0])):
-        factor = getattr(owner, "embed_scale", None)
-        if isinstance(factor, int | float | Tensor):
-            return float(factor)
+        # Gemma keeps the number beside the buffer, which has no value on the meta device.
+        for factor in (getattr(owner, "scalar_embed_scale", None), getattr(owner, "embed_scale", None)):
+            if isinstance(factor, int | float) or (isinstance(factor, Tensor) and not factor.is_meta):
+                return float(factor)
     return 1.0
 
 

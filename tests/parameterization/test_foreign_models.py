@@ -240,3 +240,13 @@ def test_matrices_around_the_blocks_have_no_depth_factor() -> None:
     rules = P.completep(16, base_layers=1, alpha=0.5)
     assert rules.learning_rate(specs["model.decoder.project_out.weight"], 1.0, LAYERS) == 0.5
     assert rules.learning_rate(specs["model.decoder.layers.0.fc1.weight"], 1.0, LAYERS) == pytest.approx(sqrt(0.5) / 2)
+
+
+def test_a_model_on_the_meta_device_gets_roles_and_multipliers_without_values() -> None:
+    """What a large model will have can be asked before there is memory for it."""
+    with torch.device("meta"):
+        model, base = MODELS["gemma"].make(64), MODELS["gemma"].make(16)
+    parameterize(model, DEEP, base, seed=0)
+    assert factors(model)["embed_tokens"] == [0.5]
+    assert factors(model)["lm_head"] == [0.25]
+    assert sum(len(g["params"]) for g in param_groups(model, DEEP, lr=1.0)) == len(list(model.parameters()))
