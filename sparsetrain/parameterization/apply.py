@@ -174,6 +174,8 @@ def _of_embeddings(
         if rules.uses_width and other is not None:
             # Under muP what an embedding gives does not grow with the width.
             grown = scales.embedding_factor(name, modules) / scales.embedding_factor(other.module_name, theirs)
+            if widths.m_d(place) != 1.0:
+                scales.check_no_root_of_width(name, modules, rules.scheme)
         norm = scales.embedding_norm(name, modules)
         factors[name] = (alpha_in if norm is None else 1.0) / grown
         if factors[name] != 1.0:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparsetrain import wrappers
@@ -157,23 +158,27 @@ def reads_weight(parent: nn.Module | None, child: str) -> bool:
 
 def _uses(parent: nn.Module, child: str) -> set[str]:
     """Return in which ways the methods of a module's class use a child when it runs: ``call``, ``weight``."""
-    found = set()
-    for kind in type(parent).__mro__:
+    sources = _sources(parent)
+    if sources is None:
+        return {"call"}
+    weight = rf"self\.{re.escape(child)}\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|numel|dim)))"
+    patterns = {"call": rf"self\.{re.escape(child)}\(", "weight": weight}
+    return {way for way, pattern in patterns.items() if any(re.search(pattern, source) for source in sources)}
+
+
+def _sources(module: nn.Module) -> list[str] | None:
+    """Return the code of the methods of a module's class that run with the model, None where it cannot be read."""
+    found = []
+    for kind in type(module).__mro__:
         if not issubclass(kind, nn.Module) or kind is nn.Module:
             continue
         for name, method in vars(kind).items():
             if name in _SETTING_UP or not inspect.isfunction(method):
                 continue
             try:
-                source = inspect.getsource(method)
+                found.append(inspect.getsource(method))
             except (OSError, TypeError):
-                return {"call"}
-            if re.search(rf"self\.{re.escape(child)}\(", source):
-                found.add("call")
-            if re.search(
-                rf"self\.{re.escape(child)}\.weight\b(?!\s*(=[^=]|\.(dtype|device|shape|size|numel|dim)))", source
-            ):
-                found.add("weight")
+                return None
     return found
 
 
@@ -188,12 +193,46 @@ def check_reachable(place: Place, factor: float, what: str) -> None:
 
 def embedding_factor(name: str, modules: dict[str, nn.Module]) -> float:
     """Return the factor by which a model's own code multiplies an embedding: Gemma's and BART's sqrt(d_model)."""
-    for owner in (modules[name], modules.get(name.rpartition(".")[0])):
+    module, parent_name = modules[name], name.rpartition(".")[0]
+    measured = _measured_factor(module)
+    if measured is not None:
+        return measured
+    for owner in (module, modules.get(parent_name)):
         # Gemma keeps the number beside the buffer, which has no value on the meta device.
         for factor in (getattr(owner, "scalar_embed_scale", None), getattr(owner, "embed_scale", None)):
             if isinstance(factor, int | float) or (isinstance(factor, Tensor) and not factor.is_meta):
                 return float(factor)
     return 1.0
+
+
+def _measured_factor(module: nn.Module) -> float | None:
+    """Return by what a subclass of ``nn.Embedding`` multiplies the rows of its weight, None if that cannot be told."""
+    if not isinstance(module, nn.Embedding) or type(module).forward is nn.Embedding.forward or module.weight.is_meta:
+        return None
+    tokens = torch.arange(module.num_embeddings, device=module.weight.device)[:64]
+    rows = module.weight.detach()[tokens].double()
+    try:
+        with torch.no_grad():
+            output = module.forward(tokens).double()
+    except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
+        return None  # it wants other inputs
+    if output.shape != rows.shape or not rows.any():
+        return None
+    factor = (output * rows).sum() / rows.square().sum()
+    return factor.item() if torch.allclose(output, rows * factor, rtol=0.05) else None
+
+
+def check_no_root_of_width(name: str, modules: dict[str, nn.Module], scheme: str) -> None:
+    """Raise `UserError` if a model's own code multiplies an embedding by a square root, as of its width."""
+    parent_name, _, child = name.rpartition(".")
+    parent, call = modules.get(parent_name), rf"self\.{re.escape(child)}\([^\n]*\)"
+    root = r"(?:(?:math\.|np\.|torch\.)?sqrt\(|[\w.]+\s*\*\*\s*\(?0?\.5)"
+    pattern = rf"{call}\s*\*\s*\(?{root}|{root}[^\n*]*\*\s*{call}"
+    if parent is not None and any(re.search(pattern, source) for source in _sources(parent) or ()):
+        raise UserError(
+            f"parameterize: {type(parent).__name__} multiplies '{name}' by a square root; under {scheme} what an "
+            "embedding gives must not grow with the width: keep the base's factor at every width, or use alpha_in"
+        )
 
 
 def logit_factor(model: nn.Module) -> float:

@@ -169,6 +169,29 @@ def test_a_module_that_is_read_and_never_called_is_named(kind: type[LM], words: 
     parameterize(kind(head), P.sp(), seed=0)  # multiplies nothing
 
 
+class RootEmbedding(nn.Embedding):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.embedding_dim**0.5
+
+
+class RootsInside(LM):
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.embed(tokens) * sqrt(self.embed.embedding_dim))
+
+
+def test_a_factor_of_the_width_on_an_embedding_is_taken_back_or_named() -> None:
+    """Inside a subclass of the embedding it is measured; in the model's own code it is refused."""
+
+    def make(width: int) -> nn.ModuleDict:
+        return nn.ModuleDict({"embed": RootEmbedding(11, width), "head": nn.Linear(width, 11)})
+
+    model = parameterize(make(64), P.mup(16, alpha_in=3.0), make(16), seed=0)
+    torch.testing.assert_close(model["embed"](torch.arange(11)), model["embed"].weight * 4.0 * 3.0)
+    with pytest.raises(UserError, match="RootsInside multiplies 'embed' by a square root; under mup what an embedding"):
+        parameterize(RootsInside("head"), P.mup(16), RootsInside("head", 16), seed=0)
+    parameterize(RootsInside("head"), P.sp(), seed=0)
+
+
 # -- attention heads, soft prompts -------------------------------------------------------------------------------------
 
 
