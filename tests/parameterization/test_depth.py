@@ -176,6 +176,9 @@ def test_attention_is_one_thing_sparse_or_dense() -> None:
     dense, sparse = (parameterize(model, rules, make(16), seed=0) for model in models)
     shared = {name: rate for name, rate in rates(dense, rules).items() if name in rates(sparse, rules)}
     assert shared.items() <= rates(sparse, rules).items()
+    attention: Any = sparse.layers[0].self_attn  # type: ignore[union-attr,index]
+    rows = dense.layers[0].self_attn.in_proj_weight[32:64]  # type: ignore[union-attr,index]
+    assert torch.equal(attention.k_proj.values, attention.k_proj.pattern.gather(rows.detach()))
     assert set(rates(dense, rules).values()) == set(rates(sparse, rules).values()) == {0.5, 1.0}
     parameterize(make(32), rules, sparsify(make(16), 0.5, seed=0), seed=0)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import Parameterization, Role, assignment, param_groups, parameterize
+from sparsetrain.sparsity import sparsify
 
 P = Parameterization
 VOCAB, LAYERS = 61, 2
@@ -250,3 +251,23 @@ def test_a_model_on_the_meta_device_gets_roles_and_multipliers_without_values() 
     assert factors(model)["embed_tokens"] == [0.5]
     assert factors(model)["lm_head"] == [0.25]
     assert sum(len(g["params"]) for g in param_groups(model, DEEP, lr=1.0)) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
+def test_sparse_experts_share_the_rates_and_the_numbers_of_the_dense_stack(kind: str) -> None:
+    """Each expert's layer is a part of the tensor that a dense model holds, in the model and in the base."""
+    make = MODELS[kind].make
+    dense, sparse = make(32), sparsify(make(32), 0.5, seed=0)
+    for base in (make(16), sparsify(make(16), 0.5, seed=0)):
+        for model in (dense, sparse):
+            parameterize(model, MUP, base, seed=0)
+    rates = [{id(p): g["lr"] for g in param_groups(m, MUP, lr=1.0) for p in g["params"]} for m in (dense, sparse)]
+    stack: Any = dense.get_submodule("model.layers.0.mlp.experts")
+    held: Any = sparse.get_submodule("model.layers.0.mlp.experts")
+    for leaf in ("gate_up_proj", "down_proj"):
+        layer, whole = getattr(held, f"{leaf}_layers")[1], getattr(stack, leaf)
+        assert rates[1][id(layer.values)] == rates[0][id(whole)] == 0.5
+        matrix = whole[1].t() if stack.is_transposed else whole[1]
+        assert torch.equal(layer.values, layer.pattern.gather(matrix.detach().contiguous()))
+    parameterize(sparse, DEEP, make(16), reinitialise=False)
+    assert factors(sparse)["experts"] == [0.5] * LAYERS
