@@ -3,7 +3,7 @@
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
-from sparsetrain.parameterization import Parameterization, param_groups, parameterize
+from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
 from sparsetrain.sparsity import (
     GMP,
     SET,
@@ -48,6 +48,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "VariableSparsity",
+    "decay_groups",
     "densify",
     "param_groups",
     "parameterize",

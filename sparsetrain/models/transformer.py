@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsetrain import seeds
+from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError
 from sparsetrain.models import head
 from sparsetrain.models.attention import Attention, Span, make_span
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
         self.attention_scale = rules.attention_multiplier(config.d_head)
         self.embedding_scale = rules.embedding_multiplier()
         self.logit_scale = rules.logit_multiplier(config.d_model / (rules.base_width or config.d_model))
-        for block in self.blocks:
+        for block in map(wrappers.unwrap, self.blocks):
             assert isinstance(block, Block)
             block.attn.scale = self.attention_scale
             block.residual_scale = rules.residual_multiplier(config.n_layers)
@@ -224,11 +224,11 @@ class Transformer(nn.Module):
 
 
 def tensor_specs(model: Transformer, rules: Parameterization) -> dict[str, TensorSpec]:
-    """Return role, m_d and density of every parameter of ``model``, by its name in ``named_parameters``."""
+    """Return role, m_d and density of every parameter of ``model``, by its name without the parts of wrappers."""
     m_d, m_ffn = model.config.width_multipliers(rules.base_width or model.config.d_model)
-    modules = dict(model.named_modules())
+    modules = dict(wrappers.named_modules(model))
     specs = {}
-    for name, _ in model.named_parameters():
+    for name, _ in wrappers.named_parameters(model):
         module_name, _, leaf = name.rpartition(".")
         module = modules[module_name]
         role = _role(module_name, leaf)

@@ -1,8 +1,11 @@
 """SP, muP, SμPar, CompleteP and their product, for our model and for any other."""
 
+from sparsetrain.parameterization.apply import parameterize
 from sparsetrain.parameterization.coordinates import Coordinate, Spread, Trial, coordinate_check, spreads
-from sparsetrain.parameterization.groups import assign, assignment, initialise, param_groups, parameterize
+from sparsetrain.parameterization.groups import assign, assignment, decay_groups, param_groups
+from sparsetrain.parameterization.initial import initialise
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
+from sparsetrain.parameterization.scales import input_scale
 
 __all__ = [
     "Coordinate",
@@ -14,7 +17,9 @@ __all__ = [
     "assign",
     "assignment",
     "coordinate_check",
+    "decay_groups",
     "initialise",
+    "input_scale",
     "param_groups",
     "parameterize",
     "spreads",

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparsetrain import wrappers
 from sparsetrain.errors import UserError
 
 QUANTITIES = ("activation", "gradient", "update")
@@ -233,7 +234,7 @@ class _Recorder:
 
     def __init__(self, model: nn.Module, kind_of: KindOf) -> None:
         self._kinds: dict[nn.Module, str] = {}
-        for name, module in model.named_modules():
+        for name, module in wrappers.named_modules(model):
             kind = kind_of(name, module)
             if kind is not None:
                 self._kinds[module] = kind

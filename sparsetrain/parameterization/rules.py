@@ -13,6 +13,7 @@ bias, norm inside a block   0, 1                         eta m_L^(a - 1)        
 embedding, positions        sigma                        eta embedding_lr_multiplier     lambda        eps
 final norm                  1                            eta                             0             eps
 head                        sigma                        eta                             lambda        eps
+keep                        its author's values          eta                             0             eps
 ==========================  ===========================  ==============================  ============  ==========
 
 SP uses none of the multipliers, muP m_d, SuPar m_d and m_rho, CompleteP m_d and m_L, their product all three; one that
@@ -29,6 +30,7 @@ hidden matrix, output projection    eta / m_rho m_L^(2a - 1)
 bias, norm inside a block           eta m_d m_L^(2a - 1)
 embedding, positions                eta m_d embedding_lr_multiplier
 final norm and its bias; head       eta m_d
+keep                                eta
 ==================================  =====================================
 
 They follow from one count. The head divides by m_d, so every gradient of an activation is 1 / m_d times that of the
@@ -36,8 +38,10 @@ base, whatever the density: fan_out m_rho live terms of variance 1 / (fan_in m_r
 smaller still. A matrix W with gradient g x^T changes its output by lr g (x . x) over its live inputs, that is by
 lr m_d m_rho / m_d = lr m_rho times the base; a vector changes by lr g, that is lr / m_d. The branch then passes m_L^-a
 of it on, and each of the m_L branches may move the residual stream by 1 / m_L: lr m_L^(-2a) = 1 / m_L. Widths inside
-the blocks are taken to grow with the model's. Weight decay follows the same rule as under Adam: `width` and
-`width_density` undo what width and density did to the learning rate. There is no eps.
+the blocks are taken to grow with the model's. A matrix of which only the inputs or only the outputs grow has eta times
+m_out / m_d: the gradient of each of its outputs is 1 / m_out that of the base, and there are m_d live inputs. (An
+embedding's rows grow with m_out, and its input is one token.) Weight decay follows the same rule as under Adam: `width`
+and `width_density` undo what width and density did to the learning rate. There is no eps.
 """
 
 from __future__ import annotations
@@ -62,11 +66,12 @@ class Role(StrEnum):
     FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head; m_d tells the two apart
     HEAD = "head"
     PROMPT = "prompt"  # soft-prompt vectors
+    KEEP = "keep"  # what its author initialises in a way of its own: it keeps its values and gets plain eta, no decay
 
 
 MATRICES = (Role.HIDDEN, Role.OUTPUT)
 INSIDE_BLOCK = (Role.HIDDEN, Role.OUTPUT, Role.NORM, Role.BIAS)
-UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT)
+UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT, Role.KEEP)
 
 SCHEMES = ("sp", "mup", "supar", "completep", "supar_completep")
 ATTENTION_SCALES = ("auto", "sqrt", "linear")
@@ -85,6 +90,10 @@ class TensorSpec:
         m_d: fan_in over the fan_in of the same matrix at the base width; for a norm or a bias the ratio of its own
             length, so 1 for the bias of the head.
         density: nnz over the number of elements; 1 for everything dense.
+        m_out: the ratio of the numbers of outputs, where exactly one of it and m_d is 1: of a matrix that reads
+            features of a fixed size, or a router that writes as many logits at every width. None elsewhere. Only the
+            rules of SGD ask for it.
+        in_block: False for a matrix, norm or bias outside the residual blocks, which depth does not concern.
 
     Raises:
         UserError: an unknown role, a multiplier that is not positive, or a density outside (0, 1].
@@ -93,6 +102,8 @@ class TensorSpec:
     role: Role
     m_d: float = 1.0
     density: float = 1.0
+    m_out: float | None = None
+    in_block: bool = True
 
     def __post_init__(self) -> None:
         check_choice("role", self.role, Role)
@@ -257,8 +268,8 @@ class Parameterization:
     # -- the table ---------------------------------------------------------------------------------------------------
 
     def init_std(self, spec: TensorSpec, sigma: float, n_layers: int) -> float:
-        """Return the standard deviation of the initial values; 0 for biases and for norms, which start at 1."""
-        if spec.role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS):
+        """Return the standard deviation of the initial values; 0 for what is not drawn: biases, norms, ``keep``."""
+        if spec.role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.KEEP):
             return 0.0
         if spec.role not in MATRICES:
             return sigma
@@ -270,10 +281,13 @@ class Parameterization:
 
     def _divisor(self, spec: TensorSpec, density: bool = True) -> float:
         """Return what the learning rate is divided by for width and, unless ``density`` is False, density."""
+        if spec.role is Role.KEEP:
+            return 1.0
         if self.optimizer == "sgd":
             if spec.role not in MATRICES:
-                return 1.0 / self._m_d(spec)
-            return self._m_rho(spec) if density else 1.0
+                return 1.0 / (self._m_d(spec) if spec.m_out is None or not self.uses_width else spec.m_out)
+            grown = spec.m_d / spec.m_out if self.uses_width and spec.m_out is not None else 1.0
+            return grown * self._m_rho(spec) if density else grown
         if spec.role not in MATRICES:
             return 1.0
         return self._m_d(spec) * self._m_rho(spec) if density else self._m_d(spec)
@@ -283,7 +297,7 @@ class Parameterization:
         lr = lr / self._divisor(spec)
         if spec.role in (Role.EMBEDDING, Role.POSITION):
             return lr * self.embedding_lr_multiplier
-        if spec.role not in INSIDE_BLOCK:
+        if spec.role not in INSIDE_BLOCK or not spec.in_block:
             return lr
         exponent = 2.0 * self.alpha - 1.0 if self.optimizer == "sgd" else self.alpha - 1.0
         return lr * self._m_l(n_layers) ** exponent
@@ -298,7 +312,8 @@ class Parameterization:
 
     def epsilon(self, spec: TensorSpec, eps: float, n_layers: int) -> float:
         """Return Adam's eps."""
-        if self.eps_rule == "fixed" or (self.eps_rule == "table" and spec.role not in INSIDE_BLOCK):
+        inside = spec.role in INSIDE_BLOCK and spec.in_block
+        if self.eps_rule == "fixed" or (self.eps_rule == "table" and not inside):
             return eps
         return eps / self._m_d(spec) * self._m_l(n_layers) ** -self.alpha
 

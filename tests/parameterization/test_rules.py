@@ -82,6 +82,7 @@ OUTSIDE: dict[Role, Row] = {
     Role.FINAL_BIAS: Row(0.0, 1.0, 0.0, 1.0),
     Role.HEAD: Row(0.5, 1.0, 0.5, 1.0),
     Role.PROMPT: Row(0.5, 1.0, 0.0, 1.0),
+    Role.KEEP: Row(0.0, 1.0, 0.0, 1.0),
 }
 
 

@@ -30,6 +30,7 @@ TABLE = {
     Role.FINAL_BIAS: 4.0,
     Role.HEAD: 4.0,
     Role.PROMPT: 4.0,
+    Role.KEEP: 1.0,
 }
 
 
