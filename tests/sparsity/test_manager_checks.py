@@ -141,6 +141,7 @@ def test_numbers_that_are_not_finite_are_named(where: str) -> None:
             manager.step(optimizer)
         return
     loss_of(model, batch(0)).backward()
+    optimizer.step()
     with torch.no_grad():
         manager.layers["0"].values[0] = torch.nan
     with pytest.raises(UserError, match="the weights of layer '0' are not finite at step 1"):
