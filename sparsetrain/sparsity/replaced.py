@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparsetrain import wrappers
 from sparsetrain.errors import UserError
 
 
@@ -71,3 +72,6 @@ def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         )
     elif not open_:
         _judged[optimizer] = _replacements
+
+
+wrappers.on_replacement.append(note_replacement)
