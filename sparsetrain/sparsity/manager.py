@@ -261,7 +261,9 @@ class MaskManager(ManagedMasks):
     def _compare_first_masks(self) -> None:
         """Compare the masks that ranks begin with, and on the first rank those of this manager with the model's."""
         self._begun = True
-        if not any(_is_cut(entry.layer) for entry in self._layers):
+        shapes = seeds.derive_seed(0, *(f"{entry.name} {entry.shape}" for entry in self._layers))
+        # Ranks with other layers, or with shards of them, train parts of one model: their masks are their own.
+        if self._ranks.equal(shapes) and not any(_is_cut(entry.layer) for entry in self._layers):
             self._ranks.check_equal(lambda: f"{seeds.derive_seed(self.seed, self.hash(), self.steps):016x}")
         unknown = self.steps == 0 and not self._restored and self._ranks.first
         if unknown and self._drawn is not None and self._drawn != self.hash():

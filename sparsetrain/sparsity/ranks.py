@@ -50,6 +50,11 @@ class Ranks:
         """Return whether something holds on all ranks."""
         return here if self._group is None else self._ends(int(here))[0] == 1
 
+    def equal(self, number: int) -> bool:
+        """Return whether a number of 63 bits is the same on all ranks."""
+        low, high = (number, number) if self._group is None else self._ends(number)
+        return low == high
+
     def add_up(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over all ranks."""
         if self._group is not None:
@@ -86,7 +91,7 @@ class Ranks:
             )
 
     def _ends(self, number: int) -> tuple[int, int]:
-        """Return the smallest and the largest of a number of less than 63 bits over all ranks."""
+        """Return the smallest and the largest of a number of 63 bits over all ranks."""
         device = "cuda" if dist.get_backend(self._small) == "nccl" else "cpu"
         ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
         dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._small)
