@@ -7,7 +7,7 @@ functions of a name, so the names here leave those parts out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -21,6 +21,9 @@ _BY_NAME = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "OffloadWrapper": "_checkpoint_wrapped_module",
 }
+# Called by `replace_module` with the name, the old module and the new one, before the one takes the other's place.
+on_replacement: list[Callable[[str, nn.Module, nn.Module], None]] = []
+
 _BY_TYPE = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
 
@@ -85,7 +88,10 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     """
     parent, _, child = name.rpartition(".")
     holder = find_module(model, parent)
-    if wrapped_child(holder.get_submodule(child)) is not None:
-        kind = type(holder.get_submodule(child)).__name__
+    old = holder.get_submodule(child)
+    if wrapped_child(old) is not None:
+        kind = type(old).__name__
         raise UserError(f"{name}: it is wrapped ({kind}); change the bare module first, then compile or wrap it")
+    for tell in on_replacement:
+        tell(name, old, new)
     setattr(holder, child, new)

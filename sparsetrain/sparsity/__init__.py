@@ -17,15 +17,18 @@ from sparsetrain.sparsity.init import (
     random_pattern,
 )
 from sparsetrain.sparsity.linear import SparseLinear
-from sparsetrain.sparsity.manager import LayerReport, MaskManager, MaskUpdate
+from sparsetrain.sparsity.manager import MaskManager, MaskUpdate
+from sparsetrain.sparsity.mask_state import LayerReport
 from sparsetrain.sparsity.masked_backend import MaskedBackend
 from sparsetrain.sparsity.multihead import SparseMultiheadAttention
 from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
+from sparsetrain.sparsity.optimizers import register_elementwise_optimizer
 from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.replaced import StaleOptimizerWarning
 from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
 from sparsetrain.sparsity.summary import Summary, SummaryRow, summary
 from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
-from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, register_elementwise_optimizer
+from sparsetrain.sparsity.topology import TopologyUpdate, apply_update
 from sparsetrain.sparsity.triton_backend import register_triton
 
 register_backend(MaskedBackend())
@@ -52,6 +55,7 @@ __all__ = [
     "SparsityConfig",
     "SparsityGroup",
     "SparsityPattern",
+    "StaleOptimizerWarning",
     "Static",
     "Summary",
     "SummaryRow",

@@ -16,6 +16,7 @@ CURVES = ("cubic", "linear", "cosine", "step")
 GROWTH = ("random", "gradient")
 ACCUMULATION = ("last", "staggered")
 DEFAULT_EXCLUDE = ("*head*", "*embed*")  # stands for heads, routers and embeddings; see `SparsityConfig`
+MOMENTS = ("zero", "mean")
 EVOLVING = ("random", "magnitude", "block")  # patterns that a rule other than static keeps
 
 
@@ -66,6 +67,8 @@ class EvolutionConfig:
             ``staggered`` that of all, with the layers' updates spread over the steps of a period.
         grown_scale: 0 starts grown weights at zero; c starts them against their gradient with c times the root mean
             square of the layer's other weights.
+        grown_moments: of ``set``, ``rigl`` and ``vspdf``: what the optimizer's state of a grown weight starts with,
+            ``zero`` or ``mean``, the mean of the layer's survivors; see `sparsetrain.sparsity.topology.apply_update`.
         protect_rows: never drop the largest weight of an output, so that no output loses its last one.
     """
 
@@ -82,6 +85,7 @@ class EvolutionConfig:
     accumulation: str = "last"
     grown_scale: float = 0.0
     protect_rows: bool = False
+    grown_moments: str = "zero"
 
     def __post_init__(self) -> None:
         prefix = "sparsity.evolution"
@@ -90,6 +94,7 @@ class EvolutionConfig:
         check_choice(f"{prefix}.curve", self.curve, CURVES)
         check_choice(f"{prefix}.grow", self.grow, GROWTH)
         check_choice(f"{prefix}.accumulation", self.accumulation, ACCUMULATION)
+        check_choice(f"{prefix}.grown_moments", self.grown_moments, MOMENTS)
         if self.every < 1:
             raise UserError(f"{prefix}.every={self.every} must be at least 1")
         _check_fraction("start", self.start, low=0.0, high=1.0)

@@ -6,6 +6,8 @@ were active at some time. Both masks are kept as bits: a 16th of the bytes of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -90,20 +92,30 @@ class Exploration:
         """Return what a checkpoint needs; empty before the first update."""
         return {} if self.first is None or self.ever is None else {"first": self.first, "ever": self.ever}
 
-    def restore(self, tensors: dict[str, Tensor], now: SparsityPattern) -> None:
-        """Put back what `tensors` returned, beside the mask of that time.
+    def snapshot(self, now: SparsityPattern) -> dict[str, Tensor]:
+        """Return what `tensors` does, as copies, and before the first update the mask of ``now`` as both."""
+        bits = self.tensors() or dict.fromkeys(("first", "ever"), pack_bits(now))
+        return {name: tensor.clone() for name, tensor in bits.items()}
+
+    def check(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise `UserError` unless `restore` can take the tensors: none, or both, of this layer's size."""
+        size = -(-self.grid[0] * self.grid[1] // 8)
+        for name in ("first", "ever") if tensors else ():
+            bits = tensors.get(name)
+            if not isinstance(bits, Tensor) or bits.shape != (size,) or bits.dtype != torch.uint8:
+                raise UserError(f"the mask history has no '{name}' of {size} bytes: it belongs to another layer")
+
+    def restore(self, tensors: Mapping[str, Tensor], now: SparsityPattern) -> None:
+        """Put back what `tensors` or `snapshot` returned, beside the mask of that time.
 
         Raises:
-            UserError: tensors of another size.
+            UserError: as `check`.
         """
+        self.check(tensors)
         if not tensors:
             self.first = self.ever = None
             self._first_count = self._ever_count = self._overlap_count = now.col.numel()
             return
-        size = -(-self.grid[0] * self.grid[1] // 8)
-        for name in ("first", "ever"):
-            if name not in tensors or tensors[name].shape != (size,):
-                raise UserError(f"the mask history has no '{name}' of {size} bytes: it belongs to another layer")
         self.first, self.ever = tensors["first"].cpu(), tensors["ever"].cpu()
         self._first_count = _count(self.first)
         self._ever_count = _count(self.ever)

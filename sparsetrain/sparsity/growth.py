@@ -46,9 +46,14 @@ class Growth:
             if self._requests.pop(entry.name, None) is not None:
                 entry.layer.request_dense_gradient(None)
         for entry in layers if self.rule.needs_gradient else ():
-            if entry.due(self.rule, step):
+            if entry.due(self.rule, step) and entry.trains:
                 self._requests[entry.name] = request = self._request(entry, step)
                 entry.layer.request_dense_gradient(request)
+
+    @property
+    def asking(self) -> bool:
+        """Whether any layer is asked for its gradient."""
+        return bool(self._requests)
 
     def _request(self, entry: Managed, step: int) -> DenseGradientRequest[Any]:
         accumulate = self.rule.accumulation == "staggered"
@@ -66,15 +71,15 @@ class Growth:
         # All layers keep theirs until the step ends.
         return Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)
 
-    def take(self, entry: Managed, step: int) -> tuple[bool, Grown | None]:
-        """Return whether a layer was asked, and what is to grow in it: None if it took part in no backward pass.
+    def take(self, entry: Managed, step: int) -> Grown | None:
+        """Return what is to grow in a layer: None if it was not asked, or took part in no backward pass.
 
         Raises:
             NotFiniteError: the gradient is not finite.
         """
         request = self._requests.pop(entry.name, None)
         if request is None:
-            return False, None
+            return None
         entry.layer.request_dense_gradient(None)
         grown, took_part = request.finish(), request.answered
         if self._ranks.several:
@@ -95,4 +100,4 @@ class Growth:
                 "part in the backward pass (said once for each layer)",
                 stacklevel=5,
             )
-        return True, grown
+        return grown

@@ -45,6 +45,12 @@ class Managed:
     parts: list[Slices]
     history: Exploration
 
+    @property
+    def trains(self) -> bool:
+        """Whether the weights are trained, and not frozen."""
+        values = self.layer._parameters.get("values")
+        return values is not None and values.requires_grad
+
     def nnz_at(self, rule: Rule, step: int) -> int:
         """Return the number of weights after ``step`` steps."""
         return layer_nnz(self.plan, self.shape, rule, step)

@@ -1,13 +1,14 @@
-"""`MaskManager`: owns the sparse layers of a model, changes their masks when a step is due, and says how they are."""
+"""`MaskManager`: owns the sparse layers of a model, and changes their masks when a step is due."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping
+import warnings
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from sparsetrain import seeds
@@ -24,32 +25,13 @@ from sparsetrain.sparsity.exchange import (
 from sparsetrain.sparsity.growth import Grown, Growth
 from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.managed import Managed, manage_layers
-from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.mask_state import LayerReport as LayerReport
+from sparsetrain.sparsity.mask_state import ManagedMasks
+from sparsetrain.sparsity.optimizers import StepWatch, check_any_held, check_optimizer, holder, innermost, note_steps
 from sparsetrain.sparsity.ranks import Ranks, is_sharded
-from sparsetrain.sparsity.topology import TopologyUpdate, apply_update, check_optimizer
+from sparsetrain.sparsity.topology import TopologyUpdate, apply_update
 
-
-@dataclass(frozen=True)
-class LayerReport:
-    """One layer's mask at this moment.
-
-    Args:
-        density, target_density: what it has and what the rule asks for; equal unless something is wrong.
-        itop_rate: R_s, the fraction of its weights that were active at some time.
-        overlap: the fraction of its first mask that is active now. dead_rows: outputs without a weight.
-    """
-
-    name: str
-    nnz: int
-    density: float
-    target_density: float
-    itop_rate: float
-    overlap: float
-    dead_rows: int
-
-    def numbers(self) -> dict[str, float]:
-        """Return everything but the name, as metrics hold it."""
-        return {key: value for key, value in vars(self).items() if key != "name"}
+PATIENCE = 1000  # calls without a step of the optimizer, before somebody is told
 
 
 @dataclass(frozen=True)
@@ -69,7 +51,7 @@ def _is_cut(layer: SparseLinear) -> bool:
     return values is None or is_sharded(values) or values.numel() != layer.pattern.nnz
 
 
-class MaskManager:
+class MaskManager(ManagedMasks):
     """Makes the layers of a model sparse, and changes their masks by a rule while it is trained.
 
     ::
@@ -84,9 +66,10 @@ class MaskManager:
 
     Under data-parallel training each rank has a manager of its own. Random growth is seeded, so ranks agree without
     talking; dense gradients are summed over ranks, one layer at a time, in a process group of their own; a hash of all
-    masks is compared after every update. Give the bare model, before it is wrapped. DDP keeps buffers of the
-    parameters' sizes and must be built anew when a size changes, as GMP and variable sparsity make it: ``on_resize`` is
-    called then.
+    masks is compared at the first step and after every update. All ranks build the manager and call `step`, both
+    being collective calls, and a rank that skips a step makes all skip it. Give the bare model, before it is wrapped.
+    DDP keeps buffers of the parameters' sizes and must be built anew when a size changes, as GMP and variable sparsity
+    make it: ``on_resize`` is called then, and must be given.
 
     FSDP, in either version, takes sparse layers whose masks stay: `Static`. Masks cannot change under it, since each
     rank has a shard of ``values`` in which neither all magnitudes can be ranked nor weights moved from one rank to
@@ -102,14 +85,15 @@ class MaskManager:
         plan: which layers, how sparse, in what pattern; its ``evolution`` is not read. Without one, the options below.
         include, exclude: globs over qualified names, as in `sparsify`.
         pattern: ``random``, ``magnitude``, or any other under `Static`. backend: of the new layers.
-        seed: of masks and growth; None draws from torch's global generator. ``plan.seed``, when set, wins.
+        seed: of masks and growth; None draws from torch's global generator, of rank 0 if there are several ranks.
+            ``plan.seed``, when set, wins.
         total_steps: length of the training, if known: a rule that would act after it is refused.
         on_resize: called after an update that changed the number of weights of a layer.
 
     Raises:
         UserError: an already sparse layer whose density is not that of the rule at step 0; no layer at all; a plan
             beside include, exclude or pattern; a rule that acts after ``total_steps``; a model that FSDP has wrapped
-            already; and as `sparsify`. The model is then unchanged.
+            already; ranks with different seeds; and as `sparsify`. The model is then unchanged.
     """
 
     def __init__(
@@ -143,40 +127,47 @@ class MaskManager:
             raise UserError(
                 f"MaskManager: plan.sparsity={plan.sparsity} and {rule.name}(sparsity={rule.sparsity}) differ"
             )
-        self.seed = seeds.resolve_seed(plan.seed if plan is not None and plan.seed is not None else seed)
-        self._layers = manage_layers(model, rule, plan, globs, self.seed)
+        if plan is not None and plan.seed is not None:
+            seed = plan.seed
         self._ranks = Ranks()
-        self._known: int | None = None  # id of the optimizer that was checked
+        self.seed = self._ranks.share_seed(seeds.resolve_seed(seed), given=seed is not None)
+        self._layers = manage_layers(model, rule, plan, globs, self.seed)
         self._growth = Growth(rule, self._ranks, lambda entry, step: self._counts(entry, step, self._drop(entry, step)))
-        self._growth.ask(self._layers, self.steps + 1)
-
-    @property
-    def layers(self) -> dict[str, SparseLinear]:
-        """The managed layers by qualified name."""
-        return {entry.name: entry.layer for entry in self._layers}
+        self._optimizers: list[weakref.ref[Optimizer]] = []  # without wrappers, those that were checked
+        self._asked, self._idle, self._begun = note_steps(), 0, False
+        self._watch: StepWatch | None = None
+        self._restored = False
+        # Before the first step the model may be given other masks, whose history belongs to another manager.
+        self._drawn = None if isinstance(rule, Static) else self.hash()
+        self._arm()
 
     # ------------------------------------------------------------------------------------------------------- steps
 
-    def attach(self, optimizer: Optimizer) -> None:
+    def attach(self, optimizer: Optimizer, *others: Optimizer) -> None:
         """Check that the optimizer's state can follow the masks; `step` does it too, at its first call.
+
+        Args:
+            optimizer, others: one that holds all managed layers that train, or several that together do. Wrappers that
+                share the state of the optimizer inside (Accelerate's, Lightning's) are looked into.
 
         Raises:
             UserError: an optimizer of unknown kind, or one that does not hold the layers' values; layers that FSDP has
-                sharded.
+                sharded; several ranks without ``on_resize``, under a rule that changes sizes.
         """
-        if not isinstance(self.rule, Static):
-            if any(_is_cut(entry.layer) for entry in self._layers):
-                raise UserError(
-                    f"{self.rule.name}: FSDP has sharded the layers, and masks cannot change under it; use DDP, or "
-                    "Static masks"
-                )
-            check_optimizer(optimizer, {f"{entry.name}.values": entry.layer.values for entry in self._layers})
-        self._known = id(optimizer)
+        self._check((optimizer, *others))
+        self._begin_watch((optimizer, *others), before=True)
 
-    def step(self, optimizer: Optimizer) -> MaskUpdate | None:
+    def step(self, optimizer: Optimizer, *others: Optimizer) -> MaskUpdate | None:
         """Count an optimizer step that was just done, and update the masks if that is due.
 
-        Call it between ``optimizer.step()`` and ``optimizer.zero_grad()``.
+        Call it between ``optimizer.step()`` and ``optimizer.zero_grad()``, after each step. A call counts one step if
+        the optimizer has taken any since the last call, and none otherwise: after a micro-batch whose gradients were
+        only added up, and after a step that a gradient scaler skipped, nothing is counted and no mask changes. Several
+        optimizers must all have stepped, and several ranks too. Where nothing trains nothing changes: a layer that is
+        frozen (``requires_grad_(False)``) keeps its mask, and follows the rule again once it is not.
+
+        Args:
+            optimizer, others: as in `attach`.
 
         Returns:
             What changed, or None.
@@ -185,24 +176,106 @@ class MaskManager:
             UserError: as `attach`. NotFiniteError: weights or gradients to be ranked that are not finite.
             RuntimeError: the ranks of a distributed training have arrived at different masks.
         """
-        if self._known != id(optimizer):
-            self.attach(optimizer)
+        optimizers = (optimizer, *others)
+        if [reference() for reference in self._optimizers] != [innermost(one) for one in optimizers]:
+            self._check(optimizers)
+            self._begin_watch(optimizers, before=False)
+        if not self._begun:
+            self._compare_first_masks()
+        if not self._took_step():
+            return None
         self.steps += 1
-        sizes = [entry.layer.values.numel() for entry in self._layers]
+        due = [entry for entry in self._layers if entry.due(self.rule, self.steps)]
+        if not due:
+            self._arm()
+            return None
+        self._check(optimizers)
+        sizes = [entry.layer.values.numel() for entry in due]
         changed = [
             (entry.name, *counts)
-            for entry in self._layers
-            if entry.due(self.rule, self.steps) and (counts := self._update(entry, optimizer)) is not None
+            for entry in due
+            if entry.trains and (counts := self._update(entry, optimizers)) is not None
         ]
-        self._growth.ask(self._layers, self.steps + 1)
+        self._arm()
+        # Whatever changed on this rank: a step that is due is due on all.
+        self._ranks.check_equal(self.hash)
         if not changed:
             return None
-        self._ranks.check_equal(self.hash)
-        resized = sizes != [entry.layer.values.numel() for entry in self._layers]
+        if self._watch is not None:
+            self._watch.renew()
+        resized = sizes != [entry.layer.values.numel() for entry in due]
         if resized and self.on_resize is not None:
             self.on_resize()
         names, dropped, grown = zip(*changed, strict=True)
         return MaskUpdate(self.steps, names, sum(dropped), sum(grown), resized)
+
+    def _check(self, optimizers: tuple[Optimizer, ...]) -> None:
+        whole = [entry for entry in self._layers if not _is_cut(entry.layer)]
+        trained = {f"{entry.name}.values": entry.layer.values for entry in whole if entry.trains}
+        if isinstance(self.rule, Static):
+            check_any_held(optimizers, trained)
+            return
+        if len(whole) < len(self._layers):
+            raise UserError(
+                f"{self.rule.name}: FSDP has sharded the layers, and masks cannot change under it; use DDP, or "
+                "Static masks"
+            )
+        if self.rule.resizes and self._ranks.several and self.on_resize is None:
+            raise UserError(
+                f"{self.rule.name} changes the sizes of weights, for which DDP keeps buffers: give "
+                "MaskManager(on_resize=...) a function that wraps the model anew, or that does nothing where no "
+                "wrapper has buffers (lambda: None)"
+            )
+        check_optimizer(optimizers, trained)
+
+    def _begin_watch(self, optimizers: tuple[Optimizer, ...], before: bool) -> None:
+        inner = [innermost(optimizer) for optimizer in optimizers]
+        values = [entry.layer.values for entry in self._layers if not _is_cut(entry.layer)]
+        self._watch = StepWatch(inner, values, self._asked, before)
+        self._optimizers = [weakref.ref(optimizer) for optimizer in inner]
+
+    def _took_step(self) -> bool:
+        """Whether the optimizers have stepped since the last call, on all ranks."""
+        assert self._watch is not None
+        took, self._asked = self._watch.took(), note_steps()
+        if not isinstance(self.rule, Static):
+            # One number between CPUs, so that ranks count alike whatever each of them has skipped.
+            took = self._ranks.all(took)
+        self._idle = 0 if took else self._idle + 1
+        if self._idle == PATIENCE:
+            warnings.warn(
+                f"MaskManager.step was called {PATIENCE} times since the optimizer's last step (step {self.steps}): no "
+                "step is counted, and no mask changes; call it after optimizer.step(), with the optimizer that steps",
+                stacklevel=3,
+            )
+        if not took and self._growth.asking and not self._gradients_finite():
+            self._arm()  # a gradient scaler threw this step's gradients away
+        return took
+
+    def _gradients_finite(self) -> bool:
+        found = (reference() for reference in self._optimizers)
+        groups = [group for optimizer in found if optimizer is not None for group in optimizer.param_groups]
+        gradients = [parameter.grad for group in groups for parameter in group["params"]]
+        return all(all_finite(gradient) for gradient in gradients if gradient is not None)
+
+    def _compare_first_masks(self) -> None:
+        """Compare the masks that ranks begin with, and on the first rank those of this manager with the model's."""
+        self._begun = True
+        shapes = seeds.derive_seed(0, *(f"{entry.name} {entry.shape}" for entry in self._layers))
+        # Ranks with other layers, or with shards of them, train parts of one model: their masks are their own.
+        if self._ranks.equal(shapes) and not any(_is_cut(entry.layer) for entry in self._layers):
+            self._ranks.check_equal(lambda: f"{seeds.derive_seed(self.seed, self.hash(), self.steps):016x}")
+        unknown = self.steps == 0 and not self._restored and self._ranks.first
+        if unknown and self._drawn is not None and self._drawn != self.hash():
+            warnings.warn(
+                f"{self.rule.name} begins at step 0 with other masks than MaskManager has drawn: if a checkpoint was "
+                "loaded, load the manager's state too (load_state_dict); if it is a new training, build the manager "
+                "after loading",
+                stacklevel=3,
+            )
+
+    def _arm(self) -> None:
+        self._growth.ask(self._layers, self.steps + 1)
 
     def _drop(self, entry: Managed, step: int) -> float:
         return self.rule.drop(step - entry.offset)
@@ -212,12 +285,12 @@ class MaskManager:
         target = entry.nnz_at(self.rule, step) // (pattern.block[0] * pattern.block[1])
         return exchange_counts(pattern, target, entry.parts, drop)
 
-    def _update(self, entry: Managed, optimizer: Optimizer) -> tuple[int, int] | None:
+    def _update(self, entry: Managed, optimizers: tuple[Optimizer, ...]) -> tuple[int, int] | None:
         """Update one layer; return the numbers of weights dropped and grown, None if there was nothing to do."""
-        asked, found = self._growth.take(entry, self.steps)
+        found = self._growth.take(entry, self.steps)
         layer, step = entry.layer, self.steps
         # Without a gradient (the layer took no part in the step) nothing is exchanged, but its size still follows.
-        drop = 0.0 if asked and found is None else self._drop(entry, step)
+        drop = 0.0 if self.rule.needs_gradient and found is None else self._drop(entry, step)
         counts = self._counts(entry, step, drop)
         update = self._next(entry, counts, found)
         if update is None:
@@ -229,7 +302,7 @@ class MaskManager:
             start = -scale * found.gradient / found.gradient.square().mean().sqrt()
         before = layer.values.numel()
         entry.history.begin(layer.pattern)
-        apply_update(layer, update, optimizer, start)
+        apply_update(layer, update, holder(optimizers, layer.values), start, self.rule.grown_moments)
         entry.history.record(layer.pattern)
         grown = update.grown_count
         return before - (layer.values.numel() - grown), grown
@@ -252,102 +325,3 @@ class MaskManager:
             grown = found.units
         kept = choose_kept(layer.values, pattern, counts, self.rule.protect_rows)
         return TopologyUpdate.exchange(pattern, kept, grown)
-
-    # --------------------------------------------------------------------------------------------------- watching
-
-    def patterns(self) -> dict[str, SparsityPattern]:
-        """Return the masks of this moment by layer."""
-        return {entry.name: entry.layer.pattern for entry in self._layers}
-
-    def nnz_at(self, step: int) -> dict[str, int]:
-        """Return the number of weights that each layer has after ``step`` steps, to the element."""
-        return {entry.name: entry.nnz_at(self.rule, step) for entry in self._layers}
-
-    def densities_at(self, step: int) -> dict[str, float]:
-        """Return the density that each layer has after ``step`` steps."""
-        return {e.name: e.nnz_at(self.rule, step) / (e.shape[0] * e.shape[1]) for e in self._layers}
-
-    def due(self, step: int) -> list[str]:
-        """Return the layers whose masks are updated after ``step`` steps."""
-        return [entry.name for entry in self._layers if entry.due(self.rule, step)]
-
-    def report(self) -> list[LayerReport]:
-        """Return the state of each layer's mask."""
-        return [
-            LayerReport(
-                entry.name,
-                (pattern := entry.layer.pattern).nnz,
-                pattern.density,
-                entry.nnz_at(self.rule, self.steps) / (entry.shape[0] * entry.shape[1]),
-                entry.history.rate,
-                entry.history.overlap,
-                pattern.empty_rows,
-            )
-            for entry in self._layers
-        ]
-
-    def watch(self) -> dict[str, float]:
-        """Return numbers over all managed layers for metrics.
-
-        ``density`` and ``target_density``; ``itop_rate`` R_s; ``mask_overlap`` with the first masks; and, where
-        gradients exist, ``gradient_flow``: their squared norm over the stored weights, which is to first order the
-        loss that an infinitesimal step removes (Evci et al. 2022, arXiv 2010.03533).
-        """
-        layers = self._layers
-        size = [entry.shape[0] * entry.shape[1] for entry in layers]
-        total = sum(size)
-        if total == 0:
-            return {}
-        histories = [entry.history for entry in layers]
-        numbers = {
-            "density": sum(entry.layer.values.numel() for entry in layers) / total,
-            "target_density": sum(self.nnz_at(self.steps).values()) / total,
-            "itop_rate": sum(history.rate * n for history, n in zip(histories, size, strict=True)) / total,
-            "mask_overlap": sum(h.overlap_weights for h in histories) / sum(h.first_weights for h in histories),
-        }
-        gradients = [entry.layer.values.grad for entry in layers]
-        if all(gradient is not None for gradient in gradients):
-            numbers["gradient_flow"] = sum(float(g.float().square().sum()) for g in gradients if g is not None)
-        return numbers
-
-    def hash(self) -> str:
-        """Return a hexadecimal digest of all masks: equal on two ranks, or before and after a resume, iff they are."""
-        digest = hashlib.blake2b(digest_size=16)
-        for entry in self._layers:
-            pattern = entry.layer.pattern
-            digest.update(f"{entry.name} {pattern.shape} {pattern.block}".encode())
-            for indices in (pattern.row_ptr, pattern.col):
-                digest.update(indices.cpu().numpy().data)
-        return digest.hexdigest()
-
-    # ------------------------------------------------------------------------------------------------- checkpoints
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what a checkpoint must hold beside the model: a JSON object, and uint8 tensors by name.
-
-        The masks themselves are buffers of the model.
-        """
-        tensors = {
-            f"{entry.name}.{key}": tensor for entry in self._layers for key, tensor in entry.history.tensors().items()
-        }
-        return {"rule": self.rule.name, "steps": self.steps, "seed": str(self.seed), "hash": self.hash()}, tensors
-
-    def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state`, after the model's own state was loaded.
-
-        Raises:
-            UserError: the state of another rule, or masks that are not those it was saved with.
-        """
-        if state["rule"] != self.rule.name:
-            raise UserError(f"the masks were saved under {state['rule']} and cannot go on under {self.rule.name}")
-        if state["hash"] != self.hash():
-            raise UserError(
-                "the model's masks are not those that the manager's state was saved with: load both together"
-            )
-        self.steps, self.seed = int(state["steps"]), int(state["seed"])
-        for entry in self._layers:
-            prefix = f"{entry.name}."
-            own = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            own = {key: tensor for key, tensor in own.items() if key in ("first", "ever")}
-            entry.history.restore(own, entry.layer.pattern)
-        self._growth.ask(self._layers, self.steps + 1)

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sparsetrain.errors import UserError
+
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether ``parameter`` is divided among processes, by ``fully_shard`` or by ``FullyShardedDataParallel``."""
@@ -17,46 +19,80 @@ def is_sharded(parameter: Tensor) -> bool:
 class Ranks:
     """The processes that train one model together, if there are several when this is built.
 
-    All collective calls are made from `MaskManager.step`, which every rank reaches, in the same order everywhere; none
-    from a backward pass, in which a rank may not use a layer. They go through a process group of their own, since the
-    wrapper of the model talks in its own.
+    Building it, and every method, is a collective call: all ranks make it, at the same place of the program, or none
+    does. So no method is called inside a backward pass, nor where it depends on what happened on this rank. The
+    calls go through process groups of their own, since calls in one group must come in the same order everywhere.
     """
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self._group = dist.new_group() if together else None
+        # Small numbers travel between CPUs, so that no rank waits for its GPU.
+        self._small = self._group
+        if self._group is not None and dist.get_backend(self._group) != "gloo" and dist.is_gloo_available():
+            self._small = dist.new_group(backend="gloo")
 
     @property
     def several(self) -> bool:
+        """Whether there is more than one rank."""
         return self._group is not None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, or the only one."""
+        return self._group is None or dist.get_rank() == 0
 
     def any(self, here: bool) -> bool:
         """Return whether something holds on any rank."""
-        if self._group is None:
-            return here
-        flag = torch.tensor([int(here)], dtype=torch.int64, device=self._device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        return here if self._group is None else self._ends(int(here))[1] == 1
 
-    @property
-    def _device(self) -> str:
-        return "cuda" if dist.get_backend(self._group) == "nccl" else "cpu"
+    def all(self, here: bool) -> bool:
+        """Return whether something holds on all ranks."""
+        return here if self._group is None else self._ends(int(here))[0] == 1
+
+    def equal(self, number: int) -> bool:
+        """Return whether a number of 63 bits is the same on all ranks."""
+        low, high = (number, number) if self._group is None else self._ends(number)
+        return low == high
 
     def add_up(self, tensor: Tensor) -> None:
         """Replace ``tensor`` by its sum over all ranks."""
         if self._group is not None:
             dist.all_reduce(tensor, group=self._group)
 
+    def share_seed(self, seed: int, given: bool) -> int:
+        """Return the seed of rank 0, where it was drawn, or the one that was given to all.
+
+        Raises:
+            UserError: ranks were given different seeds, or only some were given one; on all of them.
+        """
+        if self._group is None:
+            return seed
+        everywhere: list[tuple[int, bool]] = [(0, False)] * dist.get_world_size()
+        dist.all_gather_object(everywhere, (int(seed), given), group=self._small)
+        if any(was_given for _, was_given in everywhere) and len(set(everywhere)) > 1:
+            rank = next(index for index, entry in enumerate(everywhere) if entry != everywhere[0])
+            shown = [str(everywhere[index][0]) if everywhere[index][1] else "None" for index in (0, rank)]
+            raise UserError(
+                f"seed={shown[1]} on rank {rank} and seed={shown[0]} on rank 0: masks and growth would differ from "
+                "those of other ranks; give all ranks the same seed, or none"
+            )
+        return everywhere[0][0]
+
     def check_equal(self, make_digest: Callable[[], str]) -> None:
         """Raise RuntimeError unless all ranks make the same hexadecimal digest; a single process makes none."""
         if self._group is None:
             return
-        digest = make_digest()
-        number = int(digest[:15], 16)  # 60 bits
-        ends = torch.tensor([number, -number], dtype=torch.int64, device=self._device)
-        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._group)
-        if int(ends[0]) != number or int(ends[1]) != -number:
+        low, high = self._ends(int(make_digest()[:15], 16))  # 60 bits
+        if low != high:
             raise RuntimeError(
                 f"the masks of rank {dist.get_rank()} differ from those of other ranks: their seeds, weights or "
                 "gradients were not the same"
             )
+
+    def _ends(self, number: int) -> tuple[int, int]:
+        """Return the smallest and the largest of a number of 63 bits over all ranks."""
+        device = "cuda" if dist.get_backend(self._small) == "nccl" else "cpu"
+        ends = torch.tensor([number, -number], dtype=torch.int64, device=device)
+        dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=self._small)
+        return -int(ends[1]), int(ends[0])

@@ -9,11 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.config import MOMENTS
 from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.optimizers import _ELEMENTWISE as _ELEMENTWISE
+from sparsetrain.sparsity.optimizers import check_optimizer as check_optimizer
+from sparsetrain.sparsity.optimizers import innermost
+from sparsetrain.sparsity.optimizers import register_elementwise_optimizer as register_elementwise_optimizer
 from sparsetrain.sparsity.pattern import Run, SparsityPattern
 
 GROWN = -1
@@ -167,66 +172,36 @@ def count_true(mask: Tensor) -> int:
     return int(torch.count_nonzero(mask))
 
 
-# ------------------------------------------------------------------------------------------------------ optimizers
-
-# Their state is one number a weight, and numbers a tensor: moving the entries of the state with those of the
-# parameter gives the optimizer of the new weights. (Adafactor factors matrices only; values are a vector.)
-_ELEMENTWISE: set[type[Optimizer]] = {
-    getattr(torch.optim, name)
-    for name in (
-        *("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam"),
-        *("Adagrad", "Adadelta", "RMSprop", "Rprop", "ASGD", "Adafactor"),
-    )
-    if hasattr(torch.optim, name)
-}
-
-
-def register_elementwise_optimizer(kind: type[Optimizer]) -> None:
-    """Declare that the state of an optimizer class is one number per weight (or one per parameter), as Adam's is.
-
-    A `MaskManager` refuses optimizers that it does not know: it could not move their state when a mask changes.
-    """
-    _ELEMENTWISE.add(kind)
-
-
-def check_optimizer(optimizer: Optimizer, parameters: dict[str, nn.Parameter]) -> None:
-    """Raise `UserError` if the state of ``optimizer`` could not follow a change of ``parameters``.
-
-    That is so for an optimizer of unknown kind, and for one that does not hold them because it was built before the
-    layers were made sparse, or because they are frozen.
-    """
-    if not isinstance(optimizer, tuple(_ELEMENTWISE)):
-        known = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
-        raise UserError(
-            f"optimizer {type(optimizer).__name__} is not known to keep one number per weight; known are {known}; "
-            "register_elementwise_optimizer(kind) adds one"
-        )
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in parameters.items():
-        if id(parameter) not in held:
-            raise UserError(
-                f"the optimizer does not hold {name}: build MaskManager(model, rule) first, and the optimizer from the "
-                "parameters that the model then has"
-            )
-
-
 def apply_update(
-    layer: SparseLinear, update: TopologyUpdate, optimizer: Optimizer | None = None, grown: Tensor | None = None
+    layer: SparseLinear,
+    update: TopologyUpdate,
+    optimizer: Optimizer | None = None,
+    grown: Tensor | None = None,
+    grown_moments: str = "zero",
 ) -> None:
     """Give a layer its new pattern; values, gradient and optimizer state move alike.
 
     The Parameter object stays. What survives keeps its bits; what grew starts at zero (or at ``grown``), with a zero
-    gradient and zero in every tensor of the optimizer that has one entry per weight.
+    gradient.
+
+    In every tensor of the optimizer that has one entry per weight, what grew starts at zero, or, with
+    ``grown_moments="mean"``, at the mean of the survivors' entries. The first step of a weight whose moments are zero
+    is larger than the learning rate where beta2 is large: an optimizer that has done many steps corrects no bias any
+    more, so the weight moves by ``(1 - beta1) / sqrt(1 - beta2)`` learning rates under Adam and AdamW, whatever its
+    gradient: by 3.2 at betas of 0.9 and 0.999, by 0.45 at 0.9 and 0.95.
 
     Args:
         layer: changed in place. update: from its present pattern.
-        optimizer: whose state follows. grown: initial values ``[number that grew]``, zeros if None.
+        optimizer: whose state follows, or a wrapper around it.
+        grown: initial values ``[number that grew]``, zeros if None.
+        grown_moments: ``zero`` or ``mean``.
 
     Raises:
         UserError: a tensor of the optimizer that has neither one entry per weight nor one for all; nothing is changed.
     """
+    check_choice("grown_moments", grown_moments, MOMENTS)
     parameter = layer.values
-    state = {} if optimizer is None else optimizer.state.get(parameter, {})
+    state = {} if optimizer is None else innermost(optimizer).state.get(parameter, {})
     shape = parameter.shape
     for key, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.shape != shape and tensor.numel() > 1:
@@ -241,3 +216,11 @@ def apply_update(
     for key, tensor in state.items():
         if isinstance(tensor, Tensor) and tensor.shape == shape:
             state[key] = update.carry(tensor)
+            if grown_moments == "mean" and tensor.is_floating_point() and update.fresh is not None:
+                _fill_with_mean(state[key], update.grown)
+
+
+def _fill_with_mean(tensor: Tensor, grown: Tensor) -> None:
+    survivors = tensor[~grown]
+    if survivors.numel() > 0:
+        tensor[grown] = survivors.double().mean().to(tensor)

@@ -28,6 +28,10 @@ INCIDENTAL = (
     *("log_every", "checkpoint_every", "keep_last"),
 )
 
+# Settings that came after runs had been made. At these values they say what a run without them did, and so are not part
+# of what identifies it.
+LATER: dict[str, Any] = {"sparsity.evolution.grown_moments": "zero"}
+
 PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
 RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
 
@@ -271,11 +275,15 @@ def fingerprint(config: RunConfig, corpus: str, source: str | None = None) -> st
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def _essential(value: Any) -> Any:
+def _essential(value: Any, path: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _essential(item) for key, item in value.items() if key not in INCIDENTAL}
+        return {
+            key: _essential(item, f"{path}{key}.")
+            for key, item in value.items()
+            if key not in INCIDENTAL and not (f"{path}{key}" in LATER and item == LATER[f"{path}{key}"])
+        }
     if isinstance(value, list):
-        return [_essential(item) for item in value]
+        return [_essential(item, path) for item in value]
     return value
 
 
@@ -286,7 +294,8 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
         for key in [*ours, *(key for key in theirs if key not in ours)]:
             if key not in INCIDENTAL:
                 inner = f"{path}.{key}" if path else key
-                found += differences(ours.get(key), theirs.get(key), inner)
+                otherwise = LATER.get(inner)
+                found += differences(ours.get(key, otherwise), theirs.get(key, otherwise), inner)
         return found
     return [] if ours == theirs else [f"{path}={ours} (there: {theirs})"]
 

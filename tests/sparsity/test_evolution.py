@@ -99,6 +99,7 @@ def test_variable_sparsity_follows_its_phases_and_scales_groups() -> None:
         (lambda: SET(drop_schedule="cosin", stop=5), "did you mean 'cosine'"),
         (lambda: RigL(accumulation="lats"), "RigL: accumulation='lats' is not one of last, staggered"),
         (lambda: RigL(grown_scale=-1.0), "grown_scale=-1.0"),
+        (lambda: SET(grown_moments="none"), "SET: grown_moments='none' is not one of zero, mean"),
         (lambda: GMP(sparsity=0.9), "GMP: stop=None"),
         (lambda: GMP(sparsity=0.5, stop=9, initial_sparsity=0.6), "initial_sparsity=0.6 is above sparsity=0.5"),
         (lambda: GMP(sparsity=0.5, stop=9, curve="cubik"), "did you mean 'cubic'"),
@@ -134,6 +135,9 @@ def test_fractions_of_training_become_steps() -> None:
     plan = SparsityConfig(sparsity=0.9, evolution=EvolutionConfig(rule="vspdf", phases=phases))
     assert make_rule(plan, 200) == VariableSparsity(sparsity=0.9, phases=((100, 0.5), (180, 0.0)))
     assert make_rule(SparsityConfig(sparsity=0.5), 10) == Static()
+    for kind, options in (("set", {}), ("rigl", {}), ("vspdf", {"phases": phases})):
+        evolution = EvolutionConfig(rule=kind, grown_moments="mean", **options)  # type: ignore[arg-type]
+        assert make_rule(SparsityConfig(sparsity=0.9, evolution=evolution), 1000).grown_moments == "mean"
     gmp = make_rule(SparsityConfig(sparsity=0.9, evolution=EvolutionConfig(rule="gmp", every=10)), 100)
     assert gmp == GMP(every=10, stop=75)
 
@@ -151,6 +155,7 @@ def test_fractions_of_training_become_steps() -> None:
         (lambda: EvolutionConfig(rule="vspdf", phases=[Phase(0.5, 0.5), Phase(0.5, 0.1)]), "fractions must increase"),
         (lambda: Phase(1.0, 0.5), r"phases: at=1.0 must lie in \(0, 1\)"),
         (lambda: EvolutionConfig(grown_scale=math.nan), "grown_scale=nan"),
+        (lambda: EvolutionConfig(grown_moments="none"), "sparsity.evolution.grown_moments='none' is not one of"),
         (
             lambda: make_rule(SparsityConfig(evolution=EvolutionConfig(rule="set")), 1000),
             "sparsity.evolution.rule=set: sparsity.sparsity=0 leaves no mask that could change",

@@ -28,6 +28,13 @@ def dense_gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor
     return {name: module.weight.grad for name, module in twin.named_modules() if isinstance(module, nn.Linear)}
 
 
+def step_of_nothing(model: nn.Module, manager: st.MaskManager) -> None:
+    """Do an optimizer's step that changes no weight, and count it."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.step()
+    manager.step(optimizer)
+
+
 RULES: dict[str, Callable[[], Rule]] = {
     "Static": lambda: st.Static(sparsity=0.8),
     "SET": lambda: st.SET(sparsity=0.8, every=2),
@@ -103,9 +110,8 @@ def test_growth_of_set_is_uniform_over_empty_positions() -> None:
     for seed in range(300):
         model = mlp()
         manager = st.MaskManager(model, st.SET(sparsity=0.5, every=1, drop_fraction=0.3), seed=seed, include=["0"])
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         old = manager.layers["0"].pattern.mask()
-        manager.step(optimizer)
+        step_of_nothing(model, manager)
         counts += manager.layers["0"].pattern.mask() & ~old
         empty += ~old
     # Of 192 empty positions 57 grow.
@@ -157,8 +163,9 @@ def test_rigl_under_hooks_autocast_and_repeated_layers_matches_the_twin() -> Non
     manager = st.MaskManager(model, st.RigL(sparsity=0.7, every=1), seed=0)
     old = manager.layers["inner"].pattern
     ranked = dense_gradients(model, [batch(0)])["inner"].abs().masked_fill(old.mask(), -1.0)
-    optimizer = adamw(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loss_of(model, batch(0)).backward()
+    optimizer.step()
     manager.step(optimizer)
     grown = manager.layers["inner"].pattern.mask() & ~old.mask()
     k = int(0.3 * old.nnz)
@@ -263,7 +270,7 @@ def test_gmp_keeps_the_largest_magnitudes_of_the_dense_model() -> None:
     weights = {name: module.weight.detach().clone() for name, module in model.named_children() if name != "1"}
     manager = st.MaskManager(model, st.GMP(sparsity=0.75, every=1, stop=1), seed=0)
     assert all(layer.pattern.density == 1.0 for layer in manager.layers.values())
-    manager.step(torch.optim.SGD(model.parameters(), lr=0.0))
+    step_of_nothing(model, manager)
     for name, layer in manager.layers.items():
         top = weights[name].abs().view(-1).topk(96).indices
         assert set(top.tolist()) == set(layer.pattern.positions().tolist())
@@ -273,9 +280,8 @@ def test_erk_and_groups_keep_their_own_targets_under_gmp() -> None:
     plan = st.SparsityConfig(sparsity=0.8, groups=[st.SparsityGroup("2", 0.5)])
     model = mlp()
     manager = st.MaskManager(model, st.GMP(every=1, stop=4, curve="linear"), plan=plan, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     for _ in range(4):
-        manager.step(optimizer)
+        step_of_nothing(model, manager)
     assert {name: layer.pattern.nnz for name, layer in manager.layers.items()} == {"0": 77, "2": 192}
 
 
@@ -285,7 +291,7 @@ def test_protected_rows_stay_alive() -> None:
         with torch.no_grad():
             model[0].weight[0] *= 1e-6
         manager = st.MaskManager(model, st.GMP(sparsity=0.8, every=1, stop=1, protect_rows=protect), seed=0)
-        manager.step(torch.optim.SGD(model.parameters(), lr=0.0))
+        step_of_nothing(model, manager)
         assert (manager.report()[0].dead_rows > 0) == dead
 
 

@@ -137,10 +137,12 @@ def test_numbers_that_are_not_finite_are_named(where: str) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     if where == "gradient":
         (loss_of(model, batch(0)) * torch.inf).backward()  # not refused here: whether the step counts is not known yet
+        optimizer.step()
         with pytest.raises(UserError, match="RigL: the gradient of layer '0' is not finite at step 1"):
             manager.step(optimizer)
         return
     loss_of(model, batch(0)).backward()
+    optimizer.step()
     with torch.no_grad():
         manager.layers["0"].values[0] = torch.nan
     with pytest.raises(UserError, match="the weights of layer '0' are not finite at step 1"):

@@ -68,8 +68,29 @@ def test_ranks_arrive_at_the_masks_of_one_process(rule: str, ranks: list[Rank], 
     assert one["builds"] == (4 if rule == "gmp" else 1)
 
 
-def test_ranks_with_other_seeds_are_caught(ranks: list[Rank]) -> None:
-    for rank in ranks:
-        assert rank.status != 0
-        # Whichever notices first; the other finds its peer gone or the shapes of gradients different.
-        assert "differ from those of other ranks" in rank.errors or "RuntimeError" in rank.errors
+@pytest.mark.parametrize("name", ["without a seed", "masks of each, wrapped", "one-sided"])
+def test_ranks_compute_the_same_function_with_the_same_masks(name: str, ranks: list[Rank], script: ModuleType) -> None:
+    one, other = (rank.results[name] for rank in ranks)
+    assert one == other
+    if name == "one-sided":
+        assert one == script.one_sided(None)
+
+
+def test_a_step_that_one_rank_skips_is_counted_by_none(ranks: list[Rank]) -> None:
+    assert [rank.results["uneven"] for rank in ranks] == [[1, 1, 2, 2]] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other seeds", "UserError: seed=1 on rank 1 and seed=0 on rank 0: masks and growth would differ"),
+        ("one seed", "UserError: seed=3 on rank 1 and seed=None on rank 0: masks and growth would differ"),
+        ("masks of each", "RuntimeError: the masks of rank {} differ from those of other ranks"),
+        ("sharded state", "UserError: ZeroRedundancyOptimizer keeps the state of each weight on one rank only"),
+        ("without on_resize", "UserError: GMP changes the sizes of weights, for which DDP keeps buffers: give"),
+    ],
+)
+def test_all_ranks_are_told_what_they_disagree_on(name: str, message: str, ranks: list[Rank]) -> None:
+    for index, rank in enumerate(ranks):
+        assert rank.results[name].startswith(message.format(index))
+        assert rank.status == 0, rank.errors

@@ -301,3 +301,49 @@ def test_an_optimizer_built_too_early_is_one_line() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     with pytest.raises(UserError, match=r"does not hold layer\.values: build MaskManager\(model, rule\) first"):
         check_optimizer(optimizer, {"layer.values": layer.values})
+
+
+# What a grown weight's state starts with.
+
+
+def grown_once(moments: str, optimizer: torch.optim.Optimizer, layer: SparseLinear) -> Tensor:
+    """Exchange half of a layer's weights; return what has grown, bool [nnz]."""
+    old = layer.pattern
+    kept = torch.arange(old.nnz) % 2 == 0
+    places = (~old.mask()).view(-1).nonzero()[: int((~kept).sum()), 0]
+    update = TopologyUpdate.exchange(old, kept, places)
+    apply_update(layer, update, optimizer, grown_moments=moments)
+    return update.grown
+
+
+@pytest.mark.parametrize(("beta2", "rates"), [(0.999, 3.162), (0.95, 0.447)])
+def test_the_first_step_of_a_grown_weight_under_adamw_is_as_documented(beta2: float, rates: float) -> None:
+    layer = SparseLinear(40, 20, density=0.4, seed=0, bias=False)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3, betas=(0.9, beta2), weight_decay=0.0)
+    for step in range(1, 3):
+        layer.values.grad = torch.randn(layer.pattern.nnz, generator=seeds.generator(step))
+        optimizer.step()
+    optimizer.state[layer.values]["step"].fill_(10_000)  # a training that corrects no bias any more
+    grown = grown_once("zero", optimizer, layer)
+    before = layer.values.detach().clone()
+    layer.values.grad = torch.randn(layer.pattern.nnz, generator=seeds.generator(3)) * 1e3
+    optimizer.step()
+    moved = (layer.values.detach() - before).abs()[grown] / 1e-3
+    torch.testing.assert_close(moved, torch.full_like(moved, rates), rtol=1e-3, atol=0.0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Rprop])
+def test_grown_moments_are_zero_or_the_mean_of_the_survivors(kind: type[torch.optim.Optimizer]) -> None:
+    for moments in ("zero", "mean"):
+        layer, optimizer = trained(kind, 3)
+        before = {key: value.clone() for key, value in optimizer.state[layer.values].items() if value.ndim == 1}
+        kept = torch.arange(layer.pattern.nnz) % 2 == 0
+        grown = grown_once(moments, optimizer, layer)
+        assert before
+        for key, old in before.items():
+            now = optimizer.state[layer.values][key]
+            assert torch.equal(now[~grown], old[kept])
+            start = old[kept].double().mean().float() if moments == "mean" else torch.zeros(())
+            assert torch.equal(now[grown], start.expand(int(grown.sum())))
+    with pytest.raises(UserError, match="grown_moments='median' is not one of zero, mean"):
+        grown_once("median", optimizer, layer)

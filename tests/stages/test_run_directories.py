@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from sparsetrain.stages import (
     pretrain,
     prompt,
 )
-from sparsetrain.stages.config import fingerprint
+from sparsetrain.stages.config import as_plain, build, differences, fingerprint
 from sparsetrain.stages.run import Origin, claimed
 
 Configure = Callable[..., Any]
@@ -190,6 +191,22 @@ def test_incidental_fields_do_not_make_another_run(configure: Configure, changes
 )
 def test_essential_fields_make_another_run(configure: Configure, changes: dict[str, Any]) -> None:
     assert fingerprint(configure(PretrainConfig, changes), "text") != fingerprint(configure(PretrainConfig), "text")
+
+
+def test_a_setting_that_came_later_makes_another_run_only_where_it_says_something_else() -> None:
+    model = {"d_model": 64, "n_layers": 2, "n_heads": 2}
+    rigl = {"sparsity": 0.9, "evolution": {"rule": "rigl", "drop_schedule": "cosine"}}
+    # Those of runs that were made before there was a setting more.
+    for sparsity, known in (({}, "a0642eb9"), (rigl, "a4fd7ffc")):
+        settings = {"model": model, "schedule": {"steps": 12}, "sparsity": sparsity}
+        assert fingerprint(build(PretrainConfig, settings), "text") == known
+    ours = as_plain(build(PretrainConfig, settings))
+    before = copy.deepcopy(ours)
+    del before["sparsity"]["evolution"]["grown_moments"]
+    assert differences(ours, before) == differences(before, ours) == []
+    ours["sparsity"]["evolution"]["grown_moments"] = "mean"
+    assert fingerprint(build(PretrainConfig, ours), "text") != known
+    assert differences(ours, before) == ["sparsity.evolution.grown_moments=mean (there: zero)"]
 
 
 def test_verb_and_corpus_make_another_run(configure: Configure) -> None:

@@ -193,6 +193,7 @@ def test_groups_keep_the_density_of_the_start_and_refuse_another() -> None:
     assert hidden_rate() == 0.5  # of a dense matrix of twice the base width
     optimizer = torch.optim.AdamW(param_groups(model, rules, lr=1.0))
     for _ in range(2):
+        optimizer.step()
         manager.step(optimizer)
     assert [group["lr"] for group in optimizer.param_groups if group["name"] == "hidden"] == [0.5]
     with pytest.raises(UserError, match=r"has density 0\.25 but was initialised for 1: call parameterize again"):

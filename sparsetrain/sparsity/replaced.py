@@ -1,0 +1,77 @@
+"""Notices an optimizer that was built before layers were replaced: it goes on stepping, and trains nothing of them."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparsetrain import wrappers
+from sparsetrain.errors import UserError
+
+
+class StaleOptimizerWarning(UserError, UserWarning):
+    """An optimizer steps that holds parameters which `sparsify` or `densify` replaced, and not those in their place.
+
+    It is given as a warning. Where warnings are made errors, it is caught as any other refusal of the library.
+    """
+
+
+# old parameter -> the layer's name, and the parameter in its place. Neither is kept alive.
+_successors = WeakTensorKeyDictionary()
+# optimizer -> how many replacements there had been when it was found to be as it should, or was warned of.
+_judged: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
+_replacements = 0
+
+
+def note_replacement(name: str, old: nn.Module, new: nn.Module) -> None:
+    """Note that ``new`` stands where ``old`` stood: from now on optimizers are asked which of the two they hold."""
+    global _replacements
+    if _replacements == 0:
+        register_optimizer_step_pre_hook(_judge)
+    _replacements += 1
+    for key, parameter in old._parameters.items():
+        successor = new._parameters.get(key)
+        if successor is None and key in ("weight", "values"):
+            successor = new._parameters.get("values" if key == "weight" else "weight")
+        if parameter is not None and successor is not None and parameter is not successor:
+            _successors[parameter] = f"{name}.{key}", weakref.ref(successor)
+
+
+def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
+    if torch.compiler.is_compiling() or _judged.get(optimizer) == _replacements:
+        return
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    held = {id(parameter) for parameter in parameters}
+    lost, open_ = [], False
+    for parameter in parameters:
+        name, reference = _successors.get(parameter, (None, None))
+        successor = None if reference is None else reference()
+        if successor is None or id(successor) in held:
+            continue
+        # Sure only while the one is trained and the other is not: somebody may train both models.
+        if parameter.grad is None and successor.grad is not None:
+            lost.append(name)
+        else:
+            open_ = True
+    if lost:
+        _judged[optimizer] = _replacements
+        more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+        warnings.warn(
+            StaleOptimizerWarning(
+                f"the optimizer {type(optimizer).__name__} was built before layers were replaced (sparsify, densify, "
+                f"MaskManager): it holds the old {', '.join(lost[:3])}{more}, and trains nothing in their place; build "
+                "the optimizer afterwards"
+            ),
+            stacklevel=3,
+        )
+    elif not open_:
+        _judged[optimizer] = _replacements
+
+
+wrappers.on_replacement.append(note_replacement)
