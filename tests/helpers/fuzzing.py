@@ -29,7 +29,7 @@ from mutations import Mutation
 
 from sparsetrain.errors import UserError
 
-INPUTS = int(os.environ.get("SPARSETRAIN_FUZZ", "120"))
+INPUTS = int(os.environ.get("SPARSETRAIN_FUZZ", "40"))
 SECONDS = 5
 ROOM = 1 << 30
 
