@@ -55,7 +55,7 @@ def check_fit(pattern: SparsityPattern, values: Tensor) -> None:
     """
     if not pattern.untouched:
         pattern.refresh()
-    if values.numel() != pattern.nnz or values.ndim != 1:
+    if values.shape != pattern.fit:
         raise UserError(
             f"{pattern.owner}: values have shape {tuple(values.shape)}; the pattern has {pattern.nnz} nonzeros"
         )

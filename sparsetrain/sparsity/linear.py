@@ -144,8 +144,8 @@ class SparseLinear(nn.Module):
 
     def _current(self) -> SparsityPattern:
         """Return the view of the tensors that are the buffers now; what they hold may have been written over."""
-        pattern = self._pattern
-        if pattern.row_ptr is self.row_ptr and pattern.col is self.col:
+        pattern, buffers = self._pattern, self._buffers  # attributes of modules are slow to look up
+        if pattern.row_ptr is buffers["row_ptr"] and pattern.col is buffers["col"]:
             return pattern
         # Something has replaced the buffers: a device move, a load.
         sizes = self.row_ptr.shape == pattern.row_ptr.shape and self.col.shape == pattern.col.shape

@@ -262,7 +262,7 @@ class _Direct(torch.autograd.Function):
         need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = ctx.saved_tensors
         pattern, leading = ctx.pattern, g.shape[:-1]
-        check_fit(pattern, values)
+        pattern.refresh()
         if pattern.changes != ctx.changes:
             raise RuntimeError(
                 f"{pattern.owner}: its indices were changed in place between the forward and the backward pass"

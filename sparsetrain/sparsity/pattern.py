@@ -157,6 +157,11 @@ class SparsityPattern:
         return self._checked.versions == (self.row_ptr._version, self.col._version)
 
     @property
+    def fit(self) -> tuple[int]:
+        """The shape ``(nnz,)`` of a vector of values, by the indices as they were checked."""
+        return (self._checked.units * self.block[0] * self.block[1],)
+
+    @property
     def changes(self) -> int:
         """How often `refresh` found other positions."""
         return self._checked.changes
