@@ -17,7 +17,7 @@ from torch import Tensor
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.pattern import SparsityPattern
 
-MAX_SIDE = 2**22
+MAX_MASK_SIDE = 2**22
 """The most rows or columns of a matrix from a file or of another library; a vocabulary has some 10^5."""
 
 Array = np.ndarray[Any, Any]
@@ -25,9 +25,9 @@ _Entries = tuple[Array, Array, Array]  # row, column and value of each stored en
 
 
 def check_sides(shape: tuple[int, int]) -> None:
-    """Raise `UserError` unless both sides lie in [1, `MAX_SIDE`]: what is allocated for a side is 8 bytes of each."""
-    if not all(1 <= side <= MAX_SIDE for side in shape):
-        raise UserError(f"shape={shape} must have sides from 1 to {MAX_SIDE}")
+    """Raise `UserError` unless both sides lie in [1, `MAX_MASK_SIDE`]: a side costs 8 bytes of each."""
+    if not all(1 <= side <= MAX_MASK_SIDE for side in shape):
+        raise UserError(f"shape={shape} must have sides from 1 to {MAX_MASK_SIDE}")
 
 
 def is_sparse(matrix: Any) -> bool:
@@ -41,7 +41,7 @@ def pattern_of_sparse(matrix: Any) -> SparsityPattern:
     """Return the entries other than zero of a sparse matrix of scipy or torch; entries of one place are summed.
 
     Raises:
-        UserError: not two dimensions, a side beyond `MAX_SIDE`, an unknown layout, or indices that describe no matrix
+        UserError: not two dimensions, a side beyond `MAX_MASK_SIDE`, an unknown layout, or indices of no matrix
             of that shape.
     """
     if isinstance(matrix, Tensor):

@@ -131,7 +131,7 @@ def patterns_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, i
     """Return the patterns among named tensors; see `load_masks`.
 
     Raises:
-        UserError: indices that describe no matrix, or a side beyond `MAX_SIDE`.
+        UserError: indices that describe no matrix, or a side beyond `MAX_MASK_SIDE`.
     """
     layers = {name.rpartition(".")[0]: None for name in tensors if name.rpartition(".")[2] == "row_ptr"}
     found = {}

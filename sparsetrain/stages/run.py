@@ -203,7 +203,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         UserError: no run there, or an unreadable file.
     """
     path = directory / CONFIG
-    if directory.is_dir() and not path.exists():
+    if not path.exists():
         raise UserError(f"{directory} is no run directory: it has no {CONFIG}")
     try:
         content = read_yaml(path)

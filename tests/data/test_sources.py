@@ -180,7 +180,7 @@ def test_parquet_columns_of_other_types_are_refused(tmp_path: Path, columns: dic
 @pytest.mark.parametrize("path", ["~nosuchuser/a.txt", "x" * 5000, "a\0b"])
 def test_a_path_that_is_none_is_one_line(path: str) -> None:
     """A user that does not exist, a name that is too long, a zero byte."""
-    with pytest.raises(UserError, match=r"^path="):
+    with pytest.raises(UserError, match=r"^data\.path="):
         LocalFiles(path)
 
 

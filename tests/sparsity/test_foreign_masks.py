@@ -15,7 +15,7 @@ from torch import nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import sparsify
-from sparsetrain.sparsity.foreign_masks import MAX_SIDE, pattern_of_arrays
+from sparsetrain.sparsity.foreign_masks import MAX_MASK_SIDE, pattern_of_arrays
 from sparsetrain.sparsity.init import given_pattern
 
 FORMATS = ("csr", "csc", "bsr", "coo", "dia", "lil", "dok")
@@ -119,7 +119,7 @@ def test_a_tensor_of_torch_that_nobody_checked_is_refused(form: str, index: int)
 def test_sides_beyond_any_layer_are_refused_before_anything_is_allocated() -> None:
     """A row costs eight bytes, whether or not it has an entry."""
     empty = {name: np.array([], np.int64) for name in ("row", "col", "data")}
-    for shape in [(2**40, 2), (2, 2**40), (MAX_SIDE + 1, 1), (0, 2), (-1, 2)]:
+    for shape in [(2**40, 2), (2, 2**40), (MAX_MASK_SIDE + 1, 1), (0, 2), (-1, 2)]:
         with pytest.raises(UserError, match="must have sides from 1 to"):
             pattern_of_arrays("coo", shape, empty)
     with pytest.raises(UserError, match="must have sides from 1 to"):
