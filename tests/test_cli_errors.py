@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from shell import TINY, Shell
 
 from sparsetrain import files
@@ -116,6 +117,28 @@ def test_a_checkpoint_with_malformed_indices_is_refused(shell: Shell) -> None:
     for words in (["finetune", "init_from=run", *shell.task, "schedule.steps=1"], ["generate", "init_from=run"]):
         line = shell.refused(*words)
         assert "blocks.0.mlp.up" in line
+
+
+SECTIONS = [
+    *("model: null", "model: [1]", "model: tiny", "sparsity: null", "optimizer: null", "parameterization: null"),
+    *("schedule: x", "data: 1", "seed: a", "sparsity: {evolution: null}", "sparsity: {groups: [null]}"),
+    *("sparsity: {include: [1]}", "model: {n_layers: 1000000000, d_model: 32, n_heads: 2}", "model: {d_model: [1]}"),
+]
+
+
+def test_a_configuration_whose_values_are_of_other_types_is_one_line(shell: Shell) -> None:
+    """What an old run recorded is checked before it is used, as what is typed is."""
+    config = shell.trained() / "config.yaml"
+    whole = yaml.safe_load(config.read_text())
+    for text in [*SECTIONS, "deep: " + "[" * 5000 + "]" * 5000]:
+        if text.startswith("deep"):
+            config.write_text(text)
+        else:
+            config.write_text(yaml.safe_dump(whole | yaml.safe_load(text)))
+        line = shell.refused("generate", "init_from=run", "max_new_tokens=1")
+        assert any(word in line for word in ("must", "nests", "levels", "above", "is missing")), (text, line)
+        if text.startswith(("model", "deep")):
+            shell.refused("mask", "inspect", "run")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "config.yaml"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
 from rich.console import Console
 from torch import Tensor
 
@@ -15,8 +15,9 @@ from sparsetrain.cost.flops import matrices
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.reading import read_yaml
 from sparsetrain.report.tables import Sheet
-from sparsetrain.report.text import ABSENT, clean, percent
+from sparsetrain.report.text import ABSENT, clean, percent, shorten
 from sparsetrain.screen import say
 from sparsetrain.sparsity.exploration import unpack_bits
 from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
@@ -81,7 +82,7 @@ def read_masks(path: Path) -> list[InspectedMask]:
     else:
         raise UserError(f"{path} holds no checkpoint; give a run's directory, a checkpoint, or a {SUFFIXES[0]} file")
     tensors = {name.removeprefix("model."): tensor for name, tensor in stored.model.items()}
-    shapes = _shapes(run)
+    shapes = _shapes(run, len(tensors))
     sparse = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight")}
     found = patterns_of(sparse, shapes)
     if not found:
@@ -98,14 +99,28 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
-def _shapes(run: Path) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a transformer's hidden matrices from a run's configuration; none where there is none."""
-    try:
-        section = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["model"]
-        values = {key: value for key, value in section.items() if value is not None and key != "sparsity"}
-        config = ModelConfig(**{**values, "vocab_size": values.get("vocab_size") or 1})
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+def _shapes(run: Path, tensors: int) -> dict[str, tuple[int, int]]:
+    """Return the shapes of a transformer's hidden matrices from a run's configuration; none where there is none.
+
+    Args:
+        tensors: how many the checkpoint has: a model with more layers is not the one that it is of.
+
+    Raises:
+        UserError: a configuration that is damaged, or of another model.
+    """
+    path = run / "config.yaml"
+    if not path.exists():
         return {}
+    section = read_yaml(path, dict).get("model")
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: model={reprlib.repr(section)} must be a mapping")
+    values = {key: value for key, value in section.items() if value is not None and key != "sparsity"}
+    try:
+        config = ModelConfig(**{**values, "vocab_size": values.get("vocab_size") or 1})
+        if config.n_layers > tensors:
+            raise UserError(f"n_layers={config.n_layers}, and the checkpoint has {tensors} tensors")
+    except (ValueError, TypeError, ArithmeticError) as error:  # a setting that is unknown, or of another type
+        raise UserError(f"{path}: model: {shorten(error, 200)}") from None
     return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
 
 

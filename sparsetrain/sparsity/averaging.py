@@ -50,6 +50,11 @@ class AveragedModel(nn.Module):
             layer.forget_origin()
         self.register_buffer("n_averaged", torch.tensor(0, dtype=torch.int64))
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for _, layer in sparse_layers(self.module):
+            layer.forget_origin()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the averaged model."""
         return self.module(*args, **kwargs)

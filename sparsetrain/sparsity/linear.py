@@ -59,6 +59,7 @@ class SparseLinear(nn.Module):
     col: Tensor
     _label = ""
     _copied = False
+    _evolves = False  # whether a manager moves the masks
     _request: DenseGradientRequest[Any] | None = None
     _origin: tuple[_Moves, int, int] | None = None  # of a copy: moves of the original, and versions at that time
 
@@ -297,18 +298,27 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._copied, self._moves = True, _Moves()
-        if "_moves" in state:
+        # Only where the masks of the original move can an average of copies go wrong.
+        self._copied, self._moves = state.get("_evolves", False), _Moves()
+        if self._copied:
             self._origin = state["_moves"], state["_moves"].count, self.values._version
         self._mark(self._pattern)
 
-    def forget_origin(self) -> None:
-        """Say that a copy goes its own way: its weights are not compared with moves of the original's masks."""
-        self._origin = None
+    def forget_origin(self, evolves: bool = False) -> None:
+        """Say that a layer goes its own way: it is not compared with the layer that it was copied from.
+
+        Args:
+            evolves: whether its own masks move from now on.
+        """
+        self._origin, self._copied, self._evolves = None, False, evolves
+        self._mark(self._pattern)
 
     def _compare_with_origin(self) -> None:
         """Warn if the weights of a copy were written to after the masks of the original had moved."""
         assert self._origin is not None
+        if self._pattern.trained:
+            self.forget_origin()
+            return
         self._current().refresh()  # masks that were written over are refused, whatever the weights are
         moves, count, version = self._origin
         if moves.count != count and self.values._version != version:

@@ -123,7 +123,7 @@ def manage_layers(
     managed = []
     for index, (name, layer) in enumerate(plans.items()):
         pattern = patterns[name]
-        sparse[name].forget_origin()
+        sparse[name].forget_origin(evolves=not isinstance(rule, Static))
         grid, unit = grid_of(pattern), pattern.block[0] * pattern.block[1]
         history = Exploration(grid, pattern.nnz // unit, unit)
         offset = index * every // len(plans) if staggered else 0

@@ -132,7 +132,7 @@ class MaskManager(ManagedMasks):
         self._ranks = Ranks()
         self.seed = self._ranks.share_seed(seeds.resolve_seed(seed), given=seed is not None)
         self._layers = manage_layers(model, rule, plan, globs, self.seed)
-        self._growth = Growth(rule, self._ranks, lambda entry, step: self._counts(entry, step, self._drop(entry, step)))
+        self._growth = self._new_growth()
         self._optimizers: list[weakref.ref[Optimizer]] = []  # without wrappers, those that were checked
         self._asked, self._idle, self._begun = note_steps(), 0, False
         self._watch: StepWatch | None = None
@@ -142,6 +142,20 @@ class MaskManager(ManagedMasks):
         self._arm()
 
     # ------------------------------------------------------------------------------------------------------- steps
+
+    def _new_growth(self) -> Growth:
+        return Growth(self.rule, self._ranks, lambda entry, step: self._counts(entry, step, self._drop(entry, step)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What listens to the layers and to the optimizers of this manager does not listen to copies of them.
+        return {**self.__dict__, "_growth": None, "_watch": None, "_optimizers": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._growth = self._new_growth()
+        for entry in self._layers:
+            entry.layer.forget_origin(evolves=not isinstance(self.rule, Static))
+        self._arm()
 
     def attach(self, optimizer: Optimizer, *others: Optimizer) -> None:
         """Check that the optimizer's state can follow the masks; `step` does it too, at its first call.

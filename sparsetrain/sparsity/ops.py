@@ -278,6 +278,8 @@ class _Direct(torch.autograd.Function):
         else:
             if need_values and pattern.request is not None:
                 pattern.request.add(g, x, ctx)
+            if need_values and pattern.copied:
+                pattern.__dict__["trained"] = True
             grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
         grad_x = grads[0] if need_x else None
         if grad_x is not None and len(leading) != 1:

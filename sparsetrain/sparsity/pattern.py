@@ -58,7 +58,10 @@ class SparsityPattern:
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _checked: Checked = field(init=False, repr=False)
     owner: str = field(default="a sparse layer", init=False, repr=False)  # what messages call its layer
-    copied: bool = field(default=False, init=False, repr=False)  # whether its layer came of copying or unpickling one
+    copied: bool = field(default=False, init=False, repr=False)  # whether its layer is a copy of one whose masks move
+    trained: bool = field(
+        default=False, init=False, repr=False
+    )  # whether such a copy has had a gradient: no average has
     # A `sparsetrain.sparsity.gradients.DenseGradientRequest`, while someone wants the dense gradient of its layer.
     request: Any = field(default=None, init=False, repr=False)
 
@@ -80,7 +83,13 @@ class SparsityPattern:
 
     def __getstate__(self) -> dict[str, Any]:
         # Derived layouts hold identities of this process and are cheap to rebuild: they are not copied.
-        return {**self.__dict__, "_derived": {}, "_checked": self._checked.fingerprint, "request": None}
+        return {
+            **self.__dict__,
+            "_derived": {},
+            "_checked": self._checked.fingerprint,
+            "request": None,
+            "trained": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -192,7 +201,7 @@ class SparsityPattern:
             if found == checked.fingerprint and self.col.numel() == checked.units:
                 checked.versions = versions
                 return False
-            if self.copied and not accept:
+            if self.copied and not self.trained and not accept:
                 raise UserError(
                     f"{self.owner}: the masks of this copy of a layer were changed in place, as an average of models "
                     "does: sparsetrain.AveragedModel averages under masks that move, load_state_dict takes over others"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,16 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "placements") or getattr(parameter, "_fsdp_flattened", False)
 
 
+def warn_of_own_draws(action: str) -> None:
+    """Warn that ``action`` draws without a seed in one of several processes, each of which would draw its own masks."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        warnings.warn(
+            f"{action} draws masks without a seed, and each of {dist.get_world_size()} ranks draws its own: give "
+            "seed=, or wrap the model in DDP with broadcast_buffers=True, which copies those of rank 0",
+            stacklevel=4,
+        )
+
+
 class Ranks:
     """The processes that train one model together, if there are several when this is built.
 
@@ -23,6 +34,9 @@ class Ranks:
     does. So no method is called inside a backward pass, nor where it depends on what happened on this rank. The
     calls go through process groups of their own, since calls in one group must come in the same order everywhere.
     """
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
+        return self  # the same processes
 
     def __init__(self) -> None:
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

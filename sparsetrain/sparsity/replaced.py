@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ class StaleOptimizerWarning(UserError, UserWarning):
     """
 
 
-# old parameter -> the layer's name, and the parameter in its place. Neither is kept alive.
+# old parameter -> its name, and the parameters in its place. None of them is kept alive.
 _successors = WeakTensorKeyDictionary()
 # optimizer -> how many replacements there had been when it was found to be as it should, or was warned of.
 _judged: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
@@ -31,16 +32,27 @@ _replacements = 0
 
 def note_replacement(name: str, old: nn.Module, new: nn.Module) -> None:
     """Note that ``new`` stands where ``old`` stood: from now on optimizers are asked which of the two they hold."""
-    global _replacements
-    if _replacements == 0:
-        register_optimizer_step_pre_hook(_judge)
-    _replacements += 1
+    former = list(old.parameters())
     for key, parameter in old._parameters.items():
         successor = new._parameters.get(key)
         if successor is None and key in ("weight", "values"):
             successor = new._parameters.get("values" if key == "weight" else "weight")
-        if parameter is not None and successor is not None and parameter is not successor:
-            _successors[parameter] = f"{name}.{key}", weakref.ref(successor)
+        # Otherwise a matrix of several, each of which has a layer of its own now.
+        successors = [successor] if successor is not None else list(new.parameters())
+        if parameter is not None and all(parameter is not one for one in successors):
+            note_successors(
+                f"{name}.{key}", parameter, [one for one in successors if all(one is not p for p in former)]
+            )
+
+
+def note_successors(name: str, parameter: nn.Parameter, successors: Iterable[nn.Parameter]) -> None:
+    """Note that other parameters stand where one, called ``name``, stood."""
+    global _replacements
+    if _replacements == 0:
+        register_optimizer_step_pre_hook(_judge)
+    _replacements += 1
+    _successors[parameter] = name, tuple(weakref.ref(one) for one in successors)
+    parameter.grad = None  # of a step before; what trains it from now on gives it another
 
 
 def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
@@ -50,12 +62,12 @@ def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
     held = {id(parameter) for parameter in parameters}
     lost, open_ = [], False
     for parameter in parameters:
-        name, reference = _successors.get(parameter, (None, None))
-        successor = None if reference is None else reference()
-        if successor is None or id(successor) in held:
+        name, references = _successors.get(parameter, (None, ()))
+        successors = [one for reference in references if (one := reference()) is not None]
+        if not successors or any(id(one) in held for one in successors):
             continue
         # Sure only while the one is trained and the other is not: somebody may train both models.
-        if parameter.grad is None and successor.grad is not None:
+        if parameter.grad is None and any(one.grad is not None for one in successors):
             lost.append(name)
         else:
             open_ = True

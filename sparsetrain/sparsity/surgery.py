@@ -33,6 +33,8 @@ from sparsetrain.sparsity.linear import SparseLinear
 from sparsetrain.sparsity.multihead import SparseMultiheadAttention, can_split, projections_of
 from sparsetrain.sparsity.names import default_reason
 from sparsetrain.sparsity.pattern import SparsityPattern
+from sparsetrain.sparsity.ranks import warn_of_own_draws
+from sparsetrain.sparsity.replaced import note_successors
 from sparsetrain.sparsity.spec import PatternSpec
 from sparsetrain.sparsity.summary import large_dense, warn_of_dense
 
@@ -111,6 +113,8 @@ def sparsify(
         globs: dict[str, Any] = {"include": include, "exclude": exclude}
         chosen = {key: value for key, value in globs.items() if value is not None}
         plan = SparsityConfig(sparsity=sparsity, pattern=pattern, backend=backend, **chosen)
+    if plan.seed is None and seed is None:
+        warn_of_own_draws("sparsify")
     base_seed = seeds.resolve_seed(plan.seed if plan.seed is not None else seed)
     kept = kept_by_default(model, linears)
     check_replaceable(model, linears, planned_names(model, linears, plan, kept))
@@ -287,6 +291,10 @@ def _split(model: nn.Module, holder: str, parts: Mapping[str, Rows], layers: Map
         stacks.setdefault(part.child.rpartition(".")[0].removesuffix(LAYERS), []).append(name)
     for leaf, names in stacks.items():
         if any(name in layers for name in names):
+            stack = module._parameters[leaf]
+            assert stack is not None
+            values = [layers[name].values for name in names if name in layers]
+            note_successors(f"{holder}.{leaf}" if holder else leaf, stack, values)
             split_experts(module, leaf, [layers[name] if name in layers else parts[name].copy() for name in names])
 
 

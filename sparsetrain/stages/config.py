@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from typing import Any, TypeVar, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
@@ -320,14 +322,44 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Build what a type hint names a dataclass for, alone, in a list, or optional; leave the rest as it is."""
-    if value is None:
-        return None
+    """Build what a type hint names a dataclass for, alone, in a list, or optional; leave the rest as it is.
+
+    Raises:
+        UserError: a value of another type than the hint's: the line names the setting.
+    """
     arms = [hint, *getattr(hint, "__args__", ())]
     target = next((arm for arm in arms if is_dataclass(arm)), None)
+    if value is None and type(None) in arms:
+        return None
     if target is None:
+        if not _fits(value, hint):
+            kind = str(getattr(hint, "__name__", hint)) if get_origin(hint) is None else str(hint)
+            raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be {_KINDS.get(kind, kind)}")
         return list(value) if isinstance(value, (list, tuple)) else value
     assert isinstance(target, type)
-    if isinstance(value, (list, tuple)):
-        return [build(target, item, path) for item in value]
-    return build(target, value, path)
+    listed = any(get_origin(arm) is list for arm in arms)
+    if listed and isinstance(value, (list, tuple)):
+        return [_section(target, item, path) for item in value]
+    return _section(target, value, path)
+
+
+def _section(kind: type[T], value: Any, path: str) -> T:
+    if not isinstance(value, Mapping):
+        raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be a section of settings")
+    return build(kind, value, path)
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, arm) for arm in arguments)
+    if origin is list:
+        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+    return isinstance(value, origin or hint)

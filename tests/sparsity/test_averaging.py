@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -90,5 +91,51 @@ def test_an_average_of_parameters_alone_under_moving_masks_is_warned_of() -> Non
     with pytest.warns(UserWarning, match="average weights of different positions"):
         average(X)
     snapshot(X)  # a copy that was kept as it was
+    trained = copy.deepcopy(snapshot)
+    own = torch.optim.SGD(trained.parameters(), lr=0.1)
+    for _ in range(2):  # a copy that goes its own way
+        trained(X).square().mean().backward()
+        own.step()
+        own.zero_grad()
     average.load_state_dict(model.state_dict())
     torch.testing.assert_close(average(X), model(X))
+
+
+def test_a_copy_of_a_model_whose_masks_stay_follows_what_is_written_into_it() -> None:
+    """A target network, or a checkpoint that is read into the tensors of a copy's state: no average is suspected."""
+    model, other = (st.sparsify(mlp(), 0.5, seed=seed) for seed in (0, 1))
+    copied = copy.deepcopy(model)
+    copied(X)
+    with torch.no_grad():
+        for target, source in zip(copied.state_dict().values(), other.state_dict().values(), strict=True):
+            target.copy_(source)
+    torch.testing.assert_close(copied(X), other(X), rtol=0, atol=0)
+
+
+def test_a_copy_of_an_average_is_an_average() -> None:
+    """It goes on on its own, without a word."""
+    model = mlp()
+    manager = st.MaskManager(model, st.SET(sparsity=0.8, every=1), seed=0)
+    average = st.AveragedModel(model, 0.9)
+    copied = copy.deepcopy(average)
+    train(model, manager, lambda model: [one.update_parameters(model) for one in (average, copied)])
+    torch.testing.assert_close(copied(X), average(X), rtol=0, atol=0)
+
+
+def test_a_copy_of_a_whole_training_updates_its_masks_as_the_original_does() -> None:
+    """Model, optimizer and manager copied together in the middle of a period of RigL."""
+    model = mlp()
+    manager = st.MaskManager(model, st.RigL(sparsity=0.8, every=2), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, manager: st.MaskManager) -> str:
+        model(X).square().mean().backward()
+        optimizer.step()
+        manager.step(optimizer)
+        optimizer.zero_grad()
+        return manager.hash()
+
+    hashes = [step(model, optimizer, manager) for _ in range(3)]
+    copies = copy.deepcopy((model, optimizer, manager))
+    assert step(*copies) == step(model, optimizer, manager) != hashes[-1]
+    assert pickle.loads(pickle.dumps((model, manager)))[1].hash() == manager.hash()
