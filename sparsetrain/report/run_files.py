@@ -68,6 +68,10 @@ class SweptConfig(TypedDict):
     """What a sweep needs of a run's configuration."""
 
     parameterization: Scheme
+    model: NotRequired[dict[str, Any]]
+    sparsity: NotRequired[dict[str, Any]]
+    optimizer: NotRequired[dict[str, Any]]
+    schedule: NotRequired[dict[str, Any]]
 
 
 class SweepRow(TypedDict):
