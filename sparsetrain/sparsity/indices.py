@@ -21,7 +21,7 @@ class Checked:
 
     Attributes:
         units: stored blocks. versions: of row_ptr and col, which torch raises at every write that it records.
-        fingerprint: of their content, for writes that change nothing and for those that torch does not record.
+        fingerprint: of their content, for a write that changes nothing, or that torch does not record.
         changes: how often the content was found to be another one.
     """
 

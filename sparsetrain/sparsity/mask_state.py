@@ -122,6 +122,7 @@ class ManagedMasks(ABC):
         digest = hashlib.blake2b(digest_size=16)
         for entry in self._layers:
             pattern = entry.layer.pattern
+            pattern.doubt()  # what is compared is what the next product computes with
             digest.update(f"{entry.name} {pattern.shape} {pattern.block}".encode())
             for indices in (pattern.row_ptr, pattern.col):
                 digest.update(indices.cpu().numpy().data)

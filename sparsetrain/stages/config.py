@@ -353,6 +353,7 @@ _KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "
 
 
 def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; how large a number may be, its section says in better words than a shape would."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True

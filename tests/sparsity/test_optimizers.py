@@ -1,10 +1,7 @@
-"""Optimizers as training code hands them over: wrapped, several, held back on some calls, built too early."""
+"""Optimizers as training code hands them over: wrapped, several, held back on some calls."""
 
 from __future__ import annotations
 
-import copy
-import gc
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +13,7 @@ from torch.optim import Optimizer
 
 import sparsetrain as st
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import StaleOptimizerWarning, densify, manager, sparsify
+from sparsetrain.sparsity import manager, sparsify
 from sparsetrain.sparsity.optimizers import _ELEMENTWISE, register_elementwise_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
@@ -342,62 +339,3 @@ def test_a_layer_that_trains_again_but_is_in_no_optimizer_is_named() -> None:
     optimizer.step()
     with pytest.raises(UserError, match=r"does not hold 0\.values.*not trained is frozen by requires_grad_\(False\)"):
         masks.step(optimizer)
-
-
-# Optimizers that were built too early.
-
-
-@pytest.mark.parametrize("replace", [lambda model: sparsify(model, 0.5, seed=0), lambda model: densify(model)])
-def test_an_optimizer_of_replaced_parameters_is_noticed_once(replace: Callable[[nn.Module], nn.Module]) -> None:
-    model = sparsify(mlp(), 0.8, seed=0, include=["2"])
-    optimizer = adamw(model)
-    replace(model)
-    loss_of(model, batch(0)).backward()
-    with pytest.warns(StaleOptimizerWarning, match=r"AdamW was built before layers were replaced.*(0\.weight|2\.val)"):
-        optimizer.step()
-    optimizer.step()
-    new = adamw(model)
-    new.step()
-
-
-def test_an_optimizer_of_another_model_is_no_reason_to_warn() -> None:
-    teacher = mlp()
-    model = copy.deepcopy(teacher)
-    sparsify(model, 0.8, seed=0)
-    kept = nn.Sequential(*teacher)  # the same layers, trained on their own below
-    sparsify(teacher, 0.8, seed=0)
-    ours, theirs = adamw(model), adamw(kept)
-    for network, optimizer in ((model, ours), (kept, theirs), (teacher, adamw(teacher))):
-        loss_of(network, batch(0)).backward()
-        optimizer.step()
-
-
-def test_a_static_manager_refuses_an_optimizer_that_was_built_before_it() -> None:
-    model = mlp()
-    early = adamw(model)
-    masks = st.MaskManager(model, st.Static(sparsity=0.8), seed=0)
-    with pytest.raises(UserError, match=r"the optimizer does not hold 0\.values: build MaskManager\(model, rule\) fir"):
-        masks.step(early)
-    loss_of(model, batch(0)).backward()
-    with pytest.raises(UserError, match="built before layers were replaced"):  # warnings are errors here
-        early.step()
-    model.requires_grad_(False)
-    masks.step(early)  # nothing of it would train anyway
-
-
-def test_nothing_keeps_an_optimizer_or_a_replaced_layer_alive() -> None:
-    model = mlp()
-    old = weakref.ref(model[0].weight)
-    masks = st.MaskManager(model, st.SET(sparsity=0.8), seed=0)
-    optimizer = adamw(model)
-    optimizer.step()
-    masks.step(optimizer)
-    gone = weakref.ref(optimizer)
-    del optimizer
-    gc.collect()
-    assert old() is None
-    assert gone() is None
-    again = adamw(model)
-    again.step()
-    masks.step(again)
-    assert masks.steps == 2

@@ -305,3 +305,20 @@ def test_threads_that_share_a_module_get_the_bits_of_sequential_use(backend: str
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert wrong == []
+
+
+@pytest.mark.parametrize("compare", ["equals", "hash"])
+def test_a_comparison_notices_what_torch_did_not_record(compare: str) -> None:
+    """What two masks are compared by is what the layer computes with from then on."""
+    model, other = net("csr"), net("csr", 1)
+    step(model, model)
+    for layer, source in ((model[0], other[0]), (model[2], other[2])):
+        layer.col.data.copy_(source.col)
+        layer.row_ptr.data.copy_(source.row_ptr)
+    if compare == "equals":
+        assert all(model[at].pattern.equals(other[at].pattern) for at in (0, 2))
+    else:
+        managers = [st.MaskManager(one, st.Static(), seed=0) for one in (model, other)]
+        assert managers[0].hash() == managers[1].hash()
+    for got, right in zip(step(model, model), expected(model), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-3, atol=1e-3)
