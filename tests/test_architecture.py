@@ -37,7 +37,7 @@ ORDER = [
         "data",
         "optim",
     ),
-    *("training", "scaling", "report", "stages", "bench"),
+    *("runs", "training", "scaling", "report", "stages", "bench"),
     *("overrides", "inherited", "config", "verbs", "multirun", "cli"),
 ]
 MAX_LINES = 400

@@ -16,7 +16,7 @@ import yaml
 from shell import TINY, Shell
 
 from sparsetrain import files
-from sparsetrain.training.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
+from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,10 @@ from matplotlib.figure import Figure
 from sparsetrain.errors import UserError
 from sparsetrain.files import read_json
 from sparsetrain.report.sweep import write_rows
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.scaling.intervals import half_width, paired
 from sparsetrain.stages.config import differences
 from sparsetrain.stages.run import read_config
-from sparsetrain.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
 RULES = ("static", "set", "rigl", "gmp", "vspdf")

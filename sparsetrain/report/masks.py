@@ -18,13 +18,13 @@ from sparsetrain.models.config import ModelConfig
 from sparsetrain.reading import read_yaml
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, clean, percent, shorten
+from sparsetrain.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from sparsetrain.screen import say
 from sparsetrain.sparsity.exploration import unpack_bits
 from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
 from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.statistics import Degrees, MaskStatistics
 from sparsetrain.sparsity.topology import active_units, grid_of
-from sparsetrain.training.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
 from sparsetrain.training.loop import MASK_HISTORY
 
 PIXELS = 160  # the longer side of a layer's picture; larger layers are averaged

@@ -13,8 +13,8 @@ from sparsetrain.report.run_files import load_result
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import layer_masks, print_report, run_metrics
 from sparsetrain.report.text import scalar
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.screen import say
-from sparsetrain.training.metrics import read_metrics
 
 REPORT, PAGE, RESULT, METRICS = "report.json", "report.html", "result.json", "metrics.jsonl"
 

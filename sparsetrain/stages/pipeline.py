@@ -14,6 +14,7 @@ from sparsetrain.files import write_json
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_report
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.screen import say
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import (
@@ -31,7 +32,6 @@ from sparsetrain.stages.memory import check_memory
 from sparsetrain.stages.pretrain import memory_of, pretrain, run_directory
 from sparsetrain.stages.prompt import prompt
 from sparsetrain.stages.run import Origin, RunResult, claimed, command_line, commit, finish, finished, skipped
-from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.state import Diverged, resolve_device
 
 SCRATCH = "scratch"

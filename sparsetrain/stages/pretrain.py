@@ -21,6 +21,7 @@ from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Schedule, build_optimizer
 from sparsetrain.parameterization import param_groups
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
 from sparsetrain.stages.backends import backends, settle_backends
@@ -30,7 +31,6 @@ from sparsetrain.stages.memory import adjustable, check_memory, memory_errors, t
 from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
 from sparsetrain.training.evaluate import score_text
 from sparsetrain.training.loop import Trainer, load_weights
-from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
 
 FINAL_EVALUATION = 1024  # sequences of validation text, at most, for the loss that a run reports

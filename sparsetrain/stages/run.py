@@ -27,10 +27,10 @@ from sparsetrain.processor import cpuinfo
 from sparsetrain.reading import read_text, read_yaml
 from sparsetrain.report.run_files import load_result
 from sparsetrain.report.text import shorten
+from sparsetrain.runs import checkpoint
+from sparsetrain.runs.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.screen import say
 from sparsetrain.stages.config import RunConfig, as_plain, differences
-from sparsetrain.training import checkpoint
-from sparsetrain.training.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.training.state import Diverged
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"

@@ -22,9 +22,7 @@ from sparsetrain import seeds
 from sparsetrain.data import Batch
 from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.optim.schedule import Schedule
-from sparsetrain.screen import say
-from sparsetrain.sparsity import MaskManager, Static
-from sparsetrain.training.checkpoint import (
+from sparsetrain.runs.checkpoint import (
     JSON,
     Checkpoint,
     list_checkpoints,
@@ -33,7 +31,9 @@ from sparsetrain.training.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from sparsetrain.training.metrics import MetricsLog
+from sparsetrain.runs.metrics import MetricsLog
+from sparsetrain.screen import say
+from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.progress import ProgressBar
 from sparsetrain.training.state import Diverged, Interrupted, LoopConfig, TrainState, stop_requests
 

@@ -20,12 +20,12 @@ from sparsetrain.report.masks import mask_table, read_masks
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.show import show_run
 from sparsetrain.report.tables import print_report
+from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.sparsity.auto import from_plain
 from sparsetrain.stages.coordinates import _finished_trials
 from sparsetrain.stages.run import read_config
 from sparsetrain.stages.sweep import show_sweep
-from sparsetrain.training.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
-from sparsetrain.training.metrics import read_metrics
 
 MASKS = {
     "rule": "SET",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from sparsetrain.training.checkpoint import (
+from sparsetrain.runs.checkpoint import (
     Checkpoint,
     OptimizerTensors,
     load_checkpoint,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sparsetrain.models import Transformer
-from sparsetrain.training.checkpoint import load_checkpoint
-from sparsetrain.training.metrics import TIMED, read_metrics
+from sparsetrain.runs.checkpoint import load_checkpoint
+from sparsetrain.runs.metrics import TIMED, read_metrics
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

@@ -17,11 +17,11 @@ from sparsetrain.report.html import render_html
 from sparsetrain.report.masks import InspectedMask, draw_masks, inspect_masks, read_masks, shrunk
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.tables import layer_masks, masks, run_metrics, sheets
+from sparsetrain.runs.checkpoint import verify_checkpoint
 from sparsetrain.sparsity import SparsityPattern
 from sparsetrain.sparsity.init import random_pattern
 from sparsetrain.sparsity.mask_files import save_masks
 from sparsetrain.stages import PretrainConfig, RunResult, pretrain
-from sparsetrain.training.checkpoint import verify_checkpoint
 
 Configure = Callable[..., Any]
 

@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from torch import Tensor, nn
 
 from sparsetrain import seeds
+from sparsetrain.runs.optimizer_state import optimizer_tensors, restore_optimizer
 from sparsetrain.sparsity import (
     GMP,
     SET,
@@ -31,7 +32,6 @@ from sparsetrain.sparsity import (
     sparse_layers,
     sparsify,
 )
-from sparsetrain.training.optimizer_state import optimizer_tensors, restore_optimizer
 
 WIDTH, HIDDEN, FOREVER = 6, 9, 10**6
 LAYERS = {"0": (HIDDEN, WIDTH), "2": (WIDTH, HIDDEN)}

@@ -17,6 +17,8 @@ from torch import Tensor
 from sparsetrain.data import load_task, prepare
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import param_groups
+from sparsetrain.runs.checkpoint import load_checkpoint
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.sparsity import SparsityPattern, densify
 from sparsetrain.stages import (
     FinetuneConfig,
@@ -33,8 +35,6 @@ from sparsetrain.stages.finetune import load_model
 from sparsetrain.stages.generate import load_run
 from sparsetrain.stages.prompt import initial_prompt
 from sparsetrain.stages.run import run_tokenizer, run_weights
-from sparsetrain.training.checkpoint import load_checkpoint
-from sparsetrain.training.metrics import read_metrics
 from sparsetrain.training.state import Diverged
 
 Configure = Callable[..., Any]

@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from sparsetrain.runs.checkpoint import load_checkpoint
+from sparsetrain.runs.metrics import TIMED, read_metrics
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import build
-from sparsetrain.training.checkpoint import load_checkpoint
-from sparsetrain.training.metrics import TIMED, read_metrics
 
 
 def train(settings: dict, directory: Path) -> None:

@@ -22,9 +22,9 @@ from rich.console import Console
 from runs import assert_same_run, on_loss, records, send, tensors
 
 from sparsetrain.data import Batch, PackedSamples
+from sparsetrain.runs.checkpoint import list_checkpoints
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import as_plain, build
-from sparsetrain.training.checkpoint import list_checkpoints
 from sparsetrain.training.state import Interrupted
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")

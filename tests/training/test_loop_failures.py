@@ -20,9 +20,9 @@ from runs import assert_same_run, on_loss, records, send, tensors
 from sparsetrain import files
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.runs import checkpoint
+from sparsetrain.runs.checkpoint import list_checkpoints
 from sparsetrain.stages import PretrainConfig, pretrain
-from sparsetrain.training import checkpoint
-from sparsetrain.training.checkpoint import list_checkpoints
 from sparsetrain.training.loop import load_weights
 from sparsetrain.training.state import Diverged, Interrupted
 

@@ -20,11 +20,11 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.parameterization import Parameterization, param_groups
+from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
 from sparsetrain.sparsity.managed import planned_densities
 from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
 from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
-from sparsetrain.training.checkpoint import load_checkpoint
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]

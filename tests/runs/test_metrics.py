@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
-from sparsetrain.training.metrics import MetricsLog, read_metrics
+from sparsetrain.runs.metrics import MetricsLog, read_metrics
 
 
 def write(path: Path, steps: list[int], last_step: int = -1) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import flush
 from sparsetrain.reading import parse_json
-from sparsetrain.training.manifest import (
+from sparsetrain.runs.manifest import (
     RefusedError,
     canonical,
     read_file,
@@ -41,7 +41,7 @@ from sparsetrain.training.manifest import (
     seal,
     write_durably,
 )
-from sparsetrain.training.optimizer_state import JSON, OptimizerTensors, optimizer_tensors, restore_optimizer
+from sparsetrain.runs.optimizer_state import JSON, OptimizerTensors, optimizer_tensors, restore_optimizer
 
 __all__ = [
     "JSON",

@@ -14,8 +14,8 @@ from checkpoints import FILES, load, save
 from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
-from sparsetrain.training import manifest
-from sparsetrain.training.checkpoint import (
+from sparsetrain.runs import manifest
+from sparsetrain.runs.checkpoint import (
     OptimizerTensors,
     checkpoint_name,
     list_checkpoints,

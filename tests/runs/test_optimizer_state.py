@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
-from sparsetrain.training.optimizer_state import OptimizerTensors, optimizer_tensors, restore_optimizer
+from sparsetrain.runs.optimizer_state import OptimizerTensors, optimizer_tensors, restore_optimizer
 
 Build = Callable[[Iterable[Any]], torch.optim.Optimizer]
 
