@@ -19,7 +19,7 @@ from fnmatch import fnmatchcase
 
 from sparsetrain.cost.flops import matrices
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.models.head import chunk_tokens
+from sparsetrain.models.cross_entropy import chunk_tokens
 from sparsetrain.sparsity.allocation import matches
 from sparsetrain.sparsity.config import SparsityConfig
 

@@ -1,9 +1,10 @@
 """Decoder-only transformers whose hidden matrices may be sparse, and soft prompts for them."""
 
-from sparsetrain.models.cache import KVCache
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.positions import alibi_slopes
+from sparsetrain.models.prompted import Prompted
 from sparsetrain.models.soft_prompt import SoftPrompt
 from sparsetrain.models.transformer import Transformer, tensor_specs
 
-__all__ = ["KVCache", "ModelConfig", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_specs"]
+__all__ = ["KVCache", "ModelConfig", "Prompted", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_specs"]

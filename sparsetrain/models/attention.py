@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparsetrain.models.cache import KVCache
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.models.fused_attention import fused_attention, suits
+from sparsetrain.models.cpu_attention import fused_attention, suits
+from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.positions import alibi_bias, alibi_features, alibi_slopes, rope_tables, rotate
 
 _QUERY_BLOCK = 128  # queries whose explicit mask [H, block, S] is held at once when a cache is read

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError
-from sparsetrain.models import head
-from sparsetrain.models.attention import Attention, Span, make_span
-from sparsetrain.models.cache import KVCache
+from sparsetrain.models.attention import Attention, Span, attention_dtype, make_span
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.models.generation import generate
+from sparsetrain.models.decoding.generate import generate
+from sparsetrain.models.decoding.score import continuation_scores
+from sparsetrain.models.head import Head, head_loss
+from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.mlp import MLP
-from sparsetrain.models.scoring import continuation_scores
 from sparsetrain.models.soft_prompt import SoftPrompt
 from sparsetrain.parameterization import Parameterization, Role, TensorSpec, assign, initialise
-from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparse_layers, sparsify
+from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparsify
 
 
 class Block(nn.Module):
@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.max_context, config.d_model) if config.positions == "learned" else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.final_norm = _norm(config)
-        self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.head = Head(config.d_model, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embed.weight
 
@@ -89,8 +89,6 @@ class Transformer(nn.Module):
         seed = 0 if self.embed.weight.is_meta else seeds.resolve_seed(config.seed)
         if plan.is_sparse:
             sparsify(self, plan=plan, seed=seed)
-            if "head" in dict(sparse_layers(self)):
-                raise UserError("the head stays dense: add '*head*' to the exclude list of the sparsity plan")
         self.parameterize(rules, seed=seed)
 
     def parameterize(
@@ -126,9 +124,25 @@ class Transformer(nn.Module):
             assign(self, specs, rules, config.n_layers)
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Return the logits ``[B, T, V]`` of the token after each of ``tokens`` ``[B, T]`` (int64)."""
-        return self.logits(self.hidden(tokens))
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
+        """Return the logits ``[B, T, V]`` of the token after each one or, given ``targets``, their mean cross-entropy.
+
+        With targets the head works by chunks of tokens: the logits of the whole batch never exist.
+
+        Args:
+            tokens: int64 ``[B, T]``; read only for their embeddings, so unused when ``embeddings`` is given.
+            targets: int64 ``[B, T]``, the token that follows, or -100, which counts for nothing.
+            embeddings: ``[B, T, D]``, what to read in place of the tokens' embeddings.
+
+        Returns:
+            Logits, or the mean over the targets that are not -100, in nats.
+
+        Raises:
+            UserError: tokens and targets differ in shape, or are more than the learned positions.
+        """
+        if targets is None:
+            return self.logits(self._read(tokens, embeddings))
+        return self._loss(tokens, targets, embeddings, "mean")
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
         """Return raw embeddings ``[B, T, D]``, before alpha_in and positions; a soft prompt is written into these."""
@@ -177,27 +191,29 @@ class Transformer(nn.Module):
         return self.head(self._scaled(hidden))
 
     def loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Return the mean cross-entropy in nats over targets that are not -100.
+        """Return ``self(tokens, targets, embeddings)``, the mean cross-entropy in nats; see `forward`.
 
-        Works by chunks of tokens: the logits of the whole batch never exist.
-
-        Args:
-            tokens: ``[B, T]``; read only for their embeddings, so unused when ``embeddings`` is given.
-            targets: ``[B, T]``, the token that follows, or -100.
-            embeddings: ``[B, T, D]``, what to read in place of the tokens' embeddings.
+        Inside DDP or FSDP call the wrapper, which is to see the forward pass: ``wrapped(tokens, targets)``.
         """
-        hidden = self._scaled(self._read(tokens, targets, embeddings))
-        return head.cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
+        loss: Tensor = self(tokens, targets, embeddings)
+        return loss
 
     def token_losses(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Return each token's cross-entropy in nats, float32 ``[B, T]``, 0 where the target is -100; no gradients."""
         with torch.no_grad():
-            hidden = self._scaled(self._read(tokens, targets, embeddings))
-            losses = head.token_cross_entropy(hidden.flatten(0, 1), self.head.weight, targets.flatten())
-        return losses.view_as(targets)
+            return self._loss(tokens, targets, embeddings, "none")
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens that a row can have: those with learned positions, or None for any number."""
+        return None if self.positions is None else self.config.max_context
+
+    def new_cache(self, embeddings: Tensor, capacity: int) -> KVCache:
+        """Return an empty cache of ``capacity`` tokens for each row of ``embeddings`` ``[B, T, D]``."""
+        return KVCache(self.config, len(embeddings), capacity, embeddings.device, attention_dtype(embeddings))
 
     def continuation_scores(self, embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
-        """Return each continuation's log-probability after each row, ``[B, C]``; see `scoring.continuation_scores`."""
+        """Return each continuation's log-probability after each row, ``[B, C]``; see `decoding.score`."""
         return continuation_scores(self, embeddings, continuations)
 
     def generate(
@@ -210,12 +226,15 @@ class Transformer(nn.Module):
         generator: torch.Generator | None = None,
         prompt: SoftPrompt | None = None,
     ) -> Tensor:
-        """Return ``tokens`` with up to ``max_new_tokens`` sampled ones behind them; see `generation.generate`."""
+        """Return ``tokens`` with up to ``max_new_tokens`` sampled ones behind them; see `decoding.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, stop_token, generator, prompt)
 
-    def _read(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None, reduction: str) -> Tensor:
         if tokens.shape != targets.shape:
             raise UserError(f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} differ in shape")
+        return head_loss(self.head, self._scaled(self._read(tokens, embeddings)), targets, reduction)
+
+    def _read(self, tokens: Tensor, embeddings: Tensor | None) -> Tensor:
         return self.hidden(tokens) if embeddings is None else self.hidden(embeddings=embeddings)
 
     def _scaled(self, hidden: Tensor) -> Tensor:

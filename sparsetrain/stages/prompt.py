@@ -4,33 +4,17 @@ from __future__ import annotations
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain import seeds
 from sparsetrain.data import Batch, Tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.models import SoftPrompt, Transformer, tensor_specs
+from sparsetrain.models import Prompted, SoftPrompt, Transformer, tensor_specs
 from sparsetrain.parameterization import Role, TensorSpec, assign
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.config import PromptConfig
 from sparsetrain.stages.finetune import TaskModel, run_task
 from sparsetrain.stages.run import RunResult
-
-
-class Prompted(nn.Module):
-    """A transformer and the soft prompt that its rows hold at their slots."""
-
-    def __init__(self, model: Transformer, prompt: SoftPrompt) -> None:
-        super().__init__()
-        self.model, self.prompt = model, prompt
-
-    def embeddings(self, batch: Batch) -> Tensor:
-        """Return ``[B, T, D]``: the tokens' embeddings, with the prompt's vectors at the slots."""
-        assert batch.slots is not None
-        return self.prompt.inject(self.model.embed_tokens(batch.tokens), batch.slots)
-
-    def loss(self, batch: Batch) -> Tensor:
-        return self.model.loss(batch.tokens, batch.targets, self.embeddings(batch))
 
 
 def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
@@ -52,9 +36,21 @@ def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
         specs = {f"model.{name}": spec for name, spec in tensor_specs(model, rules).items()}
         specs["prompt.vectors"] = TensorSpec(Role.PROMPT)
         assign(prompted, specs, rules, model.config.n_layers)
-        return TaskModel(model, prompted, prompted.loss, prompted.embeddings)
+
+        def loss(batch: Batch) -> Tensor:
+            value: Tensor = prompted(batch.tokens, batch.targets, _slots(batch))
+            return value
+
+        return TaskModel(
+            model, prompted, loss, embeddings=lambda batch: prompted.embeddings(batch.tokens, _slots(batch))
+        )
 
     return run_task(config, "prompt", prepare_model, config.n_tokens, console or Console())
+
+
+def _slots(batch: Batch) -> Tensor:
+    assert batch.slots is not None
+    return batch.slots
 
 
 def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfig) -> SoftPrompt:

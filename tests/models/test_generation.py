@@ -12,7 +12,7 @@ from transformers import TopPLogitsWarper
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import KVCache, ModelConfig, SoftPrompt, Transformer, attention
-from sparsetrain.models.generation import nucleus, sample
+from sparsetrain.models.decoding.generate import nucleus, sample
 from sparsetrain.parameterization import Parameterization
 
 VOCAB = 40
@@ -66,7 +66,7 @@ def test_multipliers_act_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under muP the logits that are sampled from are those of the forward pass, alpha_out / m_d included."""
     model, seen = build(), []
     monkeypatch.setattr(
-        "sparsetrain.models.generation.sample",
+        "sparsetrain.models.decoding.generate.sample",
         lambda logits, *settings: seen.append(logits) or logits.argmax(-1),
     )
     tokens = model.generate(torch.randint(0, VOCAB, (2, 5)), 6)

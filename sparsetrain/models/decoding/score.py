@@ -6,27 +6,22 @@ Shapes: B rows, T tokens, D features, C continuations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.models.attention import attention_dtype
-from sparsetrain.models.cache import KVCache
-
-if TYPE_CHECKING:
-    from sparsetrain.models.transformer import Transformer
+from sparsetrain.models.decoding.protocol import AnyCache, Decoder
 
 
 @torch.no_grad()
-def continuation_scores(model: Transformer, embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
+def continuation_scores(model: Decoder[AnyCache], embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
     """Return the log-probability, in nats, of each continuation of each row: float32 ``[B, C]``.
 
     The rows are read once; every continuation then starts from their cached keys and values.
 
     Args:
-        embeddings: ``[B, T, D]``, rows of equal length without padding, as `Transformer.embed_tokens` returns them.
+        embeddings: ``[B, T, D]``, rows of equal length without padding, as the model's ``embed_tokens`` returns them.
         continuations: C lists of at least one token.
 
     Raises:
@@ -36,7 +31,7 @@ def continuation_scores(model: Transformer, embeddings: Tensor, continuations: S
         raise UserError("a continuation has no token: there is nothing to score")
     rows, length = embeddings.shape[:2]
     capacity = length + max(len(tokens) for tokens in continuations) - 1
-    cache = KVCache(model.config, rows, capacity, embeddings.device, attention_dtype(embeddings))
+    cache = model.new_cache(embeddings, capacity)
     first = _log_probabilities(model, model.hidden(embeddings=embeddings, cache=cache)[:, -1])
     scores = []
     for tokens in continuations:
@@ -50,5 +45,5 @@ def continuation_scores(model: Transformer, embeddings: Tensor, continuations: S
     return torch.stack(scores, dim=1)
 
 
-def _log_probabilities(model: Transformer, hidden: Tensor) -> Tensor:
+def _log_probabilities(model: Decoder[AnyCache], hidden: Tensor) -> Tensor:
     return model.logits(hidden).float().log_softmax(dim=-1)

@@ -1,24 +1,18 @@
-"""Sampling from a `Transformer`, one token's work at a time."""
+"""Sampling from a language model, one token's work at a time."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.models.attention import attention_dtype
-from sparsetrain.models.cache import KVCache
+from sparsetrain.models.decoding.protocol import AnyCache, Decoder
 from sparsetrain.models.soft_prompt import SoftPrompt
-
-if TYPE_CHECKING:
-    from sparsetrain.models.transformer import Transformer
 
 
 @torch.no_grad()
 def generate(
-    model: Transformer,
+    model: Decoder[AnyCache],
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float = 1.0,
@@ -46,19 +40,19 @@ def generate(
     """
     _check_settings(max_new_tokens, temperature, top_p)
     was_training = model.training
-    model.eval()
+    model.train(False)
     try:
         embeddings = model.embed_tokens(tokens)
         if prompt is not None:
             vectors = prompt.vectors.to(embeddings.dtype).expand(len(tokens), -1, -1)
             embeddings = torch.cat((embeddings, vectors), dim=1)
         capacity = embeddings.shape[1] + max_new_tokens - 1
-        if model.positions is not None and capacity > model.config.max_context:
+        if model.max_positions is not None and capacity > model.max_positions:
             raise UserError(
                 f"max_new_tokens={max_new_tokens} behind {embeddings.shape[1]} tokens needs {capacity} positions; "
-                f"the model has learned {model.config.max_context}"
+                f"the model has learned {model.max_positions}"
             )
-        cache = KVCache(model.config, len(tokens), capacity, embeddings.device, attention_dtype(embeddings))
+        cache = model.new_cache(embeddings, capacity)
         hidden = model.hidden(embeddings=embeddings, cache=cache)
         finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
         for step in range(max_new_tokens):

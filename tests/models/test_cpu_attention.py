@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.models import attention as module
-from sparsetrain.models.fused_attention import fused_attention, suits
+from sparsetrain.models.cpu_attention import fused_attention, suits
 from sparsetrain.models.positions import alibi_slopes
 
 CPU = torch.device("cpu")
