@@ -1,0 +1,71 @@
+"""What runs of format 1 recorded in another shape than today: the stages of a pipeline, and densities over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any
+
+Values = dict[str, Any]
+
+
+def densities_in_phases(values: Values) -> Values:
+    """Return settings in which the phases of the rule ``vspdf`` are phases of the budget.
+
+    The sparsity of the section ``sparsity`` holds at first; each phase of the rule had the fraction of training from
+    which on it held.
+    """
+    sparsity, budget = values.get("sparsity"), values.get("budget")
+    evolution = sparsity.get("evolution") if isinstance(sparsity, Mapping) else None
+    if not isinstance(sparsity, Mapping) or not isinstance(evolution, Mapping) or not isinstance(budget, Mapping):
+        return values
+    phases: Any = evolution.get("phases")
+    if evolution.get("rule") != "vspdf" or budget.get("phases") is not None or not _are_phases(phases):
+        return values
+    starts = [0.0, *(phase["at"] for phase in phases), 1.0]
+    shares = [round(end - start, 12) for start, end in pairwise(starts)]
+    densities = [None, *(round(1.0 - phase["sparsity"], 12) for phase in phases)]
+    listed = [
+        {"share": share, **({} if density is None else {"density": density})}
+        for share, density in zip(shares, densities, strict=True)
+    ]
+    return {
+        **values,
+        "sparsity": {**sparsity, "evolution": {**evolution, "rule": "static", "phases": []}},
+        "budget": {**budget, "phases": listed},
+    }
+
+
+def _are_phases(phases: Any) -> bool:
+    return (
+        isinstance(phases, list)
+        and bool(phases)
+        and all(
+            isinstance(phase, Mapping) and all(isinstance(phase.get(name), int | float) for name in ("at", "sparsity"))
+            for phase in phases
+        )
+    )
+
+
+def stages_of_pipeline(values: Values, renamed: Callable[[Mapping[str, Any]], Values]) -> Values:
+    """Return settings in which the fixed stages of a pipeline are a list, and its sparsities are arms.
+
+    Args:
+        renamed: brings the settings of a stage to today's names.
+    """
+    section = values.get("pipeline")
+    if not isinstance(section, Mapping) or "stages" in section:
+        return values
+    sparsity = values.get("sparsity")
+    own = sparsity.get("sparsity") if isinstance(sparsity, Mapping) else 0.0
+    arms = section.get("sparsities") or ([0.0, own] if own else [0.0])
+    stages: list[Values] = [{"name": "pretrain"}]
+    tuned = section.get("finetune")
+    tuning = renamed(tuned) if isinstance(tuned, Mapping) else {}
+    stages.append({"name": "finetune", "from": "pretrain", **tuning})
+    if isinstance(section.get("prompt"), Mapping):
+        prompt = renamed(section["prompt"])
+        stages.append({"name": "prompt", "from": prompt.pop("start", "pretrain"), **prompt})
+    if section.get("scratch", True):
+        stages.append({"name": "scratch", "run": "finetune", "once": True, "sparsity": {"sparsity": 0.0}, **tuning})
+    return {**values, "pipeline": {"arms": {"sparsity.sparsity": arms}, "stages": stages}}

@@ -1,0 +1,85 @@
+"""What a run is made from: its corpus, its tokenizer and the weights that it starts from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from sparsetrain.data import Corpus, Tokenizer
+from sparsetrain.errors import UserError
+from sparsetrain.files import sha256_of, whole_file, write_text
+from sparsetrain.reading import read_text
+from sparsetrain.runs.checkpoint import list_checkpoints
+from sparsetrain.runs.layout import CHECKPOINTS, TOKENIZER, TRAIN_IDS
+from sparsetrain.runs.recorded import read_config
+
+MAX_ID_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run is made from, kept in its directory so that the run can be used without the corpus.
+
+    Args:
+        corpus: the name of the corpus, which is a hash of its content.
+        source: see `source_key`; None for a run from scratch.
+        tokenizer: of the corpus and the model.
+        train_ids: the documents that the weights have seen, for the overlap with a task's test documents.
+    """
+
+    corpus: str
+    source: str | None
+    tokenizer: Tokenizer
+    train_ids: set[str]
+
+    @classmethod
+    def of_corpus(cls, corpus: Corpus, init_from: str | None = None) -> Origin:
+        """Return the origin of a run on ``corpus``, from scratch or from the weights of another run."""
+        seen = corpus.train_ids()
+        if init_from is not None:
+            seen |= cls.of_run(init_from).train_ids
+        return cls(corpus.directory.name, source_key(init_from), corpus.tokenizer, seen)
+
+    @classmethod
+    def of_run(cls, init_from: str) -> Origin:
+        """Return the origin of a run that starts from the weights of another and reads no corpus of its own."""
+        directory = Path(init_from)
+        corpus = str(read_config(directory).get("corpus"))
+        try:
+            seen = read_text(directory / TRAIN_IDS, MAX_ID_BYTES).split("\n")[:-1]
+        except UserError as error:
+            raise UserError(f"init_from={init_from}: {error}") from None
+        return cls(corpus, source_key(init_from), run_tokenizer(directory), set(seen))
+
+    @property
+    def facts(self) -> dict[str, str | None]:
+        """What a run records of it beside its settings."""
+        return {"corpus": self.corpus, "source": self.source}
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer and document ids beside the weights."""
+        with whole_file(directory / TOKENIZER) as temporary:
+            self.tokenizer.save(temporary)
+        write_text(directory / TRAIN_IDS, "".join(f"{name}\n" for name in sorted(self.train_ids)))
+
+
+def source_key(init_from: str | None) -> str | None:
+    """Return what identifies the weights of a run: the name of its newest checkpoint and a hash of its manifest.
+
+    Raises:
+        UserError: no run there, or one without a checkpoint.
+    """
+    if init_from is None:
+        return None
+    directory = Path(init_from)
+    if not directory.is_dir():
+        raise UserError(f"init_from={directory}: no such run directory")
+    names = list_checkpoints(directory / CHECKPOINTS)
+    if not names:
+        raise UserError(f"init_from={directory} holds no checkpoint")
+    return f"{names[-1]}-{sha256_of(directory / CHECKPOINTS / names[-1] / 'manifest.json')[:16]}"
+
+
+def run_tokenizer(directory: Path) -> Tokenizer:
+    """Return the tokenizer that a run was trained with."""
+    return Tokenizer.load(directory / TOKENIZER)

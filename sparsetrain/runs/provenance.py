@@ -1,0 +1,54 @@
+"""Where numbers come from: the commit of the source, the machine, and the command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sparsetrain
+from sparsetrain.processor import cpuinfo
+
+
+def commit() -> str | None:
+    """Return the git commit of the source tree that the package is imported from, with ``+`` if it was changed."""
+    root = Path(sparsetrain.__file__).parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        head = _git(root, "rev-parse", "HEAD")
+        return head + ("+" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the numbers were measured on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "sparsetrain": sparsetrain.__version__,
+    }
+
+
+def _processor() -> str:
+    return f"{cpuinfo().get('model name', platform.machine())}, {os.cpu_count()} cores"
+
+
+def command_line() -> str:
+    """Return the command that started this process, as a person would type it."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

@@ -1,0 +1,88 @@
+"""``result.json``: what a run leaves behind when it is done, complete or diverged.
+
+Unknown keys are allowed, so that a newer run can be read by an older reader.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from sparsetrain.files import write_json
+from sparsetrain.reading import read_json
+from sparsetrain.runs.layout import RESULT
+from sparsetrain.shapes import Count, Fraction, Range
+
+MAX_BYTES = 16 << 20
+
+
+class Masks(TypedDict):
+    """Masks at the end of a run; ``layers`` has the numbers of each layer."""
+
+    rule: NotRequired[str]
+    layers: NotRequired[dict[str, dict[str, float | None]]]
+
+
+class Result(TypedDict):
+    """``result.json`` of a stage; losses in nats, null where a run diverged before there was one."""
+
+    stage: NotRequired[str]
+    status: NotRequired[str]
+    message: NotRequired[str | None]
+    parameterization: NotRequired[str | None]
+    sparsity: NotRequired[Fraction | None]
+    density: NotRequired[Fraction | None]
+    lr: NotRequired[float | None]
+    seed: NotRequired[int | None]
+    steps: NotRequired[Count | None]
+    tokens: NotRequired[Count | None]
+    seconds: NotRequired[Annotated[float, Range(0)] | None]
+    loss_first: NotRequired[float | None]
+    loss_last: NotRequired[float | None]
+    bits_per_byte: NotRequired[float | None]
+    task: NotRequired[str | None]
+    n_test: NotRequired[Count | None]
+    accuracy: NotRequired[Fraction | None]
+    ci95: NotRequired[list[float] | None]
+    macro_f1: NotRequired[Fraction | None]
+    majority: NotRequired[Fraction | None]
+    flops: NotRequired[dict[str, float] | None]
+    masks: NotRequired[Masks | None]
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """Return the content of a ``result.json``.
+
+    Raises:
+        UserError: no such file, or one that holds something else; the message names the file and the field.
+    """
+    result: dict[str, Any] = read_json(path, Result, max_bytes=MAX_BYTES)
+    return result
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a stage leaves behind: its directory and the content of its ``result.json``."""
+
+    directory: Path
+    values: dict[str, Any]
+
+    @property
+    def complete(self) -> bool:
+        return self.values.get("status") == "complete"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.values[key]
+
+
+def finished(directory: Path) -> RunResult | None:
+    """Return the result of a run that ended, or None."""
+    path = directory / RESULT
+    return RunResult(directory, load_result(path)) if path.exists() else None
+
+
+def finish(directory: Path, values: dict[str, Any]) -> RunResult:
+    """Write ``result.json``, after which the run counts as done."""
+    write_json(directory / RESULT, values)
+    return RunResult(directory, values)
