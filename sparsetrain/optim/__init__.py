@@ -1,6 +1,24 @@
-"""Learning-rate schedules, and the laws that relate them to batch size and weight decay."""
+"""How long a run is and in which phases, its optimizer, and how the learning rate moves."""
 
+from sparsetrain.optim.budget import LENGTHS, Budget, BudgetConfig, Phase, PhaseConfig
 from sparsetrain.optim.optimizer import OptimizerConfig, build_optimizer
+from sparsetrain.optim.run_schedule import RunSchedule
 from sparsetrain.optim.schedule import SCHEDULES, Schedule, ScheduleConfig
+from sparsetrain.optim.segments import SEGMENTS, SegmentConfig, segment
 
-__all__ = ["SCHEDULES", "OptimizerConfig", "Schedule", "ScheduleConfig", "build_optimizer"]
+__all__ = [
+    "LENGTHS",
+    "SCHEDULES",
+    "SEGMENTS",
+    "Budget",
+    "BudgetConfig",
+    "OptimizerConfig",
+    "Phase",
+    "PhaseConfig",
+    "RunSchedule",
+    "Schedule",
+    "ScheduleConfig",
+    "SegmentConfig",
+    "build_optimizer",
+    "segment",
+]

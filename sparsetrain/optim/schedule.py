@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the update number.
+"""Learning-rate schedules as pure functions of the update number, composed of the segments of `segments`.
 
 The convention, for T updates of which w are warmup, with t = 0 .. T-1 the number of the update:
 
@@ -13,80 +13,73 @@ update is spent at rate zero. Likewise the last update of a 10x decay is one ste
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.optim.segments import SEGMENTS, SegmentConfig
 
-
-# A curve maps (final, remaining) to the factor, with remaining = 1 - f = (T - t) / (T - w): in this form linear to
-# zero is exact to the last bit, and every curve is exactly 1 at the peak.
-def _linear(final: float, remaining: float) -> float:
-    return final + (1.0 - final) * remaining
-
-
-def _cosine(final: float, remaining: float) -> float:
-    return final + (1.0 - final) * 0.5 * (1.0 - math.cos(math.pi * remaining))
-
-
-def _constant(final: float, remaining: float) -> float:
-    return 1.0
+WARMUP = 0.1  # share of all updates, where nothing else is said
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """How a named schedule decays: its curve, where it ends by default, and whether the user may move the end."""
+    """What a named schedule does after its warmup, where that ends by default, and whether the user may move it."""
 
-    curve: Callable[[float, float], float]
+    segment: str
     final: float
     final_is_free: bool
 
 
 _SHAPES = {
-    "linear_to_zero": _Shape(_linear, 0.0, final_is_free=False),
-    "linear_10x": _Shape(_linear, 0.1, final_is_free=True),
-    "cosine": _Shape(_cosine, 0.1, final_is_free=True),
-    "constant": _Shape(_constant, 1.0, final_is_free=False),
+    "linear_to_zero": _Shape("linear", 0.0, final_is_free=False),
+    "linear_10x": _Shape("linear", 0.1, final_is_free=True),
+    "cosine": _Shape("cosine", 0.1, final_is_free=True),
+    "constant": _Shape("constant", 1.0, final_is_free=False),
 }
 
 SCHEDULES = tuple(_SHAPES)
-"""The names that `ScheduleConfig` accepts."""
+"""The names that `ScheduleConfig` accepts without ``segments``."""
 
 
 @dataclass
 class ScheduleConfig:
-    """How long to train and how the learning rate moves meanwhile.
+    """How the learning rate moves while a model is trained.
+
+    A schedule is either one of `SCHEDULES`, a warmup and one decay, or whatever its ``segments`` are.
 
     Args:
         name: one of `SCHEDULES`. ``linear_to_zero`` (D2Z), ``linear_10x`` (to a tenth of the peak, or to
-            ``final``), ``cosine`` (to ``final``, a tenth by default), ``constant`` (after the warmup).
-        steps: number of optimizer updates. At most one of ``steps`` and ``tokens`` may be set.
-        tokens: number of training tokens; `total_steps` turns it into updates.
-        warmup: fraction of all updates that warm up linearly, in [0, 1), rounded to the nearest update.
+            ``final``), ``cosine`` (to ``final``, a tenth by default), ``constant`` (after the warmup). Beside
+            ``segments`` it is any name, for reports.
+        warmup: fraction of all updates that warm up linearly, in [0, 1), rounded to the nearest update; null is 0.1.
         warmup_steps: number of warmup updates; takes the place of ``warmup``.
         final: the rate that the decay heads for, as a fraction of the peak, in [0, 1]; for ``linear_10x`` and
             ``cosine`` only.
+        segments: the whole schedule piece by piece, each with a ``shape`` and a length as ``share`` of all updates, in
+            ``tokens`` or in ``steps``; one of them may have no length and takes the rest. Borders between segments
+            are rounded to the nearest update.
 
     Raises:
         UserError: a field is out of range, or two fields contradict each other.
     """
 
     name: str = "linear_to_zero"
-    steps: int | None = None
-    tokens: int | None = None
-    warmup: float = 0.1
+    warmup: float | None = None
     warmup_steps: int | None = None
     final: float | None = None
+    segments: list[SegmentConfig] | None = None
 
     def __post_init__(self) -> None:
+        if self.segments is not None:
+            self._check_segments(self.segments)
+            return
         check_choice("schedule.name", self.name, SCHEDULES)
-        if self.steps is not None and self.tokens is not None:
-            raise UserError(f"schedule.steps={self.steps} and schedule.tokens={self.tokens}: set only one of them")
-        for field in ("steps", "tokens"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UserError(f"schedule.{field}={value} must be at least 1")
+        if self.warmup is None:
+            self.warmup = WARMUP
         if not 0.0 <= self.warmup < 1.0:
             raise UserError(f"schedule.warmup={self.warmup} must be a fraction of the steps, at least 0 and below 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
@@ -99,23 +92,32 @@ class ScheduleConfig:
         if not 0.0 <= self.final <= 1.0:
             raise UserError(f"schedule.final={self.final} must be a fraction of the peak, between 0 and 1")
 
-    def total_steps(self, tokens_per_step: int) -> int:
-        """Return the number of updates: ``steps``, or as many as it takes to see ``tokens`` (rounded up).
+    def _check_segments(self, segments: Sequence[SegmentConfig]) -> None:
+        if not segments:
+            raise UserError("schedule.segments=[]: a schedule has at least one segment")
+        for name in ("warmup", "warmup_steps", "final"):
+            if getattr(self, name) is not None:
+                raise UserError(f"schedule.{name}={getattr(self, name)}: schedule.segments says that itself")
+        if sum(part.open for part in segments) > 1:
+            raise UserError("schedule.segments: only one segment may be without share, tokens and steps")
+        shares = sum(part.share or 0.0 for part in segments)
+        if shares > 1.0 + 1e-9:
+            raise UserError(f"schedule.segments: the shares add up to {shares:g}; they must be at most 1")
+        if all(part.share is not None for part in segments) and shares < 1.0 - 1e-9:
+            raise UserError(
+                f"schedule.segments: the shares add up to {shares:g}; they must be 1, or one segment has none"
+            )
+        if self.name in SCHEDULES:
+            self.name = "segments"
 
-        Args:
-            tokens_per_step: tokens in one update, over all devices and accumulated micro-batches.
-
-        Raises:
-            UserError: neither ``steps`` nor ``tokens`` is set.
-            ValueError: ``tokens_per_step`` is not positive.
-        """
-        if tokens_per_step < 1:
-            raise ValueError(f"tokens_per_step={tokens_per_step} must be at least 1")
-        if self.steps is not None:
-            return self.steps
-        if self.tokens is None:
-            raise UserError("the length of the training is not set: set schedule.steps or schedule.tokens")
-        return -(-self.tokens // tokens_per_step)
+    def parts(self) -> list[SegmentConfig]:
+        """Return the segments of this schedule, also of a named one."""
+        if self.segments is not None:
+            return self.segments
+        shape = _SHAPES[self.name]
+        first = SegmentConfig("warmup", 1.0, share=None if self.warmup_steps is not None else self.warmup)
+        first.steps = self.warmup_steps
+        return [first, SegmentConfig(shape.segment, shape.final if self.final is None else self.final)]
 
 
 class Schedule:
@@ -123,29 +125,42 @@ class Schedule:
 
     Args:
         config: the shape of the schedule.
-        total_steps: T, the number of updates, usually ``config.total_steps(tokens_per_step)``.
+        total_steps: T, the number of updates.
+        steps_of_tokens: the number of updates in which that many tokens are seen; for segments in tokens.
 
     Raises:
-        UserError: ``warmup_steps`` leaves no update after the warmup.
+        UserError: the segments leave no update after the warmup, or do not fill the training.
         ValueError: ``total_steps`` is not positive.
     """
 
-    def __init__(self, config: ScheduleConfig, total_steps: int) -> None:
+    def __init__(
+        self, config: ScheduleConfig, total_steps: int, steps_of_tokens: Callable[[int], float] | None = None
+    ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps} must be at least 1")
-        shape = _SHAPES[config.name]
-        self.total_steps = total_steps
-        self.final = shape.final if config.final is None else config.final
-        self._curve = shape.curve
-        if config.warmup_steps is None:
-            # Half rounds up, so that 10% of 5 updates is one; at least one update is left at or after the peak.
-            self.warmup_steps = min(math.floor(config.warmup * total_steps + 0.5), total_steps - 1)
-        elif config.warmup_steps < total_steps:
-            self.warmup_steps = config.warmup_steps
-        else:
+        if config.warmup_steps is not None and config.warmup_steps >= total_steps:
             raise UserError(
                 f"schedule.warmup_steps={config.warmup_steps} must be below the {total_steps} steps of the training"
             )
+        self.total_steps = total_steps
+        parts = config.parts()
+        self._ends = _ends(parts, total_steps, steps_of_tokens)
+        self._curves = [SEGMENTS[part.shape] for part in parts]
+        self._factors: list[tuple[float, float]] = []
+        before = 0.0 if parts[0].shape == "warmup" else 1.0
+        for index, part in enumerate(parts):
+            after = (1.0 if part.shape == "warmup" else before) if part.to is None else part.to
+            if part.shape == "constant":
+                after = before
+            self._factors.append((before, after))
+            # A segment of no update has no effect, but a first warmup of none stands for one that is over.
+            if self._length(index) > 0 or index == 0:
+                before = after
+        self.final = self._factors[-1][1] if self._length(len(parts) - 1) > 0 else before
+        self.warmup_steps = self._ends[0] if parts[0].shape == "warmup" else 0
+
+    def _length(self, index: int) -> int:
+        return self._ends[index] - (self._ends[index - 1] if index else 0)
 
     def factor(self, step: int) -> float:
         """Return what the peak learning rate is multiplied by in update number ``step`` (0-based).
@@ -157,7 +172,32 @@ class Schedule:
         """
         if step < 0:
             raise ValueError(f"step={step} must be at least 0")
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        remaining = max(self.total_steps - step, 0) / (self.total_steps - self.warmup_steps)
-        return self._curve(self.final, remaining)
+        if step >= self.total_steps:
+            return self.final
+        index = bisect.bisect_right(self._ends, step)
+        length = self._length(index)
+        return self._curves[index](step - (self._ends[index] - length), length, *self._factors[index])
+
+
+def _ends(
+    parts: Sequence[SegmentConfig], total_steps: int, steps_of_tokens: Callable[[int], float] | None
+) -> list[int]:
+    """Return the number of updates at the end of each segment; borders round to the nearest update, half up."""
+    lengths = [part.exact_steps(total_steps, steps_of_tokens) for part in parts]
+    left = total_steps - sum(lengths)
+    opened = [index for index, part in enumerate(parts) if part.open]
+    if opened:
+        if left < -0.5:
+            raise UserError(f"schedule.segments take {sum(lengths):.6g} steps together; the training has {total_steps}")
+        lengths[opened[0]] = max(0.0, left)
+    elif abs(left) > 0.5:
+        raise UserError(
+            f"schedule.segments take {sum(lengths):.6g} steps together; the training has {total_steps}: leave out the "
+            "length of one of them"
+        )
+    ends = [min(math.floor(total + 0.5), total_steps) for total in accumulate(lengths)]
+    # The last segment has an update at or after the peak, however short the training is.
+    last = len(parts) - 1
+    ends[:last] = [min(end, total_steps - 1) for end in ends[:last]] if parts[last].open else ends[:last]
+    ends[last] = total_steps
+    return ends

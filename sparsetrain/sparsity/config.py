@@ -38,14 +38,15 @@ class SparsityGroup:
 
 @dataclass
 class Phase:
-    """From the fraction ``at`` of training on, the sparsity is ``sparsity``."""
+    """From the fraction ``at`` of training on, the sparsity is ``sparsity``; training begins with one at 0."""
 
     at: float
     sparsity: float
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity, "sparsity.evolution.phases: sparsity")
-        _check_fraction("phases: at", self.at, low=0.0, high=1.0, open_ends=True)
+        if isinstance(self.at, bool) or not 0.0 <= self.at < 1.0:
+            raise UserError(f"sparsity.evolution.phases: at={self.at} must lie in [0, 1)")
 
 
 @dataclass

@@ -68,6 +68,10 @@ class Rule:
         """Whether masks are updated after ``step`` optimizer steps."""
         return False
 
+    def updates(self, end: int) -> Sequence[int]:
+        """Return the steps up to ``end``, itself included, after which masks are updated, in order."""
+        return [step for step in range(1, end + 1) if self.due(step)]
+
     def layer_sparsity(self, reference: float, step: int) -> float:
         """Return the sparsity after ``step`` steps of a layer that is allocated ``reference``."""
         return reference
@@ -95,6 +99,9 @@ class Static(Rule):
     The one rule under which SμPar (arXiv 2405.15743) claims that hyperparameters transfer across sparsity.
     """
 
+    def updates(self, end: int) -> Sequence[int]:
+        return ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Periodic(Rule):
@@ -117,6 +124,10 @@ class _Periodic(Rule):
         return (
             step > 0 and step % self.every == 0 and self.start <= step < (math.inf if self.stop is None else self.stop)
         )
+
+    def updates(self, end: int) -> Sequence[int]:
+        last = end if self.stop is None else min(end, self.stop - 1)
+        return range(max(1, -(-self.start // self.every)) * self.every, last + 1, self.every)
 
     def check(self, total_steps: int) -> None:
         if self.stop is not None and self.stop > total_steps:
@@ -246,6 +257,11 @@ class GMP(_Periodic):
         inside = step > 0 and self.start <= step <= self.stop
         return inside and ((step - self.start) % self.every == 0 or step == self.stop)
 
+    def updates(self, end: int) -> Sequence[int]:
+        assert self.stop is not None
+        regular = [step for step in range(self.start, min(end, self.stop) + 1, self.every) if step > 0]
+        return regular if not self.start <= self.stop <= end or self.stop in regular[-1:] else [*regular, self.stop]
+
     def layer_sparsity(self, reference: float, step: int) -> float:
         assert self.stop is not None
         if step >= self.stop:
@@ -274,7 +290,9 @@ class VariableSparsity(Rule):
     within one run.
 
     Args:
-        sparsity: at the start. phases: ``(step, sparsity)`` pairs in order; from that step on the sparsity holds.
+        sparsity: at the start, and what layers are allocated their own by.
+        phases: ``(step, sparsity)`` pairs in order; from that step on the sparsity holds. One at step 0 is what the
+            training begins with, in place of ``sparsity``: so masks may begin dense.
         grow: ``random`` or ``gradient``. grown_moments: as in `SET`.
     """
 
@@ -290,7 +308,7 @@ class VariableSparsity(Rule):
             raise self._refuse(f"sparsity={self.sparsity} at the start must be above 0")
         if not self.phases:
             raise self._refuse("phases=(): at least one (step, sparsity) is needed")
-        before = 0
+        before = -1
         for step, sparsity in self.phases:
             if step <= before:
                 raise self._refuse(f"phases: step {step} must be above {before}")
@@ -304,7 +322,10 @@ class VariableSparsity(Rule):
         return self.grow
 
     def due(self, step: int) -> bool:
-        return any(step == at for at, _ in self.phases)
+        return step > 0 and any(step == at for at, _ in self.phases)
+
+    def updates(self, end: int) -> Sequence[int]:
+        return [at for at, _ in self.phases if 0 < at <= end]
 
     def layer_sparsity(self, reference: float, step: int) -> float:
         assert self.sparsity is not None

@@ -13,7 +13,6 @@ from sparsetrain.sparsity.config import EVOLVING, SparsityConfig
 from sparsetrain.sparsity.evolution import Rule, Static
 from sparsetrain.sparsity.exploration import Exploration
 from sparsetrain.sparsity.linear import SparseLinear
-from sparsetrain.sparsity.pattern import SparsityPattern
 from sparsetrain.sparsity.select import Slices, bands
 from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
 from sparsetrain.sparsity.summary import warn_of_dense
@@ -111,7 +110,7 @@ def manage_layers(
         found = "no layer is sparse" if plan is None else f"the plan (sparsity={plan.sparsity}) makes no layer sparse"
         raise UserError(f"MaskManager with {rule.name}: {found}; give the rule a sparsity above 0")
     patterns = {name: new[name] if name in new else sparse[name].pattern for name in plans}
-    _check_evolution(plans, patterns, rule)
+    _check_evolution(plans, {name: pattern.block for name, pattern in patterns.items()}, rule)
     parts = {}
     for name, layer in plans.items():
         pattern = patterns[name]
@@ -167,7 +166,21 @@ def _check_density(name: str, layer: SparseLinear, plan: LayerPlan, rule: Rule) 
         )
 
 
-def _check_evolution(plans: Mapping[str, LayerPlan], patterns: Mapping[str, SparsityPattern], rule: Rule) -> None:
+def check_planned_evolution(shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, rule: Rule) -> None:
+    """Raise `UserError` if a rule could not evolve the masks of a plan, as `MaskManager` would, without a model.
+
+    Args:
+        shapes: (out_features, in_features) by name of every linear layer.
+    """
+    plans = plan_layers(shapes, plan)
+    whole = {
+        name: all(size % block == 0 for size, block in zip(shapes[name], layer.spec.block, strict=True))
+        for name, layer in plans.items()
+    }
+    _check_evolution(plans, {name: layer.spec.block if whole[name] else (1, 1) for name, layer in plans.items()}, rule)
+
+
+def _check_evolution(plans: Mapping[str, LayerPlan], blocks: Mapping[str, tuple[int, int]], rule: Rule) -> None:
     if isinstance(rule, Static):
         return
     for name, plan in plans.items():
@@ -176,7 +189,7 @@ def _check_evolution(plans: Mapping[str, LayerPlan], patterns: Mapping[str, Spar
                 f"layer '{name}': pattern={plan.spec.name!r} would not outlast the first update of {rule.name}; masks "
                 f"that evolve start as one of {', '.join(EVOLVING)}"
             )
-        if patterns[name].block != plan.spec.block:
+        if blocks[name] != plan.spec.block:
             raise UserError(
                 f"layer '{name}': block {plan.spec.block[0]}x{plan.spec.block[1]} does not divide it, and {rule.name} "
                 "moves whole blocks"

@@ -149,8 +149,11 @@ def plan_layers(
     evolution, layers = plan.evolution, {}
     for name, density in allocate_densities(shapes, plan, kept=kept).items():
         if density < 1.0:
-            # Gradual pruning begins less sparse than what it is allocated, usually dense.
-            start = max(density, 1.0 - evolution.initial_sparsity) if evolution.rule == "gmp" else density
+            start = density
+            if evolution.rule == "gmp":  # begins less sparse than what it is allocated, usually dense
+                start = max(density, 1.0 - evolution.initial_sparsity)
+            elif evolution.rule == "vspdf" and evolution.phases[0].at == 0.0:
+                start = 1.0 - (1.0 - density) * evolution.phases[0].sparsity / plan.sparsity
             group = groups[name]
             layers[name] = LayerPlan(density, start, plan.spec(group.pattern if group is not None else None))
     return layers

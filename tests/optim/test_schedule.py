@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
-from sparsetrain.optim import SCHEDULES, Schedule, ScheduleConfig
+from sparsetrain.optim import SCHEDULES, SEGMENTS, Schedule, ScheduleConfig, SegmentConfig, segment
 
 # T = 10 updates, w = 2 of them warmup: f = (t - 2) / 8.
 TABLE = {
@@ -137,25 +137,21 @@ def test_warmup_fraction_rounds_to_the_nearest_update(total_steps: int, warmup: 
     assert Schedule(ScheduleConfig(warmup=warmup), total_steps).warmup_steps == expected
 
 
-@pytest.mark.parametrize(("tokens", "per_step", "expected"), [(1000, 100, 10), (1001, 100, 11), (1, 100, 1)])
-def test_tokens_become_steps_rounded_up(tokens: int, per_step: int, expected: int) -> None:
-    assert ScheduleConfig(tokens=tokens).total_steps(per_step) == expected
-    assert ScheduleConfig(steps=7).total_steps(per_step) == 7
-
-
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"name": "cosin"}, "schedule.name='cosin' .*did you mean 'cosine'"),
-        ({"steps": 3, "tokens": 4}, "schedule.steps=3 and schedule.tokens=4"),
-        ({"steps": 0}, "schedule.steps=0 must be at least 1"),
-        ({"tokens": -5}, "schedule.tokens=-5 must be at least 1"),
         ({"warmup": 1.0}, "schedule.warmup=1.0"),
         ({"warmup": math.nan}, "schedule.warmup=nan"),
         ({"warmup_steps": -1}, "schedule.warmup_steps=-1"),
         ({"name": "cosine", "final": 1.5}, "schedule.final=1.5"),
         ({"name": "cosine", "final": math.nan}, "schedule.final=nan"),
         ({"final": 0.1}, "schedule.final=0.1 has no meaning for linear_to_zero; it is for linear_10x, cosine"),
+        ({"segments": []}, r"schedule.segments=\[\]: a schedule has at least one"),
+        ({"segments": [SegmentConfig("linear")], "warmup": 0.1}, "schedule.warmup=0.1: schedule.segments says that"),
+        ({"segments": [SegmentConfig("linear"), SegmentConfig("cosine")]}, "only one segment may be without"),
+        ({"segments": [SegmentConfig("linear", share=0.6), SegmentConfig("cosine", share=0.5)]}, "add up to 1.1"),
+        ({"segments": [SegmentConfig("linear", share=0.6)]}, "add up to 0.6; they must be 1"),
     ],
 )
 def test_a_bad_field_is_named_in_one_line(fields: dict[str, object], message: str) -> None:
@@ -165,13 +161,53 @@ def test_a_bad_field_is_named_in_one_line(fields: dict[str, object], message: st
 
 
 def test_a_length_that_cannot_be_is_refused() -> None:
-    with pytest.raises(UserError, match=r"schedule.steps or schedule.tokens"):
-        ScheduleConfig().total_steps(10)
     with pytest.raises(UserError, match=r"schedule.warmup_steps=10 must be below the 10 steps"):
         Schedule(ScheduleConfig(warmup_steps=10), 10)
-    with pytest.raises(ValueError, match="tokens_per_step=0"):
-        ScheduleConfig(steps=1).total_steps(0)
     with pytest.raises(ValueError, match="total_steps=0"):
         Schedule(ScheduleConfig(), 0)
     with pytest.raises(ValueError, match="step=-1"):
         Schedule(ScheduleConfig(), 10).factor(-1)
+    with pytest.raises(UserError, match=r"segments take 12 steps together; the training has 10"):
+        Schedule(ScheduleConfig(segments=[SegmentConfig("warmup", steps=12), SegmentConfig("linear", 0.0)]), 10)
+    with pytest.raises(UserError, match=r"tokens=5: how many tokens a step has is not known"):
+        Schedule(ScheduleConfig(segments=[SegmentConfig("warmup", tokens=5), SegmentConfig("linear", 0.0)]), 10)
+    for fields, said in (
+        ({"share": 2.0}, "share=2.0"),
+        ({"to": -1.0}, "to=-1.0"),
+        ({"steps": 1, "tokens": 1}, "only one"),
+    ):
+        with pytest.raises(UserError, match=said):
+            SegmentConfig("linear", **fields)  # type: ignore[arg-type]
+
+
+def test_segments_follow_one_another() -> None:
+    # Warmup, stable, decay; the second is written in tokens, of which an update has 100.
+    parts = [
+        SegmentConfig("warmup", share=0.2),
+        SegmentConfig("constant", tokens=400),
+        SegmentConfig("linear", 0.5, share=0.2),
+        SegmentConfig("cosine", 0.0),
+    ]
+    schedule = Schedule(ScheduleConfig(segments=parts), 10, lambda tokens: tokens / 100)
+    found = [schedule.factor(step) for step in range(11)]
+    assert found == pytest.approx([0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_a_named_schedule_is_its_segments() -> None:
+    for name in SCHEDULES:
+        config = ScheduleConfig(name=name, warmup=0.13)
+        assert factors(ScheduleConfig(segments=config.parts()), 97) == factors(config, 97)
+
+
+def test_a_new_shape_is_one_function() -> None:
+    @segment("toy")
+    def toy(i: int, n: int, start: float, to: float) -> float:
+        return start + (to - start) * (i / n) ** 2
+
+    try:
+        config = ScheduleConfig(segments=[SegmentConfig("warmup", share=0.5), SegmentConfig("toy", 0.0)])
+        assert factors(config, 8) == [0.25, 0.5, 0.75, 1, 1, 1 - 1 / 16, 1 - 4 / 16, 1 - 9 / 16]
+        with pytest.raises(ValueError, match="'toy' is there already"):
+            segment("toy")(toy)
+    finally:
+        del SEGMENTS["toy"]

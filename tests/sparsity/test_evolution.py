@@ -153,7 +153,7 @@ def test_fractions_of_training_become_steps() -> None:
         (lambda: EvolutionConfig(rule="vspdf"), r"phases=\[\]: rule=vspdf needs at least one phase"),
         (lambda: EvolutionConfig(phases=[Phase(0.5, 0.5)]), "rule=static has no phases"),
         (lambda: EvolutionConfig(rule="vspdf", phases=[Phase(0.5, 0.5), Phase(0.5, 0.1)]), "fractions must increase"),
-        (lambda: Phase(1.0, 0.5), r"phases: at=1.0 must lie in \(0, 1\)"),
+        (lambda: Phase(1.0, 0.5), r"phases: at=1.0 must lie in \[0, 1\)"),
         (lambda: EvolutionConfig(grown_scale=math.nan), "grown_scale=nan"),
         (lambda: EvolutionConfig(grown_moments="none"), "sparsity.evolution.grown_moments='none' is not one of"),
         (

@@ -1,0 +1,377 @@
+"""How long a run is, and its batch size, context and density over that time: one owner, which everything else asks.
+
+A budget has phases, one after the other; a run that names none has a single one. How the length becomes steps:
+
+* Each phase has an exact length in steps, which need not be whole: its share of the budget's tokens (of a budget in
+  epochs: its share of the passes over the data) divided by what one of its steps takes.
+* The lengths are added up. A border between two phases is rounded to the nearest step, half up; the end is rounded up
+  for a budget in tokens, so that no token is missing, to the nearest step for one in epochs, and is exact for one in
+  steps. A budget in FLOPs is the largest number of steps that it pays for.
+* Every phase has at least one step; one that is too short for it is refused.
+
+Steps are counted from 0: the phase of the update that follows ``step`` updates is `Budget.at` (step).
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+
+from sparsetrain.errors import UserError
+from sparsetrain.optim.schedule import ScheduleConfig
+
+LENGTHS = ("steps", "tokens", "epochs", "flops")
+"""The keys of ``budget`` that say how long a run is; exactly one of them holds."""
+
+_SHARES = 1e-9  # what shares that add up to 1 may be off
+_ROUNDING = 1e-12  # relative, of a length that is whole but for rounding
+_LONGEST = 1 << 32  # steps of a run whose length is said in FLOPs
+
+
+@dataclass
+class PhaseConfig:
+    """A part of a run. What it leaves out is as in a run without phases.
+
+    Args:
+        share: of the budget's tokens, above 0; the shares of all phases add up to 1. tokens: in place of shares, the
+            length of this phase; it is rounded to the nearest step.
+        context: tokens a sequence has. batch_size: sequences per optimizer step.
+        density: of the sparse layers, in (0, 1]; takes the place of 1 - ``sparsity.sparsity``. A falling density drops
+            the smallest magnitudes, a rising one grows weights as ``sparsity.evolution.grow`` says.
+        schedule: a schedule of this phase alone, over its own steps; null goes on with the run's.
+
+    Raises:
+        UserError: a field out of range, both lengths or neither.
+    """
+
+    share: float | None = None
+    tokens: int | None = None
+    context: int | None = None
+    batch_size: int | None = None
+    density: float | None = None
+    schedule: ScheduleConfig | None = None
+
+    def __post_init__(self) -> None:
+        where = "budget.phases"
+        if (self.share is None) == (self.tokens is None):
+            said = "neither" if self.share is None else f"share={self.share} and tokens={self.tokens}"
+            raise UserError(f"{where}: a phase needs exactly one of share and tokens, not {said}")
+        if self.share is not None and not 0.0 < self.share <= 1.0:
+            raise UserError(f"{where}: share={self.share} must lie in (0, 1]")
+        for name in ("tokens", "context", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{where}: {name}={value} must be at least 1")
+        if self.density is not None and not 0.0 < self.density <= 1.0:
+            raise UserError(f"{where}: density={self.density} must lie in (0, 1]")
+
+
+@dataclass
+class BudgetConfig:
+    """How long to train, and on how much at a time.
+
+    Args:
+        steps: number of optimizer updates. tokens: number of training tokens; the number of steps is rounded up.
+        epochs: passes over the training examples. flops: of pre-training: training FLOPs by the formula, the masks and
+            the context of each step counted as they are then. Exactly one of the four says how long the run is; where
+            none is set, the verb has a number of epochs of its own.
+        batch_size: sequences per optimizer step.
+        phases: parts of the run that differ in context, batch size, density or schedule; null for a run that stays the
+            same throughout. Phases that all have ``tokens`` say themselves how long the run is.
+
+    Raises:
+        UserError: a field out of range, two lengths, or shares that do not add up to 1.
+    """
+
+    steps: int | None = None
+    tokens: int | None = None
+    epochs: float | None = None
+    flops: float | None = None
+    batch_size: int = 32
+    phases: list[PhaseConfig] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(given) > 1:
+            said = " and ".join(f"budget.{name}={getattr(self, name)}" for name in given)
+            raise UserError(f"{said}: a run has one length; give only one of {', '.join(LENGTHS)}")
+        for name in ("steps", "tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"budget.{name}={value} must be at least 1")
+        for name in ("epochs", "flops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"budget.{name}={value} must be above 0 and finite")
+        if self.batch_size < 1:
+            raise UserError(f"budget.batch_size={self.batch_size} must be at least 1")
+        if self.phases is not None:
+            self._check_phases(self.phases)
+
+    def _check_phases(self, phases: Sequence[PhaseConfig]) -> None:
+        if not phases:
+            raise UserError("budget.phases=[]: a run has at least one phase; leave phases out for a single one")
+        shares = [phase.share for phase in phases if phase.share is not None]
+        if 0 < len(shares) < len(phases):
+            raise UserError("budget.phases: give every phase a share, or every phase tokens")
+        if shares and abs(sum(shares) - 1.0) > _SHARES:
+            raise UserError(f"budget.phases: the shares {shares} add up to {sum(shares):.10g}; they must add up to 1")
+        if not shares:
+            total = sum(phase.tokens or 0 for phase in phases)
+            said = self.length
+            if said is not None and (said != "tokens" or self.tokens != total):
+                raise UserError(
+                    f"budget.{said}={getattr(self, said)}: the phases have {total} tokens together, which is the "
+                    "length of the run"
+                )
+
+    @property
+    def length(self) -> str | None:
+        """Which of `LENGTHS` is set."""
+        return next((name for name in LENGTHS if getattr(self, name) is not None), None)
+
+    @property
+    def open(self) -> bool:
+        """Whether nothing says how long the run is."""
+        return self.length is None and not (self.phases is not None and self.phases[0].tokens is not None)
+
+    def with_epochs(self, epochs: float) -> BudgetConfig:
+        """Return this budget, of so many epochs if nothing else says how long it is."""
+        return replace(self, epochs=epochs) if self.open else self
+
+    @property
+    def densities(self) -> list[float | None]:
+        """The density of each phase, None where a phase does not name one."""
+        return [phase.density for phase in self.phases or []]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a run whose length in steps is known.
+
+    Args:
+        index: from 0 on. first_step, end_step: number of updates before it and with it.
+        context: tokens a sequence has, at most. batch_size: sequences per update.
+        density: of the sparse layers; None for what the sparsity section says.
+        schedule: of this phase alone, or None.
+        stream: which stream of samples it reads; phases of one context that follow each other share one.
+        first_sample: samples of that stream that were read before it. first_token: tokens of the run before it, where
+            every sequence has ``context`` tokens.
+    """
+
+    index: int
+    first_step: int
+    end_step: int
+    context: int
+    batch_size: int
+    density: float | None = None
+    schedule: ScheduleConfig | None = None
+    stream: int = 0
+    first_sample: int = 0
+    first_token: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.end_step - self.first_step
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch_size * self.context
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole phase, where every sequence has ``context`` tokens."""
+        return self.steps * self.tokens_per_step
+
+
+SamplesPerEpoch = Callable[[int], int]
+"""Returns the number of samples of a pass over the data, for a context."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The phases of a run in steps, and what follows from them for each step."""
+
+    phases: tuple[Phase, ...]
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ends", tuple(phase.end_step for phase in self.phases))
+
+    @classmethod
+    def of(
+        cls,
+        config: BudgetConfig,
+        context: int,
+        samples_per_epoch: SamplesPerEpoch | None = None,
+        flops: Callable[[Budget], float] | None = None,
+    ) -> Budget:
+        """Return the budget of a configuration.
+
+        Args:
+            context: ``data.context``, for phases without one of their own.
+            samples_per_epoch: for a budget in epochs.
+            flops: the training FLOPs of a budget, for one in FLOPs; it grows with the number of steps.
+
+        Raises:
+            UserError: no length, a phase shorter than a step, FLOPs that do not pay for one step, or a length in a unit
+                that this kind of run does not have.
+        """
+        if config.open:
+            raise UserError(f"run length is not set: give one of {', '.join(f'budget.{name}' for name in LENGTHS)}")
+        if config.flops is not None:
+            return cls._of_flops(config, context, flops)
+        parts = _parts(config, context)
+        lengths = _exact_lengths(config, parts, samples_per_epoch)
+        total = sum(lengths)
+        if config.steps is not None:
+            steps = config.steps
+        elif config.epochs is not None:
+            steps = max(1, round(total))
+        elif config.tokens is not None and len(parts) == 1:
+            steps = -(-config.tokens // (parts[0][1] * parts[0][2]))  # without the rounding of a division
+        elif parts[0][0].tokens is not None:
+            steps = max(1, math.floor(total + 0.5))
+        else:
+            steps = max(1, math.ceil(total - _ROUNDING * max(1.0, total)))
+        return cls(_phases(parts, lengths, steps))
+
+    @classmethod
+    def _of_flops(cls, config: BudgetConfig, context: int, flops: Callable[[Budget], float] | None) -> Budget:
+        """Return the largest budget whose FLOPs stay within ``config.flops``; they grow with every step."""
+        assert config.flops is not None
+        if flops is None:
+            raise UserError(
+                f"budget.flops={config.flops:g} is the length of a pre-training; set budget.epochs or budget.steps here"
+            )
+        limit, least = config.flops, len(config.phases or [None])
+
+        def budget(steps: int) -> Budget:
+            return cls.of(replace(config, flops=None, steps=steps), context)
+
+        def pays_for(steps: int) -> bool:
+            try:
+                whole = budget(steps)
+            except UserError:  # too few steps for all phases
+                return True
+            return flops(whole) <= limit
+
+        low, high = 0, least
+        while pays_for(high):
+            low, high = high, 2 * high
+            if high > _LONGEST:
+                raise UserError(f"budget.flops={limit:g} pays for more than {low:,} steps of this model")
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if pays_for(middle) else (low, middle)
+        if low < least:
+            raise UserError(
+                f"budget.flops={limit:g} does not pay for one step of this model ({flops(budget(least)):.3g} FLOPs)"
+            )
+        return budget(low)
+
+    @property
+    def total_steps(self) -> int:
+        return self.phases[-1].end_step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole run, where every sequence has its context's number of tokens."""
+        return sum(phase.tokens for phase in self.phases)
+
+    def at(self, step: int) -> Phase:
+        """Return the phase of the update that follows ``step`` updates; after the last one, the last phase."""
+        return self.phases[min(bisect.bisect_right(self._ends, step), len(self.phases) - 1)]
+
+    def before(self, step: int) -> Phase:
+        """Return the phase of the update that led to ``step``: the first one before any."""
+        return self.at(max(0, step - 1))
+
+    def starts(self, step: int) -> bool:
+        """Whether a phase other than the first begins after ``step`` updates."""
+        return step in self._ends[:-1]
+
+    def samples_at(self, step: int) -> tuple[int, int]:
+        """Return the stream of samples that the update after ``step`` updates reads, and its first sample there."""
+        phase = self.at(step)
+        return phase.stream, phase.first_sample + (step - phase.first_step) * phase.batch_size
+
+    def tokens_at(self, step: int) -> int:
+        """Return the tokens of the first ``step`` updates, where every sequence has its context's number of tokens."""
+        phase = self.at(step)
+        return phase.first_token + (step - phase.first_step) * phase.tokens_per_step
+
+    def steps_of_tokens(self, tokens: float) -> float:
+        """Return the number of updates, not rounded, in which the first ``tokens`` tokens are seen."""
+        phase = next((phase for phase in self.phases if phase.first_token + phase.tokens >= tokens), self.phases[-1])
+        return phase.first_step + (tokens - phase.first_token) / phase.tokens_per_step
+
+    @property
+    def contexts(self) -> list[int]:
+        """The context of each stream of samples."""
+        return list({phase.stream: phase.context for phase in self.phases}.values())
+
+    @property
+    def largest(self) -> Phase:
+        """The phase whose step has the most tokens."""
+        return max(self.phases, key=lambda phase: phase.tokens_per_step)
+
+
+_Part = tuple[PhaseConfig, int, int]  # a phase with its context and batch size
+
+
+def _parts(config: BudgetConfig, context: int) -> list[_Part]:
+    phases = config.phases if config.phases is not None else [PhaseConfig(share=1.0)]
+    return [(phase, phase.context or context, phase.batch_size or config.batch_size) for phase in phases]
+
+
+def _exact_lengths(
+    config: BudgetConfig, parts: Sequence[_Part], samples_per_epoch: SamplesPerEpoch | None
+) -> list[float]:
+    """Return the length of each phase in steps, not rounded."""
+    if config.steps is not None:
+        # The tokens that the steps have together follow from the shares of those tokens.
+        steps_per_token = [(phase.share or 0.0) / (context * batch) for phase, context, batch in parts]
+        return [config.steps * part / sum(steps_per_token) for part in steps_per_token]
+    if config.epochs is not None:
+        if samples_per_epoch is None:
+            raise UserError(f"budget.epochs={config.epochs}: how many samples an epoch has is not known here")
+        return [
+            (phase.share or 0.0) * (config.epochs * samples_per_epoch(context) / batch)
+            for phase, context, batch in parts
+        ]
+    lengths = []
+    for phase, context, batch in parts:
+        tokens = phase.tokens if phase.tokens is not None else (phase.share or 0.0) * (config.tokens or 0)
+        lengths.append(tokens / (context * batch))
+    return lengths
+
+
+def _phases(parts: Sequence[_Part], lengths: Sequence[float], steps: int) -> tuple[Phase, ...]:
+    ends = [min(math.floor(total + 0.5), steps) for total in accumulate(lengths)]
+    ends[-1] = steps
+    phases: list[Phase] = []
+    for (config, context, batch), end in zip(parts, ends, strict=True):
+        before = phases[-1] if phases else None
+        first = before.end_step if before is not None else 0
+        if end <= first:
+            said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
+            raise UserError(
+                f"budget.phases[{len(phases)}]: {said} of a run of {steps} steps is shorter than one step "
+                f"({context * batch} tokens)"
+            )
+        goes_on = before is not None and before.context == context
+        phases.append(
+            Phase(
+                *(len(phases), first, end, context, batch, config.density, config.schedule),
+                stream=0 if before is None else before.stream + (not goes_on),
+                first_sample=before.first_sample + before.steps * before.batch_size
+                if before is not None and goes_on
+                else 0,
+                first_token=0 if before is None else before.first_token + before.tokens,
+            )
+        )
+    return tuple(phases)
