@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain import seeds
 from sparsetrain.data import Batch
 from sparsetrain.errors import NotFiniteError, UserError
-from sparsetrain.optim.schedule import Schedule
+from sparsetrain.optim.run_schedule import RunSchedule
 from sparsetrain.runs.checkpoint import (
     JSON,
     Checkpoint,
@@ -31,10 +31,10 @@ from sparsetrain.runs.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from sparsetrain.runs.metrics import MetricsLog
+from sparsetrain.runs.layout import CHECKPOINTS
 from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, Static
-from sparsetrain.training.progress import ProgressBar
+from sparsetrain.training.observers import Clock, Evaluated, Observer, RunStart, StepDone
 from sparsetrain.training.state import Diverged, Interrupted, LoopConfig, TrainState, stop_requests
 
 MASK_HISTORY = "mask_history/"  # begins the names of a mask manager's tensors in a checkpoint
@@ -53,38 +53,40 @@ class Trainer:
     """Runs one stage to its last step, from its newest checkpoint if there is one.
 
     Args:
-        module: holds every parameter and buffer that a checkpoint must carry.
-        loss: maps a batch on the device to the mean cross-entropy of its targets in nats.
-        samples: the training data.
+        module: called with a batch's ``inputs`` (tokens, targets, and slots where there are any), it returns the mean
+            cross-entropy of the targets in nats; it holds every parameter and buffer that a checkpoint must carry.
+        samples: the training data, one for each stream of the budget.
         optimizer: its groups carry ``initial_lr``, the peak of each.
-        schedule: the factor of the peak learning rate at each step.
+        schedule: the factor of the peak learning rate at each step; its ``budget`` says how many steps there are, and
+            the batch size and the samples of each.
         config: settings of the loop. clip: largest gradient norm, 0 for none.
         seed: of dropout.
-        directory: the run's; ``checkpoints/`` and ``metrics.jsonl`` go there.
-        evaluate: called before the first step, every ``eval_every`` steps and after the last one (``final``); returns
-            numbers for the metrics.
-        flops_per_token: of training, after a number of steps, for the progress line and the metrics.
-        base_lr: the peak learning rate before the parameterization, for the progress line and the metrics.
+        directory: the run's; ``checkpoints/`` goes there.
+        evaluate: called with the steps that are done and whether they are all: before the first step, every
+            ``eval_every`` steps and after the last one; returns numbers for the observers.
+        flops_per_token: of training, after a number of steps, for the observers.
+        base_lr: the peak learning rate before the parameterization, likewise.
         autocast: dtype of the autocast region, or None.
+        observers: told of every step and evaluation; their state is part of every checkpoint.
         masks: changes the masks of sparse layers after a step, and is part of every checkpoint.
     """
 
     module: nn.Module
-    loss: Callable[[Batch], Tensor]
-    samples: Samples
+    samples: Sequence[Samples]
     optimizer: torch.optim.Optimizer
-    schedule: Schedule
+    schedule: RunSchedule
     config: LoopConfig
     clip: float
     seed: int
     device: torch.device
     directory: Path
-    evaluate: Callable[[bool], Mapping[str, float]]
-    flops_per_token: float | Callable[[int], float]
+    evaluate: Callable[[int, bool], Mapping[str, float]]
+    flops_per_token: Callable[[int], float]
     base_lr: float
     autocast: torch.dtype | None
     title: str
     console: Console
+    observers: Sequence[Observer] = ()
     masks: MaskManager | None = None
 
     def run(self) -> TrainState:
@@ -99,44 +101,26 @@ class Trainer:
             self.masks.attach(self.optimizer)
         state = self._resume()
         total = self.schedule.total_steps
-        metrics = MetricsLog(self.directory / "metrics.jsonl", state.step if state.step else -1)
-        started = time.monotonic() - state.seconds
+        clock = Clock(state.seconds)
         self.module.train()
         try:
-            with stop_requests() as stop, ProgressBar(self.title, total, self.console) as bar:
+            with stop_requests() as stop:
+                for observer in self.observers:
+                    observer.start(RunStart(self.title, self.directory, state.step, total, self.module, state.seconds))
                 if state.step == 0:
-                    metrics.write(step=0, tokens=0, **self._evaluate(state, False), **self._layers())
+                    self._evaluate(state, False)
                 while state.step < total:
-                    before = time.monotonic()
-                    tokens = state.tokens_seen
-                    per_token = self._flops_per_token(state.step)
-                    loss, norm, lr, watched = self._step(state)
-                    elapsed = time.monotonic() - before
+                    done = self._step(state, clock)
+                    for observer in self.observers:
+                        observer.step(done)
+                    self.optimizer.zero_grad(set_to_none=True)
                     last = state.step == total
-                    speed = (state.tokens_seen - tokens) / elapsed
-                    flops = speed * per_token
-                    bar.update(state.step, loss, lr, speed, flops, self._evolution(watched))
-                    if watched is not None:
-                        metrics.write(
-                            step=state.step,
-                            tokens=state.tokens_seen,
-                            loss=loss,
-                            lr=lr,
-                            grad_norm=norm,
-                            tokens_per_second=speed,
-                            flops_per_second=flops,
-                            seconds=time.monotonic() - started,
-                            **watched,
-                        )
                     if self._due(self.config.eval_every, state.step, last):
-                        metrics.write(
-                            step=state.step, tokens=state.tokens_seen, **self._evaluate(state, last), **self._layers()
-                        )
+                        self._evaluate(state, last)
                         self.module.train()
                     stopping = stop.signal_number is not None
                     if stopping or self._due(self.config.checkpoint_every, state.step, last):
-                        state.seconds = time.monotonic() - started
-                        metrics.sync()
+                        state.seconds = clock.seconds()
                         self._save(state)
                     if stopping:
                         break
@@ -148,57 +132,40 @@ class Trainer:
                         stop.signal_number,
                     )
         finally:
-            metrics.close()
+            for observer in self.observers:
+                observer.close()
         return state
 
     @staticmethod
     def _due(every: int, step: int, last: bool) -> bool:
         return last or (every > 0 and step % every == 0)
 
-    def _flops_per_token(self, step: int) -> float:
-        return self.flops_per_token(step) if callable(self.flops_per_token) else self.flops_per_token
-
-    @property
-    def _evolves(self) -> bool:
-        return self.masks is not None and not isinstance(self.masks.rule, Static)
-
-    def _evolution(self, watched: Mapping[str, float] | None) -> str:
-        """Return what the progress line says about masks that change."""
-        if not watched or not self._evolves:
-            return ""
-        return (
-            f"density {watched['density']:.3g} (target {watched['target_density']:.3g})  "
-            f"R_s {watched['itop_rate']:.2f}  overlap {watched['mask_overlap']:.2f}"
-        )
-
     def _layers(self) -> dict[str, Any]:
-        """Return the state of the masks, and of each layer's, for the metrics; nothing where they stay as they are."""
-        if self.masks is None or not self._evolves:
+        """Return the state of masks that change, and of each layer's, for the observers."""
+        if self.masks is None or isinstance(self.masks.rule, Static):
             return {}
         return {**self.masks.watch(), "layers": {layer.name: layer.numbers() for layer in self.masks.report()}}
 
-    def _step(self, state: TrainState) -> tuple[float, float, float, dict[str, float] | None]:
-        """Do one optimizer step and update the masks if they are due.
-
-        Returns:
-            The mean loss of the batch, the gradient norm before clipping, the base learning rate, and if this step is
-            logged what there is to know about masks.
-        """
+    def _step(self, state: TrainState, clock: Clock) -> StepDone:
+        """Do one optimizer step, update the masks if they are due, and return what there is to know about it."""
+        before = time.monotonic()
+        phase, per_token = self.schedule.budget.at(state.step), self.flops_per_token(state.step)
         factor = self.schedule.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         # Dropout is a function of (seed, step), not of a generator that a checkpoint would have to carry.
         torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
-        micro = self.config.batch_size // self.config.accumulation
+        micro = phase.batch_size // self.config.accumulation
+        stream, first = self.schedule.budget.samples_at(state.step)
         batches = [
-            self.samples.batch(state.samples_seen + index * micro, micro) for index in range(self.config.accumulation)
+            self.samples[stream].batch(first + index * micro, micro) for index in range(self.config.accumulation)
         ]
         targets = [int((batch.targets >= 0).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, targets, strict=True):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 # Weighted by targets, so that accumulation does not change the mean.
-                part = self.loss(batch.to(self.device)) * (count / sum(targets))
+                part = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
             with self._ranking(factor):  # RigL's dense gradients are ranked inside the backward pass
                 part.backward()
             total += part.detach()
@@ -212,13 +179,27 @@ class Trainer:
         if self.masks is not None:
             with self._ranking(factor):
                 self.masks.step(self.optimizer)
-        watched: dict[str, float] | None = None
-        if state.step == 1 or self._due(self.config.log_every, state.step, state.step == self.schedule.total_steps):
-            watched = {} if self.masks is None else self.masks.watch()
-        self.optimizer.zero_grad(set_to_none=True)
-        state.samples_seen += self.config.batch_size
-        state.tokens_seen += sum(batch.tokens.numel() for batch in batches)
-        return loss, norm, self.base_lr * factor, watched
+        logged = state.step == 1 or self._due(
+            self.config.log_every, state.step, state.step == self.schedule.total_steps
+        )
+        watched = self.masks.watch() if logged and self.masks is not None else {}
+        state.samples_seen += phase.batch_size
+        tokens = sum(batch.tokens.numel() for batch in batches)
+        state.tokens_seen += tokens
+        speed = tokens / (time.monotonic() - before)
+        return StepDone(
+            step=state.step,
+            tokens=state.tokens_seen,
+            loss=loss,
+            grad_norm=norm,
+            lr=self.base_lr * factor,
+            tokens_per_second=speed,
+            flops_per_second=speed * per_token,
+            seconds=clock.seconds(),
+            phase=phase,
+            logged=logged,
+            masks=watched,
+        )
 
     @contextmanager
     def _ranking(self, factor: float) -> Iterator[None]:
@@ -228,20 +209,22 @@ class Trainer:
         except NotFiniteError as error:
             raise Diverged(self._diagnosis(str(error), factor)) from None
 
-    def _evaluate(self, state: TrainState, final: bool) -> Mapping[str, float]:
-        """Return the numbers of `evaluate`; a model that can only be trained, not evaluated, has diverged."""
-        numbers = self.evaluate(final)
+    def _evaluate(self, state: TrainState, final: bool) -> None:
+        """Tell the observers the numbers of `evaluate`; a model that cannot be evaluated has diverged."""
+        numbers = self.evaluate(state.step, final)
         broken = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
             raise Diverged(self._diagnosis(f"{broken[0]} after step {state.step}", self._factor_before(state.step)))
-        return numbers
+        found = Evaluated(state.step, state.tokens_seen, numbers, final, self._layers())
+        for observer in self.observers:
+            observer.evaluation(found)
 
     def _factor_before(self, step: int) -> float:
         """Return the schedule's factor in the update that led to ``step``."""
         return self.schedule.factor(max(0, step - 1))
 
     def _diagnosis(self, what: str, factor: float) -> str:
-        saved = list_checkpoints(self.directory / "checkpoints")
+        saved = list_checkpoints(self.directory / CHECKPOINTS)
         return (
             f"{self.title}: {what}; "
             f"last good checkpoint: {saved[-1] if saved else 'none'}; "
@@ -268,6 +251,9 @@ class Trainer:
                 raise Diverged(self._diagnosis(what, self._factor_before(state.step)))
         optimizer = optimizer_tensors(self.optimizer, self._trained())
         document: dict[str, JSON] = {**asdict(state), "setup": self._setup()}
+        watching = {observer.name: kept for observer in self.observers if (kept := observer.state())}
+        if watching:
+            document["observers"] = dict(watching)
         if self.masks is not None:
             document["masks"], history = self.masks.state()
             # Beside the optimizer's state: what a run needs to go on, and whoever starts from its weights does not.
@@ -275,7 +261,7 @@ class Trainer:
                 tensors=optimizer.tensors | {f"{MASK_HISTORY}{name}": bits for name, bits in history.items()}
             )
         save_checkpoint(
-            self.directory / "checkpoints",
+            self.directory / CHECKPOINTS,
             state.step,
             self.module.state_dict(),
             optimizer,
@@ -284,7 +270,7 @@ class Trainer:
         )
 
     def _resume(self) -> TrainState:
-        directory = self.directory / "checkpoints"
+        directory = self.directory / CHECKPOINTS
         if not list_checkpoints(directory):
             return TrainState()
         stored = load_checkpoint(directory, on_refused=self._warn)
@@ -293,6 +279,11 @@ class Trainer:
         say(self.console, f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
         state = dict(stored.state)
         self._resume_masks(state.pop("masks", None), stored)
+        watching = state.pop("observers", {})
+        assert isinstance(watching, dict)
+        for observer in self.observers:
+            if observer.name in watching:
+                observer.restore(watching[observer.name])  # type: ignore[arg-type]
         before = state.pop("setup", None)
         if before != self._setup():
             say(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import signal
 from collections.abc import Iterator
@@ -20,23 +19,17 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 @dataclass
 class LoopConfig:
-    """Settings of the training loop.
+    """Settings of the training loop; how long it runs and on how much at a time is the budget's.
 
     Args:
-        batch_size: sequences per optimizer step. accumulation: micro-batches into which they are split.
-        epochs: length of the run in passes over its examples, when the schedule names neither steps nor tokens.
-        flops: of pre-training, in place of epochs: length of the run in training FLOPs by the formula, the masks of
-            each step counted as they are then.
+        accumulation: micro-batches into which the sequences of an optimizer step are split.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
         log_every, eval_every, checkpoint_every: in steps; 0 leaves only the last one (and, for evaluation, the first).
         eval_sequences: sequences of held-out text, or examples, per evaluation on the way.
         keep_last: checkpoints that stay on the disk.
     """
 
-    batch_size: int = 32
     accumulation: int = 1
-    epochs: float | None = None
-    flops: float | None = None
     precision: str = "auto"
     log_every: int = 10
     eval_every: int = 100
@@ -45,19 +38,13 @@ class LoopConfig:
     keep_last: int = 2
 
     def __post_init__(self) -> None:
-        check_choice("stage.precision", self.precision, PRECISIONS)
-        for name in ("batch_size", "accumulation", "keep_last", "eval_sequences"):
+        check_choice("loop.precision", self.precision, PRECISIONS)
+        for name in ("accumulation", "keep_last", "eval_sequences"):
             if getattr(self, name) < 1:
-                raise UserError(f"stage.{name}={getattr(self, name)} must be at least 1")
+                raise UserError(f"loop.{name}={getattr(self, name)} must be at least 1")
         for name in ("log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
-                raise UserError(f"stage.{name}={getattr(self, name)} must be at least 0")
-        if self.epochs is not None and not 0 < self.epochs < math.inf:
-            raise UserError(f"stage.epochs={self.epochs} must be above 0 and finite")
-        if self.flops is not None and not 0 < self.flops < math.inf:
-            raise UserError(f"stage.flops={self.flops} must be above 0 and finite")
-        if self.batch_size % self.accumulation:
-            raise UserError(f"stage.batch_size={self.batch_size} is not divisible by accumulation={self.accumulation}")
+                raise UserError(f"loop.{name}={getattr(self, name)} must be at least 0")
 
 
 @dataclass
@@ -135,7 +122,7 @@ def resolve_precision(name: str, device: torch.device) -> tuple[torch.dtype | No
         return torch.bfloat16, "bf16 autocast: this GPU computes in bf16"
     if device.type == "cuda":
         return None, "fp32: this GPU does not compute in bf16"
-    return None, "fp32: the reference on a CPU; stage.precision=bf16 uses autocast"
+    return None, "fp32: the reference on a CPU; loop.precision=bf16 uses autocast"
 
 
 def peak_rss_bytes() -> int:

@@ -18,43 +18,51 @@ from rich.console import Console
 from runs import assert_same_run, on_loss, records, send, tensors
 
 from sparsetrain.data import Batch, PackedSamples
+from sparsetrain.errors import UserError
 from sparsetrain.runs.checkpoint import list_checkpoints
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import as_plain
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]
+Trained = Callable[..., Path]
+
+DROPOUT = {"model.dropout": 0.1}
 
 
-def test_same_seed_gives_the_same_metrics_and_weights(configure: Configure, tmp_path: Path, screen: Console) -> None:
-    changes = {"model.dropout": 0.1}
-    for name in ("one", "other"):
-        pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / name), screen)
-    assert_same_run(tmp_path / "one", tmp_path / "other")
-    seen = records(tmp_path / "one")
+def test_same_seed_gives_the_same_metrics_and_weights(
+    configure: Configure, trained: Trained, tmp_path: Path, screen: Console
+) -> None:
+    pretrain(configure(PretrainConfig, DROPOUT, run_dir=tmp_path / "again"), screen)
+    assert_same_run(trained(DROPOUT), tmp_path / "again")
+    seen = records(tmp_path / "again")
     assert [record["step"] for record in seen if "loss" in record] == list(range(1, 13))
     assert [record["step"] for record in seen if "val_loss" in record] == [0, 6, 12]
     assert seen[-2]["tokens"] == 12 * 4 * 64
-    pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "next", seed=1), screen)
+    pretrain(configure(PretrainConfig, DROPOUT, run_dir=tmp_path / "next", seed=1), screen)
     assert records(tmp_path / "next") != seen
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resume_is_bitwise(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+    configure: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    screen: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
 ) -> None:
-    changes = {"model.dropout": 0.1}
-    pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "whole"), screen)
+    config = configure(PretrainConfig, DROPOUT, run_dir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         on_loss(patch, 7, send(number))
         with pytest.raises(Interrupted, match=r"stopped after step 7 of 12, saved in .*; the same command") as caught:
-            pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "cut"), screen)
+            pretrain(config, screen)
     assert caught.value.exit_code == 128 + number
     assert list_checkpoints(tmp_path / "cut" / "checkpoints")[-1] == "step-00000007"
     assert not (tmp_path / "cut" / "result.json").exists()
-    assert pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "cut"), screen).complete
+    assert pretrain(config, screen).complete
     assert "resuming after step 7 of 12" in screen.file.getvalue()  # type: ignore[attr-defined]
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(trained(DROPOUT), tmp_path / "cut")
 
 
 def test_a_signal_in_the_last_step_stops_too(
@@ -69,7 +77,8 @@ def test_a_signal_in_the_last_step_stops_too(
 
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure, tmp_path: Path) -> None:
-    changes = {"schedule.steps": 40, "stage.checkpoint_every": 4, "model.dropout": 0.1, "model.n_layers": 1}
+    changes = {"budget.steps": 20, "loop.checkpoint_every": 3, "model.dropout": 0.1, "model.n_layers": 1}
+    changes |= {"model.d_model": 16, "data.context": 32}
     settings = as_plain(configure(PretrainConfig, changes))
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     script = Path(__file__).with_name("killed_runs.py")
@@ -87,11 +96,10 @@ def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure
 
 @pytest.mark.parametrize("accumulation", [2, 4])
 def test_accumulation_does_not_change_the_step(
-    configure: Configure, tmp_path: Path, screen: Console, accumulation: int
+    configure: Configure, trained: Trained, tmp_path: Path, screen: Console, accumulation: int
 ) -> None:
-    for name, parts in (("whole", 1), ("parts", accumulation)):
-        pretrain(configure(PretrainConfig, {"stage.accumulation": parts}, run_dir=tmp_path / name), screen)
-    one, other = records(tmp_path / "whole"), records(tmp_path / "parts")
+    pretrain(configure(PretrainConfig, {"loop.accumulation": accumulation}, run_dir=tmp_path / "parts"), screen)
+    one, other = records(trained()), records(tmp_path / "parts")
     assert [record["step"] for record in one] == [record["step"] for record in other]
     for first, second in zip(one, other, strict=True):
         assert second == pytest.approx(first, rel=2e-4)
@@ -111,9 +119,17 @@ def test_accumulation_weighs_micro_batches_by_their_targets(
 
     monkeypatch.setattr(PackedSamples, "batch", uneven)
     for name, parts in (("whole", 1), ("parts", 2)):
-        pretrain(configure(PretrainConfig, {"stage.accumulation": parts}, run_dir=tmp_path / name), screen)
+        pretrain(configure(PretrainConfig, {"loop.accumulation": parts}, run_dir=tmp_path / name), screen)
     for first, second in zip(records(tmp_path / "whole"), records(tmp_path / "parts"), strict=True):
         assert second == pytest.approx(first, rel=2e-4)
+
+
+@pytest.mark.parametrize("phases", [None, [{"share": 0.5, "batch_size": 4}, {"share": 0.5}]])
+def test_a_batch_that_cannot_be_split_is_named(configure: Configure, phases: list[dict[str, Any]] | None) -> None:
+    changes = {"budget.batch_size": 3 if phases else 4, "budget.phases": phases, "loop.accumulation": 3}
+    name = r"budget\.phases\[0\]\.batch_size" if phases else r"budget\.batch_size"
+    with pytest.raises(UserError, match=rf"^{name}=4 is not divisible by loop\.accumulation=3$"):
+        configure(PretrainConfig, changes)
 
 
 def test_clipping_bounds_the_update_and_zero_switches_it_off(
@@ -132,14 +148,11 @@ def test_clipping_bounds_the_update_and_zero_switches_it_off(
 
 
 def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(
-    configure: Configure, tmp_path: Path, screen: Console
+    configure: Configure, trained: Trained, tmp_path: Path, screen: Console
 ) -> None:
-    for precision in ("fp32", "bf16"):
-        result = pretrain(
-            configure(PretrainConfig, {"stage.precision": precision}, run_dir=tmp_path / precision), screen
-        )
-        assert result["precision"].startswith(precision)
-    one, other = records(tmp_path / "fp32"), records(tmp_path / "bf16")
+    result = pretrain(configure(PretrainConfig, {"loop.precision": "bf16"}, run_dir=tmp_path / "bf16"), screen)
+    assert result["precision"].startswith("bf16")
+    one, other = records(trained({"loop.precision": "fp32"})), records(tmp_path / "bf16")
     assert one != other
     assert other[-1]["val_loss"] == pytest.approx(one[-1]["val_loss"], abs=0.05)
     kept = tensors(tmp_path / "bf16")
@@ -150,7 +163,7 @@ def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(
 def test_training_runs_and_resumes_on_every_device(
     configure: Configure, tmp_path: Path, screen: Console, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configure(PretrainConfig, {"stage.precision": "fp32"}, run_dir=tmp_path / "run", device=device.type)
+    config = configure(PretrainConfig, {"loop.precision": "fp32"}, run_dir=tmp_path / "run", device=device.type)
     with monkeypatch.context() as patch:
         on_loss(patch, 6, send(signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -161,7 +174,7 @@ def test_training_runs_and_resumes_on_every_device(
 def test_progress_lines_are_about_ten_and_name_everything(
     configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
-    pretrain(configure(PretrainConfig, {"schedule.steps": 30}, run_dir=tmp_path / "run"), screen)
+    pretrain(configure(PretrainConfig, {"budget.steps": 30}, run_dir=tmp_path / "run"), screen)
     lines = [line for line in screen.file.getvalue().splitlines() if "tok/s" in line]  # type: ignore[attr-defined]
     assert 10 <= len(lines) <= 11
     for part in ("30/30", "loss ", "lr ", "tok/s", "GFLOP/s", "ETA 0s"):

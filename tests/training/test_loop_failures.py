@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
@@ -18,6 +17,7 @@ from rich.console import Console
 from runs import assert_same_run, on_loss, records, send, tensors
 
 from sparsetrain import files
+from sparsetrain.data import prepare
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.runs import checkpoint
@@ -27,6 +27,7 @@ from sparsetrain.training.loop import load_weights
 from sparsetrain.training.state import Diverged, Interrupted
 
 Configure = Callable[..., Any]
+Trained = Callable[..., Path]
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_the_checkpoint_and_causes(
@@ -50,7 +51,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_checkpoint_and_causes
 
 
 def test_an_update_that_breaks_the_weights_is_not_saved(configure: Configure, tmp_path: Path, screen: Console) -> None:
-    changes = {"optimizer.lr": 3e38, "optimizer.clip": 0.0, "stage.checkpoint_every": 1, "schedule.warmup": 0.0}
+    changes = {"optimizer.lr": 3e38, "optimizer.clip": 0.0, "loop.checkpoint_every": 1, "schedule.warmup": 0.0}
     with pytest.raises(Diverged, match="after step 1; last good checkpoint: none"):
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
@@ -61,8 +62,8 @@ def test_a_model_that_cannot_be_evaluated_has_diverged(configure: Configure, tmp
         "optimizer.lr": 1e25,
         "optimizer.clip": 0.0,
         "schedule.warmup": 0.0,
-        "schedule.steps": 1,
-        "stage.checkpoint_every": 0,
+        "budget.steps": 1,
+        "loop.checkpoint_every": 0,
     }
     with pytest.raises(Diverged, match="val_loss nan after step 1"):
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
@@ -85,7 +86,7 @@ def test_a_rule_that_can_rank_no_more_ends_like_static_masks(
     rule: str, lr: float, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
     """Weights or gradients that are not finite are divergence under every rule; the run and its result stay."""
-    changes = {"optimizer.lr": lr, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "stage.eval_every": 0}
+    changes = {"optimizer.lr": lr, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "loop.eval_every": 0}
     changes |= {"sparsity": {"sparsity": 0.75, "evolution": RANKING[rule]}}  # type: ignore[dict-item]
     with pytest.raises(Diverged, match=r"not finite|nan|inf"):
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
@@ -96,9 +97,8 @@ def test_a_rule_that_can_rank_no_more_ends_like_static_masks(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, trained: Trained, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "whole"), screen)
     with monkeypatch.context() as patch:
         on_loss(patch, 9, send(signal.SIGTERM))
         with pytest.raises(Interrupted):
@@ -113,7 +113,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "warning: checkpoint step-00000009 refused: " in shown
     assert "resuming after step 8 of 12" in shown
-    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    assert_same_run(trained(), tmp_path / "cut")
 
 
 def test_all_checkpoints_damaged_is_an_error_and_nothing_is_lost(
@@ -132,9 +132,8 @@ def test_all_checkpoints_damaged_is_an_error_and_nothing_is_lost(
 
 
 def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
-    configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+    configure: Configure, trained: Trained, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(configure(PretrainConfig, run_dir=tmp_path / "whole"), screen)
     true_save = checkpoint.safetensors.torch.save_file
 
     def full(content: Any, path: Path) -> None:
@@ -147,7 +146,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_later(
         with pytest.raises(UserError, match=r"step-00000008 could not be saved .*No space left.* free some space"):
             pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
     pretrain(configure(PretrainConfig, run_dir=tmp_path / "run"), screen)
-    assert_same_run(tmp_path / "whole", tmp_path / "run")
+    assert_same_run(trained(), tmp_path / "run")
 
 
 def test_a_full_disk_at_the_start_leaves_nothing(
@@ -159,7 +158,7 @@ def test_a_full_disk_at_the_start_leaves_nothing(
         if "tokenizer" in path.name:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    pretrain(dataclasses.replace(config, run_dir=str(tmp_path / "first")), screen)  # builds the corpus
+    prepare(config.data, progress=False)
     monkeypatch.setattr(files, "flush", full)
     with pytest.raises(UserError, match=r"no space left on .*deep/run"):
         pretrain(config, screen)
