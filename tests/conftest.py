@@ -102,8 +102,10 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test its own cache and one thread, so that tests can run side by side."""
+    """Give each test its own cache and one thread, so that tests can run side by side, and do not wait for the disk."""
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
+    # A test cannot pull the plug. `os.fstat` refuses what is no open file too; the order of calls has tests of its own.
+    monkeypatch.setattr(os, "fsync", os.fstat)
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
@@ -220,15 +222,15 @@ def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 Configure = Callable[..., Any]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def configure(notes: Path, questions: Path) -> Configure:
-    """Return the configuration of a tiny run: ``configure(PretrainConfig, {"schedule.steps": 5}, run_dir=...)``."""
+    """Return the configuration of a tiny run: ``configure(PretrainConfig, {"budget.steps": 5}, run_dir=...)``."""
     from sparsetrain.stages.config import build
 
     run = {
         "optimizer": {"lr": 4e-3},
-        "schedule": {"steps": 12},
-        "stage": {"batch_size": 4, "log_every": 1, "eval_every": 6, "eval_sequences": 4, "checkpoint_every": 4},
+        "budget": {"steps": 12, "batch_size": 4},
+        "loop": {"log_every": 1, "eval_every": 6, "eval_sequences": 4, "checkpoint_every": 4},
     }
     common = {
         "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 64},
@@ -238,23 +240,60 @@ def configure(notes: Path, questions: Path) -> Configure:
         **run,
     }
     task = {"task": {"name": "pubmedqa", "path": str(questions)}}
-    sections = {"finetune": run, "prompt": {**run, "n_tokens": 3}}
+    pipeline = {
+        "arms": {"sparsity.sparsity": [0.0, 0.75]},
+        "stages": [
+            {"name": "pretrain"},
+            {"name": "finetune", "from": "pretrain", **run},
+            {"name": "prompt", "from": "pretrain", "train": "both", "n_tokens": 3, **run},
+            {"name": "scratch", "run": "finetune", "once": True, "sparsity": {"sparsity": 0.0}, **run},
+        ],
+    }
 
     def make(kind: type, changes: dict[str, Any] | None = None, **top: Any) -> Any:
         values: dict[str, Any] = copy.deepcopy(common)
         if kind.__name__ != "PretrainConfig":
             values |= copy.deepcopy(task)
         if kind.__name__ == "PipelineConfig":
-            values["pipeline"] = copy.deepcopy(sections)
+            values["pipeline"] = copy.deepcopy(pipeline)
         for path, value in (changes or {}).items():
             *parents, name = path.split(".")
-            section = values
+            section: Any = values
             for parent in parents:
-                section = section[parent]
+                named = isinstance(section, list)  # the stages of a pipeline
+                section = (
+                    next(entry for entry in section if entry["name"] == parent)
+                    if named
+                    else section.setdefault(parent, {})
+                )
             section[name] = value
         return build(kind, values | {key: str(v) if isinstance(v, Path) else v for key, v in top.items()})
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Return the directory of a finished pre-training with some changes, made once for all tests that only read it.
+
+    What is written into it, other tests would find: copy it before.
+    """
+    from sparsetrain.stages import PretrainConfig, pretrain
+
+    home = tmp_path_factory.mktemp("trained")
+    done: dict[str, Path] = {}
+
+    def train(changes: dict[str, Any] | None = None) -> Path:
+        name = json.dumps(changes or {}, sort_keys=True)
+        if name not in done:
+            directory = home / f"run-{len(done)}"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("SPARSETRAIN_CACHE", str(home / "cache"))
+                pretrain(configure(PretrainConfig, changes, run_dir=directory), Console(file=io.StringIO()))
+            done[name] = directory
+        return done[name]
+
+    return train
 
 
 @pytest.fixture

@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import csv
-import fcntl
-import hashlib
 import io
-import json
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +18,25 @@ from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError
-from sparsetrain.files import clear_leftovers, file_errors, whole_file, write_json, write_text
-from sparsetrain.report.bench import BENCH, FORMAT, load_bench, print_bench, rows_of, summarise
+from sparsetrain.files import whole_file, write_json, write_text
+from sparsetrain.report.bench import FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
 from sparsetrain.report.text import duration
+from sparsetrain.runs.claim import locked
+from sparsetrain.runs.identity import digest, value_differences
+from sparsetrain.runs.layout import BENCH
+from sparsetrain.runs.provenance import commit
+from sparsetrain.runs.recorded import Recorded
 from sparsetrain.screen import plain, say
 from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
-from sparsetrain.stages.run import commit
 
-FIGURE, TABLE, LOCK = "bench.png", "results.csv", ".lock"
+FIGURE, TABLE = "bench.png", "results.csv"
 
 # What a cell depends on beside its own key: cells of different settings are not put side by side.
 _FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed", "gpt")
-# Of the section gpt, and of the whole, what only says which cells there are.
+# Of the section gpt, what only says which cells there are.
 _LISTS = ("backends",)
+_INCIDENTAL = ("run_dir", "runs_dir", "max_seconds", "force")
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
             another machine.
     """
     console = console or Console()
-    directory = Path(config.run_dir) if config.run_dir else Path(config.runs_dir) / _name(config)
+    directory = Path(config.run_dir) if config.run_dir else _place(config)
     _check_memory(config)
-    with _claimed(directory), memory_errors("this measurement"):
+    with locked(directory), memory_errors("this measurement"):
         values = _opened(directory / BENCH, config, console)
         for name in config.peers:
             if reason := missing(name):
@@ -163,7 +163,12 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
     if not path.exists():
         return values
     before = load_bench(path)
-    changed = _differences(_fixed(plain), _fixed(before["config"])) + _differences(machine, before["machine"])
+    changed = value_differences(_fixed(plain), _fixed(before["config"]), BenchConfig, ())
+    changed += [
+        f"{key}={machine[key]} (there: {before['machine'].get(key)})"
+        for key in machine
+        if machine[key] != before["machine"].get(key)
+    ]
     if changed:
         raise UserError(
             f"run_dir={path.parent} holds measurements of another setting or machine: {'; '.join(changed[:3])}; "
@@ -177,19 +182,28 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
-    kept = {key: config[key] for key in _FIXED}
-    return kept | {"gpt": {key: value for key, value in config["gpt"].items() if key not in _LISTS}}
+    kept = {key: config[key] for key in _FIXED if key in config}
+    return kept | {"gpt": {key: value for key, value in config.get("gpt", {}).items() if key not in _LISTS}}
 
 
-def _differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    return [f"{key}={ours.get(key)} (there: {theirs.get(key)})" for key in ours if ours.get(key) != theirs.get(key)]
+def _place(config: BenchConfig) -> Path:
+    """Return the directory of a bench: the one that was given, or one named by what is measured.
 
-
-def _name(config: BenchConfig) -> str:
-    left_out = ("run_dir", "runs_dir", "max_seconds", "force")
-    content = {key: value for key, value in asdict(config).items() if key not in left_out}
-    digest = hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"bench-{config.what}-{digest}"
+    One that a version with other settings began under another name keeps its directory.
+    """
+    if config.run_dir:
+        return Path(config.run_dir)
+    runs_dir, prefix, values = Path(config.runs_dir), f"bench-{config.what}-", asdict(config)
+    # How many threads are the default depends on the machine, so they count always.
+    facts: dict[str, str | None] = {"threads": ",".join(map(str, config.threads))}
+    named = runs_dir / f"{prefix}{digest(Recorded('bench', BenchConfig, values, facts), _INCIDENTAL)}"
+    if not named.exists():
+        for path in sorted(runs_dir.glob(f"{prefix}*/{BENCH}")):
+            with suppress(UserError):
+                theirs = load_bench(path)["config"]
+                if theirs.get("run_dir") is None and not value_differences(values, theirs, BenchConfig, _INCIDENTAL):
+                    return path.parent
+    return named
 
 
 def _csv(values: dict[str, Any]) -> str:
@@ -203,22 +217,6 @@ def _csv(values: dict[str, Any]) -> str:
         shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()}
         writer.writerow({**shown, "commit": values["commit"]})
     return text.getvalue()
-
-
-@contextmanager
-def _claimed(directory: Path) -> Iterator[None]:
-    """Keep a second process out of a directory: two that measure at once would spoil each other's times, too."""
-    with file_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        clear_leftovers(directory)
-        yield
-    except BlockingIOError:
-        raise UserError(f"run_dir={directory} is in use by another process; wait for it or choose another") from None
-    finally:
-        os.close(lock)
 
 
 def _say(console: Console, text: str) -> None:

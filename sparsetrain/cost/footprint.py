@@ -226,8 +226,12 @@ def hidden_matrices(model: ModelConfig, plan: SparsityConfig | None, fewest: boo
     if plan is None or not plan.is_sparse:
         return Hidden(numel * layers, 0, 0, largest)
     densities = {matrix.name: _density(matrix.name, plan, fewest, numel * layers) for matrix in block}
+    # A layer that is dense only at times stores its indices all the same.
+    resized = plan.evolution.rule in ("gmp", "vspdf") and not fewest
     stored = {matrix.name: int(densities[matrix.name] * matrix.numel) for matrix in block}
-    sparse = [matrix for matrix in block if densities[matrix.name] < 1.0]
+    sparse = [
+        matrix for matrix in block if densities[matrix.name] < 1.0 or (resized and _takes_part(matrix.name, plan))
+    ]
     return Hidden(
         sum(stored.values()) * layers,
         sum(stored[matrix.name] for matrix in sparse) * layers,
@@ -244,9 +248,18 @@ def _density(name: str, plan: SparsityConfig, fewest: bool, numel: int) -> float
         times.append(plan.evolution.initial_sparsity)
     if fewest:
         return 1.0 - max(*times, own, *(group.sparsity for group in plan.groups))
-    if not matches(name, plan.include) or matches(name, plan.exclude):
+    if not _takes_part(name, plan):
         return 1.0
     for group in plan.groups:
         if fnmatchcase(name, group.match):
-            return 1.0 - group.sparsity
+            if plan.evolution.rule == "gmp":
+                return 1.0 - min(group.sparsity, plan.evolution.initial_sparsity)
+            # Where phases change the density, a layer keeps its ratio to the others.
+            return 1.0 - group.sparsity * (min(times) / own if plan.evolution.rule == "vspdf" and own else 1.0)
     return 1.0 - min(times)
+
+
+def _takes_part(name: str, plan: SparsityConfig) -> bool:
+    if not matches(name, plan.include) or matches(name, plan.exclude):
+        return False
+    return next((group.sparsity > 0.0 for group in plan.groups if fnmatchcase(name, group.match)), True)

@@ -30,18 +30,11 @@ from sparsetrain.data.corpus_manifest import (
     read_train_ids,
     write_manifest,
 )
+from sparsetrain.data.division import Division, divide
 from sparsetrain.data.hub import HubDataset
 from sparsetrain.data.medline import Medline
 from sparsetrain.data.sources import Document, LocalFiles, Source
-from sparsetrain.data.split import (
-    TEST_FRACTION,
-    VALIDATION_FRACTION,
-    Split,
-    assign,
-    check_fractions,
-    position,
-    split_of,
-)
+from sparsetrain.data.split import TEST_FRACTION, VALIDATION_FRACTION, Split, check_fractions
 from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from sparsetrain.data.tokens import TokenFile, token_dtype
 from sparsetrain.errors import UserError, check_choice
@@ -158,11 +151,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     """
     screen = console or Console()
     clear_leftovers()
-    source = _source(config)
-    given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
-    key = _key(config, source, given)
-    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-    directory = cache_directory() / "corpora" / f"{source.name}-{digest}"
+    source, given, key, directory = _place(config)
     cached = directory.is_dir()
     if not cached:
         with _Display(screen, progress) as display:
@@ -176,6 +165,25 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     if progress:
         say(screen, corpus.describe())
     return corpus
+
+
+def find_prepared(config: DataConfig) -> tuple[str, Corpus | None]:
+    """Return the name that the corpus of ``config`` has, and the corpus if the cache has it; nothing is written.
+
+    Raises:
+        UserError: as `prepare`, for a text that cannot be read.
+    """
+    directory = _place(config)[3]
+    return directory.name, open_corpus(directory) if directory.is_dir() else None
+
+
+def _place(config: DataConfig) -> tuple[Source, Tokenizer | None, dict[str, Any], Path]:
+    """Return the source, a given tokenizer, what the content depends on, and the corpus's directory, named by that."""
+    source = _source(config)
+    given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
+    key = _key(config, source, given)
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return source, given, key, cache_directory() / "corpora" / f"{source.name}-{digest}"
 
 
 def open_corpus(directory: Path) -> Corpus:
@@ -248,68 +256,7 @@ class _Display:
         return lambda share: self._bars.update(bar, total=1.0, completed=share)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The split of each document of a source, by its place in it; None where ``max_documents`` leaves it out.
-
-    ``cut`` tells that there is only one document, whose last tenth is the validation text.
-    """
-
-    splits: list[Split | None]
-    cut: bool
-    bytes: int
-
-    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
-        """Yield the documents to use with their split."""
-        for split, document in zip(self.splits, documents, strict=True):
-            if split is None:
-                continue
-            if self.cut:
-                head, tail = _cut(document.text)
-                yield "train", replace(document, text=head)
-                yield "validation", replace(document, text=tail, id=f"{document.id}#end")
-                return
-            yield split, document
-
-
-def _cut(text: str) -> tuple[str, str]:
-    """Cut one text in two at the last white space before 90 % of it."""
-    place = max(1, len(text) * 9 // 10)
-    space = max(text.rfind(mark, 1, place + 1) for mark in (" ", "\n", "\t"))
-    if space > len(text) // 2:
-        place = space
-    return text[:place], text[place:]
-
-
-def _plan(config: DataConfig, source: Source) -> _Plan:
-    ids: list[str] = []
-    sizes: list[int] = []
-    length = 0
-    for document in source.documents():
-        ids.append(document.id)
-        sizes.append(len(document.text))
-        length += len(document.text.encode())
-    if not ids:
-        where = f"path={config.path}" if config.path is not None else f"source {source.name}"
-        raise UserError(f"{where}: no text in it")
-    test = config.resolved_test_fraction
-    splits: list[Split | None] = ["test" if split_of(name, 0.0, test) == "test" else None for name in ids]
-    kept = [index for index, split in enumerate(splits) if split is None]
-    if config.max_documents is not None:
-        by_place = sorted(kept, key=lambda index: (position(ids[index], "subset"), index))
-        kept = sorted(by_place[: config.max_documents])
-    if len({ids[index] for index in kept}) == 1:
-        if sizes[kept[0]] < 2:
-            raise UserError("the corpus is one character; it needs a text to train on and one to validate on")
-        splits[kept[0]] = "train"
-        return _Plan(splits, True, length)
-    chosen = assign([ids[index] for index in kept], [sizes[index] for index in kept], config.validation_fraction, test)
-    for index, split in zip(kept, chosen, strict=True):
-        splits[index] = split
-    return _Plan(splits, False, length)
-
-
-def _tokenizer(config: DataConfig, plan: _Plan, source: Source, report: Report) -> Tokenizer:
+def _tokenizer(config: DataConfig, plan: Division, source: Source, report: Report) -> Tokenizer:
     if config.tokenizer == "bytes":
         return Tokenizer.bytes()
 
@@ -341,7 +288,7 @@ def _chunks(parts: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Spli
 
 
 def _encode(
-    directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], plan: _Plan, source: Source, report: Report
+    directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], plan: Division, source: Source, report: Report
 ) -> tuple[dict[str, dict[str, int]], int]:
     """Write the token files and ``train_ids.txt``; return the counts per split and the documents left for tests."""
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
@@ -375,7 +322,8 @@ def _build(
     key: dict[str, Any],
     display: _Display,
 ) -> None:
-    plan = _plan(config, source)
+    where = f"path={config.path}" if config.path is not None else f"source {source.name}"
+    plan = divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
     tokenizer = given or _tokenizer(config, plan, source, display.task("train tokenizer"))
     dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
     tokenizer.save(directory / _TOKENIZER)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -46,6 +48,12 @@ class Task:
         counts = Counter(example.label for example in self.train)
         best = min(counts, key=lambda label: (-counts[label], label))
         return sum(example.label == best for example in self.test) / len(self.test)
+
+    def fingerprint(self) -> str:
+        """Return 16 hexadecimal digits of the answers and of the examples with their splits, wherever they are from."""
+        splits = [[[e.id, e.source, e.label] for e in split] for split in (self.train, self.validation, self.test)]
+        text = json.dumps([self.name, self.labels, self.answers, splits])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def describe(self) -> str:
         """Return one line: the labels, how many examples, and what always giving the most frequent answer scores."""

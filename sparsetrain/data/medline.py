@@ -130,6 +130,11 @@ def _parsed_directory() -> Path:
     return cache_directory() / "medline" / f"{WHEEL.sha256[:12]}-{_LAYOUT}"
 
 
+def is_parsed() -> bool:
+    """Whether the abstracts lie parsed in the cache, so that nothing would be downloaded."""
+    return _parsed_directory().is_dir()
+
+
 def parsed(progress: Progress = lambda share: None) -> Path:
     """Return the directory with ``documents.jsonl`` and ``counts.json``; download and parse if they are not there."""
     directory = _parsed_directory()

@@ -165,6 +165,10 @@ class TaskBatches:
         size = self.examples_per_epoch
         return [self._order(index // size)[index % size] for index in range(first, first + count)]
 
+    def tokens(self, first: int, count: int) -> int:
+        """Return the number of tokens of `batch`, padding included, without making it."""
+        return count * self._rows.width(int(self._lengths[self.indices(first, count)].max()))
+
     def batch(self, first: int, count: int) -> Batch:
         """Return rows ``first`` to ``first + count - 1`` of the run; tensors are [count, T]."""
         chosen = self.indices(first, count)

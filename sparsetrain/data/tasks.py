@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sparsetrain.data import pubmedqa, section_roles
+from sparsetrain.data import medline, pubmedqa, section_roles
 from sparsetrain.data.labelled import Example, Task
 from sparsetrain.errors import UserError, check_choice
 
-__all__ = ["Example", "Task", "TaskConfig", "load_task"]
+__all__ = ["Example", "Task", "TaskConfig", "find_task", "load_task"]
 
 TASKS = ("section_roles", "pubmedqa")
 
@@ -38,6 +38,16 @@ class TaskConfig:
                 raise UserError(f"task.{field}={getattr(self, field)} is too small; the least is 1")
         if self.path is not None and self.name != "pubmedqa":
             raise UserError(f"task.path={self.path}: task {self.name} takes no path; only pubmedqa does")
+
+
+def find_task(config: TaskConfig) -> Task | None:
+    """Return the task if its data lie on this machine, else None: nothing is downloaded and nothing is written.
+
+    Raises:
+        UserError: data that are there and cannot be used, or a directory of them that is not there.
+    """
+    here = config.path is not None if config.name == "pubmedqa" else medline.is_parsed()
+    return load_task(config) if here else None
 
 
 def load_task(config: TaskConfig) -> Task:

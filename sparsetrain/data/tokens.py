@@ -42,6 +42,11 @@ class Batch:
         slots = None if self.slots is None else self.slots.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), slots)
 
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Return what a model's forward pass takes, by the names of its arguments; slots only where there are any."""
+        inputs = {"tokens": self.tokens, "targets": self.targets}
+        return inputs if self.slots is None else {**inputs, "slots": self.slots}
+
     def split(self, rows: int) -> Iterator[Batch]:
         """Yield the batch in parts of at most ``rows`` rows."""
         for start in range(0, len(self.tokens), rows):

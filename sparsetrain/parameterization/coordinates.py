@@ -276,7 +276,8 @@ class _Recorder:
 
     def _hook(self, module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         y, inputs = _first(output), self._inputs.pop(module)
-        if not self._recording or not isinstance(y, Tensor) or not y.is_floating_point():
+        # A scalar is no activation: a head that is given the targets returns the loss.
+        if not self._recording or not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim == 0:
             return
         self._note("activation", module, y)
         if y.requires_grad:

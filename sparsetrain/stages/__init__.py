@@ -1,13 +1,14 @@
 """Pre-training, fine-tuning, soft prompts, the pipeline that runs them at several sparsities, and coordinate checks."""
 
-from sparsetrain.stages.config import FinetuneConfig, PipelineConfig, PretrainConfig, PromptConfig
+from sparsetrain.runs.result import RunResult
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig
 from sparsetrain.stages.coordinates import CoordinatesConfig, coord_check
 from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.generate import GenerateConfig, generate
 from sparsetrain.stages.pipeline import pipeline
+from sparsetrain.stages.pipeline_config import PipelineConfig
 from sparsetrain.stages.pretrain import pretrain
 from sparsetrain.stages.prompt import prompt
-from sparsetrain.stages.run import RunResult
 from sparsetrain.stages.tune import TuneConfig, tune
 
 __all__ = [

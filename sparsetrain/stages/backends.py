@@ -16,10 +16,10 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import write_json
 from sparsetrain.models import Transformer
 from sparsetrain.reading import read_json
+from sparsetrain.runs.layout import BACKENDS
 from sparsetrain.sparsity import backend_names, sparse_layers
 from sparsetrain.sparsity.auto import choose
 from sparsetrain.sparsity.ops import resolve_backend
-from sparsetrain.stages.run import BACKENDS
 
 
 def settle_backends(

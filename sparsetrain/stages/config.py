@@ -1,44 +1,31 @@
-"""The configuration of a run: strict sections, checked before anything starts, and what identifies a run."""
+"""The configuration of a run: strict sections, checked before anything starts."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.models import ModelConfig
-from sparsetrain.optim import OptimizerConfig, ScheduleConfig
+from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
+from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.recorded import Recorded
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.ops import backend_names
-from sparsetrain.sparsity.spec import check_sparsity
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
-
-# What does not change the result, and so does not make another run of it.
-# What a run starts from counts by its content, `run.source_key`, not by its path.
-INCIDENTAL = (
-    *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
-    *("log_every", "checkpoint_every", "keep_last"),
-)
-
-# Settings that came after runs had been made. At these values they say what a run without them did, and so are not part
-# of what identifies it.
-LATER: dict[str, Any] = {"sparsity.evolution.grown_moments": "zero"}
 
 PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
 RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
 
 TRAINABLE = ("prompt", "both")
-PROMPT_STARTS = ("pretrain", "finetune")
 FINETUNE_MODES = ("dense", "sparse")
 PROMPT_INITS = ("words", "random")
 
@@ -58,13 +45,14 @@ class RunConfig:
         force: go on although the memory that the run needs, as estimated, is not there. ``--force`` says the same.
     """
 
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=dict, metadata={"section": ModelConfig})
     data: DataConfig = field(default_factory=DataConfig)
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     parameterization: Parameterization = field(default_factory=Parameterization)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    stage: LoopConfig = field(default_factory=LoopConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
     seed: int = 0
     data_seed: int | None = None
     init_from: str | None = None
@@ -75,7 +63,12 @@ class RunConfig:
     draw: int | None = None
     force: bool = False
 
+    EPOCHS: ClassVar[float] = 1.0
+    """How long a run is whose budget does not say it."""
+
     def __post_init__(self) -> None:
+        self.budget = self.budget.with_epochs(self.EPOCHS)
+        self._check_accumulation()
         check_choice("device", self.device, DEVICES)
         check_choice("sparsity.backend", self.sparsity.backend, backend_names())
         if self.seed < 0:
@@ -87,6 +80,19 @@ class RunConfig:
         shape = model_config(self.model, self.model.get("vocab_size") or 1)
         self.parameterization.check_width(shape.d_model, "model.d_model")
         self.parameterization.check_optimizer(self.optimizer.name)
+
+    def _check_accumulation(self) -> None:
+        phases = self.budget.phases or []
+        sizes = {
+            f"budget.phases[{index}].batch_size": phase.batch_size
+            for index, phase in enumerate(phases)
+            if phase.batch_size is not None
+        }
+        if len(sizes) < max(1, len(phases)):
+            sizes["budget.batch_size"] = self.budget.batch_size
+        for name, size in sizes.items():
+            if size % self.loop.accumulation:
+                raise UserError(f"{name}={size} is not divisible by loop.accumulation={self.loop.accumulation}")
 
     @property
     def samples_seed(self) -> int:
@@ -107,12 +113,24 @@ class FinetuneConfig(RunConfig):
             the masks.
     """
 
+    # A smaller step from a fresh optimizer.
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(batch_size=16))
     task: TaskConfig = field(default_factory=TaskConfig)
     mode: str = "dense"
+
+    EPOCHS: ClassVar[float] = 5.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, FINETUNE_MODES)
+        for index, phase in enumerate(self.budget.phases or []):
+            for name in ("context", "density"):
+                if getattr(phase, name) is not None:
+                    raise UserError(
+                        f"budget.phases[{index}].{name}={getattr(phase, name)}: on a task it stays as it is; phases "
+                        "may differ in batch_size and schedule"
+                    )
 
 
 @dataclass
@@ -132,91 +150,12 @@ class PromptConfig(FinetuneConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_prompt(self)
-
-
-@dataclass
-class FinetuneSection:
-    """Fine-tuning inside a pipeline."""
-
-    mode: str = "dense"
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    stage: LoopConfig = field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        check_choice("pipeline.finetune.mode", self.mode, FINETUNE_MODES)
-
-
-@dataclass
-class PromptSection:
-    """The soft prompt inside a pipeline; ``start`` names the stage whose model it starts from."""
-
-    start: str = "pretrain"
-    n_tokens: int = 8
-    init: str = "words"
-    words: str = "the answer to the question is"
-    train: str = "both"
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    stage: LoopConfig = field(default_factory=LoopConfig)
-
-    def __post_init__(self) -> None:
-        check_choice("pipeline.prompt.start", self.start, PROMPT_STARTS)
-        _check_prompt(self, "pipeline.prompt.")
-
-
-def _check_prompt(settings: PromptConfig | PromptSection, path: str = "") -> None:
-    check_choice(f"{path}train", settings.train, TRAINABLE)
-    check_choice(f"{path}init", settings.init, PROMPT_INITS)
-    if settings.n_tokens < 1:
-        raise UserError(f"{path}n_tokens={settings.n_tokens} must be at least 1")
-    if settings.init == "words" and not settings.words.strip():
-        raise UserError(f"{path}words={settings.words!r} is empty; init=words needs some")
-
-
-@dataclass
-class PipelineSection:
-    """Which arms and stages a pipeline has.
-
-    Args:
-        sparsities: one arm each; null for a dense arm and one of ``sparsity.sparsity``.
-        finetune, prompt: settings of the two stages; null leaves the prompt out.
-        scratch: also fine-tune a dense model from scratch, as the control.
-    """
-
-    sparsities: list[float] | None = None
-    finetune: FinetuneSection = field(default_factory=FinetuneSection)
-    prompt: PromptSection | None = field(default_factory=PromptSection)
-    scratch: bool = True
-
-
-@dataclass
-class PipelineConfig(RunConfig):
-    """Pre-train, fine-tune and soft-prompt at several sparsities, and report what that cost and saved.
-
-    The sections at the top (``optimizer``, ``schedule``, ``stage``) are those of pre-training.
-    """
-
-    task: TaskConfig = field(default_factory=TaskConfig)
-    pipeline: PipelineSection = field(default_factory=PipelineSection)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_from is not None:
-            raise UserError(f"init_from={self.init_from}: a pipeline pre-trains its own models; use finetune or prompt")
-        arms = self.arms
-        for sparsity in arms:
-            check_sparsity(sparsity, "pipeline.sparsities")
-        if not arms or len(set(arms)) != len(arms):
-            raise UserError(f"pipeline.sparsities={arms} must name at least one sparsity, and none twice")
-
-    @property
-    def arms(self) -> list[float]:
-        """The sparsity of each arm."""
-        if self.pipeline.sparsities is not None:
-            return self.pipeline.sparsities
-        return [0.0, self.sparsity.sparsity] if self.sparsity.sparsity > 0 else [0.0]
+        check_choice("train", self.train, TRAINABLE)
+        check_choice("init", self.init, PROMPT_INITS)
+        if self.n_tokens < 1:
+            raise UserError(f"n_tokens={self.n_tokens} must be at least 1")
+        if self.init == "words" and not self.words.strip():
+            raise UserError(f"words={self.words!r} is empty; init=words needs some")
 
 
 def model_config(section: Mapping[str, Any], vocab_size: int, seed: int | None = None) -> ModelConfig:
@@ -241,22 +180,6 @@ def model_config(section: Mapping[str, Any], vocab_size: int, seed: int | None =
         raise UserError(f"model: {error}") from None
 
 
-def total_steps(config: RunConfig, samples_per_epoch: int) -> int:
-    """Return the number of updates of a run: the schedule's, or as many as ``stage.epochs`` take.
-
-    Raises:
-        UserError: the configuration says neither.
-    """
-    batch = config.stage.batch_size
-    if config.schedule.steps is not None or config.schedule.tokens is not None:
-        return config.schedule.total_steps(batch * config.data.context)
-    if config.stage.flops is not None:
-        raise UserError(f"stage.flops={config.stage.flops:g} is the length of a pre-training; set stage.epochs here")
-    if config.stage.epochs is None:
-        raise UserError("how long to train is open: set schedule.steps, schedule.tokens or stage.epochs")
-    return max(1, round(config.stage.epochs * samples_per_epoch / batch))
-
-
 def as_plain(config: Any) -> dict[str, Any]:
     """Return a configuration as nested dicts of plain values, in the order of its fields.
 
@@ -269,37 +192,9 @@ def as_plain(config: Any) -> dict[str, Any]:
     return plain
 
 
-def fingerprint(config: RunConfig, corpus: str, source: str | None = None) -> str:
-    """Return eight hexadecimal digits of what the result depends on: configuration, corpus, weights to start from."""
-    content = _essential(as_plain(config))
-    content["data"] = {"corpus": corpus, "context": config.data.context, "source": source}
-    text = json.dumps([type(config).__name__, content], sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-def _essential(value: Any, path: str = "") -> Any:
-    if isinstance(value, dict):
-        return {
-            key: _essential(item, f"{path}{key}.")
-            for key, item in value.items()
-            if key not in INCIDENTAL and not (f"{path}{key}" in LATER and item == LATER[f"{path}{key}"])
-        }
-    if isinstance(value, list):
-        return [_essential(item, path) for item in value]
-    return value
-
-
-def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:
-    """Return ``"field=ours (there: theirs)"`` for every essential field in which two plain configurations differ."""
-    if isinstance(ours, dict) and isinstance(theirs, dict):
-        found = []
-        for key in [*ours, *(key for key in theirs if key not in ours)]:
-            if key not in INCIDENTAL:
-                inner = f"{path}.{key}" if path else key
-                otherwise = LATER.get(inner)
-                found += differences(ours.get(key, otherwise), theirs.get(key, otherwise), inner)
-        return found
-    return [] if ours == theirs else [f"{path}={ours} (there: {theirs})"]
+def identify(verb: str, config: RunConfig, origin: Origin, facts: Mapping[str, str | None] | None = None) -> Recorded:
+    """Return what identifies a run and is recorded in its directory; ``facts`` are those beside the origin's."""
+    return Recorded(verb, type(config), as_plain(config), {**origin.facts, **(facts or {})})
 
 
 def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -328,18 +223,25 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
         UserError: a value of another type than the hint's: the line names the setting.
     """
     arms = [hint, *getattr(hint, "__args__", ())]
-    target = next((arm for arm in arms if is_dataclass(arm)), None)
+    items = [item for arm in arms if get_origin(arm) is list for item in get_args(arm)]
+    target = next((arm for arm in (*arms, *items) if is_dataclass(arm)), None)
     if value is None and type(None) in arms:
         return None
     if target is None:
         if not _fits(value, hint):
             kind = str(getattr(hint, "__name__", hint)) if get_origin(hint) is None else str(hint)
             raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be {_KINDS.get(kind, kind)}")
+        if float in arms and int not in arms and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
         return list(value) if isinstance(value, (list, tuple)) else value
     assert isinstance(target, type)
-    listed = any(get_origin(arm) is list for arm in arms)
-    if listed and isinstance(value, (list, tuple)):
-        return [_section(target, item, path) for item in value]
+    if target in items:
+        if not isinstance(value, (list, tuple)):
+            raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be a list of sections of settings")
+        return [
+            item if isinstance(item, target) else _section(target, item, f"{path.removesuffix('.')}[{index}].")
+            for index, item in enumerate(value)
+        ]
     return _section(target, value, path)
 
 

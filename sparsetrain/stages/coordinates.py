@@ -24,15 +24,20 @@ from sparsetrain.parameterization.coordinates import LOSS, check_values, losses_
 from sparsetrain.parameterization.rules import SCHEMES
 from sparsetrain.reading import read_json_lines
 from sparsetrain.report.coordinates import coordinates_figure, coordinates_sheets
+from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.report.text import duration
+from sparsetrain.runs.claim import claimed
+from sparsetrain.runs.identity import run_place
+from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.provenance import commit, machine
+from sparsetrain.runs.result import RunResult, finish
 from sparsetrain.screen import say
 from sparsetrain.seeds import derive_seed
 from sparsetrain.shapes import AnyFloat, Count
-from sparsetrain.stages.config import RunConfig, fingerprint, model_config
+from sparsetrain.stages.config import RunConfig, identify, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors, training
-from sparsetrain.stages.pretrain import Stopwatch, build_model
-from sparsetrain.stages.run import COLUMNS, Origin, RunResult, claimed, commit, finish, machine
+from sparsetrain.stages.stage import Stopwatch, build_model
 from sparsetrain.training.state import resolve_device
 
 AXES = ("sparsity", "width", "depth")
@@ -105,9 +110,9 @@ class CheckSection:
 class CoordinatesConfig(RunConfig):
     """Check that activations and updates keep their scale over sparsity, width or depth, for several schemes.
 
-    Each point is a fresh model, trained for ``check.steps`` steps of ``stage.batch_size`` samples at the constant rate
-    ``optimizer.lr``; ``schedule`` and the other settings of ``stage`` are not used. SP is taken without the multipliers
-    alpha_in and alpha_out.
+    Each point is a fresh model, trained for ``check.steps`` steps of ``budget.batch_size`` samples at the constant
+    rate ``optimizer.lr``; ``schedule``, ``loop`` and the rest of ``budget`` are not used. SP is taken without
+    the multipliers alpha_in and alpha_out.
     """
 
     check: CheckSection = field(default_factory=CheckSection)
@@ -161,7 +166,7 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
     corpus = prepare(config.data, progress=True, console=console)
     origin = Origin.of_corpus(corpus)
     directory = _directory(config, origin)
-    with claimed(directory, config, origin) as done:
+    with claimed(directory, identify("coord-check", config, origin), origin) as done:
         if done is None:
             _check_memory(config, corpus.tokenizer.vocab_size)
         with memory_errors("this check"):
@@ -192,17 +197,17 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
 
 def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
     """Refuse a check of which any point does not fit: only all of them give a verdict."""
-    stage, context = config.stage, config.data.context
+    batch_size, context = config.budget.batch_size, config.data.context
     for value in config.check.values:
         point = config.point(value, config.seed)
         model = model_config(point.model, vocab_size)
-        whole = replace(stage, accumulation=1)
-        workload = training(point, model, whole, whole_logits=True)
+        point = replace(point, loop=replace(point.loop, accumulation=1))
+        workload = training(point, model, point.sparsity, batch_size=batch_size, context=context, whole_logits=True)
         what = (
-            f"the point {value:g} of check.values with stage.batch_size={stage.batch_size}, data.context={context}, "
+            f"the point {value:g} of check.values with budget.batch_size={batch_size}, data.context={context}, "
             f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"
         )
-        knobs = {"batch_size": "stage.batch_size", "context": "data.context"}
+        knobs = {"batch_size": "budget.batch_size", "context": "data.context"}
         if config.check.axis != "width":
             knobs["d_model"] = "model.d_model"
         if config.check.axis != "depth":
@@ -237,7 +242,8 @@ def judge(check: CheckSection, rows: Sequence[Coordinate], found: Sequence[Sprea
 def _directory(config: CoordinatesConfig, origin: Origin) -> Path:
     if config.run_dir is not None:
         return Path(config.run_dir)
-    return Path(config.runs_dir) / f"coord-check-{config.check.axis}-{fingerprint(config, origin.corpus)}"
+    run = identify("coord-check", config, origin)
+    return run_place(Path(config.runs_dir), f"coord-check-{config.check.axis}-", run, origin)
 
 
 def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, console: Console) -> list[Coordinate]:
@@ -290,7 +296,7 @@ def _read_one(config: CoordinatesConfig, corpus: Corpus, scheme: str, value: flo
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = build_model(point, corpus.tokenizer.vocab_size, device)
-    opt, batch = config.optimizer, config.stage.batch_size
+    opt, batch = config.optimizer, config.budget.batch_size
     groups = param_groups(model, point.parameterization, opt.lr, opt.weight_decay, opt.eps)
     samples = PackedSamples(corpus.train, config.data.context, derive_seed(seed, "coord-check"), "pretrain")
 

@@ -10,12 +10,12 @@ import torch
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
-from sparsetrain.sparsity import densify
+from sparsetrain.runs.origin import run_tokenizer
+from sparsetrain.runs.recorded import read_recorded
+from sparsetrain.runs.weights import read_weights
 from sparsetrain.stages.config import RunConfig, build, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors
-from sparsetrain.stages.pretrain import build_model
-from sparsetrain.stages.run import read_config, run_tokenizer, run_weights
-from sparsetrain.training.loop import load_weights
+from sparsetrain.stages.stage import restored_model
 from sparsetrain.training.state import DEVICES, resolve_device
 
 
@@ -50,21 +50,16 @@ class GenerateConfig:
 def run_config(directory: Path) -> RunConfig:
     """Return what the configuration of any run has in common with that of the others."""
     common = RunConfig.__dataclass_fields__
-    return build(RunConfig, {key: value for key, value in read_config(directory).items() if key in common})
+    saved = read_recorded(directory, RunConfig).values
+    return build(RunConfig, {key: value for key, value in saved.items() if key in common})
 
 
 def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPrompt | None]:
     """Return the model of a run, as sparse or dense as its checkpoint, and its soft prompt if it learned one."""
     config = run_config(directory)
-    weights = run_weights(directory)
-    prompt = None
-    if "prompt.vectors" in weights:
-        prompt = SoftPrompt.from_embeddings(weights.pop("prompt.vectors")).to(device)
-        weights = {name.removeprefix("model."): value for name, value in weights.items()}
-    model = build_model(config, run_tokenizer(directory).vocab_size, device)
-    if not any(name.endswith(".row_ptr") for name in weights):
-        densify(model)
-    load_weights(model, weights, str(directory))
+    weights = read_weights(directory)
+    prompt = None if weights.prompt is None else SoftPrompt.from_embeddings(weights.prompt).to(device)
+    model = restored_model(config, weights, run_tokenizer(directory).vocab_size, device, directory)
     return model.eval(), prompt
 
 

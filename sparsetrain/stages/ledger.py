@@ -1,7 +1,8 @@
-"""What a pre-training costs by the formula while the density of its layers changes, and how long a budget lasts.
+"""What a pre-training costs by the formula while the density of its layers and its context change.
 
-Every step costs what the masks of that step cost: `sparsetrain.cost.flops` with the densities that the rule gives it.
-A dense gradient (`RigL`) adds 2 R C FLOPs per token and layer at update steps, on top of the sparse gradient.
+Every step costs what the masks and the context of that step cost: `sparsetrain.cost.flops` with the densities that the
+rule gives it. A dense gradient (`RigL`) adds 2 R C FLOPs per token and layer at update steps, on top of the sparse
+gradient.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import replace
 from sparsetrain.cost.flops import FlopTerms, matrices, training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.optim.budget import Budget
 from sparsetrain.sparsity import Rule, SparsityConfig, make_rule
 from sparsetrain.sparsity.managed import planned_densities
 
@@ -22,11 +24,11 @@ class FlopLedger:
     """Training FLOPs of a run, step by step.
 
     Args:
-        config: the model. context: tokens that one token attends over.
+        config: the model.
         densities_at: the density of each sparse layer after a number of steps.
         rule: how masks change.
-        tokens_per_step: tokens of an optimizer step.
-        ranked_tokens: tokens whose dense gradient an update ranks: those of the last micro-batch.
+        budget: the steps of the run, with context and batch size of each.
+        accumulation: micro-batches of a step; an update ranks the dense gradient of the last one.
     """
 
     def __init__(
@@ -34,70 +36,65 @@ class FlopLedger:
         config: ModelConfig,
         densities_at: Callable[[int], Mapping[str, float]],
         rule: Rule,
-        context: int,
-        tokens_per_step: int,
-        ranked_tokens: int,
+        budget: Budget,
+        accumulation: int,
     ) -> None:
-        self.config, self.densities_at, self.rule, self.context = config, densities_at, rule, context
-        self.tokens_per_step, self.ranked_tokens = tokens_per_step, ranked_tokens
+        self.config, self.densities_at, self.rule = config, densities_at, rule
+        self.budget, self.accumulation = budget, accumulation
         self._terms: dict[tuple[float, ...], FlopTerms] = {}
 
     def per_token(self, steps_done: int) -> FlopTerms:
         """Return the FLOPs per token of the step that follows ``steps_done``."""
-        densities = self.densities_at(steps_done)
-        key = tuple(densities.values())
+        densities, context = self.densities_at(steps_done), self.budget.at(steps_done).context
+        key = (context, *densities.values())
         if key not in self._terms:
-            self._terms[key] = training_flops_per_token(self.config, densities or 1.0, self.context)
+            self._terms[key] = training_flops_per_token(self.config, densities or 1.0, context)
         return self._terms[key]
 
-    def through(self, steps: int) -> dict[str, float]:
-        """Return the FLOPs of the first ``steps`` steps by term, and their ``total``."""
-        updates = [step for step in range(1, steps) if self.rule.due(step)]
+    def between(self, first: int, end: int) -> dict[str, float]:
+        """Return the FLOPs of the steps ``first`` to ``end - 1`` by term, and their ``total``."""
+        updates = [step for step in self.rule.updates(end) if step > first]
+        borders = [phase.first_step for phase in self.budget.phases]
+        # The update after the last step changes no step that is counted here.
+        changes = sorted({step for step in (*updates, *borders) if first < step < end})
         sums = FlopTerms(0.0, 0.0, 0.0)
-        for first, end in zip([0, *updates], [*updates, steps], strict=True):
-            part = self.per_token(first).for_tokens((end - first) * self.tokens_per_step)
+        for begin, stop in zip([first, *changes], [*changes, end], strict=True):
+            tokens = self.budget.tokens_at(stop) - self.budget.tokens_at(begin)
+            part = self.per_token(begin).for_tokens(tokens)
             sums = FlopTerms(
                 sums.sparse_linears + part.sparse_linears, sums.head + part.head, sums.attention + part.attention
             )
         entries = sums.as_dict()
-        ranked = sum(self.rule.due(step) for step in range(1, steps + 1)) if self.rule.needs_gradient else 0
-        if ranked:
+        if self.rule.needs_gradient and updates:
             layers = self.densities_at(0)
             dense = sum(matrix.numel for matrix in matrices(self.config) if matrix.name in layers)
-            entries[UPDATES] = 2.0 * dense * self.ranked_tokens * ranked
+            ranked = sum(self.budget.before(step).tokens_per_step // self.accumulation for step in updates)
+            entries[UPDATES] = 2.0 * dense * ranked
             entries["total"] += entries[UPDATES]
         return entries
 
+    def through(self, steps: int) -> dict[str, float]:
+        """Return the FLOPs of the first ``steps`` steps by term, and their ``total``."""
+        return self.between(0, steps)
 
-def steps_for_flops(
-    budget: float, config: ModelConfig, plan: SparsityConfig, context: int, tokens_per_step: int, ranked_tokens: int
-) -> int:
-    """Return the largest number of steps whose training FLOPs by the formula stay within ``budget``.
 
-    Masks that change at fractions of training make the cost depend on the length of the run in more than proportion;
-    it still grows with every step, so the length is found by bisection.
+def planned_flops(
+    config: ModelConfig, plan: Callable[[Budget], SparsityConfig], accumulation: int
+) -> Callable[[Budget], float]:
+    """Return a function from a budget to its training FLOPs by the formula, without building the model.
 
-    Raises:
-        UserError: the budget does not pay for one step.
+    Args:
+        plan: the sparsity section of a run of that budget: masks may change with its phases.
     """
     shapes = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
 
-    def cost(steps: int) -> float:
-        rule = _rule_of_length(plan, steps)
-        ledger = FlopLedger(
-            config, planned_densities(shapes, plan, rule), rule, context, tokens_per_step, ranked_tokens
-        )
-        return ledger.through(steps)["total"]
+    def flops(budget: Budget) -> float:
+        section = plan(budget)
+        rule = _rule_of_length(section, budget.total_steps)
+        densities = planned_densities(shapes, section, rule)
+        return FlopLedger(config, densities, rule, budget, accumulation).through(budget.total_steps)["total"]
 
-    low, high = 0, 1
-    while cost(high) <= budget:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(middle) <= budget else (low, middle)
-    if low == 0:
-        raise UserError(f"stage.flops={budget:g} does not pay for one step of this model ({cost(1):.3g} FLOPs)")
-    return low
+    return flops
 
 
 def _rule_of_length(plan: SparsityConfig, steps: int) -> Rule:

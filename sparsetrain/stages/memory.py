@@ -15,8 +15,9 @@ from sparsetrain.cost.footprint import Footprint, Part, Workload
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig
 from sparsetrain.report.text import byte_size
+from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import RunConfig, model_config
-from sparsetrain.training.state import LoopConfig, resolve_device, resolve_precision
+from sparsetrain.training.state import resolve_device, resolve_precision
 
 Fitting = Callable[[int], list[str]]
 """Returns the settings that would fit into a number of bytes."""
@@ -27,46 +28,52 @@ _SCALE = 1 << 100  # no number beyond it is shown: sizes are integers of any len
 def training(
     config: RunConfig,
     model: ModelConfig,
-    stage: LoopConfig,
+    plan: SparsityConfig | None,
     *,
-    dense: bool = False,
-    context: int | None = None,
+    batch_size: int,
+    context: int,
     evaluated: int = 0,
     cached: int = 0,
     trained: bool = True,
     whole_logits: bool = False,
     prompt_tokens: int = 0,
 ) -> Workload:
-    """Return the workload of a training with the settings ``stage``; see `sparsetrain.cost.footprint.Workload`.
+    """Return the workload of a training; see `sparsetrain.cost.footprint.Workload`.
 
     Args:
-        dense: whether the masks are dropped. context: of the rows; None for ``data.context``.
-        evaluated: sequences of an evaluation, at most.
+        plan: which layers are sparse; None for a dense model.
+        batch_size: sequences of a step. context: of the rows. evaluated: sequences of an evaluation, at most.
     """
-    plan = None if dense or not config.sparsity.is_sparse else config.sparsity
     optimizer = config.optimizer
     return Workload(
         model,
-        plan,
-        batch_size=stage.batch_size,
-        micro_batch=stage.batch_size // stage.accumulation,
-        context=config.data.context if context is None else context,
+        plan if plan is not None and plan.is_sparse else None,
+        batch_size=batch_size,
+        micro_batch=batch_size // config.loop.accumulation,
+        context=context,
         evaluated=evaluated,
         cached=cached,
         moments=2 if optimizer.name == "adamw" else int(optimizer.momentum > 0),
         trained=trained,
-        half=resolve_precision(stage.precision, resolve_device(config.device))[0] is not None,
+        half=resolve_precision(config.loop.precision, resolve_device(config.device))[0] is not None,
         whole_logits=whole_logits,
         prompt_tokens=prompt_tokens,
     )
 
 
-def adjustable(config: RunConfig, stage: str = "stage", **more: str) -> dict[str, str]:
+def adjustable(config: RunConfig, prefix: str = "", **more: str) -> dict[str, str]:
     """Return which settings of a training may be made smaller, and how they are written; see `what_fits`.
 
     A run that starts from another one has its model.
+
+    Args:
+        prefix: of the settings of the loop, for a stage of a pipeline.
     """
-    known = {"batch_size": f"{stage}.batch_size", "accumulation": f"{stage}.accumulation", "context": "data.context"}
+    known = {
+        "batch_size": f"{prefix}budget.batch_size",
+        "accumulation": f"{prefix}loop.accumulation",
+        "context": "data.context",
+    }
     if config.init_from is None:
         vocabulary = "data.vocab_size" if config.model.get("vocab_size") is None else "model.vocab_size"
         known |= {"d_model": "model.d_model", "n_layers": "model.n_layers", "vocab_size": vocabulary}

@@ -1,40 +1,58 @@
-"""The whole recipe at several sparsities: pre-train, fine-tune, soft-prompt, compare, report."""
+"""A pipeline: a list of stages in several arms, compared in a report. Pre-training alone is a pipeline of one stage."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from sparsetrain.data import Corpus, TaskBatches, load_task, prepare
+from sparsetrain.data import Corpus, prepare
 from sparsetrain.files import write_json
+from sparsetrain.optim import RunSchedule
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_report
-from sparsetrain.runs.metrics import read_metrics
+from sparsetrain.runs.claim import claimed
+from sparsetrain.runs.layout import PAGE, REPORT, TOKENIZER
+from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.result import RunResult, finish, finished
 from sparsetrain.screen import say
-from sparsetrain.sparsity import SparsityConfig
-from sparsetrain.stages.config import (
-    FinetuneConfig,
-    PipelineConfig,
-    PretrainConfig,
-    PromptConfig,
-    PromptSection,
-    RunConfig,
-    total_steps,
-)
-from sparsetrain.stages.finetune import finetune
-from sparsetrain.stages.finetune import memory_of as task_memory
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, identify
+from sparsetrain.stages.directories import run_directory
+from sparsetrain.stages.finetune import Finetuning
+from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.memory import check_memory
-from sparsetrain.stages.pretrain import memory_of, pretrain, run_directory
-from sparsetrain.stages.prompt import prompt
-from sparsetrain.stages.run import Origin, RunResult, claimed, command_line, commit, finish, finished, skipped
+from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.pipeline_report import report
+from sparsetrain.stages.pretrain import Pretraining
+from sparsetrain.stages.prompt import Prompting
+from sparsetrain.stages.stage import Stage, train
+from sparsetrain.stages.task_stage import available_task, task_facts
 from sparsetrain.training.state import Diverged, resolve_device
 
-SCRATCH = "scratch"
+
+@dataclass
+class ArmRuns:
+    """The stages of an arm that were run, by name; those after one that diverged are missing."""
+
+    arm: Arm
+    entries: list[StageEntry]
+    runs: dict[str, RunResult] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.arm.name
+
+    def complete(self, name: str) -> RunResult | None:
+        """Return the result of a stage that came to its end."""
+        run = self.runs.get(name)
+        return run if run is not None and run.complete else None
+
+    @property
+    def is_complete(self) -> bool:
+        return all(self.complete(entry.name) for entry in self.entries)
 
 
 def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResult:
@@ -47,284 +65,138 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
     origin = Origin.of_corpus(corpus)
-    directory = run_directory("pipeline", config, origin)
-    with claimed(directory, config, origin) as done:
+    # A pipeline without a stage on a task needs no task.
+    tasked = any(entry.run != "pretrain" for entry in config.stages)
+    run = identify("pipeline", config, origin, task_facts(available_task(config.task) if tasked else None))
+    directory = run_directory(run, config, origin)
+    with claimed(directory, run, origin) as done:
         if done is not None:
             skipped(done, console)
             show_report(directory, console)
             return done
-        _check_arms(config, corpus, directory)
-        arms = [_run_arm(config, sparsity, directory, console) for sparsity in config.arms]
-        scratch = None
-        if config.pipeline.scratch:
-            console.rule("from scratch")
-            control = _finetune_config(config, 0.0, None, directory / SCRATCH / "finetune")
-            scratch = _complete(_attempt(finetune, control, console))
-        if not any(arm.finetune for arm in arms):
-            raise Diverged(
-                f"no arm of the pipeline in {directory} came to an end: {arms[0].pretrain.values.get('message')}"
-            )
-        report = _report(config, corpus, arms, scratch)
-        validate_report(report)
-        write_json(directory / "report.json", report)
-        write_html(report, directory / "report.html")  # type: ignore[arg-type]
-        diverged = [arm.name for arm in arms if len(arm.stages) < 2 + (config.pipeline.prompt is not None)]
-        outcome = {"status": "complete", "stage": "pipeline", "report": "report.html", "diverged": diverged}
+        check_stages(config, corpus, directory, console)
+        once: dict[str, RunResult] = {}
+        _run_once(config, directory, console, once, needed_first(config))
+        arms = [ArmRuns(arm, config.of_arm(arm)) for arm in config.arms]
+        for runs in arms:
+            console.rule(runs.name)
+            _run_arm(config, runs, once, directory, console)
+        _run_once(config, directory, console, once, [entry for entry in config.stages if entry.once])
+        if not any(runs.is_complete for runs in arms):
+            raise Diverged(f"no arm of the pipeline in {directory} came to an end: {_why(arms)}")
+        content = report(config, corpus, arms, once)
+        validate_report(content)
+        write_json(directory / REPORT, content)
+        write_html(content, directory / PAGE)  # type: ignore[arg-type]
+        diverged = [runs.name for runs in arms if not runs.is_complete]
+        outcome = {"status": "complete", "stage": "pipeline", "report": PAGE, "diverged": diverged}
         result = finish(directory, outcome)
     show_report(directory, console)
     return result
 
 
-def _check_arms(config: PipelineConfig, corpus: Corpus, directory: Path) -> None:
-    """Raise `UserError` before the first arm is trained if a later stage could not be, for its task or its memory."""
-    task, section = load_task(config.task), config.pipeline.prompt
-    n_slots = 0 if section is None else section.n_tokens
-    vocab_size = corpus.tokenizer.vocab_size
-    samples = TaskBatches(
-        task.train, corpus.tokenizer, task.answers, config.data.context, 1, config.seed, "check", n_slots
-    )
-    total_steps(config, len(corpus.train))
-    for stage in (config.pipeline.finetune, section):
-        if stage is not None:
-            total_steps(dataclasses.replace(config, schedule=stage.schedule, stage=stage.stage), len(task.train))
-    device, place = resolve_device(config.device), directory / "check"
-    shortest, longest = samples.widths
-    widths = (max(1, shortest - n_slots), max(1, longest - n_slots))
-    for sparsity in config.arms:
-        home = directory / arm_name(sparsity)
-        if finished(home / "pretrain") is None:
-            check_memory(*memory_of(_pretrain_config(config, sparsity, home), corpus), device, config.force)
-        tuned = _finetune_config(config, sparsity, place, home / "finetune")
-        if finished(home / "finetune") is None:
-            needs = task_memory(tuned, "finetune", widths, len(task.train), vocab_size, "pipeline.finetune.stage")
-            check_memory(*needs, device, config.force)
-        if section is not None and finished(home / "prompt") is None:
-            prompted = _prompt_config(config, section, sparsity, place, home)
-            needs = task_memory(
-                prompted, "prompt", samples.widths, len(task.train), vocab_size, "pipeline.prompt.stage"
-            )
-            check_memory(*needs, device, config.force)
+def _why(arms: list[ArmRuns]) -> str:
+    """Return the message of the first stage that diverged."""
+    broken = (run for runs in arms for run in runs.runs.values() if not run.complete)
+    return str(next(broken).values.get("message"))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Arm:
-    """One sparsity. A stage that diverged, and those that would have followed it, are None but for pre-training."""
-
-    sparsity: float
-    pretrain: RunResult
-    finetune: RunResult | None = None
-    prompt: RunResult | None = None
-
-    @property
-    def name(self) -> str:
-        return arm_name(self.sparsity)
-
-    @property
-    def stages(self) -> list[RunResult]:
-        return [stage for stage in (self.pretrain, self.finetune, self.prompt) if stage is not None]
+def stage_of(config: RunConfig, console: Console | None = None, corpus: Corpus | None = None) -> Stage[RunConfig]:
+    """Return the stage that a configuration is of."""
+    if isinstance(config, PromptConfig):
+        return Prompting(config, console)  # type: ignore[return-value]
+    if isinstance(config, FinetuneConfig):
+        return Finetuning(config, console)  # type: ignore[return-value]
+    assert isinstance(config, PretrainConfig)
+    return Pretraining(config, console, corpus)
 
 
-def arm_name(sparsity: float) -> str:
-    """Return what an arm is called in directories and reports."""
-    return "dense" if sparsity == 0 else f"sparse-{sparsity:g}"
+def stage_directory(directory: Path, arm: Arm | None, entry: StageEntry) -> Path:
+    """Return the run directory of a stage inside that of its pipeline: ``ARM/STAGE``, or ``STAGE/KIND`` if run once."""
+    return directory / entry.name / entry.run if arm is None else directory / arm.name / entry.name
 
 
-def _run_arm(config: PipelineConfig, sparsity: float, directory: Path, console: Console) -> _Arm:
-    home = directory / arm_name(sparsity)
-    console.rule(arm_name(sparsity))
-    pretrained = _attempt(pretrain, _pretrain_config(config, sparsity, home), console)
-    if not pretrained.complete:
-        return _Arm(sparsity, pretrained)
-    tuned = _attempt(finetune, _finetune_config(config, sparsity, pretrained.directory, home / "finetune"), console)
-    section = config.pipeline.prompt
-    start = pretrained if section is None or section.start == "pretrain" else tuned
-    prompted = None
-    if section is not None and start.complete:
-        prompted = _attempt(prompt, _prompt_config(config, section, sparsity, start.directory, home), console)
-    return _Arm(sparsity, pretrained, _complete(tuned), _complete(prompted))
+def planned_stages(config: PipelineConfig, directory: Path) -> Iterator[tuple[Arm | None, StageEntry, RunConfig]]:
+    """Yield every stage with its arm, None for one that is run once, and its configuration, in the order of running.
+
+    A stage starts from the directory of another one, whether that is there yet or not.
+    """
+    first = needed_first(config)
+    rest = [entry for entry in config.stages if entry.once and entry not in first]
+    for arm, entries in ((None, first), *((arm, config.of_arm(arm)) for arm in config.arms), (None, rest)):
+        for entry in entries:
+            yield arm, entry, _config_of(config, entry, arm, directory)
 
 
-def _attempt(stage: Callable[[Any, Console], RunResult], config: RunConfig, console: Console) -> RunResult:
+def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, directory: Path) -> RunConfig:
+    by_name = {stage.name: stage for stage in config.stages}
+    start = None
+    if entry.start is not None:
+        first = by_name[entry.start]
+        start = str(stage_directory(directory, None if first.once else arm, first))
+    settings = config.stage_config(entry, arm, start, str(stage_directory(directory, arm, entry)))
+    if start is not None and isinstance(settings, PretrainConfig) and settings.data.tokenizer_path is None:
+        tokenizer = Path(start) / TOKENIZER
+        # Another text is read with the tokenizer of the weights; it is there once they are.
+        if "data" in entry.settings and tokenizer.exists():
+            settings.data = replace(settings.data, tokenizer_path=str(tokenizer))
+    return settings
+
+
+def check_stages(config: PipelineConfig, corpus: Corpus, directory: Path, console: Console) -> None:
+    """Raise `UserError` before the first stage is trained if a later one could not be, for its task or its memory."""
+    device = resolve_device(config.device)
+    origin = Origin.of_corpus(corpus)
+    for arm, entry, settings in planned_stages(config, directory):
+        if finished(stage_directory(directory, arm, entry)) is not None:
+            continue
+        own_text = isinstance(settings, PretrainConfig) and "data" in entry.settings
+        if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
+            continue  # its text is read with the tokenizer of a run that is not there yet
+        stage = stage_of(settings, console, None if own_text else corpus)
+        stage.prepare(origin)
+        RunSchedule(settings.schedule, stage.budget)  # says if it does not fit the length
+        check_memory(*stage.workload(f"pipeline.stages.{entry.name}."), device, config.force)
+
+
+def needed_first(config: PipelineConfig) -> list[StageEntry]:
+    """Return the stages that are run once and that the arms start from, in their order."""
+    by_name = {entry.name: entry for entry in config.stages}
+    needed = {entry.start for entry in config.stages if not entry.once and entry.start is not None}
+    for entry in reversed(config.stages):
+        if entry.name in needed and entry.start is not None:
+            needed.add(entry.start)
+    return [entry for entry in by_name.values() if entry.once and entry.name in needed]
+
+
+def _run_arm(
+    config: PipelineConfig, runs: ArmRuns, once: Mapping[str, RunResult], directory: Path, console: Console
+) -> None:
+    for entry in runs.entries:
+        start = None if entry.start is None else once.get(entry.start, runs.runs.get(entry.start))
+        if entry.start is not None and (start is None or not start.complete):
+            continue  # what it starts from has diverged
+        runs.runs[entry.name] = _attempt(_config_of(config, entry, runs.arm, directory), console)
+
+
+def _run_once(
+    config: PipelineConfig, directory: Path, console: Console, found: dict[str, RunResult], entries: list[StageEntry]
+) -> None:
+    for entry in entries:
+        start = None if entry.start is None else found.get(entry.start)
+        if entry.name in found or (entry.start is not None and (start is None or not start.complete)):
+            continue
+        console.rule("from scratch" if entry.name == "scratch" else entry.name)
+        found[entry.name] = _attempt(_config_of(config, entry, None, directory), console)
+
+
+def _attempt(config: RunConfig, console: Console) -> RunResult:
     """Run a stage; one that diverges is a result, and the other arms go on."""
     try:
-        return stage(config, console)
+        return train(stage_of(config, console))
     except Diverged as error:
         say(console, f"diverged: {error}", style="red")
         assert config.run_dir is not None
         result = finished(Path(config.run_dir))
         assert result is not None
         return result
-
-
-def _complete(run: RunResult | None) -> RunResult | None:
-    return run if run is not None and run.complete else None
-
-
-def _pretrain_config(config: PipelineConfig, sparsity: float, home: Path) -> PretrainConfig:
-    return PretrainConfig(
-        **_shared(config, sparsity, home / "pretrain"),
-        optimizer=config.optimizer,
-        schedule=config.schedule,
-        stage=config.stage,
-    )
-
-
-def _prompt_config(
-    config: PipelineConfig, section: PromptSection, sparsity: float, start: Path, home: Path
-) -> PromptConfig:
-    return PromptConfig(
-        **_shared(config, sparsity, home / "prompt"),
-        init_from=str(start),
-        task=config.task,
-        n_tokens=section.n_tokens,
-        init=section.init,
-        words=section.words,
-        train=section.train,
-        optimizer=section.optimizer,
-        schedule=section.schedule,
-        stage=section.stage,
-    )
-
-
-def _finetune_config(
-    config: PipelineConfig, sparsity: float, init_from: Path | None, directory: Path
-) -> FinetuneConfig:
-    section = config.pipeline.finetune
-    return FinetuneConfig(
-        **_shared(config, sparsity, directory),
-        init_from=None if init_from is None else str(init_from),
-        task=config.task,
-        mode=section.mode,
-        optimizer=section.optimizer,
-        schedule=section.schedule,
-        stage=section.stage,
-    )
-
-
-def _shared(config: PipelineConfig, sparsity: float, directory: Path) -> dict[str, Any]:
-    """Return the fields that every stage of an arm takes over from the pipeline."""
-    names = [field.name for field in dataclasses.fields(RunConfig)]
-    own = ("sparsity", "optimizer", "schedule", "stage", "init_from", "run_dir")
-    shared = {name: getattr(config, name) for name in names if name not in own}
-    if sparsity > 0:
-        plan = dataclasses.replace(config.sparsity, sparsity=sparsity)
-    else:
-        plan = SparsityConfig(seed=config.sparsity.seed)
-    return {**shared, "sparsity": plan, "run_dir": str(directory)}
-
-
-def _report(config: PipelineConfig, corpus: Corpus, arms: list[_Arm], scratch: RunResult | None) -> dict[str, Any]:
-    runs = [stage for arm in arms for stage in arm.stages] + ([] if scratch is None else [scratch])
-    first = next(arm for arm in arms if arm.finetune is not None)
-    assert first.finetune is not None
-    return {
-        "arms": [_arm_entry(arm) for arm in arms],
-        "scratch": None
-        if scratch is None
-        else {key: scratch[key] for key in ("accuracy", "ci95", "macro_f1", "n_test")},
-        "majority": first.finetune["majority"],
-        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in runs),
-        "seconds": sum(run["seconds"] for run in runs),
-        "commit": commit(),
-        "overlap_train_test": max(run["overlap_train_test"] for run in runs if "overlap_train_test" in run.values),
-        "command": command_line(),
-        "machine": first.pretrain["machine"],
-        "task": {
-            "name": first.finetune["task"],
-            "n_train": first.finetune["n_train"],
-            "n_test": first.finetune["n_test"],
-        },
-        "model": first.pretrain["model"],
-        "data": {
-            key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
-        },
-        "settings": _settings(config),
-        "limits": _limits(config, corpus, arms),
-    }
-
-
-def _arm_entry(arm: _Arm) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "name": arm.name,
-        "sparsity": arm.sparsity,
-        "density": arm.pretrain["density"],
-        "train_flops": arm.pretrain["flops"]["total"],
-        "pretrain": {key: arm.pretrain[key] for key in ("tokens", "loss_first", "loss_last", "bits_per_byte")},
-        "flops": arm.pretrain["flops"],
-        "bytes": arm.pretrain["bytes"],
-        "seconds": {stage["stage"]: stage["seconds"] for stage in arm.stages},
-        "curves": {stage["stage"]: _curve(stage.directory) for stage in arm.stages},
-    }
-    if not entry["bytes"]:
-        del entry["bytes"]
-    if (masks := arm.pretrain.values.get("masks")) is not None:
-        entry["masks"] = {key: value for key, value in masks.items() if key != "layers"}
-        entry["masks"]["dead_rows"] = sum(layer["dead_rows"] for layer in masks["layers"].values())
-    for stage in (arm.finetune, arm.prompt):
-        if stage is not None:
-            entry[stage["stage"]] = _scored(stage)
-            entry[f"{stage['stage']}_flops"] = stage["flops"]["total"]
-    return entry
-
-
-def _scored(run: RunResult) -> dict[str, Any]:
-    return {key: run[key] for key in ("task", "n_test", "accuracy", "ci95", "macro_f1")}
-
-
-def _curve(directory: Path) -> list[dict[str, Any]]:
-    keep = ("step", "tokens", "loss", "lr", "val_loss", "bits_per_byte")
-    records = read_metrics(directory / "metrics.jsonl")
-    return [{key: record[key] for key in keep if key in record} for record in records]
-
-
-def _settings(config: PipelineConfig) -> dict[str, Any]:
-    """Return the settings that a reader needs to judge the numbers, by stage."""
-    sections: dict[str, Any] = {
-        "pretrain": config,
-        "finetune": config.pipeline.finetune,
-        "prompt": config.pipeline.prompt,
-    }
-    shown: dict[str, Any] = {"seed": config.seed, "parameterization": dataclasses.asdict(config.parameterization)}
-    for name, section in sections.items():
-        if section is not None:
-            shown[name] = {
-                "lr": section.optimizer.lr,
-                "weight_decay": section.optimizer.weight_decay,
-                "schedule": section.schedule.name,
-                "batch_size": section.stage.batch_size,
-                "context": config.data.context,
-            }
-    if config.pipeline.prompt is not None:
-        shown["prompt"] |= {key: getattr(config.pipeline.prompt, key) for key in ("n_tokens", "train", "start")}
-    return shown
-
-
-def overlap_caveat(corpus: Corpus) -> list[str]:
-    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing."""
-    if corpus.manifest["source"] == "medline":
-        return []
-    return [
-        "Documents of the task and of this corpus have different kinds of ids, so the overlap between the test "
-        "examples and the training text was not checked."
-    ]
-
-
-def _limits(config: PipelineConfig, corpus: Corpus, arms: list[_Arm]) -> list[str]:
-    """Return what the report does not show, for this configuration."""
-    first = next(arm for arm in arms if arm.finetune is not None)
-    tokens, stored = first.pretrain["tokens"], first.pretrain["bytes"]["parameters"] // 4
-    limits = [
-        *overlap_caveat(corpus),
-        f"One seed ({config.seed}) of initialisation, masks and sample order.",
-        f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
-        "the papers. Only signs and rough ratios can be expected to carry over.",
-        "Every arm used the same base hyperparameters"
-        + (
-            ", transferred by SμPar from the dense model; none was tuned for its sparsity."
-            if config.parameterization.uses_density
-            else "; under a parameterization without a density rule these are not equally good at every sparsity."
-        ),
-    ]
-    if config.pipeline.scratch:
-        limits.append("The control from scratch has the same fine-tuning as the others, not a longer one.")
-    return limits

@@ -2,262 +2,252 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
 
-from sparsetrain.cost.flops import matrices
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
 from sparsetrain.errors import UserError
-from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.optim import Schedule, build_optimizer
-from sparsetrain.parameterization import param_groups
+from sparsetrain.optim.budget import Budget, SamplesPerEpoch
+from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
-from sparsetrain.screen import say
-from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
-from sparsetrain.stages.backends import backends, settle_backends
-from sparsetrain.stages.config import PretrainConfig, RunConfig, as_plain, fingerprint, model_config, total_steps
-from sparsetrain.stages.ledger import FlopLedger, steps_for_flops
-from sparsetrain.stages.memory import adjustable, check_memory, memory_errors, training
-from sparsetrain.stages.run import Origin, RunResult, claimed, commit, finish, machine, run_weights, skipped
+from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.result import RunResult
+from sparsetrain.runs.weights import read_weights
+from sparsetrain.sparsity import MaskManager, SparsityConfig, Static
+from sparsetrain.stages.backends import backends
+from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
+from sparsetrain.stages.ledger import FlopLedger, planned_flops
+from sparsetrain.stages.masks import mask_manager, mask_plan, starts_sparse
+from sparsetrain.stages.memory import adjustable, training
+from sparsetrain.stages.stage import (
+    Course,
+    Stage,
+    Stopwatch,
+    Subject,
+    build_model,
+    overall_density,
+    restored_model,
+    train,
+)
 from sparsetrain.training.evaluate import score_text
-from sparsetrain.training.loop import Trainer, load_weights
-from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
+from sparsetrain.training.loop import Samples
+from sparsetrain.training.observers import Observer
+from sparsetrain.training.state import TrainState, peak_rss_bytes
 
 FINAL_EVALUATION = 1024  # sequences of validation text, at most, for the loss that a run reports
 
 
-def pretrain(config: PretrainConfig, console: Console | None = None) -> RunResult:
+def pretrain(config: PretrainConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
     """Run pre-training to its end, from where it stopped if it was stopped, and return its result.
+
+    Args:
+        observers: told of every step and evaluation, beside the progress line and the metrics.
 
     Raises:
         UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there; the
             result then has the status ``diverged``.
     """
-    console = console or Console()
-    corpus = prepare(config.data, progress=True, console=console)
-    origin = Origin.of_corpus(corpus, config.init_from)
-    directory = run_directory("pretrain", config, origin)
-    with claimed(directory, config, origin) as done:
-        if done is not None:
-            return skipped(done, console)
-        origin.save(directory)
-        check_memory(*memory_of(config, corpus), resolve_device(config.device), config.force)
-        with memory_errors("this training"):
-            return _train(config, corpus, directory, console)
+    return train(Pretraining(config, console), observers)
 
 
-def run_directory(verb: str, config: RunConfig, origin: Origin) -> Path:
-    """Return the directory that the configuration names, or one below ``runs_dir`` named after what it is."""
-    if config.run_dir is not None:
-        return Path(config.run_dir)
-    model = model_config(config.model, 1)
-    rule = config.sparsity.evolution.rule
-    masks = f"s{config.sparsity.sparsity:g}" + ("" if rule == "static" else f"-{rule}")
-    name = f"{verb}-d{model.d_model}-L{model.n_layers}-{masks}-lr{config.optimizer.lr:g}"
-    return Path(config.runs_dir) / f"{name}-seed{config.seed}-{fingerprint(config, origin.corpus, origin.source)}"
+class Pretraining(Stage[RunConfig]):
+    """Training on text, from scratch or from the weights of ``init_from``.
 
-
-def build_model(config: RunConfig, vocab_size: int, device: torch.device, sparse: bool = True) -> Transformer:
-    """Return the freshly initialised model of a configuration, on ``device``."""
-    plan = mask_plan(config) if sparse else SparsityConfig()
-    shape = model_config(config.model, vocab_size, config.seed)
-    return Transformer(shape, config.parameterization, plan).to(device)
-
-
-def mask_plan(config: RunConfig) -> SparsityConfig:
-    """Return the sparsity section with the seed that its masks are drawn from."""
-    seed = config.seed if config.sparsity.seed is None else config.sparsity.seed
-    return SparsityConfig(**{**vars(config.sparsity), "seed": seed})
-
-
-def mask_manager(config: RunConfig, model: Transformer, total_steps: int) -> MaskManager | None:
-    """Return what changes the masks of a pre-training and watches them; None for a dense model.
-
-    A run that starts from another keeps the densities that it finds there: gradual pruning and variable sparsity are
-    over, SET and RigL go on.
-
-    Raises:
-        UserError: a rule that would act after the end, or never.
+    Args:
+        corpus: the prepared text, where it is at hand already.
     """
-    plan = mask_plan(config)
-    rule = make_rule(plan, total_steps)
-    if not any(True for _ in sparse_layers(model)):
-        return None
-    if config.init_from is None:
-        return MaskManager(model, rule, plan=plan)
-    keeps = plan.evolution.rule in ("set", "rigl")
-    return MaskManager(model, rule if keeps else Static(), include=["*"], seed=plan.seed)
 
+    kind: ClassVar[str] = "pretrain"
 
-def pretrain_steps(config: RunConfig, model: ModelConfig, samples_per_epoch: int) -> int:
-    """Return the number of updates of a pre-training, which may be stated in FLOPs."""
-    stage, schedule = config.stage, config.schedule
-    if stage.flops is None or schedule.steps is not None or schedule.tokens is not None:
-        return total_steps(config, samples_per_epoch)
-    context = config.data.context
-    tokens, ranked = stage.batch_size * context, stage.batch_size // stage.accumulation * context
-    return steps_for_flops(stage.flops, model, config.sparsity, context, tokens, ranked)
+    def __init__(self, config: RunConfig, console: Console | None = None, corpus: Corpus | None = None) -> None:
+        super().__init__(config, console)
+        self._corpus = corpus
 
+    @property
+    def corpus(self) -> Corpus:
+        if self._corpus is None:
+            self._corpus = prepare(self.config.data, progress=True, console=self.console)
+        return self._corpus
 
-def layer_densities(model: Transformer) -> dict[str, float]:
-    """Return the density of each sparse layer, by name; the rest is dense."""
-    return {name: layer.pattern.density for name, layer in sparse_layers(model)}
+    @property
+    def title(self) -> str:
+        return f"pretrain s={starts_sparse(self.config):g}"
 
+    def origin(self) -> Origin:
+        return Origin.of_corpus(self.corpus, self.config.init_from)
 
-def overall_density(model: Transformer) -> float:
-    """Return nonzeros over elements of all hidden matrices: those of the blocks."""
-    hidden = matrices(model.config, layer_densities(model) or 1.0)
-    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
+    def prepare(self, origin: Origin | None = None) -> None:
+        config = self.config
+        self.model = model_config(config.model, self.corpus.tokenizer.vocab_size)
+        self.budget = budget_of(config, self.model, lambda context: self._stream(0, context).samples_per_epoch)
+        self.plan = mask_plan(config, self.budget)
+        for stream, context in enumerate(self.budget.contexts):
+            self._stream(stream, context)  # says if the text is shorter
 
+    def _stream(self, stream: int, context: int) -> PackedSamples:
+        # The first stream has the name that all samples of a run without phases have.
+        name = self.kind if stream == 0 else f"{self.kind}-{stream}"
+        return PackedSamples(self.corpus.train, context, self.config.samples_seed, name)
 
-def memory_of(config: RunConfig, corpus: Corpus) -> tuple[Workload, str, dict[str, str]]:
-    """Return what a pre-training holds in memory, its name in a message, and the settings that could be smaller.
+    def samples(self) -> Sequence[Samples]:
+        return [self._stream(stream, context) for stream, context in enumerate(self.budget.contexts)]
 
-    Raises:
-        UserError: a text shorter than the context, or more of it than learned positions.
-    """
-    model, stage, context = (
-        model_config(config.model, corpus.tokenizer.vocab_size),
-        config.stage,
-        config.data.context,
-    )
-    check_context(model, context)
-    PackedSamples(corpus.train, context, config.samples_seed, "pretrain")  # says if the text is shorter
-    windows = -(-max(0, len(corpus.validation) - 1) // context)
-    workload = training(config, model, stage, evaluated=min(stage.batch_size, FINAL_EVALUATION, windows))
-    what = (
-        f"training with stage.batch_size={stage.batch_size}, data.context={context}, "
-        f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"
-    )
-    return workload, what, adjustable(config)
+    def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
+        workload = workload_of(self.config, self.model, self.budget, self.plan, len(self.corpus.validation))
+        largest, model = self.budget.largest, self.model
+        if len(self.budget.phases) == 1:
+            size = f"{prefix}budget.batch_size={largest.batch_size}, data.context={largest.context}"
+        else:
+            size = (
+                f"{prefix}budget.phases[{largest.index}] (batch_size={largest.batch_size}, context={largest.context})"
+            )
+        what = f"training with {size}, model.d_model={model.d_model} and model.n_layers={model.n_layers}"
+        return workload, what, self._adjustable(prefix)
 
+    def _adjustable(self, prefix: str) -> dict[str, str]:
+        """Return the settings that could be smaller, named as the phase that needs most has them."""
+        known, index = adjustable(self.config, prefix), self.budget.largest.index
+        if self.config.budget.phases:
+            for name in ("batch_size", "context"):
+                if getattr(self.config.budget.phases[index], name) is not None:
+                    known[name] = f"{prefix}budget.phases[{index}].{name}"
+        return known
 
-def _train(config: PretrainConfig, corpus: Corpus, directory: Path, console: Console) -> RunResult:
-    clock = Stopwatch()
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    device = resolve_device(config.device)
-    autocast, reason = resolve_precision(config.stage.precision, device)
-    model = build_model(config, corpus.tokenizer.vocab_size, device)
-    if config.init_from is not None:
-        load_weights(model, run_weights(Path(config.init_from)), config.init_from)
-        # The layers now have the densities of that run's end.
-        model.parameterize(config.parameterization, reinitialise=False)
-    context, settings = config.data.context, config.stage
-    check_context(model.config, context)
-    samples = PackedSamples(corpus.train, context, config.samples_seed, "pretrain")
-    schedule = Schedule(config.schedule, pretrain_steps(config, model.config, samples.samples_per_epoch))
-    masks = mask_manager(config, model, schedule.total_steps)
-    ends = [masks.densities_at(step) for step in (0, schedule.total_steps)] if masks is not None else [{}, {}]
-    mean_densities = {name: (density + ends[1][name]) / 2 for name, density in ends[0].items()}
-    tokens = settings.batch_size // settings.accumulation * context
-    settle_backends(model, directory, tokens, autocast, mean_densities)
-    describe(model, reason, device, console)
-    flops = FlopLedger(
-        model.config,
-        masks.densities_at if masks is not None else lambda _step: {},
-        masks.rule if masks is not None else Static(),
-        context,
-        settings.batch_size * context,
-        tokens,
-    )
-    opt = config.optimizer
-    optimizer = build_optimizer(param_groups(model, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
-    token_bytes = corpus.tokenizer.token_bytes
+    def build(self, device: torch.device) -> Subject:
+        config = self.config
+        if config.init_from is None:
+            model = build_model(config, self.corpus.tokenizer.vocab_size, device, self.plan)
+        else:
+            start = Path(config.init_from)
+            model = restored_model(config, read_weights(start), self.corpus.tokenizer.vocab_size, device, start)
+            # The layers now have the densities of that run's end.
+            model.parameterize(config.parameterization, reinitialise=False)
+        return Subject(model, model, mask_manager(config, model, self.budget))
 
-    def losses(batch: Batch) -> torch.Tensor:
-        batch = batch.to(device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            return model.token_losses(batch.tokens, batch.targets)
+    def entries(self) -> dict[str, Any]:
+        return {"corpus": self.corpus.directory.name, "backend": backends(self.course.network)}
 
-    def evaluate(final: bool) -> dict[str, float]:
-        windows = sequential_windows(corpus.validation, context, FINAL_EVALUATION if final else settings.eval_sequences)
-        score = score_text(model, losses, windows.split(settings.batch_size), token_bytes)
-        return {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+    def begin(self, course: Course) -> None:
+        super().begin(course)
+        masks = course.subject.masks
+        self.flops = FlopLedger(
+            course.network.config,
+            masks.densities_at if masks is not None else lambda _step: {},
+            masks.rule if masks is not None else Static(),
+            self.budget,
+            self.config.loop.accumulation,
+        )
 
-    trainer = Trainer(
-        module=model,
-        loss=lambda batch: model.loss(batch.tokens, batch.targets),
-        samples=samples,
-        optimizer=optimizer,
-        schedule=schedule,
-        config=settings,
-        clip=opt.clip,
-        seed=config.seed,
-        device=device,
-        directory=directory,
-        evaluate=evaluate,
-        flops_per_token=lambda step: flops.per_token(step).total,
-        base_lr=opt.lr,
-        autocast=autocast,
-        title=f"pretrain s={config.sparsity.sparsity:g}",
-        console=console,
-        masks=masks,
-    )
-    common = {
-        "stage": "pretrain",
-        "parameterization": config.parameterization.scheme,
-        "sparsity": config.sparsity.sparsity,
-        "width": model.config.d_model,
-        "depth": model.config.n_layers,
-        "lr": opt.lr,
-        "seed": config.seed,
-        "corpus": corpus.directory.name,
-        "precision": reason,
-        "backend": backends(model),
-        "machine": machine(device),
-        "commit": commit(),
-    }
-    try:
-        with clock.paused():
-            state = trainer.run()
-    except Diverged as error:
-        records = read_metrics(directory / "metrics.jsonl")
-        seen = records[-1]["tokens"] if records else 0
-        ended = {
-            "status": "diverged",
-            "message": str(error),
-            "tokens": seen,
+    def flops_per_token(self, step: int) -> float:
+        return self.flops.per_token(step).total
+
+    def evaluate(self, step: int, final: bool) -> dict[str, float]:
+        phase, model = self.budget.before(step), self.course.network
+        limit = FINAL_EVALUATION if final else self.config.loop.eval_sequences
+        windows = sequential_windows(self.corpus.validation, phase.context, limit)
+
+        def losses(batch: Batch) -> torch.Tensor:
+            batch = batch.to(self.course.device)
+            with self.course.autocasting():
+                return model.token_losses(batch.tokens, batch.targets)
+
+        score = score_text(model, losses, windows.split(phase.batch_size), self.corpus.tokenizer.token_bytes)
+        numbers = {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        return {**numbers, "context": phase.context} if len(self.budget.contexts) > 1 else numbers
+
+    def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
+        records = [record for record in read_metrics(directory / METRICS) if "val_loss" in record]
+        model = self.course.network
+        used = state_bytes(model, self.course.optimizer)
+        return {
+            "loss_first": records[0]["val_loss"],
+            "loss_last": records[-1]["val_loss"],
+            "bits_per_byte": records[-1]["bits_per_byte"],
+            "density": overall_density(model),
+            "flops": self.flops.through(state.step),
+            **_mask_entries(self.course.subject.masks),
+            "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
+            **({"phases": self._phases()} if len(self.budget.phases) > 1 else {}),
+        }
+
+    def _phases(self) -> list[dict[str, Any]]:
+        """Return what each phase of the run was, for its result."""
+        return [
+            {
+                "steps": phase.steps,
+                "context": phase.context,
+                "batch_size": phase.batch_size,
+                "tokens": phase.tokens,
+                "flops": self.flops.between(phase.first_step, phase.end_step)["total"],
+            }
+            for phase in self.budget.phases
+        ]
+
+    def diverged(self, directory: Path, clock: Stopwatch) -> dict[str, Any]:
+        records = read_metrics(directory / METRICS)
+        return {
+            "tokens": records[-1]["tokens"] if records else 0,
             "seconds": clock.seconds(),
             "peak_rss_bytes": peak_rss_bytes(),
             "loss_first": records[0].get("val_loss") if records else None,
             "loss_last": None,
             "bits_per_byte": None,
-            "density": overall_density(model),
-            "flops": flops.through(records[-1]["step"] if records else 0),
+            "density": overall_density(self.course.network),
+            "flops": self.flops.through(records[-1]["step"] if records else 0),
             "bytes": {},
-            "model": asdict(model.config),
+            "model": asdict(self.course.network.config),
         }
-        finish(directory, {**common, **ended})
-        raise
-    evaluated = [record for record in read_metrics(directory / "metrics.jsonl") if "val_loss" in record]
-    used = state_bytes(model, optimizer)
-    return finish(
-        directory,
-        {
-            **common,
-            **progress_entries(state, clock),
-            "loss_first": evaluated[0]["val_loss"],
-            "loss_last": evaluated[-1]["val_loss"],
-            "bits_per_byte": evaluated[-1]["bits_per_byte"],
-            "density": overall_density(model),
-            "flops": flops.through(state.step),
-            **_mask_entries(masks),
-            "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
-            "model": asdict(model.config),
-            "config": as_plain(config),
-        },
+
+
+def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesPerEpoch | None) -> Budget:
+    """Return the budget of a pre-training.
+
+    Args:
+        samples_per_epoch: samples of a pass over the text, by context; None where the text is not known.
+
+    Raises:
+        UserError: as `Budget.of`, and more context than learned positions.
+    """
+    check_contexts(model, config)
+    flops = planned_flops(model, lambda budget: mask_plan(config, budget), config.loop.accumulation)
+    return Budget.of(config.budget, config.data.context, samples_per_epoch, flops)
+
+
+def workload_of(
+    config: RunConfig, model: ModelConfig, budget: Budget, plan: SparsityConfig, validation_tokens: int
+) -> Workload:
+    """Return what a pre-training holds in memory, at the phase that needs most."""
+    largest = budget.largest
+    windows = -(-max(0, validation_tokens - 1) // max(budget.contexts))
+    return training(
+        *(config, model, plan),
+        batch_size=largest.batch_size,
+        context=largest.context,
+        evaluated=min(largest.batch_size, FINAL_EVALUATION, windows),
     )
+
+
+def check_contexts(model: ModelConfig, config: RunConfig) -> None:
+    """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
+    phases = config.budget.phases or []
+    contexts = {
+        f"budget.phases[{index}].context": phase.context
+        for index, phase in enumerate(phases)
+        if phase.context is not None
+    }
+    if len(contexts) < max(1, len(phases)):
+        contexts["data.context"] = config.data.context
+    for name, context in contexts.items():
+        if model.positions == "learned" and context > model.max_context:
+            raise UserError(f"{name}={context} is longer than model.max_context={model.max_context}")
 
 
 def _mask_entries(masks: MaskManager | None) -> dict[str, Any]:
@@ -267,54 +257,3 @@ def _mask_entries(masks: MaskManager | None) -> dict[str, Any]:
     watched = masks.watch()
     layers = {layer.name: layer.numbers() for layer in masks.report()}
     return {"masks": {"rule": masks.rule.name, **watched, "layers": layers}}
-
-
-class Stopwatch:
-    """Counts what a stage spends outside its loop, whose own clock runs on over interruptions."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._inside = 0.0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of the block."""
-        before = time.monotonic()
-        try:
-            yield
-        finally:
-            self._inside += time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started - self._inside
-
-
-def progress_entries(state: TrainState, clock: Stopwatch) -> dict[str, Any]:
-    """Return what every finished run says about its course."""
-    return {
-        "status": "complete",
-        "steps": state.step,
-        "samples": state.samples_seen,
-        "tokens": state.tokens_seen,
-        "seconds": state.seconds + clock.seconds(),
-        "peak_rss_bytes": peak_rss_bytes(),
-    }
-
-
-def check_context(model: ModelConfig, context: int) -> None:
-    """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
-    if model.positions == "learned" and context > model.max_context:
-        raise UserError(f"data.context={context} is longer than model.max_context={model.max_context}")
-
-
-def describe(model: Transformer, precision: str, device: torch.device, console: Console) -> None:
-    """Print one line about the model that is about to be trained."""
-    stored = sum(parameter.numel() for parameter in model.parameters())
-    layers = list(sparse_layers(model))
-    empty = sum(layer.pattern.empty_rows for _, layer in layers)
-    warning = f"; {empty} outputs have no weight at all" if empty else ""
-    say(
-        console,
-        f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends(model)}, "
-        f"{device.type}, {precision}{warning}",
-    )

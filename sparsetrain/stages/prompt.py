@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -11,46 +14,61 @@ from sparsetrain.data import Batch, Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.models import Prompted, SoftPrompt, Transformer, tensor_specs
 from sparsetrain.parameterization import Role, TensorSpec, assign
+from sparsetrain.runs.result import RunResult
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.config import PromptConfig
-from sparsetrain.stages.finetune import TaskModel, run_task
-from sparsetrain.stages.run import RunResult
+from sparsetrain.stages.stage import Subject, train
+from sparsetrain.stages.task_stage import TaskStage
+from sparsetrain.training.observers import Observer
 
 
-def prompt(config: PromptConfig, console: Console | None = None) -> RunResult:
+def prompt(config: PromptConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
     """Learn a soft prompt (and, with ``train=both``, the model) and return the result.
+
+    Args:
+        observers: as in `pretrain`.
 
     Raises:
         UserError: no ``init_from``, or input that cannot be used. Interrupted, Diverged: as `finetune`.
     """
-    if config.init_from is None:
-        raise UserError("init_from is missing: a soft prompt is learned for a trained model, init_from=RUN_DIR")
-    rules = config.parameterization
+    return train(Prompting(config, console), observers)
 
-    def prepare_model(model: Transformer, tokenizer: Tokenizer) -> TaskModel:
-        if config.mode == "dense" and config.train == "both":
-            densify(model)  # of a frozen model the zeros would not train
-        prompted = Prompted(model, initial_prompt(model, tokenizer, config))
-        if config.train == "prompt":
-            model.requires_grad_(False)
-        specs = {f"model.{name}": spec for name, spec in tensor_specs(model, rules).items()}
+
+class Prompting(TaskStage[PromptConfig]):
+    """Training a soft prompt, and the model along with it if ``train=both``."""
+
+    kind: ClassVar[str] = "prompt"
+
+    def __init__(self, config: PromptConfig, console: Console | None = None) -> None:
+        super().__init__(config, console)
+        if config.init_from is None:
+            raise UserError("init_from is missing: a soft prompt is learned for a trained model, init_from=RUN_DIR")
+
+    @property
+    def slots(self) -> int:
+        return self.config.n_tokens
+
+    @property
+    def trained(self) -> bool:
+        return self.config.train == "both"
+
+    def subject(self, network: Transformer, tokenizer: Tokenizer) -> Subject:
+        rules = self.config.parameterization
+        if self.config.mode == "dense" and self.trained:
+            densify(network)  # of a frozen model the zeros would not train
+        prompted = Prompted(network, initial_prompt(network, tokenizer, self.config))
+        if not self.trained:
+            network.requires_grad_(False)
+        specs = {f"model.{name}": spec for name, spec in tensor_specs(network, rules).items()}
         specs["prompt.vectors"] = TensorSpec(Role.PROMPT)
-        assign(prompted, specs, rules, model.config.n_layers)
+        assign(prompted, specs, rules, network.config.n_layers)
+        return Subject(network, prompted)
 
-        def loss(batch: Batch) -> Tensor:
-            value: Tensor = prompted(batch.tokens, batch.targets, _slots(batch))
-            return value
-
-        return TaskModel(
-            model, prompted, loss, embeddings=lambda batch: prompted.embeddings(batch.tokens, _slots(batch))
-        )
-
-    return run_task(config, "prompt", prepare_model, config.n_tokens, console or Console())
-
-
-def _slots(batch: Batch) -> Tensor:
-    assert batch.slots is not None
-    return batch.slots
+    def embeddings(self, batch: Batch) -> Tensor:
+        prompted = self.course.subject.module
+        assert isinstance(prompted, Prompted)
+        assert batch.slots is not None
+        return prompted.embeddings(batch.tokens, batch.slots)
 
 
 def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfig) -> SoftPrompt:

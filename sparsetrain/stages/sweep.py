@@ -7,23 +7,17 @@ killed, or is given again with more values, skips what is done.
 from __future__ import annotations
 
 import functools
-import math
-import re
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from sparsetrain.cost.flops import training_flops_per_token
-from sparsetrain.data import Corpus, prepare
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors
 from sparsetrain.reading import read_csv
-from sparsetrain.report.run_files import SweepRow, SweptConfig, SweptResult, load_result
+from sparsetrain.report.run_files import COLUMNS, SweepRow, SweptConfig, SweptResult, table_cell
 from sparsetrain.report.search import search_figure, search_knobs, search_sheet
 from sparsetrain.report.sweep import (
     findings,
@@ -35,143 +29,19 @@ from sparsetrain.report.sweep import (
 )
 from sparsetrain.report.sweep_plots import sweep_figure
 from sparsetrain.report.tables import print_sheets
-from sparsetrain.report.text import duration, flatten, si
+from sparsetrain.report.text import flatten
+from sparsetrain.runs.identity import INCIDENTAL, described
+from sparsetrain.runs.layout import CONFIG, RESULT
+from sparsetrain.runs.recorded import read_recorded, renamed
+from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
 from sparsetrain.shapes import check
-from sparsetrain.stages.config import INCIDENTAL, PretrainConfig, as_plain, model_config, total_steps
-from sparsetrain.stages.memory import memory_fits
-from sparsetrain.stages.pretrain import memory_of, run_directory
-from sparsetrain.stages.run import COLUMNS, CONFIG, RESULT, Origin, read_config
-from sparsetrain.training.state import resolve_device
+from sparsetrain.stages.config import PretrainConfig
 
 # What `COLUMNS` already say, or follows from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
 _LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
-_WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
 _TEXTS = ("parameterization", "commit", "status", "precision", "run")
-_WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
-_STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
-
-
-@dataclass(frozen=True)
-class SweepCost:
-    """What a sweep takes.
-
-    Args:
-        points: in all. done: finished before, diverged ones among them. refused: whose configuration cannot run.
-        flops: training FLOPs of the rest by the formula, counting stored weights only.
-        dense_flops: of the rest, computed densely, as the masked backend does.
-        rate: dense FLOPs per second. measured: on how many finished points; 0 for a guess from a matrix product.
-    """
-
-    points: int
-    done: int
-    refused: int
-    flops: float
-    dense_flops: float
-    rate: float
-    measured: int
-
-    def describe(self) -> str:
-        """Return one line for the terminal."""
-        left = self.points - self.done - self.refused
-        counts = f"{self.points} point{'s' * (self.points != 1)}, {self.done} finished before, {left} to run"
-        if self.refused:
-            counts += f", {self.refused} that cannot run"
-        if not left:
-            return f"sweep: {counts}"
-        work = f"{si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely"
-        time_ = f"{duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')}"
-        if self.measured:
-            return f"sweep: {counts}: {work}; about {time_}, as the {self.measured} finished ones"
-        return f"sweep: {counts}: {work}; very roughly {time_}, half of what a bare matrix product reaches here"
-
-
-def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None = None) -> SweepCost:
-    """Return what pre-training all ``points`` takes; None is a point whose configuration was refused.
-
-    The corpora are prepared, because they are part of what names a run.
-    """
-    corpora: dict[str, Corpus | None] = {}
-    total = done = refused = measured = 0
-    flops = dense = done_flops = done_seconds = 0.0
-    largest: PretrainConfig | None = None
-    for config in points:
-        total += 1
-        corpus = None if config is None else _corpus(config, corpora, console)
-        if config is None or corpus is None:
-            refused += 1
-            continue
-        try:
-            directory = run_directory("pretrain", config, Origin.of_corpus(corpus, config.init_from))
-            sparse_flops, dense_flops = _training_flops(config, corpus)
-        except UserError:
-            refused += 1
-            continue
-        if (directory / RESULT).exists():
-            done += 1
-            result = load_result(directory / RESULT)
-            if result.get("status") == "complete" and result.get("seconds"):
-                measured += 1
-                done_flops += dense_flops
-                done_seconds += result["seconds"]
-            continue
-        if not _fits(config, corpus):
-            refused += 1
-            continue
-        flops, dense = flops + sparse_flops, dense + dense_flops
-        if largest is None or config.model["d_model"] > largest.model["d_model"]:
-            largest = config
-    rate = 0.0
-    if measured:
-        rate = done_flops / done_seconds
-    elif largest is not None:
-        rate = _STEP_SHARE * _product_rate(largest)
-    return SweepCost(total, done, refused, flops, dense, rate, measured)
-
-
-def _fits(config: PretrainConfig, corpus: Corpus) -> bool:
-    try:
-        return config.force or memory_fits(memory_of(config, corpus)[0], resolve_device(config.device))
-    except UserError:
-        return False  # the point itself will say why
-
-
-def _corpus(config: PretrainConfig, corpora: dict[str, Corpus | None], console: Console | None) -> Corpus | None:
-    key = str({name: value for name, value in as_plain(config)["data"].items() if name != "context"})
-    if key not in corpora:
-        try:
-            corpora[key] = prepare(config.data, progress=True, console=console)
-        except UserError:
-            corpora[key] = None  # the point itself will say why
-    return corpora[key]
-
-
-def _training_flops(config: PretrainConfig, corpus: Corpus) -> tuple[float, float]:
-    """Return FLOPs of a run by its stored weights, and computed densely. With groups both are the dense number."""
-    model, context = model_config(config.model, corpus.tokenizer.vocab_size), config.data.context
-    steps = total_steps(config, max(1, len(corpus.train) // context))
-    tokens = steps * config.stage.batch_size * context
-    dense = training_flops_per_token(model, 1.0, context).total * tokens
-    if config.sparsity.groups:
-        return dense, dense
-    return training_flops_per_token(model, 1.0 - config.sparsity.sparsity, context).total * tokens, dense
-
-
-def _product_rate(config: PretrainConfig) -> float:
-    """Return FLOPs per second of the product of one step's tokens with a matrix of the model, over a quarter second."""
-    device = resolve_device(config.device)
-    width = min(_WIDEST, int(config.model["d_model"]))
-    tokens = min(4096, config.stage.batch_size * config.data.context)
-    x, w = torch.ones(tokens, width, device=device), torch.ones(4 * width, width, device=device)
-    count, started = 0, time.monotonic()
-    while (elapsed := time.monotonic() - started) < 0.25 or count < 2:
-        (x @ w.t()).sum().item()  # waits for the device
-        count += 1
-    return count * 2.0 * tokens * 4 * width * width / elapsed
-
-
-# What the runs of a sweep say.
 
 
 @dataclass(frozen=True)
@@ -210,14 +80,14 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
         result = load_result(directory / RESULT)
         if result.get("stage") == "pretrain":
             check(result, SweptResult, str(directory / RESULT))
-            config = check(read_config(directory), SweptConfig, str(directory / CONFIG))
-            done[directory] = (config, result)
+            done[directory] = (_swept(directory), result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
     for directory in done:
         earlier.pop(directory.name, None)
     if not done and not earlier:
         raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
     plain = {directory: dict(_leaves(config)) for directory, (config, _) in done.items()}
+    _leave_paths_out(plain)
     sections = {directory: config["parameterization"] for directory, (config, _) in done.items()}
     labels = {directory: section["scheme"] for directory, section in sections.items()} if apart else _labels(sections)
     varied = [
@@ -248,6 +118,22 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
     return SweepRows(rows, varied, unfinished)
 
 
+def _swept(directory: Path) -> dict[str, Any]:
+    """Return all settings of a run, those that came after it too, and its corpus."""
+    config: dict[str, Any] = check(
+        described(read_recorded(directory, PretrainConfig)), SweptConfig, str(directory / CONFIG)
+    )
+    return config
+
+
+def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:
+    """Remove where the text came from, if all runs have the same: a corpus that was moved is no setting that varies."""
+    if len({leaves.get("corpus") for leaves in plain.values()}) == 1:
+        for leaves in plain.values():
+            for name in [name for name in leaves if name.startswith("data.") and name != "data.context"]:
+                del leaves[name]
+
+
 def _table(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers.
 
@@ -259,20 +145,14 @@ def _table(path: Path) -> list[dict[str, Any]]:
         missing = [name for name in (*COLUMNS, *_LAST) if name not in cells]
         if missing:
             raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
-        row = {name: (text or None) if name in _TEXTS else _cell(text) for name, text in cells.items()}
+        row = {
+            renamed(name, PretrainConfig): (text or None) if name in _TEXTS else table_cell(text)
+            for name, text in cells.items()
+        }
         rows.append(check(row, SweepRow, f"{path}, row {number}"))
     if not rows:
         raise UserError(f"{path} has no row")
     return rows
-
-
-def _cell(text: str) -> Any:
-    """Return what `write_rows` wrote: a number as that, nothing as None."""
-    if not text:
-        return None
-    if _WHOLE.fullmatch(text):
-        return int(text)
-    return float(text) if _DECIMAL.fullmatch(text) and math.isfinite(float(text)) else text
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
@@ -301,7 +181,16 @@ def _value(config: Any, path: Sequence[str], text: str) -> Any:
         if not isinstance(config, dict) or part not in config:
             return text
         config = config[part]
+    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+        return _listed(config)
     return config if isinstance(config, int | float | str) or config is None else text
+
+
+def _listed(value: Any) -> str:
+    """Return a list of sections, such as phases, as it is written on the command line, without what is null."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{name}: {_listed(item)}' for name, item in value.items() if item is not None)}}}"
+    return f"[{', '.join(map(_listed, value))}]" if isinstance(value, list) else str(value)
 
 
 def _labels(sections: dict[Path, dict[str, Any]]) -> dict[Path, str]:

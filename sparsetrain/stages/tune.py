@@ -16,11 +16,11 @@ from rich.table import Table
 
 from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
+from sparsetrain.runs.provenance import machine
 from sparsetrain.screen import say
 from sparsetrain.sparsity.auto import Crossover, save, table_name
 from sparsetrain.sparsity.tuning import BLOCKS, DTYPES, SIDES, TOKENS, measure
 from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
-from sparsetrain.stages.run import machine
 
 
 @dataclass

@@ -15,8 +15,10 @@ from sparsetrain.bench import BenchConfig, bench, cells, run
 from sparsetrain.bench.peers import missing
 from sparsetrain.bench.timing import interleaved
 from sparsetrain.cli import main
-from sparsetrain.config import load
-from sparsetrain.report.bench import BENCH, rows_of
+from sparsetrain.cli.resolve import load
+from sparsetrain.report.bench import rows_of
+from sparsetrain.runs.claim import locked
+from sparsetrain.runs.layout import BENCH, LOCK
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # The masked backend alone: nothing is compiled, so that only the two tests of csr cost seconds.
@@ -103,7 +105,7 @@ def test_the_summary_holds_limits_beside_results(whole: Path) -> None:
 
 
 def test_the_files_are_whole(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == sorted([run.LOCK, BENCH, run.FIGURE, run.TABLE])
+    assert sorted(path.name for path in whole.iterdir()) == sorted([LOCK, BENCH, run.FIGURE, run.TABLE])
     figure = (whole / run.FIGURE).read_bytes()
     assert figure.startswith(PNG)
     assert len(figure) > 10_000
@@ -259,7 +261,7 @@ def test_bad_input_is_one_line_and_status_2(
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with run._claimed(tmp_path / "run"):
+    with locked(tmp_path / "run"):
         assert main(["bench", *tiny(tmp_path / "run")]) == 2
     assert "in use by another process" in capsys.readouterr().err
 

@@ -77,10 +77,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from sparsetrain.cost.footprint import Footprint
-from sparsetrain.data import prepare
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import build
-from sparsetrain.stages.pretrain import memory_of
+from sparsetrain.stages.pretrain import Pretraining
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 values, home = json.loads(sys.argv[1]), Path(sys.argv[2])
@@ -88,8 +87,8 @@ values, home = json.loads(sys.argv[1]), Path(sys.argv[2])
 def config(model, context, batch, name, **more):
     return build(PretrainConfig, {
         "model": model, "data": {"path": str(home / "notes.txt"), "tokenizer": "bytes", "context": context},
-        "parameterization": {"scheme": "sp"}, "schedule": {"steps": 2}, "run_dir": str(home / name),
-        "stage": {"batch_size": batch, "eval_sequences": 2}, **more})
+        "parameterization": {"scheme": "sp"}, "budget": {"steps": 2, "batch_size": batch}, "run_dir": str(home / name),
+        "loop": {"eval_sequences": 2}, **more})
 def now(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) << 10
 say = Console(file=io.StringIO())
@@ -99,7 +98,9 @@ gc.collect()
 before = now("VmRSS")
 large = config(name="run", **values)
 pretrain(large, say)
-found = memory_of(large, prepare(large.data, console=say))[0].footprint()
+stage = Pretraining(large, say)
+stage.prepare()
+found = stage.workload()[0].footprint()
 print(json.dumps([now("VmHWM") - before, found.least, found.likely]))
 """
 MODEL = {"d_model": 384, "n_layers": 4, "n_heads": 6}

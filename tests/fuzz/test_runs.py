@@ -22,9 +22,10 @@ from sparsetrain.report.show import show_run
 from sparsetrain.report.tables import print_report
 from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
 from sparsetrain.runs.metrics import read_metrics
+from sparsetrain.runs.recorded import read_config
 from sparsetrain.sparsity.auto import from_plain
+from sparsetrain.stages.arms import show_arms
 from sparsetrain.stages.coordinates import _finished_trials
-from sparsetrain.stages.run import read_config
 from sparsetrain.stages.sweep import show_sweep
 
 MASKS = {
@@ -123,6 +124,37 @@ def table(directory: Path) -> Path:
     path = directory / "results.csv"
     path.write_text("\n".join([NAMES, *rows]) + "\n")
     return path
+
+
+def arms(directory: Path) -> Path:
+    """The rows of two arms of pipelines."""
+    names = "parameterization,sparsity,width,depth,lr,seed,steps,loss,commit,arm,stage,task,tokens,bits_per_byte"
+    row = "sp,{s},32,2,0.5,{seed},4,{loss},abc,{arm},{stage},9,{bits},{accuracy},0.5,1e9"
+    rows = []
+    for seed in range(2):
+        for arm, s in (("dense", 0.0), ("sparse-0.5", 0.5)):
+            pretrain = {"stage": "pretrain,", "loss": 2 + s + seed, "bits": 1 + s + seed, "accuracy": ""}
+            finetune = {"stage": "finetune,roles", "loss": "", "bits": "", "accuracy": 0.5 + s * seed}
+            rows += [row.format(s=s, seed=seed, arm=arm, **stage) for stage in (pretrain, finetune)]
+    path = directory / "results.csv"
+    path.write_text("\n".join([f"{names},accuracy,majority,train_flops", *rows]) + "\n")
+    return path
+
+
+def stages(mutated: str) -> Callable[[Path], Path]:
+    """Pre-training of two arms of a pipeline, of which a file of one is changed."""
+
+    def make(directory: Path) -> Path:
+        model = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 50}
+        for number, arm in enumerate(("dense", "sparse-0.5")):
+            run = directory / arm / "pretrain"
+            run.mkdir(parents=True)
+            (run / "config.yaml").write_text(yaml.safe_dump({**CONFIG, "data": {"context": 16}}))
+            result = {**RESULT, "sparsity": number / 2, "bits_per_byte": 1.0 + number, "model": model}
+            (run / "result.json").write_text(json.dumps(result))
+        return directory / "sparse-0.5" / "pretrain" / mutated
+
+    return make
 
 
 def bench(directory: Path) -> Path:
@@ -229,6 +261,9 @@ READERS = [
     Reader("sweep search", runs("config.yaml"), shown(lambda p, c: show_sweep([p], "lr", None, 3, True, c)), YAML),
     Reader("table", table, shown(lambda p, c: show_sweep([p / "results.csv"], "lr", None, 3, False, c)), CSV),
     Reader("table search", table, shown(lambda p, c: show_sweep([p / "results.csv"], "lr", None, 3, True, c)), CSV),
+    Reader("arms", arms, shown(lambda p, c: show_arms([p / "results.csv"], None, c)), CSV),
+    Reader("arms results", stages("result.json"), shown(lambda p, c: show_arms([p], None, c)), JSON),
+    Reader("arms configs", stages("config.yaml"), shown(lambda p, c: show_arms([p], None, c)), YAML),
     Reader("bench", bench, shown(lambda p, c: print_bench(load_bench(p / "bench.json"), c)), JSON),
     Reader("report", report, shown(lambda p, c: print_report(load_report(p / "report.json"), c)), JSON),
     Reader("crossovers", one("c.json", json.dumps({"backends": {"csr": CROSSOVERS}})), limits, JSON),

@@ -10,7 +10,7 @@ from sparsetrain.cli import main
 
 TINY = [
     *("model=tiny", "data.tokenizer=bytes", "data.context=48", "parameterization.base_width=16"),
-    *("stage.batch_size=4", "stage.eval_sequences=4", "schedule.steps=3"),
+    *("budget.batch_size=4", "loop.eval_sequences=4", "budget.steps=3"),
 ]
 
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
-from sparsetrain.stages import (
-    PretrainConfig,
-    RunResult,
-    pretrain,
-)
-
-Configure = Callable[..., Any]
+from sparsetrain.runs.result import RunResult, finished
 
 
 @pytest.fixture
-def sparse(configure: Configure, tmp_path: Path, screen: Console) -> RunResult:
-    """A finished pre-training at 75 % sparsity."""
-    return pretrain(configure(PretrainConfig, run_dir=tmp_path / "sparse"), screen)
+def sparse(trained: Callable[..., Path], tmp_path: Path) -> RunResult:
+    """A finished pre-training at 75 % sparsity, in a directory that belongs to the test."""
+    done = finished(shutil.copytree(trained(), tmp_path / "sparse"))
+    assert done is not None
+    return done
 
 
 @pytest.fixture(autouse=True)

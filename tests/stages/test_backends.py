@@ -89,10 +89,10 @@ def test_a_run_on_csr_resumes_to_the_same_bits_with_another_table(
 
     step = Trainer._step
 
-    def stopping(self: Trainer, state: Any) -> Any:
+    def stopping(self: Trainer, state: Any, clock: Any) -> Any:
         if state.step == 6:
             raise Stop
-        return step(self, state)
+        return step(self, state, clock)
 
     monkeypatch.setattr(Trainer, "_step", stopping)
     broken = configure(PretrainConfig, run_dir=tmp_path / "broken")

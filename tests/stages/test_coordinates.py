@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsetrain.config import load
+from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import Coordinate, spreads
+from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.stages import coord_check
 from sparsetrain.stages import coordinates as module
 from sparsetrain.stages.coordinates import CheckSection, CoordinatesConfig, judge
-from sparsetrain.stages.run import COLUMNS
 
 
 def small(notes: Path, run_dir: Path, *more: str) -> CoordinatesConfig:
     words = [
         *("model=tiny", "model.d_model=64", "parameterization.base_width=16", f"data.path={notes}"),
-        *("data.tokenizer=bytes", "data.context=48", "stage.batch_size=4", "optimizer.lr=2e-3"),
+        *("data.tokenizer=bytes", "data.context=48", "budget.batch_size=4", "optimizer.lr=2e-3"),
         *("check.steps=3", "check.seeds=1", f"run_dir={run_dir}", *more),
     ]
     return load("coord-check", words)

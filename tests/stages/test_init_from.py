@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsetrain.config import load
+from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.stages import (
     FinetuneConfig,
@@ -110,7 +110,7 @@ def test_a_model_with_another_vocabulary_than_its_text_is_refused(
     with pytest.raises(UserError, match=r"model\.vocab_size=100 is smaller than the tokenizer's 257"):
         pretrain(configure(PretrainConfig, {"model.vocab_size": 100}, run_dir=tmp_path / "x"), screen)
     result = pretrain(
-        configure(PretrainConfig, {"model.vocab_size": 300, "schedule.steps": 1}, run_dir=tmp_path / "x"), screen
+        configure(PretrainConfig, {"model.vocab_size": 300, "budget.steps": 1}, run_dir=tmp_path / "x"), screen
     )
     assert result["model"]["vocab_size"] == 300
 
@@ -118,5 +118,5 @@ def test_a_model_with_another_vocabulary_than_its_text_is_refused(
 def test_strict_sections_name_the_wrong_key_and_the_missing_one(notes: Path) -> None:
     with pytest.raises(UserError, match=r"optimizer\.lrr is no setting \(did you mean 'lr'\?\)"):
         build(PretrainConfig, {"optimizer": {"lrr": 1}})
-    with pytest.raises(UserError, match=r"sparsity\.groups\.sparsity is missing"):
+    with pytest.raises(UserError, match=r"sparsity\.groups\[0\]\.sparsity is missing"):
         build(PretrainConfig, {"sparsity": {"groups": [{"match": "*"}]}})

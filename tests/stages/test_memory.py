@@ -21,7 +21,7 @@ from sparsetrain.stages import memory
 from sparsetrain.stages.memory import memory_errors
 
 HUGE = [
-    (["stage.batch_size=100000000"], "stage.batch_size=[0-9]+ would fit"),
+    (["budget.batch_size=100000000"], "budget.batch_size=[0-9]+ would fit"),
     (["model.d_model=1048576"], "model.d_model=[0-9]+ would fit"),
     (["model.n_layers=65536", "model.d_model=1024"], "model.d_model=[0-9]+ or model.n_layers=[0-9]+ would fit"),
     (["model.vocab_size=2147483647", "model.d_model=256"], "model.vocab_size=[0-9]+ would fit"),
@@ -67,13 +67,13 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(words: list[str],
 @pytest.mark.parametrize(
     "words",
     [
-        ["finetune", "stage.batch_size=100000000"],
+        ["finetune", "budget.batch_size=100000000"],
         ["finetune", "model.d_model=1048576"],
-        ["pipeline", "pipeline.finetune.stage.batch_size=100000000"],
-        ["pipeline", "pipeline.prompt.stage.batch_size=100000000"],
-        ["pipeline", "stage.batch_size=100000000"],
+        ["pipeline", "pipeline.stages.finetune.budget.batch_size=100000000"],
+        ["pipeline", "pipeline.stages.prompt.budget.batch_size=100000000"],
+        ["pipeline", "budget.batch_size=100000000"],
         ["coord-check", "check=width", "check.values=[32,1048576]"],
-        ["coord-check", "stage.batch_size=100000000"],
+        ["coord-check", "budget.batch_size=100000000"],
     ],
     ids=" ".join,
 )
@@ -114,7 +114,7 @@ def test_generation_is_refused_before_the_model_is_read(shell: Shell, monkeypatc
 
 def test_a_sweep_goes_on_behind_a_point_that_cannot_fit(shell: Shell) -> None:
     """The point is counted as one that cannot run, says why by itself, and the others are trained."""
-    status, out, err = shell.run("pretrain", "-m", *shell.tiny, "stage.batch_size=100000000,2", "runs_dir=runs")
+    status, out, err = shell.run("pretrain", "-m", *shell.tiny, "budget.batch_size=100000000,2", "runs_dir=runs")
     assert (status, err.count("of memory")) == (2, 1)
     assert "1 to run, 1 that cannot run" in out
     assert [json.loads(path.read_text())["status"] for path in shell.home.glob("runs/*/result.json")] == ["complete"]
@@ -129,7 +129,7 @@ def test_force_goes_on_with_a_warning_as_the_same_run(word: str, shell: Shell, m
         assert "would fit" not in told(shell, *words)
         status, _, err = shell.run(*words, word)
         assert status == 0
-        assert err.startswith("warning: training with stage.batch_size=4")
+        assert err.startswith("warning: training with budget.batch_size=4")
     assert "already done" in shell.run(*words)[1]
 
 
@@ -173,12 +173,12 @@ def test_an_allocation_that_fails_is_one_line(error: Exception) -> None:
 
 def test_a_forced_run_that_the_system_refuses_is_one_line(shell: Shell) -> None:
     """In 12 GiB of address space a batch of terabytes is refused by the estimate, and when forced by the allocator."""
-    words = ["pretrain", *shell.tiny, "stage.batch_size=10000000", "run_dir=run"]
+    words = ["pretrain", *shell.tiny, "budget.batch_size=10000000", "run_dir=run"]
     code = (
         "import resource, sys; from sparsetrain.cli import main\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({12 << 30}, {12 << 30}))\n"
         f"first = main({words!r}); print('next', file=sys.stderr); assert first == 2\n"
-        f"sys.exit(main({[*words, 'stage.accumulation=4', 'model.d_model=65536', '--force']!r}))"
+        f"sys.exit(main({[*words, 'loop.accumulation=4', 'model.d_model=65536', '--force']!r}))"
     )
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=shell.home, check=False)

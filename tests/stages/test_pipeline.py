@@ -13,11 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from sparsetrain.config import load
+from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.report.schema import validate_report
-from sparsetrain.stages import PipelineConfig, PretrainConfig, pipeline
-from sparsetrain.stages.run import run_weights
+from sparsetrain.runs.weights import read_weights
+from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.stages import PipelineConfig, pipeline
+from sparsetrain.stages.stage import train
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]
@@ -25,12 +27,13 @@ Configure = Callable[..., Any]
 # The name `sparsetrain.stages.pipeline` is the function's.
 pipeline_module = sys.modules["sparsetrain.stages.pipeline"]
 
+TUNED = {"name": "finetune", "from": "pretrain", "budget": {"steps": 12, "batch_size": 4}}
 STAGE_FILES = {".lock", "config.yaml", "tokenizer.json", "train_ids.txt", "metrics.jsonl", "result.json", "checkpoints"}
 
 
 def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Path, screen: Console) -> None:
     home = tmp_path / "run"
-    result = pipeline(configure(PipelineConfig, {"schedule.steps": 20}, run_dir=home), screen)
+    result = pipeline(configure(PipelineConfig, {"budget.steps": 20}, run_dir=home), screen)
     assert result.complete
 
     files = {path.name for path in home.iterdir()}
@@ -68,6 +71,9 @@ def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Pa
             assert (arm[stage]["task"], arm[stage]["n_test"]) == ("pubmedqa", 20)
             stored = json.loads((home / arm["name"] / stage / "result.json").read_text())
             assert arm[stage]["accuracy"] == stored["accuracy"]
+            assert arm["stages"][stage]["accuracy"] == stored["accuracy"]
+        assert arm["stages"].keys() == {"pretrain", "finetune", "prompt"}
+        assert arm["stages"]["pretrain"]["loss_last"] == arm["pretrain"]["loss_last"]
         assert arm["pretrain"]["loss_last"] < arm["pretrain"]["loss_first"]
     dense, sparse = report["arms"]
     # 6 (nnz + V d + 2 L T d) a token, with V = 257, d = 32, L = 2, T = 64
@@ -79,7 +85,7 @@ def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Pa
     )
     assert "report: " in screen.file.getvalue()  # type: ignore[attr-defined]
     assert "<html" in (home / "report.html").read_text()
-    assert "prompt.vectors" in run_weights(home / "dense" / "prompt")
+    assert read_weights(home / "dense" / "prompt").prompt is not None
 
     with pytest.raises(UserError, match=r"is a pipeline; choose one of its stages: .*sparse-0\.75/finetune") as caught:
         load("prompt", [f"init_from={home}"])
@@ -88,9 +94,10 @@ def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Pa
 
 def test_a_finished_pipeline_is_shown_and_not_run(configure: Configure, tmp_path: Path, screen: Console) -> None:
     config = configure(
-        PipelineConfig, {"pipeline.sparsities": [0.5], "pipeline.scratch": False, "pipeline.prompt": None},
+        PipelineConfig,
+        {"pipeline.arms": {"sparsity.sparsity": [0.5]}, "pipeline.stages": [{"name": "pretrain"}, TUNED]},
         run_dir=tmp_path / "run",
-    )  # fmt: skip
+    )
     first = pipeline(config, screen)
     assert {path.name for path in (tmp_path / "run").glob("*/*")} == {"pretrain", "finetune"}
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -107,17 +114,19 @@ def test_a_finished_pipeline_is_shown_and_not_run(configure: Configure, tmp_path
 def test_a_pipeline_stopped_between_stages_goes_on(
     configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = {"pipeline.sparsities": [0.75]}
+    changes = {"pipeline.arms": {"sparsity.sparsity": [0.75]}}
     whole = pipeline(configure(PipelineConfig, changes, run_dir=tmp_path / "whole"), screen)
 
-    def stopped(*_: Any) -> None:
-        raise Interrupted("stopped", 15)
-
     config = configure(PipelineConfig, changes, run_dir=tmp_path / "cut")
-    for stage in ("finetune", "prompt"):
+    for kind in ("finetune", "prompt"):
+
+        def stopped(stage: Any, kind: str = kind) -> Any:
+            if stage.kind == kind:
+                raise Interrupted("stopped", 15)
+            return train(stage)
+
         with monkeypatch.context() as patch:
-            # By name, since the function of the same name hides the module.
-            patch.setattr(sys.modules["sparsetrain.stages.pipeline"], stage, stopped)
+            patch.setattr(pipeline_module, "train", stopped)
             with pytest.raises(Interrupted):
                 pipeline(config, screen)
         assert not (tmp_path / "cut" / "result.json").exists()
@@ -126,31 +135,72 @@ def test_a_pipeline_stopped_between_stages_goes_on(
     assert pipeline(config, screen).complete
     assert pretrained.stat().st_mtime_ns == before
     for stage in ("sparse-0.75/pretrain", "sparse-0.75/finetune", "sparse-0.75/prompt", "scratch/finetune"):
-        one, other = run_weights(whole.directory / stage), run_weights(tmp_path / "cut" / stage)
+        one, other = (read_weights(place / stage).model for place in (whole.directory, tmp_path / "cut"))
         assert all(torch.equal(one[name], other[name]) for name in one), stage
 
 
 def test_arms_follow_from_the_sparsity_section(configure: Configure) -> None:
-    assert configure(PipelineConfig).arms == [0.0, 0.75]
-    assert configure(PipelineConfig, {"sparsity.sparsity": 0.0}).arms == [0.0]
-    assert configure(PipelineConfig, {"pipeline.sparsities": [0.0, 0.5, 0.9]}).arms == [0.0, 0.5, 0.9]
+    def names(*words: str) -> list[str]:
+        return [arm.name for arm in load("pipeline", ["model=tiny", *words]).arms]
+
+    assert names() == ["dense", "sparse-0.75"]
+    assert names("sparsity.sparsity=0.9") == ["dense", "sparse-0.9"]
+    assert names("sparsity=dense") == ["dense"]
+    assert names("pipeline.arms={sparsity.sparsity: [0, 0.5, 0.5], seed: [0, 1]}") == [
+        "dense_seed-0",
+        "dense_seed-1",
+        "sparse-0.5_seed-0",
+        "sparse-0.5_seed-1",
+    ]
+    assert names("pipeline=pretrain") == ["run"]
+    # A dense arm has nothing else of the section that makes others sparse.
+    config = load("pipeline", ["model=tiny", "sparsity=rigl", "sparsity.seed=3"])
+    dense, sparse = (config.stage_config(config.stages[0], arm).sparsity for arm in config.arms)
+    assert dense == SparsityConfig(seed=3)
+    assert sparse == config.sparsity
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pipeline.sparsities": []}, "pipeline.sparsities=.* must name at least one"),
-        ({"pipeline.sparsities": [0.5, 0.5]}, "none twice"),
-        ({"pipeline.sparsities": [1.0]}, r"pipeline\.sparsities=1\.0 must .*\[0, 1\)"),
-        ({"init_from": "run"}, "init_from=run: a pipeline pre-trains its own models"),
+        ({"pipeline.arms": {"sparsity.sparsity": []}}, r"pipeline.arms: sparsity.sparsity=\[\] must be a list of"),
+        ({"pipeline.arms": {"sparsity.sparsity": [1.0]}}, r"sparsity=1\.0 must .*\[0, 1\)"),
+        ({"pipeline.arms": {"sparsity.sparsity": ["x"]}}, "sparsity.sparsity=x must be a number"),
+        ({"pipeline.arms": {"sparsty.sparsity": [0.5]}}, "sparsty.sparsity is no setting .*did you mean 'sparsity'"),
+        ({"pipeline.arms": {"model.d_model": [31]}}, "pipeline.stages: pretrain: model: .*31"),
+        ({"init_from": "run"}, "init_from=run: a pipeline makes its own models"),
+        ({"pipeline.stages": []}, r"pipeline.stages=\[\]: a pipeline has at least one stage"),
+        ({"pipeline.stages": ["pretrain"]}, r"pipeline.stages\[0\]=pretrain must be a stage with a name"),
+        ({"pipeline.stages": [{"name": "a/b", "run": "pretrain"}]}, "cannot be the name of a directory"),
+        ({"pipeline.stages": [{"name": "pretrain"}] * 2}, r"\[1\].name='pretrain' is the name of an earlier one"),
+        ({"pipeline.stages": [{"name": "pretrian"}]}, r"\[0\].run='pretrian' is not one of pretrain, finetune, prompt"),
+        ({"pipeline.stages": [{"name": "pretrain", "lr": 1}]}, r"\[0\].lr is no setting of pretrain"),
+        ({"pipeline.stages": [{"name": "pretrain", "device": "cpu"}]}, "device is no setting of pretrain"),
+        ({"pipeline.stages": [{"name": "prompt"}]}, "a soft prompt is learned for a trained model; say which"),
         (
-            {"pipeline.prompt.start": "pretrian"},
-            "'pretrian' is not one of pretrain, finetune .*did you mean 'pretrain'",
+            {"pipeline.stages.prompt.from": "pretrian"},
+            r"pipeline.stages\[2\].from=pretrian names no stage .*did you mean 'pretrain'",
         ),
-        ({"pipeline.prompt.train": "all"}, "train='all' is not one of prompt, both"),
-        ({"pipeline.prompt.n_tokens": 0}, "n_tokens=0"),
-        ({"pipeline.prompt.init": "wrods"}, "init='wrods' is not one of words, random .*did you mean 'words'"),
-        ({"pipeline.finetune.mode": "dens"}, "mode='dens' is not one of dense, sparse .*did you mean 'dense'"),
+        ({"pipeline.stages": [{"name": "pretrain", "budget": 4}]}, "budget=4 must be a section of settings"),
+        ({"pipeline.stages": [{"name": "pretrain", "sparsity": 4}]}, "sparsity=4 must be a section of settings"),
+        ({"pipeline.stages": [{"name": "pretrain", "budget": {"phases": 4}}]}, "budget.phases=4 must be a list of"),
+        ({"pipeline.stages": [{"name": "a", "run": "pretrain", "from": [1]}]}, r"from=\[1\] must be the name of a"),
+        ({"pipeline.stages": [{"name": "a", "run": [1]}]}, r"run='\[1\]' is not one of pretrain"),
+        ({"pipeline.stages": [{"name": "report.json", "run": "pretrain"}]}, "cannot be the name of a directory"),
+        ({"pipeline.arms": {"sparsity": ["dense"]}}, "pipeline.arms: sparsity is a section; name one of its settings"),
+        ({"pipeline.arms": {"data.path": ["../x"]}}, "data.path=../x cannot be part of the name of a directory"),
+        (
+            {"pipeline.stages.pretrain.arms": ["dense"]},
+            "pipeline.stages: finetune: from=pretrain is no stage of the arm sparse-0.75",
+        ),
+        ({"pipeline.stages.pretrain.from": "finetune"}, "pretrain from finetune from pretrain is a circle"),
+        ({"pipeline.stages.finetune.from": "finetune"}, "finetune from finetune is a circle"),
+        ({"pipeline.stages.scratch.from": "pretrain"}, "run once cannot start from one that each arm has"),
+        ({"pipeline.stages.finetune.budget.tokens": 5}, "pipeline.stages: finetune: budget.steps=12 and budget.tokens"),
+        ({"pipeline.stages.prompt.train": "all"}, "train='all' is not one of prompt, both"),
+        ({"pipeline.stages.prompt.n_tokens": 0}, "n_tokens=0"),
+        ({"pipeline.stages.prompt.init": "wrods"}, "init='wrods' is not one of words, random .*did you mean 'words'"),
+        ({"pipeline.stages.finetune.mode": "dens"}, "mode='dens' is not one of dense, sparse .*did you mean 'dense'"),
     ],
 )
 def test_pipeline_settings_are_refused_before_anything_runs(
@@ -164,8 +214,11 @@ def test_pipeline_settings_are_refused_before_anything_runs(
     ("changes", "message"),
     [
         ({"task.path": "nowhere"}, "task.path=nowhere"),
-        ({"pipeline.prompt.n_tokens": 60}, "context=64 leaves no room for a source beside 60 soft-prompt slots"),
-        ({"pipeline.finetune.schedule": {}}, "set schedule.steps, schedule.tokens or stage.epochs"),
+        ({"pipeline.stages.prompt.n_tokens": 60}, "context=64 leaves no room for a source beside 60 soft-prompt slots"),
+        (
+            {"pipeline.stages.finetune.budget": {"steps": 5}, "pipeline.stages.finetune.schedule": {"warmup_steps": 5}},
+            "schedule.warmup_steps=5 must be below the 5 steps",
+        ),
     ],
 )
 def test_what_later_stages_could_not_do_is_found_before_the_first(
@@ -181,15 +234,15 @@ def test_what_later_stages_could_not_do_is_found_before_the_first(
 def test_an_arm_that_diverges_does_not_stop_the_others(
     configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pipeline_module.pretrain
-
-    def unlucky(config: PretrainConfig, console: Console) -> Any:
-        if config.sparsity.sparsity == 0:
+    def unlucky(stage: Any) -> Any:
+        config = stage.config
+        if stage.kind == "pretrain" and config.sparsity.sparsity == 0:
             config.optimizer = dataclasses.replace(config.optimizer, lr=1e30, clip=0.0)
-        return real(config, console)
+        return train(stage)
 
-    monkeypatch.setattr(pipeline_module, "pretrain", unlucky)
-    result = pipeline(configure(PipelineConfig, run_dir=tmp_path / "run"), screen)
+    monkeypatch.setattr(pipeline_module, "train", unlucky)
+    changes = {"pipeline.stages": [{"name": "pretrain"}, TUNED]}
+    result = pipeline(configure(PipelineConfig, changes, run_dir=tmp_path / "run"), screen)
     assert result["diverged"] == ["dense"]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     validate_report(report)

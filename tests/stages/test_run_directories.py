@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import subprocess
 import sys
@@ -13,8 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsetrain.data import Tokenizer
+from sparsetrain.data import Tokenizer, prepare
 from sparsetrain.errors import UserError
+from sparsetrain.runs.claim import claimed
+from sparsetrain.runs.origin import Origin
 from sparsetrain.stages import (
     FinetuneConfig,
     PretrainConfig,
@@ -24,8 +25,7 @@ from sparsetrain.stages import (
     pretrain,
     prompt,
 )
-from sparsetrain.stages.config import as_plain, build, differences, fingerprint
-from sparsetrain.stages.run import Origin, claimed
+from sparsetrain.stages.config import identify
 
 Configure = Callable[..., Any]
 
@@ -48,7 +48,7 @@ def test_a_run_directory_of_another_configuration_is_refused(
     with pytest.raises(UserError, match=r"holds a run with another configuration: optimizer\.lr=0\.1 \(there: 0\.004"):
         pretrain(configure(PretrainConfig, {"optimizer.lr": 0.1}, run_dir=sparse.directory), screen)
     # What does not change the result is no other configuration.
-    changes = {"stage.log_every": 7, "stage.keep_last": 9}
+    changes = {"loop.log_every": 7, "loop.keep_last": 9}
     assert pretrain(configure(PretrainConfig, changes, run_dir=sparse.directory, threads=1), screen).complete
 
 
@@ -93,6 +93,7 @@ def test_what_a_killed_run_left_is_gone_after_the_next(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
     """Also in the directory of a run that is done, in its checkpoints, and in the cache."""
+    prepare(configure(PretrainConfig).data, progress=False)
     (corpora,) = tmp_path.rglob("corpora")
     before = listing(sparse.directory), listing(corpora)
     last = max((sparse.directory / "checkpoints").glob("step-*"))
@@ -107,7 +108,8 @@ def test_what_a_killed_run_left_is_gone_after_the_next(
 
 
 def fails_inside(directory: Path, config: PretrainConfig) -> None:
-    with claimed(directory, config, Origin("text", None, Tokenizer.bytes(), set())):
+    origin = Origin("text", None, Tokenizer.bytes(), set())
+    with claimed(directory, identify("pretrain", config, origin), origin):
         raise UserError("a mistake")
 
 
@@ -133,7 +135,6 @@ def test_a_mistake_leaves_no_trace_and_the_directory_can_be_used(configure: Conf
         ),
         (FinetuneConfig, {"task.path": "nowhere"}, "task.path=nowhere: no ori_pqal.json there"),
         (FinetuneConfig, {"data.context": 4}, "context=4 leaves no room for a source"),
-        (PretrainConfig, {"schedule.steps": None}, "set schedule.steps, schedule.tokens or stage.epochs"),
         (
             PretrainConfig,
             {"model.positions": "learned", "data.context": 100},
@@ -152,69 +153,7 @@ def test_what_is_found_late_leaves_no_directory(
     assert not (tmp_path / "runs").exists()
 
 
-# What identifies a run.
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"stage.log_every": 3},
-        {"stage.checkpoint_every": 1},
-        {"stage.keep_last": 7},
-        {"device": "cpu"},
-        {"threads": 1},
-        {"run_dir": "elsewhere"},
-        {"runs_dir": "others"},
-    ],
-    ids=str,
-)
-def test_incidental_fields_do_not_make_another_run(configure: Configure, changes: dict[str, Any]) -> None:
-    assert fingerprint(configure(PretrainConfig, changes), "text") == fingerprint(configure(PretrainConfig), "text")
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"seed": 1},
-        {"data_seed": 1},
-        {"optimizer.lr": 1e-3},
-        {"schedule.steps": 13},
-        {"sparsity.sparsity": 0.5},
-        {"sparsity.groups": [{"match": "*", "sparsity": 0.5}]},
-        {"model.bias": True},
-        {"stage.batch_size": 8},
-        {"stage.precision": "bf16"},
-        {"data.context": 32},
-        {"parameterization.base_width": 32},
-    ],
-    ids=str,
-)
-def test_essential_fields_make_another_run(configure: Configure, changes: dict[str, Any]) -> None:
-    assert fingerprint(configure(PretrainConfig, changes), "text") != fingerprint(configure(PretrainConfig), "text")
-
-
-def test_a_setting_that_came_later_makes_another_run_only_where_it_says_something_else() -> None:
-    model = {"d_model": 64, "n_layers": 2, "n_heads": 2}
-    rigl = {"sparsity": 0.9, "evolution": {"rule": "rigl", "drop_schedule": "cosine"}}
-    # Those of runs that were made before there was a setting more.
-    for sparsity, known in (({}, "a0642eb9"), (rigl, "a4fd7ffc")):
-        settings = {"model": model, "schedule": {"steps": 12}, "sparsity": sparsity}
-        assert fingerprint(build(PretrainConfig, settings), "text") == known
-    ours = as_plain(build(PretrainConfig, settings))
-    before = copy.deepcopy(ours)
-    del before["sparsity"]["evolution"]["grown_moments"]
-    assert differences(ours, before) == differences(before, ours) == []
-    ours["sparsity"]["evolution"]["grown_moments"] = "mean"
-    assert fingerprint(build(PretrainConfig, ours), "text") != known
-    assert differences(ours, before) == ["sparsity.evolution.grown_moments=mean (there: zero)"]
-
-
-def test_verb_and_corpus_make_another_run(configure: Configure) -> None:
-    config = configure(PretrainConfig)
-    assert fingerprint(config, "text") != fingerprint(config, "other text")
-    assert fingerprint(config, "text", "step-00000012-ab") != fingerprint(config, "text")
-    assert fingerprint(config, "text", "step-00000012-ab") != fingerprint(config, "text", "step-00000012-cd")
-    assert fingerprint(configure(FinetuneConfig), "text") != fingerprint(configure(PromptConfig), "text")
+# Where a run without a directory of its own goes.
 
 
 def test_the_default_directory_says_what_it_holds(
@@ -222,14 +161,35 @@ def test_the_default_directory_says_what_it_holds(
 ) -> None:
     text = tmp_path / "notes.txt"
     shutil.copy(notes, text)
-    changes = {"data.path": str(text), "schedule.steps": 1}
+    changes = {"data.path": str(text), "budget.steps": 1}
     one = pretrain(configure(PretrainConfig, changes, runs_dir=tmp_path / "runs"), screen)
     assert one.directory.name.startswith("pretrain-d32-L2-s0.75-lr0.004-seed0-")
     assert one.directory.parent == tmp_path / "runs"
     shorter = {**changes, "data.context": 32}
     assert pretrain(configure(PretrainConfig, shorter, runs_dir=tmp_path / "runs"), screen).directory != one.directory
-    text.write_text(text.read_text() + "\n\nOne paragraph more.")
+    moved = tmp_path / "moved.txt"
+    text.rename(moved)
+    changes["data.path"] = str(moved)
+    assert pretrain(configure(PretrainConfig, changes, runs_dir=tmp_path / "runs"), screen).values == one.values
+    moved.write_text(moved.read_text() + "\n\nOne paragraph more.")
     assert pretrain(configure(PretrainConfig, changes, runs_dir=tmp_path / "runs"), screen).directory != one.directory
+
+
+def test_a_moved_task_is_the_same_and_a_finished_run_needs_none(
+    configure: Configure, questions: Path, tmp_path: Path, screen: Console
+) -> None:
+    own = Path(shutil.copytree(questions, tmp_path / "own"))
+    changes = {"task.path": str(own), "budget.steps": 1}
+    first = finetune(configure(FinetuneConfig, changes, runs_dir=tmp_path / "runs"), screen)
+    moved = own.rename(tmp_path / "moved")
+    again = configure(FinetuneConfig, {**changes, "task.path": str(moved)}, runs_dir=tmp_path / "runs")
+    assert finetune(again, screen).directory == first.directory
+    shutil.rmtree(moved)
+    assert finetune(again, screen).directory == first.directory
+    named = configure(FinetuneConfig, changes, run_dir=first.directory)
+    assert finetune(named, screen).values == first.values
+    with pytest.raises(UserError, match=r"task\.path=.*moved: no ori_pqal.json there"):
+        finetune(configure(FinetuneConfig, {"task.path": str(moved)}, runs_dir=tmp_path / "runs"), screen)
 
 
 def test_a_retrained_source_makes_another_run(

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from sparsetrain.data import load_task, prepare
 from sparsetrain.errors import UserError
+from sparsetrain.models import Transformer
 from sparsetrain.parameterization import param_groups
 from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.runs.metrics import read_metrics
+from sparsetrain.runs.origin import run_tokenizer
+from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import SparsityPattern, densify
 from sparsetrain.stages import (
     FinetuneConfig,
@@ -31,10 +34,9 @@ from sparsetrain.stages import (
     pretrain,
     prompt,
 )
-from sparsetrain.stages.finetune import load_model
+from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.generate import load_run
 from sparsetrain.stages.prompt import initial_prompt
-from sparsetrain.stages.run import run_tokenizer, run_weights
 from sparsetrain.training.state import Diverged
 
 Configure = Callable[..., Any]
@@ -45,6 +47,13 @@ CPU = torch.device("cpu")
 def dense_weight(tensors: dict[str, Tensor], layer: str, shape: tuple[int, int]) -> Tensor:
     pattern = SparsityPattern(shape, tensors[f"{layer}.row_ptr"], tensors[f"{layer}.col"])
     return pattern.mask().to(torch.float32).masked_scatter_(pattern.mask(), tensors[f"{layer}.values"])
+
+
+def loaded(config: FinetuneConfig) -> Transformer:
+    """Return the model that a fine-tuning starts from, before it is made dense."""
+    stage = Finetuning(config)
+    stage.prepare(stage.origin())
+    return stage._load(stage.made_from.tokenizer.vocab_size, CPU)
 
 
 def test_a_run_directory_holds_exactly_what_is_documented(sparse: RunResult) -> None:
@@ -60,7 +69,7 @@ def test_results_of_pretraining_match_metrics_and_model(sparse: RunResult) -> No
     assert sparse["loss_first"] == metrics[0]["val_loss"]
     assert (sparse["loss_last"], sparse["bits_per_byte"]) == (metrics[-1]["val_loss"], metrics[-1]["bits_per_byte"])
     assert sparse["loss_last"] < sparse["loss_first"]
-    weights = run_weights(sparse.directory)
+    weights = read_weights(sparse.directory).model
     nnz = sum(value.numel() for name, value in weights.items() if name.endswith(".values"))
     assert sparse["density"] == pytest.approx(nnz / (2 * 12 * 32 * 32)) == 0.25
     del weights["head.weight"]  # the embedding's
@@ -69,8 +78,8 @@ def test_results_of_pretraining_match_metrics_and_model(sparse: RunResult) -> No
     # 6 (nnz + V d + 2 L T d) a token
     assert sparse["flops"]["total"] == 6 * (nnz + 257 * 32 + 2 * 2 * 64 * 32) * sparse["tokens"]
     config = yaml.safe_load((sparse.directory / "config.yaml").read_text())
-    origin = {"corpus": sparse["corpus"], "source": None}
-    assert config == sparse["config"] | origin
+    about = {"format": 2, "kind": "pretrain", "corpus": sparse["corpus"], "source": None}
+    assert config == sparse["config"] | about
 
 
 def test_the_score_of_a_run_can_be_recomputed_from_its_directory(sparse: RunResult, configure: Configure) -> None:
@@ -97,11 +106,11 @@ def test_masks_do_not_change_in_pretraining_and_follow_the_seed(
     masks = [name for name in earlier if name.endswith((".row_ptr", ".col"))]
     assert len(masks) == 2 * 4 * 2
     assert all(torch.equal(earlier[name], later[name]) for name in masks)
-    shape = {"schedule.steps": 1}
+    shape = {"budget.steps": 1}
     for name, changes in (("seed", {}), ("mask", {"sparsity.seed": 0}), ("again", {"sparsity.seed": 5})):
         pretrain(configure(PretrainConfig, {**shape, **changes}, run_dir=tmp_path / name, seed=1), screen)
     column = "blocks.0.attn.qkv.col"
-    columns = {name: run_weights(tmp_path / name)[column] for name in ("seed", "mask", "again")}
+    columns = {name: read_weights(tmp_path / name).model[column] for name in ("seed", "mask", "again")}
     assert torch.equal(columns["mask"], later[column])  # sparsity.seed alone fixes the masks
     assert not torch.equal(columns["seed"], later[column])
     assert not torch.equal(columns["again"], later[column])
@@ -111,12 +120,12 @@ def test_dense_finetuning_starts_with_exact_zeros_which_then_train(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
     config = configure(
-        FinetuneConfig, {"stage.checkpoint_every": 1, "stage.keep_last": 99}, run_dir=tmp_path / "tuned",
+        FinetuneConfig, {"loop.checkpoint_every": 1, "loop.keep_last": 99}, run_dir=tmp_path / "tuned",
         init_from=sparse.directory,
     )  # fmt: skip
     result = finetune(config, screen)
-    before = run_weights(sparse.directory)
-    after = run_weights(result.directory)
+    before = read_weights(sparse.directory).model
+    after = read_weights(result.directory).model
     assert not any(name.endswith((".values", ".col", ".row_ptr")) for name in after)
     first = load_checkpoint(tmp_path / "tuned" / "checkpoints", "step-00000001").model
     for layer, shape in (("blocks.0.attn.qkv", (96, 32)), ("blocks.1.mlp.down", (32, 128))):
@@ -136,10 +145,10 @@ def test_the_model_that_dense_finetuning_starts_from_is_exactly_the_sparse_one(
     sparse: RunResult, configure: Configure
 ) -> None:
     config = configure(FinetuneConfig, init_from=sparse.directory)
-    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
+    model = loaded(config)
     tokens = torch.arange(40).view(1, 40)
     expected = model(tokens)
-    weights = run_weights(sparse.directory)
+    weights = read_weights(sparse.directory).model
     densify(model)
     for layer, shape in (("blocks.0.attn.qkv", (96, 32)), ("blocks.1.mlp.down", (32, 128))):
         assert torch.equal(model.get_submodule(layer).weight, dense_weight(weights, layer, shape))
@@ -151,7 +160,7 @@ def test_sparse_finetuning_keeps_the_masks_exactly(
 ) -> None:
     config = configure(FinetuneConfig, run_dir=tmp_path / "tuned", init_from=sparse.directory, mode="sparse")
     result = finetune(config, screen)
-    before, after = run_weights(sparse.directory), run_weights(result.directory)
+    before, after = read_weights(sparse.directory).model, read_weights(result.directory).model
     assert before.keys() == after.keys()
     for name in before:
         assert torch.equal(before[name], after[name]) == name.endswith((".row_ptr", ".col")), name
@@ -161,7 +170,7 @@ def test_sparse_finetuning_keeps_the_masks_exactly(
 def test_finetuning_learns_the_answers(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
-    changes = {"schedule.steps": 60, "optimizer.lr": 2e-2, "stage.batch_size": 8, "stage.eval_every": 0}
+    changes = {"budget.steps": 60, "optimizer.lr": 2e-2, "budget.batch_size": 8, "loop.eval_every": 0}
     result = finetune(
         configure(FinetuneConfig, changes, run_dir=tmp_path / "tuned", init_from=sparse.directory), screen
     )
@@ -187,10 +196,11 @@ def test_a_prompt_alone_leaves_the_model_bit_identical(
         PromptConfig, run_dir=tmp_path / "prompt", init_from=sparse.directory, train="prompt", mode="sparse", n_tokens=4
     )
     result = prompt(config, screen)
-    before, after = run_weights(sparse.directory), run_weights(result.directory)
-    learned = after.pop("prompt.vectors")
-    assert {f"model.{name}" for name in before} == after.keys()
-    assert all(torch.equal(value, after[f"model.{name}"]) for name, value in before.items())
+    before, after = read_weights(sparse.directory).model, read_weights(result.directory)
+    learned = after.prompt
+    assert learned is not None
+    assert before.keys() == after.model.keys()
+    assert all(torch.equal(value, after.model[name]) for name, value in before.items())
     assert result["trained_parameters"] == learned.numel() == 4 * 32
     ids = run_tokenizer(sparse.directory).encode(" " + config.words)[:4]
     start = before["embed.weight"][ids]
@@ -203,11 +213,13 @@ def test_a_prompt_with_its_model_changes_both(
     config = configure(
         PromptConfig, run_dir=tmp_path / "prompt", init_from=sparse.directory, train="both", mode="dense", n_tokens=2
     )
-    after = run_weights(prompt(config, screen).directory)
-    before = run_weights(sparse.directory)
-    assert not torch.equal(after["model.embed.weight"], before["embed.weight"])
-    assert (after["model.blocks.0.attn.qkv.weight"] != 0).float().mean() > 0.99
-    assert after["prompt.vectors"].shape == (2, 32)
+    trained = read_weights(prompt(config, screen).directory)
+    after = trained.model
+    before = read_weights(sparse.directory).model
+    assert not torch.equal(after["embed.weight"], before["embed.weight"])
+    assert (after["blocks.0.attn.qkv.weight"] != 0).float().mean() > 0.99
+    assert trained.prompt is not None
+    assert trained.prompt.shape == (2, 32)
 
 
 @pytest.mark.parametrize(
@@ -217,8 +229,8 @@ def test_initial_words_are_embedding_rows(
     sparse: RunResult, configure: Configure, n_tokens: int, picked: list[int]
 ) -> None:
     config = configure(PromptConfig, init_from=sparse.directory, n_tokens=n_tokens, words="abc")
-    tokenizer = prepare(config.data, progress=False).tokenizer
-    model = load_model(config, tokenizer.vocab_size, CPU)
+    tokenizer = run_tokenizer(sparse.directory)
+    model = loaded(config)
     ids = list(b" abc")
     expected = model.embed.weight[[ids[index] for index in picked]]
     assert torch.equal(initial_prompt(model, tokenizer, config).vectors, expected)
@@ -228,9 +240,7 @@ def test_random_prompts_follow_the_seed_at_the_scale_of_the_model(sparse: RunRes
     drawn = []
     for seed in (0, 0, 1):
         config = configure(PromptConfig, init_from=sparse.directory, n_tokens=50, init="random", seed=seed)
-        tokenizer = prepare(config.data, progress=False).tokenizer
-        model = load_model(config, tokenizer.vocab_size, CPU)
-        drawn.append(initial_prompt(model, tokenizer, config).vectors)
+        drawn.append(initial_prompt(loaded(config), run_tokenizer(sparse.directory), config).vectors)
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
     assert drawn[0].std().item() == pytest.approx(0.02, rel=0.1)
@@ -243,9 +253,9 @@ def test_stages_chain_through_every_kind_of_run(
     prompted = prompt(configure(PromptConfig, run_dir=tmp_path / "p", init_from=tuned.directory, n_tokens=2), screen)
     again = finetune(configure(FinetuneConfig, run_dir=tmp_path / "again", init_from=prompted.directory), screen)
     assert again.complete
-    start = run_weights(prompted.directory, "model.")
+    start = read_weights(prompted.directory).model
     config = configure(FinetuneConfig, init_from=prompted.directory)
-    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
+    model = loaded(config)
     assert all(torch.equal(value, start[name]) for name, value in model.state_dict().items())
 
 
@@ -254,14 +264,14 @@ def test_pretraining_goes_on_from_a_checkpoint(
 ) -> None:
     result = pretrain(configure(PretrainConfig, run_dir=tmp_path / "more", init_from=sparse.directory), screen)
     assert result["loss_first"] == pytest.approx(sparse["loss_last"], rel=0.02)
-    before, after = run_weights(sparse.directory), run_weights(result.directory)
+    before, after = read_weights(sparse.directory).model, read_weights(result.directory).model
     assert all(torch.equal(before[name], after[name]) for name in before if name.endswith(".col"))
 
 
 def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResult, configure: Configure) -> None:
     # The configuration says 50 %, the checkpoint has 75 %: the masks of the checkpoint and their rates hold.
     config = configure(FinetuneConfig, {"sparsity.sparsity": 0.5}, init_from=sparse.directory)
-    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
+    model = loaded(config)
     groups = param_groups(model, config.parameterization, 1e-3, 0.0, 1e-8)
     qkv = model.get_submodule("blocks.0.attn.qkv").values
     (rate,) = (group["lr"] for group in groups if any(parameter is qkv for parameter in group["params"]))
@@ -270,8 +280,8 @@ def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResu
 
 def test_the_topology_of_a_checkpoint_is_adopted(sparse: RunResult, configure: Configure) -> None:
     config = configure(FinetuneConfig, init_from=sparse.directory, seed=7)  # would draw other masks
-    model = load_model(config, prepare(config.data, progress=False).tokenizer.vocab_size, CPU)
-    weights = run_weights(sparse.directory)
+    model = loaded(config)
+    weights = read_weights(sparse.directory).model
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -300,7 +310,7 @@ def test_greedy_generation_matches_a_loop_of_full_forward_passes(sparse: RunResu
 def test_generation_uses_the_soft_prompt_of_a_run(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
-    changes = {"optimizer.lr": 0.5, "schedule.steps": 20}
+    changes = {"optimizer.lr": 0.5, "budget.steps": 20}
     config = configure(
         PromptConfig, changes, run_dir=tmp_path / "p", init_from=sparse.directory, train="prompt", mode="sparse"
     )
@@ -332,7 +342,7 @@ def test_generation_settings_out_of_range_are_named(sparse: RunResult, changes: 
 
 
 def test_finetuning_that_diverges_says_so(configure: Configure, tmp_path: Path, screen: Console) -> None:
-    changes = {"optimizer.lr": 1e25, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "schedule.steps": 1}
+    changes = {"optimizer.lr": 1e25, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "budget.steps": 1}
     with pytest.raises(Diverged, match="finetune: val_accuracy nan after step 1"):
         finetune(configure(FinetuneConfig, changes, run_dir=tmp_path / "run"), screen)
 

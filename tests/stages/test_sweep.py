@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import csv
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,14 +16,16 @@ import scipy.stats
 import yaml
 from rich.console import Console
 
-from sparsetrain.config import load
+from sparsetrain.cli.resolve import load
 from sparsetrain.cost.flops import training_flops_per_token
+from sparsetrain.data import prepare
 from sparsetrain.errors import UserError
+from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet, write_optima
-from sparsetrain.stages import pretrain
+from sparsetrain.stages import estimate, pretrain
 from sparsetrain.stages.config import as_plain, model_config
-from sparsetrain.stages.run import COLUMNS
-from sparsetrain.stages.sweep import collect, show_sweep, sweep_cost
+from sparsetrain.stages.estimate import sweep_cost
+from sparsetrain.stages.sweep import collect, show_sweep
 
 # Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
@@ -33,10 +37,21 @@ def loss(scheme: str, sparsity: float, log2: float, seed: int) -> float:
     return FLOORS[scheme, sparsity] + 0.05 * (log2 - CENTERS[scheme, sparsity]) ** 2 + 0.01 * seed
 
 
+@functools.cache
+def composed(*words: str) -> dict[str, Any]:
+    """Return a configuration of the command line."""
+    return as_plain(load("pretrain", ["model=tiny", "parameterization.base_width=16", *words]))
+
+
 def write_run(place: Path, words: list[str], **result: Any) -> Path:
     """Write the directory of a finished run of ``words`` without training it."""
-    config = load("pretrain", ["model=tiny", "parameterization.base_width=16", *words])
-    plain = {**as_plain(config), "corpus": "corpus-0", "source": None}
+    single = {word: word.split("=")[0].split(".") for word in words}  # composing takes long, so single values are set
+    config = copy.deepcopy(composed(*(word for word, path in single.items() if len(path) == 1)))
+    for word, path in single.items():
+        if len(path) == 2:
+            assert path[1] in config[path[0]]
+            config[path[0]][path[1]] = yaml.safe_load(word.partition("=")[2])
+    plain = {**config, "corpus": "corpus-0", "source": None}
     directory = place / f"run-{len(list(place.glob('*')))}"
     directory.mkdir(parents=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(plain))
@@ -44,12 +59,12 @@ def write_run(place: Path, words: list[str], **result: Any) -> Path:
         values = {
             "stage": "pretrain",
             "status": "complete",
-            "parameterization": config.parameterization.scheme,
-            "sparsity": config.sparsity.sparsity,
+            "parameterization": config["parameterization"]["scheme"],
+            "sparsity": config["sparsity"]["sparsity"],
             "width": 32,
             "depth": 2,
-            "lr": config.optimizer.lr,
-            "seed": config.seed,
+            "lr": config["optimizer"]["lr"],
+            "seed": config["seed"],
             "steps": 3,
             "commit": "abc",
             "tokens": 9,
@@ -365,7 +380,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
 def tiny(notes: Path, *more: str) -> Any:
     words = [
         *("model=tiny", "parameterization.base_width=16", f"data.path={notes}", "data.tokenizer=bytes"),
-        *("data.context=32", "stage.batch_size=2", "schedule.steps=3", "stage.eval_sequences=2"),
+        *("data.context=32", "budget.batch_size=2", "budget.steps=3", "loop.eval_sequences=2"),
     ]
     return load("pretrain", [*words, *more])
 
@@ -375,7 +390,12 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     configs = [tiny(notes, f"sparsity.sparsity={sparsity}") for sparsity in (0.0, 0.5, 0.75)]
+    prepared: list[Any] = []
+    monkeypatch.setattr(
+        estimate, "prepare", lambda *words, **more: (prepared.append(words), prepare(*words, **more))[1]
+    )
     before = sweep_cost([*configs, None], screen)
+    assert len(prepared) == 1  # three points of one text
     shape = model_config(configs[0].model, 257)
     tokens = 3 * 2 * 32
     formula = [tokens * training_flops_per_token(shape, density, 32).total for density in (1.0, 0.5, 0.25)]

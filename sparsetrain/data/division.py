@@ -1,0 +1,78 @@
+"""Which documents of a source a corpus is trained on, validated on, and leaves to the tasks' tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from sparsetrain.data.sources import Document, Source
+from sparsetrain.data.split import Split, assign, position, split_of
+from sparsetrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Division:
+    """The split of each document of a source, by its place in it; None where ``max_documents`` leaves it out.
+
+    ``cut`` tells that there is only one document, whose last tenth is the validation text.
+    """
+
+    splits: list[Split | None]
+    cut: bool
+    bytes: int
+
+    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
+        """Yield the documents to use with their split."""
+        for split, document in zip(self.splits, documents, strict=True):
+            if split is None:
+                continue
+            if self.cut:
+                head, tail = _cut(document.text)
+                yield "train", replace(document, text=head)
+                yield "validation", replace(document, text=tail, id=f"{document.id}#end")
+                return
+            yield split, document
+
+
+def _cut(text: str) -> tuple[str, str]:
+    """Cut one text in two at the last white space before 90 % of it."""
+    place = max(1, len(text) * 9 // 10)
+    space = max(text.rfind(mark, 1, place + 1) for mark in (" ", "\n", "\t"))
+    if space > len(text) // 2:
+        place = space
+    return text[:place], text[place:]
+
+
+def divide(source: Source, where: str, max_documents: int | None, validation: float, test: float) -> Division:
+    """Return the split of each document of ``source``.
+
+    Args:
+        where: what an empty source is called in the message. max_documents: to train and validate on, at most.
+        validation, test: shares of the documents that are held out.
+
+    Raises:
+        UserError: no text, or only one character.
+    """
+    ids: list[str] = []
+    sizes: list[int] = []
+    length = 0
+    for document in source.documents():
+        ids.append(document.id)
+        sizes.append(len(document.text))
+        length += len(document.text.encode())
+    if not ids:
+        raise UserError(f"{where}: no text in it")
+    splits: list[Split | None] = ["test" if split_of(name, 0.0, test) == "test" else None for name in ids]
+    kept = [index for index, split in enumerate(splits) if split is None]
+    if max_documents is not None:
+        by_place = sorted(kept, key=lambda index: (position(ids[index], "subset"), index))
+        kept = sorted(by_place[:max_documents])
+    if len({ids[index] for index in kept}) == 1:
+        if sizes[kept[0]] < 2:
+            raise UserError("the corpus is one character; it needs a text to train on and one to validate on")
+        splits[kept[0]] = "train"
+        return Division(splits, True, length)
+    chosen = assign([ids[index] for index in kept], [sizes[index] for index in kept], validation, test)
+    for index, split in zip(kept, chosen, strict=True):
+        splits[index] = split
+    return Division(splits, False, length)

@@ -1,0 +1,177 @@
+"""What ``report.json`` of a pipeline says, from the results of its stages."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from sparsetrain.data import Corpus
+from sparsetrain.runs.layout import METRICS
+from sparsetrain.runs.metrics import read_metrics
+from sparsetrain.runs.provenance import command_line, commit
+from sparsetrain.runs.result import RunResult
+from sparsetrain.stages.config import PromptConfig, RunConfig
+from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
+
+Row = dict[str, Any]
+
+_SCRATCH = ("accuracy", "ci95", "macro_f1", "n_test")
+_SCORED = ("task", "n_test", "accuracy", "ci95", "macro_f1")
+_TEXT = ("tokens", "loss_first", "loss_last", "bits_per_byte")
+_LONG = ("config", "model", "machine")  # entries of a result that the report has once, or that a run's own file has
+
+
+class Runs(Protocol):
+    """The stages of an arm that were run, by name."""
+
+    arm: Arm
+    entries: list[StageEntry]
+    runs: dict[str, RunResult]
+
+    @property
+    def name(self) -> str: ...
+
+    def complete(self, name: str) -> RunResult | None: ...
+
+
+def report(
+    config: PipelineConfig, corpus: Corpus, arms: Sequence[Runs], once: Mapping[str, RunResult]
+) -> dict[str, Any]:
+    """Return the content of ``report.json``; at least one arm came to its end."""
+    every = [run for runs in arms for run in runs.runs.values()] + [run for run in once.values() if run.complete]
+    timed = [run for run in every if "seconds" in run.values]
+    scored = [run for run in every if run.values.get("accuracy") is not None]
+    entries = [_arm_entry(config, runs, once) for runs in arms]
+    scratch = next((run for run in once.values() if run.complete and "accuracy" in run.values), None)
+    first = main_stage(arms[0].entries, "pretrain")
+    pretrained = [runs.runs[first.name] for runs in arms if first is not None and first.name in runs.runs]
+    shown = next((run for run in [*pretrained, *every] if run.complete), every[0])
+    main = scored[0] if scored else None
+    return {
+        "arms": entries,
+        "scratch": None if scratch is None else {key: scratch[key] for key in _SCRATCH},
+        "majority": None if main is None else main["majority"],
+        "peak_rss_bytes": max(run["peak_rss_bytes"] for run in timed),
+        "seconds": sum(run["seconds"] for run in timed),
+        "commit": commit(),
+        "overlap_train_test": max([run["overlap_train_test"] for run in scored], default=0),
+        "command": command_line(),
+        "machine": shown["machine"],
+        "task": {} if main is None else {"name": main["task"], "n_train": main["n_train"], "n_test": main["n_test"]},
+        "model": shown["model"],
+        "data": {
+            key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
+        },
+        "settings": _settings(config),
+        "limits": _limits(config, corpus, shown, bool(scored), scratch is not None),
+        **({"once": {name: result_of(run) for name, run in once.items()}} if once else {}),
+    }
+
+
+def main_stage(entries: Sequence[StageEntry], kind: str) -> StageEntry | None:
+    """Return the stage that a report shows for a kind: the one of that name, or the first that runs it."""
+    of_kind = [entry for entry in entries if entry.run == kind]
+    return next((entry for entry in of_kind if entry.name == kind), of_kind[0] if of_kind else None)
+
+
+def result_of(run: RunResult) -> Row:
+    """Return the result of a stage as a report holds it."""
+    values = {key: value for key, value in run.values.items() if key not in _LONG}
+    if isinstance(values.get("masks"), Mapping):
+        values["masks"] = {key: value for key, value in values["masks"].items() if key != "layers"}
+    return values
+
+
+def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]) -> Row:
+    first = main_stage(runs.entries, "pretrain")
+    pretrained = runs.runs.get(first.name) if first is not None else None
+    # Arms that start from a pre-training which they share show that one.
+    pretrained = pretrained or next((run for run in once.values() if run["stage"] == "pretrain"), None)
+    base = pretrained or next(iter(runs.runs.values()))
+    entry: Row = {
+        "name": runs.name,
+        "sparsity": base["sparsity"],
+        "density": base["density"],
+        "train_flops": base["flops"]["total"],
+        "pretrain": {key: base.values.get(key) for key in _TEXT},
+        "flops": base["flops"],
+        "bytes": base.values.get("bytes"),
+        "seconds": {name: run["seconds"] for name, run in runs.runs.items() if "seconds" in run.values},
+        "curves": {name: _curve(run.directory) for name, run in runs.runs.items()},
+        "stages": {name: result_of(run) for name, run in runs.runs.items()},
+    }
+    entry["pretrain"]["tokens"] = entry["pretrain"]["tokens"] or 0
+    if not entry["bytes"]:
+        del entry["bytes"]
+    if (masks := base.values.get("masks")) is not None:
+        entry["masks"] = {key: value for key, value in masks.items() if key != "layers"}
+        entry["masks"]["dead_rows"] = sum(layer["dead_rows"] for layer in masks["layers"].values())
+    for kind in ("finetune", "prompt"):
+        stage = main_stage(runs.entries, kind)
+        run = None if stage is None else runs.complete(stage.name)
+        if run is not None:
+            entry[kind] = {key: run[key] for key in _SCORED}
+            entry[f"{kind}_flops"] = run["flops"]["total"]
+    return entry
+
+
+def _curve(directory: Path) -> list[Row]:
+    keep = ("step", "tokens", "loss", "lr", "val_loss", "bits_per_byte")
+    if not (directory / METRICS).exists():
+        return []
+    return [{key: record[key] for key in keep if key in record} for record in read_metrics(directory / METRICS)]
+
+
+def _settings(config: PipelineConfig) -> Row:
+    """Return the settings that a reader needs to judge the numbers, by stage."""
+    shown: Row = {"seed": config.seed, "parameterization": dataclasses.asdict(config.parameterization)}
+    arm = config.arms[0]
+    for entry in config.stages:
+        settings = config.stage_config(entry, None if entry.once else arm, "from" if entry.start else None)
+        shown[entry.name] = _stage_settings(settings)
+        if isinstance(settings, PromptConfig):
+            shown[entry.name] |= {"n_tokens": settings.n_tokens, "train": settings.train, "start": entry.start}
+    return shown
+
+
+def _stage_settings(settings: RunConfig) -> Row:
+    return {
+        "lr": settings.optimizer.lr,
+        "weight_decay": settings.optimizer.weight_decay,
+        "schedule": settings.schedule.name,
+        "batch_size": settings.budget.batch_size,
+        "context": settings.data.context,
+    }
+
+
+def overlap_caveat(corpus: Corpus) -> list[str]:
+    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing."""
+    if corpus.manifest["source"] == "medline":
+        return []
+    return [
+        "Documents of the task and of this corpus have different kinds of ids, so the overlap between the test "
+        "examples and the training text was not checked."
+    ]
+
+
+def _limits(config: PipelineConfig, corpus: Corpus, first: RunResult, scored: bool, scratch: bool) -> list[str]:
+    """Return what the report does not show, for this configuration."""
+    stored = (first.values.get("bytes") or {}).get("parameters", 0) // 4
+    tokens = first.values.get("tokens") or 0
+    limits = [
+        *(overlap_caveat(corpus) if scored else []),
+        f"One seed ({config.seed}) of initialisation, masks and sample order.",
+        f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
+        "the papers. Only signs and rough ratios can be expected to carry over.",
+        "Every arm used the same base hyperparameters"
+        + (
+            ", transferred by SμPar from the dense model; none was tuned for its sparsity."
+            if config.parameterization.uses_density
+            else "; under a parameterization without a density rule these are not equally good at every sparsity."
+        ),
+    ]
+    if scratch:
+        limits.append("The control from scratch has the same fine-tuning as the others, not a longer one.")
+    return limits

@@ -1,0 +1,361 @@
+"""What a run would do, without doing it: phases and counts, FLOPs, memory, the directory, and how far it has come.
+
+Nothing is written and nothing is trained. A text that is not prepared yet stays so: what depends on its length is then
+left open, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.cost.footprint import Footprint, Workload
+from sparsetrain.data import Corpus, Task, TaskConfig
+from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.errors import UserError
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.optim import Budget
+from sparsetrain.runs.checkpoint import list_checkpoints
+from sparsetrain.runs.claim import check_same
+from sparsetrain.runs.layout import CHECKPOINTS, CONFIG, RESULT
+from sparsetrain.runs.origin import Origin, source_key
+from sparsetrain.runs.recorded import Recorded
+from sparsetrain.runs.result import load_result
+from sparsetrain.runs.weights import read_weights
+from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
+from sparsetrain.sparsity.managed import check_planned_evolution, planned_densities
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
+from sparsetrain.stages.directories import run_directory
+from sparsetrain.stages.ledger import FlopLedger
+from sparsetrain.stages.masks import mask_plan
+from sparsetrain.stages.memory import memory_fits
+from sparsetrain.stages.pipeline import planned_stages, stage_directory, stage_of
+from sparsetrain.stages.pipeline_config import PipelineConfig
+from sparsetrain.stages.plan_inputs import Inputs, samples_per_epoch
+from sparsetrain.stages.pretrain import budget_of, workload_of
+from sparsetrain.stages.task_stage import TaskStage, task_facts
+from sparsetrain.training.state import resolve_device
+
+_UNKNOWN = 1 << 30  # tokens of a validation text that is not there yet: enough for every evaluation
+
+
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase of a run.
+
+    Args:
+        tokens: that the model reads in it. rates: the lowest and the highest base learning rate.
+        densities: of the hidden matrices at its first update and at its last. flops: of training, by the formula.
+    """
+
+    steps: int
+    tokens: int
+    rates: tuple[float, float]
+    densities: tuple[float, float]
+    context: int
+    batch_size: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """What a run would do.
+
+    Args:
+        name: of a stage of a pipeline, with its arm; else the verb.
+        directory: where it would go. status: ``done``, ``stopped at step N`` or ``new``. steps_done: N.
+        phases: empty where the length of the run is not known yet.
+        workload: what it holds in memory. fits: there is as much. dense_flops: of the same training done densely.
+        origin: what it is made from; None where its text is not prepared yet.
+        left: the density of each sparse layer at its end; None where it is not known.
+        notes: what could not be said, in sentences.
+    """
+
+    name: str
+    directory: Path
+    status: str
+    steps_done: int = 0
+    phases: Sequence[PlannedPhase] = ()
+    workload: Workload | None = None
+    fits: bool = True
+    dense_flops: float = 0.0
+    origin: Origin | None = None
+    left: Mapping[str, float] | None = None
+    notes: Sequence[str] = field(default_factory=list)
+
+    @property
+    def done(self) -> bool:
+        return self.status.startswith("done")
+
+    @property
+    def steps(self) -> int:
+        return sum(phase.steps for phase in self.phases)
+
+    @property
+    def tokens(self) -> int:
+        return sum(phase.tokens for phase in self.phases)
+
+    @property
+    def flops(self) -> float:
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def memory(self) -> Footprint | None:
+        """The memory at the peak, estimated."""
+        return None if self.workload is None else self.workload.footprint()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a configuration: one, or every stage of a pipeline.
+
+    Args:
+        directory: of the pipeline; None for a single run. status: how far the pipeline has come.
+    """
+
+    runs: Sequence[PlannedRun]
+    directory: Path | None = None
+    status: str = ""
+    notes: Sequence[str] = ()
+
+
+def status_of(directory: Path) -> tuple[str, int]:
+    """Return how far the run of a directory has come, ``done``, ``stopped at step N`` or ``new``, and N."""
+    saved = list_checkpoints(directory / CHECKPOINTS)
+    step = int(saved[-1].rpartition("-")[2]) if saved else 0
+    if (directory / RESULT).exists():
+        status = load_result(directory / RESULT).get("status")
+        return ("done" if status == "complete" else f"done ({status})"), step
+    return (f"stopped at step {step}" if saved else "new"), step
+
+
+def plan_of(config: RunConfig, inputs: Inputs | None = None) -> Plan:
+    """Return what a configuration would run.
+
+    Args:
+        inputs: shared by the points of a sweep.
+
+    Raises:
+        UserError: input that the run itself would refuse.
+    """
+    inputs = inputs or Inputs()
+    if isinstance(config, PipelineConfig):
+        return _pipeline(config, inputs)
+    if isinstance(config, FinetuneConfig):
+        return Plan([_task("prompt" if isinstance(config, PromptConfig) else "finetune", config, inputs)])
+    return Plan([plan_text("pretrain", config, inputs)])
+
+
+def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
+    name, corpus = inputs.corpus(config.data)
+    origin = None if corpus is None else inputs.origin(corpus, None)
+    tasked = any(entry.run != "pretrain" for entry in config.stages)
+    task, notes = _task_and_notes(inputs, config.task, config) if tasked else (None, [])
+    known = task if isinstance(task, Task) else None
+    facts = {"corpus": name, "source": None, **task_facts(known)}
+    directory = _directory(Recorded("pipeline", type(config), as_plain(config), facts), config, origin)
+    runs: dict[str, PlannedRun] = {}
+    for arm, entry, settings in planned_stages(config, directory):
+        title = f"{entry.name} (once)" if arm is None else f"{arm.name}/{entry.name}"
+        settings.run_dir = str(stage_directory(directory, arm, entry))
+        start = None if settings.init_from is None else runs[settings.init_from]
+        try:
+            if isinstance(settings, PretrainConfig):
+                own_text = "data" in entry.settings and start is not None
+                runs[settings.run_dir] = plan_text(title, settings, inputs, start, own_text)
+            else:
+                assert isinstance(settings, FinetuneConfig)
+                runs[settings.run_dir] = _task(title, settings, inputs, start)
+        except UserError:
+            if not (directory / RESULT).exists():
+                raise
+            notes = [*notes, f"{title} could not run again."]
+    done = sum(run.done for run in runs.values())
+    status = status_of(directory)[0]
+    if status == "new" and (directory / CONFIG).exists():
+        status = f"stopped, {done} of {len(runs)} runs done"
+    return Plan(list(runs.values()), directory, status, notes)
+
+
+def plan_text(
+    name: str, config: RunConfig, inputs: Inputs, start: PlannedRun | None = None, own_text: bool = False
+) -> PlannedRun:
+    """Return what a pre-training would do.
+
+    Args:
+        start: the planned run that it starts from; None for one that is there. own_text: it reads another text than
+            that one, with its tokenizer.
+
+    Raises:
+        UserError: input that the run itself would refuse.
+    """
+    text, corpus = "", None
+    if own_text and start is not None and config.data.tokenizer_path is None:
+        notes = [f"The text is read with the tokenizer of {start.directory}, which is not there yet."]
+    else:
+        text, corpus = inputs.corpus(config.data)
+        notes = [] if corpus is not None else [_unprepared(config)]
+    seen = None if start is not None else config.init_from
+    origin = None if corpus is None else inputs.origin(corpus, seen)
+    facts = {"corpus": text} | ({"source": source_key(config.init_from)} if start is None else {})
+    directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
+    run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
+    model = model_config(config.model, _vocabulary(config, corpus, start))
+    if corpus is None and config.budget.epochs is not None:
+        return run
+    samples = None if corpus is None else samples_per_epoch(corpus, config)
+    budget = budget_of(config, model, samples)
+    if samples is not None:
+        for context in budget.contexts:
+            samples(context)  # says if the text is shorter
+    section = mask_plan(config, budget)
+    rule, densities = _masks(config, model, section, budget, start)
+    ledger = FlopLedger(model, densities, rule, budget, config.loop.accumulation)
+    phases = [
+        PlannedPhase(
+            phase.steps,
+            phase.tokens,
+            rates,
+            (_overall(model, densities(phase.first_step)), _overall(model, densities(phase.end_step - 1))),
+            phase.context,
+            phase.batch_size,
+            ledger.between(phase.first_step, phase.end_step)["total"],
+        )
+        for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True)
+    ]
+    dense = sum(training_flops_per_token(model, 1.0, phase.context).total * phase.tokens for phase in budget.phases)
+    validation = len(corpus.validation) if corpus is not None else _UNKNOWN
+    workload = workload_of(config, model, budget, section, validation)
+    return _with(run, phases, workload, dense, densities(budget.total_steps), config)
+
+
+def _masks(
+    config: RunConfig, model: ModelConfig, section: SparsityConfig, budget: Budget, start: PlannedRun | None
+) -> tuple[Rule, Callable[[int], Mapping[str, float]]]:
+    """Return the rule of a pre-training and the density of each sparse layer after a number of steps."""
+    rule = make_rule(section, budget.total_steps)
+    shapes = _shapes(model)
+    if config.init_from is None or (start is not None and start.left is None):
+        check_planned_evolution(shapes, section, rule)
+        return rule, planned_densities(shapes, section, rule)
+    kept = _left_by(config, model, start)
+    return (rule if kept and section.evolution.rule in ("set", "rigl") else Static()), lambda _step: kept
+
+
+def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun | None = None) -> PlannedRun:
+    stage = stage_of(config)
+    assert isinstance(stage, TaskStage)
+    task, notes = _task_and_notes(inputs, config.task, config)
+    stage.known = task if isinstance(task, Task) else None
+    facts: dict[str, str | None]
+    if start is not None:
+        origin = start.origin
+        facts = {} if origin is None else {"corpus": origin.corpus}
+    elif config.init_from is not None:
+        origin = stage.origin()
+        facts = dict(origin.facts)
+    else:
+        text, corpus = inputs.corpus(config.data)
+        origin = None if corpus is None else inputs.origin(corpus, None)
+        facts = {"corpus": text, "source": None}
+        notes += [_unprepared(config)] if origin is None else []
+    run = Recorded(stage.kind, type(config), as_plain(config), {**facts, **task_facts(stage.known)})
+    directory = _directory(run, config, origin)
+    planned = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
+    if isinstance(task, UserError) and not planned.done:
+        raise task
+    if stage.known is None or origin is None:
+        return planned
+    stage.prepare(origin)
+    budget, model = stage.budget, model_config(config.model, origin.tokenizer.vocab_size)
+    densities: Mapping[str, float] = {}
+    if config.mode != "dense" or not stage.trained:
+        densities = _left_by(config, model, start)
+    per_token, density = _per_token(model, densities, config), _overall(model, densities)
+    phases = []
+    for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True):
+        # Rows are as long as their text, so only the batches themselves say how many tokens there are.
+        tokens = sum(
+            stage.examples.tokens(budget.samples_at(step)[1], phase.batch_size)
+            for step in range(phase.first_step, phase.end_step)
+        )
+        counts = (phase.context, phase.batch_size, per_token * tokens)
+        phases.append(PlannedPhase(phase.steps, tokens, rates, (density, density), *counts))
+    dense = _per_token(model, {}, config) * sum(phase.tokens for phase in phases)
+    return _with(planned, phases, stage.workload()[0], dense, densities, config)
+
+
+def _with(
+    run: PlannedRun,
+    phases: Sequence[PlannedPhase],
+    workload: Workload,
+    dense_flops: float,
+    left: Mapping[str, float],
+    config: RunConfig,
+) -> PlannedRun:
+    notes, fits = list(run.notes), run.done or memory_fits(workload, resolve_device(config.device))
+    if not fits:
+        notes.append("That is more memory than there is: the run is refused without --force.")
+    return replace(run, phases=phases, workload=workload, fits=fits, dense_flops=dense_flops, left=left, notes=notes)
+
+
+def _directory(run: Recorded, config: RunConfig, origin: Origin | None) -> Path:
+    """Return the directory of a run.
+
+    Raises:
+        UserError: it holds another one.
+    """
+    directory = run_directory(run, config, origin)
+    if origin is not None and (directory / CONFIG).exists():
+        check_same(directory, run, origin)
+    return directory
+
+
+def _task_and_notes(inputs: Inputs, task: TaskConfig, config: RunConfig) -> tuple[Task | UserError | None, list[str]]:
+    found = inputs.task(task)
+    if found is not None:
+        return found, []
+    name = "" if config.run_dir is not None else ", and the name of a new directory depends on it"
+    return None, [f"The task {task.name} is not at hand and would be downloaded{name}."]
+
+
+def _left_by(config: RunConfig, model: ModelConfig, start: PlannedRun | None) -> Mapping[str, float]:
+    """Return the density of each sparse layer at the start of a run."""
+    shapes = _shapes(model)
+    if config.init_from is None:
+        return planned_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
+    if start is not None:
+        return start.left or {}
+    stored = read_weights(Path(config.init_from)).stored
+    return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
+
+
+def _shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
+    return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(model)}
+
+
+def _vocabulary(config: RunConfig, corpus: Corpus | None, start: PlannedRun | None) -> int:
+    if corpus is not None:
+        return corpus.tokenizer.vocab_size
+    if config.data.tokenizer_path is not None:
+        return Tokenizer.load(config.data.tokenizer_path).vocab_size
+    if start is not None and start.origin is not None:
+        return start.origin.tokenizer.vocab_size
+    return Tokenizer.bytes().vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
+
+
+def _unprepared(config: RunConfig) -> str:
+    trained = config.data.tokenizer == "bpe" and config.data.tokenizer_path is None
+    size = f"; until then a vocabulary of {config.data.vocab_size} tokens is assumed" if trained else ""
+    return f"The text is not prepared yet{size}: sparsetrain data with the same settings of data prepares it."
+
+
+def _per_token(model: ModelConfig, densities: Mapping[str, float], config: RunConfig) -> float:
+    return training_flops_per_token(model, densities or 1.0, config.data.context).total
+
+
+def _overall(model: ModelConfig, densities: Mapping[str, float]) -> float:
+    hidden = matrices(model, densities or 1.0)
+    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)

@@ -1,0 +1,613 @@
+"""Runs in phases: resumed bit for bit on either side of a border, and each phase what its settings say.
+
+The runs are a few steps of a model of 16 features; ``tests/optim/test_budget.py`` has how shares become steps.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import re
+import shlex
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from runs import assert_same_run, on_loss, records, send, tensors
+from shell import Shell
+from torch import Tensor
+
+from sparsetrain import VariableSparsity
+from sparsetrain.cost.available import Available
+from sparsetrain.data import PackedSamples, prepare
+from sparsetrain.errors import UserError
+from sparsetrain.models import Transformer
+from sparsetrain.optim import Schedule
+from sparsetrain.parameterization import param_groups
+from sparsetrain.runs.checkpoint import load_checkpoint
+from sparsetrain.sparsity import MaskManager, SparsityConfig, densify
+from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, RunResult, finetune, pretrain
+from sparsetrain.stages import memory as stage_memory
+from sparsetrain.stages.config import model_config
+from sparsetrain.stages.generate import load_run, run_config
+from sparsetrain.stages.plan import plan_of
+from sparsetrain.training.state import Interrupted
+
+Configure = Callable[..., Any]
+Phases = list[dict[str, Any]]
+Train = Callable[..., RunResult]
+
+# Outputs of these tiny layers may have no weight.
+pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
+
+LAYERS = {"attn.qkv": (48, 16), "attn.out": (16, 16), "mlp.up": (64, 16), "mlp.down": (16, 64)}
+NUMEL = sum(rows * columns for rows, columns in LAYERS.values())
+
+
+@pytest.fixture
+def tiny(configure: Configure) -> Configure:
+    """Return the configuration of a tinier run: ``tiny(phases, {"schedule": ...}, run_dir=...)``."""
+
+    def make(
+        phases: Phases | None, changes: dict[str, Any] | None = None, kind: type = PretrainConfig, **top: Any
+    ) -> Any:
+        given = {
+            "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_context": 32},
+            "data.context": 16,
+            "budget": {"steps": 12, "batch_size": 4},
+            "loop.checkpoint_every": 0,
+            **(changes or {}),
+        }
+        if phases is not None:
+            in_tokens = any("tokens" in phase for phase in phases)
+            length = {name: value for name, value in given["budget"].items() if not (in_tokens and name == "steps")}
+            given["budget"] = {**length, "phases": phases}
+        return configure(kind, given, **top)
+
+    return make
+
+
+@pytest.fixture
+def train(tiny: Configure, tmp_path: Path) -> Train:
+    """Train a tinier run in the folder ``name``: ``train(name, phases, changes)``."""
+    return lambda name, *settings: pretrain(tiny(*settings, run_dir=tmp_path / name), Console(file=io.StringIO()))
+
+
+# Resumed bit for bit.
+
+# Steps of 64, 64, 128 and 128 tokens: borders after steps 3, 6 and 9 of 12.
+EVERYTHING: Phases = [
+    {"tokens": 192, "density": 0.25},
+    {"tokens": 192, "context": 32, "batch_size": 2, "density": 1.0},
+    {"tokens": 384, "context": 32, "density": 0.4, "schedule": {"name": "cosine", "warmup_steps": 2}},
+    {"tokens": 384, "batch_size": 8, "density": 0.6},
+]
+PLAIN: Phases = [{name: value for name, value in phase.items() if name != "density"} for phase in EVERYTHING]
+BORDERS = (3, 6, 9)
+VARIANTS: dict[str, tuple[Phases, dict[str, Any]]] = {
+    "random": (EVERYTHING, {"model.positions": "alibi", "model.dropout": 0.1, "sparsity.allocation": "erk"}),
+    "gradient": (
+        EVERYTHING,
+        {
+            "model.positions": "learned",
+            "loop.accumulation": 2,
+            "sparsity.evolution": {"grow": "gradient", "grown_moments": "mean"},
+        },
+    ),
+    "rigl": (PLAIN, {"model.positions": "rope", "sparsity.evolution": {"rule": "rigl", "every": 2, "stop": 1.0}}),
+}
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int, accumulation: int = 1) -> None:
+    on_loss(patch, (step - 1) * accumulation + 1, send(signal.SIGTERM))
+
+
+def assert_same_masks_and_run(one: Path, other: Path) -> None:
+    assert_same_run(one, other)
+    first, second = (load_checkpoint(path / "checkpoints").state for path in (one, other))
+    assert {name: first[name] for name in first if name != "seconds"} == {
+        name: second[name] for name in second if name != "seconds"
+    }
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_run_stopped_after_every_step_is_the_same_run(
+    name: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = VARIANTS[name]
+    assert train("whole", *settings)["steps"] == 12
+    for step in range(1, 12):
+        with monkeypatch.context() as patch:
+            stop_after(patch, 1)  # the first one of this process
+            with pytest.raises(Interrupted, match=f"stopped after step {step} of 12"):
+                train("cut", *settings)
+    assert train("cut", *settings).complete
+    assert_same_masks_and_run(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("name", list(VARIANTS))
+def test_a_run_stopped_beside_a_border_is_the_same_run(
+    name: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = VARIANTS[name]
+    train("whole", *settings)
+    for border, beside in itertools.product(BORDERS, (-1, 0, 1)):
+        place = f"cut-{border + beside}"
+        with monkeypatch.context() as patch:
+            stop_after(patch, border + beside, settings[1].get("loop.accumulation", 1))
+            with pytest.raises(Interrupted, match=f"stopped after step {border + beside} of 12"):
+                train(place, *settings)
+        train(place, *settings)
+        assert_same_masks_and_run(tmp_path / "whole", tmp_path / place)
+
+
+def test_phases_that_change_nothing_are_the_run_without_them(train: Train, tmp_path: Path) -> None:
+    dropout = {"model.dropout": 0.1}
+    train("one", None, dropout)
+    train("two", [{"share": 0.3}, {"share": 0.5, "context": 16}, {"share": 0.2, "batch_size": 4}], dropout)
+    # Equal densities are the sparsity, said otherwise.
+    equal: Phases = [{"share": 0.5, "density": 0.25}, {"share": 0.5}]
+    train("equal", equal, dropout)
+    train("other", equal[:1] * 2, {**dropout, "sparsity": {"sparsity": 0.0}})
+    bare = [{key: value for key, value in record.items() if key != "phase"} for record in records(tmp_path / "one")]
+    for name in ("two", "equal", "other"):
+        found = records(tmp_path / name)
+        assert [record["phase"] for record in found if "loss" in record][::11] == [0, 2 if name == "two" else 1]
+        assert [{key: value for key, value in record.items() if key != "phase"} for record in found] == bare
+        first, second = tensors(tmp_path / "one"), tensors(tmp_path / name)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    # A rule of exchange keeps acting where all densities are equal.
+    rigl = VARIANTS["rigl"][1]
+    train("rigl", None, rigl)
+    train("rigl equal", equal, rigl)
+    assert tensors(tmp_path / "rigl")["blocks.0.mlp.up.col"].equal(
+        tensors(tmp_path / "rigl equal")["blocks.0.mlp.up.col"]
+    )
+
+
+# Masks at a border.
+
+
+def scattered(found: dict[str, Tensor], layer: str, values: Tensor) -> Tensor:
+    """Return the values of a layer as a dense matrix, NaN where it has none."""
+    rows, columns = LAYERS[layer]
+    prefix = f"blocks.0.{layer}"
+    counts = found[f"{prefix}.row_ptr"].diff()
+    matrix = torch.full((rows, columns), torch.nan)
+    matrix[torch.arange(rows).repeat_interleave(counts), found[f"{prefix}.col"].long()] = values
+    return matrix
+
+
+def at_a_border(train: Train, monkeypatch: pytest.MonkeyPatch, phases: Phases, changes: dict[str, Any]) -> None:
+    """Stop two runs after step 4, ``border-4``, which changes its masks there, and ``border-5``, which does not yet."""
+    for border in (4, 5):
+        lengths = (border * 64, (8 - border) * 64)
+        with monkeypatch.context() as patch:
+            stop_after(patch, 4)
+            timed = [{"tokens": tokens, **phase} for tokens, phase in zip(lengths, phases, strict=True)]
+            with pytest.raises(Interrupted):
+                train(f"border-{border}", timed, changes)
+
+
+@pytest.mark.parametrize(
+    ("densities", "evolution"),
+    [
+        ((0.7, 0.3), "random"),
+        ((1.0, 0.3), "random"),
+        ((0.3, 0.7), "random"),
+        ((0.3, 0.7), "gradient"),
+        ((0.3, 1.0), "random"),
+    ],
+)
+def test_a_border_drops_the_smallest_and_grows_zeros(
+    densities: tuple[float, float],
+    evolution: str,
+    train: Train,
+    tiny: Configure,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    changes = {"sparsity.evolution": {"grow": evolution}}
+    at_a_border(train, monkeypatch, [{"density": density} for density in densities], changes)
+    after, before = (tensors(tmp_path / f"border-{border}") for border in (4, 5))
+    for layer, (rows, columns) in LAYERS.items():
+        name = f"blocks.0.{layer}.values"
+        old, new = scattered(before, layer, before[name]), scattered(after, layer, after[name])
+        sizes = [round(density * rows * columns) for density in densities]
+        assert [int((~matrix.isnan()).sum()) for matrix in (old, new)] == sizes
+        kept = ~old.isnan()
+        if sizes[1] < sizes[0]:
+            # Of the stored ones in row-major order, the first of the smallest go.
+            order = old.flatten().abs()[kept.flatten()].argsort(stable=True)
+            places = kept.flatten().nonzero().squeeze(1)
+            kept.view(-1)[places[order[: sizes[0] - sizes[1]]]] = False
+            assert kept.equal(~new.isnan())
+        assert new[kept].equal(old[kept])
+        grown = ~new.isnan() & ~kept
+        assert not new[grown].any()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            key = f"optimizer {name}.{moment}"
+            was, now = scattered(before, layer, before[key]), scattered(after, layer, after[key])
+            assert now[kept].equal(was[kept])
+            assert now[kept].any()
+            assert not now[grown].any()
+    assert all(before[key].equal(after[key]) for key in before if not any(layer in key for layer in LAYERS))
+    if evolution == "gradient":
+        assert_grown_by_gradient(train, tiny, tmp_path, monkeypatch, changes)
+
+
+def assert_grown_by_gradient(
+    train: Train, tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Compare what grew with the gradients of a dense model of the same weights, in torch alone."""
+    phases = [{"tokens": 320, "density": 0.3}, {"tokens": 192, "density": 0.7}]
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train("three", phases, changes)
+    model = densify(load_run(tmp_path / "three", torch.device("cpu"))[0]).train()
+    batch = PackedSamples(prepare(tiny(phases).data).train, 16, 0, "pretrain").batch(12, 4)
+    model(batch.tokens, batch.targets).backward()
+    before, after = tensors(tmp_path / "three"), tensors(tmp_path / "border-4")
+    for layer in LAYERS:
+        name = f"blocks.0.{layer}.values"
+        empty = scattered(before, layer, before[name]).isnan()
+        grown = empty & ~scattered(after, layer, after[name]).isnan()
+        gradient = model.get_submodule(f"blocks.0.{layer}").weight.grad.abs()
+        assert gradient[grown].min() >= gradient[empty & ~grown].max() * 0.9999
+        assert grown.any()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"sparsity.allocation": "erk"}, {"sparsity.groups": [{"match": "*mlp*", "sparsity": 0.4}]}]
+)
+def test_layers_keep_their_ratio_over_all_phases(changes: dict[str, Any], train: Train) -> None:
+    densities = (0.25, 0.5, 1.0, 0.4)
+    run = train(
+        "run", [{"share": 0.25, "density": density} for density in densities], {**changes, "loop.eval_every": 1}
+    )
+    found = [record["layers"] for record in records(run.directory) if "layers" in record][:-1:3]
+    assert len(found) == 4
+    own = {f"blocks.0.{layer}": 1.0 - found[0][f"blocks.0.{layer}"]["density"] for layer in LAYERS}
+    if not changes:
+        assert set(own.values()) == {0.75}
+    for layers, density in zip(found, densities, strict=True):
+        for layer, (rows, columns) in LAYERS.items():
+            sparsity = own[f"blocks.0.{layer}"] * (1.0 - density) / 0.75
+            assert abs(layers[f"blocks.0.{layer}"]["nnz"] - (1.0 - sparsity) * rows * columns) <= (
+                1 if changes else 0.5
+            )
+        if "sparsity.groups" not in changes:
+            assert sum(layer["nnz"] for layer in layers.values()) == pytest.approx(density * NUMEL, abs=2)
+
+
+# `sparsity=vspdf`, in three ways.
+
+
+def test_vspdf_on_the_command_line_is_variable_sparsity_by_hand(shell: Shell) -> None:
+    words = ["sparsity=vspdf", "budget.steps=10", "loop.log_every=1", "schedule.warmup=0.2", "loop.checkpoint_every=0"]
+    run = shell.trained(*words, "device=cpu")
+    rule = "sparsity.evolution.phases=[{at: 0.5, sparsity: 0.5}, {at: 0.9, sparsity: 0.0}]"
+    old = ["sparsity.sparsity=0.9", "sparsity.evolution.rule=vspdf", rule, *words[1:], "device=cpu"]
+    assert_same_tensors(tensors(run), tensors(shell.trained(*old, run_dir="old")))
+
+    config = run_config(run)
+    torch.manual_seed(0)
+    corpus = prepare(config.data)
+    plan = SparsityConfig(sparsity=0.9, seed=config.seed)
+    model = Transformer(model_config(config.model, 257, config.seed), config.parameterization, plan)
+    manager = MaskManager(model, VariableSparsity(sparsity=0.9, phases=((5, 0.5), (9, 0.0))), plan=plan)
+    settings = config.optimizer
+    groups = param_groups(model, config.parameterization, settings.lr, settings.weight_decay, settings.eps)
+    optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    schedule = Schedule(config.schedule, 10)
+    samples = PackedSamples(corpus.train, 48, 0, "pretrain")
+    for step in range(10):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule.factor(step)
+        batch = samples.batch(4 * step, 4)
+        loss = model(batch.tokens, batch.targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        manager.step(optimizer)
+        optimizer.zero_grad()
+        assert loss.item() == [record["loss"] for record in records(run) if "loss" in record][step]
+    assert_same_tensors(load_checkpoint(run / "checkpoints").model, model.state_dict())
+
+
+def assert_same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+# What each phase reads, costs and learns with.
+
+
+def test_batches_have_the_shapes_of_their_phase_and_no_sample_comes_twice(
+    train: Train, tiny: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: Phases = [
+        {"tokens": 192},
+        {"tokens": 256, "batch_size": 8},
+        {"tokens": 256, "context": 32, "batch_size": 2},
+        {"tokens": 128},
+    ]
+    true_forward, seen = Transformer.forward, []
+
+    def forward(self: Transformer, *arguments: Any, **named: Any) -> Tensor:
+        if self.training:
+            seen.append(named["tokens"])
+        return true_forward(self, *arguments, **named)
+
+    monkeypatch.setattr(Transformer, "forward", forward)
+    run = train("run", phases)
+    assert [tuple(tokens.shape) for tokens in seen] == [(4, 16)] * 3 + [(8, 16)] * 2 + [(2, 32)] * 4 + [(4, 16)] * 2
+    assert (run["samples"], run["tokens"]) == (12 + 16 + 8 + 8, sum(phase["tokens"] for phase in phases))
+    # The first two phases read one stream, as a run without phases does; the others have streams of their own.
+    corpus = prepare(tiny(phases).data)
+    whole = PackedSamples(corpus.train, 16, 0, "pretrain")
+    assert whole.samples_per_epoch > 28
+    first = torch.cat(seen[:5])
+    assert first.equal(whole.batch(0, 28).tokens)
+    assert max(Counter(map(tuple, first.tolist())).values()) == 1
+    assert torch.cat(seen[5:9]).equal(PackedSamples(corpus.train, 32, 0, "pretrain-1").batch(0, 8).tokens)
+    assert torch.cat(seen[9:]).equal(PackedSamples(corpus.train, 16, 0, "pretrain-2").batch(0, 8).tokens)
+
+
+def test_an_evaluation_has_the_context_of_its_phase(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    true_losses = Transformer.token_losses
+
+    def token_losses(self: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+        seen.append(tokens.shape[1])
+        return true_losses(self, tokens, targets)
+
+    monkeypatch.setattr(Transformer, "token_losses", token_losses)
+    run = train("run", PLAIN, {"loop.eval_every": 3})
+    found = [record for record in records(run.directory) if "val_loss" in record]
+    # Before the first step, and after the last ones of the four phases.
+    assert [(record["step"], record["context"]) for record in found] == [(0, 16), (3, 16), (6, 32), (9, 32), (12, 16)]
+    assert [context for context, _ in itertools.groupby(seen)] == [16, 32, 16]
+    steps = [record for record in records(run.directory) if "loss" in record]
+    assert [record["phase"] for record in steps] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
+    single = train("single", None)
+    assert not any({"phase", "context"} & record.keys() for record in records(single.directory))
+    assert "phases" not in single.values
+    batches = train("batches", [{"share": 0.5}, {"share": 0.5, "batch_size": 2}])
+    assert not any("context" in record for record in records(batches.directory))
+
+
+def peaks_and_decays(directory: Path) -> list[tuple[float, float]]:
+    groups = [group["options"] for group in load_checkpoint(directory / "checkpoints").optimizer.groups]
+    return [(group["initial_lr"], group["weight_decay"]) for group in groups]
+
+
+def test_a_phase_may_warm_up_again_and_groups_keep_the_rates_of_the_first(train: Train) -> None:
+    run = train("run", EVERYTHING)
+    whole = [min((step + 1) / 1, (12 - step) / 11) for step in range(12)]  # linear to zero, a tenth of it warmup
+    rates = [record["lr"] / 4e-3 for record in records(run.directory) if "loss" in record]
+    assert rates[:6] + rates[9:] == pytest.approx(whole[:6] + whole[9:], abs=0.1)
+    assert rates[6] < rates[5]
+    assert rates[7] > rates[6]
+    # The groups of a model that has the first density throughout.
+    static = train("static", None)
+    dense = train("dense", None, {"sparsity": {"sparsity": 0.0}})
+    one, other, third = (peaks_and_decays(each.directory) for each in (run, static, dense))
+    assert one == other
+    assert one != third
+
+
+def test_flops_are_those_of_each_step(train: Train, tiny: Configure) -> None:
+    run = train("run", EVERYTHING)
+    # 6 (nnz + V d + 2 L T d) a token: the paper's equation, for 257 bytes and one layer.
+    expected = []
+    for (steps, batch, context), density in zip(
+        [(3, 4, 16), (3, 2, 32), (3, 4, 32), (3, 8, 16)], (0.25, 1.0, 0.4, 0.6), strict=True
+    ):
+        nnz = sum(round(density * rows * columns) for rows, columns in LAYERS.values())
+        expected.append(steps * batch * context * 6 * (nnz + 257 * 16 + 2 * context * 16))
+    assert [phase["flops"] for phase in run["phases"]] == pytest.approx(expected, rel=1e-12)
+    assert run["flops"]["total"] == pytest.approx(sum(expected), rel=1e-12)
+    assert [(phase["steps"], phase["context"], phase["batch_size"]) for phase in run["phases"]] == [
+        (3, 16, 4),
+        (3, 32, 2),
+        (3, 32, 4),
+        (3, 16, 8),
+    ]
+    assert sum(phase["tokens"] for phase in run["phases"]) == run["tokens"]
+    planned = plan_of(tiny(EVERYTHING)).runs[0]
+    assert [phase.flops for phase in planned.phases] == pytest.approx(expected, rel=1e-12)
+    # A budget in FLOPs is the largest number of steps that it pays for.
+    shares = [{**phase, "share": 0.25} for phase in EVERYTHING]
+    for phase in shares:
+        del phase["tokens"]
+    limit = 1.0e8
+    paid = plan_of(tiny(shares, {"budget": {"flops": limit, "batch_size": 4}})).runs[0]
+    more = plan_of(tiny(shares, {"budget": {"steps": paid.steps + 1, "batch_size": 4}})).runs[0]
+    assert paid.flops <= limit < more.flops
+    assert paid.steps > 8
+
+
+# What comes after a run in phases, and what reads it.
+
+
+@pytest.mark.parametrize("densities", [(None, 0.5), (0.5, 1.0), (1.0, 1.0)])
+def test_stages_start_from_the_densities_of_the_last_phase(
+    densities: tuple[float | None, float], train: Train, tiny: Configure, tmp_path: Path, screen: Console
+) -> None:
+    changes = {"sparsity": {"sparsity": 0.0 if densities[0] is None else 0.75}, "budget": {"steps": 4, "batch_size": 4}}
+    run = train("run", [{"share": 0.5, "density": density} for density in densities], changes)
+    assert run["density"] == densities[1]
+    before = load_checkpoint(run.directory / "checkpoints").model
+    model, _ = load_run(run.directory, torch.device("cpu"))
+    assert_same_tensors(before, model.state_dict())
+    few = {**changes, "budget": {"steps": 2, "batch_size": 4}}
+    again = pretrain(tiny(None, few, init_from=run.directory, run_dir=tmp_path / "again"), screen)
+    assert again["density"] == densities[1]
+    wide = {**few, "data.context": 64, "model.max_context": 64}
+    tuned = finetune(
+        tiny(None, wide, FinetuneConfig, mode="sparse", init_from=run.directory, run_dir=tmp_path / "tuned"), screen
+    )
+    after = load_checkpoint(tuned.directory / "checkpoints").model
+    assert {name: value.shape for name, value in after.items()} == {name: value.shape for name, value in before.items()}
+
+
+def test_the_dense_arm_of_a_pipeline_is_dense_in_every_phase(tiny: Configure) -> None:
+    phases: Phases = [{"share": 0.5, "context": 32}, {"share": 0.5, "density": 0.5}]
+    config = tiny(phases, kind=PipelineConfig, run_dir="pipeline")
+    prepare(config.data)
+    runs = {run.name: run for run in plan_of(config).runs}
+    assert [phase.densities for phase in runs["dense/pretrain"].phases] == [(1.0, 1.0)] * 2
+    assert [phase.densities for phase in runs["sparse-0.75/pretrain"].phases] == [(0.25, 0.25), (0.5, 0.5)]
+    assert [phase.context for phase in runs["dense/pretrain"].phases] == [32, 16]
+    assert config.stage_config(config.of_arm(config.arms[1])[1], config.arms[1]).budget.phases is None
+
+
+def test_phases_of_a_task_change_batches_and_schedules_and_resume(
+    tiny: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: Phases = [{"share": 0.5}, {"share": 0.5, "batch_size": 8, "schedule": {"name": "constant"}}]
+    changes = {"data.context": 64, "model.max_context": 64, "budget": {"epochs": 1.0, "batch_size": 4}}
+
+    def tune(name: str) -> RunResult:
+        return finetune(tiny(phases, changes, FinetuneConfig, run_dir=tmp_path / name), screen)
+
+    # 36 examples: 18 in batches of 4, which are 4.5 steps, and 18 in batches of 8, which are 2.25 more.
+    whole = tune("whole")
+    assert (whole["steps"], whole["samples"]) == (7, 5 * 4 + 2 * 8)
+    for step in (4, 5, 6):
+        with monkeypatch.context() as patch:
+            stop_after(patch, step)
+            with pytest.raises(Interrupted, match=f"stopped after step {step} of 7"):
+                tune(f"cut-{step}")
+        tune(f"cut-{step}")
+        assert_same_run(tmp_path / "whole", tmp_path / f"cut-{step}")
+
+
+def test_reports_sweeps_and_tables_read_runs_in_phases(shell: Shell) -> None:
+    lists = ["[{share: 0.5, density: 0.5}, {share: 0.5, context: 24, density: 0.25}]", "[{share: 0.5}, {share: 0.5}]"]
+    words = [*shell.tiny, "sparsity.sparsity=0.75", f"budget.phases={','.join(lists)}", "runs_dir=swept"]
+    words.append("optimizer.lr=0.004,0.008")
+    status, _, err = shell.run("pretrain", "-m", *words)
+    assert status == 0, err
+    runs = sorted(path.parent for path in (shell.home / "swept").rglob("result.json"))
+    assert len(runs) == 4
+    assert any("-s0.5-phases-" in run.name for run in runs)
+    for run in runs:
+        status, out, err = shell.run("report", str(run))
+        assert status == 0, err
+        assert "complete" in out
+    status, out, err = shell.run("sweep", "swept", "--out", "out")
+    assert status == 0, err
+    with (shell.home / "out" / "results.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["budget.phases"] for row in rows] == [text for text in lists for _ in range(2)]
+    # What to run next can be typed as it stands.
+    line = next(line for line in out.splitlines() if line.lstrip().startswith("sparsity.sparsity=0.5"))
+    phases = next(word for word in shlex.split(line) if word.startswith("budget.phases="))
+    status, planned, err = shell.run("plan", "pretrain", *shell.tiny, phases)
+    assert status == 0, err
+    rows_of_phases = [row.split() for row in planned.splitlines() if re.match("    [01] ", row)]
+    assert [row[-4:-2] for row in rows_of_phases] == [["0.5", "48"], ["0.25", "24"]]
+
+
+# What is refused, in one line.
+
+
+def test_memory_is_that_of_the_largest_phase(
+    tiny: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases: Phases = [{"share": 0.3}, {"share": 0.6, "batch_size": 64, "context": 32}, {"share": 0.1, "batch_size": 32}]
+    alone = plan_of(tiny(None, {"budget": {"steps": 100, "batch_size": 64}, "data.context": 32})).runs[0]
+    planned = plan_of(tiny(phases, {"budget": {"steps": 100, "batch_size": 4}})).runs[0]
+    assert planned.workload is not None
+    assert planned.workload == alone.workload
+    monkeypatch.setattr(stage_memory, "available_memory", lambda *_: Available(1_000_000, "available"))
+    config = tiny(phases, {"budget": {"steps": 100, "batch_size": 4}}, run_dir=tmp_path / "run")
+    with pytest.raises(UserError) as caught:
+        pretrain(config, screen)
+    line = str(caught.value)
+    assert "training with budget.phases[1] (batch_size=64, context=32)" in line
+    assert "budget.phases[1].batch_size=" in line
+    assert "\n" not in line
+
+
+HALVES: Phases = [{"share": 0.5, "density": 0.5}, {"share": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("phases", "changes", "message"),
+    [
+        (HALVES, {"sparsity": {"nnz": 500}}, r"density: sparsity\.nnz=500 says already how many weights"),
+        (
+            HALVES,
+            {"sparsity.evolution": {"rule": "rigl", "every": 2}},
+            r"density: .*rule=rigl changes the masks itself",
+        ),
+        (HALVES, {"sparsity.evolution": {"rule": "gmp", "every": 2}}, r"density: .*rule=gmp changes the masks itself"),
+        (HALVES, {"sparsity.pattern": "nm"}, r"density: sparsity\.pattern=nm would not outlast"),
+        (
+            [{"share": 0.5}, {"share": 0.5, "context": 33}],
+            {"model.positions": "learned"},
+            r"budget\.phases\[1\]\.context=33 is longer than model\.max_context=32",
+        ),
+        (
+            [{"share": 0.5, "context": 8}, {"share": 0.5}],
+            {"model.positions": "learned", "data.context": 40},
+            r"data\.context=40 is longer than model\.max_context=32",
+        ),
+        (
+            [{"share": 0.5}, {"share": 0.5, "context": 10**6}],
+            {},
+            r"budget\.phases\[1\]: share=0\.5 .* shorter than one",
+        ),
+        (
+            [{"tokens": 64}, {"tokens": 10**6, "context": 10**5, "batch_size": 1}],
+            {},
+            r"holds \d+ tokens, fewer than context \+ 1 = 100001",
+        ),
+        (
+            [{"share": 0.5}, {"share": 0.5, "schedule": {"warmup_steps": 30}}],
+            {},
+            r"budget\.phases\[1\]: schedule\.warmup_steps=30 must be below the 6 steps",
+        ),
+    ],
+)
+def test_phases_that_cannot_be_are_one_line(
+    phases: Phases, changes: dict[str, Any], message: str, train: Train, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        train("run", phases, changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_configuration_of_phases_that_cannot_be_is_one_line(tiny: Configure) -> None:
+    odd: Phases = [{"share": 0.5, "batch_size": 6}, {"share": 0.5, "batch_size": 3}]
+    with pytest.raises(
+        UserError, match=r"^budget\.phases\[1\]\.batch_size=3 is not divisible by loop\.accumulation=2$"
+    ):
+        tiny(odd, {"loop.accumulation": 2})
+    assert tiny(odd, {"loop.accumulation": 3}).budget.batch_size == 4  # no phase has it
+    with pytest.raises(UserError, match=r"^budget\.batch_size=4 is not divisible by loop\.accumulation=3$"):
+        tiny([odd[0], {"share": 0.5}], {"loop.accumulation": 3})
+    for name, value in (("context", 32), ("density", 0.5)):
+        with pytest.raises(UserError, match=rf"^budget\.phases\[0\]\.{name}={value}: on a task it stays as it is"):
+            tiny([{"share": 1.0, name: value}], kind=FinetuneConfig)
+
+
+def test_densities_are_refused_beside_a_run_to_start_from(train: Train, tiny: Configure, tmp_path: Path) -> None:
+    start = train("start", None, {"budget": {"steps": 1, "batch_size": 4}})
+    with pytest.raises(UserError, match=r"density: a run that starts from another, init_from=.*, keeps the densities"):
+        pretrain(tiny(HALVES, init_from=start.directory, run_dir=tmp_path / "next"))
+    other: Phases = [{"share": 0.5}, {"share": 0.5, "context": 32, "batch_size": 2}]
+    assert pretrain(tiny(other, init_from=start.directory, run_dir=tmp_path / "next"), Console(quiet=True)).complete
