@@ -3,49 +3,56 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 
 from sparsetrain import stages
-from sparsetrain.bench import bench
-from sparsetrain.data import load_task, prepare
+from sparsetrain.cli.verbs import find, named
+from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare
 from sparsetrain.errors import single_line
 from sparsetrain.screen import say
-from sparsetrain.stages.pipeline import overlap_caveat
+from sparsetrain.stages.pipeline_report import overlap_caveat
 from sparsetrain.training.state import Diverged, Interrupted
 
 
 def start(verb: str, config: Any, command: str) -> int:
     """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
-    runs: dict[str, Callable[[Any], Any]] = {
-        "data": _data,
-        "pretrain": stages.pretrain,
-        "finetune": stages.finetune,
-        "prompt": stages.prompt,
-        "pipeline": stages.pipeline,
-        "coord-check": stages.coord_check,
-        "tune": stages.tune,
-        "bench": bench,
-        "generate": lambda settings: print(stages.generate(settings)),
-    }
+    run = named(find(verb).run)
     try:
-        result = runs[verb](config)
+        result = run(config)
     except Diverged as error:
         print(f"sparsetrain: diverged: {single_line(error)}", file=sys.stderr)
         return 1
     except Interrupted as error:
         print(f"sparsetrain: {single_line(error)}: {command}", file=sys.stderr)
         return error.exit_code
-    if verb == "pipeline":
-        return 1 if result.values.get("diverged") else 0
     if isinstance(result, stages.RunResult):
         _summary(result)
-    return 0
+    return result if isinstance(result, int) else 0
 
 
-def _data(config: Any) -> None:
+@dataclass
+class DataVerbConfig:
+    """Prepare a corpus."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    task: TaskConfig | None = None
+
+
+def pipeline(config: stages.PipelineConfig) -> int:
+    """Run a pipeline, which prints its own results; return 1 where one of its arms has diverged."""
+    return 1 if stages.pipeline(config).values.get("diverged") else 0
+
+
+def generate(config: stages.GenerateConfig) -> None:
+    """Print the continuation of a text."""
+    print(stages.generate(config))
+
+
+def data(config: DataVerbConfig) -> None:
+    """Prepare a corpus, and say how much text it holds."""
     console = Console()
     corpus = prepare(config.data, progress=True, console=console)
     for split, counts in corpus.manifest["splits"].items():

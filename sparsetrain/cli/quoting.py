@@ -1,4 +1,4 @@
-"""Overrides, ``key=value``: the value of a setting that holds text arrives as it was typed.
+"""Quotes: in an override, ``key=value``, the value of a setting that holds text arrives as it was typed.
 
 Hydra's grammar gives commas, brackets, equals signs, quotes, digits and ``true`` a meaning that they do not have in a
 sentence or in the name of a file, and OmegaConf gives one to ``${``. The type of the field in the configuration
@@ -15,27 +15,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep, ValueType
-from hydra.errors import OverrideParseException
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from sparsetrain.errors import UserError
 
-SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for further directories of configurations
-
 # Settings that hold sentences. Any mark in them is text.
 PROSE = ("prompt", "words")
 
-SCHEDULES = ("schedule", "pipeline.finetune.schedule", "pipeline.prompt.schedule")
-
-_MOST_VALUES = 10_000  # of a range
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _WORD = re.compile(r"[\w./:+@%*~=-]+")  # what is no sentence, and in a multirun one of several values
 _FUNCTION = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)  # Hydra's
@@ -61,7 +53,7 @@ def text_settings(schema: type, prefix: str = "") -> dict[str, TextSetting]:
     for entry in dataclasses.fields(schema):
         name, hint = f"{prefix}{entry.name}", entry.type
         arms = (hint, *getattr(hint, "__args__", ()))
-        if str in arms:
+        if str in arms and get_origin(hint) is not dict:
             found[name] = TextSetting(name, type(None) in arms, get_origin(hint) is list)
         for arm in arms:
             if isinstance(arm, type) and dataclasses.is_dataclass(arm) and get_origin(hint) is not list:
@@ -76,63 +68,6 @@ def _resolved(kind: type) -> type:
     return dataclasses.make_dataclass(
         kind.__name__, [(entry.name, hints[entry.name], None) for entry in dataclasses.fields(kind)]
     )
-
-
-def parse(overrides: Iterable[str]) -> list[Override]:
-    """Return the overrides as Hydra reads them.
-
-    Raises:
-        UserError: one that Hydra cannot read.
-    """
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except OverrideParseException as error:
-        raise UserError(f"cannot read the override: {'; '.join(str(error).splitlines()[:2])}") from None
-
-
-def check_enumerable(override: Override, group: bool) -> None:
-    """Raise `UserError` for a sweep whose values cannot be counted up, or are too many to be meant.
-
-    Args:
-        group: the key is that of a group, whose files a ``glob`` can match.
-    """
-    if override.value_type == ValueType.INTERVAL_SWEEP:
-        raise UserError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...)")
-    if override.value_type == ValueType.GLOB_CHOICE_SWEEP and not group:
-        raise UserError(f"{override.input_line}: only the choices of a group can be matched; use choice(...)")
-    span = override.value()
-    if isinstance(span, RangeSweep):
-        ends = [float(end or 0) for end in (span.start, span.stop, span.step)]
-        if not all(map(math.isfinite, ends)) or ends[2] == 0 or abs((ends[1] - ends[0]) / ends[2]) > _MOST_VALUES:
-            raise UserError(
-                f"{override.input_line} must have finite ends, a step other than 0, and at most {_MOST_VALUES:,} values"
-            )
-
-
-def complete(overrides: Iterable[str]) -> list[str]:
-    """Return the overrides, with ``schedule.tokens=null`` added to ``schedule.steps=...`` and the reverse.
-
-    The length of a run can be said in either, and the one on the command line wins.
-    """
-    given = list(overrides)
-    keys = {text.split("=", 1)[0].lstrip("+") for text in given}
-    for section in SCHEDULES:
-        for said, other in (("steps", "tokens"), ("tokens", "steps")):
-            if f"{section}.{said}" in keys and f"{section}.{other}" not in keys:
-                given.append(f"{section}.{other}=null")
-    return given
-
-
-def search_path_override(folder: Path) -> str:
-    """Return the override that adds a directory of configurations."""
-    return f"{SEARCH_PATH}=[{QuotedString(without_interpolation(f'file://{folder}'), Quote.single).with_quotes()}]"
-
-
-def added_folders(parsed: Iterable[Override]) -> list[Path]:
-    """Return the directories of configurations that overrides add."""
-    given = next((override.value() for override in parsed if override.key_or_group == SEARCH_PATH), None)
-    places = [str(place) for place in given] if isinstance(given, list) else []
-    return [Path(place.removeprefix("file://")) for place in places if "://" not in place.removeprefix("file://")]
 
 
 def quoted(

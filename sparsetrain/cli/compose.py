@@ -1,0 +1,214 @@
+"""Hydra configurations: where they are found, the schemas they are checked against, and their composition."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+import yaml
+from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+import sparsetrain
+from sparsetrain.cli.overrides import moved_within
+from sparsetrain.cli.resolvers import register_resolvers
+from sparsetrain.cli.verbs import find
+from sparsetrain.errors import UserError, nearest
+from sparsetrain.models import ModelConfig
+
+# Where Hydra and OmegaConf say, in a message of several lines, which key or group they do not know.
+_UNKNOWN = (
+    re.compile(r"Key '[^']*' not in .*?full_key: (\S+)", re.DOTALL),
+    re.compile(r"Could not override '([^']+)'"),
+)
+
+
+def config_directory() -> Path:
+    """Return the Hydra tree: inside the package when it was installed, beside it in a source checkout."""
+    package = Path(sparsetrain.__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+@functools.cache
+def schema(kind: type) -> type:
+    """Return a plain dataclass with the fields of ``kind``, for OmegaConf to check keys and types against.
+
+    The checks of ``kind`` itself run later, when the values are complete; fields without a default become optional.
+    """
+    hints = get_type_hints(kind)
+    members: list[tuple[str, Any, Any]] = []
+    for entry in dataclasses.fields(kind):
+        hint = ModelConfig if entry.name == "model" else hints[entry.name]
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            section = schema(hint)
+            members.append((entry.name, section, dataclasses.field(default_factory=_section(entry, hint, section))))
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            members.append((entry.name, hint | None, dataclasses.field(default=None)))
+        elif entry.default is not dataclasses.MISSING:
+            members.append((entry.name, hint, dataclasses.field(default=entry.default)))
+        else:
+            members.append((entry.name, hint, dataclasses.field(default_factory=entry.default_factory)))
+    return dataclasses.make_dataclass(kind.__name__, members)
+
+
+def _section(entry: dataclasses.Field[Any], kind: type, section: type) -> Callable[[], Any]:
+    """Return what makes a section: with its own defaults, or where a verb has others, with those."""
+    here = None if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+    if not isinstance(here, kind):
+        return section
+    usual = kind()
+    names = [each.name for each in dataclasses.fields(kind)]
+    return functools.partial(
+        section, **{name: getattr(here, name) for name in names if getattr(here, name) != getattr(usual, name)}
+    )
+
+
+def schema_of(verb: str) -> type:
+    """Return the schema of the settings of a verb."""
+    return schema(find(verb).kind())
+
+
+@functools.cache
+def _store(name: str, node: type) -> None:
+    """Give Hydra a schema, once: a launcher that sends it to other processes and back may change its class."""
+    ConfigStore.instance().store(name=name, node=node)
+
+
+def register(verb: str) -> None:
+    """Make the schema of a verb known to Hydra, and the resolvers to OmegaConf."""
+    _store(f"{verb}_schema", schema_of(verb))
+    register_resolvers()
+
+
+def groups(verb: str, folders: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """Return the configuration groups of a verb and the options of each, null among them where it is the default.
+
+    Args:
+        folders: directories that were added to the library's own.
+    """
+    members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
+    entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
+    added = list(folders)
+    return {
+        name: sorted({*options(name), *(option for folder in added for option in options(name, folder))})
+        + ([] if default else ["null"])
+        for name, default in entries
+        if not name.startswith("override")
+    }
+
+
+def options(group: str, folder: Path | None = None) -> list[str]:
+    """Return the names of the files of a group."""
+    return sorted(path.stem for path in ((folder or config_directory()) / group).glob("*.yaml"))
+
+
+def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig:
+    """Return the configuration of a verb as Hydra composes it, with Hydra's own settings where ``hydras``.
+
+    Raises:
+        UserError: what Hydra and OmegaConf refuse, and keys in files that have another name now; a single line.
+    """
+    register(verb)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(config_directory().absolute()), version_base="1.3"):
+            return hydra.compose(verb, overrides, return_hydra_config=hydras)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refused(error) from None
+
+
+@functools.cache
+def defaults(verb: str) -> DictConfig:
+    """Return the configuration of a verb without any override, not to be changed."""
+    return compose(verb, [])
+
+
+def run_hydra(verb: str, given: Mapping[str, str], overrides: list[str], job: Callable[[Any], Any]) -> None:
+    """Run Hydra's own command line with the options that were ``given``, and ``job`` with each configuration."""
+    register(verb)
+    # Hydra would otherwise replace the error of a job by a page of its own.
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
+    words = chain.from_iterable([name, value] if value else [name] for name, value in given.items())
+    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *words, *overrides]
+    try:
+        launch(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise refused(error) from None
+    finally:
+        sys.argv = before
+
+
+def plain(tree: DictConfig, resolve: bool) -> dict[str, Any]:
+    """Return a configuration as nested dicts of plain values; ``resolve`` the interpolations.
+
+    Raises:
+        UserError: an interpolation that cannot be resolved.
+    """
+    try:
+        values = OmegaConf.to_container(tree, resolve=resolve)
+    except OmegaConfBaseException as error:
+        raise UserError(one_line(error)) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def flat(tree: DictConfig, prefix: str = "") -> dict[str, Any]:
+    """Return ``{"optimizer.lr": 0.002, ...}`` for a composed configuration."""
+    leaves: dict[str, Any] = {}
+    for key in tree:
+        name, value = str(key), tree[key]
+        if OmegaConf.is_dict(value):
+            leaves |= flat(value, f"{prefix}{name}.")
+        else:
+            leaves[f"{prefix}{name}"] = value
+    return leaves
+
+
+def refused(error: BaseException) -> UserError:
+    """Return what Hydra or OmegaConf refuse as one line: the new name of a key, where that is all."""
+    line = one_line(error)
+    for pattern in _UNKNOWN:
+        found = pattern.search(str(error))
+        new = moved_within(found[1]) if found else None
+        if new is not None:
+            place = re.match(r"In '[^']*': ", line)
+            return UserError(f"{place[0] if place else ''}{new}")
+    return UserError(line + _near(error))
+
+
+def _near(error: BaseException | None) -> str:
+    """Return which setting of the section may have been meant, for an unknown one that OmegaConf refuses."""
+    while error is not None:
+        kind, key = getattr(error, "object_type", None), getattr(error, "key", None)
+        if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(kind):
+            return nearest(str(key), [entry.name for entry in dataclasses.fields(kind)])
+        error = error.__cause__
+    return ""
+
+
+def one_line(error: BaseException) -> str:
+    """Return what Hydra and OmegaConf say in several lines and layers as one line, the innermost cause last."""
+    parts = [str(getattr(error, "full_key", None) or "")]
+    cause: BaseException | None = error
+    while cause is not None:
+        first, *more = str(cause).splitlines() or [""]
+        # Hydra's own words for what OmegaConf says in the next line.
+        heading = re.fullmatch(r"(In '[^']*': )\w+ raised while composing config:", first)
+        said = f"{heading[1]}{more[0]}" if heading and more else first
+        parts.append(said.removeprefix("UserError raised while resolving interpolation: "))
+        cause = cause.__cause__
+    return ": ".join(dict.fromkeys(filter(None, parts)))

@@ -1,0 +1,137 @@
+"""``sparsetrain VERB [overrides]``: the command line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsetrain import __version__, process
+from sparsetrain.cli.parsers import Parser, parsed, parser_of
+from sparsetrain.cli.verbs import VERBS, find, named
+from sparsetrain.errors import UserError, single_line
+from sparsetrain.files import NO_SPACE, file_errors
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status; for the statuses see `sparsetrain.process`."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        with process.handled(process.Stop()), warnings.catch_warnings():
+            # The line that describes the model counts its empty rows; one warning a layer would bury it.
+            warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
+            try:
+                status = _run(given)
+                sys.stdout.flush()  # here, where a failure is still told from an error of the run
+                return status
+            except UserError as error:
+                return _refused(single_line(error))
+            except KeyboardInterrupt as stop:
+                print(f"sparsetrain: {process.INTERRUPTED}", file=sys.stderr)
+                return 143 if isinstance(stop, process.Terminated) else 130
+            except OSError as error:
+                if error.errno == errno.EPIPE:
+                    raise
+                return _refused(_system_error(error))
+    except BrokenPipeError:
+        if process.nobody_reads():
+            return process.NOBODY_READS
+        raise
+    except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # rich has turned the one into the other
+            return process.NOBODY_READS
+        raise
+
+
+def _refused(line: str) -> int:
+    print(f"sparsetrain: {line}", file=sys.stderr)
+    return 2
+
+
+def _system_error(error: OSError) -> str:
+    """Return what the system refused as one line; it names the file.
+
+    Raises:
+        OSError: ``error`` itself, where it is neither about room nor about a name or a right.
+    """
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    try:
+        with file_errors(place or Path("the disk or the output")):
+            raise error
+    except UserError as refused:
+        if error.errno in NO_SPACE:
+            process.silence(1)  # what Python has not written, which it would try again at its end
+            return single_line(refused)
+        return f"{place}: {error.strerror}" if place else single_line(refused)
+
+
+def _run(given: list[str]) -> int:
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if given[0] in ("-V", "--version"):
+        print(f"sparsetrain {__version__}")
+        return 0
+    name, rest = given[0], given[1:]
+    verb = find(name)
+    if any(word in ("-h", "--help") for word in rest):
+        print(_verb_help(name))
+        return 0
+    if verb.parser is not None:
+        words = parsed(name, rest)
+        return named(verb.run)(words) or 0
+    return _execute(name, rest)
+
+
+def _execute(verb: str, words: list[str]) -> int:
+    from sparsetrain.cli.help import show
+    from sparsetrain.cli.multirun import run_multirun
+    from sparsetrain.cli.resolve import load
+    from sparsetrain.cli.start import start
+    from sparsetrain.cli.words import Words
+
+    given = Words.of(verb, words)
+    command = shlex.join(["sparsetrain", verb, *words])
+    try:
+        if given.asks:
+            show(verb, given)
+            return 0
+        if given.multirun:
+            return run_multirun(verb, given, command)
+        return start(verb, load(verb, given.overrides), command)
+    except UserError as error:
+        raise UserError(given.said(error)) from None
+
+
+def _help() -> str:
+    verbs = "\n".join(f"  {name:11} {verb.about}" for name, verb in VERBS.items())
+    return (
+        "sparsetrain: train language models whose weights are sparse from the first step\n\n"
+        "usage: sparsetrain VERB [key=value ...]        one run\n"
+        "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
+        "       sparsetrain VERB --force ...            although the memory for it seems not to be there\n"
+        "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
+        "       sparsetrain --version\n\n"
+        f"verbs:\n{verbs}\n\n"
+        "A run lives in a directory named after its configuration: the same command again goes on where it was\n"
+        "stopped, or says that it is done. Start with: sparsetrain pipeline experiment=demo"
+    )
+
+
+def _verb_help(name: str) -> str:
+    verb = find(name)
+    examples = "\n".join(f"  {example}" for example in verb.examples)
+    head = f"sparsetrain {name}: {verb.about}\n\nexamples:\n{examples}"
+    if verb.parser is not None:
+        return f"{head}\n\n{_parser_help(parser_of(name))}"
+    from sparsetrain.cli.help import describe
+
+    return f"{head}\n\n{describe(name)}"
+
+
+def _parser_help(parser: Parser) -> str:
+    return "\n".join([parser.format_help(), *map(_parser_help, parser.subparsers.values())]).rstrip()

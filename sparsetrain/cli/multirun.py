@@ -1,0 +1,236 @@
+"""Multiruns: every point of a sweep, one after the other or by one of Hydra's launchers, and how they stop.
+
+A multirun that is told to stop, by Ctrl-C or SIGTERM, begins no further point, and every run that is going finishes its
+step and saves. With a launcher that has processes of its own the word goes through the directory ``.sweep-*``, which
+all of them see: the terminal sends Ctrl-C to all processes, but a batch system sends SIGTERM to the first one alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from sparsetrain import process
+from sparsetrain.cli.checks import as_typed, check
+from sparsetrain.cli.compose import compose, run_hydra
+from sparsetrain.cli.overrides import SEARCH_PATH, is_hydras, parse
+from sparsetrain.cli.resolve import convert
+from sparsetrain.cli.start import start
+from sparsetrain.cli.verbs import find, named
+from sparsetrain.cli.words import Words
+from sparsetrain.errors import UserError
+from sparsetrain.files import file_errors, temporary_directory
+from sparsetrain.screen import say
+
+_STOP = "stop"  # the file in a multirun's directory that says so
+_LOOK_EVERY = 0.5  # seconds between two looks at it
+
+
+def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
+    """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
+
+    One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
+    """
+    given = list(overrides)
+    parsed = parse(given)
+    params = OmegaConf.to_container(_hydras(verb, parsed).sweeper).get("params") or {}  # type: ignore[union-attr]
+    keys = {override.key_or_group for override in parsed}
+    added = as_typed(verb, [f"{key}={value}" for key, value in params.items() if key not in keys], sweep=True)
+    return [*added, *given, "hydra.sweeper.params=null"] if params else given
+
+
+def launches_processes(verb: str, overrides: Iterable[str]) -> bool:
+    """Return whether the launcher of a multirun has processes of its own for the points."""
+    return not str(_hydras(verb, parse(overrides)).launcher.get("_target_")).endswith(".BasicLauncher")
+
+
+def _hydras(verb: str, parsed: Iterable[Override]) -> DictConfig:
+    """Return Hydra's own settings of a multirun."""
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
+    tree: DictConfig = compose(verb, [*single, "hydra.mode=MULTIRUN"], hydras=True).hydra
+    return tree
+
+
+def points(
+    verb: str, overrides: Iterable[str], refused: Callable[[UserError], None] | None = None
+) -> Iterator[Any | None]:
+    """Yield the configuration of every point of a multirun, or None for one that is refused.
+
+    Args:
+        refused: is told why.
+    """
+    parsed = [o for o in parse(overrides) if not is_hydras(o) or o.key_or_group == SEARCH_PATH]
+    choices = [
+        [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
+        if o.is_sweep_override()
+        else [str(o.input_line)]
+        for o in parsed
+    ]
+    for words in itertools.product(*choices):
+        try:
+            yield convert(verb, compose(verb, list(words)), words)  # `check` has seen the whole sweep
+        except UserError as error:
+            if refused is not None:
+                refused(error)
+            yield None
+
+
+def run_multirun(verb: str, words: Words, command: str) -> int:
+    """Run every point of a multirun; return the highest status among them. ``command`` is what would start it again."""
+    overrides = as_typed(verb, words.overrides, sweep=True)
+    check(verb, overrides, sweep=True)
+    overrides = with_sweep(verb, overrides)
+    check(verb, overrides, sweep=True)
+    cost = find(verb).cost
+    if cost is not None:
+        console = Console()
+        say(console, named(cost)(points(verb, overrides), console).describe())
+    # Here and not in the system's directory: the points may run on other machines that share this one.
+    with file_errors(Path.cwd()), temporary_directory(Path.cwd(), ".sweep-") as notes:
+        job = Job(verb, words, overrides, command, notes)
+        if launches_processes(verb, overrides):
+            with _waiting(notes) as stop:
+                try:
+                    run_hydra(verb, words.options, overrides, job)
+                except Exception:
+                    if stop.number is None:  # else a process that it stopped while it was starting
+                        raise
+            if stop.number is not None:
+                print(f"sparsetrain: {process.INTERRUPTED}", file=sys.stderr)
+                return 128 + stop.number
+        else:
+            run_hydra(verb, words.options, overrides, job)
+        found = [path.name.partition("-")[0] for path in notes.iterdir()]
+        return max((int(status) for status in found if status.isdigit()), default=0)
+
+
+class _Wait(process.Stop):
+    """The first signal tells the runs in other processes to stop, and waits for them; a second ends them."""
+
+    def __init__(self, notes: Path) -> None:
+        super().__init__()
+        self.notes = notes
+        self.unwinding = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.unwinding:
+            process.end(number)
+        if self.number is None:
+            self.number = number
+            (self.notes / _STOP).touch()
+            return
+        self.unwinding = True
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def _waiting(notes: Path) -> Iterator[_Wait]:
+    """Have the first signal stop the points in other processes gently.
+
+    Processes that are started meanwhile inherit that the signals are blocked, and let them through once they have a
+    handler: one that came while Python imports would end them with a traceback, and the sweep with them. In this
+    process a thread, begun before, lets them through.
+    """
+    stop = _Wait(notes)
+    done = threading.Event()
+    listener = threading.Thread(target=done.wait, daemon=True, name="sparsetrain-signals")
+    with process.handled(stop):
+        listener.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, process.SIGNALS)
+        try:
+            yield stop
+        finally:
+            done.set()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Gentle:
+    """The handler of a process that a launcher has started: it unwinds a point, once, and leaves the process alone."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.busy = self.raised = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.number = self.number or number
+        if self.busy and not self.raised and not process.importing(frame):
+            self.raised = True
+            raise process.Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+_gentle = _Gentle()
+
+
+class Job:
+    """One point of a multirun. A class, so that a launcher can send it to another process.
+
+    What fails is said at once and noted in the directory ``notes``, and the sweep goes on with its other points; an
+    exception would make Hydra say it again in its own words.
+    """
+
+    def __init__(self, verb: str, words: Words, overrides: list[str], command: str, notes: Path) -> None:
+        self.verb, self.words, self.overrides, self.command, self.notes = verb, words, overrides, command, notes
+        self.launcher = (os.uname().nodename, os.getpid())
+
+    def __call__(self, tree: Any) -> None:
+        if self.launcher == (os.uname().nodename, os.getpid()):
+            status = self._run(tree)
+            if status > 2:
+                raise process.Terminated if status == 143 else KeyboardInterrupt
+        else:
+            status = self._run_apart(tree)
+        if status:
+            (self.notes / f"{status}-{uuid4().hex}").touch()
+
+    def _run(self, tree: Any) -> int:
+        try:
+            return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
+        except UserError as error:
+            print(f"sparsetrain: {self.words.said(error)}", file=sys.stderr, flush=True)
+            return 2
+
+    def _run_apart(self, tree: Any) -> int:
+        """Run in a process of the launcher's, until a signal comes here or the launcher has had one."""
+        stop = self.notes / _STOP
+        over = threading.Event()
+        watch = threading.Thread(target=_watch, args=(stop, over), daemon=True, name="sparsetrain-stop")
+        _gentle.busy = True
+        try:
+            for number in process.SIGNALS:
+                signal.signal(number, _gentle)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, process.SIGNALS)
+            if stop.exists() or _gentle.number is not None:
+                return 0
+            watch.start()
+            status = self._run(tree)
+        except KeyboardInterrupt as error:
+            status = 143 if isinstance(error, process.Terminated) else 130
+        finally:
+            _gentle.busy = False
+            over.set()
+        if status > 2:
+            stop.touch()
+        return status
+
+
+def _watch(stop: Path, over: threading.Event) -> None:
+    """Send this process SIGTERM while the file ``stop`` is there, until the point is over.
+
+    Again and again: one that comes while Python imports is let pass.
+    """
+    while not over.wait(_LOOK_EVERY):
+        if stop.exists():
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,133 @@
+"""Overrides, ``key=value``, as Hydra reads them; what they may be, and what their keys were called before."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, RangeSweep, ValueType
+from hydra.errors import OverrideParseException
+
+from sparsetrain.cli.quoting import without_interpolation
+from sparsetrain.errors import UserError
+from sparsetrain.runs.recorded import RENAMED
+
+SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for further directories of configurations
+
+# Settings, sections and groups that have other names now: {old: new}. The name of a section holds for what is in it.
+MOVED: dict[str, str] = {
+    **RENAMED,
+    **{
+        f"pipeline.{stage}.{old}": f"pipeline.stages.{stage}.{new}"
+        for stage in ("finetune", "prompt")
+        for old, new in RENAMED.items()
+    },
+    "pipeline.prompt.start": "pipeline.stages.prompt.from",
+    "pipeline.finetune": "pipeline.stages.finetune",
+    "pipeline.prompt": "pipeline.stages.prompt",
+    "pipeline.sparsities": "pipeline.arms, as in pipeline.arms={sparsity.sparsity:[0,0.75]}",
+    "pipeline.scratch": "pipeline.stages, in which the stage named scratch may be left out",
+}
+# What is said of an old section as a whole, of which the new name is not all.
+_WHOLE = {
+    "stage": "loop, and budget for its epochs, flops and batch_size; each verb has defaults of its own there",
+    "pipeline.finetune": "the entry named finetune in the list pipeline.stages",
+    "pipeline.prompt": "the entry named prompt in the list pipeline.stages, which may be left out",
+}
+_OF_STAGE = re.compile(r"(pipeline\.stages\.[^.]+\.)(.+)")
+
+_MOST_VALUES = 10_000  # of a range
+
+
+def moved(key: str) -> str | None:
+    """Return the name that a setting, a section or a group of this old name has now; None where it has not changed."""
+    if key in _WHOLE:
+        return _WHOLE[key]
+    if (stage := _OF_STAGE.fullmatch(key)) is not None:
+        new = moved(stage[2])
+        return new and stage[1] + new
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        new = MOVED.get(".".join(parts[:length]))
+        if new is not None:
+            return ".".join([new, *parts[length:]])
+    return None
+
+
+def check_moved(key: str) -> None:
+    """Raise `UserError` for a key that has another name now."""
+    new = moved(key)
+    if new is not None:
+        raise UserError(f"{key} is now {new}")
+
+
+def moved_within(key: str) -> str | None:
+    """Return ``"old is now new"`` for a key that a file cannot have any more, or for all that was in it."""
+    new = moved(key)
+    found = {key: new} if new else {old: new for old, new in MOVED.items() if old.startswith(f"{key}.")}
+    return "; ".join(f"{old} is now {new}" for old, new in found.items()) or None
+
+
+def parse(overrides: Iterable[str]) -> list[Override]:
+    """Return the overrides as Hydra reads them.
+
+    Raises:
+        UserError: one that Hydra cannot read.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except OverrideParseException as error:
+        raise UserError(f"cannot read the override: {'; '.join(str(error).splitlines()[:2])}") from None
+
+
+def is_hydras(override: Override) -> bool:
+    """Return whether an override is of one of Hydra's own settings."""
+    return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
+
+
+def check_enumerable(override: Override, group: bool) -> None:
+    """Raise `UserError` for a sweep whose values cannot be counted up, or are too many to be meant.
+
+    Args:
+        group: the key is that of a group, whose files a ``glob`` can match.
+    """
+    if override.value_type == ValueType.INTERVAL_SWEEP:
+        raise UserError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...)")
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP and not group:
+        raise UserError(f"{override.input_line}: only the choices of a group can be matched; use choice(...)")
+    span = override.value()
+    if isinstance(span, RangeSweep):
+        ends = [float(end or 0) for end in (span.start, span.stop, span.step)]
+        if not all(map(math.isfinite, ends)) or ends[2] == 0 or abs((ends[1] - ends[0]) / ends[2]) > _MOST_VALUES:
+            raise UserError(
+                f"{override.input_line} must have finite ends, a step other than 0, and at most {_MOST_VALUES:,} values"
+            )
+
+
+def keys_of(overrides: Iterable[str]) -> list[str]:
+    """Return the keys of overrides, without the marks in front of them."""
+    return [text.split("=", 1)[0].lstrip("+~") for text in overrides]
+
+
+def search_path_override(folder: Path) -> str:
+    """Return the override that adds a directory of configurations."""
+    return f"{SEARCH_PATH}=[{QuotedString(without_interpolation(f'file://{folder}'), Quote.single).with_quotes()}]"
+
+
+def added_folders(parsed: Iterable[Override]) -> list[Path]:
+    """Return the directories of configurations that overrides add."""
+    given = next((override.value() for override in parsed if override.key_or_group == SEARCH_PATH), None)
+    places = [str(place) for place in given] if isinstance(given, list) else []
+    return [Path(place.removeprefix("file://")) for place in places if "://" not in place.removeprefix("file://")]
+
+
+def choices(override: Override) -> list[str]:
+    """Return the options of a group that an override names; those that match a glob exist."""
+    if override.is_delete() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    if override.is_sweep_override():
+        return [value.strip() for value in override.sweep_string_iterator()]
+    return ["null" if override.value() is None else str(override.value())]

@@ -1,0 +1,79 @@
+"""Verbs that take paths and options in place of settings: what they take, and what they do."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
+
+
+def report_words(parser: ArgumentParser) -> None:
+    """Add the words of ``report``."""
+    about = "one run or pipeline; or several of them, directories of them, or results.csv: then arms are compared"
+    parser.add_argument("places", nargs="+", metavar="PATH", help=about)
+    parser.add_argument("--out", metavar="DIR", help="compare arms; where results.csv, bars.md and figure.png go")
+
+
+def report(given: Namespace) -> None:
+    """Show the results of a run, or compare arms."""
+    from rich.console import Console
+
+    from sparsetrain.report.show import show_run
+    from sparsetrain.stages.arms import show_arms, shows_arms
+
+    places = [typed_path(place, "PATH") for place in given.places]
+    out = None if given.out is None else typed_path(given.out, "--out")
+    if len(places) > 1 or out is not None or shows_arms(places[0]):
+        show_arms(places, out, Console())
+    else:
+        show_run(places[0], Console())
+
+
+def sweep_words(parser: ArgumentParser) -> None:
+    """Add the words of ``sweep``."""
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, directories of them, or results.csv")
+    parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
+    parser.add_argument("--out", metavar="DIR", help="where results.csv, optima.csv and figure.png go")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")
+    parser.add_argument("--search", action="store_true", help="a random search: rank the points instead of curves")
+
+
+def sweep(given: Namespace) -> None:
+    """Collect the runs of a sweep."""
+    from rich.console import Console
+
+    from sparsetrain.stages.sweep import show_sweep
+
+    if given.seeds < 1:
+        raise UserError(f"--seeds={given.seeds} must be at least 1")
+    places = [typed_path(place, "RUNS") for place in given.runs]
+    out = None if given.out is None else typed_path(given.out, "--out")
+    show_sweep(places, given.x, out, given.seeds, given.search, Console())
+
+
+def mask_words(parser: ArgumentParser) -> None:
+    """Add the words of ``mask``."""
+    inspect = parser.add_subparsers(metavar="inspect").add_parser(
+        "inspect", add_help=False, usage="sparsetrain mask inspect PATH [picture=FILE]"
+    )
+    inspect.add_argument(
+        "words",
+        nargs="*",
+        metavar="PATH [picture=FILE]",
+        help="a run, a checkpoint or a file of masks (.npz, .safetensors); where the picture goes",
+    )
+
+
+def mask(given: Namespace) -> None:
+    """Inspect masks."""
+    from rich.console import Console
+
+    from sparsetrain.report.masks import inspect_masks
+
+    pictures = [word.partition("=")[2] for word in given.words if word.startswith("picture=")]
+    paths = [word for word in given.words if not word.startswith("picture=")]
+    if len(paths) != 1 or len(pictures) > 1 or "" in pictures:
+        raise UserError("mask inspect takes one path and at most one picture=FILE")
+    picture = typed_path(pictures[0], "picture") if pictures else None
+    inspect_masks(typed_path(paths[0], "PATH"), Console(), picture)

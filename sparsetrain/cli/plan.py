@@ -1,0 +1,170 @@
+"""``sparsetrain plan VERB ...``: what a run, a pipeline or a sweep would do, on stdout."""
+
+from __future__ import annotations
+
+import sys
+from argparse import REMAINDER, ArgumentParser, Namespace
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sparsetrain.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from sparsetrain.cli.words import Words
+    from sparsetrain.stages.estimate import Times
+    from sparsetrain.stages.plan import Plan, PlannedPhase, PlannedRun
+
+PLANNED = ("pretrain", "finetune", "prompt", "pipeline")
+_TITLES = ("phase", "steps", "tokens", "learning rate", "density", "context", "batch", "FLOPs")
+_WIDTHS = (5, 8, 12, 20, 16, 8, 6, 10)
+_MIB = 1 << 20
+
+
+def plan_words(parser: ArgumentParser) -> None:
+    """Add the words of ``plan``."""
+    parser.epilog = "the settings are those of the verb: sparsetrain pretrain --help"
+    parser.add_argument("verb", metavar="VERB", help=", ".join(PLANNED))
+    parser.add_argument("words", nargs=REMAINDER, metavar="...", help="what the verb itself would be given, -m too")
+
+
+def plan(given: Namespace) -> int:
+    """Print what a verb would do; return 2 if points of a multirun are refused."""
+    from sparsetrain.cli.words import Words
+
+    if given.verb not in PLANNED:
+        hint = nearest(given.verb, PLANNED)
+        raise UserError(f"plan knows {', '.join(PLANNED)}, not '{given.verb}'{hint}: sparsetrain plan pretrain ...")
+    words = Words.of(given.verb, given.words)
+    if words.asks:
+        asked = next(name for name in words.options if name != "--multirun")
+        raise UserError(f"plan takes no {asked}; ask the verb: sparsetrain {given.verb} {asked} ...")
+    try:
+        return _multirun(given.verb, words) if words.multirun else _single(given.verb, words)
+    except UserError as error:
+        raise UserError(words.said(error)) from None
+
+
+def _single(verb: str, words: Words) -> int:
+    from sparsetrain.cli.resolve import load
+    from sparsetrain.stages.estimate import estimate
+    from sparsetrain.stages.plan import plan_of
+
+    config = load(verb, words.overrides)
+    found = plan_of(config)
+    for line in shown(found, estimate([(config, run) for run in found.runs])):
+        print(line)
+    return 0
+
+
+def _multirun(verb: str, words: Words) -> int:
+    from sparsetrain.cli.checks import as_typed, check
+    from sparsetrain.cli.multirun import points, with_sweep
+
+    overrides = as_typed(verb, words.overrides, sweep=True)
+    check(verb, overrides, sweep=True)
+    overrides = with_sweep(verb, overrides)
+    check(verb, overrides, sweep=True)
+    refused: list[UserError] = []
+    for line in _sweep(points(verb, overrides, refused.append), refused):
+        print(line)
+    sys.stdout.flush()
+    for reason in dict.fromkeys(words.said(error) for error in refused):
+        print(f"sparsetrain: {reason}", file=sys.stderr)
+    return 2 if refused else 0
+
+
+def shown(plan: Plan, times: Times) -> Iterator[str]:
+    """Yield the lines about what a configuration would run."""
+    if plan.directory is not None:
+        yield f"pipeline: {plan.directory}: {plan.status}"
+        yield from (f"note: {note}" for note in plan.notes)
+        yield ""
+    for index, (run, seconds) in enumerate(zip(plan.runs, times.seconds, strict=True)):
+        if index:
+            yield ""
+        yield f"{run.name}: {run.directory}: {run.status}"
+        if run.phases:
+            yield _row(_TITLES)
+            yield from (_row((str(number), *_cells(phase))) for number, phase in enumerate(run.phases))
+            yield _row(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
+        else:
+            yield "steps and tokens: not known yet"
+        if run.memory is not None:
+            yield f"memory: about {_mebibytes(run)} MiB, {run.memory.main.name} most of it"
+        if seconds is not None:
+            rest = " for the rest" if run.steps_done else ""
+            yield f"time: about {_duration(seconds)}{rest}, {times.basis}"
+        yield from (f"note: {note}" for note in run.notes)
+    if plan.directory is not None:
+        yield ""
+        yield from _in_all(plan.runs, times)
+
+
+def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[str]:
+    from sparsetrain.stages.estimate import estimate
+    from sparsetrain.stages.plan import plan_of
+    from sparsetrain.stages.plan_inputs import Inputs
+
+    inputs, points = Inputs(), 0
+    notes: dict[str, None] = {}
+    planned: list[tuple[Any, PlannedRun]] = []
+    for config in configs:
+        points += 1
+        try:
+            found = plan_of(config, inputs) if config is not None else None
+        except UserError as error:
+            refused.append(error)
+            found = None
+        if found is not None:
+            planned += [(config, run) for run in found.runs]
+            notes |= dict.fromkeys((*found.notes, *(note for run in found.runs for note in run.notes)))
+    yield f"points: {points}" + (f", {len(refused)} of them refused" if refused else "")
+    times = estimate(planned)
+    for (_, run), seconds in zip(planned, times.seconds, strict=True):
+        time = "" if seconds is None else f", about {_duration(seconds)}"
+        memory = "" if run.memory is None else f", {_mebibytes(run)} MiB"
+        counts = f"{run.steps} steps, {run.tokens} tokens, {run.flops:.4g} FLOPs" if run.phases else "length not known"
+        yield f"{run.directory}: {run.status}: {counts}{memory}{time}"
+    yield from (f"note: {note}" for note in notes)
+    yield from _in_all([run for _, run in planned], times)
+
+
+def _in_all(runs: Sequence[PlannedRun], times: Times) -> Iterator[str]:
+    steps, tokens = sum(run.steps for run in runs), sum(run.tokens for run in runs)
+    done, count = sum(run.done for run in runs), f"{len(runs)} run{'s' * (len(runs) != 1)}"
+    unknown = sum(not run.phases for run in runs)
+    open_ = f", without {unknown} of unknown length" if unknown else ""
+    yield f"in all: {count}, {steps} steps, {tokens} tokens, {sum(run.flops for run in runs):.4g} FLOPs{open_}"
+    yield f"done: {done} of {count}"
+    if any(each is not None for each in times.seconds):
+        yield f"time: about {_duration(times.left)} for what is not done, {times.basis}"
+
+
+def _mebibytes(run: PlannedRun) -> str:
+    assert run.memory is not None
+    size = max(run.memory.likely, run.memory.least) / _MIB
+    return f"{size:.0f}" if size >= 10.0 else f"{size:.1f}"
+
+
+def _cells(phase: PlannedPhase) -> tuple[str, ...]:
+    low, high = phase.rates
+    first, last = phase.densities
+    return (
+        str(phase.steps),
+        str(phase.tokens),
+        f"{low:.3g} to {high:.3g}" if low != high else f"{low:.3g}",
+        f"{first:.4g}" if first == last else f"{first:.4g} to {last:.4g}",
+        str(phase.context),
+        str(phase.batch_size),
+        f"{phase.flops:.4g}",
+    )
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    from sparsetrain.report.text import duration
+
+    return duration(seconds)

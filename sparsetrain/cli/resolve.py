@@ -1,0 +1,119 @@
+"""From overrides to the dataclass of a verb: paths, what is taken over from another run, and the building of it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from sparsetrain.cli.checks import as_typed, check
+from sparsetrain.cli.compose import compose, plain
+from sparsetrain.cli.overrides import keys_of
+from sparsetrain.cli.stages import check_entries, choose_arms
+from sparsetrain.cli.verbs import find
+from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
+from sparsetrain.optim import LENGTHS
+from sparsetrain.runs.identity import value_differences
+from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
+from sparsetrain.runs.recorded import read_recorded
+from sparsetrain.stages.config import PATHS, RUNS, RunConfig, build
+
+
+def load(verb: str, overrides: Iterable[str]) -> Any:
+    """Return the configuration of a verb as its dataclass.
+
+    Raises:
+        UserError: an unknown key or choice, a value of the wrong type or out of range; a single line.
+    """
+    given = as_typed(verb, overrides)
+    check(verb, given)
+    return convert(verb, compose(verb, given), given)
+
+
+def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
+    """Return the dataclass of ``verb`` from a composed tree, with what it takes over from ``init_from``."""
+    row = find(verb)
+    values = plain(tree, resolve=True)
+    check_entries(values)
+    use_paths(values)
+    given = list(overrides)
+    keys = keys_of(given)
+    choose_length(values, keys)
+    choose_arms(values, given)
+    if row.inherits and values.get("init_from"):
+        inherit(values, row.inherits, keys)
+    return build(row.kind(), values)
+
+
+def choose_length(values: dict[str, Any], overridden: Iterable[str]) -> None:
+    """Let a length that was typed, of the run or of a stage, take the place of one that a file says in another unit."""
+    typed = set(overridden)
+    _choose_length(values.get("budget"), "budget", typed)
+    pipeline = values.get("pipeline")
+    stages = pipeline.get("stages") if isinstance(pipeline, dict) else None
+    for number, stage in enumerate(stages if isinstance(stages, list) else ()):
+        if isinstance(stage, dict):
+            _choose_length(stage.get("budget"), f"pipeline.stages.{number}.budget", typed)
+
+
+def _choose_length(budget: Any, name: str, overridden: Collection[str]) -> None:
+    if not isinstance(budget, dict):
+        return
+    typed = [length for length in LENGTHS if f"{name}.{length}" in overridden and budget.get(length) is not None]
+    phases = budget.get("phases") if f"{name}.phases" in overridden else None
+    in_tokens = isinstance(phases, list) and any(
+        isinstance(phase, dict) and phase.get("tokens") is not None for phase in phases
+    )
+    if typed or in_tokens:
+        budget |= {length: None for length in LENGTHS if length in budget and length not in typed}
+
+
+def use_paths(values: dict[str, Any]) -> None:
+    """Put each path that was typed into the form that is used.
+
+    Raises:
+        UserError: one that cannot be a path; it names the setting.
+    """
+    for *sections, name in (*PATHS, *((name,) for name in RUNS)):
+        section: Any = values
+        for part in sections:
+            section = section.get(part)
+        if section and section.get(name) is not None:
+            section[name] = str(typed_path(section[name], ".".join((*sections, name))))
+
+
+def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:
+    """Take model, masks and the sections ``inherited`` from the run that is started from.
+
+    Raises:
+        UserError: the run is not there, or one of the ``overridden`` settings gives its model another shape.
+    """
+    directory = Path(values["init_from"])
+    if not directory.is_dir():
+        raise UserError(f"init_from={directory}: no such run directory")
+    recorded = read_recorded(directory, RunConfig)
+    saved = recorded.values
+    if recorded.kind == "pipeline":
+        stages = ", ".join(map(str, stage_directories(directory)))
+        raise UserError(f"init_from={directory} is a pipeline; choose one of its stages: {stages}")
+    for section in ("model", "sparsity", *inherited):
+        if not isinstance(saved.get(section), dict):
+            raise UserError(f"{directory / CONFIG} is incomplete: it has no section {section}")
+    for section in ("model", "sparsity"):
+        for key in overridden:
+            if key == section or key.startswith(f"{section}."):
+                changed = value_differences({section: values[section]}, {section: saved[section]}, RunConfig)
+                asked = [text for text in changed if key == section or text.startswith(f"{key}=")]
+                if asked:
+                    raise UserError(f"init_from={directory}: its checkpoint has another shape: {asked[0]}")
+        values[section] = saved[section]
+    for section in inherited:
+        if section in overridden:
+            continue
+        own = {key.partition(".")[2] for key in overridden if key.startswith(f"{section}.")}
+        values[section] = {**saved[section], **{key: values[section][key] for key in own}}
+    if "data" not in inherited and values["data"]["tokenizer_path"] is None:
+        values["data"]["tokenizer_path"] = str(directory / TOKENIZER)

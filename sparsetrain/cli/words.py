@@ -1,0 +1,81 @@
+"""The words behind a verb that takes settings: Hydra's options with their values, and overrides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sparsetrain.cli.overrides import SEARCH_PATH, search_path_override
+from sparsetrain.errors import UserError, check_choice, nearest, single_line
+from sparsetrain.files import typed_path
+
+_VALUED = {"--cfg": "-c", "--package": "-p", "--info": "-i", "--config-dir": "-cd"}
+_PLAIN = {"--multirun": "-m", "--resolve": "", "--hydra-help": ""}
+_SHORT = {"--force": "force=true"}  # options that are short for a setting
+_CHOICES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+
+
+@dataclass
+class Words:
+    """What was typed behind a verb: options with their values, and overrides."""
+
+    options: dict[str, str] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    folder: str | None = None  # of ``--config-dir``
+
+    @classmethod
+    def of(cls, verb: str, words: list[str]) -> Words:
+        """Return the words sorted.
+
+        Raises:
+            UserError: an unknown option, or one without the value that it needs.
+        """
+        found = cls()
+        long = {short: name for name, short in (_VALUED | _PLAIN).items() if short}
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if not word.startswith("-") or word in _SHORT:
+                found.overrides.append(_SHORT.get(word, word))
+                continue
+            said, equals, value = word.partition("=")
+            name = long.get(said, said)
+            if name not in _VALUED | _PLAIN:
+                known = (*_VALUED, *_PLAIN, *_SHORT, *long, "--help")
+                raise UserError(f"no option '{said}'{nearest(said, known)}; settings are written key=value")
+            if name in _VALUED and not equals:
+                if left and (name != "--info" or left[0] in _CHOICES[name]):
+                    value = left.pop(0)
+                elif name != "--info":
+                    raise UserError(f"{said} needs a value: {', '.join(_CHOICES.get(name, ('a name',)))}")
+                else:
+                    value = "all"
+            if name in _CHOICES:
+                check_choice(said, value, _CHOICES[name])
+            found.options[name] = value
+        if (folder := found.options.pop("--config-dir", None)) is not None:
+            place = typed_path(folder, "--config-dir").absolute()
+            if not place.is_dir():
+                raise UserError(f"--config-dir={folder}: no such directory")
+            if any(word.startswith(f"{SEARCH_PATH}=") for word in found.overrides):
+                raise UserError(f"--config-dir={folder}: give either this or {SEARCH_PATH}")
+            found.overrides.append(search_path_override(place))
+            found.folder = folder
+        if "--resolve" in found.options and "--cfg" not in found.options:
+            raise UserError(f"--resolve goes with --cfg: sparsetrain {verb} --cfg job --resolve")
+        return found
+
+    def said(self, error: UserError) -> str:
+        """Return an error as one line, with the directory of configurations that may be its cause."""
+        return single_line(error) + (f" (with --config-dir={self.folder})" if self.folder is not None else "")
+
+    @property
+    def multirun(self) -> bool:
+        return "--multirun" in self.options
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is a question about the configuration, which runs nothing."""
+        return any(name in self.options for name in ("--cfg", "--package", "--info", "--hydra-help"))

@@ -1,0 +1,192 @@
+"""How the command ends: signals at any time, readers that go away, outputs and disks without room."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from shell import TINY, Shell
+
+from sparsetrain import process
+from sparsetrain.cli import main
+
+COMMAND = [sys.executable, "-m", "sparsetrain"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "original", "expected"),
+    [
+        (["/usr/bin/sparsetrain", "data"], ["python", "/usr/bin/sparsetrain", "data"], True),
+        (["-m", "data"], ["python", "-u", "-m", "sparsetrain", "data"], True),
+        (["-m", "data"], ["python", "-msparsetrain", "data"], True),
+        (["-m", "tests"], ["python", "-m", "pytest", "tests"], False),
+        (["/x/train.py", "-m", "sparsetrain"], ["python", "train.py", "-m", "sparsetrain"], False),
+        (["-c"], ["python", "-c", "import sparsetrain"], False),
+        ([], ["python"], False),
+    ],
+)
+def test_only_the_command_gives_signals_back_to_the_system(
+    arguments: list[str], original: list[str], expected: bool
+) -> None:
+    assert process.is_command(arguments, original) is expected
+
+
+# A signal that comes while a library defines a class: Python 3.11 makes a RuntimeError of what is raised there.
+HOOK = """
+import functools, os
+real = functools.cached_property.__set_name__
+def set_name(self, owner, name):
+    real(self, owner, name)
+    if "NUMBER" in os.environ and owner.__module__.startswith(os.environ["WHERE"]):
+        os.kill(os.getpid(), int(os.environ.pop("NUMBER")))
+functools.cached_property.__set_name__ = set_name
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "where", "statuses"),
+    [(signal.SIGINT, "torch", (130, -2)), (signal.SIGTERM, "pyparsing", (143, -15))],
+)
+def test_a_signal_while_libraries_are_imported_ends_the_program(
+    tmp_path: Path, number: int, where: str, statuses: tuple[int, int]
+) -> None:
+    """Before `main` has begun, and within a verb; no traceback of somebody's class."""
+    (tmp_path / "sitecustomize.py").write_text(HOOK)
+    env = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBER": str(int(number)), "WHERE": where}
+    done = subprocess.run(
+        [*COMMAND, "data", "data.path=nowhere.txt"], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode in statuses, done.stderr[-300:]
+    assert "Traceback" not in done.stderr
+
+
+def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first unwinds the program; a second, or one during an import, asks for the status and nothing else."""
+    asked: list[int] = []
+    monkeypatch.setattr(process, "end", asked.append)
+    stop = process.Stop()
+    with process.handled(stop):
+        with pytest.raises(process.Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert asked == [signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is not stop
+
+
+def test_an_import_is_seen_from_what_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "seen_while_imported.py").write_text(
+        "import sys\nfrom sparsetrain.process import importing\nSEEN = importing(sys._getframe())\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert __import__("seen_while_imported").SEEN
+    assert not process.importing(sys._getframe())
+
+
+@pytest.mark.parametrize("ready", ["--version", "tune"])
+def test_a_reader_that_goes_away_is_no_error(ready: str) -> None:
+    """``sparsetrain VERB | head -1`` ends as other programs do, whether Python prints or rich does."""
+    words = [*COMMAND, ready] if ready == "--version" else [sys.executable, "-c", RICH]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None
+        assert running.stderr is not None
+        running.stdout.close()
+        assert running.stderr.read() == ""
+    assert running.returncode == 141
+
+
+RICH = """
+import sys
+from rich.console import Console
+from sparsetrain.cli import main
+from sparsetrain.screen import say
+sys.modules["sparsetrain.cli.main"]._run = lambda words: say(Console(), "words") or 0
+sys.exit(main(["report"]))
+"""
+
+
+def test_outputs_that_are_closed_or_full() -> None:
+    """Without standard streams nothing is printed and nothing else gets their numbers; a full one is a line."""
+    closed = subprocess.run(["sh", "-c", '"$@" >&- 2>&- <&-', "sh", *COMMAND, "--version"], check=False, timeout=120)
+    assert closed.returncode == 0
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, "--version"], stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=120
+        )
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "no space left" in done.stderr
+
+
+def test_what_the_system_refuses_anywhere_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk or a missing right under code that expects neither is named with its file."""
+    found = importlib.import_module("sparsetrain.stages.pretrain")
+    for number, words in ((28, "no space left on a[/b]; free some"), (13, "a[/b]: Permission denied")):
+
+        def refuse(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number), "a[/b]")
+
+        monkeypatch.setattr(found, "prepare", refuse)
+        assert words in shell.refused("pretrain", *shell.tiny)
+    monkeypatch.setattr(found, "prepare", lambda *_, **__: Path("/proc/self/mem").read_bytes())
+    with pytest.raises(OSError, match="Input/output"):  # neither room nor a right: an error of the program or machine
+        main(["pretrain", *shell.tiny])
+
+
+def test_tune_looks_for_room_before_it_measures(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table of a long measurement would find no place in the cache."""
+
+    def full(_descriptor: int) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(os, "fsync", full)
+    line = shell.refused("tune", "threads=[1]", "sides=[32]", "tokens=[16]", "repeats=1")
+    assert re.search(r"no space left on .*cache.*SPARSETRAIN_CACHE", line)
+
+
+def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the table is saved is shown as it is called; neither brackets nor colons are markup."""
+    monkeypatch.setenv("SPARSETRAIN_CACHE", "a[/b] :b:")
+    tune = importlib.import_module("sparsetrain.stages.tune")
+    monkeypatch.setattr(tune, "measure", lambda *_: None)
+    monkeypatch.setattr(tune, "_shown", lambda *_: "")
+    monkeypatch.setattr(tune, "save", lambda *_: Path("a[/b] :b:/crossover.json"))
+    status, out, _ = shell.run("tune", "threads=[1]")
+    assert status == 0
+    assert "saved in a[/b] :b:/crossover.json" in out
+
+
+@pytest.mark.slow
+def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Path
+) -> None:
+    """Ctrl-C, which all processes get: each run saves, and no other begins."""
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    monkeypatch.chdir(tmp_path)
+    words = ["pretrain", "-m", f"data.path={notes}", *TINY[:-1], "budget.steps=20000", "seed=0,1,2,3"]
+    words += ["loop.checkpoint_every=20000", "loop.log_every=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    with Path("log").open("w") as log:
+        running = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log, start_new_session=True)
+    try:
+        until = time.monotonic() + 240
+        while time.monotonic() < until and len(list(Path("runs").glob("pretrain-*/metrics.jsonl"))) < 2:
+            time.sleep(0.1)
+        os.killpg(running.pid, signal.SIGINT)
+        assert running.wait(120) == 130, Path("log").read_text()
+    finally:
+        if running.poll() is None:
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+    said = Path("log").read_text()
+    assert "Traceback" not in said
+    assert said.count("saved in runs/") == 2
+    runs = list(Path("runs").glob("pretrain-*"))
+    assert len(runs) == 2
+    assert all(any((run / "checkpoints").glob("step-*")) for run in runs)
+    assert not list(Path().glob(".sweep-*"))
