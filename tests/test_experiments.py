@@ -6,26 +6,28 @@ import csv
 import functools
 import json
 import math
-import os
 import re
 import shlex
 import signal
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.image import imread
+from runs import on_loss, send
 
 from sparsetrain.cli import main
-from sparsetrain.config import check, complete, config_directory, options, with_sweep
-from sparsetrain.models import Transformer
+from sparsetrain.cli.checks import as_typed, check
+from sparsetrain.cli.compose import config_directory, options
+from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.report.sweep import lines_of, write_optima
 from sparsetrain.stages.sweep import collect
 from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    *("schedule.steps=2", "stage.batch_size=2", "stage.eval_sequences=2", "data.context=24", "data.max_documents=60"),
+    *("budget.steps=2", "budget.batch_size=2", "loop.eval_sequences=2", "data.context=24", "data.max_documents=60"),
     "threads=1",
 ]
 NARROW = ["model.d_model=32", "parameterization.base_width=32"]
@@ -48,7 +50,7 @@ TINY: dict[str, list[str]] = {
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
-FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo"})
+FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 # What tells the arms of the other tables apart.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
@@ -82,7 +84,7 @@ def collecting(name: str) -> list[str]:
 
 
 def test_every_experiment_has_a_tiny_form_and_a_folder() -> None:
-    others = {"dynamic_masks", "mediswift_pipeline"}
+    others = {"mediswift_pipeline"}
     assert set(options("experiment")) == set(FOLDERS) | others
     folders = {path.parent.name for path in (ROOT / "experiments").glob("*/README.md")}
     assert folders == set(FOLDERS) | others | {"kernels"}
@@ -118,10 +120,13 @@ def test_the_commands_of_a_readme_are_valid(name: str) -> None:
     for program, verb, *words in commands:
         if program == "python":
             assert (ROOT / verb).is_file()
+        elif verb == "report":
+            assert words[-2:] == ["--out", f"experiments/{name}"]
         elif verb == "sweep":
             assert sorted([verb, *words]) == sorted(collecting(name))
         elif program == "sparsetrain":
-            check(verb, complete(word for word in words if word != "-m"), sweep="-m" in words)
+            sweep = "-m" in words
+            check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -146,6 +151,22 @@ def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: P
     extra = [column for column in found.varied if column != swept(name)]
     write_optima(lines_of(found.rows, swept(name), extra), tmp_path / "optima.csv", extra)
     assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_table_bars_and_figure_of_arms_follow_from_the_rows(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ROOT / "experiments" / name
+    assert main(["report", str(folder / "results.csv"), "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == ""
+    texts = {path.name for path in tmp_path.iterdir()} - {"figure.png"}
+    assert texts == {"results.csv"} | ({"bars.md"} if (folder / "bars.md").exists() else set())
+    for text in texts:
+        assert (tmp_path / text).read_bytes() == (folder / text).read_bytes()
+    drawn, filed = imread(tmp_path / "figure.png"), imread(folder / "figure.png")
+    assert drawn.shape == filed.shape
+    assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
 
 
 @pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", "."])
@@ -202,7 +223,7 @@ def test_the_coordinates_experiment_runs(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["coord-check", "experiment=supar_coordinates", f"data.path={notes}", *NARROW, "run_dir=run"]
-    words += ["check.seeds=1", "check.steps=1", "check.values=[0,0.5]", "stage.batch_size=2", "data.context=24"]
+    words += ["check.seeds=1", "check.steps=1", "check.values=[0,0.5]", "budget.batch_size=2", "data.context=24"]
     assert main(words) == 0
     assert "supar: worst max/min" in capsys.readouterr().out
     assert set(json.loads((tmp_path / "run" / "result.json").read_text())["schemes"]) == {"sp", "mup", "supar"}
@@ -215,17 +236,8 @@ def test_a_sweep_that_was_killed_goes_on(
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     words = ["pretrain", "-m", "experiment=dynamic_masks_caveat", f"data.path={notes}", *SMALL, *NARROW]
     words += [*ONE, "seed=0,1", "sparsity=static", "sparsity.evolution.every=1"]
-    true_loss, calls = Transformer.loss, 0
-
-    def loss(self: Transformer, *arguments: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:  # the first step of the second point
-            os.kill(os.getpid(), signal.SIGTERM)
-        return true_loss(self, *arguments)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Transformer, "loss", loss)
+        on_loss(patch, 3, send(signal.SIGTERM))  # the first step of the second point
         assert main(words) > 2
     capfd.readouterr()
     assert main(words) == 0

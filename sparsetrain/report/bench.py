@@ -23,7 +23,6 @@ from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, byte_size, clean, percent
 from sparsetrain.shapes import check
 
-BENCH = "bench.json"
 FORMAT = 1
 DENSE = "dense"
 

@@ -19,6 +19,8 @@ from sparsetrain.reading import read_yaml
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, clean, percent, shorten
 from sparsetrain.runs.checkpoint import Checkpoint, list_checkpoints, load_checkpoint
+from sparsetrain.runs.layout import CHECKPOINTS, CONFIG
+from sparsetrain.runs.weights import RunWeights
 from sparsetrain.screen import say
 from sparsetrain.sparsity.exploration import unpack_bits
 from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
@@ -75,13 +77,13 @@ def read_masks(path: Path) -> list[InspectedMask]:
         return [InspectedMask(name, pattern) for name, pattern in load_masks(path).items()]
     if not path.is_dir():
         raise UserError(f"{path}: no such run, checkpoint or file")
-    if list_checkpoints(path / "checkpoints"):
-        run, stored = path, load_checkpoint(path / "checkpoints")
+    if list_checkpoints(path / CHECKPOINTS):
+        run, stored = path, load_checkpoint(path / CHECKPOINTS)
     elif _is_checkpoint(path):
         run, stored = path.parent.parent, load_checkpoint(path.parent, path.name)
     else:
         raise UserError(f"{path} holds no checkpoint; give a run's directory, a checkpoint, or a {SUFFIXES[0]} file")
-    tensors = {name.removeprefix("model."): tensor for name, tensor in stored.model.items()}
+    tensors = RunWeights.of(stored.model).model
     shapes = _shapes(run, len(tensors))
     sparse = {name: tensor for name, tensor in tensors.items() if not name.endswith(".weight")}
     found = patterns_of(sparse, shapes)
@@ -108,7 +110,7 @@ def _shapes(run: Path, tensors: int) -> dict[str, tuple[int, int]]:
     Raises:
         UserError: a configuration that is damaged, or of another model.
     """
-    path = run / "config.yaml"
+    path = run / CONFIG
     if not path.exists():
         return {}
     section = read_yaml(path, dict).get("model")

@@ -274,10 +274,10 @@ def styled() -> Iterator[None]:
         yield
 
 
-def save_png(figure: Figure, path: Path) -> None:
+def save_png(figure: Figure, path: Path, dpi: int = 130) -> None:
     """Write a figure on white, whole or not at all, without a date or the version that drew it."""
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, facecolor="white", metadata={"Software": None})
+        figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:

@@ -1,53 +1,24 @@
-"""What the files of a run and of a bench hold, as far as this package shows it, and the check that they do.
+"""What a sweep reads of its runs, what a bench holds, and the check that they do.
 
 Unknown keys are allowed everywhere, so that a newer run can be read by an older reader.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import math
+import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from sparsetrain.errors import UserError
-from sparsetrain.reading import read_json
 from sparsetrain.shapes import Count, Fraction, Positive, Range
 
-MAX_BYTES = 16 << 20
+# What every table of an experiment begins with, one row a run.
+COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
+
 Seconds = Annotated[float, Range(1e-12, 1e9)]
-
-
-class Masks(TypedDict):
-    """Masks at the end of a run; ``layers`` has the numbers of each layer."""
-
-    rule: NotRequired[str]
-    layers: NotRequired[dict[str, dict[str, float | None]]]
-
-
-class Result(TypedDict):
-    """``result.json`` of a stage; losses in nats, null where a run diverged before there was one."""
-
-    stage: NotRequired[str]
-    status: NotRequired[str]
-    message: NotRequired[str | None]
-    parameterization: NotRequired[str | None]
-    sparsity: NotRequired[Fraction | None]
-    density: NotRequired[Fraction | None]
-    lr: NotRequired[float | None]
-    seed: NotRequired[int | None]
-    steps: NotRequired[Count | None]
-    tokens: NotRequired[Count | None]
-    seconds: NotRequired[Annotated[float, Range(0)] | None]
-    loss_first: NotRequired[float | None]
-    loss_last: NotRequired[float | None]
-    bits_per_byte: NotRequired[float | None]
-    task: NotRequired[str | None]
-    n_test: NotRequired[Count | None]
-    accuracy: NotRequired[Fraction | None]
-    ci95: NotRequired[list[float] | None]
-    macro_f1: NotRequired[Fraction | None]
-    majority: NotRequired[Fraction | None]
-    flops: NotRequired[dict[str, float] | None]
-    masks: NotRequired[Masks | None]
+Loss = Annotated[float, Range(-1e30, 1e30)]
+Flops = Annotated[float, Range(0)]
+_WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
 class Total(TypedDict):
@@ -58,6 +29,15 @@ class SweptResult(TypedDict):
     """What a sweep needs of a run's result beside what every result holds."""
 
     flops: Total
+
+
+class ArmResult(TypedDict):
+    """What a table of arms needs of a stage's result beside what every result holds."""
+
+    seed: int
+    flops: NotRequired[Total | None]
+    ci95: NotRequired[tuple[Fraction, Fraction] | None]
+    model: NotRequired[dict[str, Any]]
 
 
 class Scheme(TypedDict):
@@ -84,7 +64,7 @@ class SweepRow(TypedDict):
     lr: float
     seed: int
     steps: Count | None
-    loss: Annotated[float, Range(-1e30, 1e30)] | None
+    loss: Loss | None
     commit: str | None
     status: str
     tokens: Count | None
@@ -147,14 +127,13 @@ class Bench(TypedDict):
     cells: dict[str, Cell]
 
 
-def load_result(path: Path) -> dict[str, Any]:
-    """Return the content of a ``result.json``.
-
-    Raises:
-        UserError: no such file, or one that holds something else; the message names the file and the field.
-    """
-    result: dict[str, Any] = read_json(path, Result, max_bytes=MAX_BYTES)
-    return result
+def table_cell(text: str) -> int | float | str | None:
+    """Return a cell of a ``results.csv`` as it was before it was written: a number as that, nothing as None."""
+    if not text:
+        return None
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    return float(text) if _DECIMAL.fullmatch(text) and math.isfinite(float(text)) else text
 
 
 def check_times(cells: dict[str, Cell], dense: str) -> None:

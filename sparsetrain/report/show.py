@@ -7,16 +7,15 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsetrain.errors import UserError
-from sparsetrain.report.bench import BENCH, load_bench, print_bench
+from sparsetrain.report.bench import load_bench, print_bench
 from sparsetrain.report.html import write_html
-from sparsetrain.report.run_files import load_result
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import layer_masks, print_report, run_metrics
 from sparsetrain.report.text import scalar
+from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
+from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
-
-REPORT, PAGE, RESULT, METRICS = "report.json", "report.html", "result.json", "metrics.jsonl"
 
 _HEADLINES = ("stage", "status", "message", "parameterization", "sparsity", "density", "lr", "seed", "steps", "tokens")
 _RESULTS = ("loss_first", "loss_last", "bits_per_byte", "task", "n_test", "accuracy", "ci95", "macro_f1", "majority")
@@ -45,7 +44,7 @@ def show_run(directory: Path, console: Console) -> None:
     if (directory / BENCH).exists():
         print_bench(load_bench(directory / BENCH), console)
         return
-    stages = sorted(path.parent for path in directory.glob("*/*/config.yaml"))
+    stages = stage_directories(directory)
     if not _began(directory) and not stages:
         raise UserError(f"{directory} holds no run: neither {REPORT}, {RESULT} nor {METRICS} is there")
     for stage in stages:

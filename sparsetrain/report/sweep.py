@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -243,12 +244,20 @@ def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Se
             by_seed.setdefault(seed, []).append(known.get(log2, _power(log2)))
         for seed, values in by_seed.items():
             wanted.setdefault(tuple(values), []).append(seed)
-        fixed = [f"{OVERRIDES.get(names[i], names[i])}={str(line.key[i]).partition(' ')[0]}" for i in varying]
+        fixed = [_override(names[i], line.key[i]) for i in varying]
         commands += [
             " ".join([*fixed, f"{OVERRIDES.get(x, x)}={','.join(map(str, values))}", f"seed={','.join(map(str, of))}"])
             for values, of in wanted.items()
         ]
     return commands
+
+
+def _override(name: str, value: Any) -> str:
+    """Return what sets a column to its value on the command line."""
+    if name == "parameterization":
+        value = str(value).partition(" ")[0]  # without the options in brackets
+    text = f"{OVERRIDES.get(name, name)}={value}"
+    return shlex.quote(text) if " " in text else text
 
 
 def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -> None:

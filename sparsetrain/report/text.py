@@ -77,6 +77,8 @@ def scalar(value: object) -> str:
         return f"{value:.6g}"
     if isinstance(value, list | tuple):
         return ", ".join(scalar(item) for item in value)
+    if isinstance(value, Mapping):  # an entry of a list, such as a phase
+        return f"{{{', '.join(f'{clean(name)}: {scalar(item)}' for name, item in value.items() if item is not None)}}}"
     return clean(value)
 
 
