@@ -57,12 +57,12 @@ def by_default() -> None:
 
 
 def importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported in ``frame``, or in what it was called from within `cli.main`."""
+    """Return whether a module is being imported in ``frame``, or in what was called from within `cli.main.main`."""
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith("<frozen importlib"):
             return True
-        if code.co_name == "main" and frame.f_globals.get("__name__") == "sparsetrain.cli":
+        if code.co_name == "main" and frame.f_globals.get("__name__") == "sparsetrain.cli.main":
             return False
         frame = frame.f_back
     return False

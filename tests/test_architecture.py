@@ -6,7 +6,9 @@ import ast
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,8 @@ import sparsetrain
 PACKAGE = Path(sparsetrain.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# The house, ground floor first: a part imports from itself and from the parts before it.
+# The house, ground floor first: a part imports from itself and from the parts before it. An entry may also name a part
+# of a part, such as "sparsity.patterns"; what lies in a package counts to the entry that says most of its name.
 ORDER = [
     *(
         "process",
@@ -37,8 +40,7 @@ ORDER = [
         "data",
         "optim",
     ),
-    *("runs", "training", "scaling", "report", "stages", "bench"),
-    *("overrides", "inherited", "config", "verbs", "multirun", "cli"),
+    *("runs", "training", "scaling", "report", "stages", "bench", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")
@@ -73,27 +75,67 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
                 yield node.lineno, f"{base}.{alias.name}"
 
 
-def upward_imports(source: str, module: str, is_package: bool = False) -> list[str]:
+def place(name: str, order: Sequence[str] = ORDER) -> int | None:
+    """Return where a name of the library stands in ``order``; None for a name of no known part."""
+    parts = name.split(".")[1:]
+    entries = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((order.index(entry) for entry in entries if entry in order), None)
+
+
+def upward_imports(source: str, module: str, is_package: bool = False, order: Sequence[str] = ORDER) -> list[str]:
     """Return what ``module`` imports from the parts above it, from the top or from outside the library."""
     found = []
-    here = module.split(".")[1]
+    here = place(module, order)
+    assert here is not None, f"{module} is in no known part of the library"
     for line, name in imported(source, module, is_package):
         top, _, rest = name.partition(".")
-        part = rest.split(".")[0]
         if top in ("experiments", "tests", "conf"):
             found.append(f"{module}:{line} imports {name}")
-        elif top == "sparsetrain" and part and not part.startswith("__"):
-            if part not in ORDER:
+        elif top == "sparsetrain" and rest and not rest.startswith("__"):
+            there = place(name, order)
+            if there is None:
                 found.append(f"{module}:{line} imports {name}, which is in no known part")
-            elif ORDER.index(part) > ORDER.index(here):
+            elif there > here:
                 found.append(f"{module}:{line} imports {name}, from above")
     for node in ast.walk(ast.parse(source)):
         # The bare package may be imported for `__version__` and `__file__`; its other attributes are public names.
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sparsetrain":
-            below = node.attr in ORDER and ORDER.index(node.attr) <= ORDER.index(here)
+            there = place(f"sparsetrain.{node.attr}", order)
+            below = there is not None and there <= here
             if not below and not node.attr.startswith("__"):
                 found.append(f"{module}:{node.lineno} uses sparsetrain.{node.attr}")
     return found
+
+
+def import_graph(sources: Mapping[str, tuple[str, bool]]) -> dict[str, set[str]]:
+    """Return which modules each module imports, for types and inside functions too.
+
+    A name that is no module stands for the package or module that has it: ``from a.b import C`` is an edge to ``a.b``,
+    and if that is a package, its own edges lead to what it takes its names from. ``from a.b import c`` for a module
+    ``c`` is an edge to ``a.b.c`` alone, although Python runs ``a/b/__init__.py`` first.
+
+    Args:
+        sources: the text of each module by its name, and whether it is a package.
+    """
+    graph: dict[str, set[str]] = {}
+    for module, (source, is_package) in sources.items():
+        graph[module] = set()
+        for _, name in imported(source, module, is_package):
+            parts = name.split(".")
+            prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+            found = next((prefix for prefix in prefixes if prefix in sources), None)
+            if found is not None:
+                graph[module].add(found)
+    return graph
+
+
+def circle(sources: Mapping[str, tuple[str, bool]]) -> list[str]:
+    """Return modules each of which imports the next, the first being the last again; nothing if there is no circle."""
+    try:
+        TopologicalSorter(import_graph(sources)).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]  # graphlib follows an edge backwards
+    return []
 
 
 def pickles(source: str) -> list[str]:
@@ -123,10 +165,14 @@ def test_imports_point_down() -> None:
     for path in SOURCES:
         if path.parent == PACKAGE and path.stem in ("__init__", "__main__"):
             continue  # the public names come from everywhere
-        module = module_name(path)
-        assert module.split(".")[1] in ORDER, f"{module} is in no known part of the library"
-        found += upward_imports(path.read_text("utf-8"), module, path.name == "__init__.py")
+        found += upward_imports(path.read_text("utf-8"), module_name(path), path.name == "__init__.py")
     assert found == []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    sources = {module_name(path): (path.read_text("utf-8"), path.name == "__init__.py") for path in SOURCES}
+    del sources["sparsetrain"]  # the public names come from everywhere; what may be used of it is checked above
+    assert circle(sources) == []
 
 
 def test_kernels_do_not_import_torch() -> None:
@@ -207,6 +253,50 @@ def test_the_import_check_sees_what_it_should(source: str, caught: bool) -> None
 def test_the_import_check_resolves_relative_names_in_a_package() -> None:
     assert upward_imports("from .config import ModelConfig", "sparsetrain.models", is_package=True) == []
     assert upward_imports("from ..training import loop", "sparsetrain.models", is_package=True) != []
+
+
+def test_the_import_check_orders_parts_of_a_part() -> None:
+    order = ["ground", "house.cellar", "house", "house.roof"]
+    caught = {
+        ("house.cellar.wall", "from sparsetrain.ground import Stone"): False,
+        ("house.cellar.wall", "from sparsetrain.house.cellar.door import Door"): False,
+        ("house.cellar.wall", "from sparsetrain.house import Door"): True,
+        ("house.cellar.wall", "from sparsetrain.house.stairs import Step"): True,
+        ("house.stairs", "from sparsetrain.house import cellar"): False,
+        ("house.stairs", "from sparsetrain.house.roof import Tile"): True,
+        ("house.roof", "from sparsetrain.house import Door"): False,
+        ("ground", "import sparsetrain.house.cellar.wall"): True,
+    }
+    found = {
+        (module, source): bool(upward_imports(source, f"sparsetrain.{module}", order=order))
+        for module, source in caught
+    }
+    assert found == caught
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        ({"p.a": "from p.b import B", "p.b": "from p.c import C", "p.c": "import torch"}, set()),
+        ({"p.a": "import p.b", "p.b": "from p import a"}, {"p.a", "p.b"}),
+        ({"p.a": "from .b import B", "p.b": "from . import a"}, {"p.a", "p.b"}),
+        ({"p.a": "from p.b import B", "p.b": "def f():\n    from p.a import A"}, {"p.a", "p.b"}),
+        ({"p.a": "from p.b import B", "p.b": "if TYPE_CHECKING:\n    from p.a import A"}, {"p.a", "p.b"}),
+        ({"p.a": "from p.b import B", "p.b": "from p.c import C", "p.c": "from p import a"}, {"p.a", "p.b", "p.c"}),
+        ({"p.q": "from p.q.a import A", "p.q.a": "import p.r", "p.r": "from p.q.b import B", "p.q.b": ""}, set()),
+        # The name of another package comes from a file that imports this one; so does a name of one's own package.
+        ({"p.q": "from .a import A", "p.q.a": "import p.r", "p.r": "from p.q import A"}, {"p.q", "p.q.a", "p.r"}),
+        ({"p.q": "from p.q.a import A", "p.q.a": "from p.q import B"}, {"p.q", "p.q.a"}),
+        ({"p.q": "from p.q.a import A", "p.q.a": "from p.q import b", "p.q.b": ""}, set()),
+    ],
+)
+def test_the_check_for_circles_sees_what_it_should(texts: dict[str, str], expected: set[str]) -> None:
+    sources = {name: (text, name == "p.q") for name, text in texts.items()}
+    found = circle(sources)
+    assert set(found) == expected
+    graph = import_graph(sources)
+    assert all(there in graph[here] for here, there in pairwise(found))
+    assert not found or found[0] == found[-1]
 
 
 @pytest.mark.parametrize(

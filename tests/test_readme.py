@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import sparsetrain as st
-from sparsetrain.cli import ABOUT, main
+from sparsetrain.cli import main
+from sparsetrain.cli.resolve import load
+from sparsetrain.cli.verbs import VERBS
 from sparsetrain.data.wheel import Wheel
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +23,9 @@ SMALL = {
     "data": ["data.vocab_size=300"],
     "pretrain": [
         *("model=tiny", "parameterization.base_width=32", "data.vocab_size=300", "data.context=64"),
-        *("stage.batch_size=2", "runs_dir=runs"),
+        *("budget.batch_size=2", "runs_dir=runs"),
     ],
-    "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "schedule.steps=3", "stage.batch_size=4"],
+    "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "budget.steps=3", "budget.batch_size=4"],
     "generate": ["max_new_tokens=5"],
     "report": [],
     "sweep": [],
@@ -34,7 +36,7 @@ SMALL = {
     "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
     "coord-check": [
         *("model=tiny", "parameterization.base_width=32", "data.tokenizer=bytes", "data.context=24"),
-        *("stage.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
+        *("budget.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
     ],
     "mask": [],
 }
@@ -42,8 +44,16 @@ SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [
     *SMALL["pretrain"],
     *("task.n_train=20", "task.n_validation=10", "task.n_test=10"),
-    *("pipeline.finetune.schedule.steps=3", "pipeline.prompt.schedule.steps=3", "schedule.steps=3"),
+    *(f"pipeline.stages.{stage}.budget.steps=3" for stage in ("finetune", "prompt", "scratch")),
+    "budget.steps=3",
 ]
+
+
+def test_the_phases_of_the_readme_are_a_budget() -> None:
+    (said,) = re.findall(r"'(budget\.phases=\[.*?\])'", README)
+    phases = load("pretrain", [said]).budget.phases
+    assert phases is not None
+    assert [phase.context for phase in phases] == [64, 128]
 
 
 def blocks(language: str) -> list[str]:
@@ -56,7 +66,7 @@ def commands() -> list[list[str]]:
 
 
 def test_every_verb_has_a_command_in_the_readme() -> None:
-    assert {command[0] for command in commands()} == set(SMALL) == set(ABOUT)
+    assert {command[0] for command in commands()} == {"plan", *SMALL} == set(VERBS)
 
 
 def test_commands_of_the_recipe_run(
@@ -66,10 +76,11 @@ def test_commands_of_the_recipe_run(
     run_dir = ""
     for verb, *words in commands():
         words = [run_dir if word == "RUN_DIR" else word.replace("RUN_DIR", run_dir) for word in words]
-        words = [re.sub(r"(schedule\.tokens)=.*", r"\1=384", word) for word in words]
-        if verb == "pretrain" and not any(word.startswith("schedule.") for word in words):
-            words.append("schedule.steps=2")
-        status = main([verb, *words, *SMALL[verb]])
+        words = [re.sub(r"(budget\.tokens)=.*", r"\1=384", word) for word in words]
+        small = SMALL[words[0] if verb == "plan" else verb]
+        if verb == "pretrain" and not any(word.startswith("budget.") for word in words):
+            words.append("budget.steps=2")
+        status = main([verb, *words, *small])
         output = capsys.readouterr()
         assert status == 0, f"{verb} {words}: {output.err}"
         if verb == "pretrain" and not run_dir:

@@ -54,9 +54,10 @@ def test_the_wheel_works_from_another_directory(unpacked: Path, tmp_path: Path) 
         "import sparsetrain, sparsetrain.cli\n"
         "assert sparsetrain.__file__.startswith(sys.argv[1]), sparsetrain.__file__\n"
         "assert sparsetrain.cli.main(['--help']) == 0\n"
-        "from sparsetrain.config import config_directory, load\n"
+        "from sparsetrain.cli.compose import config_directory\n"
+        "from sparsetrain.cli.resolve import load\n"
         "assert str(config_directory()).startswith(sys.argv[1])\n"
-        "assert load('pipeline', ['experiment=demo']).arms == [0.0, 0.75]\n"
+        "assert [arm.name for arm in load('pipeline', ['experiment=demo']).arms] == ['dense', 'sparse-0.75']\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, str(unpacked)],

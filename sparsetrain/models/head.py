@@ -5,11 +5,15 @@ Shapes: D features, V vocabulary; ``...`` stands for any dimensions, such as bat
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetrain import wrappers
 from sparsetrain.models.cross_entropy import IGNORED, cross_entropy, token_cross_entropy, wide
+
+Reduction = Literal["mean", "none"]
 
 
 class Head(nn.Linear):
@@ -22,7 +26,7 @@ class Head(nn.Linear):
     def __init__(self, d_model: int, vocab_size: int) -> None:
         super().__init__(d_model, vocab_size, bias=False)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: str = "mean") -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
         """Return the logits ``[..., V]`` of ``hidden`` ``[..., D]`` or, given ``targets``, the cross-entropy in nats.
 
         Args:
@@ -40,7 +44,7 @@ class Head(nn.Linear):
         return cross_entropy(rows, self.weight, flat)
 
 
-def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Return the cross-entropy of ``targets`` under a module that stands at a model's head.
 
     A `Head`, bare or inside a wrapper such as FSDP, is given the targets. Any other module, and a `Head` with another
@@ -57,6 +61,6 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: str =
     return _loss_of_logits(head(hidden), targets, reduction)
 
 
-def _loss_of_logits(logits: Tensor, targets: Tensor, reduction: str) -> Tensor:
+def _loss_of_logits(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
     losses = F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
     return losses.view_as(targets) if reduction == "none" else losses

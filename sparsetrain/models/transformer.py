@@ -17,7 +17,7 @@ from sparsetrain.models.attention import Attention, Span, attention_dtype, make_
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.decoding.generate import generate
 from sparsetrain.models.decoding.score import continuation_scores
-from sparsetrain.models.head import Head, head_loss
+from sparsetrain.models.head import Head, Reduction, head_loss
 from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.mlp import MLP
 from sparsetrain.models.soft_prompt import SoftPrompt
@@ -229,7 +229,7 @@ class Transformer(nn.Module):
         """Return ``tokens`` with up to ``max_new_tokens`` sampled ones behind them; see `decoding.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, stop_token, generator, prompt)
 
-    def _loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None, reduction: str) -> Tensor:
+    def _loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None, reduction: Reduction) -> Tensor:
         if tokens.shape != targets.shape:
             raise UserError(f"tokens {tuple(tokens.shape)} and targets {tuple(targets.shape)} differ in shape")
         return head_loss(self.head, self._scaled(self._read(tokens, embeddings)), targets, reduction)

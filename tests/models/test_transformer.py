@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -44,7 +45,9 @@ def test_parameter_names_to_the_letter() -> None:
 
 def test_tied_weight_is_listed_once_as_the_embedding() -> None:
     model = build()
+    assert isinstance(model.head, nn.Linear)
     assert model.head.weight is model.embed.weight
+    assert (copied := copy.deepcopy(model)).head.weight is copied.embed.weight
     assert "head.weight" not in dict(model.named_parameters())
 
 
@@ -102,11 +105,13 @@ def test_loss_and_token_losses_equal_torch_cross_entropy_of_the_logits(kind: str
     targets[1, :7] = -100
     logits = model(tokens)
     torch.testing.assert_close(model.loss(tokens, targets), F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    assert torch.equal(model(tokens, targets), model.loss(tokens, targets))
     expected = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
     torch.testing.assert_close(model.token_losses(tokens, targets), expected.detach())
     embeddings = model.embed_tokens(tokens)
     other = torch.zeros_like(tokens)
     assert torch.equal(model.loss(other, targets, embeddings=embeddings), model.loss(tokens, targets))
+    assert torch.equal(model(other, embeddings=embeddings), logits)
 
 
 def test_forward_multipliers_of_the_table() -> None:
@@ -226,7 +231,7 @@ def test_plan_by_groups() -> None:
 
 
 def test_a_sparse_head_is_refused() -> None:
-    with pytest.raises(UserError, match="head stays dense"):
+    with pytest.raises(UserError, match=r"head: its class Head has a forward of its own.*; exclude it"):
         build(plan=SparsityConfig(sparsity=0.5, exclude=[]), tie_embeddings=False)
 
 
@@ -270,6 +275,6 @@ def test_bad_inputs_are_named() -> None:
     with pytest.raises(UserError, match="tokens have shape \\(4,\\)"):
         model(tokens[0])
     with pytest.raises(UserError, match="differ in shape"):
-        model.loss(tokens, tokens[:, 1:])
+        model(tokens, tokens[:, 1:])
     with pytest.raises(UserError, match="either tokens or embeddings"):
         model.hidden()

@@ -69,6 +69,15 @@ def test_kinds_drop_the_number_of_the_block() -> None:
     assert layer_kind("0", nn.Linear(2, 2)) == "0"  # of a plain Sequential
 
 
+def test_a_loss_that_the_head_returns_is_no_activation_of_it() -> None:
+    model = Transformer(ModelConfig(16, 1, 2, VOCAB, seed=0))
+    tokens = torch.randint(0, VOCAB, (2, 5))
+    trial = Trial(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda _step: model(tokens, tokens))
+    kinds = {reading.kind for reading in read_coordinates(trial, steps=1)}
+    assert {"loss", "embed", "blocks.mlp.down", "final_norm"} <= kinds
+    assert "head" not in kinds
+
+
 def test_multipliers_in_hooks_act_once_in_an_update() -> None:
     # Head of a hooked model: logits = W (x alpha_out / m_d). The oracle puts the factor into a layer without hooks.
     def model(width: int) -> nn.Sequential:

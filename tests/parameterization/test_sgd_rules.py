@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsetrain.config import load
+from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.optim import OptimizerConfig, build_optimizer
