@@ -52,6 +52,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         check_moved(override.key_or_group)
         check_enumerable(override, override.key_or_group in known_groups)
     tree = _with_optional_groups(verb, parsed, known_groups)
+    stages: DictConfig | None = None
     for override in parsed:
         key = override.key_or_group
         if is_hydras(override):
@@ -71,9 +72,10 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                     if choice in options(key, folder) and choice in options(key):
                         raise UserError(f"{key}={choice}: the library has one of this name; rename that in {folder}")
             continue
-        staged = stage_setting(_composed(verb, parsed), key)
-        if staged is not None:
-            _check_stage_setting(*staged)
+        if NUMBERED.fullmatch(key):
+            if stages is None:
+                stages = _without_stage_settings(verb, parsed)
+            _check_stage_setting(*stage_setting(stages, key))
             continue
         _check_key(verb, key, tree, known_groups)
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
@@ -95,18 +97,14 @@ def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: M
     return compose(verb, chosen + search) if chosen else tree
 
 
-def _composed(verb: str, parsed: Iterable[Override]) -> DictConfig:
+def _without_stage_settings(verb: str, parsed: Iterable[Override]) -> DictConfig:
     """Return the configuration with the groups that are chosen and without what is set in stages of a pipeline."""
     words = [
         str(override.input_line)
         for override in parsed
         if not NUMBERED.fullmatch(override.key_or_group) and not override.is_sweep_override()
     ]
-    return (
-        compose(verb, words)
-        if any(NUMBERED.fullmatch(override.key_or_group) for override in parsed)
-        else defaults(verb)
-    )
+    return compose(verb, words)
 
 
 def _check_stage_setting(stage: str, run: str, setting: str) -> None:

@@ -92,15 +92,14 @@ def _keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
 
 
-def stage_setting(tree: DictConfig, key: str) -> tuple[str, str, str] | None:
-    """Return name and verb of the stage of a pipeline of which ``key`` is a setting, and that; None for other keys.
+def stage_setting(tree: DictConfig, key: str) -> tuple[str, str, str]:
+    """Return name and verb of the stage of a pipeline of which ``key``, one of `NUMBERED`, is a setting, and that.
 
     Raises:
         UserError: a stage that the pipeline does not have.
     """
     match = NUMBERED.fullmatch(key)
-    if match is None:
-        return None
+    assert match is not None
     listed, number = _listed(tree), int(match["number"])
     if number >= len(listed):
         raise UserError(f"{key}: pipeline.stages has {len(listed)} stages, the last of them number {len(listed) - 1}")
