@@ -21,6 +21,8 @@ from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import config_directory, options
 from sparsetrain.cli.multirun import with_sweep
+from sparsetrain.cli.resolve import load
+from sparsetrain.data.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
 from sparsetrain.stages.sweep import collect
 from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
@@ -110,7 +112,7 @@ def test_a_sweep_runs_and_its_command_collects_it(
     assert written == {"results.csv", "figure.png"} | (set() if name == "base_tuning" else {"optima.csv"})
 
 
-@pytest.mark.parametrize("name", FOLDERS)
+@pytest.mark.parametrize("name", [*FOLDERS, "mediswift_pipeline"])
 def test_the_commands_of_a_readme_are_valid(name: str) -> None:
     text = (ROOT / "experiments" / name / "README.md").read_text().replace("\\\n", "")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
@@ -245,6 +247,37 @@ def test_a_sweep_that_was_killed_goes_on(
     assert "sweep: 4 points, 1 finished before, 3 to run" in out
     assert "as the 1 finished ones" in out
     assert "resuming after step 1 of 2" in out
+
+
+def test_the_stages_of_mediswift_run_and_their_report_has_every_bar(
+    small_medline: Wheel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two tasks from the same pre-trained weights, and the table and the bars that are made of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PUBMEDQA_DIR", str(questions))
+    words = ["pipeline", "experiment=mediswift_pipeline", "pipeline=mediswift_pubmedqa", "runs_dir=runs", *NARROW]
+    words += ["model.n_layers=1", "model.n_heads=2", "data.vocab_size=300", "data.context=48", "budget.steps=1"]
+    words += ["budget.batch_size=4", "loop.eval_sequences=2", "task.n_train=8", "task.n_validation=4", "task.n_test=8"]
+    stages = [stage.name for stage in load(words[0], words[1:]).stages if stage.name != "pretrain"]
+    assert main([*words, *(f"pipeline.stages.{stage}.budget.steps=1" for stage in stages)]) == 0
+    assert main(["report", "runs", "--out", "table"]) == 0
+    found = {(row["task"], row["arm"], row["stage"]) for row in rows(tmp_path / "table" / "results.csv")}
+    tuned = ("finetune", "finetune-sparse", "prompt", "prompt-frozen")
+    expected = {
+        *(("", arm, "pretrain") for arm in ("dense", "sparse-0.5", "sparse-0.75")),
+        *((task, "scratch", "finetune") for task in ("section_roles", "pubmedqa")),
+        *(
+            (task, arm, stage)
+            for task in ("section_roles", "pubmedqa")
+            for arm in ("dense", "sparse-0.5", "sparse-0.75")
+            for stage in tuned
+            if (arm, stage) != ("dense", "finetune-sparse")
+        ),
+    }
+    assert found == expected
+    filed = (ROOT / "experiments" / "mediswift_pipeline" / "bars.md").read_text()
+    named = [line.split("|")[1] for line in filed.splitlines()]
+    assert [line.split("|")[1] for line in (tmp_path / "table" / "bars.md").read_text().splitlines()] == named
 
 
 @pytest.mark.slow
