@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -61,7 +62,19 @@ def schema(kind: type) -> type:
             members.append((entry.name, hint, dataclasses.field(default=entry.default)))
         else:
             members.append((entry.name, hint, dataclasses.field(default_factory=entry.default_factory)))
-    return dataclasses.make_dataclass(kind.__name__, members)
+    made = dataclasses.make_dataclass(kind.__name__, members)
+    # A launcher sends it to other processes: by this name, which `__getattr__` knows. Sent by its content it would come
+    # back with another object in place of `dataclasses.MISSING`.
+    made.__module__, made.__qualname__ = __name__, f"{kind.__module__.replace('.', '/')}:{kind.__qualname__}"
+    return made
+
+
+def __getattr__(name: str) -> type:
+    """Return the schema whose ``__qualname__`` is ``name``."""
+    module, colon, kind = name.partition(":")
+    if not colon:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return schema(getattr(import_module(module.replace("/", ".")), kind))
 
 
 def _section(entry: dataclasses.Field[Any], kind: type, section: type) -> Callable[[], Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -337,6 +338,14 @@ def test_defaults_are_not_changed_by_checks() -> None:
     before = str(defaults("pretrain"))
     check("pretrain", ["optimizer.lr=1e-3,2e-3"], sweep=True)
     assert str(defaults("pretrain")) == before
+
+
+@pytest.mark.parametrize("verb", sorted(ROOTS))
+def test_a_schema_that_goes_to_another_process_and_back_is_the_same(verb: str) -> None:
+    """As a launcher sends it, which would otherwise change the schemas of this process."""
+    for kind in (schema_of(verb), *(entry.type for entry in dataclasses.fields(schema_of(verb)))):
+        if dataclasses.is_dataclass(kind):
+            assert pickle.loads(pickle.dumps(kind)) is kind
 
 
 # Presets.
