@@ -93,6 +93,17 @@ class ParameterCount:
         return {**asdict(self), "total": self.total, "non_embedding": self.non_embedding}
 
 
+def hidden_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Return ``(out_features, in_features)`` of the hidden matrices by name."""
+    return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
+
+
+def hidden_density(config: ModelConfig, densities: Mapping[str, float]) -> float:
+    """Return nonzeros over elements of all hidden matrices; those that ``densities`` does not name are dense."""
+    hidden = matrices(config, densities or 1.0)
+    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
+
+
 def matrices(config: ModelConfig, density: Density = 1.0) -> list[MatrixShape]:
     """Return the hidden matrices of ``Transformer(config)`` in the order of its modules.
 

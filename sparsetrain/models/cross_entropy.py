@@ -56,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         needs_hidden, needs_weight, _ = ctx.needs_input_grad
         inputs = (hidden, weight)
         hidden, weight = _in_autocast_dtype(hidden, weight)
-        count = max(1, len(targets))  # of none the mean is NaN, below, and there is no gradient
+        count = max(1, len(targets))  # avoids 0/0; with no targets the loss is NaN (below) and nothing has a gradient
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(inputs[1]) if needs_weight else None

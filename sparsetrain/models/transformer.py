@@ -164,7 +164,7 @@ class Transformer(nn.Module):
             UserError: neither or both inputs, or more tokens than learned positions.
         """
         if (tokens is None) == (embeddings is None):
-            raise UserError("hidden needs either tokens or embeddings, not both and not neither")
+            raise UserError("hidden: give exactly one of tokens and embeddings")
         if embeddings is None:
             assert tokens is not None
             embeddings = self.embed_tokens(tokens)

@@ -7,7 +7,7 @@ A budget has phases, one after the other; a run that names none has a single one
 * The lengths are added up. A border between two phases is rounded to the nearest step, half up; the end is rounded up
   for a budget in tokens, so that no token is missing, to the nearest step for one in epochs, and is exact for one in
   steps. A budget in FLOPs is the largest number of steps that it pays for.
-* Every phase has at least one step; one that is too short for it is refused.
+* A phase whose exact length is below one step is refused.
 
 Steps are counted from 0: the phase of the update that follows ``step`` updates is `Budget.at` (step).
 """
@@ -57,8 +57,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         where = "budget.phases"
         if (self.share is None) == (self.tokens is None):
-            said = "neither" if self.share is None else f"share={self.share} and tokens={self.tokens}"
-            raise UserError(f"{where}: a phase needs exactly one of share and tokens, not {said}")
+            raise UserError(f"{where}: share={self.share}, tokens={self.tokens}: give exactly one of share and tokens")
         if self.share is not None and not 0.0 < self.share <= 1.0:
             raise UserError(f"{where}: share={self.share} must lie in (0, 1]")
         for name in ("tokens", "context", "batch_size"):
@@ -141,6 +140,17 @@ class BudgetConfig:
     def with_epochs(self, epochs: float) -> BudgetConfig:
         """Return this budget, of so many epochs if nothing else says how long it is."""
         return replace(self, epochs=epochs) if self.open else self
+
+    def named(self, setting: str, name: str, otherwise: int) -> dict[str, int]:
+        """Return the values of ``setting`` over all phases by the names under which they are written.
+
+        Args:
+            name: the name of the value ``otherwise``, which phases without one of their own have.
+        """
+        phases = self.phases or []
+        own = {index: getattr(phase, setting) for index, phase in enumerate(phases)}
+        found = {f"budget.phases[{index}].{setting}": value for index, value in own.items() if value is not None}
+        return found if phases and len(found) == len(phases) else {**found, name: otherwise}
 
     @property
     def densities(self) -> list[float | None]:
@@ -290,10 +300,6 @@ class Budget:
         """Return the phase of the update that led to ``step``: the first one before any."""
         return self.at(max(0, step - 1))
 
-    def starts(self, step: int) -> bool:
-        """Whether a phase other than the first begins after ``step`` updates."""
-        return step in self._ends[:-1]
-
     def samples_at(self, step: int) -> tuple[int, int]:
         """Return the stream of samples that the update after ``step`` updates reads, and its first sample there."""
         phase = self.at(step)
@@ -354,10 +360,11 @@ def _phases(parts: Sequence[_Part], lengths: Sequence[float], steps: int) -> tup
     ends = [min(math.floor(total + 0.5), steps) for total in accumulate(lengths)]
     ends[-1] = steps
     phases: list[Phase] = []
-    for (config, context, batch), end in zip(parts, ends, strict=True):
+    for (config, context, batch), length, end in zip(parts, lengths, ends, strict=True):
         before = phases[-1] if phases else None
         first = before.end_step if before is not None else 0
-        if end <= first:
+        # A single phase is as long as the run, which has a step.
+        if end <= first or (len(parts) > 1 and length < 1.0 - _SHARES):
             said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
             raise UserError(
                 f"budget.phases[{len(phases)}]: {said} of a run of {steps} steps is shorter than one step "

@@ -12,19 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, get_type_hints
+from typing import Any, NotRequired, get_type_hints
 
 import numpy as np
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
-from sparsetrain.report.run_files import Flops, Loss, table_cell
+from sparsetrain.report.run_files import Flops, Loss, TableRow, table_cell
 from sparsetrain.report.sweep import write_rows
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import percent, si
 from sparsetrain.scaling.intervals import Interval, mean_interval, paired
 from sparsetrain.scaling.transfer import relative_gap
-from sparsetrain.shapes import Count, Fraction, Positive, check
+from sparsetrain.shapes import Count, Fraction, check
 
 PRETRAIN, SCRATCH = "pretrain", "scratch"
 WAYS = ("finetune", "finetune-sparse", "prompt", "prompt-frozen")
@@ -49,20 +49,10 @@ Course = list[tuple[float, float, float]]
 """A run of masks: fraction of training, density of the hidden matrices, and R_s, the share of weights ever active."""
 
 
-class _Row(TypedDict):
+class _Row(TableRow):
     """What rows of both kinds have. Losses are in nats per token, null where a run diverged; FLOPs by the formula."""
 
-    parameterization: str
-    sparsity: Fraction
-    width: Positive
-    depth: Positive
-    lr: float
-    seed: int
-    steps: Count | None
-    loss: Loss | None
-    commit: str | None
     status: NotRequired[str | None]
-    tokens: Count | None
     bits_per_byte: Loss | None
     density: NotRequired[Fraction | None]
     train_flops: Flops | None

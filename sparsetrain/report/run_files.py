@@ -54,8 +54,8 @@ class SweptConfig(TypedDict):
     schedule: NotRequired[dict[str, Any]]
 
 
-class SweepRow(TypedDict):
-    """A row of a table; a diverged run has no loss."""
+class TableRow(TypedDict):
+    """What a row of every table of an experiment has; a diverged run has no loss."""
 
     parameterization: str
     sparsity: Fraction
@@ -66,8 +66,13 @@ class SweepRow(TypedDict):
     steps: Count | None
     loss: Loss | None
     commit: str | None
-    status: str
     tokens: Count | None
+
+
+class SweepRow(TableRow):
+    """A row of a sweep's table."""
+
+    status: str
     seconds: float | None
     precision: str | None
     train_flops: float | None

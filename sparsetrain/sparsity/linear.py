@@ -78,7 +78,7 @@ class SparseLinear(nn.Module):
     ) -> None:
         super().__init__()
         if (density is None) == (pattern is None):
-            raise UserError("SparseLinear needs either density or pattern, not both and not neither")
+            raise UserError("SparseLinear: give exactly one of density and pattern")
         self.in_features, self.out_features = in_features, out_features
         self.strict_topology = strict_topology
         self.backend = backend

@@ -99,7 +99,7 @@ def sparsify(
         if sparsity is not None or plan is not None or options:
             raise UserError("sparsify: masks say which layers are sparse, and how; give them without sparsity or plan")
     elif (sparsity is None) == (plan is None):
-        raise UserError("sparsify needs either sparsity or plan, not both and not neither (or masks alone)")
+        raise UserError("sparsify: give exactly one of sparsity and plan, or masks alone")
     elif plan is not None and (options or backend != "auto"):
         raise UserError("sparsify: include, exclude, pattern and backend belong into the plan when one is given")
     linears = linear_layers(model)

@@ -82,15 +82,7 @@ class RunConfig:
         self.parameterization.check_optimizer(self.optimizer.name)
 
     def _check_accumulation(self) -> None:
-        phases = self.budget.phases or []
-        sizes = {
-            f"budget.phases[{index}].batch_size": phase.batch_size
-            for index, phase in enumerate(phases)
-            if phase.batch_size is not None
-        }
-        if len(sizes) < max(1, len(phases)):
-            sizes["budget.batch_size"] = self.budget.batch_size
-        for name, size in sizes.items():
+        for name, size in self.budget.named("batch_size", "budget.batch_size", self.budget.batch_size).items():
             if size % self.loop.accumulation:
                 raise UserError(f"{name}={size} is not divisible by loop.accumulation={self.loop.accumulation}")
 

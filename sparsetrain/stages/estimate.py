@@ -28,7 +28,7 @@ class SweepCost:
     """What a sweep takes.
 
     Args:
-        points: in all. done: finished before, diverged ones among them. refused: whose configuration cannot run.
+        points: total. done: already finished, diverged ones included. refused: whose configuration cannot run.
         flops: training FLOPs of the rest by the formula, counting stored weights only.
         dense_flops: of the rest, computed densely, as the masked backend does.
         rate: dense FLOPs per second. measured: on how many finished points; 0 for a guess from a matrix product.

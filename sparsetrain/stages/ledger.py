@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from sparsetrain.cost.flops import FlopTerms, matrices, training_flops_per_token
+from sparsetrain.cost.flops import FlopTerms, hidden_shapes, matrices, training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim.budget import Budget
@@ -86,7 +86,7 @@ def planned_flops(
     Args:
         plan: the sparsity section of a run of that budget: masks may change with its phases.
     """
-    shapes = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
+    shapes = hidden_shapes(config)
 
     def flops(budget: Budget) -> float:
         section = plan(budget)

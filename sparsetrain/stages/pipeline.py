@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,20 +75,16 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
             show_report(directory, console)
             return done
         check_stages(config, corpus, directory, console)
-        once: dict[str, RunResult] = {}
-        _run_once(config, directory, console, once, needed_first(config))
-        arms = [ArmRuns(arm, config.of_arm(arm)) for arm in config.arms]
-        for runs in arms:
-            console.rule(runs.name)
-            _run_arm(config, runs, once, directory, console)
-        _run_once(config, directory, console, once, [entry for entry in config.stages if entry.once])
-        if not any(runs.is_complete for runs in arms):
+        runs = _run_stages(config, directory, console)
+        arms = [ArmRuns(arm, config.of_arm(arm), runs.get(arm, {})) for arm in config.arms]
+        once = runs.get(None, {})
+        if not any(arm.is_complete for arm in arms):
             raise Diverged(f"no arm of the pipeline in {directory} came to an end: {_why(arms)}")
         content = report(config, corpus, arms, once)
         validate_report(content)
         write_json(directory / REPORT, content)
         write_html(content, directory / PAGE)  # type: ignore[arg-type]
-        diverged = [runs.name for runs in arms if not runs.is_complete]
+        diverged = [arm.name for arm in arms if not arm.is_complete]
         outcome = {"status": "complete", "stage": "pipeline", "report": PAGE, "diverged": diverged}
         result = finish(directory, outcome)
     show_report(directory, console)
@@ -161,33 +157,29 @@ def check_stages(config: PipelineConfig, corpus: Corpus, directory: Path, consol
 
 def needed_first(config: PipelineConfig) -> list[StageEntry]:
     """Return the stages that are run once and that the arms start from, in their order."""
-    by_name = {entry.name: entry for entry in config.stages}
-    needed = {entry.start for entry in config.stages if not entry.once and entry.start is not None}
-    for entry in reversed(config.stages):
-        if entry.name in needed and entry.start is not None:
+    entries = config.stages
+    needed: set[str] = set()
+    for entry in reversed(entries):  # each stands behind the one that it starts from
+        if entry.start is not None and (not entry.once or entry.name in needed):
             needed.add(entry.start)
-    return [entry for entry in by_name.values() if entry.once and entry.name in needed]
+    return [entry for entry in entries if entry.once and entry.name in needed]
 
 
-def _run_arm(
-    config: PipelineConfig, runs: ArmRuns, once: Mapping[str, RunResult], directory: Path, console: Console
-) -> None:
-    for entry in runs.entries:
-        start = None if entry.start is None else once.get(entry.start, runs.runs.get(entry.start))
-        if entry.start is not None and (start is None or not start.complete):
+def _run_stages(config: PipelineConfig, directory: Path, console: Console) -> dict[Arm | None, dict[str, RunResult]]:
+    """Run every stage whose start came to its end; return the results by arm, None for no arm, and name."""
+    runs: dict[Arm | None, dict[str, RunResult]] = {}
+    done: dict[str | None, RunResult] = {}
+    heading = ""
+    for arm, entry, settings in planned_stages(config, directory):
+        start = done.get(settings.init_from)
+        if settings.init_from is not None and (start is None or not start.complete):
             continue  # what it starts from has diverged
-        runs.runs[entry.name] = _attempt(_config_of(config, entry, runs.arm, directory), console)
-
-
-def _run_once(
-    config: PipelineConfig, directory: Path, console: Console, found: dict[str, RunResult], entries: list[StageEntry]
-) -> None:
-    for entry in entries:
-        start = None if entry.start is None else found.get(entry.start)
-        if entry.name in found or (entry.start is not None and (start is None or not start.complete)):
-            continue
-        console.rule("from scratch" if entry.name == "scratch" else entry.name)
-        found[entry.name] = _attempt(_config_of(config, entry, None, directory), console)
+        title = arm.name if arm is not None else "from scratch" if entry.name == "scratch" else entry.name
+        if title != heading:
+            console.rule(title)
+            heading = title
+        done[settings.run_dir] = runs.setdefault(arm, {})[entry.name] = _attempt(settings, console)
+    return runs
 
 
 def _attempt(config: RunConfig, console: Console) -> RunResult:

@@ -10,6 +10,7 @@ from typing import Any
 
 from sparsetrain.data import TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.optim import LENGTHS
 from sparsetrain.runs.identity import beyond
 from sparsetrain.runs.layout import CONFIG, PAGE, REPORT, RESULT
 from sparsetrain.runs.recorded import complete
@@ -351,17 +352,14 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
     values[last] = value
 
 
-_LENGTHS = ("steps", "tokens", "epochs", "flops")
-
-
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Put the settings ``more`` over ``values``, section by section; a length takes the place of another length."""
     for name, value in more.items():
         before = values.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             inner = dict(before)
-            if name == "budget" and any(value.get(length) is not None for length in _LENGTHS):
-                inner |= dict.fromkeys(_LENGTHS)
+            if name == "budget" and any(value.get(length) is not None for length in LENGTHS):
+                inner |= dict.fromkeys(LENGTHS)
             _merge(inner, value)
             values[name] = inner
         else:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops_per_token
 from sparsetrain.cost.footprint import Footprint, Workload
 from sparsetrain.data import Corpus, Task, TaskConfig
 from sparsetrain.data.tokenizer import Tokenizer
@@ -31,7 +31,7 @@ from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.ledger import FlopLedger
 from sparsetrain.stages.masks import mask_plan
 from sparsetrain.stages.memory import memory_fits
-from sparsetrain.stages.pipeline import planned_stages, stage_directory, stage_of
+from sparsetrain.stages.pipeline import planned_stages, stage_of
 from sparsetrain.stages.pipeline_config import PipelineConfig
 from sparsetrain.stages.plan_inputs import Inputs, samples_per_epoch
 from sparsetrain.stages.pretrain import budget_of, workload_of
@@ -159,7 +159,7 @@ def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
     runs: dict[str, PlannedRun] = {}
     for arm, entry, settings in planned_stages(config, directory):
         title = f"{entry.name} (once)" if arm is None else f"{arm.name}/{entry.name}"
-        settings.run_dir = str(stage_directory(directory, arm, entry))
+        assert settings.run_dir is not None
         start = None if settings.init_from is None else runs[settings.init_from]
         try:
             if isinstance(settings, PretrainConfig):
@@ -218,7 +218,7 @@ def plan_text(
             phase.steps,
             phase.tokens,
             rates,
-            (_overall(model, densities(phase.first_step)), _overall(model, densities(phase.end_step - 1))),
+            (hidden_density(model, densities(phase.first_step)), hidden_density(model, densities(phase.end_step - 1))),
             phase.context,
             phase.batch_size,
             ledger.between(phase.first_step, phase.end_step)["total"],
@@ -236,7 +236,7 @@ def _masks(
 ) -> tuple[Rule, Callable[[int], Mapping[str, float]]]:
     """Return the rule of a pre-training and the density of each sparse layer after a number of steps."""
     rule = make_rule(section, budget.total_steps)
-    shapes = _shapes(model)
+    shapes = hidden_shapes(model)
     if config.init_from is None or (start is not None and start.left is None):
         check_planned_evolution(shapes, section, rule)
         return rule, planned_densities(shapes, section, rule)
@@ -273,7 +273,7 @@ def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun |
     densities: Mapping[str, float] = {}
     if config.mode != "dense" or not stage.trained:
         densities = _left_by(config, model, start)
-    per_token, density = _per_token(model, densities, config), _overall(model, densities)
+    per_token, density = _per_token(model, densities, config), hidden_density(model, densities)
     phases = []
     for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True):
         # Rows are as long as their text, so only the batches themselves say how many tokens there are.
@@ -323,17 +323,13 @@ def _task_and_notes(inputs: Inputs, task: TaskConfig, config: RunConfig) -> tupl
 
 def _left_by(config: RunConfig, model: ModelConfig, start: PlannedRun | None) -> Mapping[str, float]:
     """Return the density of each sparse layer at the start of a run."""
-    shapes = _shapes(model)
+    shapes = hidden_shapes(model)
     if config.init_from is None:
         return planned_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
     if start is not None:
         return start.left or {}
     stored = read_weights(Path(config.init_from)).stored
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
-
-
-def _shapes(model: ModelConfig) -> dict[str, tuple[int, int]]:
-    return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(model)}
 
 
 def _vocabulary(config: RunConfig, corpus: Corpus | None, start: PlannedRun | None) -> int:
@@ -354,8 +350,3 @@ def _unprepared(config: RunConfig) -> str:
 
 def _per_token(model: ModelConfig, densities: Mapping[str, float], config: RunConfig) -> float:
     return training_flops_per_token(model, densities or 1.0, config.data.context).total
-
-
-def _overall(model: ModelConfig, densities: Mapping[str, float]) -> float:
-    hidden = matrices(model, densities or 1.0)
-    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)

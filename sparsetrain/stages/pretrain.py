@@ -237,15 +237,7 @@ def workload_of(
 
 def check_contexts(model: ModelConfig, config: RunConfig) -> None:
     """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
-    phases = config.budget.phases or []
-    contexts = {
-        f"budget.phases[{index}].context": phase.context
-        for index, phase in enumerate(phases)
-        if phase.context is not None
-    }
-    if len(contexts) < max(1, len(phases)):
-        contexts["data.context"] = config.data.context
-    for name, context in contexts.items():
+    for name, context in config.budget.named("context", "data.context", config.data.context).items():
         if model.positions == "learned" and context > model.max_context:
             raise UserError(f"{name}={context} is longer than model.max_context={model.max_context}")
 

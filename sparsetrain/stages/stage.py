@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sparsetrain.cost.flops import matrices
+from sparsetrain.cost.flops import hidden_density
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget, RunSchedule, build_optimizer
@@ -328,8 +328,7 @@ def layer_densities(model: Transformer) -> dict[str, float]:
 
 def overall_density(model: Transformer) -> float:
     """Return nonzeros over elements of all hidden matrices: those of the blocks."""
-    hidden = matrices(model.config, layer_densities(model) or 1.0)
-    return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
+    return hidden_density(model.config, layer_densities(model))
 
 
 class Stopwatch:

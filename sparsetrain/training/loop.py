@@ -34,8 +34,8 @@ from sparsetrain.runs.checkpoint import (
 from sparsetrain.runs.layout import CHECKPOINTS
 from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, Static
-from sparsetrain.training.observers import Clock, Evaluated, Observer, RunStart, StepDone
-from sparsetrain.training.state import Diverged, Interrupted, LoopConfig, TrainState, stop_requests
+from sparsetrain.training.observers import Evaluated, Observer, RunStart, StepDone
+from sparsetrain.training.state import Clock, Diverged, Interrupted, LoopConfig, TrainState, stop_requests
 
 MASK_HISTORY = "mask_history/"  # begins the names of a mask manager's tensors in a checkpoint
 

@@ -6,7 +6,6 @@ interruption is its ``state``, which every checkpoint keeps and a resumed run gi
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +115,7 @@ class Progress(Observer):
 
     def start(self, run: RunStart) -> None:
         self.bar = ProgressBar(run.title, run.total_steps, self.console)
-        self.bar.__enter__()
+        self.bar.start()
 
     def step(self, done: StepDone) -> None:
         assert self.bar is not None
@@ -130,7 +129,7 @@ class Progress(Observer):
 
     def close(self) -> None:
         if self.bar is not None:
-            self.bar.__exit__(None, None, None)
+            self.bar.stop()
             self.bar = None
 
 
@@ -180,13 +179,3 @@ class Metrics(Observer):
         if self.log is not None:
             self.log.close()
             self.log = None
-
-
-class Clock:
-    """The seconds of a run, over interruptions."""
-
-    def __init__(self, before: float) -> None:
-        self._started = time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started

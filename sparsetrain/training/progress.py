@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,14 +36,13 @@ class ProgressBar:
         )
         self.task = self.progress.add_task(title, total=total, numbers="")
 
-    def __enter__(self) -> ProgressBar:
+    def start(self) -> None:
+        """Show the bar, on a terminal."""
         if self.live:
             self.progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Take the bar away."""
         if self.live:
             self.progress.stop()
 

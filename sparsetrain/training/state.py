@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,6 +56,16 @@ class TrainState:
     samples_seen: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
+
+
+class Clock:
+    """The seconds of a run, over interruptions."""
+
+    def __init__(self, before: float) -> None:
+        self._started = time.monotonic() - before
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
 
 
 class Diverged(RuntimeError):

@@ -14,17 +14,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from sparsetrain.cli.checks import check
-from sparsetrain.cli.compose import compose, config_directory, defaults, groups, options, schema_of
+from sparsetrain.cli.compose import compose, config_directory, defaults, groups, schema_of
 from sparsetrain.cli.help import describe
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.verbs import VERBS, with_settings
-from sparsetrain.cost.flops import parameter_count, training_flops_per_token
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.sparsity import SparsityConfig
-from sparsetrain.stages.config import model_config
 from sparsetrain.stages.pipeline_config import canonical
 from sparsetrain.training.state import LoopConfig
 
@@ -349,37 +347,6 @@ def test_a_schema_that_goes_to_another_process_and_back_is_the_same(verb: str) -
 
 
 # Presets.
-
-
-def preset(name: str) -> Any:
-    values = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
-    return model_config(values, 1)
-
-
-def test_presets_are_those_of_the_documentation() -> None:
-    assert set(options("model")) == {"tiny", "demo", "cerebras-111m", "mediswift-med", "mediswift-xl", "btlm-3b"}
-
-
-@pytest.mark.parametrize(
-    ("name", "entry", "published"),
-    [
-        ("cerebras-111m", "total", 111_050_496),
-        ("mediswift-med", "matrices", 301_989_888),
-        ("mediswift-xl", "matrices", 1_207_959_552),
-    ],
-)
-def test_parameter_counts_of_presets_match_the_published_ones(name: str, entry: str, published: int) -> None:
-    assert getattr(parameter_count(preset(name)), entry) == published
-
-
-def test_btlm_has_two_point_six_billion_parameters() -> None:
-    assert 2.6e9 < parameter_count(preset("btlm-3b")).total < 2.7e9
-
-
-@pytest.mark.parametrize(("name", "ratio"), [("mediswift-med", 2.00), ("mediswift-xl", 2.49)])
-def test_flop_ratios_of_75_percent_sparsity_match_the_paper(name: str, ratio: float) -> None:
-    dense, sparse = (training_flops_per_token(preset(name), density, 2048).total for density in (1.0, 0.25))
-    assert dense / sparse == pytest.approx(ratio, rel=0.01)
 
 
 @pytest.mark.parametrize(

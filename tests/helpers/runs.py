@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,8 @@ def send(number: int) -> Callable[[Tensor], Tensor]:
         return value
 
     return act
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int, accumulation: int = 1) -> None:
+    """Have a run told to stop in the middle of update ``step``, after which it saves and ends."""
+    on_loss(patch, (step - 1) * accumulation + 1, send(signal.SIGTERM))

@@ -132,8 +132,8 @@ def test_a_phase_may_have_a_schedule_of_its_own() -> None:
         (lambda: BudgetConfig(batch_size=0), "budget.batch_size=0 must be at least 1"),
         (lambda: BudgetConfig(phases=[]), r"budget.phases=\[\]: a run has at least one phase"),
         (lambda: BudgetConfig(phases=[PhaseConfig(share=0.7)]), r"the shares \[0.7\] add up to 0.7"),
-        (lambda: PhaseConfig(), "exactly one of share and tokens, not neither"),
-        (lambda: PhaseConfig(share=0.5, tokens=3), "not share=0.5 and tokens=3"),
+        (lambda: PhaseConfig(), "share=None, tokens=None: give exactly one of share and tokens"),
+        (lambda: PhaseConfig(share=0.5, tokens=3), "share=0.5, tokens=3: give exactly one of"),
         (lambda: PhaseConfig(share=0.0), r"share=0.0 must lie in \(0, 1\]"),
         (lambda: PhaseConfig(share=1.0, context=0), "context=0 must be at least 1"),
         (lambda: PhaseConfig(share=1.0, density=0.0), r"density=0.0 must lie in \(0, 1\]"),
@@ -142,6 +142,10 @@ def test_a_phase_may_have_a_schedule_of_its_own() -> None:
         (
             lambda: budget(steps=10, phases=[PhaseConfig(share=0.99), PhaseConfig(share=0.01)]),
             r"budget.phases\[1\]: share=0.01 of a run of 10 steps is shorter than one step",
+        ),
+        (
+            lambda: budget(steps=6, phases=[PhaseConfig(share=0.9), PhaseConfig(share=0.1)]),
+            r"budget.phases\[1\]: share=0.1 of a run of 6 steps is shorter than one step",
         ),
     ],
 )

@@ -2,14 +2,51 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from sparsetrain.runs.result import RunResult, finished
+from sparsetrain.stages import PretrainConfig, pretrain
+
+Configure = Callable[..., Any]
+Phases = list[dict[str, Any]]
+Train = Callable[..., RunResult]
+
+
+@pytest.fixture
+def tiny(configure: Configure) -> Configure:
+    """Return the configuration of a tinier run: ``tiny(phases, {"schedule": ...}, run_dir=...)``."""
+
+    def make(
+        phases: Phases | None, changes: dict[str, Any] | None = None, kind: type = PretrainConfig, **top: Any
+    ) -> Any:
+        given = {
+            "model": {"d_model": 16, "n_layers": 1, "n_heads": 2, "max_context": 32},
+            "data.context": 16,
+            "budget": {"steps": 12, "batch_size": 4},
+            "loop.checkpoint_every": 0,
+            **(changes or {}),
+        }
+        if phases is not None:
+            in_tokens = any("tokens" in phase for phase in phases)
+            length = {name: value for name, value in given["budget"].items() if not (in_tokens and name == "steps")}
+            given["budget"] = {**length, "phases": phases}
+        return configure(kind, given, **top)
+
+    return make
+
+
+@pytest.fixture
+def train(tiny: Configure, tmp_path: Path) -> Train:
+    """Train a tinier run in the folder ``name``: ``train(name, phases, changes)``."""
+    return lambda name, *settings: pretrain(tiny(*settings, run_dir=tmp_path / name), Console(file=io.StringIO()))
 
 
 @pytest.fixture
