@@ -16,6 +16,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
+from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
@@ -25,7 +26,6 @@ from sparsetrain.cli.resolve import load
 from sparsetrain.data.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
 from sparsetrain.stages.sweep import collect
-from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
