@@ -276,5 +276,5 @@ def test_bad_inputs_are_named() -> None:
         model(tokens[0])
     with pytest.raises(UserError, match="differ in shape"):
         model(tokens, tokens[:, 1:])
-    with pytest.raises(UserError, match="either tokens or embeddings"):
+    with pytest.raises(UserError, match="exactly one of tokens and embeddings"):
         model.hidden()

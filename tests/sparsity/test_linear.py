@@ -67,8 +67,8 @@ def test_a_seed_leaves_the_global_generator_alone() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SparseLinear(4, 4), "either density or pattern"),
-        (lambda: SparseLinear(4, 4, density=0.5, pattern=EYE), "either density or pattern"),
+        (lambda: SparseLinear(4, 4), "exactly one of density and pattern"),
+        (lambda: SparseLinear(4, 4, density=0.5, pattern=EYE), "exactly one of density and pattern"),
         (lambda: SparseLinear(4, 3, pattern=EYE), r"pattern has shape \(4, 4\); the layer needs \(3, 4\)"),
         (lambda: SparseLinear(4, 4, density=1.5), r"density=1.5 must lie in \(0, 1\]"),
         (lambda: SparseLinear(4, 4, density=0.01), "density=0.01 leaves no weight at all in a 4x4 matrix"),
