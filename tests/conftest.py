@@ -45,7 +45,7 @@ finally:
 
 from sparsetrain.data import medline  # noqa: E402
 from sparsetrain.data.wheel import Wheel  # noqa: E402
-from sparsetrain.sparsity import auto  # noqa: E402
+from sparsetrain.sparsity.backends import auto  # noqa: E402
 
 auto.tables()  # read now, so that a test which changes them finds them, and leaves them as they were
 

@@ -33,6 +33,11 @@ ORDER = [
         "screen",
         "cache",
         "kernels",
+        "sparsity.patterns",
+        "sparsity.config",
+        "sparsity.backends",
+        "sparsity.layers",
+        "sparsity.evolution",
         "sparsity",
         "parameterization",
         "models",
@@ -40,7 +45,7 @@ ORDER = [
         "data",
         "optim",
     ),
-    *("runs", "training", "scaling", "report", "stages", "bench", "cli"),
+    *("runs", "training", "scaling", "report", "stages", "studies", "bench", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")
@@ -232,7 +237,7 @@ def test_no_file_holds_a_path_of_one_machine() -> None:
     [
         ("from sparsetrain.errors import UserError", False),
         ("from sparsetrain import __version__", False),
-        ("import sparsetrain.sparsity.pattern", False),
+        ("import sparsetrain.sparsity.patterns.pattern", False),
         ("from sparsetrain.models import config", False),
         ("from .config import ModelConfig", False),
         ("from ..sparsity import SparseLinear", False),

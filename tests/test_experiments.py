@@ -25,7 +25,7 @@ from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.cli.resolve import load
 from sparsetrain.data.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
-from sparsetrain.stages.sweep import collect
+from sparsetrain.studies.sweep import collect
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from sparsetrain.bench.machine import available_cores
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import ModelConfig
-from sparsetrain.sparsity.ops import backend_names
-from sparsetrain.sparsity.spec import check_sparsity
+from sparsetrain.sparsity.backends.base import backend_names
+from sparsetrain.sparsity.patterns.spec import check_sparsity
 
 PARTS = ("layers", "model", "scaling")
 PEERS = ("dense_bf16", "torch_csr", "scipy", "sparselab", "sparseprop")

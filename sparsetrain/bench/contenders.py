@@ -20,8 +20,8 @@ from sparsetrain.bench.peers import PEER_LAYERS, Skipped, step_of
 from sparsetrain.bench.timing import Work
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
-from sparsetrain.sparsity.init import random_pattern
-from sparsetrain.sparsity.ops import BACKENDS, resolve_backend
+from sparsetrain.sparsity.backends.base import BACKENDS, resolve_backend
+from sparsetrain.sparsity.patterns.draw import random_pattern
 
 DENSE = "dense"
 

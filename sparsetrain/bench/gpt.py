@@ -22,7 +22,7 @@ from sparsetrain.bench.timing import Work
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import SparseLinear, SparsityConfig
-from sparsetrain.sparsity.ops import BACKENDS, resolve_backend
+from sparsetrain.sparsity.backends.base import BACKENDS, resolve_backend
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 

@@ -43,7 +43,7 @@ def sweep(given: Namespace) -> None:
     """Collect the runs of a sweep."""
     from rich.console import Console
 
-    from sparsetrain.stages.sweep import show_sweep
+    from sparsetrain.studies.sweep import show_sweep
 
     if given.seeds < 1:
         raise UserError(f"--seeds={given.seeds} must be at least 1")

@@ -116,8 +116,8 @@ VERBS: dict[str, Verb] = {
     ),
     "coord-check": Verb(
         about="Check that activations and updates keep their scale over sparsity, width or depth.",
-        configuration="sparsetrain.stages:CoordinatesConfig",
-        run="sparsetrain.stages:coord_check",
+        configuration="sparsetrain.studies.coordinates:CoordinatesConfig",
+        run="sparsetrain.studies.coordinates:coord_check",
         examples=[
             "sparsetrain coord-check",
             "sparsetrain coord-check check=depth parameterization=completep parameterization.base_layers=2 "
@@ -137,8 +137,8 @@ VERBS: dict[str, Verb] = {
     ),
     "tune": Verb(
         about="Measure on this machine from which sparsity on a layer is computed by its nonzeros.",
-        configuration="sparsetrain.stages:TuneConfig",
-        run="sparsetrain.stages:tune",
+        configuration="sparsetrain.bench.tune:TuneConfig",
+        run="sparsetrain.bench.tune:tune",
         examples=["sparsetrain tune", "sparsetrain tune threads=[1,4,8] tokens=[512,4096]"],
     ),
     "bench": Verb(

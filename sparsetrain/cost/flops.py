@@ -41,7 +41,7 @@ class MatrixShape:
 
     @property
     def nnz(self) -> int:
-        """Stored weights: the exact count of `sparsetrain.sparsity.init.random_pattern`."""
+        """Stored weights: the exact count of `sparsetrain.sparsity.patterns.draw.random_pattern`."""
         return round(self.density * self.numel)
 
 

@@ -20,8 +20,8 @@ from fnmatch import fnmatchcase
 from sparsetrain.cost.flops import matrices
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
-from sparsetrain.sparsity.allocation import matches
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.layers.allocation import matches
 
 WEIGHTS, EMBEDDINGS, ACTIVATIONS = "weights and optimizer", "embeddings and head", "activations"
 LOGITS, BATCH, CACHE = "logits", "the tokens of a batch", "keys and values"

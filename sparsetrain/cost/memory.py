@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sparsetrain.cost.flops import Density, matrices, parameter_count
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.sparsity.linear import SparseLinear
+from sparsetrain.sparsity.layers.linear import SparseLinear
 
 _ROW_PTR_BYTES = torch.int64.itemsize
 _COLUMN_BYTES = torch.int32.itemsize

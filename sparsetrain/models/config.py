@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.spec import PATTERN_NAMES
+from sparsetrain.sparsity.patterns.spec import PATTERN_NAMES
 
 MLPS = ("gelu", "swiglu")
 NORMS = ("layernorm", "rmsnorm")

@@ -24,7 +24,7 @@ from sparsetrain.parameterization.roles import (
     roles_inside_torch_layers,
 )
 from sparsetrain.parameterization.rules import MATRICES, Role
-from sparsetrain.sparsity.names import ends_with
+from sparsetrain.sparsity.layers.names import ends_with
 
 
 @dataclass(frozen=True)

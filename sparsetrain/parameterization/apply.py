@@ -21,7 +21,7 @@ from sparsetrain.parameterization.roles import EMBEDDING_TYPES, MATRIX_TYPES, Pl
 from sparsetrain.parameterization.rules import MATRICES, Parameterization, Role
 from sparsetrain.parameterization.widths import Base
 from sparsetrain.sparsity import SparseLinear
-from sparsetrain.sparsity.surgery import is_conv1d
+from sparsetrain.sparsity.layers.surgery import is_conv1d
 
 DEFAULT_SIGMA = 0.02
 Model = TypeVar("Model", bound=nn.Module)

@@ -13,7 +13,7 @@ from sparsetrain.parameterization.norms import is_norm_of_torch, starting_gain
 from sparsetrain.parameterization.roles import EMBEDDING_TYPES, Place, places
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
 from sparsetrain.sparsity import SparseLinear
-from sparsetrain.sparsity.surgery import is_conv1d
+from sparsetrain.sparsity.layers.surgery import is_conv1d
 
 
 def initialise(

@@ -16,8 +16,8 @@ from sparsetrain import wrappers
 from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.parameterization.parts import Part, part_of
 from sparsetrain.parameterization.rules import Role
-from sparsetrain.sparsity.names import ends_with, is_head, is_part_of_head, is_router
-from sparsetrain.sparsity.surgery import is_conv1d
+from sparsetrain.sparsity.layers.names import ends_with, is_head, is_part_of_head, is_router
+from sparsetrain.sparsity.layers.surgery import is_conv1d
 
 # Matrices that write to the residual stream. The first table that has a name wins.
 OUTPUT_NAMES = (

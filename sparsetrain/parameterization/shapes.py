@@ -10,7 +10,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.parameterization.roles import EMBEDDING_TYPES, Place
 from sparsetrain.parameterization.rules import MATRICES, Role
 from sparsetrain.sparsity import SparseLinear
-from sparsetrain.sparsity.surgery import is_conv1d
+from sparsetrain.sparsity.layers.surgery import is_conv1d
 
 # Stacks of experts [E, in, out] of transformers that do not carry `is_transposed`.
 _TRANSPOSED_STACKS = ("Llama4TextExperts",)

@@ -22,11 +22,11 @@ from sparsetrain.runs.checkpoint import Checkpoint, list_checkpoints, load_check
 from sparsetrain.runs.layout import CHECKPOINTS, CONFIG
 from sparsetrain.runs.weights import RunWeights
 from sparsetrain.screen import say
-from sparsetrain.sparsity.exploration import unpack_bits
-from sparsetrain.sparsity.mask_files import SUFFIXES, load_masks, patterns_of
-from sparsetrain.sparsity.pattern import SparsityPattern
-from sparsetrain.sparsity.statistics import Degrees, MaskStatistics
-from sparsetrain.sparsity.topology import active_units, grid_of
+from sparsetrain.sparsity.evolution.history import unpack_bits
+from sparsetrain.sparsity.evolution.topology import active_units, grid_of
+from sparsetrain.sparsity.patterns.files import SUFFIXES, load_masks, patterns_of
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+from sparsetrain.sparsity.patterns.statistics import Degrees, MaskStatistics
 from sparsetrain.training.loop import MASK_HISTORY
 
 PIXELS = 160  # the longer side of a layer's picture; larger layers are averaged

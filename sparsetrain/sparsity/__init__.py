@@ -1,13 +1,26 @@
 """Patterns, sparse layers, the surgery that puts them into a model, and masks that evolve."""
 
-from sparsetrain.sparsity.allocation import allocate, allocate_densities
-from sparsetrain.sparsity.auto import choose
-from sparsetrain.sparsity.averaging import AveragedModel
-from sparsetrain.sparsity.bsr_backend import BsrBackend
+from sparsetrain.sparsity.backends.auto import choose
+from sparsetrain.sparsity.backends.base import Backend, backend_names, register_backend, set_choice
+from sparsetrain.sparsity.backends.bsr import BsrBackend
+from sparsetrain.sparsity.backends.csr import CsrBackend
+from sparsetrain.sparsity.backends.masked import MaskedBackend
+from sparsetrain.sparsity.backends.triton import register_triton
 from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, SparsityGroup
-from sparsetrain.sparsity.csr_backend import CsrBackend
-from sparsetrain.sparsity.evolution import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
-from sparsetrain.sparsity.init import (
+from sparsetrain.sparsity.evolution.averaging import AveragedModel
+from sparsetrain.sparsity.evolution.manager import MaskManager, MaskUpdate
+from sparsetrain.sparsity.evolution.optimizers import register_elementwise_optimizer
+from sparsetrain.sparsity.evolution.rules import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
+from sparsetrain.sparsity.evolution.state import LayerReport
+from sparsetrain.sparsity.evolution.topology import TopologyUpdate, apply_update
+from sparsetrain.sparsity.layers.allocation import allocate, allocate_densities
+from sparsetrain.sparsity.layers.linear import SparseLinear
+from sparsetrain.sparsity.layers.multihead import SparseMultiheadAttention
+from sparsetrain.sparsity.layers.ops import sparse_linear
+from sparsetrain.sparsity.layers.replaced import StaleOptimizerWarning
+from sparsetrain.sparsity.layers.summary import Summary, SummaryRow, summary
+from sparsetrain.sparsity.layers.surgery import densify, sparse_layers, sparsify
+from sparsetrain.sparsity.patterns.draw import (
     balanced_pattern,
     block_pattern,
     given_pattern,
@@ -16,20 +29,8 @@ from sparsetrain.sparsity.init import (
     nm_pattern,
     random_pattern,
 )
-from sparsetrain.sparsity.linear import SparseLinear
-from sparsetrain.sparsity.manager import MaskManager, MaskUpdate
-from sparsetrain.sparsity.mask_state import LayerReport
-from sparsetrain.sparsity.masked_backend import MaskedBackend
-from sparsetrain.sparsity.multihead import SparseMultiheadAttention
-from sparsetrain.sparsity.ops import Backend, backend_names, register_backend, set_choice, sparse_linear
-from sparsetrain.sparsity.optimizers import register_elementwise_optimizer
-from sparsetrain.sparsity.pattern import SparsityPattern
-from sparsetrain.sparsity.replaced import StaleOptimizerWarning
-from sparsetrain.sparsity.spec import PatternSpec, pattern_nnz
-from sparsetrain.sparsity.summary import Summary, SummaryRow, summary
-from sparsetrain.sparsity.surgery import densify, sparse_layers, sparsify
-from sparsetrain.sparsity.topology import TopologyUpdate, apply_update
-from sparsetrain.sparsity.triton_backend import register_triton
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+from sparsetrain.sparsity.patterns.spec import PatternSpec, pattern_nnz
 
 register_backend(MaskedBackend())
 register_backend(CsrBackend())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.spec import PatternSpec, check_sparsity
+from sparsetrain.sparsity.patterns.spec import PatternSpec, check_sparsity
 
 ALLOCATIONS = ("uniform", "erk")
 RULES = ("static", "set", "rigl", "gmp", "vspdf")
@@ -69,7 +69,8 @@ class EvolutionConfig:
         grown_scale: 0 starts grown weights at zero; c starts them against their gradient with c times the root mean
             square of the layer's other weights.
         grown_moments: of ``set``, ``rigl`` and ``vspdf``: what the optimizer's state of a grown weight starts with,
-            ``zero`` or ``mean``, the mean of the layer's survivors; see `sparsetrain.sparsity.topology.apply_update`.
+            ``zero`` or ``mean``, the mean of the layer's survivors; see
+            `sparsetrain.sparsity.evolution.topology.apply_update`.
         protect_rows: never drop the largest weight of an output, so that no output loses its last one.
     """
 
@@ -123,7 +124,7 @@ class SparsityConfig:
     and biases are no linear layers and stay dense.
 
     The default of ``exclude`` means output heads, routers of experts and embeddings, whose names stand in
-    `sparsetrain.sparsity.names`. There, whole parts at the end of a name count: ``score``, ``classifier`` and
+    `sparsetrain.sparsity.layers.names`. There, whole parts at the end of a name count: ``score``, ``classifier`` and
     ``lm_head`` are heads, and the layer ``heads.0.key`` of an attention head is none. A layer whose weight is that of
     an embedding counts as a head. Any other list of ``exclude`` is taken as globs alone.
 
@@ -131,7 +132,7 @@ class SparsityConfig:
         sparsity: fraction of zeros over the layers that no group takes, in [0, 1).
         nnz: in place of ``sparsity``: the number of weights of all layers that take part, those of groups included.
         pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded`` or ``checkerboard``.
-        block, m, fan_out, bands: options of patterns; see `sparsetrain.sparsity.spec.PatternSpec`.
+        block, m, fan_out, bands: options of patterns; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
         allocation: ``uniform`` gives every layer the same sparsity; ``erk`` gives a layer of R outputs and C inputs a
             density in proportion to (R + C) / (R C), as in RigL (arXiv 1911.11134).
         groups: layers with a sparsity of their own; the first match wins.

@@ -18,8 +18,8 @@ from sparsetrain.models import Transformer
 from sparsetrain.reading import read_json
 from sparsetrain.runs.layout import BACKENDS
 from sparsetrain.sparsity import backend_names, sparse_layers
-from sparsetrain.sparsity.auto import choose
-from sparsetrain.sparsity.ops import resolve_backend
+from sparsetrain.sparsity.backends.auto import choose
+from sparsetrain.sparsity.backends.base import resolve_backend
 
 
 def settle_backends(

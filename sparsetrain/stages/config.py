@@ -17,7 +17,7 @@ from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import Recorded
 from sparsetrain.sparsity import SparsityConfig
-from sparsetrain.sparsity.ops import backend_names
+from sparsetrain.sparsity.backends.base import backend_names
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")

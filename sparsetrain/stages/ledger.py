@@ -15,7 +15,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim.budget import Budget
 from sparsetrain.sparsity import Rule, SparsityConfig, make_rule
-from sparsetrain.sparsity.managed import planned_densities
+from sparsetrain.sparsity.evolution.managed import planned_densities
 
 UPDATES = "mask_updates"
 

@@ -25,7 +25,7 @@ from sparsetrain.runs.recorded import Recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
-from sparsetrain.sparsity.managed import check_planned_evolution, planned_densities
+from sparsetrain.sparsity.evolution.managed import check_planned_evolution, planned_densities
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.ledger import FlopLedger

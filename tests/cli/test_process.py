@@ -153,7 +153,7 @@ def test_tune_looks_for_room_before_it_measures(shell: Shell, monkeypatch: pytes
 def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the table is saved is shown as it is called; neither brackets nor colons are markup."""
     monkeypatch.setenv("SPARSETRAIN_CACHE", "a[/b] :b:")
-    tune = importlib.import_module("sparsetrain.stages.tune")
+    tune = importlib.import_module("sparsetrain.bench.tune")
     monkeypatch.setattr(tune, "measure", lambda *_: None)
     monkeypatch.setattr(tune, "_shown", lambda *_: "")
     monkeypatch.setattr(tune, "save", lambda *_: Path("a[/b] :b:/crossover.json"))

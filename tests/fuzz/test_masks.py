@@ -17,8 +17,8 @@ from torch import nn
 
 from sparsetrain import seeds
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
-from sparsetrain.sparsity.init import block_pattern, random_pattern
-from sparsetrain.sparsity.mask_files import load_masks, save_masks
+from sparsetrain.sparsity.patterns.draw import block_pattern, random_pattern
+from sparsetrain.sparsity.patterns.files import load_masks, save_masks
 
 
 def patterns(place: Path) -> Any:

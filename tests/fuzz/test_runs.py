@@ -23,10 +23,10 @@ from sparsetrain.report.tables import print_report
 from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_config
-from sparsetrain.sparsity.auto import from_plain
+from sparsetrain.sparsity.backends.auto import from_plain
 from sparsetrain.stages.arms import show_arms
-from sparsetrain.stages.coordinates import _finished_trials
-from sparsetrain.stages.sweep import show_sweep
+from sparsetrain.studies.coordinates import _finished_trials
+from sparsetrain.studies.sweep import show_sweep
 
 MASKS = {
     "rule": "SET",

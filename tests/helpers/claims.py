@@ -16,7 +16,7 @@ import scipy.stats
 
 from sparsetrain.report.sweep import Line, lines_of
 from sparsetrain.scaling.transfer import losses_at
-from sparsetrain.stages.sweep import collect
+from sparsetrain.studies.sweep import collect
 
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
 UNIT = r"(?: %| points| steps| (?:grid )?steps of 2x| doublings)?"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.kernels import compile as compiling
-from sparsetrain.sparsity import cpu_backend
+from sparsetrain.sparsity.backends import cpu as cpu_backend
 
 
 def fill_with_poison(patch: pytest.MonkeyPatch) -> None:

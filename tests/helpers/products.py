@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.sparsity import SparsityPattern, layouts, sparse_linear
+from sparsetrain.sparsity import SparsityPattern, sparse_linear
+from sparsetrain.sparsity.backends import layouts
 
 K, M = 12, 10
 

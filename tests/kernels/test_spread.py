@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import spread
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, masked_backend
-from sparsetrain.sparsity.masked_backend import MaskedBackend
+from sparsetrain.sparsity import SparseLinear, SparsityPattern
+from sparsetrain.sparsity.backends import masked as masked_backend
+from sparsetrain.sparsity.backends.masked import MaskedBackend
 
 
 def pattern_of(rows: int, columns: int, block: tuple[int, int], density: float, seed: int = 0) -> SparsityPattern:

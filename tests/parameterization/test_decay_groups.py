@@ -13,7 +13,7 @@ from sparsetrain import decay_groups
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import RigL, sparsify
-from sparsetrain.sparsity.manager import MaskManager
+from sparsetrain.sparsity.evolution.manager import MaskManager
 
 
 def encoder() -> nn.Module:

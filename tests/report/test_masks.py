@@ -19,8 +19,8 @@ from sparsetrain.report.schema import validate_report
 from sparsetrain.report.tables import layer_masks, masks, run_metrics, sheets
 from sparsetrain.runs.checkpoint import verify_checkpoint
 from sparsetrain.sparsity import SparsityPattern
-from sparsetrain.sparsity.init import random_pattern
-from sparsetrain.sparsity.mask_files import save_masks
+from sparsetrain.sparsity.patterns.draw import random_pattern
+from sparsetrain.sparsity.patterns.files import save_masks
 from sparsetrain.stages import PretrainConfig, RunResult, pretrain
 
 Configure = Callable[..., Any]

@@ -23,8 +23,9 @@ from sparsetrain.runs.identity import differences, digest, find_run, run_place
 from sparsetrain.runs.layout import CONFIG, RESULT, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import FORMAT, Recorded, read_recorded
-from sparsetrain.stages import CoordinatesConfig, FinetuneConfig, PipelineConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, PromptConfig
 from sparsetrain.stages.config import RunConfig, as_plain, identify
+from sparsetrain.studies.coordinates import CoordinatesConfig
 
 Configure = Callable[..., Any]
 TEXT = Origin("text-0", None, Tokenizer.bytes(), {"a", "b"})

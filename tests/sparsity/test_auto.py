@@ -21,11 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
 
+from sparsetrain.bench import crossover as tuning
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, auto, tuning
-from sparsetrain.sparsity.auto import Crossover, from_plain
-from sparsetrain.sparsity.init import random_pattern
-from sparsetrain.sparsity.ops import resolve_backend
+from sparsetrain.sparsity import SparseLinear, SparsityPattern
+from sparsetrain.sparsity.backends import auto
+from sparsetrain.sparsity.backends.auto import Crossover, from_plain
+from sparsetrain.sparsity.backends.base import resolve_backend
+from sparsetrain.sparsity.patterns.draw import random_pattern
 
 TABLE = Crossover([64, 256, 1024], [16, 256], [1, 4], [[[0.0, 0.1], [0.2, 0.4], [0.5, 0.9]], [[0.0] * 2] * 3])
 
@@ -142,7 +144,7 @@ def test_without_a_table_everything_is_computed_densely(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("name", auto.SHIPPED.values())
 def test_a_shipped_table_is_one_and_prefers_dense_for_tiny_layers(name: str) -> None:
-    text = (Path(auto.__file__).parent / name).read_text()
+    text = (Path(auto.__file__).parent / "tables" / name).read_text()
     table = from_plain(json.loads(text), name)["csr"]
     assert table.at(16, 8, 1) == 0.0
     assert table.at(1024, 2048, 1) > 0.4
@@ -164,7 +166,7 @@ def test_the_shipped_table_is_that_of_such_a_processor(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(auto, "cpuinfo", lambda: about)
-    text = (Path(auto.__file__).parent / name).read_text()
+    text = (Path(auto.__file__).parent / "tables" / name).read_text()
     tables = json.loads(text)["backends"]
     loaded = {name: vars(table) for name, table in auto._load().items()}
     assert loaded == {name: tables[name] for name in loaded}
@@ -266,7 +268,7 @@ def test_a_compiler_that_asks_first_reads_the_tables_without_tracing_it() -> Non
     """The first forward pass of a process may be a compiled one: the whole of it is one graph."""
     code = (
         "import torch, sparsetrain\n"
-        "from sparsetrain.sparsity import auto\n"
+        "from sparsetrain.sparsity.backends import auto\n"
         "assert auto._tables == {}\n"
         "layer = sparsetrain.SparseLinear(64, 64, density=0.5, bias=False, seed=0)\n"
         "x = torch.randn(8, 64)\n"

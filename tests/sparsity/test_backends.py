@@ -11,16 +11,11 @@ from products import K, M, arguments, assert_matches_dense, inputs, pattern_of
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import (
-    Backend,
-    SparseLinear,
-    SparsityPattern,
-    backend_names,
-    layouts,
-    ops,
-    register_backend,
-)
-from sparsetrain.sparsity.masked_backend import MaskedBackend
+from sparsetrain.sparsity import Backend, SparseLinear, SparsityPattern, backend_names, register_backend
+from sparsetrain.sparsity.backends import layouts
+from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.backends.masked import MaskedBackend
+from sparsetrain.sparsity.layers import ops
 
 # -- backends --------------------------------------------------------------------------------------------------------
 
@@ -57,14 +52,14 @@ class Loops(Backend):
 
 @pytest.fixture
 def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
-    monkeypatch.setattr(ops, "BACKENDS", dict(ops.BACKENDS))
     backend = Loops()
+    monkeypatch.setitem(BACKENDS, "loops", backend)  # so that it goes after the test
     register_backend(backend)
     return backend
 
 
 def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
-    assert backend_names() == ["auto", *ops.BACKENDS]
+    assert backend_names() == ["auto", *BACKENDS]
     assert backend_names()[-1] == "loops"
     layer = SparseLinear(K, M, density=0.3, seed=0, backend="loops", dtype=torch.float64)
     x = torch.randn(2, 3, K, dtype=torch.float64, requires_grad=True)

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparsetrain.bench.memory import pattern_bytes
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_linear
-from sparsetrain.sparsity.bsr_backend import BsrBackend
-from sparsetrain.sparsity.ops import BACKENDS
+from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.backends.bsr import BsrBackend
 
 BACKEND = BsrBackend()
 

@@ -9,8 +9,10 @@ from products import arguments
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import SparsityPattern, cpu_backend, ops
-from sparsetrain.sparsity.ops import BACKENDS
+from sparsetrain.sparsity import SparsityPattern
+from sparsetrain.sparsity.backends import cpu as cpu_backend
+from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.layers import ops
 
 
 class Problem:

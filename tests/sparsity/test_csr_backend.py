@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 from sparsetrain.bench.memory import pattern_bytes
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, layouts, sparse_layers, sparse_linear
-from sparsetrain.sparsity.csr_backend import CsrBackend
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_layers, sparse_linear
+from sparsetrain.sparsity.backends import layouts
+from sparsetrain.sparsity.backends.csr import CsrBackend
 
 BACKEND = CsrBackend()
 

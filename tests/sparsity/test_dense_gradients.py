@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sparsetrain as st
-from sparsetrain.sparsity.gradients import DenseGradientRequest
+from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
 
 F = nn.functional
 

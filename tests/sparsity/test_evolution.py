@@ -22,7 +22,7 @@ from sparsetrain.sparsity import (
     VariableSparsity,
     make_rule,
 )
-from sparsetrain.sparsity.evolution import PROGRESS
+from sparsetrain.sparsity.evolution.rules import PROGRESS
 
 
 def dues(rule: Rule, steps: int) -> list[int]:

@@ -15,8 +15,8 @@ from torch import nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import sparsify
-from sparsetrain.sparsity.foreign_masks import MAX_MASK_SIDE, pattern_of_arrays
-from sparsetrain.sparsity.init import given_pattern
+from sparsetrain.sparsity.patterns.draw import given_pattern
+from sparsetrain.sparsity.patterns.foreign import MAX_MASK_SIDE, pattern_of_arrays
 
 FORMATS = ("csr", "csc", "bsr", "coo", "dia", "lil", "dok")
 

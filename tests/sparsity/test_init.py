@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.init import make_pattern, random_pattern
-from sparsetrain.sparsity.spec import check_sparsity
+from sparsetrain.sparsity.patterns.draw import make_pattern, random_pattern
+from sparsetrain.sparsity.patterns.spec import check_sparsity
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), density=st.floats(0.001, 1.0), seed=st.integers(0, 2**62))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import sparsetrain as st
 from sparsetrain.sparsity import Rule, densify, sparse_layers, sparsify
-from sparsetrain.sparsity.exchange import unit_scores
+from sparsetrain.sparsity.evolution.exchange import unit_scores
 
 # At 80 % some outputs of these tiny layers have no weight.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
@@ -173,7 +173,7 @@ def test_rigl_under_hooks_autocast_and_repeated_layers_matches_the_twin() -> Non
 
 
 def test_rigl_makes_dense_gradients_at_update_steps_only_and_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparsetrain.sparsity.gradients import DenseGradientRequest
+    from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
 
     made: list[tuple[int, int]] = []
     references: list[weakref.ref[Tensor]] = []

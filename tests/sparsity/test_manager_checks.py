@@ -14,7 +14,7 @@ import sparsetrain as st
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import sparse_layers, sparsify
-from sparsetrain.sparsity.init import balanced_pattern
+from sparsetrain.sparsity.patterns.draw import balanced_pattern
 
 # At 80 % some outputs of these tiny layers have no weight.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")

@@ -14,9 +14,9 @@ from torch import nn
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_layers, sparsify
-from sparsetrain.sparsity.init import block_pattern, random_pattern
-from sparsetrain.sparsity.mask_files import load_masks, save_masks
-from sparsetrain.sparsity.statistics import MaskStatistics
+from sparsetrain.sparsity.patterns.draw import block_pattern, random_pattern
+from sparsetrain.sparsity.patterns.files import load_masks, save_masks
+from sparsetrain.sparsity.patterns.statistics import MaskStatistics
 
 
 def model() -> nn.Sequential:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sparsetrain.sparsity.names import is_head, is_part_of_head, is_router
+from sparsetrain.sparsity.layers.names import is_head, is_part_of_head, is_router
 
 HEADS = ["head", "lm_head", "model.lm_head", "score", "classifier", "qa_outputs", "output", "embed_out", "heads.head"]
 PARTS = ["head.0", "classifier.out_proj", "lm_head.dense", "lm_head.decoder", "cls.predictions.decoder"]

@@ -13,8 +13,8 @@ import scipy.sparse
 import torch
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.mask_files import load_masks
-from sparsetrain.sparsity.npz import read_npz
+from sparsetrain.sparsity.patterns.files import load_masks
+from sparsetrain.sparsity.patterns.npz import read_npz
 
 GOOD = {"a.row_ptr": [0, 1, 2], "a.col": [0, 1], "a.shape": [2, 2], "a.block": [1, 1]}
 HEADER = "{'descr': '<i8', 'fortran_order': False, 'shape': (2,), }"

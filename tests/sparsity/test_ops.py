@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_linear
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_linear
+from sparsetrain.sparsity.layers import ops
 
 
 @st.composite

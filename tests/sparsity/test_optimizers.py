@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 import sparsetrain as st
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import manager, sparsify
-from sparsetrain.sparsity.optimizers import _ELEMENTWISE, register_elementwise_optimizer
+from sparsetrain.sparsity import sparsify
+from sparsetrain.sparsity.evolution import manager
+from sparsetrain.sparsity.evolution.optimizers import _ELEMENTWISE, register_elementwise_optimizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
 
@@ -273,7 +274,7 @@ def test_an_optimizer_whose_state_lies_on_other_ranks_is_refused_even_if_it_is_r
 ) -> None:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
-    monkeypatch.setattr("sparsetrain.sparsity.optimizers._ELEMENTWISE", set(_ELEMENTWISE))
+    monkeypatch.setattr("sparsetrain.sparsity.evolution.optimizers._ELEMENTWISE", set(_ELEMENTWISE))
     register_elementwise_optimizer(ZeroRedundancyOptimizer)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

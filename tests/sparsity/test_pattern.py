@@ -226,7 +226,7 @@ def test_moving_to_a_device_keeps_the_positions(device: torch.device) -> None:
 
 def test_fingerprints_differ_wherever_one_index_does() -> None:
     """Also the one that is made on a GPU, which only the CPU runs here: order, place and value count."""
-    from sparsetrain.sparsity.indices import mixed_sum
+    from sparsetrain.sparsity.patterns.indices import mixed_sum
 
     indices = torch.randint(0, 50, (1000,), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     changed = [indices.flip(0), indices.roll(1), indices[:-1]]

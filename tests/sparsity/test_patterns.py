@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import PatternSpec, SparsityPattern, pattern_nnz
-from sparsetrain.sparsity.init import (
+from sparsetrain.sparsity.patterns.draw import (
     PATTERNS,
     balanced_pattern,
     block_pattern,
@@ -23,7 +23,7 @@ from sparsetrain.sparsity.init import (
     nm_pattern,
     random_pattern,
 )
-from sparsetrain.sparsity.spec import PATTERN_NAMES
+from sparsetrain.sparsity.patterns.spec import PATTERN_NAMES
 
 SPECS = [
     PatternSpec(),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.select import bands, largest_remainder, random_cells, split_evenly, top_cells
+from sparsetrain.sparsity.patterns.select import bands, largest_remainder, random_cells, split_evenly, top_cells
 
 
 @given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), data=st.data())

@@ -14,21 +14,21 @@ from torch import Tensor
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, TopologyUpdate, apply_update
-from sparsetrain.sparsity.exchange import (
+from sparsetrain.sparsity.evolution.exchange import (
     choose_grown,
     choose_kept,
     draw_grown,
     exchange_counts,
     unit_magnitudes,
 )
-from sparsetrain.sparsity.init import block_pattern, random_pattern
-from sparsetrain.sparsity.select import bands
-from sparsetrain.sparsity.topology import (
+from sparsetrain.sparsity.evolution.topology import (
     _ELEMENTWISE,
     active_units,
     check_optimizer,
     register_elementwise_optimizer,
 )
+from sparsetrain.sparsity.patterns.draw import block_pattern, random_pattern
+from sparsetrain.sparsity.patterns.select import bands
 
 
 def patterns(seed: int, block: tuple[int, int], densities: tuple[float, float]) -> list[SparsityPattern]:
@@ -284,7 +284,7 @@ def test_an_optimizer_of_unknown_kind_is_one_line(monkeypatch: pytest.MonkeyPatc
         check_optimizer(Factored(layer.parameters()), held)
     with pytest.raises(UserError, match="optimizer LBFGS is not known"):
         check_optimizer(torch.optim.LBFGS(layer.parameters()), held)
-    monkeypatch.setattr("sparsetrain.sparsity.topology._ELEMENTWISE", set(_ELEMENTWISE))
+    monkeypatch.setattr("sparsetrain.sparsity.evolution.topology._ELEMENTWISE", set(_ELEMENTWISE))
     register_elementwise_optimizer(Factored)
     optimizer = Factored(layer.parameters())
     check_optimizer(optimizer, held)  # taken at its word, but its state is looked at

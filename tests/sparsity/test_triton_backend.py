@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, backend_names, ops
-from sparsetrain.sparsity.triton_backend import register_triton
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, backend_names
+from sparsetrain.sparsity.backends import base
+from sparsetrain.sparsity.backends.triton import register_triton
 
 INSTALLED = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not INSTALLED, reason="the optional extra 'triton' is not installed")
@@ -23,7 +24,7 @@ def test_the_cases_pass(triton_cases: Callable[[Path, str], None]) -> None:
 
 def test_it_is_registered_where_triton_is_installed_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("triton" in backend_names()) == INSTALLED
-    monkeypatch.setattr(ops, "BACKENDS", {})
+    monkeypatch.setattr(base, "BACKENDS", {})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not register_triton()
     assert backend_names() == ["auto"]

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sparsetrain.errors import UserError
 from sparsetrain.kernels import triton_bsr
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, ops, sparse_linear
-from sparsetrain.sparsity.layouts import layout_id
-from sparsetrain.sparsity.triton_backend import TritonBackend
+from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_linear
+from sparsetrain.sparsity.backends.layouts import layout_id
+from sparsetrain.sparsity.backends.triton import TritonBackend
+from sparsetrain.sparsity.layers import ops
 
 DEVICE = torch.device("cpu" if triton_bsr.INTERPRETED else "cuda")
 # Larger than the rounding of one operation in the type, smaller than any mistake.

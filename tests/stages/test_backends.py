@@ -12,8 +12,9 @@ from rich.console import Console
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
-from sparsetrain.sparsity import SparsityConfig, SparsityGroup, auto, sparse_layers
-from sparsetrain.sparsity.auto import Crossover
+from sparsetrain.sparsity import SparsityConfig, SparsityGroup, sparse_layers
+from sparsetrain.sparsity.backends import auto
+from sparsetrain.sparsity.backends.auto import Crossover
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.backends import backends, settle_backends
 from sparsetrain.training.loop import Trainer

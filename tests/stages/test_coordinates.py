@@ -15,9 +15,8 @@ from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import Coordinate, spreads
 from sparsetrain.report.run_files import COLUMNS
-from sparsetrain.stages import coord_check
-from sparsetrain.stages import coordinates as module
-from sparsetrain.stages.coordinates import CheckSection, CoordinatesConfig, judge
+from sparsetrain.studies import coordinates as module
+from sparsetrain.studies.coordinates import CheckSection, CoordinatesConfig, coord_check, judge
 
 
 def small(notes: Path, run_dir: Path, *more: str) -> CoordinatesConfig:

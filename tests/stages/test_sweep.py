@@ -21,7 +21,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet, write_optima
 from sparsetrain.stages.config import as_plain
-from sparsetrain.stages.sweep import collect, show_sweep
+from sparsetrain.studies.sweep import collect, show_sweep
 
 # Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}

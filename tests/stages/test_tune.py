@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from sparsetrain.bench.tune import TuneConfig, tune
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import auto
-from sparsetrain.stages import TuneConfig, tune
+from sparsetrain.sparsity.backends import auto
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from sparsetrain.parameterization import Parameterization, param_groups
 from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
-from sparsetrain.sparsity.managed import planned_densities
+from sparsetrain.sparsity.evolution.managed import planned_densities
 from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
 from sparsetrain.stages.ledger import FlopLedger, planned_flops
 from sparsetrain.training.state import Interrupted

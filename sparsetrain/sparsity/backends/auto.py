@@ -1,0 +1,255 @@
+"""Which backend ``auto`` stands for: the one that was measured to be faster, on this machine or on a common one.
+
+A crossover table says, for layers of several sizes, numbers of tokens and threads, up to which density a whole training
+step (forward, input gradient, weight gradient) of a sparse backend takes no longer than that of ``masked``. Sizes in
+between are interpolated in their logarithms, sizes beyond are those of the edge. There is one for float32 and one for
+bfloat16, in which a processor may be much slower at dense products, or much faster.
+
+`sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
+used: that of two cores of Zen 4 on such a processor; elsewhere of Emerald Rapids where torch computes with AVX-512,
+from which dense products gained more there than sparse ones, which wait for loads; else of Zen 3 (AVX2). With AVX-512
+each entry is the least of three measurements on a shared host: dense where in doubt. Tables for bfloat16 count only
+where the processor has the instructions for it that they were measured with; elsewhere the one for float32 does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import threading
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from sparsetrain.cache import cache_directory
+from sparsetrain.errors import UserError
+from sparsetrain.files import write_json
+from sparsetrain.processor import cpu_flags, cpuinfo
+from sparsetrain.reading import read_json
+from sparsetrain.shapes import Fraction, check
+from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+
+FALLBACK = "masked"
+CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
+SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
+_BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
+MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
+
+
+class _Plain(TypedDict):
+    """A `Crossover` in a file."""
+
+    sides: list[int]
+    tokens: list[int]
+    threads: list[int]
+    density: list[list[list[Fraction]]]
+
+
+class _Tables(TypedDict):
+    backends: dict[str, _Plain]
+
+
+@dataclass(frozen=True, eq=False)  # one table is another: what was looked up in it is remembered by the table
+class Crossover:
+    """Densities up to which one backend is the faster one.
+
+    Args:
+        sides: geometric means of in_features and out_features, increasing.
+        tokens: rows of the input, increasing.
+        threads: increasing.
+        density: ``[threads][sides][tokens]``; 0 where it is never faster.
+    """
+
+    sides: list[int]
+    tokens: list[int]
+    threads: list[int]
+    density: list[list[list[float]]]
+
+    def at(self, side: float, tokens: int, threads: int) -> float:
+        """Return the density for one layer."""
+        nearest = 0
+        for index, count in enumerate(self.threads):  # a plain loop, which a compiler can follow
+            if abs(count - threads) < abs(self.threads[nearest] - threads):
+                nearest = index
+        columns = [_interpolate(self.tokens, row, tokens) for row in self.density[nearest]]
+        return _interpolate(self.sides, columns, side)
+
+
+def _interpolate(places: Sequence[float], values: Sequence[float], place: float) -> float:
+    after = 0
+    while after < len(places) and places[after] < place:
+        after += 1
+    if after == 0 or after == len(places):
+        return values[min(after, len(places) - 1)]
+    low, high = places[after - 1], places[after]
+    share = math.log(place / low) / math.log(high / low)
+    return values[after - 1] * (1 - share) + values[after] * share
+
+
+def table_name(backend: str, dtype: torch.dtype) -> str:
+    """Return the name of the table of a backend for inputs of a type: ``csr``, ``csr bfloat16``."""
+    return f"{backend} {_BFLOAT16}" if dtype == torch.bfloat16 else backend
+
+
+def from_plain(content: Any, source: str) -> dict[str, Crossover]:
+    """Return the tables by `table_name` from the content of a file.
+
+    Raises:
+        UserError: it is none; the message names ``source`` and says what to do.
+    """
+    try:
+        check(content, _Tables, "the file")
+        return {name: _crossover(name, entry) for name, entry in content["backends"].items()}
+    except UserError as error:
+        raise UserError(f"{source} is no crossover table ({error}); delete it or run: sparsetrain tune") from None
+
+
+def _crossover(name: str, entry: _Plain) -> Crossover:
+    axes = {"threads": entry["threads"], "sides": entry["sides"], "tokens": entry["tokens"]}
+    for axis, places in axes.items():
+        if not places:
+            raise UserError(f"{name!r:.60}: {axis} is empty")
+        if min(places) <= 0:
+            raise UserError(f"{name!r:.60}: sides and tokens are logarithmic scales: positive, as {axis} must be")
+        if any(low >= high for low, high in pairwise(places)):
+            raise UserError(f"{name!r:.60}: {axis} must increase")
+    threads, sides, tokens = map(len, axes.values())
+    density = entry["density"]
+    if len(density) != threads or any(
+        len(rows) != sides or any(len(row) != tokens for row in rows) for rows in density
+    ):
+        raise UserError(f"{name!r:.60}: density must be [{threads}][{sides}][{tokens}], as its axes are")
+    return Crossover(entry["sides"], entry["tokens"], entry["threads"], density)
+
+
+def machine_key() -> str:
+    """Return what tells machines apart whose tables differ: processor and number of cores, as eight digits."""
+    name, flags = cpuinfo().get("model name", ""), " ".join(sorted(cpu_flags()))
+    text = f"{platform.machine()} {name} {flags} {os.cpu_count()}"
+    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def tuned_path() -> Path:
+    """Return where the table of this machine is kept."""
+    return cache_directory() / f"crossover-{machine_key()}.json"
+
+
+def save(tables: dict[str, Crossover], about: dict[str, Any]) -> Path:
+    """Write the table of this machine and use it from now on; return its path."""
+    path = tuned_path()
+    write_json(path, {**about, "backends": {name: vars(table) for name, table in tables.items()}})
+    with _reading:
+        _tables.clear()
+        _tables.update(tables)
+        _read.append(True)
+    return path
+
+
+def tables() -> dict[str, Crossover]:
+    """Return the tables to go by: this machine's own, or those of the library; read at the first call.
+
+    A file that is no table is warned of and set aside.
+    """
+    if not _read:
+        _read_tables()
+    return _tables
+
+
+def _read_tables() -> bool:
+    """Read the tables if no other thread has; return True, once they are there."""
+    with _reading:
+        if not _read:
+            try:
+                found = _load()
+            except UserError as error:
+                warnings.warn(f"{error}; the table of the library is used", stacklevel=2)
+                found = _shipped()
+            _tables.update(found)
+            _read.append(True)
+    return True
+
+
+# A compiler that traces `choose` must not trace the reading of a file: it calls this function, and takes its result for
+# a constant. `torch.compiler.assume_constant_result` sets the same attribute, and imports the compiler first: a second.
+_read_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _load() -> dict[str, Crossover]:
+    path, shipped = tuned_path(), _shipped()
+    if not os.path.exists(path):  # which also says no where the directory may not be entered
+        return shipped
+    # A file from before there were tables for bfloat16 has none: those of the library count.
+    return {name: table for name, table in shipped.items() if name.endswith(_BFLOAT16)} | from_plain(
+        read_json(path, max_bytes=MAX_BYTES), str(path)
+    )
+
+
+def _shipped() -> dict[str, Crossover]:
+    name = SHIPPED[_kind()]
+    content = json.loads(resources.files("sparsetrain.sparsity.backends").joinpath("tables", name).read_text("utf-8"))
+    # Its tables for bfloat16 are those of a processor with such instructions: without them dense is slower.
+    native = content.get("bfloat16_by") in cpu_flags()
+    tables = from_plain(content, name)
+    return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
+
+
+def _kind() -> str:
+    """Return the kind of processor that this one is most like, of those that a table is shipped for."""
+    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+        return "AVX2"
+    # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.
+    zen4 = (cpuinfo().get("vendor_id"), cpuinfo().get("cpu family")) == ("AuthenticAMD", "25")
+    return "Zen 4" if zen4 else "AVX-512"
+
+
+def choose(
+    pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device, density: float | None = None
+) -> str:
+    """Return the name of the backend for a pattern and a number of tokens.
+
+    Args:
+        density: what to decide by in place of the pattern's own, for one that will change.
+    """
+    density = pattern.density if density is None else density
+    for name in CANDIDATES:
+        table = _table(name, dtype)
+        if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
+            # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as
+            # for one thread.
+            compiling = torch.compiler.is_compiling() or type(tokens) is not int
+            limit = _limit.__wrapped__ if compiling else _limit
+            threads = 1 if compiling else torch.get_num_threads()
+            return name if density <= limit(table, pattern.shape, tokens, threads) else FALLBACK
+    return FALLBACK
+
+
+def _table(backend: str, dtype: torch.dtype) -> Crossover | None:
+    """Return the table to go by: one for the type first; that of single weights, which are no faster, for blocks."""
+    known = tables()
+    for kind in (dtype, torch.float32):
+        for name in (backend, CANDIDATES[0]):
+            if (table := known.get(table_name(name, kind))) is not None:
+                return table
+    return None
+
+
+# Every layer asks at every step, and a small one takes hardly longer than the answer.
+@functools.lru_cache(maxsize=4096)
+def _limit(table: Crossover, shape: tuple[int, int], tokens: int, threads: int) -> float:
+    return table.at(math.sqrt(shape[0] * shape[1]), max(1, tokens), threads)
+
+
+_tables: dict[str, Crossover] = {}
+_read: list[bool] = []  # whether `_tables` are read: at the first use of auto, so that an import reads no user's file
+_reading = threading.Lock()

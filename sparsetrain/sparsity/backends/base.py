@@ -1,0 +1,127 @@
+"""What a backend is, the backends by name, and which of them a layer's ``backend`` stands for.
+
+Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+
+
+class Backend:
+    """Three contractions over a pattern, and how forward and backward share work between them.
+
+    Subclasses define `matmul`, `matmul_t` and `sampled`, and that is enough. One that can reuse in the backward pass
+    what the forward pass computed (a scattered matrix) defines `forward`, `kept` and `backward` too.
+    """
+
+    name: str
+
+    def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
+        """Return why this backend cannot compute with such values, or None."""
+        return None
+
+    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Return ``x @ W.T``: ``[N, K] -> [N, M]``."""
+        raise NotImplementedError
+
+    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Return ``g @ W``: ``[N, M] -> [N, K]``."""
+        raise NotImplementedError
+
+    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
+        """Return ``x @ W.T`` and whatever `backward` wants kept beside x (an empty tensor for nothing).
+
+        Args:
+            keep: whether `backward` may follow.
+        """
+        return self.matmul(x, values, pattern), x.new_empty(0)
+
+    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        """Return an uninitialised tensor like the one that `forward` keeps."""
+        return x.new_empty(0)
+
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        need_x: bool,
+        need_values: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``g @ W`` and the values of ``g.T @ x``; an empty tensor for one that is not needed.
+
+        ``x`` is empty unless ``need_values``; ``kept`` is what `forward` kept.
+        """
+        return (
+            self.matmul_t(g, values, pattern) if need_x else g.new_empty(0),
+            self.sampled(g, x, pattern) if need_values else values.new_empty(0),
+        )
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register_backend(backend: Backend) -> None:
+    """Make ``backend`` available to every sparse layer under ``backend.name``; an earlier one of that name is replaced.
+
+    Raises:
+        UserError: the name ``auto``, which stands for a choice among backends.
+    """
+    if backend.name == "auto":
+        raise UserError("backend name 'auto' is taken: it stands for the choice among the registered ones")
+    BACKENDS[backend.name] = backend
+
+
+def backend_names() -> list[str]:
+    """Return the names that a layer's ``backend`` accepts."""
+    return ["auto", *BACKENDS]
+
+
+# What ``auto`` stands for: given by the room above that knows what was measured.
+_Choice = Callable[[SparsityPattern, int, torch.dtype, torch.device], str]
+
+
+def _masked_always(pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+    return "masked"
+
+
+_choice: list[_Choice] = [_masked_always]
+
+
+def set_choice(choice: _Choice) -> None:
+    """Make ``choice`` decide what ``auto`` stands for: (pattern, tokens, dtype, device) -> a registered name."""
+    _choice[0] = choice
+
+
+def resolve_backend(
+    name: str,
+    pattern: SparsityPattern,
+    tokens: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> str:
+    """Return the registered backend that ``name`` stands for at this pattern, number of rows, type and device.
+
+    Raises:
+        UserError: no such backend, or one that was asked for by name and cannot compute this.
+    """
+    device = pattern.device if device is None else device
+    check_choice("backend", name, backend_names())
+    if name == "auto":
+        return _choice[0](pattern, tokens, dtype, device)
+    if reason := BACKENDS[name].refusal(dtype, device, pattern):
+        raise UserError(f"backend '{name}' {reason}; backend='auto' takes another")
+    return name

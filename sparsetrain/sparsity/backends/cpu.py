@@ -1,0 +1,80 @@
+"""What the backends that compute on a CPU by `sparsetrain.kernels` have in common: types, and memory."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparsetrain.sparsity.backends.base import Backend
+from sparsetrain.sparsity.backends.layouts import check_shapes
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+
+TILE = 64  # tokens of a tile of the kernels, known without importing a compiler
+A_THREAD = 1 << 19  # multiply-adds that are worth waking a thread for
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class CpuBackend(Backend):
+    """Takes float32 and bfloat16 on a CPU, sums in float32, on no more threads than torch has.
+
+    Keeps nothing but the input for the backward pass, which packs a tile of it again: that costs less than writing all
+    tiles to memory on the way forward and reading them back. Subclasses define `unsuited`, `forward` and `backward`.
+    """
+
+    def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
+        if device.type != "cpu":
+            return f"computes on a CPU; the input is on {device}"
+        if dtype not in _DTYPES:
+            return f"computes in float32 and bfloat16; the input has dtype {dtype}"
+        if pattern.nnz >= 2**31:
+            return f"counts nonzeros in 32 bits; this pattern has {pattern.nnz}"
+        return self.unsuited(pattern)
+
+    def unsuited(self, pattern: SparsityPattern) -> str | None:
+        """Return why this backend cannot compute such a pattern, or None."""
+        raise NotImplementedError
+
+    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, x=x, values=values)
+        return self.forward(x, values, pattern, keep=False)[0]
+
+    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, g=g, values=values)
+        return self.backward(g, g, values, g.new_empty(0), pattern, need_x=True, need_values=False)[0]
+
+    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        check_shapes(pattern, g=g, x=x)
+        nothing = x.new_empty(0)
+        return self.backward(g, x, x.new_empty(pattern.nnz), nothing, pattern, need_x=False, need_values=True)[1]
+
+
+def in_float32(values: Tensor) -> Tensor:
+    """Return values as kernels read them."""
+    return values.detach().float().contiguous()
+
+
+def workers(tokens: int, pattern: SparsityPattern) -> int:
+    """Return how many of torch's threads a product is worth."""
+    return max(1, min(torch.get_num_threads(), tokens * pattern.nnz // A_THREAD))
+
+
+def pieces(tokens: int, tiles: int, threads: int) -> int:
+    """Return into how many pieces a kernel cuts ``tiles`` tiles of tokens, so that all threads have as many."""
+    return threads // math.gcd(-(-tokens // (tiles * TILE)), threads)
+
+
+def enough(threads: int, elements: int) -> int:
+    """Return how many threads are worth waking for a pass over so many elements."""
+    return max(1, min(threads, elements // 65536))
+
+
+def scratch(*shape: int) -> Tensor:
+    """Return uninitialised memory of the type that kernels compute in, whatever torch's default type and device are."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def with_whole_rows(x: Tensor) -> Tensor:
+    """Return a matrix whose rows are contiguous each; their distance may be anything."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()

@@ -1,0 +1,102 @@
+"""The backend ``masked``: any pattern on any device, by dense products."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparsetrain.sparsity.backends.base import Backend
+from sparsetrain.sparsity.backends.cpu import enough
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+
+_SMALL = 1 << 14  # elements of a matrix for which calling a kernel of ours takes longer than torch's indexing
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    # When the first large matrix is spread: importing the library is not to import a compiler.
+    from sparsetrain.kernels import spread
+
+    return spread
+
+
+class MaskedBackend(Backend):
+    """Writes the values into a dense matrix and computes densely: right on every device, and saves no time.
+
+    The dense matrix is kept for the backward pass, which costs the memory of the dense layer and no more.
+    """
+
+    name = "masked"
+
+    def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        return F.linear(x, _spread(values, pattern))
+
+    def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        return g @ _spread(values, pattern)
+
+    def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        return _collect(g.t() @ x, pattern)
+
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
+        dense = _spread(values, pattern)
+        return F.linear(x, dense), dense if keep else x.new_empty(0)
+
+    def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        return x.new_empty(pattern.shape)
+
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        need_x: bool,
+        need_values: bool,
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            g @ kept if need_x else g.new_empty(0),
+            self.sampled(g, x, pattern) if need_values else values.new_empty(0),
+        )
+
+
+def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
+    """Whether a kernel moves such values; else torch does, by positions that are kept: 8 bytes a nonzero."""
+    on_cpu = values.device.type == pattern.device.type == "cpu"
+    return on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL
+
+
+def _spread(values: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return what `SparsityPattern.scatter` does, without a graph."""
+    if _by_kernel(values, pattern):
+        return _moved("spread", values, values.new_empty(pattern.shape), pattern)
+    pattern.keep_positions()
+    return pattern.scatter(values)
+
+
+def _collect(dense: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return what `SparsityPattern.gather` does, without a graph."""
+    if _by_kernel(dense, pattern):
+        return _moved("collect", dense, dense.new_empty(pattern.nnz), pattern)
+    pattern.keep_positions()
+    return pattern.gather(dense)
+
+
+def _moved(name: str, source: Tensor, target: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return ``target`` after a kernel has filled it from ``source``, of the same type."""
+    rows, columns = pattern.shape
+    kernel = getattr(_kernels(), name if source.itemsize == 4 else f"{name}16")
+    kernel(
+        enough(torch.get_num_threads(), rows * columns),
+        *(source.contiguous(), target, *_indices(pattern), rows // pattern.block[0], columns, *pattern.block),
+    )
+    return target
+
+
+def _indices(pattern: SparsityPattern) -> tuple[Tensor, Tensor]:
+    """Return copies of row_ptr and col that nobody can write into while a kernel reads them: 4 bytes a nonzero."""
+    return pattern.derived("copied", lambda: (pattern.row_ptr.clone(), pattern.col.clone()))

@@ -1,0 +1,1 @@
+"""Masks that change during training: the rules, and the manager that applies them."""

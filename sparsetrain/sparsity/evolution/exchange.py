@@ -1,0 +1,200 @@
+"""Which units of a layer go at an update, and which ones come, by runs of rows that need little memory.
+
+Legend: a *unit* is a block of the pattern, a single weight for the block (1, 1); [U, V] is the grid of units of a
+matrix [R, C]; a *band* is a part of the grid within which units are ranked.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sparsetrain.sparsity.evolution.topology import active_units, count_true, grid_of, rows_in, stored_in
+from sparsetrain.sparsity.patterns.pattern import Run, SparsityPattern
+from sparsetrain.sparsity.patterns.select import Slices, choose_largest, draw_ranks, split_evenly
+
+Counts = list[tuple[Slices, int, int]]
+"""(band, units kept, units grown) for each band."""
+
+
+def unit_magnitudes(values: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``[units]``: the sum of magnitudes of each stored unit, of values ``[nnz]``."""
+    magnitudes = values.detach().abs().to(torch.promote_types(values.dtype, torch.float32))
+    return magnitudes if block == (1, 1) else magnitudes.view(-1, block[0] * block[1]).sum(1)
+
+
+def unit_scores(dense: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return ``[U, V]``: the sum of magnitudes of ``dense`` ``[R, C]`` in each unit."""
+    magnitudes = dense.abs()
+    if block == (1, 1):
+        return magnitudes
+    bh, bw = block
+    return magnitudes.view(dense.shape[0] // bh, bh, dense.shape[1] // bw, bw).sum((1, 3))
+
+
+def units_of(dense: Tensor, places: Tensor, block: tuple[int, int]) -> Tensor:
+    """Return the elements of ``dense`` ``[R, C]`` in the units at ``places`` of the grid, in the order of a pattern."""
+    bh, bw = block
+    blocks = dense.view(dense.shape[0] // bh, bh, dense.shape[1] // bw, bw)
+    columns = blocks.shape[2]
+    return blocks[places // columns, :, places % columns].reshape(-1)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has neither infinities nor NaN, found without the copies that `torch.isfinite` makes."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
+def band_units(pattern: SparsityPattern, parts: list[Slices]) -> list[int]:
+    """Return the number of stored units in each band."""
+    if parts == [(slice(0, grid_of(pattern)[0]), slice(0, grid_of(pattern)[1]))]:
+        return [pattern.col.numel()]
+    active = active_units(pattern)
+    return [count_true(active[part]) for part in parts]
+
+
+def exchange_counts(pattern: SparsityPattern, target: int, parts: list[Slices], drop: float) -> Counts:
+    """Return ``(band, kept, grown)`` for each band of a layer, which add up to ``target`` units.
+
+    An update that does not change the size keeps each band's count; one that does gives all bands the same.
+
+    Args:
+        target: units after the update. parts: the bands. drop: the fraction to exchange.
+    """
+    present = band_units(pattern, parts)
+    wanted = present if sum(present) == target else split_evenly(target, len(parts))
+    counts = []
+    for part, before, after in zip(parts, present, wanted, strict=True):
+        # No more than there is room for: at low sparsity few positions are empty.
+        exchanged = min(int(drop * min(before, after)), _cells_in(part) - max(before, after))
+        counts.append((part, min(before, after) - exchanged, max(0, after - before) + exchanged))
+    return counts
+
+
+def _cells_in(part: Slices) -> int:
+    return (part[0].stop - part[0].start) * (part[1].stop - part[1].start)
+
+
+def _in_grid(places: Tensor, run: Run, part: Slices, columns: int) -> Tensor:
+    """Return the row-major places in the whole grid of places in the part of a run that lies in a band."""
+    width = part[1].stop - part[1].start
+    return (places // width + run.rows.start) * columns + (places % width + part[1].start)
+
+
+def _in_order(found: list[Tensor], pattern: SparsityPattern, counts: Counts) -> Tensor:
+    if not found:
+        return torch.empty(0, dtype=torch.int64, device=pattern.device)
+    places = torch.cat(found)
+    return places if len(counts) == 1 else places.sort().values
+
+
+def choose_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts) -> Tensor:
+    """Return the places, int64, increasing, of the empty units to grow in the grid: as many as each band grows.
+
+    They are those with the largest sums of magnitudes of ``dense`` ``[R, C]``, which is finite; of equal ones the
+    first. ``dense`` is overwritten where units are stored.
+    """
+    (bh, bw), columns = pattern.block, grid_of(pattern)[1]
+
+    def of_run(run: Run) -> Tensor:
+        return dense[run.rows.start * bh : run.rows.stop * bh]
+
+    # A mark that takes no memory of its own and is seen in the sum of a block.
+    for run in pattern.runs():
+        corners = of_run(run).view(rows_in(run), bh, columns, bw)[:, 0, :, 0]
+        corners.masked_fill_(stored_in(pattern, run), torch.nan)
+
+    def scores(run: Run, part: Slices) -> Tensor:
+        return unit_scores(of_run(run), pattern.block)[:, part[1]].reshape(-1).nan_to_num_(-1.0, torch.inf)
+
+    grown = []
+    for part, _, count in counts:
+        if count:
+            runs = pattern.runs(part[0])
+            parts = [partial(scores, run, part) for run in runs]
+            for run, chosen in zip(runs, choose_largest(parts, _cells_in(part), count), strict=True):
+                grown.append(_in_grid(chosen.nonzero()[:, 0], run, part, columns))
+    return _in_order(grown, pattern, counts)
+
+
+def draw_grown(pattern: SparsityPattern, counts: Counts, generator: torch.Generator) -> Tensor:
+    """Return the places, int64, increasing, of empty units drawn uniformly, as many as each band grows."""
+    columns, grown = grid_of(pattern)[1], []
+    for part, _, count in counts:
+        if not count:
+            continue
+        width, start = part[1].stop - part[1].start, 0
+        ranks = draw_ranks(_cells_in(part) - band_units(pattern, [part])[0], count, generator)
+        for run in pattern.runs(part[0], pattern.col.numel()):
+            cells = pattern.cells(run)
+            if width < columns:
+                column = cells % columns - part[1].start
+                inside = (column >= 0) & (column < width)
+                cells = (cells // columns * width + column)[inside]
+            # How many empty places lie before each stored one; rank r is preceded by the stored ones with at most r.
+            before = cells.sub_(torch.arange(len(cells), device=cells.device))
+            end = start + rows_in(run) * width - len(cells)
+            ends = torch.tensor([start, end], dtype=ranks.dtype, device="cpu")
+            first, last = torch.searchsorted(ranks, ends).tolist()
+            here = (ranks[first:last].to(torch.int64) - start).to(cells.device)
+            grown.append(_in_grid(here + torch.searchsorted(before, here, right=True), run, part, columns))
+            start = end
+    return _in_order(grown, pattern, counts)
+
+
+def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, protect_rows: bool = False) -> Tensor:
+    """Return bool ``[units]``: the stored units of largest magnitude, as many as each band keeps.
+
+    Of equal magnitudes the first in row-major order is dropped first. Only stored units are ranked, so a weight that
+    grew and is still exactly zero is the weakest, but never confused with one that does not exist.
+
+    Args:
+        values: ``[nnz]``.
+        protect_rows: keep the strongest unit of each row, in bands that keep at least as many as they have such units.
+    """
+    size = pattern.block[0] * pattern.block[1]
+    strongest = _strongest(values, pattern) if protect_rows else None
+    units = values.detach().reshape(-1, size)
+    kept = torch.ones(len(units), dtype=torch.bool, device=pattern.device)
+
+    def weakness(run: Run, part: Slices, guard: Tensor | None) -> Tensor:
+        members = _members(pattern, run, part)
+        found = unit_magnitudes(units[members].reshape(-1), pattern.block).neg()
+        return found if guard is None else found.masked_fill_(guard[members], -torch.inf)
+
+    for part, count, _ in counts:
+        runs = pattern.runs(part[0], pattern.col.numel())
+        total = band_units(pattern, [part])[0]
+        guarded = 0 if strongest is None else sum(count_true(strongest[_members(pattern, run, part)]) for run in runs)
+        guard = strongest if 0 < guarded <= count else None
+        # What goes is chosen, not what stays: that decides which of two equal ones is dropped.
+        if count < total:
+            parts = [partial(weakness, run, part, guard) for run in runs]
+            for run, goes in zip(runs, choose_largest(parts, total, total - count), strict=True):
+                kept[_members(pattern, run, part)] = ~goes
+    return kept
+
+
+def _members(pattern: SparsityPattern, run: Run, part: Slices) -> slice | Tensor:
+    """Return which stored units of a run lie in the columns of a band."""
+    columns = grid_of(pattern)[1]
+    if part[1] == slice(0, columns):
+        return run.units
+    column = pattern.cells(run).remainder_(columns)
+    return ((column >= part[1].start) & (column < part[1].stop)).nonzero()[:, 0].add_(run.units.start)
+
+
+def _strongest(values: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return bool ``[units]``: the one of largest magnitude in each row of units, of equal ones the first."""
+    size = pattern.block[0] * pattern.block[1]
+    units = values.detach().reshape(-1, size)
+    strongest = torch.empty(len(units), dtype=torch.bool, device=pattern.device)
+    for run in pattern.runs():
+        stored = stored_in(pattern, run)
+        magnitudes = unit_magnitudes(units[run.units].reshape(-1), pattern.block)
+        best = magnitudes.new_full(stored.shape, -1.0).masked_scatter_(stored, magnitudes).max(1)
+        first = torch.zeros_like(stored).scatter_(1, best.indices[:, None], (best.values >= 0)[:, None])
+        strongest[run.units] = first[stored]
+    return strongest

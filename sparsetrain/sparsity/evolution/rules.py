@@ -1,0 +1,400 @@
+"""How masks change during training: rules, each a pure function of the step, and the schedules that they follow.
+
+A rule says *when* a layer is updated, *how sparse* it is to be, *which part* of its weights is exchanged and *how* new
+ones are found; `sparsetrain.sparsity.evolution.topology` does it and `MaskManager` drives it. Steps count optimizer
+steps that are done, so the first update of ``every=100`` follows the 100th.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.config import ACCUMULATION, CURVES, DROP_SCHEDULES, GROWTH, MOMENTS, SparsityConfig
+from sparsetrain.sparsity.patterns.spec import check_sparsity
+
+STAIRS = 4  # of the curve "step"
+
+PROGRESS: dict[str, Callable[[float], float]] = {
+    "cubic": lambda x: 1.0 - (1.0 - x) ** 3,  # Zhu and Gupta, equation 1
+    "linear": lambda x: x,
+    "cosine": lambda x: (1.0 - math.cos(math.pi * x)) / 2.0,
+    "step": lambda x: math.floor(x * STAIRS + 1e-9) / STAIRS,
+}
+"""What part of the way from the initial to the final sparsity is done after the part x of the time."""
+
+DROP: dict[str, Callable[[float], float]] = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,  # RigL, section 3 (2)
+}
+"""What part of the drop fraction is left after the part x of the time until ``stop``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """What every rule has.
+
+    Args:
+        sparsity: of the layers, in [0, 1); None takes already sparse layers as they are.
+
+    ``resizes`` says whether updates change how many weights a layer has.
+
+    Raises:
+        UserError: a field out of range, when the rule is built.
+    """
+
+    sparsity: float | None = None
+
+    grows: ClassVar[str] = "random"
+    accumulation: ClassVar[str] = "last"
+    grown_scale: ClassVar[float] = 0.0
+    grown_moments: ClassVar[str] = "zero"
+    protect_rows: ClassVar[bool] = False
+    resizes: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None:
+            check_sparsity(self.sparsity, f"{self.name}: sparsity")
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    def due(self, step: int) -> bool:
+        """Whether masks are updated after ``step`` optimizer steps."""
+        return False
+
+    def updates(self, end: int) -> Sequence[int]:
+        """Return the steps up to ``end``, itself included, after which masks are updated, in order."""
+        return [step for step in range(1, end + 1) if self.due(step)]
+
+    def layer_sparsity(self, reference: float, step: int) -> float:
+        """Return the sparsity after ``step`` steps of a layer that is allocated ``reference``."""
+        return reference
+
+    def drop(self, step: int) -> float:
+        """Return the fraction of its weights that an update at ``step`` takes from a layer and grows elsewhere."""
+        return 0.0
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether updates rank the gradients of weights that do not exist."""
+        return self.grows == "gradient"
+
+    def check(self, total_steps: int) -> None:
+        """Raise `UserError` if an update would come after the end of a training of that many steps, or none at all."""
+
+    def _refuse(self, text: str) -> UserError:
+        return UserError(f"{self.name}: {text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(Rule):
+    """The mask of the first step stays: SPDF (arXiv 2303.10464), MediSwift (arXiv 2403.00952).
+
+    The one rule under which SμPar (arXiv 2405.15743) claims that hyperparameters transfer across sparsity.
+    """
+
+    def updates(self, end: int) -> Sequence[int]:
+        return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Periodic(Rule):
+    """Updates every ``every`` steps, while start <= step < stop (None: without end)."""
+
+    every: int = 100
+    start: int = 0
+    stop: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.every < 1:
+            raise self._refuse(f"every={self.every} must be at least 1")
+        if self.start < 0:
+            raise self._refuse(f"start={self.start} must be at least 0")
+        if self.stop is not None and self.stop <= self.start:
+            raise self._refuse(f"stop={self.stop} must be above start={self.start}")
+
+    def due(self, step: int) -> bool:
+        return (
+            step > 0 and step % self.every == 0 and self.start <= step < (math.inf if self.stop is None else self.stop)
+        )
+
+    def updates(self, end: int) -> Sequence[int]:
+        last = end if self.stop is None else min(end, self.stop - 1)
+        return range(max(1, -(-self.start // self.every)) * self.every, last + 1, self.every)
+
+    def check(self, total_steps: int) -> None:
+        if self.stop is not None and self.stop > total_steps:
+            raise self._refuse(f"stop={self.stop} lies after the end of training, at step {total_steps}")
+        first = max(1, -(-self.start // self.every)) * self.every
+        if first > min(total_steps, math.inf if self.stop is None else self.stop - 1):
+            end = f"{total_steps} steps" if self.stop is None else f"stop={self.stop} of {total_steps} steps"
+            raise self._refuse(f"every={self.every} with start={self.start} leaves no update within {end}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Exchange(_Periodic):
+    drop_fraction: float = 0.3
+    drop_schedule: str = "constant"
+    protect_rows: bool = False  # type: ignore[misc]
+    grown_moments: str = "zero"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.drop_fraction < 1.0:
+            raise self._refuse(f"drop_fraction={self.drop_fraction} must lie in (0, 1)")
+        check_choice(f"{self.name}: drop_schedule", self.drop_schedule, DROP_SCHEDULES)
+        check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
+        if self.drop_schedule != "constant" and self.stop is None:
+            raise self._refuse(f"drop_schedule={self.drop_schedule} falls until stop; set stop")
+
+    def drop(self, step: int) -> float:
+        return self.drop_fraction * DROP[self.drop_schedule](step / self.stop if self.stop else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SET(_Exchange):
+    """Sparse evolutionary training (Mocanu et al. 2018, arXiv 1707.04780): drop the smallest, grow at random.
+
+    An update takes ``floor(drop * nnz)`` weights of smallest magnitude from each layer and grows as many at positions
+    drawn uniformly among those that were empty before the update, so that what was just dropped does not come back at
+    once. Of equal magnitudes the first in row-major order is dropped. The density never changes.
+
+    Args:
+        sparsity: of the layers. every, start, stop: in steps; no update at ``stop`` itself.
+        drop_fraction: zeta of the paper. drop_schedule: ``constant``, ``linear`` or ``cosine`` down to 0 at ``stop``.
+        protect_rows: never drop the largest weight of an output, as long as the others suffice. Without it an output
+            may lose its last weight; reports count these dead rows.
+        grown_moments: what the optimizer's state of a grown weight starts with: ``zero``, or ``mean``, the mean over
+            the layer's surviving weights. From zero, the first step of a grown weight under AdamW is 3.2 learning rates
+            at beta2 = 0.999 and 0.45 at 0.95, for beta1 = 0.9; see
+            `sparsetrain.sparsity.evolution.topology.apply_update`.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class RigL(_Exchange):
+    """Rigging the lottery (Evci et al. 2020, arXiv 1911.11134): drop the smallest, grow where the gradient is largest.
+
+    As `SET`, but what grows are the empty positions with the largest absolute gradient of the loss, had they been
+    weights of value zero. That dense gradient exists for one layer at a time, at update steps only. Of equal gradients
+    the first in row-major order grows. A layer that took no part in a step keeps its mask at it.
+
+    Two readings of Algorithm 1 are fixed here. It skips the optimizer's step when it updates the mask; here the mask is
+    updated after that step, from the gradient that the step used. And it lets a weight that was just dropped come back,
+    which in the published code keeps its value, so that it has not been dropped at all; here only positions that were
+    empty before the update grow, and every update exchanges exactly ``floor(drop * nnz)`` weights.
+
+    **SμPar is not claimed to transfer here.** Its argument (arXiv 2405.15743) needs weights that stay normal and masks
+    that are random: those of RigL are neither, and its authors found no stable optimum. Learning rates keep the
+    multipliers of the density at the start. In experiments/dynamic_masks_caveat the best rate falls as sparsity rises:
+    at 93.75 % it is 1.48 doublings (95 %: 1.34 to 1.61, three seeds) below that of static masks.
+
+    Args:
+        sparsity, every, start, stop, drop_fraction, drop_schedule, protect_rows, grown_moments: as in `SET`.
+        accumulation: with several backward passes a step: ``last`` ranks the gradient of the last one; ``staggered``
+            that of all, and spreads the layers' updates over the steps of a period, so that still only one dense
+            gradient exists at a time.
+        grown_scale: 0 starts grown weights at zero, as in the paper. c starts them at ``-c r g / rms(g)``, where g is
+            their gradient and r the root mean square of the layer's surviving weights.
+    """
+
+    grows: ClassVar[str] = "gradient"
+    accumulation: str = "last"  # type: ignore[misc]
+    grown_scale: float = 0.0  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(f"{self.name}: accumulation", self.accumulation, ACCUMULATION)
+        if not 0.0 <= self.grown_scale < math.inf:
+            raise self._refuse(f"grown_scale={self.grown_scale} must be at least 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GMP(_Periodic):
+    """Gradual magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878): from ``initial_sparsity`` down to ``sparsity``.
+
+    After t steps a layer that is allocated s_f is ``s_i + (s_f - s_i) p(x)`` sparse with ``x = (t - start) / (stop -
+    start)`` and, for ``cubic``, ``p = 1 - (1 - x)^3``. Updates come every ``every`` steps from ``start`` and at
+    ``stop``, after which the layer has its target to the element. The smallest magnitudes go, of equal ones the first
+    in row-major order; what is gone does not come back.
+
+    **SμPar is not claimed to transfer here.** Magnitude masks change the distribution of the weights that are left,
+    and its authors found no stable optimum (arXiv 2405.15743). Learning rates and weight decays keep the multipliers of
+    the density at the *start*, usually those of a dense model, also when the model has become sparse. In
+    experiments/dynamic_masks_caveat the best rate at 93.75 % is 0.58 doublings (95 %: 0.37 to 0.78, three seeds) above
+    that of static masks.
+
+    Args:
+        sparsity: at the end; None takes the sparsity of the plan.
+        every, start, stop: in steps; ``stop`` is needed.
+        initial_sparsity: 0 begins dense, with every weight stored in a `SparseLinear`.
+        curve: ``cubic``, ``linear``, ``cosine`` or ``step`` (four equal stairs).
+        protect_rows: as in `SET`.
+    """
+
+    resizes: ClassVar[bool] = True
+    initial_sparsity: float = 0.0
+    curve: str = "cubic"
+    protect_rows: bool = False  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stop is None:
+            raise self._refuse("stop=None: say at which step the final sparsity is reached")
+        check_sparsity(self.initial_sparsity, f"{self.name}: initial_sparsity")
+        if self.sparsity is not None and self.initial_sparsity > self.sparsity:
+            raise self._refuse(f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}")
+        check_choice(f"{self.name}: curve", self.curve, CURVES)
+
+    def due(self, step: int) -> bool:
+        assert self.stop is not None
+        inside = step > 0 and self.start <= step <= self.stop
+        return inside and ((step - self.start) % self.every == 0 or step == self.stop)
+
+    def updates(self, end: int) -> Sequence[int]:
+        assert self.stop is not None
+        regular = [step for step in range(self.start, min(end, self.stop) + 1, self.every) if step > 0]
+        return regular if not self.start <= self.stop <= end or self.stop in regular[-1:] else [*regular, self.stop]
+
+    def layer_sparsity(self, reference: float, step: int) -> float:
+        assert self.stop is not None
+        if step >= self.stop:
+            return reference
+        # Between two updates the target is that of the one before.
+        updated = self.start + max(0, step - self.start) // self.every * self.every
+        progress = PROGRESS[self.curve]((updated - self.start) / (self.stop - self.start))
+        initial = min(self.initial_sparsity, reference)
+        return initial + (reference - initial) * progress
+
+    def check(self, total_steps: int) -> None:
+        assert self.stop is not None
+        if self.stop > total_steps:
+            raise self._refuse(f"stop={self.stop} lies after the end of training, at step {total_steps}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariableSparsity(Rule):
+    """A sparsity that changes at given steps, usually downwards: 90 % → 50 % → dense (variable SPDF).
+
+    New weights start at zero with fresh moments, at positions drawn at random or, with ``grow="gradient"``, where the
+    gradient is largest. A rising sparsity drops the smallest magnitudes. A layer whose group has a sparsity of its own
+    keeps its ratio to the others: it is ``own * s(t) / s(0)`` sparse.
+
+    Learning rates keep the SμPar multipliers of the density at the start; SμPar makes no claim about other densities
+    within one run.
+
+    Args:
+        sparsity: at the start, and what layers are allocated their own by.
+        phases: ``(step, sparsity)`` pairs in order; from that step on the sparsity holds. One at step 0 is what the
+            training begins with, in place of ``sparsity``: so masks may begin dense.
+        grow: ``random`` or ``gradient``. grown_moments: as in `SET`.
+    """
+
+    resizes: ClassVar[bool] = True
+    phases: Sequence[tuple[int, float]] = ()
+    grow: str = "random"
+    protect_rows: bool = False  # type: ignore[misc]
+    grown_moments: str = "zero"  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sparsity:
+            raise self._refuse(f"sparsity={self.sparsity} at the start must be above 0")
+        if not self.phases:
+            raise self._refuse("phases=(): at least one (step, sparsity) is needed")
+        before = -1
+        for step, sparsity in self.phases:
+            if step <= before:
+                raise self._refuse(f"phases: step {step} must be above {before}")
+            check_sparsity(sparsity, f"{self.name}: sparsity of the phase at step {step}")
+            before = step
+        check_choice(f"{self.name}: grow", self.grow, GROWTH)
+        check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
+
+    @property
+    def grows(self) -> str:  # type: ignore[override]
+        return self.grow
+
+    def due(self, step: int) -> bool:
+        return step > 0 and any(step == at for at, _ in self.phases)
+
+    def updates(self, end: int) -> Sequence[int]:
+        return [at for at, _ in self.phases if 0 < at <= end]
+
+    def layer_sparsity(self, reference: float, step: int) -> float:
+        assert self.sparsity is not None
+        now = self.sparsity
+        for at, sparsity in self.phases:
+            if at <= step:
+                now = sparsity
+        return reference if now == self.sparsity else reference * now / self.sparsity
+
+    def check(self, total_steps: int) -> None:
+        last = self.phases[-1][0]
+        if last >= total_steps:
+            raise self._refuse(f"the phase at step {last} lies after the end of training, at step {total_steps}")
+
+
+def make_rule(plan: SparsityConfig, total_steps: int) -> Rule:
+    """Return the rule that ``plan.evolution`` describes for a training of ``total_steps``.
+
+    Fractions of training become steps, rounded to the nearest.
+
+    Raises:
+        UserError: no update would ever happen, or one after the end; the message names the field.
+    """
+    settings = plan.evolution
+    window = {
+        "every": settings.every,
+        "start": round(settings.start * total_steps),
+        "stop": round(settings.stop * total_steps),
+    }
+    exchange = {
+        "drop_fraction": settings.drop_fraction,
+        "drop_schedule": settings.drop_schedule,
+        "protect_rows": settings.protect_rows,
+        "grown_moments": settings.grown_moments,
+    }
+    if settings.rule != "static" and not plan.is_sparse:
+        raise UserError(
+            f"sparsity.evolution.rule={settings.rule}: sparsity.sparsity=0 leaves no mask that could change"
+        )
+    rule: Rule
+    try:
+        if settings.rule == "set":
+            rule = SET(**window, **exchange)  # type: ignore[arg-type]
+        elif settings.rule == "rigl":
+            rule = RigL(
+                **window,  # type: ignore[arg-type]
+                **exchange,  # type: ignore[arg-type]
+                accumulation=settings.accumulation,
+                grown_scale=settings.grown_scale,
+            )
+        elif settings.rule == "gmp":
+            rule = GMP(
+                **window,
+                initial_sparsity=settings.initial_sparsity,
+                curve=settings.curve,
+                protect_rows=settings.protect_rows,
+            )
+        elif settings.rule == "vspdf":
+            rule = VariableSparsity(
+                sparsity=plan.sparsity,
+                phases=tuple((round(phase.at * total_steps), phase.sparsity) for phase in settings.phases),
+                grow=settings.grow,
+                protect_rows=settings.protect_rows,
+                grown_moments=settings.grown_moments,
+            )
+        else:
+            rule = Static()
+        rule.check(total_steps)
+    except UserError as error:
+        raise UserError(f"sparsity.evolution: {error}") from None
+    return rule

@@ -1,0 +1,226 @@
+"""One change of a layer's mask: which weights stay, which grow, and how everything that belongs to them follows.
+
+Legend: a *unit* is a block of the pattern, a single weight for the block (1, 1); [U, V] is the grid of units of a
+matrix [R, C].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.config import MOMENTS
+from sparsetrain.sparsity.evolution.optimizers import _ELEMENTWISE as _ELEMENTWISE
+from sparsetrain.sparsity.evolution.optimizers import check_optimizer as check_optimizer
+from sparsetrain.sparsity.evolution.optimizers import innermost
+from sparsetrain.sparsity.evolution.optimizers import register_elementwise_optimizer as register_elementwise_optimizer
+from sparsetrain.sparsity.layers.linear import SparseLinear
+from sparsetrain.sparsity.patterns.pattern import Run, SparsityPattern
+
+GROWN = -1
+
+
+@dataclass(frozen=True)
+class TopologyUpdate:
+    """A new pattern, and where each of its values comes from: what survives keeps its order.
+
+    Args:
+        pattern: the new one.
+        kept: bool ``[units]`` of the old pattern. fresh: bool ``[units]`` of the new one, true for those that grew;
+            None if there are none.
+        runs: slices of old and of new units with the same survivors.
+    """
+
+    pattern: SparsityPattern
+    kept: Tensor
+    fresh: Tensor | None
+    runs: list[tuple[slice, slice]]
+
+    @classmethod
+    def between(cls, old: SparsityPattern, new: SparsityPattern) -> TopologyUpdate:
+        """Return the update that leads from one pattern to another of the same shape and block.
+
+        Raises:
+            UserError: the patterns differ in shape or block.
+        """
+        if old.shape != new.shape or old.block != new.block:
+            raise UserError(
+                f"patterns differ in shape or block: {old.shape} in blocks of {old.block}, {new.shape} in {new.block}"
+            )
+        kept = torch.empty(old.col.numel(), dtype=torch.bool, device=old.device)
+        fresh = torch.empty(new.col.numel(), dtype=torch.bool, device=old.device)
+        columns = grid_of(old)[1]
+        for before, after in zip(old.runs(), new.runs(), strict=True):
+            was, now = old.cells(before), new.cells(after)
+            stored = torch.zeros(rows_in(before) * columns, dtype=torch.bool, device=old.device)
+            stored[now] = True
+            kept[before.units] = stored[was]
+            stored.zero_()[was] = True
+            fresh[after.units] = ~stored[now]
+        return cls(new, kept, fresh, _shared_runs(old, new))
+
+    @classmethod
+    def exchange(cls, old: SparsityPattern, kept: Tensor, grown: Tensor) -> TopologyUpdate:
+        """Return the update that keeps some units and grows others.
+
+        Args:
+            kept: bool ``[units]`` of ``old``; belongs to the update from now on.
+            grown: int64 or int32, increasing: row-major places in the grid of units that ``old`` does not store.
+        """
+        rows, columns = grid_of(old)
+        units = count_true(kept) + len(grown)
+        col = torch.empty(units, dtype=torch.int32, device=old.device)
+        row_ptr = torch.zeros(rows + 1, dtype=torch.int64, device=old.device)
+        fresh = torch.zeros(units, dtype=torch.bool, device=old.device) if len(grown) else None
+        runs = old.runs(units=max(units, len(kept)))
+        starts = torch.tensor([run.rows.start * columns for run in runs], dtype=grown.dtype, device=grown.device)
+        ends = [*torch.searchsorted(grown, starts).tolist(), len(grown)]
+        done = 0
+        for index, run in enumerate(runs):
+            cells = old.cells(run)[kept[run.units]]
+            if fresh is not None:
+                born = grown[ends[index] : ends[index + 1]].to(torch.int64) - run.rows.start * columns
+                # Both are sorted: what grew goes behind the survivors before it, and those that grew before.
+                place = torch.searchsorted(cells, born).add_(torch.arange(len(born), device=born.device))
+                here = fresh[done : done + len(cells) + len(born)]
+                here[place] = True
+                merged = cells.new_empty(len(here))
+                merged[place] = born
+                cells = merged.masked_scatter_(~here, cells)
+            counts = torch.bincount(cells // columns, minlength=rows_in(run))
+            row_ptr[run.rows.start + 1 : run.rows.stop + 1] = counts
+            col[done : done + len(cells)] = cells.remainder_(columns)
+            done += len(cells)
+        new = SparsityPattern.of_sorted(old, row_ptr.cumsum_(0), col)
+        return cls(new, kept, fresh, _shared_runs(old, new))
+
+    @property
+    def grown(self) -> Tensor:
+        """Bool ``[nnz]`` of the new pattern: the values that are new."""
+        size = self.pattern.block[0] * self.pattern.block[1]
+        if self.fresh is None:
+            return torch.zeros(self.pattern.nnz, dtype=torch.bool, device=self.pattern.device)
+        return self.fresh.repeat_interleave(size) if size > 1 else self.fresh
+
+    @property
+    def grown_count(self) -> int:
+        """Number of values that are new."""
+        size = self.pattern.block[0] * self.pattern.block[1]
+        return 0 if self.fresh is None else count_true(self.fresh) * size
+
+    @property
+    def source(self) -> Tensor:
+        """Int64 ``[nnz]`` of the new pattern: the place of each value in the old vector, or -1 for one that grew."""
+        size = self.pattern.block[0] * self.pattern.block[1]
+        source = torch.full((self.pattern.nnz,), GROWN, dtype=torch.int64, device=self.pattern.device)
+        survivors = self.kept.nonzero() * size + torch.arange(size, device=source.device)
+        source[~self.grown] = survivors.view(-1)
+        return source
+
+    def carry(self, tensor: Tensor) -> Tensor:
+        """Return ``[new nnz]``: the entries of ``tensor`` ``[old nnz]`` that survive, bit for bit, and zeros."""
+        size = self.pattern.block[0] * self.pattern.block[1]
+        old = tensor.detach().reshape(-1, size)
+        new = old.new_zeros(self.pattern.col.numel(), size)
+        for before, after in self.runs:
+            survivors = old[before][self.kept[before]]
+            if self.fresh is None:
+                new[after] = survivors
+            else:
+                new[after][~self.fresh[after]] = survivors
+        return new.view(-1)
+
+
+def rows_in(run: Run) -> int:
+    """Return the number of block rows of a run."""
+    return run.rows.stop - run.rows.start
+
+
+def _shared_runs(old: SparsityPattern, new: SparsityPattern) -> list[tuple[slice, slice]]:
+    units = max(old.col.numel(), new.col.numel())
+    pairs = zip(old.runs(units=units), new.runs(units=units), strict=True)
+    return [(before.units, after.units) for before, after in pairs]
+
+
+def grid_of(pattern: SparsityPattern) -> tuple[int, int]:
+    """Return [U, V]."""
+    return pattern.shape[0] // pattern.block[0], pattern.shape[1] // pattern.block[1]
+
+
+def stored_in(pattern: SparsityPattern, run: Run) -> Tensor:
+    """Return bool ``[rows, V]`` of a run's block rows, true where a block is stored."""
+    stored = torch.zeros(rows_in(run), grid_of(pattern)[1], dtype=torch.bool, device=pattern.device)
+    stored.view(-1)[pattern.cells(run)] = True
+    return stored
+
+
+def active_units(pattern: SparsityPattern) -> Tensor:
+    """Return bool ``[U, V]``, true where a block is stored."""
+    active = torch.empty(grid_of(pattern), dtype=torch.bool, device=pattern.device)
+    for run in pattern.runs():
+        active[run.rows] = stored_in(pattern, run)
+    return active
+
+
+def count_true(mask: Tensor) -> int:
+    """Return how many entries of a bool tensor are true."""
+    # The sum of a bool tensor is taken of a copy in int64, eight times its size.
+    return int(torch.count_nonzero(mask))
+
+
+def apply_update(
+    layer: SparseLinear,
+    update: TopologyUpdate,
+    optimizer: Optimizer | None = None,
+    grown: Tensor | None = None,
+    grown_moments: str = "zero",
+) -> None:
+    """Give a layer its new pattern; values, gradient and optimizer state move alike.
+
+    The Parameter object stays. What survives keeps its bits; what grew starts at zero (or at ``grown``), with a zero
+    gradient.
+
+    In every tensor of the optimizer that has one entry per weight, what grew starts at zero, or, with
+    ``grown_moments="mean"``, at the mean of the survivors' entries. The first step of a weight whose moments are zero
+    is larger than the learning rate where beta2 is large: an optimizer that has done many steps corrects no bias any
+    more, so the weight moves by ``(1 - beta1) / sqrt(1 - beta2)`` learning rates under Adam and AdamW, whatever its
+    gradient: by 3.2 at betas of 0.9 and 0.999, by 0.45 at 0.9 and 0.95.
+
+    Args:
+        layer: changed in place. update: from its present pattern.
+        optimizer: whose state follows, or a wrapper around it.
+        grown: initial values ``[number that grew]``, zeros if None.
+        grown_moments: ``zero`` or ``mean``.
+
+    Raises:
+        UserError: a tensor of the optimizer that has neither one entry per weight nor one for all; nothing is changed.
+    """
+    check_choice("grown_moments", grown_moments, MOMENTS)
+    parameter = layer.values
+    state = {} if optimizer is None else innermost(optimizer).state.get(parameter, {})
+    shape = parameter.shape
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.shape != shape and tensor.numel() > 1:
+            raise UserError(
+                f"optimizer state '{key}' has shape {tuple(tensor.shape)}, which cannot follow {parameter.numel()} "
+                "weights to other positions"
+            )
+    # One tensor after the other: each is freed before the next one is made.
+    layer.move_topology(update.pattern, update.carry)
+    if grown is not None:
+        parameter.data[update.grown] = grown.to(parameter)
+    for key, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.shape == shape:
+            state[key] = update.carry(tensor)
+            if grown_moments == "mean" and tensor.is_floating_point() and update.fresh is not None:
+                _fill_with_mean(state[key], update.grown)
+
+
+def _fill_with_mean(tensor: Tensor, grown: Tensor) -> None:
+    survivors = tensor[~grown]
+    if survivors.numel() > 0:
+        tensor[grown] = survivors.double().mean().to(tensor)

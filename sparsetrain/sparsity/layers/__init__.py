@@ -1,0 +1,1 @@
+"""Sparse layers, and the surgery that puts them into a model."""

@@ -1,0 +1,361 @@
+"""Make the linear layers of any model sparse, or dense again, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from sparsetrain import seeds, wrappers
+from sparsetrain.errors import UserError, nearest
+from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.layers.allocation import allocate_densities, choose
+from sparsetrain.sparsity.layers.experts import (
+    LAYERS,
+    experts_of,
+    has_split_experts,
+    join_experts,
+    split_experts,
+    stacks_of,
+)
+from sparsetrain.sparsity.layers.foreign import (
+    Rows,
+    adapters_of,
+    as_linear,
+    check_unwrapped,
+    give_back,
+    is_conv1d,
+    is_linear,
+    matrix_of,
+    refusal,
+    shape_of,
+    take_over,
+    tied_heads,
+    uses_of,
+)
+from sparsetrain.sparsity.layers.linear import SparseLinear
+from sparsetrain.sparsity.layers.multihead import SparseMultiheadAttention, can_split, projections_of
+from sparsetrain.sparsity.layers.names import default_reason
+from sparsetrain.sparsity.layers.ranks import warn_of_own_draws
+from sparsetrain.sparsity.layers.replaced import note_successors
+from sparsetrain.sparsity.layers.summary import large_dense, warn_of_dense
+from sparsetrain.sparsity.patterns.draw import full_pattern, given_pattern, make_pattern
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+from sparsetrain.sparsity.patterns.spec import PatternSpec
+
+__all__ = ["densify", "is_conv1d", "sparse_layers", "sparsify"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def sparse_layers(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
+    """Yield ``(qualified name, layer)`` for every sparse layer of ``model``; wrappers are no part of the name."""
+    for name, module in wrappers.named_modules(model):
+        if isinstance(module, SparseLinear):
+            yield name, module
+
+
+def sparsify(
+    model: Model,
+    sparsity: float | None = None,
+    *,
+    include: list[str] | None = None,
+    exclude: list[str] | None = None,
+    pattern: str = "random",
+    backend: str = "auto",
+    seed: int | None = None,
+    plan: SparsityConfig | None = None,
+    masks: Mapping[str, Any] | None = None,
+) -> Model:
+    """Replace linear layers by `SparseLinear`, keeping the weights at the positions that stay.
+
+    By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced but heads, routers and embeddings, which
+    `SparsityConfig` defines. The input projections of ``nn.MultiheadAttention`` become the layers ``q_proj``,
+    ``k_proj`` and ``v_proj`` (`SparseMultiheadAttention`). Experts in one tensor ``NAME`` ``[experts, out, in]`` become
+    the layers ``NAME_layers.0`` and so on, and ``NAME`` is read from them. One warning names what else stays dense and
+    holds more than 1 % of the weights; `summary` lists everything.
+
+    Each layer's mask is a function of the seed and its qualified name, so that no two layers share one;
+    ``torch.compile`` and other wrappers are no part of a name. A plan whose masks evolve gives the masks of step 0;
+    `MaskManager` changes them.
+
+    Args:
+        model: changed in place.
+        sparsity: fraction of zeros in [0, 1). Give this with the options beside it, or ``plan`` or ``masks`` alone.
+        include, exclude: globs over qualified names.
+        pattern: ``magnitude`` keeps the largest weights of the model; the others are listed in `SparsityConfig`.
+        backend: as in `SparsityConfig`; with a plan, its own counts.
+        seed: None draws from torch's global generator. ``plan.seed``, when set, wins.
+        plan: several groups with a sparsity of their own, and every other option.
+        masks: qualified name -> mask ``[out_features, in_features]`` of each layer to replace: anything that
+            `given_pattern` takes, for example what `load_masks` returns.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        UserError: bad sparsity, globs that match nothing, a layer left without weights, a mask of another shape or for
+            no layer, a model that is itself a linear layer or is inside DDP or FSDP, or a layer that a sparse one
+            cannot replace, by name: its weight is shared, computed, quantized, on the meta device or has no size yet,
+            or its class has a forward of its own. The model is then unchanged.
+    """
+    options = include is not None or exclude is not None or pattern != "random"
+    if masks is not None:
+        if sparsity is not None or plan is not None or options:
+            raise UserError("sparsify: masks say which layers are sparse, and how; give them without sparsity or plan")
+    elif (sparsity is None) == (plan is None):
+        raise UserError("sparsify: give exactly one of sparsity and plan, or masks alone")
+    elif plan is not None and (options or backend != "auto"):
+        raise UserError("sparsify: include, exclude, pattern and backend belong into the plan when one is given")
+    linears = linear_layers(model)
+    if masks is not None:
+        _check_masks(masks, linears)
+        check_replaceable(model, linears, masks)
+        replace_linears(model, linears, {name: given_pattern(mask) for name, mask in masks.items()}, backend)
+        return model
+    if plan is None:
+        assert sparsity is not None
+        globs: dict[str, Any] = {"include": include, "exclude": exclude}
+        chosen = {key: value for key, value in globs.items() if value is not None}
+        plan = SparsityConfig(sparsity=sparsity, pattern=pattern, backend=backend, **chosen)
+    if plan.seed is None and seed is None:
+        warn_of_own_draws("sparsify")
+    base_seed = seeds.resolve_seed(plan.seed if plan.seed is not None else seed)
+    kept = kept_by_default(model, linears)
+    check_replaceable(model, linears, planned_names(model, linears, plan, kept))
+    layers = plan_layers(shapes_of(linears), plan, kept)
+    replace_linears(model, linears, draw_patterns(linears, layers, base_seed), plan.backend)
+    if layers:
+        warn_of_dense(model, plan, "sparsify", stacklevel=3)
+    return model
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What a plan means for one layer: the density it is allocated, that of step 0, and the kind of pattern."""
+
+    density: float
+    start: float
+    spec: PatternSpec
+
+
+def plan_layers(
+    shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, kept: Collection[str] | None = None
+) -> dict[str, LayerPlan]:
+    """Return the layers of a plan that are sparse at some time; those that stay dense throughout are left out.
+
+    Args:
+        kept: as `sparsetrain.sparsity.layers.allocation.choose` takes it.
+
+    Raises:
+        UserError: as `sparsetrain.sparsity.layers.allocation.allocate_densities`.
+    """
+    groups = choose(shapes, plan, kept)
+    evolution, layers = plan.evolution, {}
+    for name, density in allocate_densities(shapes, plan, kept=kept).items():
+        if density < 1.0:
+            start = density
+            if evolution.rule == "gmp":  # begins less sparse than what it is allocated, usually dense
+                start = max(density, 1.0 - evolution.initial_sparsity)
+            elif evolution.rule == "vspdf" and evolution.phases[0].at == 0.0:
+                start = 1.0 - (1.0 - density) * evolution.phases[0].sparsity / plan.sparsity
+            group = groups[name]
+            layers[name] = LayerPlan(density, start, plan.spec(group.pattern if group is not None else None))
+    return layers
+
+
+def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
+    """Return ``(out_features, in_features)`` of linear and sparse layers by name."""
+    return {name: shape_of(layer) for name, layer in layers.items()}
+
+
+def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the linear layers of a model, dense or sparse, by qualified name and in its order.
+
+    The input projections of an ``nn.MultiheadAttention`` are among them, as `Rows`.
+
+    Raises:
+        UserError: the model is itself a linear layer or an attention module.
+    """
+    uses = uses_of(model)
+    found: dict[str, nn.Module] = {}
+    for name, module in wrappers.named_modules(model):
+        if is_linear(module) or isinstance(module, SparseLinear):
+            found[name] = module
+        elif isinstance(module, nn.MultiheadAttention) and can_split(module, uses) and name:
+            found |= projections_of(name, module)
+        else:
+            for leaf in stacks_of(name, module, uses):
+                found |= experts_of(name, module, leaf)
+    if "" in found and not isinstance(found[""], SparseLinear):
+        raise UserError("the model is itself a linear layer: use SparseLinear.from_linear(layer, pattern)")
+    return found
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the dense ones among `matrix_layers`."""
+    return {name: layer for name, layer in matrix_layers(model).items() if not isinstance(layer, SparseLinear)}
+
+
+def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
+    """Return the names of the layers that stay dense unless the user's own globs say otherwise."""
+    others = [name for name, _ in wrappers.named_modules(model)]
+    others += [name for name, _ in wrappers.named_parameters(model)]
+    return {name for name in layers if default_reason(name, others) is not None} | tied_heads(model, layers)
+
+
+def planned_names(
+    model: nn.Module, layers: Collection[str], plan: SparsityConfig, kept: Collection[str] | None
+) -> list[str]:
+    """Return the layers that a plan takes and does not leave dense by a group of sparsity 0.
+
+    Raises:
+        UserError: as `sparsetrain.sparsity.layers.allocation.choose`; the line also names large matrices of the
+            model that are no linear layers.
+    """
+    if not plan.is_sparse:
+        return []
+    try:
+        chosen = choose(layers, plan, kept)
+    except UserError as error:
+        others = large_dense(model, plan)
+        raise UserError(f"{error}; no linear layers are {'; '.join(others)}" if others else str(error)) from None
+    free = plan.sparsity > 0.0 or plan.nnz is not None
+    return [name for name, group in chosen.items() if (free if group is None else group.sparsity > 0.0)]
+
+
+def check_replaceable(model: nn.Module, linears: Mapping[str, nn.Module], names: Collection[str]) -> None:
+    """Refuse layers that a sparse layer cannot replace.
+
+    Raises:
+        UserError: the first of them, by name, and why; or a model inside DDP or FSDP.
+    """
+    if not names:
+        return
+    uses, adapters = uses_of(model), adapters_of(model)
+    for name in names:
+        layer = linears[name]
+        reason = None if isinstance(layer, Rows) else refusal(name, layer, uses, adapters)
+        if reason is not None:
+            raise UserError(f"{name}: {reason}; exclude it from sparsify")
+        _check_bare(model, layer.holder if isinstance(layer, Rows) else name)
+    check_unwrapped(model, "sparsify")
+
+
+def draw_patterns(
+    linears: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan], seed: int
+) -> dict[str, SparsityPattern]:
+    """Return the masks of step 0 of some layers, each a function of the seed and the name (and of its weights, where
+    those are ranked)."""
+    patterns = {}
+    shapes = shapes_of({name: linears[name] for name in layers})
+    for name, layer in layers.items():
+        weight: Tensor | None = None
+        if layer.spec.name == "magnitude":
+            weight = matrix_of(linears[name])
+        draws = seeds.generator(seed, "mask", name)
+        try:
+            if layer.start == 1.0:  # nothing to choose yet, but blocks are stored as such
+                patterns[name] = full_pattern(shapes[name], layer.spec.block)
+            else:
+                patterns[name] = make_pattern(layer.spec, shapes[name], layer.start, draws, weight)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+    return patterns
+
+
+def replace_linears(
+    model: nn.Module, linears: Mapping[str, nn.Module], patterns: Mapping[str, SparsityPattern], backend: str
+) -> dict[str, SparseLinear]:
+    """Put sparse layers in the place of those that ``patterns`` names, all or none; return them by name.
+
+    Call `check_replaceable` first.
+    """
+    layers: dict[str, SparseLinear] = {}
+    for name, pattern in patterns.items():
+        old = linears[name]
+        sparse = SparseLinear.from_linear(as_linear(old), pattern, backend)
+        layers[name] = sparse if isinstance(old, Rows) else take_over(old, sparse)
+    holders = {old.holder for name in layers if isinstance(old := linears[name], Rows)}
+    for holder in sorted(holders):
+        parts = {name: old for name, old in linears.items() if isinstance(old, Rows) and old.holder == holder}
+        _split(model, holder, parts, layers)
+    for name, layer in layers.items():
+        layer.label = name
+        if not isinstance(linears[name], Rows):
+            wrappers.replace_module(model, name, layer)
+    return layers
+
+
+def _split(model: nn.Module, holder: str, parts: Mapping[str, Rows], layers: Mapping[str, SparseLinear]) -> None:
+    """Make layers of the parts of a module's larger matrices: the sparse ones, and dense ones of what stays dense."""
+    module = wrappers.find_module(model, holder)
+    if isinstance(module, nn.MultiheadAttention):
+        made = {part.child: layers[name] if name in layers else part.copy() for name, part in parts.items()}
+        wrappers.replace_module(model, holder, SparseMultiheadAttention(module, made))
+        return
+    stacks: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        stacks.setdefault(part.child.rpartition(".")[0].removesuffix(LAYERS), []).append(name)
+    for leaf, names in stacks.items():
+        if any(name in layers for name in names):
+            stack = module._parameters[leaf]
+            assert stack is not None
+            values = [layers[name].values for name in names if name in layers]
+            note_successors(f"{holder}.{leaf}" if holder else leaf, stack, values)
+            split_experts(module, leaf, [layers[name] if name in layers else parts[name].copy() for name in names])
+
+
+def _check_masks(masks: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> None:
+    shapes = shapes_of(linears)
+    for name, mask in masks.items():
+        if name not in linears:
+            raise UserError(f"masks['{name}'] is for no linear layer of the model{nearest(name, linears)}")
+        if tuple(mask.shape) != shapes[name]:
+            raise UserError(f"masks['{name}'] has shape {tuple(mask.shape)}; the layer needs {shapes[name]}")
+
+
+def densify(model: Model) -> Model:
+    """Replace every `SparseLinear` by a dense layer in place, zeros where the mask was; returns ``model``.
+
+    Each layer gets the class that `sparsify` found there: a Conv1D, a subclass of ``nn.Linear``, or an
+    ``nn.MultiheadAttention`` or a tensor of experts around it. All of the dense weights train afterwards. The weights
+    are new objects: build the optimizer after this.
+
+    Raises:
+        UserError: the model is itself a sparse layer, or it is inside DDP or FSDP. The model is then unchanged.
+    """
+    # With duplicates: a layer that the model uses in two places stays one layer.
+    everything = list(wrappers.named_modules(model, remove_duplicate=False))
+    sparse = [(name, layer) for name, layer in everything if isinstance(layer, SparseLinear)]
+    attention = [(name, module) for name, module in everything if isinstance(module, SparseMultiheadAttention)]
+    if any(name == "" for name, _ in sparse):
+        raise UserError("the model is itself a sparse layer: use layer.to_linear()")
+    if sparse or attention:
+        check_unwrapped(model, "densify")
+    for name, _ in [*sparse, *attention]:
+        _check_bare(model, name)
+    dense: dict[nn.Module, nn.Module] = {}
+    for name, layer in sparse:
+        if layer not in dense:
+            dense[layer] = give_back(layer)
+        wrappers.replace_module(model, name, dense[layer])
+    for name, module in attention:
+        if module not in dense:
+            dense[module] = module.dense()
+        wrappers.replace_module(model, name, dense[module])
+    for _, holder in everything:
+        if has_split_experts(holder):
+            join_experts(holder)
+    return model
+
+
+def _check_bare(model: nn.Module, name: str) -> None:
+    """Refuse a layer that has a wrapper of its own, before anything is changed."""
+    parent, _, child = name.rpartition(".")
+    inner = wrappers.find_module(model, parent).get_submodule(child) if name else model
+    if wrappers.wrapped_child(inner) is not None:
+        kind = type(inner).__name__
+        raise UserError(f"{name}: it is wrapped ({kind}); change the bare layer first, then compile or wrap it")

@@ -1,0 +1,258 @@
+"""Which positions of a matrix hold weights at the start of training: the makers of each kind of pattern."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity.patterns.foreign import is_sparse, pattern_of_sparse
+from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+from sparsetrain.sparsity.patterns.select import random_cells, split_evenly, top_cells
+from sparsetrain.sparsity.patterns.spec import PatternSpec, block_grid, exact_count, kept_of_m, kept_regions
+
+CURVEBALL_ROUNDS = 16  # trades per row, after which a fan-out balanced pattern keeps no trace of how it was begun
+
+
+def random_pattern(
+    shape: tuple[int, int], density: float, generator: torch.Generator, bands: tuple[int, int] = (1, 1)
+) -> SparsityPattern:
+    """Return a uniformly random pattern with exactly ``round(density * R * C)`` nonzeros.
+
+    The count is exact, not Bernoulli: SμPar (arXiv 2405.15743) divides by the density, and at small widths the
+    density that a coin throws differs from the one that was asked for.
+
+    Raises:
+        UserError: density outside (0, 1], or so small that no weight is left.
+    """
+    return make_pattern(PatternSpec("random", bands=bands), shape, density, generator)
+
+
+def block_pattern(
+    shape: tuple[int, int],
+    density: float,
+    generator: torch.Generator,
+    block: tuple[int, int],
+    bands: tuple[int, int] = (1, 1),
+) -> SparsityPattern:
+    """Return a pattern of randomly placed blocks.
+
+    Where the block divides the matrix, the pattern stores blocks. Otherwise blocks at the right and lower edge are cut
+    off, each size of block keeps its share, and the pattern stores single weights.
+
+    Raises:
+        UserError: a block larger than the matrix, or a density outside (0, 1] or too small for one block.
+    """
+    return make_pattern(PatternSpec("block", block=block, bands=bands), shape, density, generator)
+
+
+def magnitude_pattern(
+    weight: Tensor, density: float, block: tuple[int, int] = (1, 1), bands: tuple[int, int] = (1, 1)
+) -> SparsityPattern:
+    """Return the pattern of the largest magnitudes of ``weight`` ``[R, C]``; of blocks, by the sum of magnitudes.
+
+    Args:
+        bands: rank inside each band on its own, for example each head.
+
+    Raises:
+        UserError: density out of range, a block or bands that do not divide the matrix, or a weight that is NaN.
+    """
+    rows, columns = weight.shape
+    spec = PatternSpec("magnitude", block=block, bands=bands)
+    return make_pattern(spec, (rows, columns), density, torch.Generator(), weight)
+
+
+def balanced_pattern(
+    shape: tuple[int, int], density: float, generator: torch.Generator, fan_out: bool = False
+) -> SparsityPattern:
+    """Return a random pattern with the same fan-in in every row: counts differ by at most one, the total is exact.
+
+    Args:
+        fan_out: give the columns counts that differ by at most one, too.
+    """
+    return make_pattern(PatternSpec("balanced", fan_out=fan_out), shape, density, generator)
+
+
+def nm_pattern(shape: tuple[int, int], n: int, m: int, generator: torch.Generator) -> SparsityPattern:
+    """Return a random n:m pattern: of every ``m`` consecutive inputs of an output, ``n`` have a weight."""
+    return make_pattern(PatternSpec("nm", m=m), shape, n / m, generator)
+
+
+def given_pattern(mask: Any, block: tuple[int, int] = (1, 1)) -> SparsityPattern:
+    """Return a mask of the user's own as a pattern.
+
+    Args:
+        mask: bool ``[out_features, in_features]`` as a tensor or an array, a `SparsityPattern`, or a sparse matrix of
+            scipy or torch, of which the entries other than zero count. Indices are checked before any code follows
+            them.
+
+    Raises:
+        UserError: another type or dtype, blocks that are only partly true, or indices outside of the matrix.
+    """
+    if isinstance(mask, SparsityPattern):
+        return mask
+    if is_sparse(mask):
+        pattern = pattern_of_sparse(mask)
+        return pattern if block == (1, 1) else SparsityPattern.from_mask(pattern.mask(), block)
+    if isinstance(mask, Tensor):
+        return SparsityPattern.from_mask(mask, block)
+    if hasattr(mask, "dtype") and hasattr(mask, "shape"):
+        array = np.asarray(mask)
+        if array.dtype != bool:
+            raise UserError(f"mask has dtype {array.dtype}; bool is needed (for example weight != 0)")
+        return SparsityPattern.from_mask(torch.tensor(array), block)
+    raise UserError(f"mask is a {type(mask).__name__}; a bool tensor or array, or a sparse matrix is needed")
+
+
+def full_pattern(shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> SparsityPattern:
+    """Return the pattern without a zero, in blocks where they divide the matrix: where gradual pruning begins."""
+    return _unit_pattern(shape, torch.ones(block_grid(shape, block), dtype=torch.bool, device="cpu"), block)
+
+
+def _unit_pattern(shape: tuple[int, int], units: Tensor, block: tuple[int, int]) -> SparsityPattern:
+    """Return the pattern whose blocks are the true ``units``, bool ``[ceil(R / bh), ceil(C / bw)]``."""
+    (rows, columns), (bh, bw) = shape, block
+    if (rows % bh, columns % bw) != (0, 0):
+        full = units.repeat_interleave(bh, 0).repeat_interleave(bw, 1)
+        return SparsityPattern.from_mask(full[:rows, :columns].contiguous())
+    grid = SparsityPattern.from_mask(units)
+    return grid if block == (1, 1) else SparsityPattern(shape, grid.row_ptr, grid.col, block)
+
+
+def _random(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    regions = kept_regions(spec, shape, density)
+    # On the CPU whatever torch's default device is: so is the generator.
+    units = torch.zeros(block_grid(shape, spec.block), dtype=torch.bool, device="cpu")
+    for region in regions:
+        candidates = torch.ones_like(units[region.place])
+        units[region.place] = random_cells(candidates, region.kept, generator)
+    return _unit_pattern(shape, units, spec.block)
+
+
+def _magnitude(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    if weight is None:
+        raise UserError("pattern 'magnitude' ranks weights; there are none here: sparsify a model that has them")
+    if tuple(weight.shape) != shape:
+        raise UserError(f"weight has shape {tuple(weight.shape)}; the pattern needs {shape}")
+    (rows, columns), (bh, bw) = shape, spec.block
+    if rows % bh or columns % bw:
+        raise UserError(f"block {bh}x{bw} does not divide the matrix {rows}x{columns}")
+    scores = weight.detach().abs().to(torch.promote_types(weight.dtype, torch.float32))
+    scores = scores.reshape(rows // bh, bh, columns // bw, bw).sum((1, 3))
+    if bool(scores.isnan().any()):
+        raise UserError("pattern 'magnitude': the weight has values that are not a number")
+    units = torch.zeros_like(scores, dtype=torch.bool)
+    for region in kept_regions(spec, shape, density):
+        units[region.place] = top_cells(scores[region.place], region.kept)
+    return _unit_pattern(shape, units, spec.block)
+
+
+def _balanced(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    rows, columns = shape
+    counts = torch.tensor(split_evenly(exact_count(shape, density), rows), device="cpu")
+    counts = counts[torch.randperm(rows, generator=generator, device="cpu")]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
+    if not spec.fan_out:
+        order = torch.rand(rows, columns, generator=generator, device="cpu").topk(int(counts.max())).indices
+        return SparsityPattern.from_mask(mask.scatter_(1, order, torch.arange(order.shape[1]) < counts[:, None]))
+    # Deal a shuffled deck of columns round and round: no row gets a column twice, and columns stay within one of each
+    # other. Then trade between rows, which keeps both sums, until the order of dealing has left no trace.
+    deck = torch.randperm(columns, generator=generator, device="cpu")
+    row = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts)
+    mask[row, deck[torch.arange(len(row), device="cpu") % columns]] = True
+    for _ in range(CURVEBALL_ROUNDS if rows > 1 else 0):
+        _trade(mask, generator)
+    return SparsityPattern.from_mask(mask)
+
+
+def _trade(mask: Tensor, generator: torch.Generator) -> None:
+    """Pair the rows at random and redistribute in each pair what only one of the two has (Strona et al. 2014)."""
+    pairs = torch.randperm(mask.shape[0], generator=generator, device="cpu")
+    pairs = pairs[: len(pairs) // 2 * 2].view(-1, 2)
+    one, other = mask[pairs[:, 0]], mask[pairs[:, 1]]
+    open_to_trade = one ^ other
+    keep = (one & ~other).sum(1, keepdim=True)
+    keys = torch.rand(one.shape, generator=generator, device="cpu").masked_fill_(~open_to_trade, 2.0)
+    order = keys.argsort(1)
+    rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1]).expand_as(order))
+    mask[pairs[:, 0]] = (one & other) | (open_to_trade & (rank < keep))
+    mask[pairs[:, 1]] = (one & other) | (open_to_trade & (rank >= keep))
+
+
+def _nm(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    n = kept_of_m(spec, shape, density)
+    keys = torch.rand(shape[0], shape[1] // spec.m, spec.m, generator=generator, device="cpu")
+    mask = torch.zeros(keys.shape, dtype=torch.bool, device="cpu").scatter_(2, keys.topk(n).indices, True)
+    return SparsityPattern.from_mask(mask.view(shape))
+
+
+def _regular(shape: tuple[int, int], density: float, column: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Return the mask whose row r has its j-th of k weights at ``column(r, j, k)``; no randomness."""
+    rows, columns = shape
+    nnz = exact_count(shape, density)
+    ends = torch.arange(rows + 1, device="cpu") * nnz // rows
+    counts = ends[1:] - ends[:-1]
+    row = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts)
+    place = torch.arange(nnz, device="cpu") - ends[row]
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device="cpu")
+    mask[row, column(row, place, counts[row]) % columns] = True
+    return mask
+
+
+def _banded(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    rows, columns = shape
+    return SparsityPattern.from_mask(_regular(shape, density, lambda r, j, k: r * columns // rows + j - k // 2))
+
+
+def _checkerboard(
+    spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
+) -> SparsityPattern:
+    return SparsityPattern.from_mask(_regular(shape, density, lambda r, j, k: j * shape[1] // k + r))
+
+
+Maker = Callable[[PatternSpec, tuple[int, int], float, torch.Generator, Tensor | None], SparsityPattern]
+
+PATTERNS: dict[str, Maker] = {
+    "random": _random,  # uniformly at random
+    "balanced": _balanced,  # the same fan-in in every row
+    "magnitude": _magnitude,  # the largest weights
+    "block": _random,  # blocks, at random
+    "nm": _nm,  # n of every m consecutive inputs
+    "banded": _banded,  # a diagonal band, wrapped around; for measuring kernels
+    "checkerboard": _checkerboard,  # evenly spaced, shifted from row to row; likewise
+}
+
+
+def make_pattern(
+    kind: PatternSpec | str,
+    shape: tuple[int, int],
+    density: float,
+    generator: torch.Generator,
+    weight: Tensor | None = None,
+) -> SparsityPattern:
+    """Return a pattern of a kind with `pattern_nnz` nonzeros.
+
+    Args:
+        kind: a spec, or a name of `PATTERNS` for the spec with default options.
+        shape: ``(out_features, in_features)``. density: in (0, 1].
+        generator: on the CPU. weight: ``[out_features, in_features]``, for ``magnitude``.
+
+    Raises:
+        UserError: an unknown name, a density or shape that the pattern cannot have, or no weights to rank.
+    """
+    spec = PatternSpec(kind) if isinstance(kind, str) else kind
+    return PATTERNS[spec.name](spec, shape, density, generator, weight)

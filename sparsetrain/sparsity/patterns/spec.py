@@ -1,0 +1,161 @@
+"""What kinds of patterns there are, and how many nonzeros each has.
+
+The number is a function of the spec, the shape and the density alone (`pattern_nnz`), whatever is drawn: SμPar (arXiv
+2405.15743) divides by the density, and comparisons at equal FLOPs count it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.sparsity.patterns.select import bands, largest_remainder, split_evenly
+
+PATTERN_NAMES = ("random", "balanced", "magnitude", "block", "nm", "banded", "checkerboard")
+
+
+def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
+    """Raise `UserError` unless ``sparsity`` lies in [0, 1)."""
+    if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0.0 <= sparsity < 1.0:
+        raise UserError(f"{field}={sparsity!r} must be a number in [0, 1)")
+
+
+@dataclass(frozen=True)
+class PatternSpec:
+    """A kind of pattern and its options.
+
+    Args:
+        name: one of `PATTERN_NAMES`.
+        block: rows and columns of a block, for ``block`` and ``magnitude``. ``block`` may leave a remainder at the
+            right and lower edge; ``magnitude`` needs a block that divides the matrix.
+        m: for ``nm``: the length of the groups of consecutive inputs of which each keeps ``density * m``.
+        fan_out: for ``balanced``: also give each input the same number of outputs.
+        bands: rows and columns of equal bands, each of which gets the same share of the weights: ``(n_heads, 1)``
+            ranks or draws inside each head of a projection into heads. For ``random``, ``block`` and ``magnitude``.
+
+    Raises:
+        UserError: an unknown name, or an option that the pattern does not have.
+    """
+
+    name: str = "random"
+    block: tuple[int, int] = (1, 1)
+    m: int = 4
+    fan_out: bool = False
+    bands: tuple[int, int] = (1, 1)
+
+    def __post_init__(self) -> None:
+        check_choice("pattern", self.name, PATTERN_NAMES)
+        for option in ("block", "bands"):
+            value = getattr(self, option)
+            if len(value) != 2 or not all(isinstance(side, int) and side >= 1 for side in value):
+                raise UserError(f"{option}={list(value)} must be two whole numbers of at least 1: rows, columns")
+            object.__setattr__(self, option, (int(value[0]), int(value[1])))
+        if self.block != (1, 1) and self.name not in ("block", "magnitude"):
+            raise UserError(f"block={list(self.block)} is an option of block and magnitude, not of {self.name}")
+        if self.block == (1, 1) and self.name == "block":
+            raise UserError("block=[1, 1]: the pattern 'block' needs a larger block, for example [16, 16]")
+        if self.bands != (1, 1) and self.name not in ("random", "block", "magnitude"):
+            raise UserError(f"bands={list(self.bands)} are an option of random, block, magnitude, not of {self.name}")
+        if self.m < 1:
+            raise UserError(f"m={self.m} must be at least 1")
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise UserError(f"density={density} must lie in (0, 1]")
+
+
+def exact_count(shape: tuple[int, int], density: float) -> int:
+    """Return ``round(density * R * C)``, the number of nonzeros where nothing else restricts it."""
+    _check_density(density)
+    rows, columns = shape
+    nnz = round(density * rows * columns)
+    if nnz < 1:
+        raise UserError(f"density={density} leaves no weight at all in a {rows}x{columns} matrix")
+    return nnz
+
+
+def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:
+    """Return how many blocks a matrix has, downwards and across, those of the remainder included."""
+    if block[0] > shape[0] or block[1] > shape[1]:
+        raise UserError(f"block {block[0]}x{block[1]} is larger than the matrix {shape[0]}x{shape[1]}")
+    return -(-shape[0] // block[0]), -(-shape[1] // block[1])
+
+
+@dataclass(frozen=True)
+class Region:
+    """Blocks of one size: those inside, or those that an edge of the matrix cuts off."""
+
+    place: tuple[slice, slice]
+    size: int
+    kept: int
+
+
+def kept_regions(spec: PatternSpec, shape: tuple[int, int], density: float) -> list[Region]:
+    """Return the regions of a block pattern and how many blocks each keeps; more than one where there is a remainder.
+
+    A share of its own for each size of block makes the number of nonzeros independent of the draw.
+    """
+    _check_density(density)
+    if spec.block == (1, 1):
+        exact_count(shape, density)
+    (rows, columns), (bh, bw) = shape, spec.block
+    grid = block_grid(shape, spec.block)
+    inner = rows // bh, columns // bw
+    if spec.bands != (1, 1) and inner != grid:
+        raise UserError(f"bands={list(spec.bands)} need a block that divides the matrix {rows}x{columns}")
+    if inner == grid:
+        kept = _blocks_kept(spec, shape, density, grid)
+        parts = bands(grid, spec.bands)
+        return [Region(part, bh * bw, n) for part, n in zip(parts, split_evenly(kept, len(parts)), strict=True)]
+    sides = [
+        [(slice(0, whole), length) for whole, length in ((inner[axis], spec.block[axis]),) if whole]
+        + [(slice(inner[axis], grid[axis]), shape[axis] % spec.block[axis])] * (grid[axis] > inner[axis])
+        for axis in (0, 1)
+    ]
+    places = [((row, column), height * width) for row, height in sides[0] for column, width in sides[1]]
+    counts = [(row.stop - row.start) * (column.stop - column.start) for (row, column), _ in places]
+    kept = _blocks_kept(spec, shape, density, grid)
+    shares = largest_remainder([density * count for count in counts], kept, counts)
+    return [Region(place, size, n) for (place, size), n in zip(places, shares, strict=True)]
+
+
+def _blocks_kept(spec: PatternSpec, shape: tuple[int, int], density: float, grid: tuple[int, int]) -> int:
+    if spec.block == (1, 1):
+        return exact_count(shape, density)
+    kept = round(density * grid[0] * grid[1])
+    if kept < 1:
+        size, matrix = f"{spec.block[0]}x{spec.block[1]}", f"{shape[0]}x{shape[1]}"
+        raise UserError(f"density={density} leaves no block of {size} at all in a {matrix} matrix")
+    return kept
+
+
+def kept_of_m(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return n of an n:m pattern."""
+    _check_density(density)
+    if shape[1] % spec.m:
+        raise UserError(f"m={spec.m} does not divide the {shape[1]} inputs of a {shape[0]}x{shape[1]} matrix")
+    n = round(density * spec.m)
+    if n < 1 or abs(n - density * spec.m) > 1e-6:
+        near = min(max(n, 1), spec.m)
+        raise UserError(
+            f"density={density:g} is no whole number of {spec.m}: the pattern nm with m={spec.m} needs a multiple of "
+            f"{1 / spec.m:g}, such as sparsity={1 - near / spec.m:g}"
+        )
+    return n
+
+
+def pattern_nnz(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return the exact number of nonzeros that `make_pattern` gives, without drawing anything.
+
+    It is ``round(density * R * C)`` unless the pattern comes in blocks or groups; then it is the nearest number of
+    whole blocks (with a remainder: for each size of block).
+
+    Raises:
+        UserError: as `make_pattern`.
+    """
+    if spec.name == "nm":
+        return kept_of_m(spec, shape, density) * shape[0] * (shape[1] // spec.m)
+    if spec.block != (1, 1) or spec.bands != (1, 1):
+        return sum(region.kept * region.size for region in kept_regions(spec, shape, density))
+    return exact_count(shape, density)
