@@ -24,6 +24,7 @@ ORDER = [
     *(
         "process",
         "errors",
+        "registry",
         "wrappers",
         "seeds",
         "processor",
