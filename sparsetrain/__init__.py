@@ -3,6 +3,7 @@
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
+from sparsetrain.optim import register_schedule
 from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
 from sparsetrain.sparsity import (
     GMP,
@@ -53,6 +54,7 @@ __all__ = [
     "param_groups",
     "parameterize",
     "register_backend",
+    "register_schedule",
     "sparse_linear",
     "sparsify",
     "summary",

@@ -66,6 +66,11 @@ class Registry(Generic[T]):
         self._things[name] = thing
         return thing
 
+    def unregister(self, name: str) -> T:
+        """Take ``name`` out and return what it stood for; an unknown name raises `UserError`, see `check`."""
+        self.check(name)
+        return self._things.pop(name)
+
     def check(self, name: str, prefix: str = "") -> None:
         """Raise `UserError` with the registered names, and the nearest one, unless ``name`` is one of them.
 

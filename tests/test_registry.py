@@ -30,6 +30,10 @@ def test_it_holds_what_a_dictionary_holds_in_the_same_order(calls: list[tuple[st
     assert len(registry) == len(expected)
     assert all(name in registry and registry[name] is thing for name, thing in expected.items())
     assert "unknown_name" not in registry
+    for name, thing in expected.items():
+        assert registry.unregister(name) is thing
+        with pytest.raises(UserError, match="is not one of"):
+            registry.unregister(name)
 
 
 def test_an_unknown_name_gives_one_line_with_what_there_is_and_the_nearest() -> None:

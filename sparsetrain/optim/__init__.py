@@ -3,8 +3,8 @@
 from sparsetrain.optim.budget import LENGTHS, Budget, BudgetConfig, Phase, PhaseConfig
 from sparsetrain.optim.optimizer import OptimizerConfig, build_optimizer
 from sparsetrain.optim.run_schedule import RunSchedule
-from sparsetrain.optim.schedule import SCHEDULES, Schedule, ScheduleConfig
-from sparsetrain.optim.segments import SEGMENTS, SegmentConfig, segment
+from sparsetrain.optim.schedule import SCHEDULES, Schedule, ScheduleConfig, register_schedule
+from sparsetrain.optim.segments import SEGMENTS, SegmentConfig
 
 __all__ = [
     "LENGTHS",
@@ -20,5 +20,5 @@ __all__ = [
     "ScheduleConfig",
     "SegmentConfig",
     "build_optimizer",
-    "segment",
+    "register_schedule",
 ]

@@ -18,31 +18,81 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import overload
 
-from sparsetrain.errors import UserError, check_choice
-from sparsetrain.optim.segments import SEGMENTS, SegmentConfig
+from sparsetrain.errors import UserError
+from sparsetrain.optim.segments import SEGMENTS, Curve, SegmentConfig
+from sparsetrain.registry import Registry
 
 WARMUP = 0.1  # share of all updates, where nothing else is said
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What a named schedule does after its warmup, where that ends by default, and whether the user may move it."""
+class NamedSchedule:
+    """What a named schedule does after its warmup.
+
+    Args:
+        segment: the shape of the decay, one of `SEGMENTS`.
+        final: the factor of the peak learning rate that it leads to where ``schedule.final`` is not set.
+        final_is_free: whether ``schedule.final`` may be set.
+    """
 
     segment: str
     final: float
     final_is_free: bool
 
 
-_SHAPES = {
-    "linear_to_zero": _Shape("linear", 0.0, final_is_free=False),
-    "linear_10x": _Shape("linear", 0.1, final_is_free=True),
-    "cosine": _Shape("cosine", 0.1, final_is_free=True),
-    "constant": _Shape("constant", 1.0, final_is_free=False),
-}
-
-SCHEDULES = tuple(_SHAPES)
+SCHEDULES: Registry[NamedSchedule] = Registry("schedule", "schedule.name")
 """The names that `ScheduleConfig` accepts without ``segments``."""
+
+SCHEDULES.register("linear_to_zero", NamedSchedule("linear", 0.0, final_is_free=False))
+SCHEDULES.register("linear_10x", NamedSchedule("linear", 0.1, final_is_free=True))
+SCHEDULES.register("cosine", NamedSchedule("cosine", 0.1, final_is_free=True))
+SCHEDULES.register("constant", NamedSchedule("constant", 1.0, final_is_free=False))
+
+
+@overload
+def register_schedule(name: str, *, final: float = 0.0) -> Callable[[Curve], Curve]: ...
+
+
+@overload
+def register_schedule(name: str, curve: Curve, *, final: float = 0.0) -> Curve: ...
+
+
+def register_schedule(name: str, curve: Curve | None = None, *, final: float = 0.0) -> Curve | Callable[[Curve], Curve]:
+    """Make a curve of the learning rate available by name; without ``curve``, return a decorator that does so.
+
+    The name is then a shape of a segment, as in ``schedule.segments=[{shape: warmup, share: 0.1}, {shape: sqrt, to:
+    0.0}]``, and a schedule of its own: ``schedule.name=sqrt`` is a warmup and then this curve down to ``final``.
+
+    ```python
+    @sparsetrain.register_schedule("sqrt")
+    def sqrt(i: int, n: int, start: float, to: float) -> float:
+        return start + (to - start) * math.sqrt(i / n)
+    ```
+
+    Args:
+        name: the name, see `Registry.register`.
+        curve: maps the number i of an update, from 0 on, the number n of updates, the factor ``start`` before them and
+            the factor ``to`` after them to the factor of the peak learning rate in update i. At i = n it is ``to``.
+        final: ``to`` of the schedule ``name`` where ``schedule.final`` is not set, in [0, 1].
+
+    Returns:
+        ``curve``, or the decorator, which returns what it decorates.
+
+    Raises:
+        UserError: the name is malformed or taken, or ``final`` lies outside [0, 1].
+    """
+    if curve is None:
+        return lambda decorated: register_schedule(name, decorated, final=final)
+    if not 0.0 <= final <= 1.0:
+        raise UserError(f"schedule {name!r}: final={final} must be a fraction of the peak, between 0 and 1")
+    named = NamedSchedule(name, final, final_is_free=True)
+    if name in SCHEDULES and SCHEDULES[name] != named:
+        raise UserError(f"schedule name {name!r} is taken; registered are {', '.join(SCHEDULES)}")
+    SEGMENTS.register(name, curve)
+    SCHEDULES.register(name, named, replace=True)
+    return curve
 
 
 @dataclass
@@ -53,12 +103,12 @@ class ScheduleConfig:
 
     Args:
         name: one of `SCHEDULES`. ``linear_to_zero`` (D2Z), ``linear_10x`` (to a tenth of the peak, or to
-            ``final``), ``cosine`` (to ``final``, a tenth by default), ``constant`` (after the warmup). Beside
-            ``segments`` it is any name, for reports.
+            ``final``), ``cosine`` (to ``final``, a tenth by default), ``constant`` (after the warmup), or a
+            registered one. Beside ``segments`` it is any name, for reports.
         warmup: fraction of all updates that warm up linearly, in [0, 1), rounded to the nearest update; null is 0.1.
         warmup_steps: number of warmup updates; takes the place of ``warmup``.
-        final: the rate that the decay heads for, as a fraction of the peak, in [0, 1]; for ``linear_10x`` and
-            ``cosine`` only.
+        final: the rate that the decay heads for, as a fraction of the peak, in [0, 1]; not for ``linear_to_zero`` and
+            ``constant``.
         segments: the whole schedule piece by piece, each with a ``shape`` and a length as ``share`` of all updates, in
             ``tokens`` or in ``steps``; one of them may have no length and takes the rest. Borders between segments
             are rounded to the nearest update.
@@ -77,7 +127,7 @@ class ScheduleConfig:
         if self.segments is not None:
             self._check_segments(self.segments)
             return
-        check_choice("schedule.name", self.name, SCHEDULES)
+        SCHEDULES.check(self.name)
         if self.warmup is None:
             self.warmup = WARMUP
         if not 0.0 <= self.warmup < 1.0:
@@ -86,8 +136,8 @@ class ScheduleConfig:
             raise UserError(f"schedule.warmup_steps={self.warmup_steps} must be at least 0")
         if self.final is None:
             return
-        if not _SHAPES[self.name].final_is_free:
-            free = ", ".join(name for name, shape in _SHAPES.items() if shape.final_is_free)
+        if not SCHEDULES[self.name].final_is_free:
+            free = ", ".join(name for name in SCHEDULES if SCHEDULES[name].final_is_free)
             raise UserError(f"schedule.final={self.final} has no meaning for {self.name}; it is for {free}")
         if not 0.0 <= self.final <= 1.0:
             raise UserError(f"schedule.final={self.final} must be a fraction of the peak, between 0 and 1")
@@ -114,7 +164,7 @@ class ScheduleConfig:
         """Return the segments of this schedule, also of a named one."""
         if self.segments is not None:
             return self.segments
-        shape = _SHAPES[self.name]
+        shape = SCHEDULES[self.name]
         first = SegmentConfig("warmup", 1.0, share=None if self.warmup_steps is not None else self.warmup)
         first.steps = self.warmup_steps
         return [first, SegmentConfig(shape.segment, shape.final if self.final is None else self.final)]

@@ -14,50 +14,35 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError
+from sparsetrain.registry import Registry
 
 Curve = Callable[[int, int, float, float], float]
 """Maps (i, n, start, to) to the factor of the peak learning rate in update i of n."""
 
-SEGMENTS: dict[str, Curve] = {}
+SEGMENTS: Registry[Curve] = Registry("schedule", "schedule.segments: shape")
 """The shapes of segments by name."""
 
 
-def segment(name: str) -> Callable[[Curve], Curve]:
-    """Register a shape of segments under ``name``, as a decorator of its curve.
-
-    Raises:
-        ValueError: the name is taken.
-    """
-
-    def register(curve: Curve) -> Curve:
-        if name in SEGMENTS:
-            raise ValueError(f"a segment {name!r} is there already")
-        SEGMENTS[name] = curve
-        return curve
-
-    return register
-
-
-@segment("warmup")
+@SEGMENTS.register("warmup")
 def warmup(i: int, n: int, start: float, to: float) -> float:
     """Rise linearly; the first update is one n-th of the way up, and the last one is at the top."""
     return start + (to - start) * (min(i + 1, n) / n)
 
 
-@segment("linear")
+@SEGMENTS.register("linear")
 def linear(i: int, n: int, start: float, to: float) -> float:
     """Go in a straight line ("Straight to Zero", arXiv 2502.15938, with ``to=0``)."""
     return to + (start - to) * ((n - i) / n)
 
 
-@segment("cosine")
+@SEGMENTS.register("cosine")
 def cosine(i: int, n: int, start: float, to: float) -> float:
     """Go along half a period of a cosine, flat at both ends (arXiv 1608.03983, equation 5)."""
     return to + (start - to) * 0.5 * (1.0 - math.cos(math.pi * ((n - i) / n)))
 
 
-@segment("constant")
+@SEGMENTS.register("constant")
 def constant(i: int, n: int, start: float, to: float) -> float:
     """Stay where the segment before it ended; ``to`` is not read."""
     return start
@@ -68,7 +53,7 @@ class SegmentConfig:
     """One piece of a schedule.
 
     Args:
-        shape: one of `SEGMENTS`: ``warmup``, ``linear``, ``cosine`` or ``constant``.
+        shape: one of `SEGMENTS`: ``warmup``, ``linear``, ``cosine``, ``constant``, or a registered one.
         to: the factor of the peak learning rate that it leads to, at least 0; null stays at the factor before it, or
             rises to the peak for ``warmup``.
         share: its length as a share of all updates. tokens: its length in training tokens. steps: in updates. At most
@@ -85,7 +70,7 @@ class SegmentConfig:
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("schedule.segments: shape", self.shape, SEGMENTS)
+        SEGMENTS.check(self.shape)
         if self.to is not None and not 0.0 <= self.to < math.inf:
             raise UserError(f"schedule.segments: to={self.to} must be a factor of the peak, at least 0 and finite")
         given = [name for name in ("share", "tokens", "steps") if getattr(self, name) is not None]

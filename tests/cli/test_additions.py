@@ -9,19 +9,21 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.optim import SEGMENTS, segment
+import sparsetrain as st
+from sparsetrain.optim import SCHEDULES, SEGMENTS
 
 
 @pytest.fixture
 def square() -> Iterator[None]:
-    """A shape of segments: one function."""
+    """A schedule: one function."""
 
-    @segment("square")
+    @st.register_schedule("square")
     def square(i: int, n: int, start: float, to: float) -> float:
         return start + (to - start) * (i / n) ** 2
 
     yield
-    del SEGMENTS["square"]
+    SEGMENTS.unregister("square")
+    SCHEDULES.unregister("square")
 
 
 def records(directory: Path, key: str) -> list[float]:
@@ -36,7 +38,15 @@ def test_a_schedule_is_a_segment_and_a_file(shell: Any, square: None, tmp_path: 
     words = [*shell.tiny, "--config-dir", str(folder.parent), "schedule=fall", "budget.steps=6", "optimizer.lr=0.016"]
     status, _, err = shell.run("pretrain", *words, "loop.log_every=1", "run_dir=run")
     assert status == 0, err
-    assert records(Path("run"), "lr") == [0.008, 0.016, 0.016, 0.016 * 15 / 16, 0.016 * 12 / 16, 0.016 * 7 / 16]
+    rates = [0.008, 0.016, 0.016, 0.016 * 15 / 16, 0.016 * 12 / 16, 0.016 * 7 / 16]
+    assert records(Path("run"), "lr") == rates
+    named = [word for word in words if word != "schedule=fall"]
+    own = ["schedule.name=square", "schedule.warmup_steps=2", "loop.log_every=1", "run_dir=named"]
+    assert shell.run("pretrain", *named, *own)[0] == 0
+    assert records(Path("named"), "lr") == rates
+    assert "schedule.name='sqare' is not one of linear_to_zero," in shell.refused(
+        "pretrain", *named, "schedule.name=sqare"
+    )
     (folder / "fall.yaml").write_text("segments: [{shape: sqare, to: 0.0}]\n")
     assert "did you mean 'square'?" in shell.refused("pretrain", *words, "run_dir=other")
 

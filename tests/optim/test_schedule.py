@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
-from sparsetrain.optim import SCHEDULES, SEGMENTS, Schedule, ScheduleConfig, SegmentConfig, segment
+from sparsetrain.optim import SCHEDULES, SEGMENTS, Schedule, ScheduleConfig, SegmentConfig, register_schedule
 
 # T = 10 updates, w = 2 of them warmup: f = (t - 2) / 8.
 TABLE = {
@@ -51,7 +51,7 @@ def test_final_moves_the_end_of_the_decay() -> None:
 
 configs = st.builds(
     ScheduleConfig,
-    name=st.sampled_from(SCHEDULES),
+    name=st.sampled_from(SCHEDULES.names()),
     warmup=st.floats(0, 1, exclude_max=True),
 ) | st.builds(
     ScheduleConfig,
@@ -200,14 +200,23 @@ def test_a_named_schedule_is_its_segments() -> None:
 
 
 def test_a_new_shape_is_one_function() -> None:
-    @segment("toy")
+    @register_schedule("toy", final=0.5)
     def toy(i: int, n: int, start: float, to: float) -> float:
         return start + (to - start) * (i / n) ** 2
 
     try:
         config = ScheduleConfig(segments=[SegmentConfig("warmup", share=0.5), SegmentConfig("toy", 0.0)])
         assert factors(config, 8) == [0.25, 0.5, 0.75, 1, 1, 1 - 1 / 16, 1 - 4 / 16, 1 - 9 / 16]
-        with pytest.raises(ValueError, match="'toy' is there already"):
-            segment("toy")(toy)
+        named = factors(ScheduleConfig("toy", warmup=0.5, final=0.0), 8)
+        assert named == factors(config, 8)
+        assert Schedule(ScheduleConfig("toy"), 8).final == 0.5
+        register_schedule("toy", toy, final=0.5)  # the same again
+        for again in ({"curve": toy}, {"curve": abs, "final": 0.5}):
+            with pytest.raises(UserError, match="schedule name 'toy' is taken; registered are"):
+                register_schedule("toy", **again)  # type: ignore[call-overload]
+        with pytest.raises(UserError, match="schedule name 'linear_10x' is taken"):
+            register_schedule("linear_10x", toy)
+        assert "linear_10x" not in SEGMENTS
     finally:
-        del SEGMENTS["toy"]
+        SEGMENTS.unregister("toy")
+        SCHEDULES.unregister("toy")
