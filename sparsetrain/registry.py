@@ -86,7 +86,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Return what ``name`` stands for; an unknown name raises `UserError`, see `check`."""
-        self.check(name)
+        if not isinstance(name, str) or name not in self._things:  # every layer asks in every step: two cheap questions
+            self.check(name)
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
