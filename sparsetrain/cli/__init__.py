@@ -1,4 +1,4 @@
-"""``sparsetrain VERB [overrides]``: the command line. Its verbs stand in one table, `verbs.VERBS`."""
+"""The command line ``sparsetrain VERB [overrides]``. The table `verbs.VERBS` lists the verbs."""
 
 from sparsetrain.cli.main import main
 

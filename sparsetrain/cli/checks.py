@@ -1,4 +1,4 @@
-"""Whether overrides name settings and choices that there are, with values of the right type."""
+"""Checks of overrides before a run: keys, choices and sweep values, each against the configuration of its verb."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from sparsetrain.errors import UserError, nearest
 
 
 def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[str]:
-    """Return overrides for Hydra in which text stands as it was typed, see `quoting.quoted`, and no group is null.
+    """Return the overrides as Hydra must see them: text values in quotes (see `quoting.quoted`), groups never null.
 
-    Hydra has another word for a group of which nothing is chosen.
+    Hydra removes a group with ``~group``, so ``group=null`` becomes that.
     """
     leaves = flat(defaults(verb))
     without = {f"{name}=null": f"~{name}" for name, there in groups(verb).items() if "null" in there}
@@ -41,9 +41,9 @@ def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[s
 
 
 def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
-    """Raise `UserError` for the first override whose key or choice does not exist, naming the nearest that does.
+    """Raise `UserError` for the first override whose key or choice does not exist; it suggests the nearest name.
 
-    Several values for one key are wrong too, unless for a ``sweep``; there each must be of the right type.
+    Several values for one key are an error outside a ``sweep``. In a sweep, each value must have the right type.
     """
     parsed = parse(overrides)
     added = added_folders(parsed)
@@ -58,7 +58,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         if is_hydras(override):
             continue
         if override.is_sweep_override() and not sweep:
-            raise UserError(f"{override.input_line}: several values need a multirun, sparsetrain {verb} -m ...")
+            raise UserError(f"{override.input_line}: several values need a multirun: sparsetrain {verb} -m ...")
         if key in known_groups:
             for choice in choices(override):
                 if choice not in known_groups[key]:
@@ -67,10 +67,10 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                         hint = f" (did you mean '{key}.{key}={choice}'?)"
                     raise UserError(f"{key}={choice} is not one of {', '.join(known_groups[key])}{hint}")
                 if choice == "null":
-                    raise UserError(f"{override.input_line}: null is no point of a sweep; leave {key} out instead")
+                    raise UserError(f"{override.input_line}: a sweep cannot contain null; leave {key} out instead")
                 for folder in added:
                     if choice in options(key, folder) and choice in options(key):
-                        raise UserError(f"{key}={choice}: the library has one of this name; rename that in {folder}")
+                        raise UserError(f"{key}={choice}: the library has this choice too; rename yours in {folder}")
             continue
         if NUMBERED.fullmatch(key):
             if stages is None:
@@ -84,7 +84,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
 
 
 def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: Mapping[str, list[str]]) -> DictConfig:
-    """Return the configuration of a verb with those sections that are null unless a group is chosen for them."""
+    """Return the configuration of a verb; a section that is null by default is there if its group is chosen."""
     tree = defaults(verb)
     chosen = [
         f"{override.key_or_group}={choice}"
@@ -98,17 +98,17 @@ def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: M
 
 
 def _without_stage_settings(verb: str, parsed: Iterable[Override]) -> DictConfig:
-    """Return the configuration with the groups that are chosen and without what is set in stages of a pipeline."""
-    words = [
+    """Return the configuration with the chosen groups, but without the settings of single pipeline stages."""
+    kept = [
         str(override.input_line)
         for override in parsed
         if not NUMBERED.fullmatch(override.key_or_group) and not override.is_sweep_override()
     ]
-    return compose(verb, words)
+    return compose(verb, kept)
 
 
 def _check_stage_setting(stage: str, run: str, setting: str) -> None:
-    """Raise `UserError` for a setting that a stage of a pipeline, which runs the verb ``run``, does not have."""
+    """Raise `UserError` if the verb ``run``, which a pipeline's stage runs, does not have the setting."""
     if setting in ("name", "run", "from", "once", "arms") or run not in VERBS:
         return
     known = known_settings(defaults(run))
@@ -120,7 +120,7 @@ def _check_stage_setting(stage: str, run: str, setting: str) -> None:
 
 
 def _check_type(key: str, value: Any, tree: DictConfig) -> None:
-    """Raise `UserError` for a value of the wrong type: a sweep is refused before its first point, not in the middle."""
+    """Raise `UserError` for a value of the wrong type, so that a sweep fails before its first point."""
     try:
         OmegaConf.update(copy.deepcopy(tree), key, value)
     except OmegaConfBaseException as error:
@@ -132,10 +132,10 @@ def _check_key(verb: str, key: str, tree: DictConfig, known_groups: Mapping[str,
     path = ""
     for part in key.split("."):
         if not OmegaConf.is_dict(node):
-            raise UserError(f"{path} has no part {part!r}: it is a single value")
+            raise UserError(f"{path} is a single value and has no setting {part!r}")
         names = [str(name) for name in node]
         if part not in names:
-            # A name from another level helps more than none: lr is optimizer.lr.
+            # Without a near name on this level, suggest the same name on another one: lr is optimizer.lr.
             full = [f"{path}.{name}" if path else name for name in names]
             hint = nearest(f"{path}.{part}" if path else part, [*full, *known_groups])
             leaves = {leaf.rpartition(".")[2]: leaf for leaf in flat(tree)}

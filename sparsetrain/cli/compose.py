@@ -1,4 +1,4 @@
-"""Hydra configurations: where they are found, the schemas they are checked against, and their composition."""
+"""Composition of Hydra configurations: where the files are, and the schemas that they are checked against."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
 
-# Where Hydra and OmegaConf say, in a message of several lines, which key or group they do not know.
+# These find the unknown key or group in a message of Hydra or OmegaConf, which may have several lines.
 _UNKNOWN = (
     re.compile(r"Key '[^']*' not in .*?full_key: (\S+)", re.DOTALL),
     re.compile(r"Could not override '([^']+)'"),
@@ -37,7 +37,7 @@ _UNKNOWN = (
 
 
 def config_directory() -> Path:
-    """Return the Hydra tree: inside the package when it was installed, beside it in a source checkout."""
+    """Return the directory of the configuration files: ``sparsetrain/conf`` if installed, ``conf`` in a checkout."""
     package = Path(sparsetrain.__file__).parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -47,7 +47,7 @@ def config_directory() -> Path:
 def schema(kind: type) -> type:
     """Return a plain dataclass with the fields of ``kind``, for OmegaConf to check keys and types against.
 
-    The checks of ``kind`` itself run later, when the values are complete; fields without a default become optional.
+    A field without a default becomes optional: the checks of ``kind`` itself run later, when all values are known.
     """
     hints = get_type_hints(kind)
     members: list[tuple[str, Any, Any]] = []
@@ -63,14 +63,14 @@ def schema(kind: type) -> type:
         else:
             members.append((entry.name, hint, dataclasses.field(default_factory=entry.default_factory)))
     made = dataclasses.make_dataclass(kind.__name__, members)
-    # A launcher sends it to other processes: by this name, which `__getattr__` knows. Sent by its content it would come
-    # back with another object in place of `dataclasses.MISSING`.
+    # A launcher pickles the class into other processes. It must do so by name, which `__getattr__` resolves: a copy
+    # by content would hold another object in place of `dataclasses.MISSING`.
     made.__module__, made.__qualname__ = __name__, f"{kind.__module__.replace('.', '/')}:{kind.__qualname__}"
     return made
 
 
 def __getattr__(name: str) -> type:
-    """Return the schema whose ``__qualname__`` is ``name``."""
+    """Return the schema whose ``__qualname__`` is ``name``; unpickling looks it up here."""
     module, colon, kind = name.partition(":")
     if not colon:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -78,7 +78,7 @@ def __getattr__(name: str) -> type:
 
 
 def _section(entry: dataclasses.Field[Any], kind: type, section: type) -> Callable[[], Any]:
-    """Return what makes a section: with its own defaults, or where a verb has others, with those."""
+    """Return a factory for a section, with the defaults of the verb where it overrides those of the section."""
     here = None if entry.default_factory is dataclasses.MISSING else entry.default_factory()
     if not isinstance(here, kind):
         return section
@@ -96,21 +96,21 @@ def schema_of(verb: str) -> type:
 
 @functools.cache
 def _store(name: str, node: type) -> None:
-    """Give Hydra a schema, once: a launcher that sends it to other processes and back may change its class."""
+    """Store a schema in Hydra once; a launcher that pickles it may bring back an equal class that is another object."""
     ConfigStore.instance().store(name=name, node=node)
 
 
 def register(verb: str) -> None:
-    """Make the schema of a verb known to Hydra, and the resolvers to OmegaConf."""
+    """Register the schema of a verb with Hydra, and the resolvers with OmegaConf."""
     _store(f"{verb}_schema", schema_of(verb))
     register_resolvers()
 
 
 def groups(verb: str, folders: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the configuration groups of a verb and the options of each, null among them where it is the default.
+    """Return the configuration groups of a verb with their options; null is one where it is the default.
 
     Args:
-        folders: directories that were added to the library's own.
+        folders: directories to search besides the library's own.
     """
     members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
@@ -129,10 +129,10 @@ def options(group: str, folder: Path | None = None) -> list[str]:
 
 
 def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig:
-    """Return the configuration of a verb as Hydra composes it, with Hydra's own settings where ``hydras``.
+    """Return the configuration of a verb as Hydra composes it; ``hydras`` keeps Hydra's own settings in it.
 
     Raises:
-        UserError: what Hydra and OmegaConf refuse, and keys in files that have another name now; a single line.
+        UserError: Hydra or OmegaConf refuse it, or a file uses a renamed key; one line.
     """
     register(verb)
     GlobalHydra.instance().clear()
@@ -145,18 +145,18 @@ def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig
 
 @functools.cache
 def defaults(verb: str) -> DictConfig:
-    """Return the configuration of a verb without any override, not to be changed."""
+    """Return the configuration of a verb without overrides. It is cached: do not change it."""
     return compose(verb, [])
 
 
 def run_hydra(verb: str, given: Mapping[str, str], overrides: list[str], job: Callable[[Any], Any]) -> None:
-    """Run Hydra's own command line with the options that were ``given``, and ``job`` with each configuration."""
+    """Run Hydra's own command line with the options ``given``; it calls ``job`` with each configuration."""
     register(verb)
-    # Hydra would otherwise replace the error of a job by a page of its own.
+    # Otherwise Hydra replaces the error of a job with a page of its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
-    words = chain.from_iterable([name, value] if value else [name] for name, value in given.items())
-    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *words, *overrides]
+    options = chain.from_iterable([name, value] if value else [name] for name, value in given.items())
+    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *options, *overrides]
     try:
         launch(job)()
     except (HydraException, OmegaConfBaseException) as error:
@@ -166,10 +166,10 @@ def run_hydra(verb: str, given: Mapping[str, str], overrides: list[str], job: Ca
 
 
 def plain(tree: DictConfig, resolve: bool) -> dict[str, Any]:
-    """Return a configuration as nested dicts of plain values; ``resolve`` the interpolations.
+    """Return a configuration as nested dicts of plain values, with interpolations resolved if ``resolve``.
 
     Raises:
-        UserError: an interpolation that cannot be resolved.
+        UserError: an interpolation cannot be resolved.
     """
     try:
         values = OmegaConf.to_container(tree, resolve=resolve)
@@ -192,7 +192,7 @@ def flat(tree: DictConfig, prefix: str = "") -> dict[str, Any]:
 
 
 def refused(error: BaseException) -> UserError:
-    """Return what Hydra or OmegaConf refuse as one line: the new name of a key, where that is all."""
+    """Return an error of Hydra or OmegaConf as one line; for a renamed key it says only the new name."""
     line = one_line(error)
     for pattern in _UNKNOWN:
         found = pattern.search(str(error))
@@ -204,7 +204,7 @@ def refused(error: BaseException) -> UserError:
 
 
 def _near(error: BaseException | None) -> str:
-    """Return which setting of the section may have been meant, for an unknown one that OmegaConf refuses."""
+    """Return a hint at the nearest setting of the section if OmegaConf refuses an unknown one, else an empty text."""
     while error is not None:
         kind, key = getattr(error, "object_type", None), getattr(error, "key", None)
         if isinstance(error, ConfigKeyError) and dataclasses.is_dataclass(kind):
@@ -214,12 +214,12 @@ def _near(error: BaseException | None) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Return what Hydra and OmegaConf say in several lines and layers as one line, the innermost cause last."""
+    """Return the message of an error of Hydra or OmegaConf and of its causes as one line, innermost cause last."""
     parts = [str(getattr(error, "full_key", None) or "")]
     cause: BaseException | None = error
     while cause is not None:
         first, *more = str(cause).splitlines() or [""]
-        # Hydra's own words for what OmegaConf says in the next line.
+        # This heading is Hydra's; OmegaConf's message follows in the next line.
         heading = re.fullmatch(r"(In '[^']*': )\w+ raised while composing config:", first)
         said = f"{heading[1]}{more[0]}" if heading and more else first
         parts.append(said.removeprefix("UserError raised while resolving interpolation: "))

@@ -1,4 +1,4 @@
-"""What the command line says about the settings of a verb: their help, and the answers to ``--cfg`` and ``--info``."""
+"""What the command line prints about settings: ``VERB --help``, and the answers to ``--cfg`` and ``--info``."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
+from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, defaults, flat, groups, plain, run_hydra, schema_of
 from sparsetrain.cli.overrides import check_moved, keys_of
 from sparsetrain.cli.quoting import text_settings, with_interpolation
-from sparsetrain.cli.resolve import choose_length
-from sparsetrain.cli.stages import choose_arms
+from sparsetrain.cli.resolve import prefer_typed_length
+from sparsetrain.cli.stages import prefer_typed_arms
 from sparsetrain.cli.verbs import find
-from sparsetrain.cli.words import Words
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig
 
 
 def describe(verb: str) -> str:
-    """Return the groups of a verb with their choices, and every setting with its default and its type."""
+    """Return the help of a verb: its groups with their choices, and each setting with its default and meaning."""
     lines = ["groups (group=choice):"]
     for name, choices in groups(verb).items():
         lines += textwrap.wrap(", ".join(choices), 120, initial_indent=f"  {name:18} ", subsequent_indent=" " * 21)
@@ -49,14 +49,14 @@ def _has_entries(value: Any) -> bool:
 
 
 def _entries(listed: Any) -> list[str]:
-    """Return the lines of a list whose entries have settings of their own."""
+    """Return the lines that show a list of sections, such as the stages of a pipeline."""
     plain = [OmegaConf.to_container(entry) for entry in listed]
     lines = [yaml.safe_dump(entry, default_flow_style=True, sort_keys=False, width=1 << 16) for entry in plain]
     return [f"    - {line.strip()}" for line in lines]
 
 
 def _sections(path: str, kind: type) -> list[tuple[str, type]]:
-    """Return the dataclasses of a configuration whose documentation explains its settings, each once."""
+    """Return the dataclasses whose docstrings explain the settings of a configuration, each once with its path."""
     found: dict[type, str] = {kind: path}
     for name, hint in get_type_hints(kind).items():
         for arm in (ModelConfig,) if name == "model" else _inner(hint):
@@ -67,22 +67,22 @@ def _sections(path: str, kind: type) -> list[tuple[str, type]]:
 
 
 def _inner(hint: Any) -> Iterator[Any]:
-    """Yield a type hint and all that it is made of."""
+    """Yield a type hint and, recursively, its arguments."""
     yield hint
     for part in get_args(hint):
         yield from _inner(part)
 
 
-def show(verb: str, words: Words) -> None:
-    """Print what is asked about the configuration."""
-    overrides = as_typed(verb, words.overrides, words.multirun)
-    check(verb, overrides, sweep=words.multirun)
-    if words.options.get("--cfg") != "job" or words.multirun:
-        run_hydra(verb, words.options, overrides, lambda _tree: None)
+def show(verb: str, arguments: Arguments) -> None:
+    """Print the answer to ``--cfg``, ``--info``, ``--package`` or ``--hydra-help``."""
+    overrides = as_typed(verb, arguments.overrides, arguments.multirun)
+    check(verb, overrides, sweep=arguments.multirun)
+    if arguments.options.get("--cfg") != "job" or arguments.multirun:
+        run_hydra(verb, arguments.options, overrides, lambda _tree: None)
         return
-    # Not Hydra's own answer: in it, a text with `${` would stand as OmegaConf needs it.
-    shown: Any = _as_typed_text(verb, overrides, resolve="--resolve" in words.options)
-    package = words.options.get("--package", "_global_")
+    # Hydra's own answer would show a text with `${` in the escaped form that OmegaConf needs.
+    shown: Any = _as_typed_text(verb, overrides, resolve="--resolve" in arguments.options)
+    package = arguments.options.get("--package", "_global_")
     check_moved(package)
     for part in package.split(".") if package != "_global_" else ():
         if not isinstance(shown, dict) or part not in shown:
@@ -97,7 +97,7 @@ def show(verb: str, words: Words) -> None:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes text in quotes also where only OmegaConf, which follows YAML 1.2, would read it as a number."""
+    """Quotes a text that YAML 1.1 reads as text but OmegaConf, which follows YAML 1.2, as a number."""
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -109,10 +109,10 @@ _Dumper.add_representer(str, _text)
 
 
 def _as_typed_text(verb: str, overrides: list[str], resolve: bool) -> dict[str, Any]:
-    """Return the configuration as a file would hold it, but text as it was typed; ``resolve`` the interpolations."""
+    """Return the configuration with text as it was typed, and with interpolations resolved if ``resolve``."""
     values = plain(compose(verb, overrides), resolve)
-    choose_length(values, keys_of(overrides))
-    choose_arms(values, overrides)
+    prefer_typed_length(values, keys_of(overrides))
+    prefer_typed_arms(values, overrides)
     settings = text_settings(schema_of(verb))
     for key in settings.keys() & keys_of(overrides):
         *sections, name = key.split(".")

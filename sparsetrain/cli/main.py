@@ -1,4 +1,4 @@
-"""``sparsetrain VERB [overrides]``: the command line."""
+"""The entry point of ``sparsetrain VERB [overrides]``: it finds the verb and turns errors into exit statuses."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from sparsetrain.files import NO_SPACE, file_errors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status; for the statuses see `sparsetrain.process`."""
+    """Run the command line and return its exit status; `sparsetrain.process` lists the statuses."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with process.handled(process.Stop()), warnings.catch_warnings():
-            # The line that describes the model counts its empty rows; one warning a layer would bury it.
+            # The line that describes the model counts its empty rows; one warning per layer would bury it.
             warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
             try:
                 status = _run(given)
-                sys.stdout.flush()  # here, where a failure is still told from an error of the run
+                sys.stdout.flush()  # here a failed write can still be told from an error of the run
                 return status
             except UserError as error:
                 return _refused(single_line(error))
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return process.NOBODY_READS
         raise
     except SystemExit as error:
-        if isinstance(error.__context__, BrokenPipeError):  # rich has turned the one into the other
+        if isinstance(error.__context__, BrokenPipeError):  # rich turns a broken pipe into SystemExit
             return process.NOBODY_READS
         raise
 
@@ -53,10 +53,10 @@ def _refused(line: str) -> int:
 
 
 def _system_error(error: OSError) -> str:
-    """Return what the system refused as one line; it names the file.
+    """Return an error of the operating system as one line that names the file.
 
     Raises:
-        OSError: ``error`` itself, where it is neither about room nor about a name or a right.
+        OSError: ``error`` itself, if it is not about a full disk, a file name or a permission.
     """
     place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     try:
@@ -64,7 +64,7 @@ def _system_error(error: OSError) -> str:
             raise error
     except UserError as refused:
         if error.errno in NO_SPACE:
-            process.silence(1)  # what Python has not written, which it would try again at its end
+            process.silence(1)  # else Python tries again, at exit, to write the rest of its buffer
             return single_line(refused)
         return f"{place}: {error.strerror}" if place else single_line(refused)
 
@@ -82,20 +82,20 @@ def _run(given: list[str]) -> int:
         print(_verb_help(name))
         return 0
     if verb.parser is not None:
-        words = parsed(name, rest)
-        return named(verb.run)(words) or 0
+        arguments = parsed(name, rest)
+        return named(verb.run)(arguments) or 0
     return _execute(name, rest)
 
 
-def _execute(verb: str, words: list[str]) -> int:
+def _execute(verb: str, arguments: list[str]) -> int:
+    from sparsetrain.cli.arguments import Arguments
     from sparsetrain.cli.help import show
     from sparsetrain.cli.multirun import run_multirun
     from sparsetrain.cli.resolve import load
     from sparsetrain.cli.start import start
-    from sparsetrain.cli.words import Words
 
-    given = Words.of(verb, words)
-    command = shlex.join(["sparsetrain", verb, *words])
+    given = Arguments.of(verb, arguments)
+    command = shlex.join(["sparsetrain", verb, *arguments])
     try:
         if given.asks:
             show(verb, given)
@@ -113,12 +113,12 @@ def _help() -> str:
         "sparsetrain: train language models whose weights are sparse from the first step\n\n"
         "usage: sparsetrain VERB [key=value ...]        one run\n"
         "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
-        "       sparsetrain VERB --force ...            although the memory for it seems not to be there\n"
+        "       sparsetrain VERB --force ...            run even if it seems to need more memory than is free\n"
         "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
         "       sparsetrain --version\n\n"
         f"verbs:\n{verbs}\n\n"
-        "A run lives in a directory named after its configuration: the same command again goes on where it was\n"
-        "stopped, or says that it is done. Start with: sparsetrain pipeline experiment=demo"
+        "A run lives in a directory named after its configuration. The same command resumes it if it was stopped, and\n"
+        "does nothing if it is done. Start with: sparsetrain pipeline experiment=demo"
     )
 
 

@@ -1,8 +1,9 @@
-"""Multiruns: every point of a sweep, one after the other or by one of Hydra's launchers, and how they stop.
+"""Multiruns: run every point of a sweep, in this process or through one of Hydra's launchers, and stop them cleanly.
 
-A multirun that is told to stop, by Ctrl-C or SIGTERM, begins no further point, and every run that is going finishes its
-step and saves. With a launcher that has processes of its own the word goes through the directory ``.sweep-*``, which
-all of them see: the terminal sends Ctrl-C to all processes, but a batch system sends SIGTERM to the first one alone.
+When a multirun is told to stop, by Ctrl-C or SIGTERM, it starts no further point, and each running point finishes its
+step and saves. A launcher with its own processes needs one more thing: a terminal sends Ctrl-C to all processes, but a
+batch system sends SIGTERM only to the first one. So the first process creates a file in the directory ``.sweep-*``,
+and the others look for it.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sparsetrain import process
+from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, run_hydra
 from sparsetrain.cli.overrides import SEARCH_PATH, is_hydras, parse
 from sparsetrain.cli.resolve import convert
 from sparsetrain.cli.start import start
 from sparsetrain.cli.verbs import find, named
-from sparsetrain.cli.words import Words
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, temporary_directory
 from sparsetrain.screen import say
 
-_STOP = "stop"  # the file in a multirun's directory that says so
-_LOOK_EVERY = 0.5  # seconds between two looks at it
+_STOP = "stop"  # the file in a multirun's directory that tells the other processes to stop
+_LOOK_EVERY = 0.5  # seconds between two looks for that file
 
 
 def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides of a multirun with those that the experiment's ``hydra.sweeper.params`` add, spelt out.
+    """Return the overrides together with those that the experiment's ``hydra.sweeper.params`` adds, written out.
 
-    One on the command line takes the place of the experiment's; Hydra itself would run every combination of both.
+    An override on the command line replaces the experiment's for the same key. Hydra itself would run every
+    combination of the two.
     """
     given = list(overrides)
     parsed = parse(given)
@@ -53,7 +55,7 @@ def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
 
 
 def launches_processes(verb: str, overrides: Iterable[str]) -> bool:
-    """Return whether the launcher of a multirun has processes of its own for the points."""
+    """Return whether the launcher of a multirun runs the points in processes of its own."""
     return not str(_hydras(verb, parse(overrides)).launcher.get("_target_")).endswith(".BasicLauncher")
 
 
@@ -67,10 +69,10 @@ def _hydras(verb: str, parsed: Iterable[Override]) -> DictConfig:
 def points(
     verb: str, overrides: Iterable[str], refused: Callable[[UserError], None] | None = None
 ) -> Iterator[Any | None]:
-    """Yield the configuration of every point of a multirun, or None for one that is refused.
+    """Yield the configuration of each point of a multirun; for a point that is refused, yield None.
 
     Args:
-        refused: is told why.
+        refused: called with the error of each refused point.
     """
     parsed = [o for o in parse(overrides) if not is_hydras(o) or o.key_or_group == SEARCH_PATH]
     choices = [
@@ -79,18 +81,18 @@ def points(
         else [str(o.input_line)]
         for o in parsed
     ]
-    for words in itertools.product(*choices):
+    for point in itertools.product(*choices):
         try:
-            yield convert(verb, compose(verb, list(words)), words)  # `check` has seen the whole sweep
+            yield convert(verb, compose(verb, list(point)), point)  # `check` has seen the whole sweep
         except UserError as error:
             if refused is not None:
                 refused(error)
             yield None
 
 
-def run_multirun(verb: str, words: Words, command: str) -> int:
-    """Run every point of a multirun; return the highest status among them. ``command`` is what would start it again."""
-    overrides = as_typed(verb, words.overrides, sweep=True)
+def run_multirun(verb: str, arguments: Arguments, command: str) -> int:
+    """Run every point of a multirun and return their highest exit status. ``command`` would start it again."""
+    overrides = as_typed(verb, arguments.overrides, sweep=True)
     check(verb, overrides, sweep=True)
     overrides = with_sweep(verb, overrides)
     check(verb, overrides, sweep=True)
@@ -98,27 +100,27 @@ def run_multirun(verb: str, words: Words, command: str) -> int:
     if cost is not None:
         console = Console()
         say(console, named(cost)(points(verb, overrides), console).describe())
-    # Here and not in the system's directory: the points may run on other machines that share this one.
+    # In the working directory, not in /tmp: the points may run on other machines, which share only the former.
     with file_errors(Path.cwd()), temporary_directory(Path.cwd(), ".sweep-") as notes:
-        job = Job(verb, words, overrides, command, notes)
+        job = Job(verb, arguments, overrides, command, notes)
         if launches_processes(verb, overrides):
             with _waiting(notes) as stop:
                 try:
-                    run_hydra(verb, words.options, overrides, job)
+                    run_hydra(verb, arguments.options, overrides, job)
                 except Exception:
-                    if stop.number is None:  # else a process that it stopped while it was starting
+                    if stop.number is None:  # else the cause is a process that was stopped while it was starting
                         raise
             if stop.number is not None:
                 print(f"sparsetrain: {process.INTERRUPTED}", file=sys.stderr)
                 return 128 + stop.number
         else:
-            run_hydra(verb, words.options, overrides, job)
+            run_hydra(verb, arguments.options, overrides, job)
         found = [path.name.partition("-")[0] for path in notes.iterdir()]
         return max((int(status) for status in found if status.isdigit()), default=0)
 
 
 class _Wait(process.Stop):
-    """The first signal tells the runs in other processes to stop, and waits for them; a second ends them."""
+    """A signal handler: the first signal stops the points in other processes gently, a second one ends them."""
 
     def __init__(self, notes: Path) -> None:
         super().__init__()
@@ -138,11 +140,11 @@ class _Wait(process.Stop):
 
 @contextmanager
 def _waiting(notes: Path) -> Iterator[_Wait]:
-    """Have the first signal stop the points in other processes gently.
+    """Make the first signal stop the points in other processes gently.
 
-    Processes that are started meanwhile inherit that the signals are blocked, and let them through once they have a
-    handler: one that came while Python imports would end them with a traceback, and the sweep with them. In this
-    process a thread, begun before, lets them through.
+    The main thread blocks the signals while the launcher starts processes. These inherit the block and lift it when
+    they have a handler: a signal during Python's imports would end them, and the sweep, with a traceback. A thread of
+    this process that was started earlier still accepts the signals.
     """
     stop = _Wait(notes)
     done = threading.Event()
@@ -158,7 +160,7 @@ def _waiting(notes: Path) -> Iterator[_Wait]:
 
 
 class _Gentle:
-    """The handler of a process that a launcher has started: it unwinds a point, once, and leaves the process alone."""
+    """The signal handler in a launcher's process: the first signal unwinds the point but does not end the process."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -175,14 +177,14 @@ _gentle = _Gentle()
 
 
 class Job:
-    """One point of a multirun. A class, so that a launcher can send it to another process.
+    """One point of a multirun; a class, so that a launcher can pickle it into another process.
 
-    What fails is said at once and noted in the directory ``notes``, and the sweep goes on with its other points; an
-    exception would make Hydra say it again in its own words.
+    A failure is printed at once and noted in the directory ``notes``, and the sweep continues with its other points.
+    An exception would make Hydra print it again in another form.
     """
 
-    def __init__(self, verb: str, words: Words, overrides: list[str], command: str, notes: Path) -> None:
-        self.verb, self.words, self.overrides, self.command, self.notes = verb, words, overrides, command, notes
+    def __init__(self, verb: str, arguments: Arguments, overrides: list[str], command: str, notes: Path) -> None:
+        self.verb, self.arguments, self.overrides, self.command, self.notes = verb, arguments, overrides, command, notes
         self.launcher = (os.uname().nodename, os.getpid())
 
     def __call__(self, tree: Any) -> None:
@@ -199,11 +201,11 @@ class Job:
         try:
             return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
         except UserError as error:
-            print(f"sparsetrain: {self.words.said(error)}", file=sys.stderr, flush=True)
+            print(f"sparsetrain: {self.arguments.said(error)}", file=sys.stderr, flush=True)
             return 2
 
     def _run_apart(self, tree: Any) -> int:
-        """Run in a process of the launcher's, until a signal comes here or the launcher has had one."""
+        """Run in a process of the launcher until a signal arrives here or the launcher has received one."""
         stop = self.notes / _STOP
         over = threading.Event()
         watch = threading.Thread(target=_watch, args=(stop, over), daemon=True, name="sparsetrain-stop")
@@ -227,9 +229,9 @@ class Job:
 
 
 def _watch(stop: Path, over: threading.Event) -> None:
-    """Send this process SIGTERM while the file ``stop`` is there, until the point is over.
+    """Send this process SIGTERM repeatedly while the file ``stop`` exists, until ``over`` is set.
 
-    Again and again: one that comes while Python imports is let pass.
+    One signal is not enough: the handler ignores a signal that arrives while Python imports a module.
     """
     while not over.wait(_LOOK_EVERY):
         if stop.exists():

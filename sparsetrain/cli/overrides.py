@@ -1,4 +1,4 @@
-"""Overrides, ``key=value``, as Hydra reads them; what they may be, and what their keys were called before."""
+"""Overrides (``key=value``): how Hydra parses them, which sweeps are allowed, and which keys were renamed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from sparsetrain.cli.quoting import without_interpolation
 from sparsetrain.errors import UserError
 from sparsetrain.runs.recorded import RENAMED
 
-SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for further directories of configurations
+SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for more directories of configurations
 
-# Settings, sections and groups that have other names now: {old: new}. The name of a section holds for what is in it.
+# Renamed settings, sections and groups: {old: new}. A renamed section renames everything in it.
 MOVED: dict[str, str] = {
     **RENAMED,
     **{
@@ -31,7 +31,7 @@ MOVED: dict[str, str] = {
     "pipeline.sparsities": "pipeline.arms, as in pipeline.arms={sparsity.sparsity:[0,0.75]}",
     "pipeline.scratch": "pipeline.stages, in which the stage named scratch may be left out",
 }
-# What is said of an old section as a whole, of which the new name is not all.
+# Messages for old sections that were split, so that one new name does not describe them.
 _WHOLE = {
     "stage": "loop, and budget for its epochs, flops and batch_size; each verb has defaults of its own there",
     "pipeline.finetune": "the entry named finetune in the list pipeline.stages",
@@ -39,11 +39,11 @@ _WHOLE = {
 }
 _OF_STAGE = re.compile(r"(pipeline\.stages\.[^.]+\.)(.+)")
 
-_MOST_VALUES = 10_000  # of a range
+_MOST_VALUES = 10_000  # in one range
 
 
 def moved(key: str) -> str | None:
-    """Return the name that a setting, a section or a group of this old name has now; None where it has not changed."""
+    """Return the new name of a renamed setting, section or group, or None if ``key`` was not renamed."""
     if key in _WHOLE:
         return _WHOLE[key]
     if (stage := _OF_STAGE.fullmatch(key)) is not None:
@@ -58,14 +58,14 @@ def moved(key: str) -> str | None:
 
 
 def check_moved(key: str) -> None:
-    """Raise `UserError` for a key that has another name now."""
+    """Raise `UserError` if ``key`` was renamed; the message gives the new name."""
     new = moved(key)
     if new is not None:
         raise UserError(f"{key} is now {new}")
 
 
 def moved_within(key: str) -> str | None:
-    """Return ``"old is now new"`` for a key that a file cannot have any more, or for all that was in it."""
+    """Return ``"old is now new"`` for a key or section found in a file, for each renamed key in it; None if none."""
     new = moved(key)
     found = {key: new} if new else {old: new for old, new in MOVED.items() if old.startswith(f"{key}.")}
     return "; ".join(f"{old} is now {new}" for old, new in found.items()) or None
@@ -75,7 +75,7 @@ def parse(overrides: Iterable[str]) -> list[Override]:
     """Return the overrides as Hydra reads them.
 
     Raises:
-        UserError: one that Hydra cannot read.
+        UserError: Hydra cannot parse one of them.
     """
     try:
         return OverridesParser.create().parse_overrides(list(overrides))
@@ -84,20 +84,20 @@ def parse(overrides: Iterable[str]) -> list[Override]:
 
 
 def is_hydras(override: Override) -> bool:
-    """Return whether an override is of one of Hydra's own settings."""
+    """Return whether an override sets one of Hydra's own settings."""
     return override.key_or_group.split(".")[0].split("/")[0] == "hydra"
 
 
 def check_enumerable(override: Override, group: bool) -> None:
-    """Raise `UserError` for a sweep whose values cannot be counted up, or are too many to be meant.
+    """Raise `UserError` for a sweep that has no finite list of values, or an implausibly long one.
 
     Args:
-        group: the key is that of a group, whose files a ``glob`` can match.
+        group: whether the key names a configuration group, whose files a ``glob`` can match.
     """
     if override.value_type == ValueType.INTERVAL_SWEEP:
         raise UserError(f"{override.input_line}: an interval has no list of values; use choice(...) or range(...)")
     if override.value_type == ValueType.GLOB_CHOICE_SWEEP and not group:
-        raise UserError(f"{override.input_line}: only the choices of a group can be matched; use choice(...)")
+        raise UserError(f"{override.input_line}: glob matches only the choices of a group; use choice(...)")
     span = override.value()
     if isinstance(span, RangeSweep):
         ends = [float(end or 0) for end in (span.start, span.stop, span.step)]
@@ -108,7 +108,7 @@ def check_enumerable(override: Override, group: bool) -> None:
 
 
 def keys_of(overrides: Iterable[str]) -> list[str]:
-    """Return the keys of overrides, without the marks in front of them."""
+    """Return the keys of overrides, without the prefixes ``+``, ``++`` and ``~``."""
     return [text.split("=", 1)[0].lstrip("+~") for text in overrides]
 
 
@@ -118,14 +118,14 @@ def search_path_override(folder: Path) -> str:
 
 
 def added_folders(parsed: Iterable[Override]) -> list[Path]:
-    """Return the directories of configurations that overrides add."""
+    """Return the directories of configurations that the overrides add."""
     given = next((override.value() for override in parsed if override.key_or_group == SEARCH_PATH), None)
     places = [str(place) for place in given] if isinstance(given, list) else []
     return [Path(place.removeprefix("file://")) for place in places if "://" not in place.removeprefix("file://")]
 
 
 def choices(override: Override) -> list[str]:
-    """Return the options of a group that an override names; those that match a glob exist."""
+    """Return the options of a group that an override names; none for a glob, whose matches exist by definition."""
     if override.is_delete() or override.value_type == ValueType.GLOB_CHOICE_SWEEP:
         return []
     if override.is_sweep_override():

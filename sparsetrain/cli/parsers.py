@@ -1,4 +1,4 @@
-"""Verbs with a parser of their own: ``argparse``, whose errors are said in one line as all others are."""
+"""Verbs with a parser of their own: an ``argparse`` parser whose errors are one line, like all others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from sparsetrain.errors import UserError, nearest
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `UserError`, and whose options are not abbreviated."""
+    """A parser that raises `UserError` for errors and accepts no abbreviated options."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **{"add_help": False, "allow_abbrev": False, **options})
 
     def error(self, message: str) -> NoReturn:
         program = self.prog.removeprefix("sparsetrain ")
-        raise UserError(f"{program}: {message}; {self.prog} --help shows how")
+        raise UserError(f"{program}: {message}; see {self.prog} --help")
 
     @property
     def subparsers(self) -> dict[str, Parser]:
@@ -28,21 +28,21 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def takes_the_rest(self) -> bool:
-        """Whether the words behind the first ones are for somebody else."""
+        """Whether the arguments after the first are passed on to another verb."""
         return any(action.nargs == argparse.REMAINDER for action in self._actions)
 
-    def check(self, words: Sequence[str]) -> None:
-        """Raise `UserError` for a missing subcommand, or an option that does not exist."""
+    def check(self, arguments: Sequence[str]) -> None:
+        """Raise `UserError` for a missing or unknown subcommand, or an unknown option."""
         program = self.prog.removeprefix("sparsetrain ")
         if self.subparsers:
-            if not words or words[0] not in self.subparsers:
+            if not arguments or arguments[0] not in self.subparsers:
                 usages = "; ".join(" ".join(sub.format_usage().split()[1:]) for sub in self.subparsers.values())
-                said = f", not {words[0]!r}" if words else ""
+                said = f", not {arguments[0]!r}" if arguments else ""
                 raise UserError(f"{program} needs a subcommand{said}: {usages}")
-            self.subparsers[words[0]].check(words[1:])
+            self.subparsers[arguments[0]].check(arguments[1:])
             return
         known = [option for action in self._actions for option in action.option_strings]
-        for word in words:
+        for word in arguments:
             if word.startswith("-") and word.partition("=")[0] not in known:
                 there = f"; there are {', '.join(known)}" if known else ""
                 raise UserError(f"{program} has no option '{word}'{nearest(word, known)}{there}")
@@ -53,16 +53,16 @@ class Parser(argparse.ArgumentParser):
 def parser_of(verb: str) -> Parser:
     """Return the parser of a verb."""
     parser = Parser(f"sparsetrain {verb}")
-    find(verb).add_words(parser)
+    find(verb).add_arguments(parser)
     return parser
 
 
-def parsed(verb: str, words: Sequence[str]) -> argparse.Namespace:
-    """Return the words of a verb as its parser reads them.
+def parsed(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
+    """Return the parsed arguments of a verb.
 
     Raises:
-        UserError: words that it cannot read.
+        UserError: the parser refuses them.
     """
     parser = parser_of(verb)
-    parser.check(words)
-    return parser.parse_args(words)
+    parser.check(arguments)
+    return parser.parse_args(arguments)

@@ -1,4 +1,4 @@
-"""Verbs that take paths and options in place of settings: what they take, and what they do."""
+"""Verbs that take paths and options instead of settings: their arguments and what they do."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
 
 
-def report_words(parser: ArgumentParser) -> None:
-    """Add the words of ``report``."""
-    about = "one run or pipeline; or several of them, directories of them, or results.csv: then arms are compared"
+def report_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``report``."""
+    about = "a run or a pipeline; or several paths, a directory of runs, or results.csv, to compare arms"
     parser.add_argument("places", nargs="+", metavar="PATH", help=about)
-    parser.add_argument("--out", metavar="DIR", help="compare arms; where results.csv, bars.md and figure.png go")
+    parser.add_argument("--out", metavar="DIR", help="compare arms; write results.csv, bars.md and figure.png here")
 
 
 def report(given: Namespace) -> None:
@@ -30,17 +30,17 @@ def report(given: Namespace) -> None:
         show_run(places[0], Console())
 
 
-def sweep_words(parser: ArgumentParser) -> None:
-    """Add the words of ``sweep``."""
-    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, directories of them, or results.csv")
+def sweep_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``sweep``."""
+    parser.add_argument("runs", nargs="+", metavar="RUNS", help="run directories, their parents, or results.csv")
     parser.add_argument("--x", default="lr", metavar="KEY", help="the swept setting: lr (default), model.init_std, ...")
-    parser.add_argument("--out", metavar="DIR", help="where results.csv, optima.csv and figure.png go")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds wanted around a minimum (default 3)")
-    parser.add_argument("--search", action="store_true", help="a random search: rank the points instead of curves")
+    parser.add_argument("--out", metavar="DIR", help="write results.csv, optima.csv and figure.png here")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds to ask for at a minimum (default 3)")
+    parser.add_argument("--search", action="store_true", help="a random search: rank the points, fit no curves")
 
 
 def sweep(given: Namespace) -> None:
-    """Collect the runs of a sweep."""
+    """Read the runs of a sweep and show where its optimum lies."""
     from rich.console import Console
 
     from sparsetrain.studies.sweep import show_sweep
@@ -52,16 +52,16 @@ def sweep(given: Namespace) -> None:
     show_sweep(places, given.x, out, given.seeds, given.search, Console())
 
 
-def mask_words(parser: ArgumentParser) -> None:
-    """Add the words of ``mask``."""
+def mask_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``mask``."""
     inspect = parser.add_subparsers(metavar="inspect").add_parser(
         "inspect", add_help=False, usage="sparsetrain mask inspect PATH [picture=FILE]"
     )
     inspect.add_argument(
-        "words",
+        "arguments",
         nargs="*",
         metavar="PATH [picture=FILE]",
-        help="a run, a checkpoint or a file of masks (.npz, .safetensors); where the picture goes",
+        help="a run, a checkpoint or a file of masks (.npz, .safetensors); FILE is where to draw the picture",
     )
 
 
@@ -71,8 +71,8 @@ def mask(given: Namespace) -> None:
 
     from sparsetrain.report.masks import inspect_masks
 
-    pictures = [word.partition("=")[2] for word in given.words if word.startswith("picture=")]
-    paths = [word for word in given.words if not word.startswith("picture=")]
+    pictures = [word.partition("=")[2] for word in given.arguments if word.startswith("picture=")]
+    paths = [word for word in given.arguments if not word.startswith("picture=")]
     if len(paths) != 1 or len(pictures) > 1 or "" in pictures:
         raise UserError("mask inspect takes one path and at most one picture=FILE")
     picture = typed_path(pictures[0], "picture") if pictures else None

@@ -1,4 +1,4 @@
-"""``sparsetrain plan VERB ...``: what a run, a pipeline or a sweep would do, on stdout."""
+"""``sparsetrain plan VERB ...``: print what a run, a pipeline or a sweep would do."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from sparsetrain.cli.words import Words
+    from sparsetrain.cli.arguments import Arguments
     from sparsetrain.stages.estimate import Times
     from sparsetrain.stages.plan import Plan, PlannedPhase, PlannedRun
 
@@ -20,47 +20,47 @@ _WIDTHS = (5, 8, 12, 20, 16, 8, 6, 10)
 _MIB = 1 << 20
 
 
-def plan_words(parser: ArgumentParser) -> None:
-    """Add the words of ``plan``."""
+def plan_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``plan``."""
     parser.epilog = "the settings are those of the verb: sparsetrain pretrain --help"
     parser.add_argument("verb", metavar="VERB", help=", ".join(PLANNED))
-    parser.add_argument("words", nargs=REMAINDER, metavar="...", help="what the verb itself would be given, -m too")
+    parser.add_argument("arguments", nargs=REMAINDER, metavar="...", help="arguments of that verb, -m included")
 
 
 def plan(given: Namespace) -> int:
-    """Print what a verb would do; return 2 if points of a multirun are refused."""
-    from sparsetrain.cli.words import Words
+    """Print what a verb would do; return 2 if a point of a multirun is refused, else 0."""
+    from sparsetrain.cli.arguments import Arguments
 
     if given.verb not in PLANNED:
         hint = nearest(given.verb, PLANNED)
         raise UserError(f"plan knows {', '.join(PLANNED)}, not '{given.verb}'{hint}: sparsetrain plan pretrain ...")
-    words = Words.of(given.verb, given.words)
-    if words.asks:
-        asked = next(name for name in words.options if name != "--multirun")
+    arguments = Arguments.of(given.verb, given.arguments)
+    if arguments.asks:
+        asked = next(name for name in arguments.options if name != "--multirun")
         raise UserError(f"plan takes no {asked}; ask the verb: sparsetrain {given.verb} {asked} ...")
     try:
-        return _multirun(given.verb, words) if words.multirun else _single(given.verb, words)
+        return _multirun(given.verb, arguments) if arguments.multirun else _single(given.verb, arguments)
     except UserError as error:
-        raise UserError(words.said(error)) from None
+        raise UserError(arguments.said(error)) from None
 
 
-def _single(verb: str, words: Words) -> int:
+def _single(verb: str, arguments: Arguments) -> int:
     from sparsetrain.cli.resolve import load
     from sparsetrain.stages.estimate import estimate
     from sparsetrain.stages.plan import plan_of
 
-    config = load(verb, words.overrides)
+    config = load(verb, arguments.overrides)
     found = plan_of(config)
     for line in shown(found, estimate([(config, run) for run in found.runs])):
         print(line)
     return 0
 
 
-def _multirun(verb: str, words: Words) -> int:
+def _multirun(verb: str, arguments: Arguments) -> int:
     from sparsetrain.cli.checks import as_typed, check
     from sparsetrain.cli.multirun import points, with_sweep
 
-    overrides = as_typed(verb, words.overrides, sweep=True)
+    overrides = as_typed(verb, arguments.overrides, sweep=True)
     check(verb, overrides, sweep=True)
     overrides = with_sweep(verb, overrides)
     check(verb, overrides, sweep=True)
@@ -68,13 +68,13 @@ def _multirun(verb: str, words: Words) -> int:
     for line in _sweep(points(verb, overrides, refused.append), refused):
         print(line)
     sys.stdout.flush()
-    for reason in dict.fromkeys(words.said(error) for error in refused):
+    for reason in dict.fromkeys(arguments.said(error) for error in refused):
         print(f"sparsetrain: {reason}", file=sys.stderr)
     return 2 if refused else 0
 
 
 def shown(plan: Plan, times: Times) -> Iterator[str]:
-    """Yield the lines about what a configuration would run."""
+    """Yield the lines that describe what a configuration would run."""
     if plan.directory is not None:
         yield f"pipeline: {plan.directory}: {plan.status}"
         yield from (f"note: {note}" for note in plan.notes)

@@ -1,14 +1,14 @@
-"""Quotes: in an override, ``key=value``, the value of a setting that holds text arrives as it was typed.
+"""Quoting of text values in overrides, so that Hydra reads them as they were typed.
 
 Hydra's grammar gives commas, brackets, equals signs, quotes, digits and ``true`` a meaning that they do not have in a
-sentence or in the name of a file, and OmegaConf gives one to ``${``. The type of the field in the configuration
-decides: the value of a text is put into quotes, here and nowhere else, before either of them reads it.
+sentence or a file name, and OmegaConf gives one to ``${``. So the value of a setting of type text is put into quotes,
+only here, before either of them reads it.
 
-* A value that is in quotes as a whole, ``'...'`` or ``"..."``, is what stands between them.
-* ``null`` is the absent value of a setting that may have none.
-* ``${name}`` is the value of the setting or the resolver of that name where there is one, but not in prose.
-* In a multirun, commas outside quotes separate several values. Where they might belong to a sentence or to the name of
-  a file, the override is refused, with how to write it.
+* A value that is already in quotes, ``'...'`` or ``"..."``, means the text between them.
+* ``null`` means no value, for a setting that may be null.
+* ``${name}`` is replaced by that setting or resolver if it exists; settings that hold prose keep it as text.
+* In a multirun, commas outside quotes separate values. If they could also belong to the text, the override is refused
+  with a message that shows how to write it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from omegaconf import OmegaConf
 
 from sparsetrain.errors import UserError
 
-# Settings that hold sentences. Any mark in them is text.
+# Settings that hold sentences: every character in them is text.
 PROSE = ("prompt", "words")
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
-_WORD = re.compile(r"[\w./:+@%*~=-]+")  # what is no sentence, and in a multirun one of several values
-_FUNCTION = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)  # Hydra's
+_WORD = re.compile(r"[\w./:+@%*~=-]+")  # a value without spaces, which may be one of several in a multirun
+_FUNCTION = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)  # of Hydra's grammar
 _INTERPOLATION = re.compile(r"\$\{\s*([\w.]+)\s*([:}])")
 
 
@@ -48,7 +48,7 @@ class TextSetting:
 
 
 def text_settings(schema: type, prefix: str = "") -> dict[str, TextSetting]:
-    """Return the settings of a configuration that hold text, by their dotted names."""
+    """Return the settings of a configuration that hold text, by dotted name."""
     found: dict[str, TextSetting] = {}
     for entry in dataclasses.fields(schema):
         name, hint = f"{prefix}{entry.name}", entry.type
@@ -63,7 +63,7 @@ def text_settings(schema: type, prefix: str = "") -> dict[str, TextSetting]:
 
 @functools.cache
 def _resolved(kind: type) -> type:
-    """Return a dataclass whose field types are types, not their names."""
+    """Return a copy of a dataclass whose field types are types instead of their names."""
     hints = get_type_hints(kind)
     return dataclasses.make_dataclass(
         kind.__name__, [(entry.name, hints[entry.name], None) for entry in dataclasses.fields(kind)]
@@ -73,14 +73,14 @@ def _resolved(kind: type) -> type:
 def quoted(
     overrides: Iterable[str], settings: dict[str, TextSetting], known: Callable[[str], bool], sweep: bool = False
 ) -> list[str]:
-    """Return the overrides with quotes around the text of those settings that hold text.
+    """Return the overrides with quotes around the values of settings that hold text.
 
     Args:
-        known: whether a name is that of a setting, so that ``${name}`` is its value.
-        sweep: commas outside quotes separate several values.
+        known: returns whether a name is the name of a setting, so that ``${name}`` stands for its value.
+        sweep: whether commas outside quotes separate values.
 
     Raises:
-        UserError: in a sweep, commas of which it is not certain what they mean.
+        UserError: in a sweep, a comma may separate values or belong to the text.
     """
     result = []
     for override in overrides:
@@ -96,7 +96,7 @@ def _quoted(setting: TextSetting, value: str, known: Callable[[str], bool], swee
     if setting.many:
         inner = value.strip()
         if not (inner.startswith("[") and inner.endswith("]")) or set(inner[1:-1]) & set("[]{}"):
-            return value  # Hydra's own words for it
+            return value  # nested lists and dicts: Hydra's grammar decides
         return f"[{','.join(_one(setting, piece.strip(), known) for piece in _pieces(inner[1:-1]) if piece.strip())}]"
     pieces = list(_pieces(value)) if sweep else [value]
     if len(pieces) == 1:
@@ -114,7 +114,7 @@ def _quoted(setting: TextSetting, value: str, known: Callable[[str], bool], swee
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Yield what commas separate, but for commas inside a piece that is in quotes as a whole."""
+    """Yield the parts of ``text`` between commas; commas inside a quoted part do not separate."""
     start = 0
     while True:
         match = re.compile(rf"\s*(?:{_QUOTED.pattern})\s*(?=,|$)", re.DOTALL).match(text, start)
@@ -146,12 +146,12 @@ def _names_something(match: re.Match[str], known: Callable[[str], bool]) -> bool
 
 
 def without_interpolation(text: str) -> str:
-    """Return what OmegaConf reads as ``text``: each ``${`` with a backslash, and backslashes before it doubled."""
+    """Escape ``text`` for OmegaConf: put a backslash before each ``${``, and double the backslashes before it."""
     return re.sub(r"(\\*)\$\{", lambda match: f"{2 * match[1]}\\${{", text)
 
 
 def with_interpolation(text: str) -> str:
-    """Return the text that `without_interpolation` was given, or one with an interpolation in it as it is."""
+    """Undo `without_interpolation`; a text that contains a real interpolation is returned unchanged."""
     found = re.findall(r"(\\*)\$\{", text)
     if any(len(marks) % 2 == 0 for marks in found):
         return text
@@ -159,5 +159,5 @@ def with_interpolation(text: str) -> str:
 
 
 def plain_value(value: Any) -> Any:
-    """Return a value of a sweep without Hydra's mark that it was in quotes."""
+    """Return a value of a sweep, unwrapped if Hydra marked it as quoted."""
     return value.text if isinstance(value, QuotedString) else value

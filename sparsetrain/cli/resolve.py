@@ -1,4 +1,4 @@
-"""From overrides to the dataclass of a verb: paths, what is taken over from another run, and the building of it."""
+"""From overrides to the dataclass of a verb: paths, lengths, and settings inherited from another run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, plain
 from sparsetrain.cli.overrides import keys_of
-from sparsetrain.cli.stages import check_entries, choose_arms
+from sparsetrain.cli.stages import check_entries, prefer_typed_arms
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
@@ -26,7 +26,7 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
     """Return the configuration of a verb as its dataclass.
 
     Raises:
-        UserError: an unknown key or choice, a value of the wrong type or out of range; a single line.
+        UserError: an unknown key or choice, or a value of the wrong type or out of range; one line.
     """
     given = as_typed(verb, overrides)
     check(verb, given)
@@ -34,32 +34,32 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
 
 
 def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
-    """Return the dataclass of ``verb`` from a composed tree, with what it takes over from ``init_from``."""
+    """Return the dataclass of ``verb`` from a composed tree, with the sections inherited from ``init_from``."""
     row = find(verb)
     values = plain(tree, resolve=True)
     check_entries(values)
     use_paths(values)
     given = list(overrides)
     keys = keys_of(given)
-    choose_length(values, keys)
-    choose_arms(values, given)
+    prefer_typed_length(values, keys)
+    prefer_typed_arms(values, given)
     if row.inherits and values.get("init_from"):
         inherit(values, row.inherits, keys)
     return build(row.kind(), values)
 
 
-def choose_length(values: dict[str, Any], overridden: Iterable[str]) -> None:
-    """Let a length that was typed, of the run or of a stage, take the place of one that a file says in another unit."""
+def prefer_typed_length(values: dict[str, Any], overridden: Iterable[str]) -> None:
+    """Let a typed length, of the run or of a stage, replace a length that a file gives in another unit."""
     typed = set(overridden)
-    _choose_length(values.get("budget"), "budget", typed)
+    _prefer_typed_length(values.get("budget"), "budget", typed)
     pipeline = values.get("pipeline")
     stages = pipeline.get("stages") if isinstance(pipeline, dict) else None
     for number, stage in enumerate(stages if isinstance(stages, list) else ()):
         if isinstance(stage, dict):
-            _choose_length(stage.get("budget"), f"pipeline.stages.{number}.budget", typed)
+            _prefer_typed_length(stage.get("budget"), f"pipeline.stages.{number}.budget", typed)
 
 
-def _choose_length(budget: Any, name: str, overridden: Collection[str]) -> None:
+def _prefer_typed_length(budget: Any, name: str, overridden: Collection[str]) -> None:
     if not isinstance(budget, dict):
         return
     typed = [length for length in LENGTHS if f"{name}.{length}" in overridden and budget.get(length) is not None]
@@ -72,10 +72,10 @@ def _choose_length(budget: Any, name: str, overridden: Collection[str]) -> None:
 
 
 def use_paths(values: dict[str, Any]) -> None:
-    """Put each path that was typed into the form that is used.
+    """Replace each path in ``values`` by its checked form.
 
     Raises:
-        UserError: one that cannot be a path; it names the setting.
+        UserError: a value cannot be a path; the message names the setting.
     """
     for *sections, name in (*PATHS, *((name,) for name in RUNS)):
         section: Any = values
@@ -86,10 +86,10 @@ def use_paths(values: dict[str, Any]) -> None:
 
 
 def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:
-    """Take model, masks and the sections ``inherited`` from the run that is started from.
+    """Replace the model, the sparsity and the sections ``inherited`` in ``values`` by those of the run ``init_from``.
 
     Raises:
-        UserError: the run is not there, or one of the ``overridden`` settings gives its model another shape.
+        UserError: there is no such run, or an ``overridden`` setting would change the shape of its model.
     """
     directory = Path(values["init_from"])
     if not directory.is_dir():

@@ -1,7 +1,7 @@
-"""Settings of a pipeline's stages by their names: ``pipeline.stages.finetune.optimizer.lr=1e-3``.
+"""Settings of a pipeline's stages by stage name: ``pipeline.stages.finetune.optimizer.lr=1e-3``.
 
-The stages are a list, whose entries Hydra knows by their numbers. The name is turned into the number here, before
-Hydra reads the override, and the setting is checked against what that stage runs.
+The stages are a list, so Hydra addresses them by number. This module replaces the name by the number before Hydra
+reads the override, and checks that the stage has the setting.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NUMBERED = re.compile(r"pipeline\.stages\.(?P<number>[0-9]+)\.(?P<setting>.+)")
 
 
 def numbered(verb: str, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides, in which the settings of a stage have its number in place of its name.
+    """Return the overrides with stage names replaced by stage numbers.
 
-    Arms may have settings that no file names; Hydra has a mark for that.
+    An override of ``pipeline.arms`` gets Hydra's prefix ``++``: an arm may use settings that no file mentions.
 
     Raises:
-        UserError: a stage that the pipeline does not have, or a stage as a whole.
+        UserError: the pipeline has no such stage, or the override replaces a whole stage.
     """
     given = [f"++{text}" if text.startswith(f"{ARMS}={{") else text for text in overrides]
     for text in given if verb == "pipeline" else ():
@@ -65,12 +65,12 @@ def _numbered(text: str, names: list[str]) -> str:
             f"{key}: pipeline.stages has no stage {match['name']}{nearest(match['name'], names)}; there are "
             f"{', '.join(names)}"
         )
-    # The entry need not have the setting yet.
+    # `++` because the entry may not have the setting yet.
     return f"++pipeline.stages.{names.index(match['name'])}.{match['setting']}={match['value']}"
 
 
-def choose_arms(values: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Let arms that were typed take the place of those of a file, which Hydra would run beside them."""
+def prefer_typed_arms(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    """Let typed arms replace those of a file; Hydra alone would merge the two."""
     for override in parse([text for text in overrides if keys_of([text]) == [ARMS]]):
         typed, pipeline = override.value(), values.get("pipeline")
         if isinstance(typed, dict) and isinstance(pipeline, dict) and isinstance(pipeline.get("arms"), dict):
@@ -79,7 +79,7 @@ def choose_arms(values: dict[str, Any], overrides: Iterable[str]) -> None:
 
 
 def check_entries(values: Mapping[str, Any]) -> None:
-    """Raise `UserError` for a setting in the list of stages that has another name now."""
+    """Raise `UserError` for a renamed setting in the list of stages."""
     pipeline = values.get("pipeline")
     stages = pipeline.get("stages") if isinstance(pipeline, dict) else None
     for entry in stages if isinstance(stages, list) else ():
@@ -93,16 +93,16 @@ def _keys(section: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def stage_setting(tree: DictConfig, key: str) -> tuple[str, str, str]:
-    """Return name and verb of the stage of a pipeline of which ``key``, one of `NUMBERED`, is a setting, and that.
+    """Return the stage's name, its verb and the setting's name for ``key``, which matches `NUMBERED`.
 
     Raises:
-        UserError: a stage that the pipeline does not have.
+        UserError: the pipeline has no such stage.
     """
     match = NUMBERED.fullmatch(key)
     assert match is not None
     listed, number = _listed(tree), int(match["number"])
     if number >= len(listed):
-        raise UserError(f"{key}: pipeline.stages has {len(listed)} stages, the last of them number {len(listed) - 1}")
+        raise UserError(f"{key}: pipeline.stages has {len(listed)} stages, numbered 0 to {len(listed) - 1}")
     entry = listed[number]
     return str(entry.get("name")), str(entry.get("run", entry.get("name"))), match["setting"]
 

@@ -1,4 +1,4 @@
-"""What each verb does with its complete configuration, and the status that it ends with."""
+"""Run a verb with its complete configuration and turn the outcome into an exit status."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsetrain.training.state import Diverged, Interrupted
 
 
 def start(verb: str, config: Any, command: str) -> int:
-    """Run a verb with its complete configuration; return the exit status. ``command`` is what would start it again."""
+    """Run a verb with its complete configuration and return its exit status. ``command`` would start it again."""
     run = named(find(verb).run)
     try:
         result = run(config)
@@ -42,7 +42,7 @@ class DataVerbConfig:
 
 
 def pipeline(config: stages.PipelineConfig) -> int:
-    """Run a pipeline, which prints its own results; return 1 where one of its arms has diverged."""
+    """Run a pipeline, which prints its own results; return 1 if one of its arms diverged, else 0."""
     return 1 if stages.pipeline(config).values.get("diverged") else 0
 
 
@@ -52,7 +52,7 @@ def generate(config: stages.GenerateConfig) -> None:
 
 
 def data(config: DataVerbConfig) -> None:
-    """Prepare a corpus, and say how much text it holds."""
+    """Prepare a corpus and print how much text it holds."""
     console = Console()
     corpus = prepare(config.data, progress=True, console=console)
     for split, counts in corpus.manifest["splits"].items():

@@ -1,6 +1,6 @@
-"""The verbs of the command line, each in one row: help, parsing, schemas and what runs follow from this table.
+"""The table of verbs. Help, parsing, schemas and execution follow from its rows.
 
-A new verb is a row here and its function, and for one with settings its dataclass and ``conf/VERB.yaml``.
+To add a verb, write a row here and its function; a verb with settings also needs a dataclass and ``conf/VERB.yaml``.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from sparsetrain.errors import UserError, nearest
 
 
 def named(place: str) -> Any:
-    """Return what ``"package.module:name"`` names, whose module is imported only now."""
+    """Return the object that ``"package.module:name"`` names; this imports the module."""
     module, _, name = place.partition(":")
     return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb. Functions and classes are given as ``"package.module:name"``, so that the table imports none of them.
+    """One verb. Functions and classes are given as ``"package.module:name"``, so that the table imports no module.
 
     Args:
-        about: one line of help. examples: commands that work.
-        run: what it does. With settings it is called with their dataclass, with ``parser`` with the parsed words; it
-            may return an exit status, or a `stages.RunResult`, which is summarised.
-        configuration: the dataclass of its settings, whose defaults ``conf/VERB.yaml`` completes.
-        parser: for a verb that takes other words than settings, a function that adds them to an ``ArgumentParser``.
-        inherits: sections of settings that it takes from the run ``init_from`` unless they are given.
-        cost: what a multirun of it will take, from the configurations of the points; said before the first of them.
+        about: one line of help.
+        run: the function to call, with the dataclass of the settings or, for a verb with a ``parser``, the parsed
+            arguments. It may return an exit status, or a `stages.RunResult`, which is then summarised.
+        examples: commands that work.
+        configuration: the dataclass of the settings; ``conf/VERB.yaml`` completes its defaults.
+        parser: for a verb without settings, a function that adds its arguments to an ``ArgumentParser``.
+        inherits: sections of settings that the verb takes from the run ``init_from`` unless they are given.
+        cost: a function that estimates the cost of a multirun from its points; it is printed before the first point.
     """
 
     about: str
@@ -52,8 +53,8 @@ class Verb:
         found: type = named(self.configuration)
         return found
 
-    def add_words(self, parser: argparse.ArgumentParser) -> None:
-        """Add to ``parser`` what the verb takes in place of settings."""
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the verb's arguments to ``parser``; for a verb without settings."""
         assert self.parser is not None
         add: Callable[[argparse.ArgumentParser], None] = named(self.parser)
         add(parser)
@@ -79,7 +80,7 @@ VERBS: dict[str, Verb] = {
         cost="sparsetrain.stages.estimate:sweep_cost",
     ),
     "finetune": Verb(
-        about="Train a pre-trained model (or a fresh one) on a labelled task, dense or with its masks.",
+        about="Train a pre-trained or freshly initialised model on a labelled task, dense or with its masks.",
         configuration="sparsetrain.stages:FinetuneConfig",
         run="sparsetrain.stages:finetune",
         examples=[
@@ -115,7 +116,7 @@ VERBS: dict[str, Verb] = {
         examples=["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
     ),
     "coord-check": Verb(
-        about="Check that activations and updates keep their scale over sparsity, width or depth.",
+        about="Check that activations and updates keep their scale across sparsity, width or depth.",
         configuration="sparsetrain.studies.coordinates:CoordinatesConfig",
         run="sparsetrain.studies.coordinates:coord_check",
         examples=[
@@ -126,8 +127,8 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "sweep": Verb(
-        about="Collect the runs of a sweep: results.csv, where the optimum is with its interval, and the figure.",
-        parser="sparsetrain.cli.paths:sweep_words",
+        about="Summarise the runs of a sweep: results.csv, the optimum with its interval, and a figure.",
+        parser="sparsetrain.cli.paths:sweep_arguments",
         run="sparsetrain.cli.paths:sweep",
         examples=[
             "sparsetrain sweep runs/supar_lr_transfer --out experiments/supar_lr_transfer",
@@ -136,13 +137,13 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "tune": Verb(
-        about="Measure on this machine from which sparsity on a layer is computed by its nonzeros.",
+        about="Measure from which sparsity the sparse kernels beat dense ones here; backend=auto uses the result.",
         configuration="sparsetrain.bench.tune:TuneConfig",
         run="sparsetrain.bench.tune:tune",
         examples=["sparsetrain tune", "sparsetrain tune threads=[1,4,8] tokens=[512,4096]"],
     ),
     "bench": Verb(
-        about="Measure how fast sparse layers and models are on this machine, beside dense ones and other libraries.",
+        about="Measure the speed of sparse layers and models here, beside dense ones and other libraries.",
         configuration="sparsetrain.bench:BenchConfig",
         run="sparsetrain.bench:bench",
         examples=[
@@ -153,8 +154,8 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "plan": Verb(
-        about="Say what a run, a pipeline or a sweep would do: phases, counts, FLOPs, memory, time; do nothing.",
-        parser="sparsetrain.cli.plan:plan_words",
+        about="Print what a run, a pipeline or a sweep would do: phases, tokens, FLOPs, memory and time.",
+        parser="sparsetrain.cli.plan:plan_arguments",
         run="sparsetrain.cli.plan:plan",
         examples=[
             "sparsetrain plan pretrain model=demo sparsity.sparsity=0.75 budget.tokens=2000000",
@@ -164,8 +165,8 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "report": Verb(
-        about="Show a run or a pipeline and write its page again, or compare arms over seeds: table, bars, figure.",
-        parser="sparsetrain.cli.paths:report_words",
+        about="Show a run or a pipeline and rewrite its page, or compare arms over seeds: table, bars, figure.",
+        parser="sparsetrain.cli.paths:report_arguments",
         run="sparsetrain.cli.paths:report",
         examples=[
             "sparsetrain report RUN_DIR",
@@ -174,8 +175,8 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "mask": Verb(
-        about="Inspect the masks of a run, a checkpoint or a file: statistics, and a picture.",
-        parser="sparsetrain.cli.paths:mask_words",
+        about="Inspect the masks of a run, a checkpoint or a file: statistics and a picture.",
+        parser="sparsetrain.cli.paths:mask_arguments",
         run="sparsetrain.cli.paths:mask",
         examples=["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
     ),
@@ -186,7 +187,7 @@ def find(name: str) -> Verb:
     """Return a verb by its name.
 
     Raises:
-        UserError: there is none of this name.
+        UserError: there is no such verb.
     """
     if name not in VERBS:
         raise UserError(f"no verb '{name}'{nearest(name, VERBS)}; there are {', '.join(VERBS)}")

@@ -15,10 +15,10 @@ import yaml
 from shell import Shell
 
 from sparsetrain.cli import compose
+from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.parsers import parser_of
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.verbs import VERBS, Verb, named, with_settings
-from sparsetrain.cli.words import Words
 from sparsetrain.errors import UserError
 
 
@@ -81,7 +81,7 @@ def add_asked(parser: ArgumentParser) -> None:
 
 
 def ask(given: Namespace) -> None:
-    times = load(given.verb, Words.of(given.verb, given.words).overrides).times
+    times = load(given.verb, Arguments.of(given.verb, given.arguments).overrides).times
     print(f"{given.verb} {times}".upper() if given.loud else f"{given.verb} {times}")
 
 
@@ -199,4 +199,4 @@ def test_nothing_of_an_optional_group_may_be_said(shell: Shell) -> None:
     assert load("data", ["task=null"]).task is None
     assert load("data", ["task=pubmedqa", "task.path=x"]).task.name == "pubmedqa"
     assert load("pretrain", ["experiment=null"]) == load("pretrain", [])
-    assert "null is no point of a sweep" in shell.refused("data", "-m", "task=null,pubmedqa")
+    assert "a sweep cannot contain null" in shell.refused("data", "-m", "task=null,pubmedqa")

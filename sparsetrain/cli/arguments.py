@@ -1,4 +1,4 @@
-"""The words behind a verb that takes settings: Hydra's options with their values, and overrides."""
+"""Command-line arguments of a verb that takes settings: Hydra's options with their values, and overrides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsetrain.files import typed_path
 
 _VALUED = {"--cfg": "-c", "--package": "-p", "--info": "-i", "--config-dir": "-cd"}
 _PLAIN = {"--multirun": "-m", "--resolve": "", "--hydra-help": ""}
-_SHORT = {"--force": "force=true"}  # options that are short for a setting
+_SHORT = {"--force": "force=true"}  # options that abbreviate a setting
 _CHOICES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
@@ -18,23 +18,23 @@ _CHOICES = {
 
 
 @dataclass
-class Words:
-    """What was typed behind a verb: options with their values, and overrides."""
+class Arguments:
+    """The arguments typed after a verb: options with their values, and overrides."""
 
     options: dict[str, str] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
     folder: str | None = None  # of ``--config-dir``
 
     @classmethod
-    def of(cls, verb: str, words: list[str]) -> Words:
-        """Return the words sorted.
+    def of(cls, verb: str, arguments: list[str]) -> Arguments:
+        """Return the arguments, separated into options and overrides.
 
         Raises:
-            UserError: an unknown option, or one without the value that it needs.
+            UserError: an option is unknown, or lacks the value that it needs.
         """
         found = cls()
         long = {short: name for name, short in (_VALUED | _PLAIN).items() if short}
-        left = list(words)
+        left = list(arguments)
         while left:
             word = left.pop(0)
             if not word.startswith("-") or word in _SHORT:
@@ -68,7 +68,7 @@ class Words:
         return found
 
     def said(self, error: UserError) -> str:
-        """Return an error as one line, with the directory of configurations that may be its cause."""
+        """Return an error as one line; it names the directory of ``--config-dir``, which may be the cause."""
         return single_line(error) + (f" (with --config-dir={self.folder})" if self.folder is not None else "")
 
     @property
@@ -77,5 +77,5 @@ class Words:
 
     @property
     def asks(self) -> bool:
-        """Whether it is a question about the configuration, which runs nothing."""
+        """Whether the options only ask about the configuration, so that nothing is run."""
         return any(name in self.options for name in ("--cfg", "--package", "--info", "--hydra-help"))
