@@ -25,7 +25,7 @@ from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.cli.resolve import load
 from sparsetrain.data.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
-from sparsetrain.studies.sweep import collect
+from sparsetrain.studies.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -149,7 +149,7 @@ def test_a_tiny_form_only_changes_settings_that_the_sweep_has(name: str) -> None
 @pytest.mark.parametrize("name", CURVES)
 def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: Path) -> None:
     folder = ROOT / "experiments" / name
-    found = collect([folder / "results.csv"])
+    found = read_sweep([folder / "results.csv"])
     extra = [column for column in found.varied if column != swept(name)]
     write_optima(lines_of(found.rows, swept(name), extra), tmp_path / "optima.csv", extra)
     assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
@@ -244,7 +244,7 @@ def test_a_sweep_that_was_killed_goes_on(
     capfd.readouterr()
     assert main(words) == 0
     out = capfd.readouterr().out
-    assert "sweep: 4 points, 1 finished before, 3 to run" in out
+    assert "sweep: 4 points, 1 already finished, 3 to run" in out
     assert "as the 1 finished ones" in out
     assert "resuming after step 1 of 2" in out
 

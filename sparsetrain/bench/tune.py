@@ -1,4 +1,4 @@
-"""Measures, on this machine, from which sparsity on each sparse backend is the faster one."""
+"""Measurement of the crossover table: from which sparsity each sparse backend is faster than dense on this machine."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ from sparsetrain.stages.memory import check_footprint, footprint_of, memory_erro
 
 @dataclass
 class TuneConfig:
-    """Measure when a layer is computed by its nonzeros, and when densely; ``backend=auto`` goes by it from then on.
+    """Measure from which sparsity the sparse kernels are faster than dense ones; ``backend=auto`` uses the result.
 
-    Runs that were begun keep the backends that they were begun with.
+    Runs that have started keep their backends.
 
     Args:
-        threads: numbers of threads to measure with; null for one and all cores.
-        sides: square layers of these sizes, multiples of 16 from 32 on. tokens: rows of their inputs.
-        repeats: timings of which the median counts.
-        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
+        threads: thread counts to measure; null for one thread and all cores.
+        sides: sizes of the square layers to time, multiples of 16 from 32 on.
+        tokens: numbers of input rows to time.
+        repeats: number of timings; the median counts.
+        force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
 
     threads: list[int] | None = None
@@ -46,20 +47,20 @@ class TuneConfig:
         for name in ("threads", "sides", "tokens"):
             given = getattr(self, name)
             if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
-                raise UserError(f"{name}={given} must be numbers from 1 on, each larger than the one before")
-        unit = math.lcm(*itertools.chain(*BLOCKS.values()))
-        if any(side % unit or side == unit for side in self.sides or []):
-            raise UserError(f"sides={self.sides} must be multiples of {unit}, the blocks of bsr, and more than one")
+                raise UserError(f"{name}={given} must be increasing numbers from 1 on")
+        multiple = math.lcm(*itertools.chain(*BLOCKS.values()))
+        if any(side % multiple or side == multiple for side in self.sides or []):
+            raise UserError(f"sides={self.sides} must be multiples of {multiple} (the bsr block) above {multiple}")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats} must be at least 1")
 
 
 def tune(config: TuneConfig, console: Console | None = None) -> Path:
-    """Measure the crossover table of this machine, save it in the cache and print it; return its path."""
+    """Measure the crossover table of this machine, save it in the cache, print it and return its path."""
     console = console or Console()
     threads = config.threads or sorted({1, os.cpu_count() or 1})
     side, rows = max(config.sides or SIDES), max(config.tokens or TOKENS)
-    # The densest of the layers that are timed has nearly all of its weights, and computing densely spreads them.
+    # The densest layer timed has nearly all its weights, and dense computation expands them into a second matrix.
     needed = footprint_of({"the layer": 2 * side**2 * 4, "inputs and gradients": 2 * rows * side * 4})
     check_footprint(needed, f"a layer of sides={side} with tokens={rows}", config.force)
     with memory_errors("this measurement"):
@@ -67,7 +68,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
 
 
 def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
-    check_room()  # it would be a pity to find out after an hour
+    check_room()  # a measurement takes up to an hour, so a full disk must show before it
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cells"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:

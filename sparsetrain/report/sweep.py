@@ -83,7 +83,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
     """Return the curves of ``rows`` over the column ``x``; their base is the smallest model, dense before sparse.
 
     Args:
-        rows: from `stages.sweep.collect`.
+        rows: from `stages.sweep.read_sweep`.
         extra: columns beside parameterization, sparsity, width and depth that tell curves apart.
 
     Raises:

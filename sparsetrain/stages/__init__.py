@@ -1,4 +1,4 @@
-"""Pre-training, fine-tuning, soft prompts, and the pipeline that runs them at several sparsities."""
+"""Stages of training (pre-training, fine-tuning, soft prompts), pipelines of them, and what is planned or checked."""
 
 from sparsetrain.runs.result import RunResult
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig

@@ -1,4 +1,4 @@
-"""Tables of arms from what is on the disk: stages of pipelines, runs whose masks evolve, and earlier tables."""
+"""Comparison of arms: read the stages of pipelines, runs whose masks evolve, and earlier tables, into one table."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparsetrain.shapes import Positive, check
 from sparsetrain.stages.config import PretrainConfig, RunConfig, build
 from sparsetrain.stages.pipeline_config import PipelineConfig
 
-_DEPTH = 3  # of a stage in a directory of pipelines: pipeline, arm, stage
+_DEPTH = 3  # a stage of a pipeline lies three levels below: pipeline, arm, stage
 
 
 class _Data(TypedDict):
@@ -54,16 +54,16 @@ class _MaskConfig(TypedDict):
     sparsity: _Sparsity
 
 
-def collect_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
+def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
     """Return the table of all finished runs in ``places``, and the directories of the unfinished ones.
 
-    A place is a run directory, a pipeline, a directory of those, or a ``results.csv`` that was collected before, whose
-    rows stand for runs that are not there any more. A stage of a pipeline lies in ``PIPELINE/ARM/STAGE``; the stage is
-    named by that directory, without the name of its task before it, as in ``pubmedqa-finetune``.
+    A place is a run directory, a pipeline, a directory of runs or pipelines, or a ``results.csv`` written earlier. The
+    rows of a ``results.csv`` also count when their run directories are gone. A stage of a pipeline lies in
+    ``PIPELINE/ARM/STAGE`` and is named by that directory, without the prefix of its task, as in ``pubmedqa-finetune``.
 
     Raises:
-        UserError: nothing finished; pipelines that differ in more than the seed; runs that differ in more than the seed
-            and the evolution of masks; or see `sparsetrain.report.arms.join`.
+        UserError: no run is finished; pipelines differ in more than the seed; runs differ in more than the seed and
+            the evolution of masks; or the tables cannot be joined, see `sparsetrain.report.arms.join`.
     """
     earlier = [tables.read_arms(place) for place in places if place.suffix == ".csv"]
     stages: list[Arms] = []
@@ -96,7 +96,7 @@ def collect_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
 
 
 def _runs(place: Path) -> list[Path]:
-    """Return the directories of runs in a place, in the order of their names; a pipeline's own is none."""
+    """Return the run directories below a place, sorted by name, without the directories of the pipelines themselves."""
     place = Path(os.path.normpath(place))
     found = {path.parent for depth in range(_DEPTH + 1) for path in place.glob("*/" * depth + CONFIG)}
     if not found:
@@ -106,7 +106,7 @@ def _runs(place: Path) -> list[Path]:
 
 
 def _home(directory: Path) -> Path:
-    """Return the pipeline that a stage lies in, by the path that was given where that is long enough."""
+    """Return the pipeline directory of a stage; the path stays relative if the given path is long enough."""
     near = directory.parent.parent
     return near if near.name not in ("", "..") else _absolute(directory).parent.parent
 
@@ -116,7 +116,7 @@ def _absolute(directory: Path) -> Path:
 
 
 def _in_pipeline(directory: Path, result: Row) -> bool:
-    """Whether a run is a stage of a pipeline: one that began there, or one that has the name of a stage."""
+    """Whether a run is a stage of a pipeline: it lies in a pipeline's directory, or its directory is named like one."""
     return (_home(directory) / CONFIG).exists() or _stage_name(directory, result) in (PRETRAIN, *WAYS)
 
 
@@ -125,7 +125,7 @@ def _stage_name(directory: Path, result: Row) -> str:
 
 
 def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:
-    """Return what tables of both kinds take from a result in the same way."""
+    """Return the columns that tables of stages and tables of masks have in common."""
     row = {name: result.get(name) for name in (*COLUMNS, *columns)}
     return row | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")} | known
 
@@ -148,7 +148,7 @@ def _stage(directory: Path, result: Row) -> Arms:
 
 
 def _formula(directory: Path, result: Row) -> float | None:
-    """Return F(0) / F(s) of the arm's model by the formula, from its nominal sparsity alone."""
+    """Return F(0) / F(s), the FLOPs of the dense over those of the sparse model, by formula from the sparsity s."""
     if not result.get("model") or result.get("sparsity") is None:
         return None
     settings = {key: value for key, value in result["model"].items() if key != "sparsity"}
@@ -177,7 +177,7 @@ def _run_of_masks(directory: Path, result: Row) -> Arms:
 
 
 def _rule(config: Row) -> str:
-    """Return how masks change: the rule of evolution, or ``vspdf`` for densities that follow the phases."""
+    """Return the rule of evolution, or ``vspdf`` if the phases of the budget set densities."""
     phases = (config.get("budget") or {}).get("phases") or []
     changes = any(phase.get("density") is not None for phase in phases)
     return "vspdf" if changes else str(config["sparsity"]["evolution"]["rule"])
@@ -198,9 +198,9 @@ def _place_of(row: Row) -> tuple[int, str, int]:
 
 
 def _check_pipelines(stages: Sequence[Arms]) -> None:
-    """Raise `UserError` unless pipelines differ in their seed alone: others must not be averaged.
+    """Raise `UserError` if pipelines differ in more than the seed, because their results must not be averaged.
 
-    A stage without a pipeline's configuration above it is compared with the same stage of other seeds.
+    A stage that lies in no pipeline is compared with the same stage of the other seeds.
     """
     first: dict[tuple[Any, ...], Path] = {}
     for table in stages:
@@ -213,7 +213,7 @@ def _check_pipelines(stages: Sequence[Arms]) -> None:
 
 
 def _check_runs(runs: Sequence[Arms]) -> None:
-    """Raise `UserError` unless runs differ in the seed and what masks do alone."""
+    """Raise `UserError` if runs differ in more than the seed and the evolution of masks."""
     for table in runs[1:]:
         _compare(
             Path(table.where), Path(runs[0].where), ("seed=", "sparsity.evolution.", "budget.phases="), "seed and masks"
@@ -234,14 +234,14 @@ def _compare(one: Path, other: Path, allowed: tuple[str, ...], names: str) -> No
 
 
 def show_arms(places: Sequence[Path], out: Path | None, console: Console | None = None) -> None:
-    """Print means, intervals and verdicts or bars of arms, and write their table, bars and figure to ``out``.
+    """Print the comparison of arms (means, intervals, and verdicts or bars); write its files to ``out``.
 
     Raises:
-        UserError: see `collect_arms`.
+        UserError: see `load_arms`.
     """
     console = console or Console()
     tell = functools.partial(say, console)
-    table, unfinished = collect_arms(places)
+    table, unfinished = load_arms(places)
     tell(f"{len(table.rows)} finished runs, {len(unfinished)} unfinished")
     entries = [] if table.of_masks else bars(table.rows)
     if table.of_masks:
@@ -264,7 +264,7 @@ def show_arms(places: Sequence[Path], out: Path | None, console: Console | None 
 
 
 def shows_arms(place: Path) -> bool:
-    """Whether a single place is a table or a directory of runs, rather than a run, a pipeline or a bench."""
+    """Whether a place is a table or a directory of several runs, rather than one run, pipeline or bench."""
     alone = (place / CONFIG, place / RESULT, place / METRICS, place / "report.json", place / "bench.json")
     if place.suffix == ".csv":
         return True

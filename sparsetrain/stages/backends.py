@@ -1,7 +1,7 @@
-"""Which backend computes each sparse layer of a run: decided once, at its start, and kept in its directory.
+"""The backend of each sparse layer of a run: chosen once when the run starts, and saved in its directory.
 
-Backends round differently. A choice that was made again at a resume, with another table of crossovers, could not
-continue a run to the same bits.
+Backends round differently. If a resumed run chose again, with another crossover table, it could not continue to the
+same bits.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def settle_backends(
     autocast: torch.dtype | None,
     densities: Mapping[str, float] | None = None,
 ) -> None:
-    """Give every sparse layer of ``model`` the backend that the run was begun with, or choose and save one.
+    """Give each sparse layer of ``model`` the backend saved with the run, or choose one and save it.
 
     Args:
         tokens: rows of a layer's input in training.
-        autocast: the type of the autocast region, or None.
-        densities: by layer, where they are not those of now: the mean over a training that changes them.
+        autocast: dtype of the autocast region, or None.
+        densities: mean density over the training, by layer, if masks change it; None to use the current densities.
 
     Raises:
-        UserError: the saved choice is unreadable, or a backend that the configuration names cannot compute a layer.
+        UserError: the saved choice is unreadable, or a configured backend cannot compute a layer.
     """
     path = directory / BACKENDS
     saved: dict[str, str] = read_json(path, dict[str, str]) if path.exists() else {}
@@ -48,9 +48,7 @@ def settle_backends(
             try:
                 check_choice(name, saved[name], backend_names())
             except UserError as error:
-                raise UserError(
-                    f"{path}: {error}; install what is missing, or delete the file to choose again"
-                ) from None
+                raise UserError(f"{path}: {error}; install the backend, or delete the file to choose again") from None
             chosen[name] = saved[name]
         elif layer.backend == "auto":
             density = None if densities is None else densities.get(name)
@@ -63,7 +61,7 @@ def settle_backends(
 
 
 def backends(model: Transformer) -> str:
-    """Return the backends of a model and how many layers each computes; ``dense`` for a model without sparse layers."""
+    """Return the backends of a model with the number of layers of each, or ``dense`` if no layer is sparse."""
     counts = Counter(layer.backend for _, layer in sparse_layers(model))
     if len(counts) == 1:
         return next(iter(counts))

@@ -1,4 +1,4 @@
-"""Which directory a run goes to."""
+"""The directory that a run is written to."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from sparsetrain.stages.masks import starts_sparse
 
 
 def run_directory(run: Recorded, config: RunConfig, origin: Origin | None) -> Path:
-    """Return the directory that the configuration names, or one below ``runs_dir`` named after what it is.
+    """Return the configured ``run_dir``, or a directory below ``runs_dir`` that is named after the configuration.
 
-    A run that was begun there under another name, by a version with other settings, keeps its directory.
+    A run that an earlier version started there under another name keeps its directory.
 
     Args:
-        run: what identifies it. origin: as `sparsetrain.runs.identity.run_place` takes it.
+        run: the recorded configuration that identifies the run.
+        origin: see `sparsetrain.runs.identity.run_place`.
     """
     if config.run_dir is not None:
         return Path(config.run_dir)

@@ -1,4 +1,4 @@
-"""How long runs will take: by the rate of those that are finished, else roughly by that of a matrix product here."""
+"""Estimates of run time, from the speed of finished runs, or roughly from a matrix product timed on this machine."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from sparsetrain.stages.plan import PlannedRun, plan_text
 from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.training.state import resolve_device
 
-_WIDEST = 4096  # of the matrix whose product is timed: a wider one is no faster
-_STEP_SHARE = 0.5  # of a bare matrix product's rate that a whole training step of a small model reaches
+_WIDEST = 4096  # largest side of the timed matrix; larger products are no faster
+_STEP_SHARE = 0.5  # rate of a small model's training step, relative to a bare matrix product
 
 
 @dataclass(frozen=True)
 class SweepCost:
-    """What a sweep takes.
+    """The cost of a sweep.
 
     Args:
-        points: total. done: already finished, diverged ones included. refused: whose configuration cannot run.
-        flops: training FLOPs of the rest by the formula, counting stored weights only.
-        dense_flops: of the rest, computed densely, as the masked backend does.
-        rate: dense FLOPs per second. measured: on how many finished points; 0 for a guess from a matrix product.
+        points: total number of points.
+        done: points already finished, diverged ones included.
+        refused: points whose configuration cannot run.
+        flops: training FLOPs of the remaining points by formula, for stored weights only.
+        dense_flops: the same if computed densely, as the masked backend does.
+        rate: dense FLOPs per second.
+        measured: number of finished points that ``rate`` was measured on; 0 if a matrix product was timed instead.
     """
 
     points: int
@@ -45,22 +48,22 @@ class SweepCost:
     def describe(self) -> str:
         """Return one line for the terminal."""
         left = self.points - self.done - self.refused
-        counts = f"{self.points} point{'s' * (self.points != 1)}, {self.done} finished before, {left} to run"
+        counts = f"{self.points} point{'s' * (self.points != 1)}, {self.done} already finished, {left} to run"
         if self.refused:
             counts += f", {self.refused} that cannot run"
         if not left:
             return f"sweep: {counts}"
-        work = f"{si(self.flops, 'FLOP')} by the formula, {si(self.dense_flops, 'FLOP')} if done densely"
-        time_ = f"{duration(self.dense_flops / self.rate)} one after the other at {si(self.rate, 'FLOP/s')}"
+        work = f"{si(self.flops, 'FLOP')} by formula, {si(self.dense_flops, 'FLOP')} if computed densely"
+        time_ = f"{duration(self.dense_flops / self.rate)} in sequence at {si(self.rate, 'FLOP/s')}"
         if self.measured:
-            return f"sweep: {counts}: {work}; about {time_}, as the {self.measured} finished ones"
-        return f"sweep: {counts}: {work}; very roughly {time_}, half of what a bare matrix product reaches here"
+            return f"sweep: {counts}: {work}; about {time_}, the speed of the {self.measured} finished ones"
+        return f"sweep: {counts}: {work}; very roughly {time_}, half the speed of a bare matrix product here"
 
 
 def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None = None) -> SweepCost:
-    """Return what pre-training all ``points`` takes; None is a point whose configuration was refused.
+    """Return the cost of pre-training all ``points``; None stands for a point whose configuration was refused.
 
-    The corpora are prepared, because the length of a run may depend on them.
+    This prepares the corpora, because the length of a run may depend on them.
     """
     inputs = Inputs(lambda data: _prepared(data, console))
     total = done = refused = 0
@@ -70,7 +73,7 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
         total += 1
         try:
             run = None if config is None else plan_text("pretrain", config, inputs)
-        except UserError:  # the point itself will say why
+        except UserError:  # the point itself raises it again and prints it
             run = None
         if run is None or config is None:
             refused += 1
@@ -89,24 +92,24 @@ def sweep_cost(points: Iterable[PretrainConfig | None], console: Console | None 
 
 @dataclass(frozen=True)
 class Times:
-    """How long runs will take.
+    """Estimated run times.
 
     Args:
-        seconds: of each; None for one that is done or whose length is open.
-        basis: what the numbers rest on, as a part of a sentence.
+        seconds: time of each run; None if it is done or its length is unknown.
+        basis: what the estimate is based on, to end a sentence with.
     """
 
     seconds: Sequence[float | None]
     basis: str
 
     @property
-    def left(self) -> float:
-        """Seconds of all that is left, one after the other."""
+    def remaining(self) -> float:
+        """Total seconds of the runs that are not done, in sequence."""
         return sum(each for each in self.seconds if each is not None)
 
 
 def estimate(planned: Sequence[tuple[RunConfig, PlannedRun]]) -> Times:
-    """Return how long planned runs will take; of one that was stopped, the rest counts.
+    """Return the estimated time of each planned run; for a stopped run, the time of its remaining steps.
 
     Args:
         planned: runs, each with a configuration that has its device and the width of its model.
@@ -120,11 +123,11 @@ def estimate(planned: Sequence[tuple[RunConfig, PlannedRun]]) -> Times:
         for (_, run), wanted in zip(planned, open_, strict=True)
     ]
     runs = f"the {measured} finished runs here" if measured > 1 else "the finished run here"
-    return Times(seconds, f"as {runs}" if measured else "very roughly, at half the rate of a bare matrix product here")
+    return Times(seconds, f"as fast as {runs}" if measured else "very roughly, at half the speed of a matrix product")
 
 
 def _rate(finished: Iterable[PlannedRun], left: Sequence[RunConfig]) -> tuple[float, int]:
-    """Return dense FLOPs per second, and on how many finished runs they were measured; without any, a guess."""
+    """Return dense FLOPs per second and the number of finished runs measured; with 0 runs the rate is a guess."""
     flops = seconds = 0.0
     measured = 0
     for run in finished:
@@ -145,7 +148,7 @@ def _prepared(config: DataConfig, console: Console | None) -> tuple[str, Corpus 
 
 
 def _product_rate(config: RunConfig) -> float:
-    """Return FLOPs per second of the product of one step's tokens with a matrix of the model, over a quarter second."""
+    """Return the FLOP/s of multiplying one step's tokens with a matrix of the model, timed for 0.25 s."""
     device = resolve_device(config.device)
     width = min(_WIDEST, int(config.model["d_model"]))
     tokens = min(4096, config.budget.batch_size * config.data.context)

@@ -19,21 +19,23 @@ from sparsetrain.training.observers import Observer
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
-    """Fine-tune to the end, from where it stopped if it was stopped, and return the result.
+    """Run fine-tuning to its end, resuming it if it was stopped, and return the result.
 
-    Without ``init_from`` the model starts from its initial values: the control that shows what pre-training is worth.
+    Without ``init_from`` the model starts from random weights: the baseline that shows what pre-training contributes.
 
     Args:
         observers: as in `pretrain`.
 
     Raises:
-        UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there.
+        UserError: the input cannot be used.
+        Interrupted: a signal stopped the run, which can be resumed.
+        Diverged: the training diverged.
     """
     return train(Finetuning(config, console), observers)
 
 
 class Finetuning(TaskStage[FinetuneConfig]):
-    """Training the whole model, densely or with its masks."""
+    """Training of the whole model, densely or with its masks."""
 
     kind: ClassVar[str] = "finetune"
 
@@ -44,4 +46,4 @@ class Finetuning(TaskStage[FinetuneConfig]):
         return Subject(network, network)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        return self.course.network.embed_tokens(batch.tokens)
+        return self.setup.network.embed_tokens(batch.tokens)

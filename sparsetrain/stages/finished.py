@@ -1,4 +1,4 @@
-"""What a stage does with a run that was done before."""
+"""Handling of a run that is already finished."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sparsetrain.training.state import Diverged
 
 
 def skipped(done: RunResult, console: Console) -> RunResult:
-    """Say that a run was done before and return its result.
+    """Print that a run is already done and return its result.
 
     Raises:
-        Diverged: that is how it ended, and how it would again.
+        Diverged: the run ended by diverging, and would do so again.
     """
     if done.values.get("status") == "diverged":
         raise Diverged(f"{done.values.get('message')} (as recorded in {done.directory}; delete it to try again)")

@@ -1,4 +1,4 @@
-"""Text from a trained run."""
+"""Text generation with a trained run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from sparsetrain.training.state import DEVICES, resolve_device
 
 @dataclass
 class GenerateConfig:
-    """Continue a text.
+    """Continue a text with the model of a run.
 
     Args:
-        init_from: the run directory. prompt: the text to continue.
-        max_new_tokens: how many tokens to add at most; generation also ends at the end-of-text token.
-        temperature: 0 takes the likeliest token. top_p: draw from the likeliest tokens that hold this probability.
-        soft_prompt: put the run's soft prompt behind the text, if the run has one.
-        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
+        init_from: the run directory.
+        prompt: the text to continue.
+        max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
+        temperature: sampling temperature; 0 takes the most likely token.
+        top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this.
+        soft_prompt: append the run's soft prompt to the text, if the run has one.
+        force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
 
     init_from: str | None = None
@@ -48,14 +50,14 @@ class GenerateConfig:
 
 
 def run_config(directory: Path) -> RunConfig:
-    """Return what the configuration of any run has in common with that of the others."""
+    """Return the settings of a run that runs of all kinds have in common."""
     common = RunConfig.__dataclass_fields__
     saved = read_recorded(directory, RunConfig).values
     return build(RunConfig, {key: value for key, value in saved.items() if key in common})
 
 
 def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPrompt | None]:
-    """Return the model of a run, as sparse or dense as its checkpoint, and its soft prompt if it learned one."""
+    """Return the model of a run, with the sparse layers of its checkpoint, and its soft prompt or None."""
     config = run_config(directory)
     weights = read_weights(directory)
     prompt = None if weights.prompt is None else SoftPrompt.from_embeddings(weights.prompt).to(device)
@@ -64,16 +66,16 @@ def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPr
 
 
 def generate(config: GenerateConfig) -> str:
-    """Return the prompt and its continuation."""
+    """Return the prompt followed by its continuation."""
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
     saved, tokenizer = run_config(directory), run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
-    plan = saved.sparsity if saved.sparsity.is_sparse else None
+    sparsity = saved.sparsity if saved.sparsity.is_sparse else None
     length = len(ids) + max(0, config.max_new_tokens)
     workload = Workload(
-        model_config(saved.model, tokenizer.vocab_size), plan, evaluated=1, context=len(ids), cached=length
+        model_config(saved.model, tokenizer.vocab_size), sparsity, evaluated=1, context=len(ids), cached=length
     )
     what = f"generation with max_new_tokens={config.max_new_tokens} behind {len(ids)} tokens"
     check_memory(workload, what, {"cached": "prompt and max_new_tokens together"}, device, config.force)

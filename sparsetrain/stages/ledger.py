@@ -1,7 +1,7 @@
-"""What a pre-training costs by the formula while the density of its layers and its context change.
+"""The training FLOPs of a pre-training whose densities and context change, by formula.
 
-Every step costs what the masks and the context of that step cost: `sparsetrain.cost.flops` with the densities that the
-rule gives it. A dense gradient (`RigL`) adds 2 R C FLOPs per token and layer at update steps, on top of the sparse
+The FLOPs of a step follow from its masks and its context: `sparsetrain.cost.flops`, with the densities that the rule
+gives that step. A dense gradient (`RigL`) adds 2 R C FLOPs per token and layer at update steps, on top of the sparse
 gradient.
 """
 
@@ -25,10 +25,10 @@ class FlopLedger:
 
     Args:
         config: the model.
-        densities_at: the density of each sparse layer after a number of steps.
+        densities_at: maps a number of completed steps to the density of each sparse layer.
         rule: how masks change.
-        budget: the steps of the run, with context and batch size of each.
-        accumulation: micro-batches of a step; an update ranks the dense gradient of the last one.
+        budget: the steps of the run, each with its context and batch size.
+        accumulation: micro-batches per step; an update ranks connections by the dense gradient of the last one.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class FlopLedger:
         self._terms: dict[tuple[float, ...], FlopTerms] = {}
 
     def per_token(self, steps_done: int) -> FlopTerms:
-        """Return the FLOPs per token of the step that follows ``steps_done``."""
+        """Return the FLOPs per token of the step that follows ``steps_done`` steps."""
         densities, context = self.densities_at(steps_done), self.budget.at(steps_done).context
         key = (context, *densities.values())
         if key not in self._terms:
@@ -52,10 +52,10 @@ class FlopLedger:
         return self._terms[key]
 
     def between(self, first: int, end: int) -> dict[str, float]:
-        """Return the FLOPs of the steps ``first`` to ``end - 1`` by term, and their ``total``."""
+        """Return the FLOPs of steps ``first`` to ``end - 1``, by term and as ``total``."""
         updates = [step for step in self.rule.updates(end) if step > first]
         borders = [phase.first_step for phase in self.budget.phases]
-        # The update after the last step changes no step that is counted here.
+        # An update after the last step changes none of the steps counted here.
         changes = sorted({step for step in (*updates, *borders) if first < step < end})
         sums = FlopTerms(0.0, 0.0, 0.0)
         for begin, stop in zip([first, *changes], [*changes, end], strict=True):
@@ -74,22 +74,22 @@ class FlopLedger:
         return entries
 
     def through(self, steps: int) -> dict[str, float]:
-        """Return the FLOPs of the first ``steps`` steps by term, and their ``total``."""
+        """Return the FLOPs of the first ``steps`` steps, by term and as ``total``."""
         return self.between(0, steps)
 
 
 def planned_flops(
-    config: ModelConfig, plan: Callable[[Budget], SparsityConfig], accumulation: int
+    config: ModelConfig, section_of: Callable[[Budget], SparsityConfig], accumulation: int
 ) -> Callable[[Budget], float]:
-    """Return a function from a budget to its training FLOPs by the formula, without building the model.
+    """Return a function from a budget to its training FLOPs by formula; it does not build the model.
 
     Args:
-        plan: the sparsity section of a run of that budget: masks may change with its phases.
+        section_of: returns the sparsity section for a budget, since its phases may change the masks.
     """
     shapes = hidden_shapes(config)
 
     def flops(budget: Budget) -> float:
-        section = plan(budget)
+        section = section_of(budget)
         rule = _rule_of_length(section, budget.total_steps)
         densities = planned_densities(shapes, section, rule)
         return FlopLedger(config, densities, rule, budget, accumulation).through(budget.total_steps)["total"]
@@ -97,9 +97,9 @@ def planned_flops(
     return flops
 
 
-def _rule_of_length(plan: SparsityConfig, steps: int) -> Rule:
-    """Return the plan's rule for a run of ``steps``; of a run too short for its updates, one without any."""
+def _rule_of_length(sparsity: SparsityConfig, steps: int) -> Rule:
+    """Return the configured rule for ``steps`` steps, or a static one if the run is too short for its updates."""
     try:
-        return make_rule(plan, steps)
+        return make_rule(sparsity, steps)
     except UserError:
-        return make_rule(replace(plan, evolution=type(plan.evolution)()), steps)
+        return make_rule(replace(sparsity, evolution=type(sparsity.evolution)()), steps)

@@ -1,4 +1,4 @@
-"""What the configuration of a run says about its masks, once it is known how many steps each phase has."""
+"""The masks of a run: the sparsity section and mask manager that follow from its configuration and its phases."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sparsetrain.stages.config import RunConfig
 
 
 def seeded(config: RunConfig) -> SparsityConfig:
-    """Return the sparsity section with the seed that its masks are drawn from."""
+    """Return the sparsity section with its seed filled in: its own if given, else the run's."""
     seed = config.seed if config.sparsity.seed is None else config.sparsity.seed
     return replace(config.sparsity, seed=seed)
 
 
-def mask_plan(config: RunConfig, budget: Budget) -> SparsityConfig:
-    """Return the sparsity section of a run, seeded, with the densities of its phases as its rule of evolution.
+def sparsity_section(config: RunConfig, budget: Budget) -> SparsityConfig:
+    """Return the sparsity section of a run, with its seed, and with the densities of its phases as evolution rule.
 
-    Layers are allocated their own sparsity at the largest of all phases, and keep their ratio in the others.
+    Layers get their share of the weights at the highest sparsity of all phases, and keep these ratios in the others.
 
     Raises:
-        UserError: densities in phases of a run that starts from another, or beside a number of weights; densities that
-            change beside a rule that changes masks by itself, or in a pattern that does not outlast it.
+        UserError: phases have densities, but the run starts from another run, or ``sparsity.nnz`` is set; densities
+            change, but the rule of evolution changes masks itself, or the pattern would not survive a change.
     """
     section = seeded(config)
     if all(phase.density is None for phase in budget.phases):
@@ -36,7 +36,7 @@ def mask_plan(config: RunConfig, budget: Budget) -> SparsityConfig:
             "densities that it finds there"
         )
     if section.nnz is not None:
-        raise UserError(f"budget.phases: density: sparsity.nnz={section.nnz} says already how many weights there are")
+        raise UserError(f"budget.phases: density: sparsity.nnz={section.nnz} already sets the number of weights")
     sparsities = [
         section.sparsity if phase.density is None else round(1.0 - phase.density, 12) for phase in budget.phases
     ]
@@ -54,7 +54,7 @@ def mask_plan(config: RunConfig, budget: Budget) -> SparsityConfig:
     for pattern in (section.pattern, *(group.pattern for group in section.groups)):
         if pattern is not None and pattern not in EVOLVING:
             raise UserError(
-                f"budget.phases: density: sparsity.pattern={pattern} would not outlast the first change of density; "
+                f"budget.phases: density: sparsity.pattern={pattern} would not survive the first change of density; "
                 f"use one of {', '.join(EVOLVING)}"
             )
     phases = [
@@ -66,25 +66,25 @@ def mask_plan(config: RunConfig, budget: Budget) -> SparsityConfig:
 
 
 def starts_sparse(config: RunConfig) -> float:
-    """Return the sparsity that a run begins with, as configurations, tables and names of directories say it."""
+    """Return the sparsity at the start of a run, as tables and directory names show it."""
     density = next(iter(config.budget.densities), None)
     return config.sparsity.sparsity if density is None else round(1.0 - density, 12)
 
 
 def mask_manager(config: RunConfig, model: Transformer, budget: Budget) -> MaskManager | None:
-    """Return what changes the masks of a pre-training and watches them; None for a dense model.
+    """Return the manager that changes and watches the masks of a pre-training, or None for a dense model.
 
-    A run that starts from another keeps the densities that it finds there: gradual pruning and variable sparsity are
-    over, SET and RigL go on.
+    A run that starts from another run keeps the densities of its checkpoint: SET and RigL continue, but gradual
+    pruning and variable sparsity do not.
 
     Raises:
-        UserError: a rule that would act after the end, or never.
+        UserError: the rule would act only after the end of the run, or never.
     """
-    plan = mask_plan(config, budget)
-    rule = make_rule(plan, budget.total_steps)
+    section = sparsity_section(config, budget)
+    rule = make_rule(section, budget.total_steps)
     if not any(True for _ in sparse_layers(model)):
         return None
     if config.init_from is None:
-        return MaskManager(model, rule, plan=plan)
-    keeps = plan.evolution.rule in ("set", "rigl")
-    return MaskManager(model, rule if keeps else Static(), include=["*"], seed=plan.seed)
+        return MaskManager(model, rule, plan=section)
+    keeps = section.evolution.rule in ("set", "rigl")
+    return MaskManager(model, rule if keeps else Static(), include=["*"], seed=section.seed)

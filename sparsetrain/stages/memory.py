@@ -1,4 +1,4 @@
-"""Whether what a verb is about to do fits into memory: asked before anything is built, and answered in one line."""
+"""The memory check: estimate, before anything is built, whether a workload fits."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from sparsetrain.training.state import resolve_device, resolve_precision
 Fitting = Callable[[int], list[str]]
 """Returns the settings that would fit into a number of bytes."""
 
-_SCALE = 1 << 100  # no number beyond it is shown: sizes are integers of any length
+_SCALE = 1 << 100  # largest size to print: a configuration can ask for integers of any length
 
 
 def training(
     config: RunConfig,
     model: ModelConfig,
-    plan: SparsityConfig | None,
+    sparsity: SparsityConfig | None,
     *,
     batch_size: int,
     context: int,
@@ -38,16 +38,18 @@ def training(
     whole_logits: bool = False,
     prompt_tokens: int = 0,
 ) -> Workload:
-    """Return the workload of a training; see `sparsetrain.cost.footprint.Workload`.
+    """Return the workload of a training; see `sparsetrain.cost.footprint.Workload` for the other arguments.
 
     Args:
-        plan: which layers are sparse; None for a dense model.
-        batch_size: sequences of a step. context: of the rows. evaluated: sequences of an evaluation, at most.
+        sparsity: which layers are sparse; None for a dense model.
+        batch_size: sequences per step.
+        context: tokens per sequence.
+        evaluated: sequences per evaluation batch, at most.
     """
     optimizer = config.optimizer
     return Workload(
         model,
-        plan if plan is not None and plan.is_sparse else None,
+        sparsity if sparsity is not None and sparsity.is_sparse else None,
         batch_size=batch_size,
         micro_batch=batch_size // config.loop.accumulation,
         context=context,
@@ -62,12 +64,13 @@ def training(
 
 
 def adjustable(config: RunConfig, prefix: str = "", **more: str) -> dict[str, str]:
-    """Return which settings of a training may be made smaller, and how they are written; see `what_fits`.
+    """Return the settings of a training that could be reduced, by their names in `what_fits`, with their keys.
 
-    A run that starts from another one has its model.
+    A run that starts from another run has its model, so only the batch and the context can be reduced.
 
     Args:
-        prefix: of the settings of the loop, for a stage of a pipeline.
+        prefix: prefix of the keys of ``budget`` and ``loop``, for a stage of a pipeline.
+        more: further settings.
     """
     known = {
         "batch_size": f"{prefix}budget.batch_size",
@@ -85,17 +88,19 @@ def adjustable(config: RunConfig, prefix: str = "", **more: str) -> dict[str, st
 def check_memory(
     workload: Workload, what: str, knobs: Mapping[str, str], device: torch.device | None = None, force: bool = False
 ) -> None:
-    """Refuse a workload that certainly does not fit.
+    """Raise `UserError` if a workload certainly does not fit into memory.
 
-    Where it may just fit, or is forced, a warning on standard error says what it needs.
+    If it may just fit, or is forced, print a warning on standard error instead.
 
     Args:
-        what: of what kind it is, with the settings that decide about it, for the message.
-        knobs: settings that could be made smaller, as in `what_fits`.
+        what: the workload in words, with the settings that determine its size, for the message.
+        knobs: settings that could be reduced, as in `what_fits`.
+        device: the device of the training; None for the CPU.
+        force: only warn.
 
     Raises:
-        UserError: its least footprint is larger than what there is, on the device or, of the weights, on the CPU, where
-            a model is built.
+        UserError: its smallest footprint exceeds the memory of the device; or its weights alone exceed the memory of
+            the CPU, where every model is built.
     """
     footprint = workload.footprint()
     places = [(footprint, None)] if device is None or device.type == "cpu" else []
@@ -107,7 +112,7 @@ def check_memory(
 
 
 def memory_fits(workload: Workload, device: torch.device) -> bool:
-    """Return whether `check_memory` lets a workload through."""
+    """Return whether `check_memory` accepts a workload."""
     on_device = device if device.type != "cpu" else None
     built = Workload(workload.model, workload.plan).footprint().least <= available_memory().bytes
     return built and workload.footprint().least <= available_memory(on_device).bytes
@@ -116,14 +121,14 @@ def memory_fits(workload: Workload, device: torch.device) -> bool:
 def check_footprint(
     needed: Footprint, what: str, force: bool, device: torch.device | None = None, fitting: Fitting | None = None
 ) -> None:
-    """Refuse a footprint that is certainly too large, as `check_memory` does.
+    """Raise `UserError` if a footprint is certainly too large, as `check_memory` does for a workload.
 
     Args:
-        fitting: returns the settings that fit into a number of bytes.
+        fitting: returns the settings that would fit into a number of bytes, for the message.
     """
     there = available_memory(device)
     if needed.likely > there.bytes:
-        gc.collect()  # what a run before this one left behind
+        gc.collect()  # free the tensors of an earlier run in this process
         if device is not None:
             torch.cuda.empty_cache()
         there = available_memory(device)
@@ -133,12 +138,12 @@ def check_footprint(
     if needed.least > there.bytes and not force:
         found = fitting(there.bytes) if fitting is not None else []
         advice = f"; {' or '.join(found)} would fit" if found else ""
-        raise UserError(f"{line}{advice}; --force goes on all the same")
+        raise UserError(f"{line}{advice}; --force runs it anyway")
     print(f"warning: {line}", file=sys.stderr)
 
 
 def describe(needed: Footprint, what: str, there: Available) -> str:
-    """Return the estimate, its main part, and what there is, as a clause."""
+    """Return the estimate, its largest component and the available memory, as a clause."""
     main = needed.main
     return (
         f"{what} needs about {_shown(max(needed.likely, needed.least))} of memory, "
@@ -151,13 +156,13 @@ def _shown(size: int) -> str:
 
 
 def footprint_of(least: Mapping[str, int]) -> Footprint:
-    """Return the footprint of tensors that are known to exist together, in bytes by purpose."""
+    """Return the footprint of tensors that exist at the same time, from their bytes by purpose."""
     return Footprint(tuple(Part(name, size, size) for name, size in least.items()), sum(least.values()))
 
 
 @contextmanager
 def memory_errors(what: str) -> Iterator[None]:
-    """Turn an allocation that failed into a `UserError`: memory that was there may be gone, or a run was forced."""
+    """Turn a failed allocation into a `UserError`: the run may be forced, or the memory used meanwhile."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""A pipeline: a list of stages in several arms, compared in a report. Pre-training alone is a pipeline of one stage."""
+"""Pipelines: a list of stages run in several arms and compared in a report; pre-training alone is a list of one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from sparsetrain.training.state import Diverged, resolve_device
 
 @dataclass
 class ArmRuns:
-    """The stages of an arm that were run, by name; those after one that diverged are missing."""
+    """The results of an arm's stages, by name; stages after one that diverged are missing."""
 
     arm: Arm
     entries: list[StageEntry]
@@ -46,7 +46,7 @@ class ArmRuns:
         return self.arm.name
 
     def complete(self, name: str) -> RunResult | None:
-        """Return the result of a stage that came to its end."""
+        """Return the result of a stage, or None if it did not run or diverged."""
         run = self.runs.get(name)
         return run if run is not None and run.complete else None
 
@@ -56,11 +56,11 @@ class ArmRuns:
 
 
 def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResult:
-    """Run every arm and stage that is not done yet, write ``report.json`` and ``report.html``, print the table.
+    """Run each arm and stage that is not done yet, write ``report.json`` and ``report.html``, and print the table.
 
     Raises:
-        UserError, Interrupted: as the stages do; what was finished stays and is skipped next time.
-        Diverged: no arm came to an end. One that diverges beside others is named in the report and in the result.
+        UserError, Interrupted: as the stages do; finished stages are kept and skipped the next time.
+        Diverged: all arms diverged. If only some did, the report and the result name them.
     """
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
@@ -79,7 +79,7 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
         arms = [ArmRuns(arm, config.of_arm(arm), runs.get(arm, {})) for arm in config.arms]
         once = runs.get(None, {})
         if not any(arm.is_complete for arm in arms):
-            raise Diverged(f"no arm of the pipeline in {directory} came to an end: {_why(arms)}")
+            raise Diverged(f"every arm of the pipeline in {directory} diverged: {_why(arms)}")
         content = report(config, corpus, arms, once)
         validate_report(content)
         write_json(directory / REPORT, content)
@@ -98,7 +98,7 @@ def _why(arms: list[ArmRuns]) -> str:
 
 
 def stage_of(config: RunConfig, console: Console | None = None, corpus: Corpus | None = None) -> Stage[RunConfig]:
-    """Return the stage that a configuration is of."""
+    """Return the stage that a configuration describes."""
     if isinstance(config, PromptConfig):
         return Prompting(config, console)  # type: ignore[return-value]
     if isinstance(config, FinetuneConfig):
@@ -108,14 +108,14 @@ def stage_of(config: RunConfig, console: Console | None = None, corpus: Corpus |
 
 
 def stage_directory(directory: Path, arm: Arm | None, entry: StageEntry) -> Path:
-    """Return the run directory of a stage inside that of its pipeline: ``ARM/STAGE``, or ``STAGE/KIND`` if run once."""
+    """Return the run directory of a stage of a pipeline: ``ARM/STAGE``, or ``STAGE/KIND`` if it runs once."""
     return directory / entry.name / entry.run if arm is None else directory / arm.name / entry.name
 
 
 def planned_stages(config: PipelineConfig, directory: Path) -> Iterator[tuple[Arm | None, StageEntry, RunConfig]]:
-    """Yield every stage with its arm, None for one that is run once, and its configuration, in the order of running.
+    """Yield each stage in running order: its arm (None for a stage that runs once), its entry and its configuration.
 
-    A stage starts from the directory of another one, whether that is there yet or not.
+    ``init_from`` is the directory of the stage that it starts from, which may not exist yet.
     """
     first = needed_first(config)
     rest = [entry for entry in config.stages if entry.once and entry not in first]
@@ -133,14 +133,14 @@ def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, direc
     settings = config.stage_config(entry, arm, start, str(stage_directory(directory, arm, entry)))
     if start is not None and isinstance(settings, PretrainConfig) and settings.data.tokenizer_path is None:
         tokenizer = Path(start) / TOKENIZER
-        # Another text is read with the tokenizer of the weights; it is there once they are.
+        # New text must be read with the tokenizer of the weights, which exists as soon as they do.
         if "data" in entry.settings and tokenizer.exists():
             settings.data = replace(settings.data, tokenizer_path=str(tokenizer))
     return settings
 
 
 def check_stages(config: PipelineConfig, corpus: Corpus, directory: Path, console: Console) -> None:
-    """Raise `UserError` before the first stage is trained if a later one could not be, for its task or its memory."""
+    """Raise `UserError` before the first stage trains if the task, the schedule or the memory of any stage is wrong."""
     device = resolve_device(config.device)
     origin = Origin.of_corpus(corpus)
     for arm, entry, settings in planned_stages(config, directory):
@@ -148,32 +148,32 @@ def check_stages(config: PipelineConfig, corpus: Corpus, directory: Path, consol
             continue
         own_text = isinstance(settings, PretrainConfig) and "data" in entry.settings
         if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
-            continue  # its text is read with the tokenizer of a run that is not there yet
+            continue  # its text needs the tokenizer of a run that does not exist yet
         stage = stage_of(settings, console, None if own_text else corpus)
         stage.prepare(origin)
-        RunSchedule(settings.schedule, stage.budget)  # says if it does not fit the length
+        RunSchedule(settings.schedule, stage.budget)  # raises if the schedule does not fit the length
         check_memory(*stage.workload(f"pipeline.stages.{entry.name}."), device, config.force)
 
 
 def needed_first(config: PipelineConfig) -> list[StageEntry]:
-    """Return the stages that are run once and that the arms start from, in their order."""
+    """Return the stages that run once and that arms start from, directly or indirectly, in order."""
     entries = config.stages
     needed: set[str] = set()
-    for entry in reversed(entries):  # each stands behind the one that it starts from
+    for entry in reversed(entries):  # an entry comes after the one that it starts from
         if entry.start is not None and (not entry.once or entry.name in needed):
             needed.add(entry.start)
     return [entry for entry in entries if entry.once and entry.name in needed]
 
 
 def _run_stages(config: PipelineConfig, directory: Path, console: Console) -> dict[Arm | None, dict[str, RunResult]]:
-    """Run every stage whose start came to its end; return the results by arm, None for no arm, and name."""
+    """Run each stage whose start is complete; return the results by arm (None: stages that run once) and name."""
     runs: dict[Arm | None, dict[str, RunResult]] = {}
     done: dict[str | None, RunResult] = {}
     heading = ""
     for arm, entry, settings in planned_stages(config, directory):
         start = done.get(settings.init_from)
         if settings.init_from is not None and (start is None or not start.complete):
-            continue  # what it starts from has diverged
+            continue  # the stage that it starts from diverged
         title = arm.name if arm is not None else "from scratch" if entry.name == "scratch" else entry.name
         if title != heading:
             console.rule(title)
@@ -183,7 +183,7 @@ def _run_stages(config: PipelineConfig, directory: Path, console: Console) -> di
 
 
 def _attempt(config: RunConfig, console: Console) -> RunResult:
-    """Run a stage; one that diverges is a result, and the other arms go on."""
+    """Run a stage; if it diverges, return its result, so that the other arms continue."""
     try:
         return train(stage_of(config, console))
     except Diverged as error:

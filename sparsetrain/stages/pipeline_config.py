@@ -1,4 +1,4 @@
-"""The configuration of a pipeline: stages that start from one another, and arms as a product over settings."""
+"""The configuration of a pipeline: stages that start from each other, and arms as a product over settings."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, build
 
 KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
-"""What a stage of a pipeline may run, with the settings that it has."""
+"""Kinds of stage, each with its configuration."""
 
 OWN = ("optimizer", "schedule", "budget", "loop")
-"""Sections of a pipeline that are those of its pre-training alone; other stages have defaults of their own."""
+"""Sections that a pipeline gives only to its pre-training; the other kinds use their own defaults."""
 
 PLACED = ("init_from", "run_dir", "runs_dir", "device", "threads", "force", "draw")
-"""Settings that the pipeline sets for its stages."""
+"""Settings that a stage cannot set: the pipeline sets them."""
 
 RUN_SETTINGS = {each.name for each in dataclasses.fields(RunConfig)} | {"task"}
-"""What a stage has from the pipeline unless it says otherwise."""
+"""Settings that a stage takes from the pipeline unless its entry sets them."""
 
 _SECTIONS = {"model", "data", "sparsity", "parameterization", "optimizer", "schedule", "budget", "loop", "task"}
-_TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # names of files beside the directories of stages and arms
+_TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # files that lie beside the directories of stages and arms
 _ABOUT_STAGE = ("name", "run", "from", "once", "arms")
 _SPARSITY = "sparsity.sparsity"
 
@@ -40,11 +40,12 @@ class StageEntry:
     """One stage of a pipeline.
 
     Args:
-        name: names its directory and its entry in the report. run: one of `KINDS`.
-        start: the name of the stage whose weights it starts from, written ``from:``; None for a fresh model.
-        once: whether it is run once for the pipeline, and not in every arm.
-        arms: the names of the arms that have it; empty for all.
-        settings: those of its kind that differ from the pipeline's, or from its kind's defaults.
+        name: name of its directory and of its entry in the report.
+        run: its kind, one of `KINDS`.
+        start: name of the stage whose weights it starts from (``from:`` in the file); None for a fresh model.
+        once: whether it runs once for the pipeline instead of once per arm.
+        arms: names of the arms that include it; empty for all.
+        settings: settings that differ from the pipeline's, or from the defaults of its kind.
     """
 
     name: str
@@ -57,17 +58,16 @@ class StageEntry:
 
 @dataclass
 class PipelineSection:
-    """Which arms and stages a pipeline has.
+    """The arms and stages of a pipeline.
 
     Args:
-        arms: settings by their dotted names, each with a list of values; there is an arm for every combination.
-            ``sparsity.sparsity: [0, 0.75]`` gives a dense arm, which has no other setting of ``sparsity``, and a
-            sparse one.
-        stages: a list. An entry has a ``name``; ``run``, which is pretrain, finetune or prompt, and by default the
-            name; ``from``, the name of the stage whose weights it starts from; ``once: true`` for a stage that is not
-            repeated in every arm; ``arms``, the names of the arms that have it, such as [sparse-0.75], all of them by
-            default; and settings of what it runs. Pre-training takes the sections ``optimizer``,
-            ``schedule``, ``budget`` and ``loop`` of the pipeline, the others those of their own verb.
+        arms: dotted names of settings, each with a list of values; every combination is an arm.
+            ``sparsity.sparsity: [0, 0.75]`` gives a sparse arm and a dense one, which ignores the rest of ``sparsity``.
+        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune or prompt; default: the name);
+            ``from``, the name of the stage whose weights it starts from; ``once: true`` if it should not be repeated
+            in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75] (default: all); and
+            settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``, ``budget`` and ``loop``
+            of the pipeline; the other kinds take the defaults of their own verb.
     """
 
     arms: dict[str, Any] = field(default_factory=dict)
@@ -76,9 +76,9 @@ class PipelineSection:
 
 @dataclass
 class PipelineConfig(RunConfig):
-    """Run a list of stages in several arms, and report what that cost and saved.
+    """Run a list of stages in several arms, and report their costs and results.
 
-    The sections at the top (``optimizer``, ``schedule``, ``budget``, ``loop``) are those of pre-training.
+    The sections ``optimizer``, ``schedule``, ``budget`` and ``loop`` at the top level apply to pre-training.
     """
 
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -104,7 +104,7 @@ class PipelineConfig(RunConfig):
             for entry in own:
                 if entry.start is not None and entry.start not in there:
                     raise UserError(
-                        f"pipeline.stages: {entry.name}: from={entry.start} is no stage of the arm {arm.name}"
+                        f"pipeline.stages: {entry.name}: from={entry.start} is not a stage of the arm {arm.name}"
                     )
                 self.stage_config(entry, arm)
         for entry in self.stages:
@@ -113,35 +113,35 @@ class PipelineConfig(RunConfig):
 
     @classmethod
     def canonical(cls, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return plain settings in which a pipeline is written in the one way in which it is compared."""
+        """Return plain settings with the pipeline in its canonical form, in which configurations are compared."""
         section = values.get("pipeline")
         return {**values, "pipeline": canonical(section)} if isinstance(section, Mapping) else dict(values)
 
     @property
     def stages(self) -> list[StageEntry]:
-        """The stages in an order in which each follows the one that it starts from.
+        """The stages, ordered so that each comes after the one that it starts from.
 
         Raises:
-            UserError: an entry that is none, a name twice, a ``from`` that names nothing, or a circle.
+            UserError: an entry is not a stage, a name occurs twice, a ``from`` names no stage, or they form a cycle.
         """
         return _in_order(list(_entries(self.pipeline.stages)))
 
     @property
     def arms(self) -> list[Arm]:
-        """The arms, one for each combination of settings; those that come out the same count once."""
+        """The arms, one for each distinct combination of settings."""
         return list(dict.fromkeys(_arms(self.pipeline.arms)))
 
     def of_arm(self, arm: Arm) -> list[StageEntry]:
-        """Return the stages that an arm has of its own, in the order of running."""
+        """Return the stages that run in an arm, in running order."""
         return [entry for entry in self.stages if not entry.once and (not entry.arms or arm.name in entry.arms)]
 
     def stage_config(
         self, entry: StageEntry, arm: Arm | None, init_from: str | None = None, run_dir: str | None = None
     ) -> RunConfig:
-        """Return the configuration of a stage of an arm; ``arm`` is None for one that is run once.
+        """Return the configuration of a stage in an arm; ``arm`` is None for a stage that runs once.
 
         Raises:
-            UserError: a setting that the stage does not have, or a value that it refuses; the line names the stage.
+            UserError: the stage does not have a setting, or refuses a value; the message names the stage.
         """
         kind = KINDS[entry.run]
         known = {each.name for each in dataclasses.fields(kind)}
@@ -164,7 +164,7 @@ class PipelineConfig(RunConfig):
         ):
             raise UserError(f"{where}: budget.phases={phases} must be a list of sections of settings")
         if arm is not None and dict(arm.settings).get(_SPARSITY) == 0.0:
-            values["budget"] = _without_densities(values["budget"])  # the dense arm is dense throughout
+            values["budget"] = _without_densities(values["budget"])  # phases cannot make the dense arm sparse
         densities = any(phase.get("density") is not None for phase in values["budget"].get("phases") or [])
         if not densities and not values["sparsity"].get("sparsity") and not values["sparsity"].get("nnz"):
             values["sparsity"] = {**vars(SparsityConfig()), "seed": values["sparsity"].get("seed")}
@@ -181,10 +181,10 @@ def _without_densities(budget: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def canonical(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a section ``pipeline`` whose stages name only settings that are not their kind's defaults.
+    """Return a section ``pipeline`` in canonical form: its stages omit settings equal to the defaults of their kind.
 
     Raises:
-        UserError: a stage that is none, or an arm that is none.
+        UserError: a stage or an arm is invalid.
     """
     arms: dict[str, list[Any]] = {}
     for arm in _arms(section.get("arms") or {}):
@@ -207,7 +207,7 @@ def _canonical_entry(entry: StageEntry) -> dict[str, Any]:
         found["arms"] = list(entry.arms)
     shared = {name for name in known_settings(kind) if name not in OWN or entry.run == "pretrain"}
     for name, value in entry.settings.items():
-        # What the pipeline's own section says is not known here, so a setting that would change it stays.
+        # The pipeline's own value is unknown here, so even a default may override it and must stay.
         if name in shared and name in RUN_SETTINGS:
             found[name] = value
             continue
@@ -223,7 +223,7 @@ def _canonical_entry(entry: StageEntry) -> dict[str, Any]:
 
 
 def known_settings(kind: type[RunConfig]) -> set[str]:
-    """Return the names of the settings of a kind of stage that a pipeline does not set itself."""
+    """Return the settings of a kind of stage that the pipeline does not set itself."""
     return {each.name for each in dataclasses.fields(kind)} - set(PLACED)
 
 
@@ -235,7 +235,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What the arm is called in directories and reports: dense, sparse-0.75, or settings and their values."""
+        """Name of the arm in directories and reports: dense, sparse-0.75, or the last parts of settings and values."""
         return "_".join(_part(name, value) for name, value in self.settings) or "run"
 
 
@@ -249,14 +249,14 @@ def _arms(section: Mapping[str, Any]) -> Iterator[Arm]:
     fields = {each.name for each in dataclasses.fields(RunConfig)} - set(PLACED) | {"task"}
     for name, values in section.items():
         if str(name).partition(".")[0] not in fields:
-            raise UserError(f"pipeline.arms: {name} is no setting{nearest(str(name).partition('.')[0], fields)}")
+            raise UserError(f"pipeline.arms: {name} is not a setting{nearest(str(name).partition('.')[0], fields)}")
         if not isinstance(values, list | tuple) or not values:
             raise UserError(f"pipeline.arms: {name}={values} must be a list of values")
         for value in values:
             if isinstance(value, list | tuple | Mapping):
                 raise UserError(f"pipeline.arms: {name}={value} must be a single value")
             if "/" in str(value) or "\\" in str(value):
-                raise UserError(f"pipeline.arms: {name}={value} cannot be part of the name of a directory")
+                raise UserError(f"pipeline.arms: {name}={value} contains a slash, which a directory name cannot")
             if name in _SECTIONS:
                 raise UserError(f"pipeline.arms: {name} is a section; name one of its settings, such as {_SPARSITY}")
             if name == _SPARSITY and (isinstance(value, bool) or not isinstance(value, int | float)):
@@ -276,7 +276,7 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
             raise UserError(f"{where}={entry} must be a stage with a name, such as {{name: pretrain}}")
         name = entry["name"]
         if not name or name in seen or set(name) & set("/\\\0") or name.startswith(".") or name in _TAKEN:
-            why = "is the name of an earlier one" if name in seen else "cannot be the name of a directory"
+            why = "is the name of an earlier stage" if name in seen else "cannot be a directory name"
             raise UserError(f"{where}.name={name!r} {why}")
         seen.add(name)
         run = entry.get("run", name)
@@ -289,16 +289,16 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
             raise UserError(f"{where}.once={once!r} must be true or false")
         arms = entry.get("arms") or []
         if not isinstance(arms, list | tuple) or not all(isinstance(arm, str) for arm in arms):
-            raise UserError(f"{where}.arms={arms!r} must be a list of names of arms")
+            raise UserError(f"{where}.arms={arms!r} must be a list of arm names")
         if once and arms:
-            raise UserError(f"{where}.arms={list(arms)}: a stage that is run once is in no arm")
+            raise UserError(f"{where}.arms={list(arms)}: a stage with once=true runs in no arm; remove arms or once")
         settings = {str(key): value for key, value in entry.items() if key not in _ABOUT_STAGE}
         known = known_settings(KINDS[run])
         for key in settings:
             if key not in known:
-                raise UserError(f"{where}.{key} is no setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
+                raise UserError(f"{where}.{key} is not a setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
         if run == "prompt" and start is None:
-            raise UserError(f"{where}: a soft prompt is learned for a trained model; say which, from: STAGE")
+            raise UserError(f"{where}: a soft prompt needs a trained model; add from: STAGE")
         yield StageEntry(name, run, start, once, tuple(arms), settings)
 
 
@@ -313,7 +313,7 @@ def _in_order(entries: Sequence[StageEntry]) -> list[StageEntry]:
                 f"{where} names no stage{nearest(str(entry.start), by_name)}; there are {', '.join(by_name)}"
             )
         if entry.once and not by_name[entry.start].once:
-            raise UserError(f"{where}: a stage that is run once cannot start from one that each arm has its own of")
+            raise UserError(f"{where}: a stage with once=true cannot start from a stage that runs in every arm")
     ordered: list[StageEntry] = []
     left = list(entries)
     while left:
@@ -321,9 +321,9 @@ def _in_order(entries: Sequence[StageEntry]) -> list[StageEntry]:
         ready = [entry for entry in left if entry.start is None or entry.start in done]
         if not ready:
             raise UserError(
-                f"pipeline.stages: {' from '.join(_circle(left))} is a circle; one of them must start from nothing"
+                f"pipeline.stages: {' from '.join(_circle(left))} is a cycle; one of them must start without from"
             )
-        # One at a time, so that stages keep the order of the list as far as they can.
+        # One at a time, to keep the order of the list where possible.
         ordered.append(ready[0])
         left.remove(ready[0])
     return ordered
@@ -353,7 +353,7 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Put the settings ``more`` over ``values``, section by section; a length takes the place of another length."""
+    """Merge the settings ``more`` into ``values``; a length replaces a length given in another unit."""
     for name, value in more.items():
         before = values.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):

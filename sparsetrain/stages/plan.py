@@ -1,7 +1,6 @@
-"""What a run would do, without doing it: phases and counts, FLOPs, memory, the directory, and how far it has come.
+"""What a run would do: phases, tokens, FLOPs, memory, directory and progress, without training or writing anything.
 
-Nothing is written and nothing is trained. A text that is not prepared yet stays so: what depends on its length is then
-left open, and says so.
+A corpus that is not prepared yet stays so. Numbers that depend on its length are then unknown, and a note says so.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from sparsetrain.sparsity.evolution.managed import check_planned_evolution, plan
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.ledger import FlopLedger
-from sparsetrain.stages.masks import mask_plan
+from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of
 from sparsetrain.stages.pipeline_config import PipelineConfig
@@ -38,7 +37,7 @@ from sparsetrain.stages.pretrain import budget_of, workload_of
 from sparsetrain.stages.task_stage import TaskStage, task_facts
 from sparsetrain.training.state import resolve_device
 
-_UNKNOWN = 1 << 30  # tokens of a validation text that is not there yet: enough for every evaluation
+_UNKNOWN = 1 << 30  # validation tokens to assume for an unprepared text: enough for every evaluation
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,10 @@ class PlannedPhase:
     """A phase of a run.
 
     Args:
-        tokens: that the model reads in it. rates: the lowest and the highest base learning rate.
-        densities: of the hidden matrices at its first update and at its last. flops: of training, by the formula.
+        tokens: tokens that the model reads in it.
+        rates: lowest and highest base learning rate.
+        densities: density of the hidden matrices at its first and at its last step.
+        flops: training FLOPs by formula.
     """
 
     steps: int
@@ -64,13 +65,17 @@ class PlannedRun:
     """What a run would do.
 
     Args:
-        name: of a stage of a pipeline, with its arm; else the verb.
-        directory: where it would go. status: ``done``, ``stopped at step N`` or ``new``. steps_done: N.
-        phases: empty where the length of the run is not known yet.
-        workload: what it holds in memory. fits: there is as much. dense_flops: of the same training done densely.
-        origin: what it is made from; None where its text is not prepared yet.
-        left: the density of each sparse layer at its end; None where it is not known.
-        notes: what could not be said, in sentences.
+        name: arm and name of a pipeline's stage, or the verb.
+        directory: the run directory.
+        status: ``done``, ``stopped at step N`` or ``new``.
+        steps_done: that N, or 0.
+        phases: empty if the length of the run is not known yet.
+        workload: what it holds in memory.
+        fits: whether that much memory is available.
+        dense_flops: FLOPs of the same training computed densely.
+        origin: text, tokenizer and weights that it starts from; None if its text is not prepared yet.
+        final_densities: density of each sparse layer at its end; None if unknown.
+        notes: sentences about what is unknown.
     """
 
     name: str
@@ -82,7 +87,7 @@ class PlannedRun:
     fits: bool = True
     dense_flops: float = 0.0
     origin: Origin | None = None
-    left: Mapping[str, float] | None = None
+    final_densities: Mapping[str, float] | None = None
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -103,16 +108,17 @@ class PlannedRun:
 
     @property
     def memory(self) -> Footprint | None:
-        """The memory at the peak, estimated."""
+        """The estimated peak memory."""
         return None if self.workload is None else self.workload.footprint()
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a configuration: one, or every stage of a pipeline.
+    """The runs of a configuration: a single run, or all stages of a pipeline.
 
     Args:
-        directory: of the pipeline; None for a single run. status: how far the pipeline has come.
+        directory: directory of the pipeline; None for a single run.
+        status: progress of the pipeline.
     """
 
     runs: Sequence[PlannedRun]
@@ -122,7 +128,7 @@ class Plan:
 
 
 def status_of(directory: Path) -> tuple[str, int]:
-    """Return how far the run of a directory has come, ``done``, ``stopped at step N`` or ``new``, and N."""
+    """Return the progress of a run, ``done``, ``stopped at step N`` or ``new``, and N."""
     saved = list_checkpoints(directory / CHECKPOINTS)
     step = int(saved[-1].rpartition("-")[2]) if saved else 0
     if (directory / RESULT).exists():
@@ -135,10 +141,10 @@ def plan_of(config: RunConfig, inputs: Inputs | None = None) -> Plan:
     """Return what a configuration would run.
 
     Args:
-        inputs: shared by the points of a sweep.
+        inputs: a cache of corpora and tasks, to be shared by the points of a sweep.
 
     Raises:
-        UserError: input that the run itself would refuse.
+        UserError: the run itself would refuse the input.
     """
     inputs = inputs or Inputs()
     if isinstance(config, PipelineConfig):
@@ -171,7 +177,7 @@ def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
         except UserError:
             if not (directory / RESULT).exists():
                 raise
-            notes = [*notes, f"{title} could not run again."]
+            notes = [*notes, f"{title} could not be repeated."]
     done = sum(run.done for run in runs.values())
     status = status_of(directory)[0]
     if status == "new" and (directory / CONFIG).exists():
@@ -185,15 +191,15 @@ def plan_text(
     """Return what a pre-training would do.
 
     Args:
-        start: the planned run that it starts from; None for one that is there. own_text: it reads another text than
-            that one, with its tokenizer.
+        start: the planned run that it starts from; None if that run exists or there is none.
+        own_text: whether it reads another text than ``start``, with the tokenizer of ``start``.
 
     Raises:
-        UserError: input that the run itself would refuse.
+        UserError: the run itself would refuse the input.
     """
     text, corpus = "", None
     if own_text and start is not None and config.data.tokenizer_path is None:
-        notes = [f"The text is read with the tokenizer of {start.directory}, which is not there yet."]
+        notes = [f"The text needs the tokenizer of {start.directory}, which does not exist yet."]
     else:
         text, corpus = inputs.corpus(config.data)
         notes = [] if corpus is not None else [_unprepared(config)]
@@ -209,8 +215,8 @@ def plan_text(
     budget = budget_of(config, model, samples)
     if samples is not None:
         for context in budget.contexts:
-            samples(context)  # says if the text is shorter
-    section = mask_plan(config, budget)
+            samples(context)  # raises if the text is shorter than the context
+    section = sparsity_section(config, budget)
     rule, densities = _masks(config, model, section, budget, start)
     ledger = FlopLedger(model, densities, rule, budget, config.loop.accumulation)
     phases = [
@@ -234,13 +240,13 @@ def plan_text(
 def _masks(
     config: RunConfig, model: ModelConfig, section: SparsityConfig, budget: Budget, start: PlannedRun | None
 ) -> tuple[Rule, Callable[[int], Mapping[str, float]]]:
-    """Return the rule of a pre-training and the density of each sparse layer after a number of steps."""
+    """Return the rule of a pre-training, and a function from completed steps to the density of each sparse layer."""
     rule = make_rule(section, budget.total_steps)
     shapes = hidden_shapes(model)
-    if config.init_from is None or (start is not None and start.left is None):
+    if config.init_from is None or (start is not None and start.final_densities is None):
         check_planned_evolution(shapes, section, rule)
         return rule, planned_densities(shapes, section, rule)
-    kept = _left_by(config, model, start)
+    kept = _start_densities(config, model, start)
     return (rule if kept and section.evolution.rule in ("set", "rigl") else Static()), lambda _step: kept
 
 
@@ -272,11 +278,11 @@ def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun |
     budget, model = stage.budget, model_config(config.model, origin.tokenizer.vocab_size)
     densities: Mapping[str, float] = {}
     if config.mode != "dense" or not stage.trained:
-        densities = _left_by(config, model, start)
+        densities = _start_densities(config, model, start)
     per_token, density = _per_token(model, densities, config), hidden_density(model, densities)
     phases = []
     for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True):
-        # Rows are as long as their text, so only the batches themselves say how many tokens there are.
+        # Rows are as long as their text, so the number of tokens follows only from the batches.
         tokens = sum(
             stage.examples.tokens(budget.samples_at(step)[1], phase.batch_size)
             for step in range(phase.first_step, phase.end_step)
@@ -292,20 +298,28 @@ def _with(
     phases: Sequence[PlannedPhase],
     workload: Workload,
     dense_flops: float,
-    left: Mapping[str, float],
+    final_densities: Mapping[str, float],
     config: RunConfig,
 ) -> PlannedRun:
     notes, fits = list(run.notes), run.done or memory_fits(workload, resolve_device(config.device))
     if not fits:
-        notes.append("That is more memory than there is: the run is refused without --force.")
-    return replace(run, phases=phases, workload=workload, fits=fits, dense_flops=dense_flops, left=left, notes=notes)
+        notes.append("This exceeds the available memory: the run is refused without --force.")
+    return replace(
+        run,
+        phases=phases,
+        workload=workload,
+        fits=fits,
+        dense_flops=dense_flops,
+        final_densities=final_densities,
+        notes=notes,
+    )
 
 
 def _directory(run: Recorded, config: RunConfig, origin: Origin | None) -> Path:
     """Return the directory of a run.
 
     Raises:
-        UserError: it holds another one.
+        UserError: it holds another run.
     """
     directory = run_directory(run, config, origin)
     if origin is not None and (directory / CONFIG).exists():
@@ -317,17 +331,17 @@ def _task_and_notes(inputs: Inputs, task: TaskConfig, config: RunConfig) -> tupl
     found = inputs.task(task)
     if found is not None:
         return found, []
-    name = "" if config.run_dir is not None else ", and the name of a new directory depends on it"
-    return None, [f"The task {task.name} is not at hand and would be downloaded{name}."]
+    name = "" if config.run_dir is not None else "; the name of a new directory depends on it"
+    return None, [f"The task {task.name} is not on this machine and would be downloaded{name}."]
 
 
-def _left_by(config: RunConfig, model: ModelConfig, start: PlannedRun | None) -> Mapping[str, float]:
+def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | None) -> Mapping[str, float]:
     """Return the density of each sparse layer at the start of a run."""
     shapes = hidden_shapes(model)
     if config.init_from is None:
         return planned_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
     if start is not None:
-        return start.left or {}
+        return start.final_densities or {}
     stored = read_weights(Path(config.init_from)).stored
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
 
@@ -345,7 +359,7 @@ def _vocabulary(config: RunConfig, corpus: Corpus | None, start: PlannedRun | No
 def _unprepared(config: RunConfig) -> str:
     trained = config.data.tokenizer == "bpe" and config.data.tokenizer_path is None
     size = f"; until then a vocabulary of {config.data.vocab_size} tokens is assumed" if trained else ""
-    return f"The text is not prepared yet{size}: sparsetrain data with the same settings of data prepares it."
+    return f"The text is not prepared yet{size}. Prepare it with: sparsetrain data, with the same data settings."
 
 
 def _per_token(model: ModelConfig, densities: Mapping[str, float], config: RunConfig) -> float:

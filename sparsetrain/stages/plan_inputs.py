@@ -1,4 +1,4 @@
-"""The texts and tasks of runs that are planned: what lies ready is read, each once, and nothing is made."""
+"""Texts and tasks of planned runs: read once if they are prepared, never prepared here."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.origin import Origin
 from sparsetrain.stages.config import RunConfig
 
-MOST_RATES = 100_000  # updates of a phase whose learning rates are looked at one by one
+MOST_RATES = 100_000  # learning rates of a phase to evaluate when looking for the lowest and highest
 
 Find = Callable[[DataConfig], tuple[str, Corpus | None]]
 """Returns the name of a corpus and, if it is prepared, the corpus."""
 
 
 class Inputs:
-    """What runs are made from. A mistake is remembered too, and raised again for the next run with it.
+    """A cache of corpora, tasks, origins and learning rates. It also remembers errors and raises them again.
 
     Args:
-        find: where a corpus comes from; by default it is one that is prepared already.
+        find: returns a corpus; by default only one that is already prepared.
     """
 
     def __init__(self, find: Find = find_prepared) -> None:
@@ -31,10 +31,10 @@ class Inputs:
         self._factors: dict[str, list[tuple[float, float]]] = {}
 
     def corpus(self, config: DataConfig) -> tuple[str, Corpus | None]:
-        """Return the name of a corpus and, if it is there, the corpus.
+        """Return the name of a corpus and, if it is prepared, the corpus.
 
         Raises:
-            UserError: a text that cannot be read.
+            UserError: the text cannot be read.
         """
         key = repr({name: value for name, value in vars(config).items() if name != "context"})
         if key not in self._corpora:
@@ -48,14 +48,14 @@ class Inputs:
         return found
 
     def origin(self, corpus: Corpus, init_from: str | None) -> Origin:
-        """Return `Origin.of_corpus`."""
+        """Return `Origin.of_corpus` for a corpus and a run to start from."""
         key = (corpus.directory.name, init_from)
         if key not in self._origins:
             self._origins[key] = Origin.of_corpus(corpus, init_from)
         return self._origins[key]
 
     def task(self, config: TaskConfig) -> Task | UserError | None:
-        """Return a task, what is wrong with its data, or None if they would have to be downloaded."""
+        """Return a task, the error in its data, or None if the data would have to be downloaded."""
         key = repr(config)
         if key not in self._tasks:
             try:
@@ -68,7 +68,7 @@ class Inputs:
         """Return the lowest and the highest base learning rate of each phase.
 
         Raises:
-            UserError: a schedule that does not fit the budget.
+            UserError: the schedule does not fit the budget.
         """
         key = repr((config.schedule, budget))  # points of a sweep over the rate share their schedule
         if key not in self._factors:
@@ -83,5 +83,5 @@ class Inputs:
 
 
 def samples_per_epoch(corpus: Corpus, config: RunConfig) -> Callable[[int], int]:
-    """Return a function from a context to the samples of a pass; it raises `UserError` for a text that is shorter."""
+    """Return a function from a context to the samples per epoch; it raises `UserError` if the text is too short."""
     return lambda context: PackedSamples(corpus.train, context, config.samples_seed, "pretrain").samples_per_epoch

@@ -1,4 +1,4 @@
-"""Pre-training: text in, a run directory with a language model out."""
+"""Pre-training: from a text to a run directory with a language model."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from sparsetrain.sparsity import MaskManager, SparsityConfig, Static
 from sparsetrain.stages.backends import backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
 from sparsetrain.stages.ledger import FlopLedger, planned_flops
-from sparsetrain.stages.masks import mask_manager, mask_plan, starts_sparse
+from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_sparse
 from sparsetrain.stages.memory import adjustable, training
 from sparsetrain.stages.stage import (
-    Course,
+    Setup,
     Stage,
     Stopwatch,
     Subject,
@@ -42,18 +42,19 @@ from sparsetrain.training.loop import Samples
 from sparsetrain.training.observers import Observer
 from sparsetrain.training.state import TrainState, peak_rss_bytes
 
-FINAL_EVALUATION = 1024  # sequences of validation text, at most, for the loss that a run reports
+FINAL_EVALUATION = 1024  # maximum number of validation sequences for the reported loss
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
-    """Run pre-training to its end, from where it stopped if it was stopped, and return its result.
+    """Run pre-training to its end, resuming it if it was stopped, and return its result.
 
     Args:
-        observers: told of every step and evaluation, beside the progress line and the metrics.
+        observers: called at each step and evaluation, in addition to the progress line and the metrics.
 
     Raises:
-        UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there; the
-            result then has the status ``diverged``.
+        UserError: the input cannot be used.
+        Interrupted: a signal stopped the run, which can be resumed.
+        Diverged: the training diverged; the result has the status ``diverged``.
     """
     return train(Pretraining(config, console), observers)
 
@@ -62,7 +63,7 @@ class Pretraining(Stage[RunConfig]):
     """Training on text, from scratch or from the weights of ``init_from``.
 
     Args:
-        corpus: the prepared text, where it is at hand already.
+        corpus: the prepared text, if it is already loaded.
     """
 
     kind: ClassVar[str] = "pretrain"
@@ -88,12 +89,12 @@ class Pretraining(Stage[RunConfig]):
         config = self.config
         self.model = model_config(config.model, self.corpus.tokenizer.vocab_size)
         self.budget = budget_of(config, self.model, lambda context: self._stream(0, context).samples_per_epoch)
-        self.plan = mask_plan(config, self.budget)
+        self.sparsity = sparsity_section(config, self.budget)
         for stream, context in enumerate(self.budget.contexts):
-            self._stream(stream, context)  # says if the text is shorter
+            self._stream(stream, context)  # raises if the text is shorter than the context
 
     def _stream(self, stream: int, context: int) -> PackedSamples:
-        # The first stream has the name that all samples of a run without phases have.
+        # A run without phases has one stream, and it must keep its name: samples are drawn from it.
         name = self.kind if stream == 0 else f"{self.kind}-{stream}"
         return PackedSamples(self.corpus.train, context, self.config.samples_seed, name)
 
@@ -101,7 +102,7 @@ class Pretraining(Stage[RunConfig]):
         return [self._stream(stream, context) for stream, context in enumerate(self.budget.contexts)]
 
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
-        workload = workload_of(self.config, self.model, self.budget, self.plan, len(self.corpus.validation))
+        workload = workload_of(self.config, self.model, self.budget, self.sparsity, len(self.corpus.validation))
         largest, model = self.budget.largest, self.model
         if len(self.budget.phases) == 1:
             size = f"{prefix}budget.batch_size={largest.batch_size}, data.context={largest.context}"
@@ -113,7 +114,7 @@ class Pretraining(Stage[RunConfig]):
         return workload, what, self._adjustable(prefix)
 
     def _adjustable(self, prefix: str) -> dict[str, str]:
-        """Return the settings that could be smaller, named as the phase that needs most has them."""
+        """Return the settings that could be reduced, by their keys in the phase that needs the most memory."""
         known, index = adjustable(self.config, prefix), self.budget.largest.index
         if self.config.budget.phases:
             for name in ("batch_size", "context"):
@@ -124,22 +125,22 @@ class Pretraining(Stage[RunConfig]):
     def build(self, device: torch.device) -> Subject:
         config = self.config
         if config.init_from is None:
-            model = build_model(config, self.corpus.tokenizer.vocab_size, device, self.plan)
+            model = build_model(config, self.corpus.tokenizer.vocab_size, device, self.sparsity)
         else:
             start = Path(config.init_from)
             model = restored_model(config, read_weights(start), self.corpus.tokenizer.vocab_size, device, start)
-            # The layers now have the densities of that run's end.
+            # The checkpoint decided the densities, so initial values and learning rates must be computed for them.
             model.parameterize(config.parameterization, reinitialise=False)
         return Subject(model, model, mask_manager(config, model, self.budget))
 
     def entries(self) -> dict[str, Any]:
-        return {"corpus": self.corpus.directory.name, "backend": backends(self.course.network)}
+        return {"corpus": self.corpus.directory.name, "backend": backends(self.setup.network)}
 
-    def begin(self, course: Course) -> None:
-        super().begin(course)
-        masks = course.subject.masks
+    def begin(self, setup: Setup) -> None:
+        super().begin(setup)
+        masks = setup.subject.masks
         self.flops = FlopLedger(
-            course.network.config,
+            setup.network.config,
             masks.densities_at if masks is not None else lambda _step: {},
             masks.rule if masks is not None else Static(),
             self.budget,
@@ -150,13 +151,13 @@ class Pretraining(Stage[RunConfig]):
         return self.flops.per_token(step).total
 
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
-        phase, model = self.budget.before(step), self.course.network
+        phase, model = self.budget.before(step), self.setup.network
         limit = FINAL_EVALUATION if final else self.config.loop.eval_sequences
         windows = sequential_windows(self.corpus.validation, phase.context, limit)
 
         def losses(batch: Batch) -> torch.Tensor:
-            batch = batch.to(self.course.device)
-            with self.course.autocasting():
+            batch = batch.to(self.setup.device)
+            with self.setup.autocasting():
                 return model.token_losses(batch.tokens, batch.targets)
 
         score = score_text(model, losses, windows.split(phase.batch_size), self.corpus.tokenizer.token_bytes)
@@ -165,21 +166,21 @@ class Pretraining(Stage[RunConfig]):
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
         records = [record for record in read_metrics(directory / METRICS) if "val_loss" in record]
-        model = self.course.network
-        used = state_bytes(model, self.course.optimizer)
+        model = self.setup.network
+        used = state_bytes(model, self.setup.optimizer)
         return {
             "loss_first": records[0]["val_loss"],
             "loss_last": records[-1]["val_loss"],
             "bits_per_byte": records[-1]["bits_per_byte"],
             "density": overall_density(model),
             "flops": self.flops.through(state.step),
-            **_mask_entries(self.course.subject.masks),
+            **_mask_entries(self.setup.subject.masks),
             "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
             **({"phases": self._phases()} if len(self.budget.phases) > 1 else {}),
         }
 
     def _phases(self) -> list[dict[str, Any]]:
-        """Return what each phase of the run was, for its result."""
+        """Return the facts about each phase for the result."""
         return [
             {
                 "steps": phase.steps,
@@ -200,10 +201,10 @@ class Pretraining(Stage[RunConfig]):
             "loss_first": records[0].get("val_loss") if records else None,
             "loss_last": None,
             "bits_per_byte": None,
-            "density": overall_density(self.course.network),
+            "density": overall_density(self.setup.network),
             "flops": self.flops.through(records[-1]["step"] if records else 0),
             "bytes": {},
-            "model": asdict(self.course.network.config),
+            "model": asdict(self.setup.network.config),
         }
 
 
@@ -211,24 +212,24 @@ def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesP
     """Return the budget of a pre-training.
 
     Args:
-        samples_per_epoch: samples of a pass over the text, by context; None where the text is not known.
+        samples_per_epoch: maps a context to the samples of one pass over the text; None if the text is unknown.
 
     Raises:
-        UserError: as `Budget.of`, and more context than learned positions.
+        UserError: see `Budget.of`; or a context is longer than the learned positions.
     """
     check_contexts(model, config)
-    flops = planned_flops(model, lambda budget: mask_plan(config, budget), config.loop.accumulation)
+    flops = planned_flops(model, lambda budget: sparsity_section(config, budget), config.loop.accumulation)
     return Budget.of(config.budget, config.data.context, samples_per_epoch, flops)
 
 
 def workload_of(
-    config: RunConfig, model: ModelConfig, budget: Budget, plan: SparsityConfig, validation_tokens: int
+    config: RunConfig, model: ModelConfig, budget: Budget, sparsity: SparsityConfig, validation_tokens: int
 ) -> Workload:
-    """Return what a pre-training holds in memory, at the phase that needs most."""
+    """Return what a pre-training holds in memory, in the phase that needs the most."""
     largest = budget.largest
     windows = -(-max(0, validation_tokens - 1) // max(budget.contexts))
     return training(
-        *(config, model, plan),
+        *(config, model, sparsity),
         batch_size=largest.batch_size,
         context=largest.context,
         evaluated=min(largest.batch_size, FINAL_EVALUATION, windows),
@@ -236,14 +237,14 @@ def workload_of(
 
 
 def check_contexts(model: ModelConfig, config: RunConfig) -> None:
-    """Raise `UserError` if a model with learned positions is asked for more of them than it has."""
+    """Raise `UserError` if a context is longer than a model's learned positions."""
     for name, context in config.budget.named("context", "data.context", config.data.context).items():
         if model.positions == "learned" and context > model.max_context:
             raise UserError(f"{name}={context} is longer than model.max_context={model.max_context}")
 
 
 def _mask_entries(masks: MaskManager | None) -> dict[str, Any]:
-    """Return what a result says about masks at the end: over all layers, and of each."""
+    """Return the entries about masks for the result: over all layers, and for each."""
     if masks is None:
         return {}
     watched = masks.watch()

@@ -1,4 +1,4 @@
-"""Soft prompts: learned vectors between a question and its answer, alone or together with the model."""
+"""Soft prompts: learned vectors between question and answer, trained alone or together with the model."""
 
 from __future__ import annotations
 
@@ -23,26 +23,27 @@ from sparsetrain.training.observers import Observer
 
 
 def prompt(config: PromptConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
-    """Learn a soft prompt (and, with ``train=both``, the model) and return the result.
+    """Learn a soft prompt (with ``train=both`` also the model) and return the result.
 
     Args:
         observers: as in `pretrain`.
 
     Raises:
-        UserError: no ``init_from``, or input that cannot be used. Interrupted, Diverged: as `finetune`.
+        UserError: ``init_from`` is missing, or the input cannot be used.
+        Interrupted, Diverged: as in `finetune`.
     """
     return train(Prompting(config, console), observers)
 
 
 class Prompting(TaskStage[PromptConfig]):
-    """Training a soft prompt, and the model along with it if ``train=both``."""
+    """Training of a soft prompt, with ``train=both`` together with the model."""
 
     kind: ClassVar[str] = "prompt"
 
     def __init__(self, config: PromptConfig, console: Console | None = None) -> None:
         super().__init__(config, console)
         if config.init_from is None:
-            raise UserError("init_from is missing: a soft prompt is learned for a trained model, init_from=RUN_DIR")
+            raise UserError("init_from is missing: a soft prompt needs a trained model, init_from=RUN_DIR")
 
     @property
     def slots(self) -> int:
@@ -55,7 +56,7 @@ class Prompting(TaskStage[PromptConfig]):
     def subject(self, network: Transformer, tokenizer: Tokenizer) -> Subject:
         rules = self.config.parameterization
         if self.config.mode == "dense" and self.trained:
-            densify(network)  # of a frozen model the zeros would not train
+            densify(network)  # not for a frozen model, whose zeros would stay zero
         prompted = Prompted(network, initial_prompt(network, tokenizer, self.config))
         if not self.trained:
             network.requires_grad_(False)
@@ -65,14 +66,14 @@ class Prompting(TaskStage[PromptConfig]):
         return Subject(network, prompted)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        prompted = self.course.subject.module
+        prompted = self.setup.subject.module
         assert isinstance(prompted, Prompted)
         assert batch.slots is not None
         return prompted.embeddings(batch.tokens, batch.slots)
 
 
 def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfig) -> SoftPrompt:
-    """Return the prompt before training: embeddings of words, or normal draws of the model's initial scale."""
+    """Return the initial prompt: embeddings of words, or normal draws with the model's ``init_std``."""
     if config.init == "random":
         fresh = SoftPrompt(config.n_tokens, model.config.d_model)
         draws = torch.empty(fresh.vectors.shape).normal_(generator=seeds.generator(config.seed, "init", "prompt"))

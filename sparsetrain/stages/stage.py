@@ -1,7 +1,7 @@
-"""One stage of training, from its configuration to a run directory: the same `train` for text, tasks and prompts.
+"""A stage of training, from its configuration to a run directory: one function `train` for text, tasks and prompts.
 
-A `Stage` says what it is made from, how much of it there is, what is trained and how it is measured; `train` claims the
-directory, builds, trains, goes on where a run was stopped, and writes the result.
+A `Stage` provides the data, the budget, the model and the evaluation. `train` claims the directory, builds the model,
+trains or resumes, and writes the result.
 """
 
 from __future__ import annotations
@@ -50,8 +50,9 @@ class Subject:
     """What is trained.
 
     Args:
-        network: the transformer. module: all that a checkpoint holds; it maps a batch's inputs to the mean loss.
-        masks: what changes the masks of the network and watches them; None where they stay as they are.
+        network: the transformer.
+        module: everything that a checkpoint holds; it maps the inputs of a batch to the mean loss.
+        masks: the manager that changes and watches the masks of the network; None if they do not change.
     """
 
     network: Transformer
@@ -60,8 +61,8 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Course:
-    """A training that is about to begin: its subject and what acts on it.
+class Setup:
+    """A training that is about to begin: the subject, its optimizer and its device.
 
     Args:
         autocast: dtype of the autocast region, or None.
@@ -77,110 +78,111 @@ class Course:
         return self.subject.network
 
     def autocasting(self) -> torch.autocast:
-        """Return the region in which the model computes."""
+        """Return the autocast region that the model computes in."""
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
 
 
 class Stage(ABC, Generic[C]):
     """One kind of training.
 
-    The methods are called in the order in which they stand here; `prepare` sets ``budget``.
+    `train` calls the methods in the order in which they are defined; `prepare` sets ``budget``.
 
     Args:
-        config: a configuration of the stage's kind.
+        config: a configuration of this kind.
     """
 
     kind: ClassVar[str]
-    """What it is called in directories, results and messages."""
+    """Name of the kind in directories, results and messages."""
 
     budget: Budget
-    course: Course
+    setup: Setup
 
     def __init__(self, config: C, console: Console | None = None) -> None:
         self.config, self.console = config, console or Console()
 
     @abstractmethod
     def origin(self) -> Origin:
-        """Return the text and the weights that the run is made from.
+        """Return the text, tokenizer and weights that the run starts from.
 
         Raises:
-            UserError: input that cannot be used.
+            UserError: the input cannot be used.
         """
 
     def facts(self) -> dict[str, str | None]:
-        """Return what identifies the run beside its settings and its origin."""
+        """Return what identifies the run besides its settings and its origin."""
         return {}
 
     @abstractmethod
     def prepare(self, origin: Origin) -> None:
-        """Read the examples and work out the budget, before anything is built.
+        """Read the examples and compute the budget, before the model is built.
 
         Raises:
-            UserError: input that cannot be used.
+            UserError: the input cannot be used.
         """
 
     @abstractmethod
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
-        """Return what the training holds in memory, its name in a message, and the settings that could be smaller.
+        """Return what the training holds in memory, its description for messages, and the settings to reduce.
 
         Args:
-            prefix: of those settings, for a stage of a pipeline.
+            prefix: prefix of the keys of those settings, for a stage of a pipeline.
         """
 
     @abstractmethod
     def build(self, device: torch.device) -> Subject:
-        """Return the model as it is before the first step."""
+        """Return the model before the first step."""
 
     @abstractmethod
     def samples(self) -> Sequence[Samples]:
-        """Return the training data, one for each stream of the budget."""
+        """Return the training data, one source per stream of the budget."""
 
-    def begin(self, course: Course) -> None:
-        """Take what `evaluate`, `flops_per_token` and `score` need of the training."""
-        self.course = course
+    def begin(self, setup: Setup) -> None:
+        """Store the training, which `evaluate`, `flops_per_token` and `score` use."""
+        self.setup = setup
 
     @abstractmethod
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
-        """Return numbers about the model after ``step`` updates."""
+        """Return metrics of the model after ``step`` steps."""
 
     @abstractmethod
     def flops_per_token(self, step: int) -> float:
-        """Return the training FLOPs per token, by the formula, of the update after ``step`` updates."""
+        """Return the training FLOPs per token, by formula, of the step that follows ``step`` steps."""
 
     @abstractmethod
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
-        """Return the entries of the result of a training that came to its end.
+        """Return the entries for the result of a complete training.
 
         Raises:
-            Diverged: a model that cannot be scored.
+            Diverged: the model cannot be scored.
         """
 
     def entries(self) -> dict[str, Any]:
-        """Return further entries of the result that are known before the first step."""
+        """Return further entries for the result that are known before the first step."""
         return {}
 
     def describe(self) -> None:
-        """Print what is to be learned, where the model's own line does not say it."""
+        """Print what the model learns from, if the line about the model does not say it."""
 
     def diverged(self, directory: Path, clock: Stopwatch) -> dict[str, Any]:
-        """Return the entries of the result of a training that diverged."""
+        """Return the entries for the result of a training that diverged."""
         return {}
 
     @property
     def title(self) -> str:
-        """What the progress line calls the run."""
+        """Name of the run in the progress line."""
         return self.kind
 
 
 def train(stage: Stage[Any], observers: Sequence[Observer] = ()) -> RunResult:
-    """Run a stage to its end, from where it stopped if it was stopped, and return its result.
+    """Run a stage to its end, resuming it if it was stopped, and return its result.
 
     Args:
-        observers: told of every step and evaluation, beside the progress line and the metrics.
+        observers: called at each step and evaluation, in addition to the progress line and the metrics.
 
     Raises:
-        UserError: input that cannot be used. Interrupted: a signal ended it, resumably. Diverged: see there; the
-            result then has the status ``diverged``.
+        UserError: the input cannot be used.
+        Interrupted: a signal stopped the run, which can be resumed.
+        Diverged: the training diverged; the result has the status ``diverged``.
     """
     config, console = stage.config, stage.console
     origin = stage.origin()
@@ -212,7 +214,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
     stage.describe()
     opt = config.optimizer
     optimizer = build_optimizer(param_groups(module, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
-    stage.begin(Course(subject, optimizer, device, autocast))
+    stage.begin(Setup(subject, optimizer, device, autocast))
     common = {
         "stage": stage.kind,
         "parameterization": config.parameterization.scheme,
@@ -270,13 +272,13 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
 
 
 def usual_observers(directory: Path, budget: Budget, masks: MaskManager | None, console: Console) -> list[Observer]:
-    """Return what watches a run: its progress line and its metrics."""
+    """Return the observers of every run: the progress line and the metrics file."""
     evolves = masks is not None and not isinstance(masks.rule, Static)
     return [Progress(console, evolves), Metrics(directory / METRICS, phases=len(budget.phases) > 1)]
 
 
 def mean_densities(masks: MaskManager | None, total_steps: int) -> dict[str, float] | None:
-    """Return the density of each layer half way between the first step and the last; None without masks."""
+    """Return the mean of the first and the last density of each layer; None without a mask manager."""
     if masks is None:
         return None
     first, last = masks.densities_at(0), masks.densities_at(total_steps)
@@ -284,55 +286,54 @@ def mean_densities(masks: MaskManager | None, total_steps: int) -> dict[str, flo
 
 
 def build_model(
-    config: RunConfig, vocab_size: int, device: torch.device, plan: SparsityConfig | None = None
+    config: RunConfig, vocab_size: int, device: torch.device, sparsity: SparsityConfig | None = None
 ) -> Transformer:
     """Return the freshly initialised model of a configuration, on ``device``.
 
     Args:
-        plan: the sparsity section to use; None for the configuration's.
+        sparsity: the sparsity section to use instead of the configuration's.
     """
     shape = model_config(config.model, vocab_size, config.seed)
-    return Transformer(shape, config.parameterization, seeded(config) if plan is None else plan).to(device)
+    return Transformer(shape, config.parameterization, seeded(config) if sparsity is None else sparsity).to(device)
 
 
 def restored_model(
     config: RunConfig, weights: RunWeights, vocab_size: int, device: torch.device, source: Path
 ) -> Transformer:
-    """Return the model of the run ``source`` with the weights that it ended with, sparse where they are.
+    """Return the model of the run ``source`` with its final weights; the layers that are sparse there are sparse here.
 
-    The sparsity section alone does not say which layers these are, since the phases of that run may have had other
-    densities.
+    The sparsity section of ``config`` does not determine these layers, since phases may have changed the densities.
 
     Raises:
-        UserError: weights of another shape.
+        UserError: the weights have another shape.
     """
-    plan = SparsityConfig()
+    sparsity = SparsityConfig()
     if weights.sparse:
-        # The density is replaced by that of the weights.
-        plan = SparsityConfig(
+        # Loading the weights replaces this density by theirs.
+        sparsity = SparsityConfig(
             sparsity=config.sparsity.sparsity or 0.5,
             include=[glob.escape(name) for name in weights.sparse_layers],
             exclude=[],
             backend=config.sparsity.backend,
             seed=config.seed,
         )
-    model = build_model(config, vocab_size, device, plan)
+    model = build_model(config, vocab_size, device, sparsity)
     load_weights(model, weights.model, str(source))
     return model
 
 
 def layer_densities(model: Transformer) -> dict[str, float]:
-    """Return the density of each sparse layer, by name; the rest is dense."""
+    """Return the density of each sparse layer, by name; layers that are not listed are dense."""
     return {name: layer.pattern.density for name, layer in sparse_layers(model)}
 
 
 def overall_density(model: Transformer) -> float:
-    """Return nonzeros over elements of all hidden matrices: those of the blocks."""
+    """Return nonzeros divided by elements, over all hidden matrices (those in blocks)."""
     return hidden_density(model.config, layer_densities(model))
 
 
 class Stopwatch:
-    """Counts what a stage spends outside its loop, whose own clock runs on over interruptions."""
+    """Measures the time that a stage spends outside its loop; the loop has its own clock, which survives a resume."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
@@ -340,7 +341,7 @@ class Stopwatch:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out the time of the block."""
+        """Do not count the time spent in the block."""
         before = time.monotonic()
         try:
             yield
@@ -352,7 +353,7 @@ class Stopwatch:
 
 
 def progress_entries(state: TrainState, clock: Stopwatch) -> Mapping[str, Any]:
-    """Return what every finished run says about its course."""
+    """Return the entries about progress and time for the result of a complete run."""
     return {
         "status": "complete",
         "steps": state.step,
@@ -364,11 +365,11 @@ def progress_entries(state: TrainState, clock: Stopwatch) -> Mapping[str, Any]:
 
 
 def describe(model: Transformer, precision: str, device: torch.device, console: Console) -> None:
-    """Print one line about the model that is about to be trained."""
+    """Print one line about the model before training."""
     stored = sum(parameter.numel() for parameter in model.parameters())
     layers = list(sparse_layers(model))
     empty = sum(layer.pattern.empty_rows for _, layer in layers)
-    warning = f"; {empty} outputs have no weight at all" if empty else ""
+    warning = f"; {empty} outputs have no weights" if empty else ""
     say(
         console,
         f"model: {stored:,} parameters, hidden density {overall_density(model):.4g}, backend {backends(model)}, "

@@ -1,4 +1,4 @@
-"""Training and scoring on a labelled task: what fine-tuning and soft prompts have in common."""
+"""Training and scoring on a labelled task: the common part of fine-tuning and soft prompts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from sparsetrain.screen import say
 from sparsetrain.stages.config import FinetuneConfig, model_config
 from sparsetrain.stages.memory import adjustable, training
 from sparsetrain.stages.stage import (
-    Course,
+    Setup,
     Stage,
     Subject,
     build_model,
@@ -41,7 +41,7 @@ C = TypeVar("C", bound=FinetuneConfig)
 
 
 def available_task(config: TaskConfig) -> Task | None:
-    """Return a task, or None if its data cannot be had: a run on it may be finished, which needs none."""
+    """Return a task, or None if its data is unavailable; a finished run on it does not need the data."""
     try:
         return load_task(config)
     except UserError:
@@ -49,7 +49,7 @@ def available_task(config: TaskConfig) -> Task | None:
 
 
 def task_facts(task: Task | None) -> dict[str, str | None]:
-    """Return what a run on a task records of the task's content."""
+    """Return the facts about a task that identify a run on it."""
     return {"task_fingerprint": None if task is None else task.fingerprint()}
 
 
@@ -57,25 +57,25 @@ class TaskStage(Stage[C]):
     """Training on ``config.task``, from the weights of ``init_from`` or from a fresh model."""
 
     known: Task | None = None
-    """The task, where it is at hand already."""
+    """The task, if it is already loaded."""
 
     @property
     def slots(self) -> int:
-        """Soft-prompt places in every row."""
+        """Soft-prompt positions in each row."""
         return 0
 
     @property
     def trained(self) -> bool:
-        """Whether the weights of the model are trained."""
+        """Whether the weights of the model are trained, and not only the prompt."""
         return True
 
     @abstractmethod
     def subject(self, network: Transformer, tokenizer: Tokenizer) -> Subject:
-        """Make the loaded (or fresh) transformer what is to be trained."""
+        """Turn the loaded or fresh transformer into what is trained."""
 
     @abstractmethod
     def embeddings(self, batch: Batch) -> Tensor:
-        """Return the embeddings of a batch's tokens and soft prompt, ``[B, T, d_model]``."""
+        """Return the embeddings of a batch's tokens and soft prompt, ``[batch, time, d_model]``."""
 
     def origin(self) -> Origin:
         if self.config.init_from is None:
@@ -98,7 +98,7 @@ class TaskStage(Stage[C]):
 
     @property
     def context(self) -> int:
-        """Tokens that a row has at most; the phases of a task have one context."""
+        """Maximum number of tokens per row; all phases on a task have the same context."""
         return self.budget.phases[0].context
 
     def samples(self) -> Sequence[Samples]:
@@ -107,7 +107,7 @@ class TaskStage(Stage[C]):
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
         config, widths = self.config, self.examples.widths
         model = model_config(config.model, self.made_from.tokenizer.vocab_size)
-        # The longest row is certain to come if every row does.
+        # Only a run that sees every row is certain to see the longest one.
         rows = sum(phase.steps * phase.batch_size for phase in self.budget.phases)
         width = widths[1 if rows >= self.examples.examples_per_epoch else 0]
         dense = config.mode == "dense" and config.init_from is not None and self.trained
@@ -134,30 +134,30 @@ class TaskStage(Stage[C]):
         return subject
 
     def _load(self, vocab_size: int, device: torch.device) -> Transformer:
-        """Return the model that the stage starts from, with its topology."""
+        """Return the model that the stage starts from, with its masks."""
         config = self.config
         if config.init_from is None:
-            # From scratch there is nothing whose masks could be kept: the model is what the sparsity section says.
+            # Without a checkpoint there are no masks to keep: the sparsity section applies.
             return build_model(config, vocab_size, device)
         start = Path(config.init_from)
         model = restored_model(config, read_weights(start), vocab_size, device, start)
-        # The layers now have the checkpoint's densities, whatever the configuration said.
+        # Loading has replaced the configured densities by those of the checkpoint.
         model.parameterize(config.parameterization, reinitialise=False)
         return model
 
     def describe(self) -> None:
         say(self.console, f"task: {self.task.describe()}")
 
-    def begin(self, course: Course) -> None:
-        super().begin(course)
-        network = course.network
+    def begin(self, setup: Setup) -> None:
+        super().begin(setup)
+        network = setup.network
         self.flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, self.context)
         self.answers = answer_tokens(self.task, self.made_from.tokenizer)
 
     def entries(self) -> dict[str, Any]:
         return {
             "pretrained_density": self.pretrained_density,
-            "density": overall_density(self.course.network),
+            "density": overall_density(self.setup.network),
             "init_from": self.config.init_from,
             "source": self.made_from.source,
         }
@@ -170,14 +170,14 @@ class TaskStage(Stage[C]):
         return {"val_accuracy": found.accuracy, "val_macro_f1": found.macro_f1}
 
     def _row_scores(self, batch: Batch) -> Tensor:
-        with self.course.autocasting():
-            embeddings = self.embeddings(batch.to(self.course.device))
-            return self.course.network.continuation_scores(embeddings, self.answers)
+        with self.setup.autocasting():
+            embeddings = self.embeddings(batch.to(self.setup.device))
+            return self.setup.network.continuation_scores(embeddings, self.answers)
 
     def _score(self, examples: list[Example]) -> TaskScore:
         tokenizer = self.made_from.tokenizer
         batches = scoring_batches(examples, self.task, tokenizer, self.context, self.slots)
-        likelihoods = label_likelihoods(self.course.subject.module, self._row_scores, batches, len(examples))
+        likelihoods = label_likelihoods(self.setup.subject.module, self._row_scores, batches, len(examples))
         if bool(likelihoods.isnan().any()):
             return TaskScore(len(examples), math.nan, (math.nan, math.nan), math.nan)
         truth = np.array([example.label for example in examples])
@@ -186,7 +186,7 @@ class TaskStage(Stage[C]):
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
         test = self._score(self.task.test)
         if math.isnan(test.accuracy):
-            raise Diverged(f"{self.kind}: the trained model gives the answers of the test set no likelihood")
+            raise Diverged(f"{self.kind}: the trained model gives an answer of the test set the likelihood NaN")
         return {
             "task": self.task.name,
             "n_test": test.n,

@@ -1,4 +1,4 @@
-"""The coordinate check as a stage: real text, one model per point, a table, a figure and a verdict."""
+"""The coordinate check on real text: train one model per point, then write a table, a figure and a verdict."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from sparsetrain.stages.stage import Stopwatch, build_model
 from sparsetrain.training.state import resolve_device
 
 AXES = ("sparsity", "width", "depth")
-QUANTITIES = ("activation", "update")  # those that must keep their scale on every axis
+QUANTITIES = ("activation", "update")  # these must keep their scale on every axis
 TRIALS, TABLE, RESULTS, FIGURE = "trials.jsonl", "coordinates.csv", "results.csv", "figure.png"
 
 
 class _Row(TypedDict):
-    """A `Coordinate` in a line of trials; a diverged one is infinite."""
+    """A `Coordinate` in a line of ``trials.jsonl``; its RMS is infinite if the trial diverged."""
 
     scheme: str
     value: float
@@ -62,15 +62,16 @@ _Trial = tuple[tuple[str, float, int], list[_Row]]
 
 @dataclass
 class CheckSection:
-    """What is varied, and what counts as keeping the scale.
+    """The axis and the values of the check, and the criterion for keeping the scale.
 
     Args:
-        axis: ``sparsity`` of every hidden matrix, ``width`` (d_model, at the d_head of the model section) or ``depth``.
-        values: at least two of them.
+        axis: ``sparsity`` of every hidden matrix, ``width`` (d_model, with the d_head of the model section), or
+            ``depth``.
+        values: at least two values on that axis.
         schemes: parameterizations to compare, with the base of the parameterization section.
-        seeds: how many; each draws its own weights, masks and batches.
+        seeds: number of seeds; each draws its own weights, masks and batches.
         steps: optimizer steps at a constant learning rate.
-        limit: a scheme passes if no kind of layer has a larger max/min ratio of its activation or update RMS.
+        limit: a scheme passes if the max/min ratio of activation and update RMS is at most this for all kinds of layer.
     """
 
     axis: str = "sparsity"
@@ -85,14 +86,12 @@ class CheckSection:
         for scheme in self.schemes:
             check_choice("check.schemes", scheme, SCHEMES)
         if not self.schemes or len(set(self.schemes)) < len(self.schemes):
-            raise UserError(f"check.schemes={self.schemes} must name at least one scheme, and none twice")
+            raise UserError(f"check.schemes={self.schemes} must name at least one scheme, and no scheme twice")
         for name in ("seeds", "steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"check.{name}={getattr(self, name)} must be at least 1")
         if not self.limit >= 1.0:
-            raise UserError(
-                f"check.limit={self.limit} must be at least 1: it is a ratio of the largest to the smallest"
-            )
+            raise UserError(f"check.limit={self.limit} must be at least 1: it limits a ratio of largest to smallest")
         for value in self.values:
             if self.axis == "sparsity":
                 if not 0.0 <= value < 1.0:
@@ -102,16 +101,16 @@ class CheckSection:
         check_values(self.on_axis(), "check.values")
 
     def on_axis(self) -> list[float]:
-        """Return the values against which slopes are taken: densities for sparsities."""
+        """Return the values to fit slopes against: densities if the axis is sparsity."""
         return [1.0 - value for value in self.values] if self.axis == "sparsity" else list(self.values)
 
 
 @dataclass
 class CoordinatesConfig(RunConfig):
-    """Check that activations and updates keep their scale over sparsity, width or depth, for several schemes.
+    """Check that activations and updates keep their scale across sparsity, width or depth, for several schemes.
 
-    Each point is a fresh model, trained for ``check.steps`` steps of ``budget.batch_size`` samples at the constant
-    rate ``optimizer.lr``; ``schedule``, ``loop`` and the rest of ``budget`` are not used. SP is taken without
+    Each point trains a fresh model for ``check.steps`` steps of ``budget.batch_size`` samples at the constant learning
+    rate ``optimizer.lr``. The check ignores ``schedule``, ``loop`` and the rest of ``budget``. For SP it also ignores
     the multipliers alpha_in and alpha_out.
     """
 
@@ -138,10 +137,10 @@ class CoordinatesConfig(RunConfig):
         return replace(section, scheme=scheme, base_layers=base_layers, eps_rule=eps_rule)
 
     def point(self, value: float, seed: int) -> RunConfig:
-        """Return the run of one value of the axis."""
-        shape, plan = dict(self.model), self.sparsity
+        """Return the configuration of the run at one value of the axis."""
+        shape, sparsity = dict(self.model), self.sparsity
         if self.check.axis == "sparsity":
-            plan = replace(plan, sparsity=value)
+            sparsity = replace(sparsity, sparsity=value)
         elif self.check.axis == "depth":
             shape["n_layers"] = int(value)
         else:
@@ -150,17 +149,18 @@ class CoordinatesConfig(RunConfig):
                 raise UserError(f"check.values={self.check.values}: a width must be a multiple of d_head={d_head}")
             shape |= {"d_model": int(value), "n_heads": int(value) // d_head}
         values = {entry.name: getattr(self, entry.name) for entry in fields(RunConfig)}
-        return RunConfig(**{**values, "model": shape, "sparsity": plan, "seed": seed})
+        return RunConfig(**{**values, "model": shape, "sparsity": sparsity, "seed": seed})
 
 
 def coord_check(config: CoordinatesConfig, console: Console | None = None) -> RunResult:
-    """Run the check, from where it stopped if it was stopped; print its table and write its figure.
+    """Run the check, or resume it; print its table and write its figure.
 
-    Returns the run's directory and ``result.json``: the worst ratio and slope of every scheme, whether the losses fell,
-    and ``holds``, which says whether they did and no ratio is above the limit.
+    Returns:
+        The run directory and the content of ``result.json``: the worst ratio and slope of each scheme, whether the
+        losses fell, and ``holds``, which is true if they fell and no ratio exceeds the limit.
 
     Raises:
-        UserError: input that cannot be used.
+        UserError: the input cannot be used.
     """
     console = console or Console()
     corpus = prepare(config.data, progress=True, console=console)
@@ -196,7 +196,7 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
 
 
 def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
-    """Refuse a check of which any point does not fit: only all of them give a verdict."""
+    """Raise `UserError` if one point does not fit into memory, since the verdict needs all points."""
     batch_size, context = config.budget.batch_size, config.data.context
     for value in config.check.values:
         point = config.point(value, config.seed)
@@ -216,7 +216,7 @@ def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
 
 
 def judge(check: CheckSection, rows: Sequence[Coordinate], found: Sequence[Spread]) -> dict[str, Any]:
-    """Return for every scheme its worst activation or update ratio, and whether it keeps its scale."""
+    """Return, for each scheme, its worst activation or update ratio and whether it keeps the scale."""
     falls = losses_fall(rows)
     verdicts = {}
     for scheme in check.schemes:
@@ -247,7 +247,7 @@ def _directory(config: CoordinatesConfig, origin: Origin) -> Path:
 
 
 def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, console: Console) -> list[Coordinate]:
-    """Return the rows of every trial; those that an earlier process finished are read from the directory."""
+    """Return the coordinates of all trials; those of trials that finished earlier are read from the directory."""
     path = directory / TRIALS
     have = _finished_trials(path)
     wanted = [
@@ -263,7 +263,7 @@ def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, consol
         if trial_rows is None:
             trial_rows = _read_one(config, corpus, *key)
             with file_errors(directory), path.open("a", encoding="utf-8") as stream:
-                # One write a trial: a kill leaves whole lines, or a last one that is thrown away.
+                # One write per trial, so that a kill leaves whole lines and at most one partial last line.
                 stream.write(json.dumps([list(key), [asdict(row) for row in trial_rows]]) + "\n")
             scheme, value, seed = key
             seconds = duration(clock.seconds())
@@ -274,10 +274,10 @@ def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, consol
 
 
 def _finished_trials(path: Path) -> dict[tuple[str, float, int], list[Coordinate]]:
-    """Return what was read before, by scheme, value and seed; a last line cut short by a kill is run again.
+    """Return the coordinates of finished trials by (scheme, value, seed), and drop a partial last line.
 
     Raises:
-        UserError: a line of something else.
+        UserError: a line is not a trial.
     """
     if not path.exists():
         return {}
@@ -301,7 +301,7 @@ def _read_one(config: CoordinatesConfig, corpus: Corpus, scheme: str, value: flo
     samples = PackedSamples(corpus.train, config.data.context, derive_seed(seed, "coord-check"), "pretrain")
 
     def loss(step: int) -> Tensor:
-        # Not `model.loss`, which never calls the head as a module.
+        # Not `model.loss`: it never calls the head as a module, so no hook would see the logits.
         data = samples.batch(step * batch, batch).to(device)
         return F.cross_entropy(model(data.tokens).flatten(0, 1), data.targets.flatten())
 
@@ -319,7 +319,7 @@ def _write_table(rows: Sequence[Coordinate], path: Path) -> None:
 
 
 def _write_results(config: CoordinatesConfig, rows: Sequence[Coordinate], path: Path) -> None:
-    """Write one row a trial in the columns of every experiment: loss and RMS after the last step."""
+    """Write one row per trial in the columns that all experiments share: loss and RMS after the last step."""
     steps, now = config.check.steps, commit()
     on_axis = dict(zip(config.check.on_axis(), config.check.values, strict=True))
     table: dict[tuple[str, float, int], dict[str, Any]] = {}

@@ -1,7 +1,7 @@
-"""Sweeps: what one costs before it starts, and the rows of its runs when it is done.
+"""The results of a sweep: rows of its runs, optima and figures.
 
-A point of a sweep is an ordinary pre-training run in a directory named by its configuration, so that a sweep which was
-killed, or is given again with more values, skips what is done.
+A point of a sweep is an ordinary pre-training run, whose directory is named after its configuration. A sweep that was
+killed, or that is started again with more values, therefore skips finished points.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ from sparsetrain.screen import say
 from sparsetrain.shapes import check
 from sparsetrain.stages.config import PretrainConfig
 
-# What `COLUMNS` already say, or follows from them.
+# Settings that `COLUMNS` contain, or that follow from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
-_LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # columns of a row after those that vary
+_LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # the columns after the varied settings
 _TEXTS = ("parameterization", "commit", "status", "precision", "run")
 
 
@@ -49,8 +49,8 @@ class SweepRows:
     """The finished runs of a sweep.
 
     Args:
-        rows: `COLUMNS`, what else varies, then status, tokens, train_flops, seconds, precision and run.
-        varied: names of the settings that vary and have no column of their own in `COLUMNS`.
+        rows: one dict per run: `COLUMNS`, the ``varied`` settings, status, tokens, seconds, precision, FLOPs and run.
+        varied: settings that differ between runs and have no column in `COLUMNS`.
         unfinished: directories of runs that are not done.
     """
 
@@ -59,16 +59,19 @@ class SweepRows:
     unfinished: list[Path]
 
 
-def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
-    """Return a row for every finished pre-training run in ``places``: run directories, or directories of those.
+def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
+    """Return a row for each finished pre-training run in ``places``: run directories or their parents.
 
-    A place may also be a ``results.csv`` that was collected before: its rows stand for runs whose directories are gone.
+    A place may also be a ``results.csv`` written earlier; its rows also count when their run directories are gone.
 
-    The column ``parameterization`` is the scheme, with those of its settings that differ between runs of that scheme;
-    or, with ``apart``, the scheme alone, and such settings have columns of their own.
+    The column ``parameterization`` holds the scheme, followed by those of its settings that differ between the runs of
+    that scheme. With ``apart`` it holds the scheme alone, and these settings get columns of their own.
+
+    Args:
+        apart: whether settings of the parameterization get columns of their own.
 
     Raises:
-        UserError: a place that holds no run, or none that is finished; a table without a column that varies.
+        UserError: a place holds no run, or no finished one; or a table lacks the column of a setting that varies.
     """
     tables = [place for place in places if place.suffix == ".csv"]
     done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -119,7 +122,7 @@ def collect(places: Sequence[Path], apart: bool = False) -> SweepRows:
 
 
 def _swept(directory: Path) -> dict[str, Any]:
-    """Return all settings of a run, those that came after it too, and its corpus."""
+    """Return all settings of a run, including ones added since then with their defaults, and its corpus."""
     config: dict[str, Any] = check(
         described(read_recorded(directory, PretrainConfig)), SweptConfig, str(directory / CONFIG)
     )
@@ -127,7 +130,7 @@ def _swept(directory: Path) -> dict[str, Any]:
 
 
 def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:
-    """Remove where the text came from, if all runs have the same: a corpus that was moved is no setting that varies."""
+    """Remove the settings of the text if all runs have the same corpus: its path may differ, its content does not."""
     if len({leaves.get("corpus") for leaves in plain.values()}) == 1:
         for leaves in plain.values():
             for name in [name for name in leaves if name.startswith("data.") and name != "data.context"]:
@@ -135,16 +138,16 @@ def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a ``results.csv`` that `collect` made, numbers as numbers.
+    """Return the rows of a ``results.csv`` that `read_sweep` wrote, with numbers parsed.
 
     Raises:
-        UserError: no CSV, a missing column, or a cell that is not what its column holds; it is named with its row.
+        UserError: the file is no CSV, lacks a column, or a cell has the wrong type; the message gives its row.
     """
     rows = []
     for number, cells in enumerate(read_csv(path), start=1):
         missing = [name for name in (*COLUMNS, *_LAST) if name not in cells]
         if missing:
-            raise UserError(f"{path} is no table of a sweep: it has no column {missing[0]}")
+            raise UserError(f"{path} is not the table of a sweep: it has no column {missing[0]}")
         row = {
             renamed(name, PretrainConfig): (text or None) if name in _TEXTS else table_cell(text)
             for name, text in cells.items()
@@ -170,7 +173,7 @@ def _runs(place: Path) -> list[Path]:
 
 
 def _leaves(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield dotted names and values of what a run depends on."""
+    """Yield the dotted name and the value of each setting that can change the result of a run."""
     for name, text in flatten(config):
         if not set(name.split(".")) & set(INCIDENTAL):
             yield name, _value(config, name.split("."), text)
@@ -187,14 +190,14 @@ def _value(config: Any, path: Sequence[str], text: str) -> Any:
 
 
 def _listed(value: Any) -> str:
-    """Return a list of sections, such as phases, as it is written on the command line, without what is null."""
+    """Return a list of sections, such as phases, in command-line syntax without null values."""
     if isinstance(value, dict):
         return f"{{{', '.join(f'{name}: {_listed(item)}' for name, item in value.items() if item is not None)}}}"
     return f"[{', '.join(map(_listed, value))}]" if isinstance(value, list) else str(value)
 
 
 def _labels(sections: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """Return the scheme of each run, and in brackets what differs between runs of that scheme."""
+    """Return the scheme of each run, with the settings that differ between runs of that scheme in brackets."""
     labels = {}
     for directory, section in sections.items():
         alike = [other for other in sections.values() if other["scheme"] == section["scheme"]]
@@ -207,18 +210,18 @@ def _labels(sections: dict[Path, dict[str, Any]]) -> dict[Path, str]:
 def show_sweep(
     places: Sequence[Path], x: str, out: Path | None, seeds: int, search: bool, console: Console | None = None
 ) -> None:
-    """Print what the runs of a sweep say, and write their tables and figure to ``out``.
+    """Print the results of a sweep, and write its tables and figure to ``out``.
 
     Args:
         x: the swept column, ``lr`` or a setting such as ``model.init_std``.
-        seeds: how many are wanted around each minimum, for the commands of what to run next.
-        search: rank the points of a random search by their loss instead of drawing curves.
+        seeds: number of seeds wanted around each minimum; it determines the suggested commands.
+        search: rank the points of a random search by loss instead of drawing curves.
 
     Raises:
-        UserError: see `collect` and `report.sweep.lines_of`.
+        UserError: see `read_sweep` and `report.sweep.lines_of`.
     """
     console = console or Console()
-    found = collect(places, apart=search)
+    found = read_sweep(places, apart=search)
     x = "lr" if x == "optimizer.lr" else x
     tell = functools.partial(say, console)
     diverged = sum(row["status"] == "diverged" for row in found.rows)
@@ -234,7 +237,7 @@ def show_sweep(
             tell(f"- {sentence}")
         commands = next_commands(lines, x, extra, range(seeds))
         if commands:
-            tell("to run next, each line at the end of the sweep's command:")
+            tell("to run next: append each line to the command of the sweep")
         for command in commands:
             tell(f"  {command}")
     if out is None:

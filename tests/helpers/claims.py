@@ -16,7 +16,7 @@ import scipy.stats
 
 from sparsetrain.report.sweep import Line, lines_of
 from sparsetrain.scaling.transfer import losses_at
-from sparsetrain.studies.sweep import collect
+from sparsetrain.studies.sweep import read_sweep
 
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
 UNIT = r"(?: %| points| steps| (?:grid )?steps of 2x| doublings)?"
@@ -82,7 +82,7 @@ def _printed(value: float, text: str) -> bool:
 
 def sweep_claims(rows: Path, x: str) -> list[Claim]:
     """Return what a sweep's table says: optima, how far they are apart, and how far losses are, in percent."""
-    found = collect([rows])
+    found = read_sweep([rows])
     lines = lines_of(found.rows, x, [name for name in found.varied if name != x])
     bases = {line.scheme: line for line in reversed(lines)}
     own = [_vertices(line) for line in lines]

@@ -115,7 +115,7 @@ def test_a_sweep_trains_the_new_point_alone(moved: Path, shell: Any) -> None:
     words = [*TINY, *SWEEP, "optimizer.lr=2e-3,4e-3,8e-3", f"data.path={moved}/notes.txt", f"runs_dir={runs}"]
     status, out, err = shell.run("pretrain", "-m", *words)
     assert status == 0, err
-    assert "3 points, 2 finished before, 1 to run" in out
+    assert "3 points, 2 already finished, 1 to run" in out
     assert {path: contents(path) for path in old} == old
     (new,) = (path for path in runs.iterdir() if path not in old)
 

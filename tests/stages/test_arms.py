@@ -15,7 +15,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.arms import Arms, read_arms
 from sparsetrain.report.arms_plots import arms_figure
 from sparsetrain.report.bars import bars, markdown
-from sparsetrain.stages.arms import collect_arms, show_arms, shows_arms
+from sparsetrain.stages.arms import load_arms, show_arms, shows_arms
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 MEDISWIFT, MASKS = (EXPERIMENTS / name for name in ("mediswift_pipeline", "dynamic_masks"))
@@ -71,7 +71,7 @@ def write_masks(out: Path) -> Arms:
 def test_pipelines_give_the_rows_and_bars_on_file(place: Callable[[dict[str, Any]], str], tmp_path: Path) -> None:
     table = read_arms(MEDISWIFT / "results.csv")
     write_pipelines(tmp_path, table, place)
-    found, unfinished = collect_arms([tmp_path])
+    found, unfinished = load_arms([tmp_path])
     assert unfinished == []
     expected = dict(zip(table.identities(), table.rows, strict=True))
     assert sorted(found.identities(), key=str) == sorted(expected, key=str)
@@ -97,7 +97,7 @@ def test_runs_replace_the_rows_of_an_earlier_table(tmp_path: Path) -> None:
     for row in some.rows:
         row["seconds"] = 1.0
     write_pipelines(tmp_path, some)
-    found, _ = collect_arms([MEDISWIFT / "results.csv", tmp_path])
+    found, _ = load_arms([MEDISWIFT / "results.csv", tmp_path])
     assert len(found.rows) == len(whole.rows)
     assert "how" not in found.columns  # the older name of the column stage
     assert {row["seed"] for row in found.rows if row["seconds"] == 1.0} == {1}
@@ -106,7 +106,7 @@ def test_runs_replace_the_rows_of_an_earlier_table(tmp_path: Path) -> None:
 
 def test_runs_of_masks_give_the_table_on_file_and_their_courses(tmp_path: Path) -> None:
     write_masks(tmp_path / "runs")
-    found, _ = collect_arms([tmp_path / "runs"])
+    found, _ = load_arms([tmp_path / "runs"])
     found.write(tmp_path / "results.csv")
     assert (tmp_path / "results.csv").read_bytes() == (MASKS / "results.csv").read_bytes()
     assert found.courses["rigl", 2] == [(0.0, found.rows[8]["density"], 0.0), (1.0, found.rows[8]["density"], 1.0)]
@@ -120,22 +120,22 @@ def test_what_differs_in_more_than_the_seed_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p" / "seed1" / "config.yaml").write_text("{seed: 1, optimizer: {lr: 0.004}}")
     write_masks(tmp_path / "m")
     with pytest.raises(UserError, match=r"p/seed1 and .*p/seed0 differ in more than the seed: optimizer.lr=0.004 \("):
-        collect_arms([tmp_path / "p"])
+        load_arms([tmp_path / "p"])
     with pytest.raises(UserError, match="report them one at a time"):
-        collect_arms([tmp_path / "p" / "seed0", tmp_path / "m"])
+        load_arms([tmp_path / "p" / "seed0", tmp_path / "m"])
     config = {"seed": 2, "sparsity": {"evolution": {"rule": "set", "every": 25}}, "optimizer": {"lr": 0.5}}
     (tmp_path / "m" / "05" / "config.yaml").write_text(yaml.safe_dump(config))
     with pytest.raises(UserError, match=r"differ in more than seed and masks: optimizer.lr=0.5 \(there: 0.008\)"):
-        collect_arms([tmp_path / "m"])
+        load_arms([tmp_path / "m"])
 
 
 def test_what_is_not_finished_is_counted(tmp_path: Path) -> None:
     (tmp_path / "runs" / "one").mkdir(parents=True)
     with pytest.raises(UserError, match="runs holds no run"):
-        collect_arms([tmp_path / "runs"])
+        load_arms([tmp_path / "runs"])
     (tmp_path / "runs" / "one" / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError, match=r"no finished run \(1 unfinished\)"):
-        collect_arms([tmp_path / "runs"])
+        load_arms([tmp_path / "runs"])
 
 
 def test_a_single_place_is_compared_only_if_it_holds_several_runs(tmp_path: Path) -> None:

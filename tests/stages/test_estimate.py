@@ -41,7 +41,7 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
     assert (before.points, before.done, before.refused, before.measured) == (4, 0, 1, 0)
     assert before.flops == pytest.approx(sum(formula))
     assert before.dense_flops == pytest.approx(3 * formula[0])
-    assert "4 points, 0 finished before, 3 to run, 1 that cannot run" in before.describe()
+    assert "4 points, 0 already finished, 3 to run, 1 that cannot run" in before.describe()
     assert "very roughly" in before.describe()
     result = pretrain(configs[1], screen)
     after = sweep_cost([*configs, None], screen)
@@ -49,4 +49,4 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
     assert after.flops == pytest.approx(formula[0] + formula[2])
     assert after.rate == pytest.approx(formula[0] / result["seconds"])
     assert "as the 1 finished ones" in after.describe()
-    assert sweep_cost([configs[1]], screen).describe() == "sweep: 1 point, 1 finished before, 0 to run"
+    assert sweep_cost([configs[1]], screen).describe() == "sweep: 1 point, 1 already finished, 0 to run"

@@ -322,14 +322,14 @@ HALVES: Phases = [{"share": 0.5, "density": 0.5}, {"share": 0.5}]
 @pytest.mark.parametrize(
     ("phases", "changes", "message"),
     [
-        (HALVES, {"sparsity": {"nnz": 500}}, r"density: sparsity\.nnz=500 says already how many weights"),
+        (HALVES, {"sparsity": {"nnz": 500}}, r"density: sparsity\.nnz=500 already sets the number of weights"),
         (
             HALVES,
             {"sparsity.evolution": {"rule": "rigl", "every": 2}},
             r"density: .*rule=rigl changes the masks itself",
         ),
         (HALVES, {"sparsity.evolution": {"rule": "gmp", "every": 2}}, r"density: .*rule=gmp changes the masks itself"),
-        (HALVES, {"sparsity.pattern": "nm"}, r"density: sparsity\.pattern=nm would not outlast"),
+        (HALVES, {"sparsity.pattern": "nm"}, r"density: sparsity\.pattern=nm would not survive"),
         (
             [{"share": 0.5}, {"share": 0.5, "context": 33}],
             {"model.positions": "learned"},

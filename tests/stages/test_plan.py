@@ -89,7 +89,7 @@ def agrees(run: PlannedRun, result: dict[str, Any], directory: Path, workload: W
         assert phase.rates == pytest.approx((min(rates), max(rates)), rel=1e-12)
         first += phase.steps
     if "masks" in result or "pretrained_density" in result:
-        assert run.left is not None
+        assert run.final_densities is not None
         assert run.phases[-1].densities[1] == pytest.approx(result["density"], rel=1e-12)
 
 
@@ -218,9 +218,7 @@ def test_lines_can_be_searched_for_numbers(shell: Any, notes: Path) -> None:
     assert [row[:3] for row in rows] == [["0", "5", "960"], ["1", "10", "1920"], ["all", "15", "2880"]]
     assert len({len(line) for line in lines[1:5]}) == 1  # columns are aligned
     assert any(line.startswith("memory: about ") and " MiB" in line for line in lines)
-    assert any(
-        line.startswith("time: ") and "very roughly, at half the rate of a bare matrix" in line for line in lines
-    )
+    assert any(line.startswith("time: ") and "very roughly, at half the speed of a matrix" in line for line in lines)
     shell.trained()
     status, out, _ = shell.run("plan", "pretrain", "-m", *shell.tiny, "seed=0,1,-1", "runs_dir=runs")
     assert status == 2

@@ -21,7 +21,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet, write_optima
 from sparsetrain.stages.config import as_plain
-from sparsetrain.studies.sweep import collect, show_sweep
+from sparsetrain.studies.sweep import read_sweep, show_sweep
 
 # Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
@@ -100,15 +100,15 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_rows_have_the_columns_of_a_results_file(made_up: Path) -> None:
-    found = collect([made_up])
+    found = read_sweep([made_up])
     assert list(found.rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert (found.varied, found.unfinished) == ([], [])
     assert {row["parameterization"] for row in found.rows} == {"sp", "supar"}
-    assert found.rows == collect(sorted(made_up.iterdir(), reverse=True)).rows  # in whatever order they are named
+    assert found.rows == read_sweep(sorted(made_up.iterdir(), reverse=True)).rows  # in whatever order they are named
 
 
 def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(made_up: Path) -> None:
-    lines = lines_of(collect([made_up]).rows, "lr")
+    lines = lines_of(read_sweep([made_up]).rows, "lr")
     assert [(line.scheme, line.shape[0]) for line in lines] == [
         ("sp", 0.0),
         ("sp", 0.75),
@@ -200,7 +200,7 @@ def test_show_writes_tables_and_a_figure_that_do_not_depend_on_the_day(
 
 
 def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_settings(made_up: Path) -> None:
-    lines = lines_of(collect([made_up]).rows, "lr")
+    lines = lines_of(read_sweep([made_up]).rows, "lr")
     commands = next_commands(lines, "lr", [], (0, 1))
     # Every minimum has both seeds at its three points.
     assert commands == []
@@ -211,7 +211,7 @@ def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_setti
 def test_an_edge_is_extended_and_never_called_an_optimum(tmp_path: Path) -> None:
     for lr, found in ((0.001, 3.0), (0.002, 2.5), (0.004, 2.0)):
         write_run(tmp_path, [f"optimizer.lr={lr}"], loss_last=found)
-    lines = lines_of(collect([tmp_path]).rows, "lr")
+    lines = lines_of(read_sweep([tmp_path]).rows, "lr")
     assert (lines[0].optimum.log2, lines[0].shift, lines[0].at_base) == (None, None, {})
     assert "beyond 0.004 (high edge)" in optima_sheet(lines, "lr").rows[0][1]
     assert next_commands(lines, "lr", [], (0,)) == ["optimizer.lr=0.008,0.016 seed=0"]
@@ -250,7 +250,7 @@ def test_diverged_runs_bracket_and_a_curve_of_them_alone_has_no_optimum(tmp_path
             value = None if status == "diverged" else found
             words = [f"optimizer.lr={lr}", f"parameterization.scheme={scheme}"]
             write_run(tmp_path, words, loss_last=value, status=status)
-    mup, sp = lines_of(collect([tmp_path]).rows, "lr")
+    mup, sp = lines_of(read_sweep([tmp_path]).rows, "lr")
     assert (sp.optimum.best, sp.optimum.log2, sp.optimum.interpolated) == (math.log2(0.002), math.log2(0.002), False)
     assert mup.optimum.log2 is None
     assert optima_sheet([mup, sp], "lr").rows[0][1] == "none"
@@ -265,7 +265,7 @@ def test_a_base_of_diverged_runs_leaves_the_other_curves_without_a_shift(tmp_pat
             status = "diverged" if value is None else "complete"
             words = [f"optimizer.lr={lr}", f"sparsity.sparsity={sparsity}"]
             write_run(tmp_path, words, loss_last=value, status=status)
-    base, sparse = lines_of(collect([tmp_path]).rows, "lr")
+    base, sparse = lines_of(read_sweep([tmp_path]).rows, "lr")
     assert (base.optimum.log2, sparse.shift, sparse.at_base) == (None, None, {})
     assert sparse.optimum.log2 == pytest.approx(math.log2(0.002))
     assert findings([base, sparse]) == ["supar: the base has no optimum inside the grid, so no shift is known."]
@@ -277,7 +277,7 @@ def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> 
             for alpha in (0.5, 1.0):
                 words = [f"model.init_std={std}", f"optimizer.weight_decay={decay}", f"parameterization.alpha={alpha}"]
                 write_run(tmp_path, words, loss_last=2.0 + abs(math.log2(std / 0.02)) + decay)
-    found = collect([tmp_path])
+    found = read_sweep([tmp_path])
     assert found.varied == ["model.init_std", "optimizer.weight_decay"]
     assert {row["parameterization"] for row in found.rows} == {"supar (alpha=0.5)", "supar (alpha=1.0)"}
     lines = lines_of(found.rows, "model.init_std", ["optimizer.weight_decay"])
@@ -307,17 +307,17 @@ def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
     best = load("pretrain", ["experiment=base_tuning", "draw=4"])
     tuned = (best.optimizer.lr, best.parameterization.alpha_in, best.parameterization.embedding_lr_multiplier)
     assert any("-1.0000" in line and all(f"{value:.3g}" in line for value in tuned) for line in text.splitlines())
-    assert {row["parameterization"] for row in collect([tmp_path / "runs"], apart=True).rows} == {"mup"}
+    assert {row["parameterization"] for row in read_sweep([tmp_path / "runs"], apart=True).rows} == {"mup"}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "results.csv"]
 
 
 def test_a_table_stands_for_runs_whose_directories_are_gone(made_up: Path, tmp_path: Path, screen: Console) -> None:
-    whole = collect([made_up]).rows
+    whole = read_sweep([made_up]).rows
     show_sweep([made_up], "lr", tmp_path / "first", 3, False, screen)
     table = tmp_path / "first" / "results.csv"
-    assert collect([table]).rows == whole
+    assert read_sweep([table]).rows == whole
     part = sorted(made_up.glob("supar-*"))
-    assert collect([*part, table]).rows == whole  # each run once
+    assert read_sweep([*part, table]).rows == whole  # each run once
     show_sweep([*part, table], "lr", tmp_path / "second", 3, False, screen)
     for name in ("results.csv", "optima.csv"):
         assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
@@ -330,32 +330,32 @@ def test_a_table_beside_runs_has_the_columns_in_which_they_differ(tmp_path: Path
     show_sweep([tmp_path / "old"], "model.init_std", tmp_path, 3, False)
     table = tmp_path / "results.csv"
     (tmp_path / "new" / "run-1").rename(tmp_path / "new" / "run-2")  # run-0 is in both: the directory counts
-    found = collect([tmp_path / "new", table])
+    found = read_sweep([tmp_path / "new", table])
     assert [(row["run"], row["model.init_std"]) for row in found.rows] == [
         ("run-0", 0.2),
         ("run-1", 0.2),
         ("run-2", 0.4),
     ]
-    assert collect([tmp_path / "new" / "run-2", table]).varied == ["model.init_std"]  # one run alone does not vary
+    assert read_sweep([tmp_path / "new" / "run-2", table]).varied == ["model.init_std"]  # one run alone does not vary
     decayed = write_run(tmp_path / "decayed", ["optimizer.weight_decay=0.5"])
     with pytest.raises(UserError, match=r"results.csv has no column optimizer.weight_decay, which differs"):
-        collect([tmp_path / "new", decayed, table])
+        read_sweep([tmp_path / "new", decayed, table])
     other = tmp_path / "other.csv"
     other.write_text(table.read_text().replace("model.init_std", "model.dropout").replace("run-", "more-"))
     with pytest.raises(UserError, match=r"results.csv has no column model.dropout, which differs"):
-        collect([table, other])
+        read_sweep([table, other])
     other.write_text(table.read_text().replace("model.init_std", "init_from"))  # a setting of the top level
-    assert collect([other]).varied == ["init_from"]
+    assert read_sweep([other]).varied == ["init_from"]
     table.write_text(table.read_text().replace(",tokens,", ",words,"))
-    with pytest.raises(UserError, match=r"results.csv is no table of a sweep: it has no column tokens"):
-        collect([table])
+    with pytest.raises(UserError, match=r"results.csv is not the table of a sweep: it has no column tokens"):
+        read_sweep([table])
 
 
 def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(UserError, match="empty holds no run"):
-        collect([empty])
+        read_sweep([empty])
     directory = write_run(tmp_path / "runs", [])
     with pytest.raises(UserError, match="x=lr has the same value in every run"):
         show_sweep([directory], "lr", None, 3, False)
@@ -367,7 +367,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
         show_sweep([directory], "lr", None, 3, True)
     (directory / "result.json").unlink()
     with pytest.raises(UserError, match=r"no finished pre-training run \(1 unfinished\)"):
-        collect([directory])
+        read_sweep([directory])
 
 
 # Cost.
