@@ -49,7 +49,7 @@ ORDER = [
     *("runs", "training", "scaling", "report", "stages", "studies", "bench", "cli"),
 ]
 MAX_LINES = 400
-HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton")
+HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # A path on the machine of whoever wrote it.
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:home|Users|root|work|tmp|mnt|workspace)/[\w.]|[A-Z]:\\\\?Users)")

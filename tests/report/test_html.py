@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import UndefinedError
 
 from sparsetrain.errors import UserError
+from sparsetrain.report import register_section, registry
 from sparsetrain.report.html import render_html, write_html
 from sparsetrain.report.schema import validate_report
 
@@ -178,6 +181,54 @@ def test_smallest_report_is_a_page(content: dict[str, Any]) -> None:
     page = Page(render_html(validate_report(smallest)))
     assert "svg" not in [tag for tag, _ in page.tags]
     assert "not known" in page.text
+
+
+TOY = """
+from pathlib import Path
+from sparsetrain.report import register_section
+
+@register_section("Energy", 45, Path(__file__).with_name("energy.html.j2"))
+def energy(report):
+    return {"joules": 300 * report["seconds"], "note": "<at 300 W>" if report["commit"] else ""}
+"""
+TOY_TEMPLATE = """{% from "macros.html.j2" import bullets %}
+{% if note %}<p>{{ joules | round | int }} J {{ note }}</p>{{ bullets([note]) }}{% endif %}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The template of a section that is added in two files."""
+    monkeypatch.setattr(registry, "_SECTIONS", dict(registry._SECTIONS))
+    (tmp_path / "energy.py").write_text(TOY)
+    (tmp_path / "energy.html.j2").write_text(TOY_TEMPLATE)
+    spec = importlib.util.spec_from_file_location("energy", tmp_path / "energy.py")
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    return tmp_path / "energy.html.j2"
+
+
+def test_a_section_is_added_in_two_files(content: dict[str, Any], toy: Path) -> None:
+    rendered = render_html(validate_report(content))
+    assert "<h2>Energy</h2>\n<p>693120 J &lt;at 300 W&gt;</p><ul>\n<li>&lt;at 300 W&gt;</li>" in rendered
+    titles = re.findall("<h2>(.*)</h2>", rendered)
+    assert titles[titles.index("FLOPs by term") + 1] == "Energy"
+    assert titles[titles.index("Energy") + 1] == "Memory"
+    assert "Energy" not in render_html(validate_report(content | {"commit": None}))  # a heading alone
+
+
+def test_a_section_that_cannot_be_added_is_refused(toy: Path) -> None:
+    with pytest.raises(UserError, match="title='Energy' is the title of another section"):
+        register_section("Energy", 1, toy)(dict)
+    with pytest.raises(UserError, match=r"template='none.j2' of the section 'Mass' must be a file"):
+        register_section("Mass", 1, "none.j2")
+
+
+def test_a_variable_that_is_not_there_is_an_error(content: dict[str, Any], toy: Path) -> None:
+    toy.write_text("{{ power }}")
+    with pytest.raises(UndefinedError, match="'power' is undefined"):
+        render_html(validate_report(content))
 
 
 def test_leakage_is_a_visible_note(content: dict[str, Any]) -> None:

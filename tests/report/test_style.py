@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from sparsetrain.report.html import THEMED
-from sparsetrain.report.style import PAGE_STYLE
+from sparsetrain.report.registry import TEMPLATES
 
-LIGHT, DARK = (dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", part)) for part in PAGE_STYLE.split("@media")[:2])
+PARTS = (TEMPLATES / "page.css").read_text("utf-8").split("@media")
+LIGHT, DARK = (dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]{6})", part)) for part in PARTS[:2])
 
 SIMULATED = {
     "normal": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
