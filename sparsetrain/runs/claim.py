@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import yaml
+from filelock import FileLock, Timeout
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import clear_leftovers, file_errors, write_text
@@ -26,27 +25,31 @@ _LONGEST = 600  # characters of what differs, in a message
 def locked(directory: Path) -> Iterator[None]:
     """Keep every other process out of a run directory, which is made if it is not there.
 
-    What a process that was killed left in it is removed first.
+    What a process that was killed left in it is removed first. The system releases the lock of a killed process, also
+    where a process that it forked lives on. The file of the lock stays.
 
     Raises:
-        UserError: another process is writing to it, or it is not writable.
+        UserError: another process is writing to it, it is not writable, or its file system has no locks.
     """
-    with file_errors(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    # Preserved, it also has no substitute: a file that stands for the lock would outlive a killed process.
+    lock = FileLock(directory / LOCK, mode=0o644, blocking=False, thread_local=False, preserve_lock_file=True)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run_dir={directory} is in use by another process; wait for it or choose another"
-            ) from None
+        with file_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+    except Timeout:
+        raise UserError(f"run_dir={directory} is in use by another process; wait for it or choose another") from None
+    except OSError as error:
+        raise UserError(
+            f"run_dir={directory} cannot be locked ({error.strerror}); choose one on another file system"
+        ) from None
+    try:
         with file_errors(directory):
             clear_leftovers(directory)
             checkpoint.clear_leftovers(directory / CHECKPOINTS)
         yield
     finally:
-        os.close(lock)
+        lock.release()
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +17,7 @@ from rich.console import Console
 
 from sparsetrain.data import Tokenizer, prepare
 from sparsetrain.errors import UserError
-from sparsetrain.runs.claim import claimed
+from sparsetrain.runs.claim import claimed, locked
 from sparsetrain.runs.origin import Origin
 from sparsetrain.stages import (
     FinetuneConfig,
@@ -87,6 +90,40 @@ def test_two_processes_on_one_run_directory_are_refused(configure: Configure, tm
         assert listing(tmp_path / "run") == [".lock"]
         other.communicate("")
     assert pretrain(config, screen).complete
+
+
+def test_a_killed_process_holds_no_directory_though_a_process_that_it_forked_lives_on(tmp_path: Path) -> None:
+    holder = (
+        "import os, pathlib, sys\n"
+        "from sparsetrain.runs.claim import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])):\n"
+        "    if os.fork():\n"
+        "        print('held', flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="is in use by another process"), locked(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with locked(tmp_path):
+            assert (tmp_path / ".lock").stat().st_mode & 0o777 == 0o644
+    assert listing(tmp_path) == [".lock"]
+
+
+@pytest.mark.parametrize("reason", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: int) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    line = rf"run_dir=.* cannot be locked \({os.strerror(reason)}\); choose one on another file system"
+    with pytest.raises(UserError, match=line), locked(tmp_path):
+        pass
 
 
 def test_what_a_killed_run_left_is_gone_after_the_next(
