@@ -49,7 +49,7 @@ def iso_sparsity(base_width: int, *, _root_: DictConfig) -> float:
     """Return the sparsity for which ``d_model^2 (1 - sparsity) = base_width^2``."""
     d_model = _root_.model.d_model
     if not 0 < base_width <= d_model:
-        raise UserError(f"iso_sparsity: the dense width {base_width} must be in 1..{d_model} (model.d_model)")
+        raise UserError(f"iso_sparsity:{base_width}: the dense width must be from 1 to model.d_model={d_model}")
     return 1.0 - (base_width / d_model) ** 2
 
 

@@ -5,6 +5,6 @@ from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.positions import alibi_slopes
 from sparsetrain.models.prompted import Prompted
 from sparsetrain.models.soft_prompt import SoftPrompt
-from sparsetrain.models.transformer import Transformer, tensor_specs
+from sparsetrain.models.transformer import Transformer, tensor_traits
 
-__all__ = ["KVCache", "ModelConfig", "Prompted", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_specs"]
+__all__ = ["KVCache", "ModelConfig", "Prompted", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_traits"]

@@ -1,6 +1,6 @@
-"""Causal multi-head attention with grouped queries, on fused kernels, with or without a cache.
+"""Causal multi-head attention with grouped queries, with or without a key-value cache.
 
-Shapes: B batch, T tokens, S keys (T and what a cache holds), H query heads, K key and value heads, D width of a head.
+Shapes: B batch, T tokens, S keys (T plus the tokens in a cache), H query heads, K key and value heads, D head width.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from sparsetrain.models.cpu_attention import fused_attention, suits
 from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.positions import alibi_bias, alibi_features, alibi_slopes, rope_tables, rotate
 
-_QUERY_BLOCK = 128  # queries whose explicit mask [H, block, S] is held at once when a cache is read
+_QUERY_BLOCK = 128  # queries per explicit mask [H, block, S]; a mask for all queries could be too large
 
 
 @dataclass
 class Span:
-    """What all layers share about the tokens of one call: their positions, and the tables that follow from them.
+    """What all layers share in one call: the positions of its tokens, and the tables computed from them.
 
     Attributes:
-        first: position of the first token; more than 0 only with a cache.
+        first: position of the first token; above 0 only with a cache.
         length: T.
         rope: cosines and sines ``[T, 1, D]`` for rotary positions.
-        slopes: ALiBi's, or zeros, ``[H]``, when the tokens attend to one another only and `fused_attention` does it.
-        alibi: extra features ``[T, 3 H, E]`` for ALiBi, when they do and torch's kernel does it.
+        slopes: ALiBi slopes ``[H]``, or zeros without ALiBi; set if `fused_attention` computes the call.
+        alibi: extra features ``[T, 3 H, E]`` for ALiBi; set if torch's kernel computes a call without a filled cache.
     """
 
     first: int
@@ -40,7 +40,7 @@ class Span:
 
 
 def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
-    """Return what the layers share about tokens ``x`` ``[B, T, d_model]`` at positions from ``first`` on."""
+    """Return the span of tokens ``x`` ``[B, T, d_model]`` whose first position is ``first``."""
     length = x.shape[1]
     span = Span(first, length)
     if config.positions == "rope":
@@ -57,7 +57,7 @@ def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
 
 
 def attention_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that attention computes in: float32 where a CPU would be given 16 bits, else that of autocast.
+    """Return the dtype for attention: the autocast dtype, except that a CPU uses float32 instead of a 16-bit type.
 
     The CPU's fused kernel takes 4 to 7 times longer in bfloat16 than in float32.
     """
@@ -67,13 +67,13 @@ def attention_dtype(x: Tensor) -> torch.dtype:
 
 
 class Attention(nn.Module):
-    """``out(softmax(scale * q k^T + position bias) v)`` over the tokens up to and including each query's own.
+    """``out(softmax(scale * q k^T + position bias) v)``, in which each query sees tokens up to its own position.
 
-    The rows of ``qkv`` are those of all queries, then all keys, then all values, head by head.
+    The rows of ``qkv`` are all queries, then all keys, then all values, head by head.
 
     Args:
         config: shapes and positions.
-        scale: what the scores are multiplied with before the position bias is added; None is 1 / sqrt(d_head).
+        scale: factor of the scores, before the position bias is added; None is 1 / sqrt(d_head).
     """
 
     def __init__(self, config: ModelConfig, scale: float | None = None) -> None:
@@ -86,7 +86,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.d_model, config.d_model, bias=config.bias)
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """Map ``x`` ``[B, T, d_model]`` to the same shape; ``layer`` says which part of a cache to use."""
+        """Map ``x`` ``[B, T, d_model]`` to the same shape; ``layer`` is this layer's index in the cache."""
         qkv = rearrange(self.qkv(x), "b t (h d) -> b t h d", d=self.d_head)
         if span.rope is not None:
             turned, v = qkv.split((self.n_heads + self.kv_heads, self.kv_heads), dim=2)
@@ -109,7 +109,7 @@ class Attention(nn.Module):
             if self.kv_heads < self.n_heads:
                 qkv = torch.cat((q, self._repeat(k), self._repeat(v)), dim=2)
             extra = alibi.expand(qkv.shape[0], -1, -1, -1)
-            # One copy appends the features of queries, keys and values alike.
+            # One copy appends the features of queries, keys and values.
             q, k, v = torch.cat((qkv, extra), dim=-1).chunk(3, dim=2)
         else:
             k, v = self._repeat(k), self._repeat(v)
@@ -146,11 +146,11 @@ class Attention(nn.Module):
         if mask is not None:
             mask = mask.expand(q.shape[0], *mask.shape)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        # Autocast would turn the CPU's float32 back into 16 bits.
+        # Without this, autocast would cast float32 on a CPU back to 16 bits.
         with torch.autocast(q.device.type, enabled=False):
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 
     def _repeat(self, x: Tensor) -> Tensor:
-        """Repeat each key or value head for the queries that share it: ``[B, S, K, D]`` to ``[B, S, H, D]``."""
+        """Repeat each key or value head for each query head that shares it: ``[B, S, K, D]`` to ``[B, S, H, D]``."""
         groups = self.n_heads // self.kv_heads
         return x if groups == 1 else x.repeat_interleave(groups, dim=2)

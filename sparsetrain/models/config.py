@@ -1,4 +1,4 @@
-"""What a `Transformer` is made of: one strict dataclass, checked when it is built."""
+"""The configuration of a `Transformer`: one dataclass, validated when it is created."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ MLPS = ("gelu", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("alibi", "rope", "learned", "none")
 
-# Indices of a sparse matrix have 32 bits. A block is an object, of which no list may be made that fills the memory.
+# Indices of a sparse matrix have 32 bits. Blocks are Python objects, whose list must not exhaust the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 2**16
 
 
 @dataclass
 class ModelConfig:
-    """Shape, parts and initial scale of a decoder-only transformer.
+    """Shape, components and initial scale of a decoder-only transformer.
 
     Args:
         d_model: width of the residual stream.
         n_layers: number of blocks.
         n_heads: number of query heads; must divide ``d_model``.
         vocab_size: rows of the embedding and of the head.
-        n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None is ``n_heads``.
-        max_context: tokens in the longest training sequence. A bound on the length only for learned positions.
+        n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None means ``n_heads``.
+        max_context: tokens in the longest training sequence. It limits the length only with learned positions.
         mlp: ``"gelu"`` (up, down) or ``"swiglu"`` (gate, up, down).
-        d_ff: width inside the MLP; None is ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, so that
-            both have the same number of parameters.
+        d_ff: width inside the MLP; None means ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, which
+            give both the same number of parameters.
         norm: ``"layernorm"`` or ``"rmsnorm"``.
-        norm_eps: what a norm adds to the variance (layernorm) or the mean square (rmsnorm).
+        norm_eps: epsilon that a norm adds to the variance (layernorm) or the mean square (rmsnorm).
         bias: whether linear layers and layer norms have a bias. RMSNorm never has one.
         positions: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
         rope_base: base of the geometric sequence of rotary wavelengths.
-        tie_embeddings: whether the head reads the embedding's weight.
-        init_std: standard deviation sigma of the initial weights, before a parameterization's multipliers.
+        tie_embeddings: whether the head shares the embedding's weight.
+        init_std: standard deviation sigma of the initial weights, before the parameterization scales it.
         sparsity: fraction of zeros in each hidden matrix, in [0, 1). 0 builds plain ``nn.Linear`` layers.
-        sparsity_pattern: where the zeros are; see `sparsetrain.sparsity`.
+        sparsity_pattern: how the positions of nonzeros are chosen; see `sparsetrain.sparsity`.
         seed: seed of masks and initial values; None draws one from torch's global generator.
         dropout: probability of dropping an element of the embeddings and of each residual branch.
 
     Raises:
-        UserError: a field is out of range or two fields do not fit together.
+        UserError: a field is out of range, or two fields contradict each other.
     """
 
     d_model: int
@@ -82,7 +82,7 @@ class ModelConfig:
         check_choice("sparsity_pattern", self.sparsity_pattern, PATTERN_NAMES)
         if self.positions == "rope" and self.d_head % 2:
             raise UserError(
-                f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs, use an even width a head"
+                f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs and needs an even head width"
             )
         for name in ("bias", "tie_embeddings"):
             if not isinstance(getattr(self, name), bool):
@@ -105,21 +105,21 @@ class ModelConfig:
 
     @property
     def kv_heads(self) -> int:
-        """Number of key and value heads, ``n_kv_heads`` resolved."""
+        """Number of key and value heads, with the default of ``n_kv_heads`` filled in."""
         return self.n_heads if self.n_kv_heads is None else self.n_kv_heads
 
     @property
     def ffn_width(self) -> int:
-        """Width inside the MLP, ``d_ff`` resolved."""
+        """Width inside the MLP, with the default of ``d_ff`` filled in."""
         if self.d_ff is not None:
             return self.d_ff
         return 4 * self.d_model if self.mlp == "gelu" else 8 * self.d_model // 3
 
     def width_multipliers(self, base_width: int) -> tuple[float, float]:
-        """Return fan_in over fan_in at ``d_model = base_width``: (of matrices read by d_model, of ``mlp.down``).
+        """Return fan_in / fan_in at ``d_model = base_width``, for matrices with d_model inputs and for ``mlp.down``.
 
-        An MLP width that was given shrinks in proportion; one that follows from ``d_model`` is recomputed, so that
-        its rounding is that of the base model itself.
+        A configured ``d_ff`` is scaled in proportion to d_model. The default width is recomputed for the base, so that
+        it is rounded as in the base model.
         """
         m_d = self.d_model / base_width
         if self.d_ff is not None:
@@ -133,9 +133,7 @@ def _check_count(name: str, value: object) -> None:
         raise UserError(f"{name}={value!r} is not a positive integer")
     most = _MOST_LAYERS if name == "n_layers" else _MOST
     if value > most:
-        raise UserError(
-            f"{name}={value!r:.30} is above {most}, the most that a model may have: no memory would hold it"
-        )
+        raise UserError(f"{name}={value!r:.30} is above the limit of {most}: such a model fits into no memory")
 
 
 def _check_real(name: str, value: object) -> None:

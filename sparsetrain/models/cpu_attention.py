@@ -1,6 +1,6 @@
-"""Causal attention with ALiBi as one differentiable operation on a CPU, by `sparsetrain.kernels.attention`.
+"""Causal attention with ALiBi on a CPU as one differentiable operation, computed by `sparsetrain.kernels.attention`.
 
-Shapes: B batch, T tokens, H query heads, K key and value heads, D width of a head.
+Shapes: B batch, T tokens, H query heads, K key and value heads, D head width.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ from sparsetrain.errors import UserError
 
 @functools.cache
 def _kernels() -> ModuleType:
-    # When attention is first computed: importing the library is not to import a compiler.
+    # Imported at the first use, because importing the library must not import a compiler.
     from sparsetrain.kernels import attention
 
     return attention
 
 
 def _scratch(threads: int, each: int) -> Any:
-    # Whatever torch's default type and device are: kernels compute in float32 on a CPU.
+    # Explicit, because torch's default dtype and device may differ: kernels compute in float32 on a CPU.
     return torch.empty(threads, each, dtype=torch.float32, device="cpu").numpy()
 
 
 def suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether attention should be computed by `fused_attention`, rather than by torch.
+    """Return whether `fused_attention` should compute attention, rather than torch.
 
-    In float32 on a CPU, where it takes half the time of torch's kernel. A compiler or an exporter is given torch's own
-    operation, which it knows how to take apart.
+    It should in float32 on a CPU, where it takes half the time of torch's kernel. A compiler or an exporter gets the
+    operation of torch, which it can decompose.
     """
     return device.type == "cpu" and dtype == torch.float32 and not torch.compiler.is_compiling()
 
@@ -40,16 +40,16 @@ def suits(dtype: torch.dtype, device: torch.device) -> bool:
 def fused_attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> Tensor:
     """Return ``softmax(scale * q k^T + m (j - i)) v`` over keys j up to query i: ``[B, T, H D]``.
 
-    Differentiable once, in ``qkv``. The bits of the result do not depend on the number of threads.
+    It is differentiable once, in ``qkv``. The bits of the result do not depend on the number of threads.
 
     Args:
         qkv: float32 ``[B, T, H + 2 K, D]`` on a CPU: queries, keys, values.
-        slopes: ALiBi's m, float32 ``[H]``; zeros for none.
+        slopes: ALiBi slopes m, float32 ``[H]``; zeros without ALiBi.
         kv_heads: K.
-        scale: of the inner products.
+        scale: factor of the inner products.
 
     Raises:
-        UserError: another type or device, or heads that do not fit together.
+        UserError: another dtype or device, or numbers of heads that contradict each other.
     """
     heads = slopes.numel()
     if qkv.device.type != "cpu" or qkv.dtype != torch.float32 or slopes.dtype != torch.float32:
@@ -62,7 +62,7 @@ def fused_attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) ->
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Return a tensor whose last dimension is contiguous; the other strides may be anything."""
+    """Return ``x`` with a contiguous last dimension; the kernel accepts any other strides."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -72,7 +72,7 @@ def _numbers(slopes: Tensor, scale: float) -> Any:
 
 @torch.library.custom_op("sparsetrain::attention", mutates_args=())
 def _attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Return the result and, for the backward pass, the logarithms of the sums of the softmax ``[B, H, T]``."""
+    """Return the result and, for the backward pass, the logarithms of the softmax denominators ``[B, H, T]``."""
     kernels, heads, x = _kernels(), slopes.numel(), _rows(qkv.detach())
     batch, tokens, _, d = x.shape
     y, logs = x.new_empty(batch, tokens, heads * d), x.new_empty(batch, heads, tokens)
@@ -108,7 +108,7 @@ def _attention_backward(
     """Return the gradient of ``qkv``, contiguous."""
     kernels, heads, x = _kernels(), slopes.numel(), _rows(qkv.detach())
     batch, tokens, _, d = x.shape
-    # One thread has all query heads that share a head of keys, and so the whole gradient of those keys.
+    # One thread handles all query heads that share a key head, so it computes the whole gradient of those keys.
     threads = max(1, min(torch.get_num_threads(), batch * kv_heads))
     each = kernels.backward_scratch(tokens, d)
     grad = torch.empty_like(x, memory_format=torch.contiguous_format)

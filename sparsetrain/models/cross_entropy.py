@@ -1,4 +1,4 @@
-"""Cross-entropy of a large vocabulary without the logits of all tokens.
+"""Cross-entropy over a large vocabulary that never holds the logits of all tokens.
 
 Shapes: N tokens, D features, V vocabulary.
 """
@@ -11,21 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED = -100  # a target that counts for nothing
-# Logits held at once. On a CPU a chunk should stay in its cache, but 256 tokens are needed to pay for one pass over the
-# gradient of the weight; a GPU wants large products.
+IGNORED = -100  # a target that does not count
+# Maximum logits held at once. On a CPU a chunk should fit into the cache, but below 256 tokens the pass over the weight
+# gradient dominates. A GPU needs large products.
 _CPU_ELEMENTS, _GPU_ELEMENTS, _LEAST_TOKENS = 1 << 21, 1 << 26, 256
 
 
 def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """Return the mean cross-entropy, in nats, of ``softmax(hidden @ weight.T)`` over targets that are not -100.
 
-    Logits exist for a chunk of tokens at a time; with gradients on, a chunk's are turned into its share of the
-    gradients at once, so that the backward pass recomputes nothing. The order of the sums is fixed. First derivatives
-    only.
+    Logits exist for one chunk of tokens at a time. If gradients are needed, the forward pass computes them from each
+    chunk, so that the backward pass recomputes nothing. The order of the sums is fixed. Only first derivatives exist.
 
     Args:
-        hidden: ``[N, D]``. weight: ``[V, D]``. targets: int64 ``[N]``.
+        hidden: ``[N, D]``.
+        weight: ``[V, D]``.
+        targets: int64 ``[N]``.
 
     Returns:
         A float32 (float64 for float64 input) scalar; NaN if every target is -100, as from
@@ -33,13 +34,13 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     kept = targets != IGNORED
     if not bool(kept.all()):
-        # A fine-tuning row has few targets: the head, the largest product of a small model, runs for those alone.
+        # Rows of fine-tuning have few targets, and the head is the largest product of a small model: skip the others.
         hidden, targets = hidden[kept], targets[kept]
     return _CrossEntropy.apply(hidden, weight, targets)
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Return each token's cross-entropy in nats ``[N]``, 0 where the target is -100; without gradients."""
+    """Return each token's cross-entropy in nats ``[N]``, and 0 where the target is -100; without gradients."""
     kept = targets != IGNORED
     with torch.no_grad():
         chosen, weight = _in_autocast_dtype(hidden[kept], weight)
@@ -66,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
             index = t[:, None]
             top = logits.amax(dim=1, keepdim=True)
             label = logits.gather(1, index) - top
-            # In place from here on: the logits become the softmax, then the gradient.
+            # In place from here on: the logits become the softmax and then the gradient.
             sums = logits.sub_(top).exp_().sum(dim=1, keepdim=True)
             total += (sums.log() - label).sum()
             if grad_hidden is not None or grad_weight is not None:
@@ -91,12 +92,12 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
-    """Return the number of tokens whose logits exist at once."""
+    """Return the number of tokens per chunk."""
     return max(_LEAST_TOKENS, (_CPU_ELEMENTS if device == "cpu" else _GPU_ELEMENTS) // vocabulary)
 
 
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """Add ``grad.T @ hidden`` to ``total`` ``[V, D]``, in the type of ``total``."""
+    """Add ``grad.T @ hidden`` to ``total`` ``[V, D]``, in the dtype of ``total``."""
     if total.dtype == grad.dtype:
         total.addmm_(grad.t(), hidden)
     else:
@@ -109,7 +110,7 @@ def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[tuple[Ten
 
 
 def _in_autocast_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    # Inside a custom function autocast is off, so what it would cast is cast here.
+    # Autocast is off inside a custom autograd function, so the cast is made here.
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -118,5 +119,5 @@ def _in_autocast_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def wide(logits: Tensor) -> Tensor:
-    """At least float32, for sums over the vocabulary."""
+    """Return ``logits`` in float32 or float64, for sums over the vocabulary."""
     return logits if logits.dtype == torch.float64 else logits.float()

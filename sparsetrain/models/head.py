@@ -1,4 +1,4 @@
-"""The head of a language model: logits, or the loss without the logits of the whole batch.
+"""The head of a language model, which returns logits, or the loss without the logits of the whole batch.
 
 Shapes: D features, V vocabulary; ``...`` stands for any dimensions, such as batch and tokens.
 """
@@ -19,8 +19,8 @@ Reduction = Literal["mean", "none"]
 class Head(nn.Linear):
     """A linear layer without a bias that returns logits or, given targets, their cross-entropy.
 
-    The loss is computed in the layer's own call, so that forward hooks, FSDP, activation checkpointing and
-    reparameterizations of the weight act on it.
+    The loss is computed inside the layer's own call, so that forward hooks, FSDP, activation checkpointing and
+    reparameterizations of the weight take effect.
     """
 
     def __init__(self, d_model: int, vocab_size: int) -> None:
@@ -30,13 +30,13 @@ class Head(nn.Linear):
         """Return the logits ``[..., V]`` of ``hidden`` ``[..., D]`` or, given ``targets``, the cross-entropy in nats.
 
         Args:
-            targets: int64 ``[...]``; -100 counts for nothing.
+            targets: int64 ``[...]``; -100 does not count.
             reduction: ``mean`` gives the mean over the targets that count, a float32 scalar (float64 for float64
-                input); ``none`` gives each token's loss ``[...]``, 0 where the target is -100, and has no gradients.
+                input); ``none`` gives each token's loss ``[...]``, 0 where the target is -100, without gradients.
         """
         if targets is None:
             return super().forward(hidden)
-        if getattr(self, "bias", None) is not None:  # set after construction; the sums by chunks know none
+        if getattr(self, "bias", None) is not None:  # set after construction; chunked cross-entropy supports no bias
             return _loss_of_logits(super().forward(hidden), targets, reduction)
         rows, flat = hidden.flatten(0, -2), targets.flatten()
         if reduction == "none":
@@ -45,16 +45,17 @@ class Head(nn.Linear):
 
 
 def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
-    """Return the cross-entropy of ``targets`` under a module that stands at a model's head.
+    """Return the cross-entropy of ``targets`` under the module that serves as a model's head.
 
-    A `Head`, bare or inside a wrapper such as FSDP, is given the targets. Any other module, and a `Head` with another
-    forward, is asked for the logits of all tokens, which needs more memory.
+    A `Head`, bare or inside a wrapper such as FSDP, receives the targets. Any other module, or a `Head` with another
+    forward method, computes the logits of all tokens, which needs more memory.
 
     Args:
-        head: maps ``[..., D]`` to ``[..., V]``. hidden, targets, reduction: as in `Head.forward`.
+        head: maps ``[..., D]`` to ``[..., V]``.
+        hidden, targets, reduction: as in `Head.forward`.
     """
     inner = wrappers.unwrap(head)
-    # An adapter or a quantized layer would give the targets no meaning, or another one.
+    # An adapter or a quantized layer would ignore the targets or take them for something else.
     if type(inner).forward is Head.forward and "forward" not in vars(inner):
         loss: Tensor = head(hidden, targets, reduction)
         return loss

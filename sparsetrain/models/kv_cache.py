@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that a model has read, so that the next token costs one token's work."""
+"""A cache of keys and values of tokens already read, so that each new token is computed once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from sparsetrain.models.config import ModelConfig
 
 
 class KVCache:
-    """Preallocated keys and values of every layer, ``[batch, capacity, kv_heads, d_head]`` each.
+    """Preallocated keys and values of all layers, ``[batch, capacity, kv_heads, d_head]`` each.
 
-    Keys are stored as attention computes them (rotated, for RoPE) and without the ALiBi bias, which depends on the
-    distance to the query and is added when they are read.
+    Keys are stored after rotation (for RoPE) and without the ALiBi bias, which depends on the distance to the query and
+    is added at each read.
     """
 
     def __init__(
@@ -26,10 +26,10 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``[B, T, kv_heads, d_head]`` behind what layer ``layer`` holds; return all of it, views of the cache.
+        """Store ``[B, T, kv_heads, d_head]`` after the tokens of layer ``layer``; return views of all its tokens.
 
         Raises:
-            UserError: the tokens do not fit into the capacity.
+            UserError: the tokens exceed the capacity.
         """
         end = self.length + keys.shape[1]
         if end > self.capacity:
@@ -39,9 +39,9 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens; what follows is written over the rest."""
+        """Keep only the first ``length`` tokens; later tokens overwrite the others."""
         self.length = length
 
     def advance(self, tokens: int) -> None:
-        """Count ``tokens`` more as read, once every layer has appended them."""
+        """Count ``tokens`` more as read; call it once all layers have appended them."""
         self.length += tokens

@@ -1,4 +1,4 @@
-"""The two feed-forward layers: GELU (up, down) and SwiGLU (gate, up, down)."""
+"""Feed-forward layers: GELU (up, down) and SwiGLU (gate, up, down)."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""How attention knows where a token is: ALiBi as extra features of queries and keys, and rotary embeddings.
+"""Position encodings: ALiBi as extra features of queries and keys, and rotary embeddings.
 
-Shapes: B batch, T tokens, H heads, D features of a head, E extra features.
+Shapes: B batch, T tokens, H heads, D head width, E extra features.
 
-ALiBi (Press et al. 2022; arXiv 2310.13017) adds ``-m_h (i - j)`` to the score of query i and key j. What depends on i
-alone cancels in the softmax, so ``m_h j`` is enough, and that is an inner product: one more feature of the key holds
-``m_h j`` and the query's holds a constant. A fused causal kernel can then do the rest, and nothing of size
-``[H, T, T]`` exists.
+ALiBi (Press et al. 2022; arXiv 2310.13017) adds ``-m_h (i - j)`` to the score of query i and key j. A term that depends
+only on i cancels in the softmax, so ``m_h j`` suffices. That is an inner product: one extra feature of the key holds
+``m_h j``, and that of the query holds a constant. A fused causal kernel can therefore compute ALiBi, and no array of
+size ``[H, T, T]`` exists.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 _EXACT_DTYPES = (torch.float32, torch.float64)
-_SUMMANDS = 3  # of 8 (bfloat16) or 11 (float16) bits each: a bias as good as one in float32
-_ALIGNMENT = 8  # fused kernels want head widths in multiples of this; an odd one costs twice as much on a CPU
+_SUMMANDS = 3  # of 8 (bfloat16) or 11 (float16) bits each; together they represent the bias as exactly as float32
+_ALIGNMENT = 8  # fused kernels are fastest for head widths that are multiples of 8; others cost twice as much on a CPU
 
 
 def alibi_slopes(n_heads: int) -> Tensor:
     """Return the slopes ``m_h > 0``, float64 ``[H]``.
 
-    For a power of two, ``m_h = 2^(-8 h / H)`` for h = 1..H. Otherwise those of the power of two p below, followed by
-    every other slope of 2p.
+    For a power of two, ``m_h = 2^(-8 h / H)`` for h = 1..H. Otherwise the slopes are those of the next lower power of
+    two p, followed by every other slope of 2p.
     """
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * h / power) for h in range(1, power + 1)]
@@ -35,46 +35,44 @@ def alibi_slopes(n_heads: int) -> Tensor:
 def alibi_features(
     slopes: Tensor, length: int, scale: float, d_head: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Return extra features that turn plain causal attention into ALiBi.
+    """Return extra features with which plain causal attention computes ALiBi.
 
-    Appended to the last dimension of queries, keys and values of positions 0..T-1, they add
-    ``m_h (j - (T - 1) / 2)`` to the scaled score of key j. Centring halves the magnitude that the score's float32
-    sum has to carry. In 16-bit types the bias is a sum of three features, each holding what the one before it
-    rounded away.
+    Appended to the last dimension of queries, keys and values of positions 0..T-1, they add ``m_h (j - (T - 1) / 2)``
+    to the scaled score of key j. Centring halves the magnitude of the bias, which keeps the float32 sum accurate. In
+    16-bit types the bias is the sum of three features; each holds the rounding error of the sum before it.
 
     Args:
         slopes: ``[H]``.
         length: T.
-        scale: what the kernel multiplies the inner products with.
-        d_head: D; the width with the extra features is a multiple of 8.
+        scale: factor that the kernel applies to the inner products.
+        d_head: D; E is chosen so that D + E is a multiple of 8.
         dtype, device: of the queries and keys.
 
     Returns:
-        ``[T, 3 H, E]``: those of all queries, then of all keys, then zeros for the values, which fused kernels want
-        as wide as the keys.
+        ``[T, 3 H, E]``: features of all queries, then of all keys, then zeros for the values, because fused kernels
+        need values as wide as the keys.
     """
     n_heads = slopes.numel()
     summands = 1 if dtype in _EXACT_DTYPES else _SUMMANDS
     width = summands + (-(d_head + summands)) % _ALIGNMENT
-    # The query's constant is a power of two, exact in every type, that keeps the key's feature in float16's range.
+    # A power of two is exact in every dtype; this one keeps the key's feature in the range of float16.
     constant = 2.0 ** round(-math.log2(scale))
     positions = torch.arange(length, dtype=torch.float64, device="cpu") - (length - 1) / 2
     rest = positions[:, None] * slopes.to("cpu", torch.float64) / (constant * scale)
     features = torch.zeros(length, 3 * n_heads, width, dtype=dtype, device="cpu")
     features[:, :n_heads, :summands] = constant
-    for part in range(summands):
+    for summand in range(summands):
         rounded = rest.to(dtype)
-        features[:, n_heads : 2 * n_heads, part] = rounded
+        features[:, n_heads : 2 * n_heads, summand] = rounded
         rest = rest - rounded.double()
     return features.to(device)
 
 
 def alibi_bias(slopes: Tensor, first_query: int, n_queries: int, n_keys: int, like: Tensor) -> Tensor:
-    """Return the explicit bias ``-m_h |i - j|``, ``[H, n_queries, n_keys]``, for a few rows.
+    """Return the explicit bias ``-m_h |i - j|``, ``[H, n_queries, n_keys]``, in the dtype of ``like``.
 
-    It has the type of ``like``, after a product taken in float32 or more.
-
-    Meant for decoding, where there is one query, or one block of them, against all keys of a cache.
+    The product is computed in at least float32. The function is meant for decoding, where one query or one block of
+    queries meets all keys of a cache.
     """
     queries = torch.arange(first_query, first_query + n_queries, device=like.device)
     keys = torch.arange(n_keys, device=like.device)
@@ -86,7 +84,7 @@ def alibi_bias(slopes: Tensor, first_query: int, n_queries: int, n_keys: int, li
 def rope_tables(first: int, length: int, d_head: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotary angles, float32 ``[T, 1, D]``, for positions ``first .. first + T - 1``.
 
-    Feature pair p, made of features p and p + D/2, turns by ``position * base^(-2 p / D)`` (Su et al. 2021).
+    Feature pair p consists of features p and p + D/2 and is rotated by ``position * base^(-2 p / D)`` (Su et al. 2021).
     """
     frequencies = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head)
     positions = torch.arange(first, first + length, dtype=torch.float64, device="cpu")
@@ -95,7 +93,7 @@ def rope_tables(first: int, length: int, d_head: int, base: float, device: torch
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply the rotary tables ``[T, 1, D]`` to ``x`` ``[B, T, H, D]``; the type of ``x`` is kept."""
+    """Rotate ``x`` ``[B, T, H, D]`` with the tables ``[T, 1, D]``; the dtype of ``x`` is kept."""
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)

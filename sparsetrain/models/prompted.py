@@ -1,4 +1,4 @@
-"""A transformer together with the soft prompt that its rows hold."""
+"""A transformer together with a soft prompt."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsetrain.models.transformer import Transformer
 
 
 class Prompted(nn.Module):
-    """A transformer and a soft prompt whose vectors stand at given places of its rows.
+    """A transformer that reads the vectors of a soft prompt at given positions of its rows.
 
     Shapes: B batch, T tokens, D = d_model, V vocabulary.
     """
@@ -22,17 +22,18 @@ class Prompted(nn.Module):
         """Return logits ``[B, T, V]`` or, given ``targets``, the mean cross-entropy in nats, as `Transformer` does.
 
         Args:
-            tokens: int64 ``[B, T]``. targets: int64 ``[B, T]``, the token that follows, or -100.
-            slots: int64 ``[B, T]``: which vector of the prompt stands in the token's place, below 0 for none. Without
-                slots the model reads the tokens alone.
+            tokens: int64 ``[B, T]``.
+            targets: int64 ``[B, T]``, the next token, or -100.
+            slots: int64 ``[B, T]``, the index of the prompt vector that replaces the token, negative to keep the token.
+                Without slots the model reads only tokens.
 
         Raises:
-            UserError: shapes that do not fit.
+            UserError: the shapes contradict each other.
         """
         embeddings = None if slots is None else self.embeddings(tokens, slots)
         result: Tensor = self.model(tokens, targets, embeddings)
         return result
 
     def embeddings(self, tokens: Tensor, slots: Tensor) -> Tensor:
-        """Return ``[B, T, D]``: the tokens' embeddings, with the prompt's vectors at the slots; see `forward`."""
+        """Return ``[B, T, D]``: embeddings of the tokens, replaced by prompt vectors at the slots; see `forward`."""
         return self.prompt.inject(self.model.embed_tokens(tokens), slots)

@@ -1,4 +1,4 @@
-"""Learned vectors that stand where a prompt's tokens would, in front of a frozen or trained model."""
+"""Soft prompts: learned vectors that replace token embeddings in the input of a frozen or trained model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from sparsetrain.errors import UserError
 class SoftPrompt(nn.Module):
     """``n_tokens`` trainable vectors in the space of a model's token embeddings (Lester et al. 2021).
 
-    They take the place of `Transformer.embed_tokens`' rows, before alpha_in and positions, so that an initialisation
-    from embedding rows acts exactly like the tokens themselves. A model of another author has no place before its
-    alpha_in, which is a hook on the embedding after `sparsetrain.parameterize`: give that factor as ``scale``.
+    They replace rows of `Transformer.embed_tokens`, before alpha_in and positions, so that vectors copied from
+    embedding rows act exactly like the tokens themselves. In a foreign model, `sparsetrain.parameterize` applies
+    alpha_in in a hook of the embedding, so the vectors come after it: pass that factor as ``scale``.
 
     Args:
         n_tokens: number of vectors n.
         d_model: width of the embeddings D.
-        std: standard deviation of the initial values, drawn from torch's global generator; use `from_embeddings` to
-            start from real tokens.
-        scale: factor of the vectors where they are written into embeddings, for a model whose embedding multiplies
-            what it returns: `sparsetrain.parameterization.input_scale` of that embedding.
+        std: standard deviation of the initial values, drawn from torch's global generator; `from_embeddings` starts
+            from real tokens instead.
+        scale: factor applied to the vectors when they are inserted, for a model whose embedding multiplies its output:
+            `sparsetrain.parameterization.input_scale` of that embedding.
     """
 
     def __init__(self, n_tokens: int, d_model: int, std: float = 0.02, scale: float = 1.0) -> None:
@@ -34,7 +34,7 @@ class SoftPrompt(nn.Module):
 
     @classmethod
     def from_embeddings(cls, rows: Tensor, scale: float = 1.0) -> SoftPrompt:
-        """Return a prompt that starts as a copy of ``rows`` ``[n, D]`` of an embedding's weight."""
+        """Return a prompt initialised with a copy of ``rows`` ``[n, D]`` of an embedding's weight."""
         if rows.ndim != 2:
             raise UserError(f"rows have shape {tuple(rows.shape)}; a soft prompt needs [n_tokens, d_model]")
         prompt = cls(rows.shape[0], rows.shape[1], scale=scale)
@@ -42,10 +42,10 @@ class SoftPrompt(nn.Module):
         return prompt
 
     def inject(self, embeddings: Tensor, slots: Tensor) -> Tensor:
-        """Return ``embeddings`` ``[B, T, D]`` with ``scale * vectors[slots]`` where ``slots`` ``[B, T]`` is 0 or more.
+        """Return ``embeddings`` ``[B, T, D]`` with ``scale * vectors[slots]`` where ``slots`` ``[B, T]`` is at least 0.
 
         Raises:
-            UserError: shapes that do not fit.
+            UserError: the shapes contradict each other.
         """
         if slots.shape != embeddings.shape[:2] or embeddings.shape[2] != self.vectors.shape[1]:
             raise UserError(

@@ -21,12 +21,12 @@ from sparsetrain.models.head import Head, Reduction, head_loss
 from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.mlp import MLP
 from sparsetrain.models.soft_prompt import SoftPrompt
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, assign, initialise
+from sparsetrain.parameterization import Parameterization, Role, TensorTraits, assign, initialise
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparsify
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP, each branch times ``residual_scale`` (m_L^-alpha) before it is added."""
+    """Pre-norm attention and MLP; each branch is multiplied by ``residual_scale`` (m_L^-alpha) before it is added."""
 
     residual_scale = 1.0
 
@@ -39,14 +39,14 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """Map the residual stream ``[B, T, D]`` to the next block's."""
+        """Map the residual stream ``[B, T, D]`` to the input of the next block."""
         x = self._add(x, self.attn(self.attn_norm(x), span, cache, layer))
         return self._add(x, self.mlp(self.mlp_norm(x)))
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         if self.dropout > 0.0:
             branch = F.dropout(branch, self.dropout, self.training)
-        # alpha is a Python number, so this is one pass and exact when it is 1.
+        # alpha is a Python number, so this is a single pass, and it is exact if alpha is 1.
         return torch.add(x, branch, alpha=self.residual_scale)
 
 
@@ -54,18 +54,18 @@ class Transformer(nn.Module):
     """Token embeddings, pre-norm blocks, a final norm and a head.
 
     The multipliers of the parameterization act in `hidden` and `logits`, which training, evaluation and generation
-    all go through.
+    all use.
+
+    Built under ``torch.device("meta")`` with sparsity 0, the model has shapes but no values.
 
     Args:
-        config: shapes and parts.
-        rules: the parameterization; None is the standard one.
-        plan: which matrices are sparse; None makes each hidden matrix ``config.sparsity`` sparse in
-            ``config.sparsity_pattern``. A plan takes the place of these two fields.
+        config: shapes and components.
+        rules: the parameterization; None means the standard one.
+        plan: which matrices are sparse. None makes each hidden matrix ``config.sparsity`` sparse with the pattern
+            ``config.sparsity_pattern``; otherwise these two fields are ignored.
 
     Raises:
-        UserError: from the plan, for example a group that matches no layer, or one that would make the head sparse.
-
-    Built under ``torch.device("meta")`` with sparsity 0 it has shapes but no values.
+        UserError: the plan is invalid, for example if a group matches no layer or would make the head sparse.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Transformer(nn.Module):
 
         if plan is None:
             plan = SparsityConfig(sparsity=config.sparsity, pattern=config.sparsity_pattern)
-        # On the meta device there is nothing to draw, and a seed cannot be drawn either.
+        # On the meta device there are no values to draw, and drawing a seed would fail.
         seed = 0 if self.embed.weight.is_meta else seeds.resolve_seed(config.seed)
         if plan.is_sparse:
             sparsify(self, plan=plan, seed=seed)
@@ -94,15 +94,15 @@ class Transformer(nn.Module):
     def parameterize(
         self, rules: Parameterization, sigma: float | None = None, seed: int | None = None, reinitialise: bool = True
     ) -> Transformer:
-        """Put the model under ``rules``: forward multipliers, roles for `param_groups`, and fresh values.
+        """Apply ``rules`` to the model: forward multipliers, roles for `param_groups`, and new initial values.
 
-        Call it again when surgery has changed the layers, `sparsetrain.sparsify` or `sparsetrain.densify`.
+        Call it again after `sparsetrain.sparsify` or `sparsetrain.densify` has changed the layers.
 
         Args:
             rules: the parameterization.
-            sigma: base standard deviation; None is ``config.init_std``.
-            seed: of the initial values; None draws one from torch's global generator.
-            reinitialise: False keeps the values, for example to fine-tune.
+            sigma: base standard deviation; None means ``config.init_std``.
+            seed: seed of the initial values; None draws one from torch's global generator.
+            reinitialise: False keeps the current values, for example to fine-tune.
 
         Raises:
             UserError: the rules' base is wider than the model.
@@ -116,52 +116,52 @@ class Transformer(nn.Module):
             assert isinstance(block, Block)
             block.attn.scale = self.attention_scale
             block.residual_scale = rules.residual_multiplier(config.n_layers)
-        specs = tensor_specs(self, rules)
+        traits_of = tensor_traits(self, rules)
         if reinitialise:
             sigma = config.init_std if sigma is None else sigma
-            initialise(self, specs, rules, sigma, config.n_layers, seeds.resolve_seed(seed))
+            initialise(self, traits_of, rules, sigma, config.n_layers, seeds.resolve_seed(seed))
         else:
-            assign(self, specs, rules, config.n_layers)
+            assign(self, traits_of, rules, config.n_layers)
         return self
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
-        """Return the logits ``[B, T, V]`` of the token after each one or, given ``targets``, their mean cross-entropy.
+        """Return the logits ``[B, T, V]`` of the next tokens or, given ``targets``, their mean cross-entropy.
 
-        With targets the head works by chunks of tokens: the logits of the whole batch never exist.
+        With targets, the head processes chunks of tokens, so the logits of the whole batch never exist.
 
         Args:
-            tokens: int64 ``[B, T]``; read only for their embeddings, so unused when ``embeddings`` is given.
-            targets: int64 ``[B, T]``, the token that follows, or -100, which counts for nothing.
-            embeddings: ``[B, T, D]``, what to read in place of the tokens' embeddings.
+            tokens: int64 ``[B, T]``; unused if ``embeddings`` is given.
+            targets: int64 ``[B, T]``, the next token, or -100, which does not count.
+            embeddings: ``[B, T, D]``, read instead of the embeddings of the tokens.
 
         Returns:
             Logits, or the mean over the targets that are not -100, in nats.
 
         Raises:
-            UserError: tokens and targets differ in shape, or are more than the learned positions.
+            UserError: tokens and targets differ in shape, or there are more tokens than learned positions.
         """
         if targets is None:
             return self.logits(self._read(tokens, embeddings))
         return self._loss(tokens, targets, embeddings, "mean")
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
-        """Return raw embeddings ``[B, T, D]``, before alpha_in and positions; a soft prompt is written into these."""
+        """Return raw embeddings ``[B, T, D]``, before alpha_in and positions; soft prompts are inserted into these."""
         if tokens.ndim != 2 or tokens.shape[1] == 0:
-            raise UserError(f"tokens have shape {tuple(tokens.shape)}; [batch, tokens] is needed")
+            raise UserError(f"tokens have shape {tuple(tokens.shape)}, but [batch, tokens] is needed")
         return self.embed(tokens)
 
     def hidden(
         self, tokens: Tensor | None = None, embeddings: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Return the residual stream behind the final norm, ``[B, T, D]``.
+        """Return the residual stream after the final norm, ``[B, T, D]``.
 
         Args:
             tokens: ``[B, T]``; give these or ``embeddings``.
             embeddings: ``[B, T, D]``, as `embed_tokens` returns them.
-            cache: earlier tokens, which these follow; the cache grows by T.
+            cache: the tokens before these; the cache grows by T.
 
         Raises:
-            UserError: neither or both inputs, or more tokens than learned positions.
+            UserError: neither or both inputs are given, or there are more tokens than learned positions.
         """
         if (tokens is None) == (embeddings is None):
             raise UserError("hidden: give exactly one of tokens and embeddings")
@@ -193,19 +193,19 @@ class Transformer(nn.Module):
     def loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
         """Return ``self(tokens, targets, embeddings)``, the mean cross-entropy in nats; see `forward`.
 
-        Inside DDP or FSDP call the wrapper, which is to see the forward pass: ``wrapped(tokens, targets)``.
+        Inside DDP or FSDP call the wrapper instead, ``wrapped(tokens, targets)``: it must see the forward pass.
         """
         loss: Tensor = self(tokens, targets, embeddings)
         return loss
 
     def token_losses(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None = None) -> Tensor:
-        """Return each token's cross-entropy in nats, float32 ``[B, T]``, 0 where the target is -100; no gradients."""
+        """Return each token's cross-entropy in nats, float32 ``[B, T]``; 0 where the target is -100; no gradients."""
         with torch.no_grad():
             return self._loss(tokens, targets, embeddings, "none")
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens that a row can have: those with learned positions, or None for any number."""
+        """Maximum number of tokens per row: the number of learned positions, or None without a limit."""
         return None if self.positions is None else self.config.max_context
 
     def new_cache(self, embeddings: Tensor, capacity: int) -> KVCache:
@@ -226,7 +226,7 @@ class Transformer(nn.Module):
         generator: torch.Generator | None = None,
         prompt: SoftPrompt | None = None,
     ) -> Tensor:
-        """Return ``tokens`` with up to ``max_new_tokens`` sampled ones behind them; see `decoding.generate`."""
+        """Return ``tokens`` followed by up to ``max_new_tokens`` sampled tokens; see `decoding.generate`."""
         return generate(self, tokens, max_new_tokens, temperature, top_p, stop_token, generator, prompt)
 
     def _loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None, reduction: Reduction) -> Tensor:
@@ -238,24 +238,24 @@ class Transformer(nn.Module):
         return self.hidden(tokens) if embeddings is None else self.hidden(embeddings=embeddings)
 
     def _scaled(self, hidden: Tensor) -> Tensor:
-        # alpha_out / m_d on the head's input rather than on the V logits: the same function for less work.
+        # alpha_out / m_d scales the head's input rather than the V logits: the same function with less work.
         return hidden if self.logit_scale == 1.0 else hidden * self.logit_scale
 
 
-def tensor_specs(model: Transformer, rules: Parameterization) -> dict[str, TensorSpec]:
-    """Return role, m_d and density of every parameter of ``model``, by its name without the parts of wrappers."""
+def tensor_traits(model: Transformer, rules: Parameterization) -> dict[str, TensorTraits]:
+    """Return role, m_d and density of every parameter of ``model``, by its name without the names of wrappers."""
     m_d, m_ffn = model.config.width_multipliers(rules.base_width or model.config.d_model)
     modules = dict(wrappers.named_modules(model))
-    specs = {}
+    traits_of = {}
     for name, _ in wrappers.named_parameters(model):
         module_name, _, leaf = name.rpartition(".")
         module = modules[module_name]
         role = _role(module_name, leaf)
         density = module.pattern.density if isinstance(module, SparseLinear) and leaf == "values" else 1.0
-        # A matrix counts its inputs, a bias its own length.
+        # The width of a matrix is its inputs, that of a bias its own length.
         wide = ("mlp.up", "mlp.gate") if leaf == "bias" else ("mlp.down",)
-        specs[name] = TensorSpec(role, m_ffn if module_name.endswith(wide) else m_d, density)
-    return specs
+        traits_of[name] = TensorTraits(role, m_ffn if module_name.endswith(wide) else m_d, density)
+    return traits_of
 
 
 def _role(module_name: str, leaf: str) -> Role:

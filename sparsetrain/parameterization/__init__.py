@@ -1,10 +1,10 @@
-"""SP, muP, SμPar, CompleteP and their product, for our model and for any other."""
+"""Parameterizations (SP, muP, SμPar, CompleteP and their product) for our model and for any ``nn.Module``."""
 
 from sparsetrain.parameterization.apply import parameterize
 from sparsetrain.parameterization.coordinates import Coordinate, Spread, Trial, coordinate_check, spreads
 from sparsetrain.parameterization.groups import assign, assignment, decay_groups, param_groups
 from sparsetrain.parameterization.initial import initialise
-from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
+from sparsetrain.parameterization.rules import Parameterization, Role, TensorTraits
 from sparsetrain.parameterization.scales import input_scale
 
 __all__ = [
@@ -12,7 +12,7 @@ __all__ = [
     "Parameterization",
     "Role",
     "Spread",
-    "TensorSpec",
+    "TensorTraits",
     "Trial",
     "assign",
     "assignment",

@@ -1,4 +1,4 @@
-"""What a model is made of: the role of every parameter, at every place where it is used, and the residual blocks."""
+"""The anatomy of a model: the role of each parameter wherever it is used, and the residual blocks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Anatomy:
     """The parameters and blocks of a model.
 
     Args:
-        tied: first name of each parameter -> all its places.
-        roles: name of a place -> its role; without the places of which none is known.
+        tied: first name of each parameter -> all places where it is used.
+        roles: name of a place -> its role; places without a known role are missing.
         blocks: the residual blocks.
     """
 
@@ -46,11 +46,11 @@ class Anatomy:
         return [place for same in self.tied.values() for place in same]
 
     def with_role(self, *wanted: Role) -> list[Place]:
-        """Return the places with one of some roles, those of tied parameters included."""
+        """Return the places that have one of the given roles, including all places of tied parameters."""
         return [place for place in self.everywhere if self.roles[place.name] in wanted]
 
     def in_block(self, place: Place) -> bool:
-        """Whether a place is inside a residual block; True in a model without blocks."""
+        """Whether a place is inside a residual block; True for a model without blocks."""
         return not self.blocks.lists or self.blocks.block_of(place.module_name) is not None
 
 
@@ -58,11 +58,11 @@ def examine(model: nn.Module, roles: Mapping[str, Role | str], strict: bool = Tr
     """Return the roles and blocks of a model.
 
     Args:
-        roles: the user's, as `sparsetrain.parameterize` takes them.
+        roles: the user's roles, as `sparsetrain.parameterize` takes them.
         strict: whether a parameter without a role, or a glob that matches nothing, is an error.
 
     Raises:
-        UserError: see ``strict``; the parameter, its module and the roles are named.
+        UserError: see ``strict``; the message names the parameter, its module and the possible roles.
     """
     shared: dict[int, list[Place]] = {}
     for place in places(model):
@@ -73,11 +73,11 @@ def examine(model: nn.Module, roles: Mapping[str, Role | str], strict: bool = Tr
         check_globs(roles, everywhere)
     names = {name for name, _ in wrappers.named_modules(model)} | {place.name for place in everywhere}
     known = {**roles_inside_torch_layers(model), **roles}
-    known = {**roles, **known}  # the user's first
+    known = {**roles, **known}  # the user's roles come first, because the first match wins
     found: dict[str, Role] = {}
     for same in tied.values():
         of = {place.name: find_role(place, known, names) for place in same}
-        # A parameter that is known at one place, as the bias of a head, is known at the others.
+        # A role found at one place holds at the others too, e.g. for the bias of a head.
         first = next((role for place in (home(same), *same) if (role := of[place.name]) is not None), None)
         if first is not None:
             found |= {name: role if role is not None else first for name, role in of.items()}
@@ -99,9 +99,9 @@ def _blocks(model: nn.Module, everywhere: list[Place], roles: Mapping[str, Role]
 
 
 def _settle(role: Role, place: Place, blocks: Blocks) -> Role:
-    """Return the role that holds outside the residual blocks: a norm there is a final one, and no matrix ends a branch.
+    """Correct a role outside the residual blocks: a norm there is a final norm, and no matrix ends a branch.
 
-    Where there are no blocks, a norm with the name of a final one is that.
+    In a model without blocks, a norm is final if it has the name of a final norm.
     """
     if blocks.lists:
         outside = blocks.block_of(place.module_name) is None
@@ -114,13 +114,13 @@ def _settle(role: Role, place: Place, blocks: Blocks) -> Role:
 
 
 def _without_role(place: Place) -> UserError:
-    # In the layer itself (weight norm of old, pruning) or in a module inside it.
+    # The weight may be computed in the layer itself (old weight norm, pruning) or in a module inside it.
     bare = isinstance(place.module, (*MATRIX_TYPES, nn.Embedding)) and place.module._parameters.get("weight") is None
     if bare or isinstance(place.module, ParametrizationList):
         name = place.module_name.split(".parametrizations.")[0]
         return UserError(
-            f"parameter '{place.name}': the weight of '{name}' is computed (weight norm, a parametrization, pruning): "
-            "parameterize the model before that"
+            f"parameter '{place.name}': the weight of '{name}' is computed (weight norm, a parametrization, pruning); "
+            "call parameterize before that"
         )
     return UserError(
         f"parameter '{place.name}' ({type(place.module).__name__}) has no known role: pass "

@@ -1,4 +1,4 @@
-"""Apply a parameterization to any model: roles, widths and depth found, initial values drawn, multipliers hooked in."""
+"""`parameterize`: find roles, widths and depth of any model, draw initial values, and attach forward multipliers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AppliesRules(Protocol):
 
 @dataclass(frozen=True)
 class Multiplier:
-    """A factor of what a module returns, or of its first input."""
+    """A factor for the output of a module, or for its first input."""
 
     module: nn.Module
     factor: float
@@ -59,33 +59,34 @@ def parameterize(
 ) -> Model:
     """Apply a parameterization to any ``nn.Module``: initial values, forward multipliers, optimizer roles.
 
-    Call it after `sparsify`. Roles come from module types and the names of the usual architectures; ``roles`` adds to
-    them. The multipliers alpha_in, alpha_out / m_d and m_L^(-alpha) become forward hooks on the embeddings, the head
-    and the ends of the residual branches. Where a model's own code multiplies its embeddings or logits by a power of
-    its width (Gemma, T5), the hooks take that back to the factor of the base. The attention scale is the model's own:
-    with the same d_head at every width it is a constant, and with another one than the base's there is a warning.
+    Call it after `sparsify`. Roles follow from module types and from the names of common architectures; ``roles`` adds
+    to them. The multipliers alpha_in, alpha_out / m_d and m_L^(-alpha) become forward hooks on the embeddings, the head
+    and the ends of the residual branches. If a model's own code multiplies its embeddings or logits by a power of its
+    width (Gemma, T5), the hooks reduce that to the factor of the base. The attention scale stays the model's own: it is
+    a constant if d_head is the same at every width, and a warning is given if d_head differs from the base's.
 
     Args:
-        model: changed in place; a wrapper (``torch.compile``, DDP) around it or a part of it changes no number.
-        base: the same architecture at the base width (and any density), for m_d; needed by all rules but SP. It may
-            have fewer blocks: each block of the model is measured by one of the same structure.
-        roles: glob over names of modules and of parameters -> role; checked before the built-in names, first match
-            wins. One that matches a module gives its biases the role of a bias, one that matches a parameter gives
-            exactly its role. ``keep`` leaves the values as they are, as in ``{"*.A_log": "keep"}``.
-        sigma: base standard deviation; None is 0.02.
-        n_layers: number of residual blocks that one token passes; by default they are counted, and compared with the
-            model's own configuration where it has one.
-        seed: of the initial values; None draws it from torch's global generator.
+        model: changed in place. Wrappers (``torch.compile``, DDP) around it or its modules do not matter.
+        base: the same architecture at the base width (and any density), to compute m_d; required by all rules except
+            SP. It may have fewer blocks: each block of the model is compared with one of the same structure.
+        roles: glob over names of modules and parameters -> role; checked before the built-in names, first match wins.
+            A glob that matches a module gives the module's biases a bias role; one that matches a parameter gives it
+            exactly that role. ``keep`` leaves the values unchanged, as in ``{"*.A_log": "keep"}``.
+        sigma: base standard deviation; None means 0.02.
+        n_layers: number of residual blocks that a token passes. By default they are counted, and compared with the
+            model's own configuration if it has one.
+        seed: seed of the initial values; None draws it from torch's global generator.
         reinitialise: False keeps the weights, for example to fine-tune.
-        fan_in: glob over parameter names -> the dimension that counts inputs, for stacks of matrices that do not say.
+        fan_in: glob over parameter names -> the dimension that counts inputs, for stacks of matrices whose layout is
+            unknown.
 
     Returns:
         ``model``.
 
     Raises:
-        UserError: a parameter without a role, a base that lacks one of the modules, is wider than the model or has none
-            of the rules' base width, roles that name no module, a number of blocks that cannot be told, or a multiplier
-            that cannot be applied. The model is then unchanged.
+        UserError: a parameter has no role; the base lacks a module, is wider than the model or does not have the rules'
+            base width; a role names no module; the number of blocks is unclear; or a multiplier cannot be applied. The
+            model is then unchanged.
     """
     bare = wrappers.unwrap(model)
     if isinstance(bare, AppliesRules):
@@ -99,13 +100,13 @@ def parameterize(
         raise UserError(f"parameterize: sigma={sigma} must be above 0")
     own = examine(bare, roles or {})
     widths = Base(base, own, rules, roles or {}, fan_in or {})
-    specs = {name: widths.spec(tied) for name, tied in own.tied.items()}
+    traits_of = {name: widths.traits(tied) for name, tied in own.tied.items()}
     depth = _depth(bare, own, rules, n_layers, reinitialise)
     multipliers = _multipliers(bare, base, own, widths, rules, depth)
     if reinitialise:
-        initialise(bare, specs, rules, DEFAULT_SIGMA if sigma is None else sigma, depth, seeds.resolve_seed(seed))
+        initialise(bare, traits_of, rules, DEFAULT_SIGMA if sigma is None else sigma, depth, seeds.resolve_seed(seed))
     else:
-        assign(bare, specs, rules, depth)
+        assign(bare, traits_of, rules, depth)
     if base is not None and rules.uses_width:
         warn_of_head_widths(bare, base, rules)
     scales.remove_scales(bare)
@@ -119,7 +120,7 @@ def _depth(model: nn.Module, own: Anatomy, rules: Parameterization, said: int | 
     """Return the number of residual blocks.
 
     Raises:
-        UserError: it cannot be told, and the rules or the initial values depend on it.
+        UserError: the number is unclear, and the rules or the initial values depend on it.
     """
     if said is not None:
         return said
@@ -128,13 +129,13 @@ def _depth(model: nn.Module, own: Anatomy, rules: Parameterization, said: int | 
     ends = bool(own.with_role(Role.OUTPUT))
     if doubt and (rules.uses_depth or (reinitialise and ends and rules.output_rule == "shrunk" and own.blocks.lists)):
         raise UserError(
-            f"parameterize: how many residual blocks {type(model).__name__} has is unclear: {doubt}; pass n_layers="
+            f"parameterize: the number of residual blocks of {type(model).__name__} is unclear: {doubt}; pass n_layers="
         )
     return depth
 
 
 def _numbered(name: str) -> str | None:
-    """Return a module's name up to its first number, which counts as a layer in a stack without blocks."""
+    """Return a module's name up to its first number, which identifies a layer in a stack without blocks."""
     parts = name.split(".")
     first = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if first is None else ".".join(parts[: first + 1])
@@ -143,10 +144,10 @@ def _numbered(name: str) -> str | None:
 def _multipliers(
     model: nn.Module, base: nn.Module | None, own: Anatomy, widths: Base, rules: Parameterization, depth: int
 ) -> list[Multiplier]:
-    """Return every forward multiplier and its module.
+    """Return all forward multipliers with their modules.
 
     Raises:
-        UserError: one that no hook can apply.
+        UserError: no hook can apply one of them.
     """
     found = [*_of_embeddings(model, base, own, widths, rules), *_of_heads(model, base, own, widths, rules)]
     factor = rules.residual_multiplier(depth)
@@ -172,7 +173,7 @@ def _of_embeddings(
         other = widths.counterpart(place)
         grown = 1.0
         if rules.uses_width and other is not None:
-            # Under muP what an embedding gives does not grow with the width.
+            # Under muP the output of an embedding must not grow with the width.
             grown = scales.embedding_factor(name, modules) / scales.embedding_factor(other.module_name, theirs)
             if widths.m_d(place) != 1.0:
                 scales.check_no_root_of_width(name, modules, rules.scheme)
@@ -209,7 +210,7 @@ def _of_heads(
 def _check_no_hidden_head(
     own: Anatomy, widths: Base, rules: Parameterization, modules: Mapping[str, nn.Module]
 ) -> None:
-    """Raise `UserError` for a model without a head whose code multiplies by the weight of its embedding itself."""
+    """Raise `UserError` if a model without a head multiplies by the weight of its embedding in its own code."""
     for place in own.with_role(Role.EMBEDDING):
         parent, _, child = place.module_name.rpartition(".")
         if scales.reads_weight(modules.get(parent), child) and rules.logit_multiplier(widths.m_d(place)) != 1.0:
@@ -220,5 +221,5 @@ def _check_no_hidden_head(
 
 
 def _is_layer(place: Place) -> bool:
-    """Whether a module's output is that of the one matrix it holds."""
+    """Whether a module computes its output from a single matrix."""
     return isinstance(place.module, (*MATRIX_TYPES, *EMBEDDING_TYPES, SparseLinear)) or is_conv1d(place.module)

@@ -1,21 +1,21 @@
-"""Coordinate check: does training move every layer by the same amount, whatever the width, density or depth?
+"""Coordinate check: whether training changes every layer by the same amount at any width, density or depth.
 
 A parameterization that transfers hyperparameters keeps three scales when one of these changes (muP: arXiv 2203.03466,
-appendix D; SμPar: arXiv 2405.15743, section 4). For each layer, over the first optimizer steps, as root mean squares
-over all elements:
+appendix D; SμPar: arXiv 2405.15743, section 4). They are measured for each layer over the first optimizer steps, as
+root mean squares over all elements:
 
 ==========  ==========================================================================================
 activation  the layer's output y
-gradient    dL/dy. The muP family divides the logits by m_d, so this one falls as 1 / width, and as m_L^(-alpha) inside
-            a residual branch; across density it stays
-update      what the last step changed in the output for the same input, (W_new - W_old) x
+gradient    dL/dy. The muP family divides the logits by m_d, so the gradient falls as 1 / width, and as m_L^(-alpha)
+            inside a residual branch; it does not depend on density
+update      the change of the output that the last step caused for the same input, (W_new - W_old) x
 ==========  ==========================================================================================
 
-The RMS of layers of the same kind (the name without the number of its block) and of several seeds are averaged. Two
-numbers say how they depend on the axis: the slope of log RMS against log axis, 0 where the scale is kept, and the
-largest over the smallest RMS.
+The RMS is averaged over layers of the same kind (same name without the block number) and over seeds. Two numbers
+describe its dependence on the axis: the slope of log RMS against the log of the axis, which is 0 if the scale is kept,
+and the ratio of the largest to the smallest RMS.
 
-Check at a learning rate at which the loss falls: where training diverges no parameterization keeps anything.
+Run the check at a learning rate at which the loss falls: no parameterization keeps any scale if training diverges.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ KindOf = Callable[[str, nn.Module], str | None]
 
 
 class Trial(NamedTuple):
-    """A freshly initialised model, an optimizer over it, and the loss of its batch number ``step``."""
+    """A freshly initialised model, an optimizer for it, and a function that returns the loss at a step."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -48,13 +48,13 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Reading:
-    """One number of one trial.
+    """One measurement of one trial.
 
     Args:
-        kind: the layers that it is averaged over; ``loss`` for the loss.
+        kind: kind of layers that it is averaged over; ``loss`` for the loss.
         quantity: one of `QUANTITIES`, or ``loss``.
-        step: optimizer steps before it was read; an update is read right after its step.
-        rms: root mean square; infinite where it was not finite. Nats for the loss.
+        step: number of optimizer steps before it was read; an update is read right after its step.
+        rms: root mean square, infinite if it was not finite; for the loss, its value in nats.
     """
 
     kind: str
@@ -78,11 +78,11 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Spread:
-    """How the RMS of one kind of layer depends on the axis, after averaging over seeds.
+    """The dependence of the RMS of one kind of layer on the axis, after averaging over seeds.
 
     Args:
-        slope: least-squares slope of log RMS against log axis value; NaN where an RMS is zero or infinite.
-        ratio: largest over smallest RMS; infinite where one is zero or infinite and they are not all zero.
+        slope: least-squares slope of log RMS against log axis value; NaN if an RMS is zero or infinite.
+        ratio: largest over smallest RMS; infinite if one is zero or infinite, except that it is 1 if all are zero.
         rms: ``(axis value, RMS)`` in the order of the axis.
     """
 
@@ -96,10 +96,10 @@ class Spread:
 
 
 def layer_kind(name: str, module: nn.Module) -> str | None:
-    """Return the kind of a module that has parameters of its own or is a numbered block; None for any other.
+    """Return the kind of a module that has parameters of its own or is a numbered block; None for any other module.
 
-    It is the name without its first number: ``blocks.3.attn.out`` and ``blocks.0.attn.out`` are of one kind, and
-    ``blocks`` is the residual stream after each block.
+    The kind is the name without its first number: ``blocks.3.attn.out`` and ``blocks.0.attn.out`` have the same kind,
+    and the kind ``blocks`` is the residual stream after each block.
     """
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
@@ -111,18 +111,18 @@ def layer_kind(name: str, module: nn.Module) -> str | None:
 
 
 def read_coordinates(trial: Trial, steps: int, kind_of: KindOf = layer_kind) -> list[Reading]:
-    """Train ``steps`` optimizer steps and return the activation, gradient and update RMS of every kind, and the losses.
+    """Train ``steps`` optimizer steps; return the activation, gradient and update RMS of each kind, and the losses.
 
-    Activations, gradients and the loss are read before each step and after the last one, so at steps 0 to ``steps``;
-    updates after each step, at 1 to ``steps``, for layers with parameters of their own and a single input.
+    Activations, gradients and the loss are read before each step and after the last one, at steps 0 to ``steps``.
+    Updates are read after each step, at 1 to ``steps``, for layers with parameters of their own and a single input.
 
     Args:
-        trial: model in the mode (train or eval) in which it is to be read; changed by the training.
+        trial: its model is read in its current mode (train or eval) and is changed by the training.
         steps: at least 1.
-        kind_of: maps qualified name and module to a kind, or to None for a module that is left out.
+        kind_of: maps qualified name and module to a kind, or to None to leave the module out.
 
     Raises:
-        UserError: no module has a kind, or ``steps`` below 1.
+        UserError: no module has a kind, or ``steps`` is below 1.
     """
     if steps < 1:
         raise UserError(f"steps={steps} must be at least 1")
@@ -153,15 +153,15 @@ def coordinate_check(
     scheme: str = "",
     kind_of: KindOf = layer_kind,
 ) -> list[Coordinate]:
-    """Read the coordinates of a trial for every axis value and seed.
+    """Read the coordinates of a trial for each axis value and seed.
 
     Args:
         build: maps an axis value (a width, a density, a depth) and a seed to a fresh trial.
-        values: at least two, all above 0.
-        scheme: a name that the rows carry, to tell parameterizations apart.
+        values: at least two values, all above 0.
+        scheme: a name to tell the rows of several parameterizations apart.
 
     Raises:
-        UserError: fewer than two values, or one that is not above 0.
+        UserError: there are fewer than two values, or one is not above 0.
     """
     check_values(values)
     return [
@@ -175,17 +175,17 @@ def coordinate_check(
 def check_values(values: Sequence[float], field: str = "values") -> None:
     """Raise `UserError` unless ``values`` are at least two different numbers above 0."""
     if len(set(values)) < 2 or len(set(values)) < len(values):
-        raise UserError(f"{field}={list(values)} must name at least two values, and none twice")
+        raise UserError(f"{field}={list(values)} must name at least two values, and no value twice")
     if not all(value > 0 for value in values):
-        raise UserError(f"{field}={list(values)} must all be above 0: the slope is taken in their logarithm")
+        raise UserError(f"{field}={list(values)} must all be above 0, because the slope uses their logarithm")
 
 
 def spreads(rows: Iterable[Coordinate], step: int | None = None) -> list[Spread]:
-    """Return slope and ratio for every scheme, kind and quantity at one step, in the order of the rows.
+    """Return slope and ratio for each scheme, kind and quantity at one step, in the order of the rows.
 
     Args:
-        rows: from `coordinate_check`, of one axis; several schemes may be mixed.
-        step: None is each quantity's last one.
+        rows: rows of one axis from `coordinate_check`; several schemes may be mixed.
+        step: the step to use; None means the last step of each quantity.
     """
     groups: dict[tuple[str, str, str, int], dict[float, list[float]]] = {}
     last: dict[tuple[str, str, str], int] = {}
@@ -203,7 +203,7 @@ def spreads(rows: Iterable[Coordinate], step: int | None = None) -> list[Spread]
 
 
 def losses_fall(rows: Iterable[Coordinate]) -> dict[tuple[str, float], bool]:
-    """Return for every (scheme, axis value) whether the mean loss of the last step is below that of the first."""
+    """Return, for each (scheme, axis value), whether the mean loss at the last step is below that at the first."""
     losses: dict[tuple[str, float], dict[int, list[float]]] = {}
     for row in rows:
         if row.quantity == LOSS:
@@ -214,7 +214,7 @@ def losses_fall(rows: Iterable[Coordinate]) -> dict[tuple[str, float], bool]:
 def _slope_and_ratio(means: Sequence[tuple[float, float]]) -> tuple[float, float]:
     values, rms = (np.array(column) for column in zip(*means, strict=True))
     if not rms.any():
-        return 0.0, 1.0  # never touched, at any value
+        return 0.0, 1.0  # the layer received no gradient at any value
     if not (np.isfinite(rms).all() and rms.all()):
         return math.nan, math.inf
     slope = 0.0 if len(rms) < 2 else float(np.polyfit(np.log(values), np.log(rms), 1)[0])
@@ -230,7 +230,7 @@ def _rms(tensor: Tensor) -> float:
 
 
 class _Recorder:
-    """Hooks on the modules of a model that have a kind; holds their last inputs and outputs between two steps."""
+    """Hooks on the modules of a model that have a kind; they keep the last inputs and outputs between two steps."""
 
     def __init__(self, model: nn.Module, kind_of: KindOf) -> None:
         self._kinds: dict[nn.Module, str] = {}
@@ -239,12 +239,12 @@ class _Recorder:
             if kind is not None:
                 self._kinds[module] = kind
         if not self._kinds:
-            raise UserError("no module of the model has parameters of its own: there is nothing to check")
+            raise UserError("the coordinate check needs a module with parameters of its own, and the model has none")
         self._inputs: dict[nn.Module, tuple[Any, ...]] = {}
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
         self._rms: dict[str, dict[str, list[float]]] = {quantity: {} for quantity in QUANTITIES}
         self._recording = True
-        # First of all pre-hooks: a multiplier that `parameterize` put there must not act twice in `measure_updates`.
+        # Before all other pre-hooks, so that `measure_updates` does not apply a multiplier of `parameterize` twice.
         self._handles = [module.register_forward_pre_hook(self._enter, prepend=True) for module in self._kinds]
         self._handles += [module.register_forward_hook(self._hook) for module in self._kinds]
 
@@ -262,7 +262,7 @@ class _Recorder:
 
     @torch.no_grad()
     def measure_updates(self) -> None:
-        """Run each layer again on its last input: the difference is what the optimizer's step did."""
+        """Run each layer again on its last input; the difference is the effect of the optimizer step."""
         self._recording = False
         for module, (x, before) in self._kept.items():
             self._note("update", module, _first(module(x)) - before)
@@ -276,7 +276,7 @@ class _Recorder:
 
     def _hook(self, module: nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         y, inputs = _first(output), self._inputs.pop(module)
-        # A scalar is no activation: a head that is given the targets returns the loss.
+        # A scalar is not an activation: a head that receives targets returns the loss.
         if not self._recording or not isinstance(y, Tensor) or not y.is_floating_point() or y.ndim == 0:
             return
         self._note("activation", module, y)
@@ -288,5 +288,5 @@ class _Recorder:
 
 
 def _first(output: Any) -> Any:
-    """Return what a module hands on: its output, or the first of several."""
+    """Return the main output of a module: its output, or the first one of a tuple."""
     return output[0] if isinstance(output, tuple) else output

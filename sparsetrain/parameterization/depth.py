@@ -1,4 +1,4 @@
-"""How many residual blocks a model has, and which block of a base model corresponds to which of its own."""
+"""The residual blocks of a model: their number, and the block of a base model that corresponds to each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization.parts import part_of
 from sparsetrain.parameterization.roles import is_norm
+from sparsetrain.parameterization.slices import slice_of
 
 Structure = frozenset[str]
 
@@ -21,9 +21,9 @@ class Blocks:
     """The residual blocks of a model.
 
     Args:
-        lists: name of each list of blocks -> names of its blocks in order, one that is used twice twice.
-        structures: block -> the names inside it of the modules that hold parameters.
-        unclear: names of lists inside blocks whose entries may be blocks as well.
+        lists: name of each list of blocks -> names of its blocks in order; a block that is used twice occurs twice.
+        structures: block -> names, relative to the block, of its modules that hold parameters.
+        unclear: names of lists inside blocks whose entries may be blocks themselves.
     """
 
     lists: Mapping[str, tuple[str, ...]]
@@ -35,7 +35,7 @@ class Blocks:
         self._list_of.update({block: name for name, blocks in self.lists.items() for block in blocks})
 
     def block_of(self, name: str) -> str | None:
-        """Return the block that holds the module or parameter ``name``."""
+        """Return the block that contains the module or parameter ``name``, or None."""
         parts = name.split(".")
         prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
         return next((prefix for prefix in prefixes if prefix in self._list_of), None)
@@ -45,14 +45,16 @@ class Blocks:
 
 
 def find_blocks(model: nn.Module, matrices: Collection[nn.Module], outputs: Collection[nn.Module]) -> Blocks:
-    """Find the lists of blocks among the numbered modules of a model, however they are nested.
+    """Find the lists of blocks among the numbered modules of a model, at any level of nesting.
 
-    A block is an entry of a `ModuleList`, a `Sequential` or the like that has layers of its own, among them a matrix,
-    and a norm or an output projection. Where such lists are nested, the inner one counts if its entries have the same
-    structure and hold a norm each (stages of blocks), and else the outer one (experts, heads or sublayers in a block).
+    A block is an entry of a `ModuleList`, a `Sequential` or the like that contains layers, among them a matrix and
+    either a norm or an output projection. If such lists are nested, the inner one counts if its entries have the same
+    structure and contain a norm each (stages of blocks); otherwise the outer one counts (experts, heads or sublayers of
+    a block).
 
     Args:
-        matrices: the modules that hold a hidden or output matrix. outputs: those of them that hold an output matrix.
+        matrices: modules that hold a hidden or output matrix.
+        outputs: modules that hold an output matrix.
     """
     modules = dict(wrappers.named_modules(model, remove_duplicate=False))
     wanted, ends = {id(module) for module in matrices}, {id(module) for module in outputs}
@@ -88,18 +90,18 @@ def _within(name: str, entries: tuple[str, ...]) -> bool:
 
 def _structure(module: nn.Module) -> Structure:
     owners = dict(wrappers.named_modules(module))
-    # Attention and experts are one thing, whether their matrices are one tensor or a sparse layer each.
-    parts = {name: part_of(name, owners) for name in owners}
+    # Attention and experts count as one module, whether their matrices are one tensor or a sparse layer each.
+    slices = {name: slice_of(name, owners) for name in owners}
     held = {name for name, owner in owners.items() if any(p is not None for p in owner._parameters.values())}
-    whole = {part.holder_name for part in parts.values() if part is not None}
-    return frozenset({name for name in held if parts[name] is None} | whole)
+    whole = {one.holder_name for one in slices.values() if one is not None}
+    return frozenset({name for name in held if slices[name] is None} | whole)
 
 
 def count_layers(model: nn.Module, blocks: Blocks, leaves: int) -> tuple[int, str]:
-    """Return the number of residual blocks that one token passes, and why it is in doubt, or an empty string.
+    """Return the number of residual blocks that a token passes, and the reason to doubt it, or an empty string.
 
     Args:
-        leaves: number of numbered matrices that are no part of a block, for a stack without blocks.
+        leaves: number of numbered matrices outside blocks; it counts for a stack without blocks.
     """
     lengths = {name: len(entries) for name, entries in blocks.lists.items()}
     total = sum(lengths.values())
@@ -114,7 +116,7 @@ def count_layers(model: nn.Module, blocks: Blocks, leaves: int) -> tuple[int, st
         return said, f"its configuration says {said} layers, and it has {_listing(lengths)}"
     if not lengths:
         return max(1, leaves), "" if leaves else "it has no numbered blocks"
-    # Stages of blocks stand in one outer list; others may be an encoder and a decoder, or towers.
+    # Stages of blocks are entries of one outer list; several outer lists may be an encoder and a decoder, or towers.
     roots = {re.split(r"(?:^|\.)\d+(?:\.|$)", name)[0] if re.search(r"\d", name) else name for name in lengths}
     if len(roots) > 1:
         return total, f"it has {_listing(lengths)}"
@@ -130,13 +132,13 @@ def _listing(lengths: Mapping[str, int]) -> str:
 def counterpart(block: str, blocks: Blocks, base: Blocks, shapes: Mapping[str, Mapping[str, int]]) -> str:
     """Return the name of the base's block that gives a block its base widths.
 
-    That is the block of the same name, or, in a base of fewer blocks, any of the same structure.
+    It is the block of the same name or, if the base has fewer blocks, one of the same structure.
 
     Args:
-        shapes: block of the base -> widths by name inside it.
+        shapes: block of the base -> widths by name relative to the block.
 
     Raises:
-        UserError: the base has no block of that structure, or several that differ in their widths.
+        UserError: the base has no block of that structure, or several that differ in width.
     """
     structure = blocks.structures[block]
     if base.structures.get(block) == structure:
@@ -149,7 +151,7 @@ def counterpart(block: str, blocks: Blocks, base: Blocks, shapes: Mapping[str, M
         if different:
             raise UserError(
                 f"parameterize: the base has fewer blocks than the model, and its blocks '{alike[0]}' and "
-                f"'{different[0]}' differ in width: which is that of '{block}' is open; give a base of as many blocks"
+                f"'{different[0]}' differ in width, so the base of '{block}' is unclear; give a base of as many blocks"
             )
         if alike:
             return alike[0]

@@ -1,4 +1,4 @@
-"""Give every parameter of a model its place in the optimizer."""
+"""Optimizer groups: the record of a model's roles, and groups with the settings that follow from them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization.rules import Parameterization, TensorSpec
+from sparsetrain.parameterization.rules import Parameterization, TensorTraits
 from sparsetrain.sparsity import SparseLinear
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Which rules hold for a model of ``depth`` blocks, and the spec of each parameter by name."""
+    """The rules applied to a model of ``depth`` blocks, and the traits of each parameter by name."""
 
-    specs: Mapping[str, TensorSpec]
+    traits_of: Mapping[str, TensorTraits]
     rules: Parameterization
     depth: int
 
 
-def assign(model: nn.Module, specs: Mapping[str, TensorSpec], rules: Parameterization, n_layers: int) -> None:
-    """Record which rules and specs hold for the parameters of ``model``, without touching their values.
+def assign(model: nn.Module, traits_of: Mapping[str, TensorTraits], rules: Parameterization, n_layers: int) -> None:
+    """Record the rules and the traits of the parameters of ``model``, without changing values.
 
-    The record lies on the model inside all wrappers around it, and its names are those of the bare model.
+    The record is an attribute of the model inside all wrappers, with the names of the bare model.
     """
     names = [name for name, _ in wrappers.named_parameters(model)]
-    missing = [name for name in names if name not in specs]
+    missing = [name for name in names if name not in traits_of]
     if missing:
-        raise UserError(f"parameter '{missing[0]}' has no role ({len(missing)} without one)")
-    # One attribute under a name that no user's model has; it travels with copies and pickles of the model.
+        raise UserError(f"parameter '{missing[0]}' has no role; {len(missing)} of {len(names)} parameters have none")
+    # A single attribute with a name unlikely to be taken; copies and pickles of the model keep it.
     wrappers.unwrap(model)._sparsetrain_assignment = Assignment(  # type: ignore[assignment]
-        {name: specs[name] for name in names}, rules, n_layers
+        {name: traits_of[name] for name in names}, rules, n_layers
     )
 
 
 def assignment(model: nn.Module) -> Assignment:
-    """Return what `assign` recorded.
+    """Return the record of `assign`.
 
     Raises:
         UserError: the model has not been parameterized.
@@ -62,74 +62,76 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Return optimizer groups with the learning rate, weight decay and eps that the rules give each tensor.
 
-    Parameters with the same role and the same settings share a group. Frozen parameters are left out. Masks that change
-    their density later (`sparsetrain.sparsity.GMP`, variable sparsity) do not change the groups: learning rates and
-    weight decays keep the multipliers of the density at this moment, and SμPar makes no claim about what follows.
+    Parameters with the same role and the same settings share a group. Frozen parameters are left out. Masks whose
+    density changes later (`sparsetrain.sparsity.GMP`, variable sparsity) do not change the groups: learning rates and
+    weight decays keep the multipliers of the current density, and SμPar makes no claim about later densities.
 
     Args:
-        model: a `Transformer`, or a model that `parameterize` has seen; either may be wrapped since.
-        rules: those for which the model was initialised.
-        lr: base peak learning rate eta. weight_decay: base lambda. eps: base eps of Adam.
-        optimizer: the class that the groups are for, to be told when the rules are those of the other family.
+        model: a `Transformer`, or a model that `parameterize` was applied to; either may be wrapped since.
+        rules: the rules that the model was initialised for.
+        lr: base peak learning rate eta.
+        weight_decay: base weight decay lambda.
+        eps: base eps of Adam.
+        optimizer: class of the optimizer, to check that the rules are derived for it.
 
     Returns:
         Dicts with ``params``, ``name``, ``lr``, ``weight_decay`` and, under rules for Adam, ``eps``.
 
     Raises:
-        UserError: a model without roles, other rules than those it was initialised for, a parameter without a role,
-            a layer whose density is not the one it was initialised for, or SGD with rules for Adam or the reverse.
+        UserError: the model has no roles or was initialised for other rules; a parameter has no role; a layer's density
+            is not the one it was initialised for; or the optimizer is SGD under rules for Adam, or the reverse.
     """
     if optimizer is not None:
         sgd = issubclass(optimizer, (torch.optim.SGD, torch.optim.ASGD))
         rules.check_optimizer("sgd" if sgd else optimizer.__name__)
     recorded = assignment(model)
-    specs, depth = recorded.specs, recorded.depth
+    traits_of, depth = recorded.traits_of, recorded.depth
     if recorded.rules != rules:
         raise UserError(f"the model was initialised for {recorded.rules}, not for {rules}")
-    _check_densities(model, specs)
+    _check_densities(model, traits_of)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in wrappers.named_parameters(model):
-        if name not in specs:
+        if name not in traits_of:
             raise UserError(f"parameter '{name}' has no role: parameterize after sparsify, densify or adding layers")
         if not parameter.requires_grad:
             continue
-        spec = specs[name]
+        traits = traits_of[name]
         settings = {
-            "lr": rules.learning_rate(spec, lr, depth),
-            "weight_decay": rules.weight_decay(spec, weight_decay),
+            "lr": rules.learning_rate(traits, lr, depth),
+            "weight_decay": rules.weight_decay(traits, weight_decay),
         }
         if rules.optimizer == "adam":
-            settings["eps"] = rules.epsilon(spec, eps, depth)
-        key = (spec.role, *settings.values())
-        group = groups.setdefault(key, {"params": [], "name": str(spec.role), **settings})
+            settings["eps"] = rules.epsilon(traits, eps, depth)
+        key = (traits.role, *settings.values())
+        group = groups.setdefault(key, {"params": [], "name": str(traits.role), **settings})
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def _check_densities(model: nn.Module, specs: Mapping[str, TensorSpec]) -> None:
+def _check_densities(model: nn.Module, traits_of: Mapping[str, TensorTraits]) -> None:
     for name, module in wrappers.named_modules(model):
         if isinstance(module, SparseLinear):
-            spec = specs.get(f"{name}.values")
-            if spec is not None and abs(spec.density - module.pattern.density) > 1e-9:
+            traits = traits_of.get(f"{name}.values")
+            if traits is not None and abs(traits.density - module.pattern.density) > 1e-9:
                 raise UserError(
                     f"layer '{name}' has density {module.pattern.density:.6g} but was initialised for "
-                    f"{spec.density:.6g}: call parameterize again"
+                    f"{traits.density:.6g}: call parameterize again"
                 )
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return two optimizer groups by the usual rule: parameters of two or more dimensions decay, the others do not.
+    """Return two optimizer groups by the usual rule: parameters with two or more dimensions decay, the others do not.
 
-    The values of a sparse layer are the entries of a matrix, so they decay, although they have one dimension. As in the
-    usual recipes of GPT-2 the embeddings decay, and biases and the gains of norms do not. Each parameter that trains is
-    in one group; frozen ones are left out. `param_groups` is the like for a parameterization.
+    The values of a sparse layer are entries of a matrix, so they decay, although they have one dimension. As in
+    GPT-2's recipe, embeddings decay, and biases and the gains of norms do not. Each trainable parameter is in one
+    group; frozen ones are left out. For a model with a parameterization use `param_groups`.
 
     Args:
-        model: any model; a wrapper around it or a part of it changes nothing.
-        weight_decay: of the group that decays, at least 0.
+        model: any model; wrappers around it or its modules do not matter.
+        weight_decay: weight decay of the first group, at least 0.
 
     Returns:
-        Dicts with ``params``, ``name`` (``decay`` or ``no_decay``) and ``weight_decay``, for any optimizer of torch; a
+        Dicts with ``params``, ``name`` (``decay`` or ``no_decay``) and ``weight_decay``, for any torch optimizer; a
         group without parameters is left out.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Whether attention heads are as wide as those of the base: the attention scale is the model's own."""
+"""A check that attention heads are as wide as those of the base, because the attention scale is the model's own."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MODEL_WIDTHS = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim")
 def warn_of_head_widths(model: nn.Module, base: nn.Module, rules: Parameterization) -> None:
     """Warn if the heads of ``model`` are wider or narrower than those of ``base``.
 
-    Under muP and its relatives attention scales as 1 / d_head. A model scales as its code says, mostly by
-    1 / sqrt(d_head), which differs from that by a constant only while d_head stays the same. Rules with
-    ``attention_scale="sqrt"`` ask for that scale, so there is nothing to warn of.
+    muP and its relatives scale attention by 1 / d_head. A foreign model uses its own scale, usually 1 / sqrt(d_head),
+    which differs from that by a constant only if d_head stays the same. Rules with ``attention_scale="sqrt"`` ask for
+    that scale, so they cause no warning.
     """
     if rules.attention_scale == "sqrt":
         return
@@ -40,7 +40,7 @@ def warn_of_head_widths(model: nn.Module, base: nn.Module, rules: Parameterizati
 
 
 def _head_width(module: nn.Module) -> int | None:
-    """Return the width of an attention head, from a module's attributes or its configuration, None if none is there."""
+    """Return the width of an attention head from a module's attributes or its configuration, or None if unknown."""
     count, width = _number(module, _COUNTS), _number(module, _WIDTHS)
     if count is not None:
         if width is not None:

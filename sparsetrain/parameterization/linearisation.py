@@ -1,15 +1,16 @@
-"""Is a residual branch more than its linearisation in its own weights? The third wish of CompleteP (arXiv 2505.01618).
+"""Whether residual branches are more than linear in their own weights: the third desideratum of CompleteP.
 
-A stack of L branches, each of two matrices (W~N(0, 1), multiplier sqrt(2 / N), a ReLU before each), is given one Adam
-step on both matrices of one branch f, with the learning rate, eps and residual multiplier that the rules give it at
-depth L. What is measured is the part of the change that a linearisation would miss, over the part that it sees:
+CompleteP (arXiv 2505.01618) asks that no branch reduces to its linearisation. The model is a stack of L branches of two
+matrices each (W ~ N(0, 1), multiplier sqrt(2 / N), a ReLU before each). Both matrices of one branch f take one Adam
+step, with the learning rate, eps and residual multiplier of the rules at depth L. The measured ratio compares the
+change that a linearisation misses with the change that it sees:
 
     |f(W + dW) - f(W) - J dW| / |J dW|
 
-The first is of second order in dW, the second of first order, so the ratio goes as the learning rate, L^(alpha - 1): at
-alpha = 1/2 deep models become lazy (slope -1/2), at alpha = 1 every layer keeps learning features at any depth (slope
-0). The paper shows the same with the one branch's first matrix and one neuron of it; here both matrices move and all
-neurons count, because the kinks of ReLU alone are not crossed by so small a step.
+The numerator is of second order in dW and the denominator of first order, so the ratio scales as the learning rate,
+L^(alpha - 1). At alpha = 1/2 deep models become lazy (slope -1/2); at alpha = 1 every layer keeps learning features at
+any depth (slope 0). The paper measures the first matrix of the branch and one neuron. Here both matrices change and all
+neurons count, because such a small step rarely crosses the kink of a ReLU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization.rules import Parameterization, Role, TensorSpec
+from sparsetrain.parameterization.rules import Parameterization, Role, TensorTraits
 from sparsetrain.seeds import generator
 
 
@@ -44,15 +45,17 @@ def linearisation_ratio(
     """Return |f(W + dW) - f(W) - J dW| / |J dW| for the second of ``depth`` branches; float64 on the CPU.
 
     Args:
-        rules: their learning rate, eps and residual multiplier are used, at base width ``width``.
-        depth: L, at least 2. width: N, of the residual stream and the branches.
-        lr: base rate; divided by sqrt(N) because the weights are of order 1. eps: base eps.
+        rules: the source of learning rate, eps and residual multiplier, at base width ``width``.
+        depth: L, at least 2.
+        width: N, width of the residual stream and of the branches.
+        lr: base learning rate; it is divided by sqrt(N) because the weights are of order 1.
+        eps: base eps.
 
     Raises:
-        UserError: a depth below 2.
+        UserError: ``depth`` is below 2.
     """
     if depth < 2:
-        raise UserError(f"depth={depth} must be at least 2: the second branch is looked at")
+        raise UserError(f"depth={depth} must be at least 2: the check measures the second branch")
     draws = generator(seed, "linearisation", depth)
 
     def normal(*shape: int) -> Tensor:
@@ -73,9 +76,9 @@ def linearisation_ratio(
     for pair in weights[2:]:
         out = out + residual * branch(out, *pair)
     loss = (readout @ out - 1.0).square() / 2
-    spec = TensorSpec(Role.HIDDEN)
-    rate = rules.learning_rate(spec, lr, depth) / math.sqrt(width)
-    small = rules.epsilon(spec, eps, depth)
+    traits = TensorTraits(Role.HIDDEN)
+    rate = rules.learning_rate(traits, lr, depth) / math.sqrt(width)
+    small = rules.epsilon(traits, eps, depth)
     # Adam's first step: the moments are the gradient and its square, whatever the betas.
     steps = tuple(-rate * g / (g.abs() + small) for g in torch.autograd.grad(loss, (first, second)))
     old = (first.detach(), second.detach())

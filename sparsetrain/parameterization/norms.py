@@ -1,4 +1,4 @@
-"""The gain that the author of a norm gave it at the start, whatever its class is called."""
+"""The initial gain of a norm, for any class of norm."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from sparsetrain.parameterization.roles import TORCH_NORMS, is_constant
 
 
 def starting_gain(name: str, module: nn.Module, parameter: nn.Parameter) -> float | None:
-    """Return the value that every element of a norm's gain starts with, None where it has that value already.
+    """Return the value to initialise a norm's gain with, or None if the gain still has its initial value.
 
-    A gain whose elements are all equal is as its author left it: 1, or 0 in a norm that multiplies by 1 + weight, or
-    anything else that was meant. One that was trained starts again at the value that makes the norm's gain 1; a module
-    that is no norm of torch is called to find out which value that is.
+    A gain whose elements are all equal is untrained: 1, or 0 in a norm that multiplies by 1 + weight, or any other
+    value of its author. A trained gain is reset to the value at which the norm multiplies by 1. For a class that is not
+    torch's, calling the module shows which value that is.
 
     Raises:
-        UserError: the gain was trained, and calling the module does not tell how it acts.
+        UserError: the gain was trained, and calling the module does not show how the gain acts.
     """
     if is_constant(parameter):
         return None
@@ -31,18 +31,18 @@ def starting_gain(name: str, module: nn.Module, parameter: nn.Parameter) -> floa
         if abs(one - 2.0 * zero) <= 0.01 * one:  # gains 1 and 2
             return 0.0
     raise UserError(
-        f"parameter '{name}' ({type(module).__name__}): it was trained already, and what gain its author started it "
-        f"with cannot be told; pass roles={{'{name}': 'keep'}} to keep its values"
+        f"parameter '{name}' ({type(module).__name__}) was trained already, and its initial gain is unknown; "
+        f"pass roles={{'{name}': 'keep'}} to keep its values"
     )
 
 
 def is_norm_of_torch(module: nn.Module) -> bool:
-    """Whether a module is one of torch's norms, not a subclass that computes something else."""
+    """Whether a module is one of torch's norms, and not a subclass that computes something else."""
     return isinstance(module, TORCH_NORMS) and type(module).forward.__module__.startswith("torch.nn.")
 
 
 def _with_gain(module: nn.Module, parameter: nn.Parameter, value: float) -> float | None:
-    """Return the RMS of what a module adds to its bias when its gain has one value, None if it cannot be called.
+    """Return the RMS of a module's output without its bias for a constant gain, or None if it cannot be called.
 
     Inputs are normal; a second input, the gate of a gated norm, is constant.
     """
@@ -65,7 +65,7 @@ def _call(module: nn.Module, x: Tensor) -> Tensor | None:
         try:
             output = module.forward(*inputs)
         except (TypeError, AttributeError, RuntimeError, ValueError):
-            continue  # it wants other inputs
+            continue  # it needs other inputs
         if isinstance(output, Tensor):
             return output
     return None

@@ -1,7 +1,7 @@
-"""Whether a block adds its branches to a residual stream that nothing normalises: tried out on numbers.
+"""A numerical test that blocks are pre-norm, which the depth multiplier requires.
 
 The depth multiplier m_L^(-alpha) is derived for pre-norm blocks, x + branch(norm(x)). In a post-norm block,
-norm(x + branch(x)), it does something else, and before a norm at the end of a branch, x + norm(branch(x)), nothing.
+norm(x + branch(x)), it has another effect, and before a norm at the end of a branch, x + norm(branch(x)), it has none.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ from sparsetrain.parameterization.roles import TORCH_LAYERS, is_norm
 from sparsetrain.sparsity import SparseLinear
 
 LARGE = 1e3
-# What a block that is called on its own, without all that its model would give it, may raise.
+# Errors that a block may raise if it is called alone, without all inputs that its model would pass.
 _CANNOT_CALL = (TypeError, AttributeError, RuntimeError, ValueError, IndexError, KeyError, AssertionError)
 
 
 class _ReachedError(Exception):
-    """The first block was reached: the rest of the forward pass is not needed."""
+    """Raised when the forward pass reaches the first block, to skip the rest."""
 
 
 def check_pre_norm(model: nn.Module, blocks: Blocks, ends: Mapping[str, nn.Module]) -> None:
-    """Raise `UserError` where a multiplier at the end of a branch would not be one of a pre-norm block.
+    """Raise `UserError` if a multiplier at the end of a branch would not act as in a pre-norm block.
 
-    One block of each kind is called, with the inputs that the model gives it (a Hugging Face model on its dummy
-    inputs) or with one hidden state; a block that needs more than that is taken to be pre-norm, and so is one on
-    ``meta``. Nothing trains, and no value changes.
+    One block of each kind is called, with the inputs that its model passes to it (for Hugging Face models on their
+    dummy inputs) or with a single hidden state. A block that needs more inputs is assumed to be pre-norm, and so is a
+    block on ``meta``. Nothing is trained, and no value changes.
 
     Args:
-        ends: the modules that would be multiplied, by name; see `scales.branch_ends`.
+        ends: the modules to be multiplied, by name; see `scales.branch_ends`.
     """
     modules = dict(wrappers.named_modules(model))
     for name, module in modules.items():
         inside = [end for end in ends if not name or f"{end}.".startswith(f"{name}.")]
         if inside and isinstance(module, TORCH_LAYERS) and not module.norm_first:
             raise _post_norm(inside[0], f"{type(module).__name__} with norm_first=False")
-    # One block of each kind: of a hybrid model an attention block and a recurrent one.
+    # One block of each kind; a hybrid model, for example, has attention blocks and recurrent blocks.
     kinds = {(blocks.list_of(name), structure): name for name, structure in reversed([*blocks.structures.items()])}
     for name in kinds.values():
         block = modules[name]
@@ -81,7 +81,7 @@ def _post_norm(end: str, why: str) -> UserError:
 
 
 def _caller(model: nn.Module, block: nn.Module) -> Callable[[float], Tensor] | None:
-    """Return a function that gives the block's output for its usual input, of RMS 1, times a factor."""
+    """Return a function of a factor that calls the block on its usual input, of RMS 1, times the factor."""
     args, kwargs = _inputs_of(model, block)
     if args and isinstance(args[0], Tensor):
         hidden, rest, named = args[0], args[1:], kwargs
@@ -110,7 +110,7 @@ def _caller(model: nn.Module, block: nn.Module) -> Callable[[float], Tensor] | N
 
 
 def _inputs_of(model: nn.Module, block: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what the model calls its block with on its dummy inputs; nothing for a model that has none."""
+    """Return the arguments that the model passes to its block on its dummy inputs; empty if it has no dummy inputs."""
     found: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -122,13 +122,13 @@ def _inputs_of(model: nn.Module, block: nn.Module) -> tuple[tuple[Any, ...], dic
     if not isinstance(inputs, Mapping):
         return (), {}
     if any(wrappers.wrapped_child(module) is not None for module in bare.modules()):
-        return (), {}  # a compiled part would be compiled for these inputs
+        return (), {}  # a compiled module would be compiled for these inputs
     device = next(bare.parameters()).device
     handle = block.register_forward_pre_hook(note, with_kwargs=True)
     try:
         bare(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()})
     except (_ReachedError, *_CANNOT_CALL):
-        pass  # reached, or not to be reached with these inputs
+        pass  # reached, or unreachable with these inputs
     finally:
         handle.remove()
     if not found:
@@ -138,7 +138,7 @@ def _inputs_of(model: nn.Module, block: nn.Module) -> tuple[tuple[Any, ...], dic
 
 
 def _without_cache(value: Any) -> Any:
-    return None if "Cache" in type(value).__name__ else value  # it would grow with every call
+    return None if "Cache" in type(value).__name__ else value  # a cache would grow with every call
 
 
 def _width(block: nn.Module) -> int | None:
@@ -176,13 +176,13 @@ def _size(tensor: Tensor) -> float:
 
 @contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluate without gradients and dropout, and leave modes and the global generator as they were."""
+    """Evaluate without gradients and dropout, and restore modes and the global generator afterwards."""
     training = [module for module in model.modules() if module.training]
     state = torch.get_rng_state()
     model.eval()
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a model says of its dummy inputs
+            warnings.simplefilter("ignore")  # warnings of a model about its dummy inputs
             yield
     finally:
         torch.set_rng_state(state)

@@ -1,8 +1,8 @@
-"""What each parameterization means: pure functions from (role, multipliers) to initialisation and optimizer settings.
+"""The parameterizations: pure functions from (role, multipliers) to initial values and optimizer settings.
 
-With m_d the fan_in of a matrix over the fan_in of the same matrix at the base width, m_rho its density over the base
-density, m_L the number of layers over the base number, and L_ref the number of layers (SP, muP, SuPar) or the base
-number (CompleteP and the product):
+m_d is the fan_in of a matrix divided by the fan_in of the same matrix at the base width, m_rho its density divided by
+the base density, and m_L the number of layers divided by the base number. L_ref is the number of layers (SP, muP,
+SuPar) or the base number (CompleteP and the product):
 
 ==========================  ===========================  ==============================  ============  ==========
 tensor                      init std                     learning rate                   weight decay  eps
@@ -13,15 +13,15 @@ bias, norm inside a block   0, 1                         eta m_L^(a - 1)        
 embedding, positions        sigma                        eta embedding_lr_multiplier     lambda        eps
 final norm                  1                            eta                             0             eps
 head                        sigma                        eta                             lambda        eps
-keep                        its author's values          eta                             0             eps
+keep                        unchanged                    eta                             0             eps
 ==========================  ===========================  ==============================  ============  ==========
 
-SP uses none of the multipliers, muP m_d, SuPar m_d and m_rho, CompleteP m_d and m_L, their product all three; one that
-is not used is 1. Papers: SμPar (arXiv 2405.15743, Table 1) and CompleteP (arXiv 2505.01618, Table 1). Both hold for
-static random masks.
+SP uses no multiplier, muP uses m_d, SuPar m_d and m_rho, CompleteP m_d and m_L, and their product all three; an unused
+multiplier is 1. Papers: SμPar (arXiv 2405.15743, Table 1) and CompleteP (arXiv 2505.01618, Table 1). Both are derived
+for static random masks.
 
-The learning rates above are those of Adam-family optimizers, whose update does not depend on the scale of the gradient.
-SGD (``optimizer="sgd"``) steps by the gradient itself and has rules of its own:
+The learning rates above hold for Adam-family optimizers, whose update does not depend on the scale of the gradient. SGD
+(``optimizer="sgd"``) steps along the gradient itself and has its own rules:
 
 ==================================  =====================================
 tensor                              learning rate under SGD
@@ -33,15 +33,16 @@ final norm and its bias; head       eta m_d
 keep                                eta
 ==================================  =====================================
 
-They follow from one count. The head divides by m_d, so every gradient of an activation is 1 / m_d times that of the
-base, whatever the density: fan_out m_rho live terms of variance 1 / (fan_in m_rho). Inside a branch it is m_L^-a times
-smaller still. A matrix W with gradient g x^T changes its output by lr g (x . x) over its live inputs, that is by
-lr m_d m_rho / m_d = lr m_rho times the base; a vector changes by lr g, that is lr / m_d. The branch then passes m_L^-a
-of it on, and each of the m_L branches may move the residual stream by 1 / m_L: lr m_L^(-2a) = 1 / m_L. Widths inside
-the blocks are taken to grow with the model's. A matrix of which only the inputs or only the outputs grow has eta times
-m_out / m_d: the gradient of each of its outputs is 1 / m_out that of the base, and there are m_d live inputs. (An
-embedding's rows grow with m_out, and its input is one token.) Weight decay follows the same rule as under Adam: `width`
-and `width_density` undo what width and density did to the learning rate. There is no eps.
+Derivation. The head divides by m_d, so the gradient of every activation is 1 / m_d times the base's, at any density:
+it is a sum of fan_out m_rho nonzero terms of variance 1 / (fan_in m_rho). Inside a branch it is also multiplied by
+m_L^-a. A matrix W with gradient g x^T changes its output by lr g (x . x) over its nonzero inputs, that is by
+lr m_d m_rho / m_d = lr m_rho times the base's change; a vector changes by lr g, that is by lr / m_d. The branch passes
+on m_L^-a of the change, and each of the m_L branches may move the residual stream by 1 / m_L, so
+lr m_L^(-2a) = 1 / m_L. This assumes that widths inside the blocks grow with the model's width. A matrix of which only
+the inputs or only the outputs grow has the learning rate eta m_out / m_d: the gradient of each of its outputs is
+1 / m_out times the base's, and it has m_d times as many inputs. (The rows of an embedding grow with m_out, and its
+input is one token.) Weight decay follows the same rules as under Adam: `width` and `width_density` undo the effect of
+width and density on the learning rate. SGD has no eps.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from sparsetrain.errors import UserError, check_choice
 
 
 class Role(StrEnum):
-    """What a tensor does in the network; the rules depend on nothing else but its multipliers."""
+    """The function of a tensor in the network; the rules depend only on it and on the multipliers."""
 
     EMBEDDING = "embedding"
     POSITION = "position"
@@ -63,10 +64,10 @@ class Role(StrEnum):
     NORM = "norm"  # a gain inside a block
     BIAS = "bias"  # a bias, of a matrix or a norm, inside a block
     FINAL_NORM = "final_norm"
-    FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head; m_d tells the two apart
+    FINAL_BIAS = "final_bias"  # the bias of the final norm or of the head, which differ in m_d
     HEAD = "head"
     PROMPT = "prompt"  # soft-prompt vectors
-    KEEP = "keep"  # what its author initialises in a way of its own: it keeps its values and gets plain eta, no decay
+    KEEP = "keep"  # a parameter with special initial values: it keeps them, with learning rate eta and no decay
 
 
 MATRICES = (Role.HIDDEN, Role.OUTPUT)
@@ -82,21 +83,21 @@ OPTIMIZERS = ("adam", "sgd")
 
 
 @dataclass(frozen=True)
-class TensorSpec:
-    """A tensor as the rules see it.
+class TensorTraits:
+    """The properties of a tensor that the rules depend on.
 
     Args:
-        role: what it does.
-        m_d: fan_in over the fan_in of the same matrix at the base width; for a norm or a bias the ratio of its own
-            length, so 1 for the bias of the head.
-        density: nnz over the number of elements; 1 for everything dense.
-        m_out: the ratio of the numbers of outputs, where exactly one of it and m_d is 1: of a matrix that reads
-            features of a fixed size, or a router that writes as many logits at every width. None elsewhere. Only the
-            rules of SGD ask for it.
-        in_block: False for a matrix, norm or bias outside the residual blocks, which depth does not concern.
+        role: its function in the network.
+        m_d: fan_in divided by the fan_in of the same matrix at the base width; for a norm or a bias the ratio of
+            lengths, which is 1 for the bias of the head.
+        density: nnz divided by the number of elements; 1 for a dense tensor.
+        m_out: the ratio of the numbers of outputs, if exactly one of it and m_d is 1, as for a matrix that reads
+            features of a fixed size or a router with the same number of logits at every width; otherwise None. Only
+            the rules of SGD use it.
+        in_block: False for a matrix, norm or bias outside the residual blocks, which depth does not affect.
 
     Raises:
-        UserError: an unknown role, a multiplier that is not positive, or a density outside (0, 1].
+        UserError: the role is unknown, a multiplier is not positive, or the density is outside (0, 1].
     """
 
     role: Role
@@ -119,24 +120,25 @@ class Parameterization:
     """One column of the table. Build it with `sp`, `mup`, `supar`, `completep` or `supar_completep`.
 
     Args:
-        scheme: the name of the column.
-        base_width, base_density, base_layers: of the model on which the hyperparameters were tuned.
+        scheme: name of the column.
+        base_width, base_density, base_layers: shape of the model on which the hyperparameters were tuned.
         alpha: depth exponent of CompleteP in [0.5, 1]; residual branches are multiplied by m_L^(-alpha).
         alpha_in, alpha_out: multipliers of the embeddings and of the logits.
-        embedding_lr_multiplier: learning rate of embeddings and positions over eta.
+        embedding_lr_multiplier: learning rate of embeddings and positions, relative to eta.
         attention_scale: ``sqrt`` for 1/sqrt(d_head), ``linear`` for 1/d_head, ``auto`` for sqrt under SP and linear
-            elsewhere.
-        wd_rule: ``coupled`` leaves lambda as it is, so that the decay per step lr * lambda follows the learning rate;
+            otherwise.
+        wd_rule: ``coupled`` uses lambda unchanged, so that the decay per step, lr * lambda, follows the learning rate;
             ``width`` multiplies it by m_d and ``width_density`` by m_d m_rho, which keeps lr * lambda constant.
-        eps_rule: ``fixed``, or ``table`` for eps / m_d * m_L^(-alpha) inside blocks; ``everywhere`` gives it to every
-            tensor, as the public code of CompleteP does; ``auto`` becomes ``table`` under CompleteP and the product,
-            and ``fixed`` elsewhere.
+        eps_rule: ``fixed`` uses eps unchanged; ``table`` uses eps / m_d * m_L^(-alpha) inside blocks; ``everywhere``
+            uses that for every tensor, as the public code of CompleteP does; ``auto`` means ``table`` under CompleteP
+            and the product, and ``fixed`` otherwise.
         output_rule: ``shrunk`` divides the initial values of output projections by sqrt(2 L_ref); ``plain`` does not,
-            as the public code of CompleteP.
-        optimizer: whose rules hold: ``adam`` for Adam, AdamW and their relatives, ``sgd`` for plain and momentum SGD.
+            as in the public code of CompleteP.
+        optimizer: ``adam`` for the rules of Adam, AdamW and their relatives, ``sgd`` for those of plain and momentum
+            SGD.
 
     Raises:
-        UserError: an unknown choice, or a multiplier or base that is not positive.
+        UserError: a choice is unknown, or a multiplier or base is not positive.
     """
 
     scheme: str = "sp"
@@ -247,7 +249,7 @@ class Parameterization:
     def check_optimizer(self, name: str) -> None:
         """Raise `UserError` unless the rules are derived for the optimizer ``name``, such as ``adamw`` or ``sgd``.
 
-        SP scales nothing, so it fits both families.
+        SP scales nothing, so it is valid for both families.
         """
         family = "sgd" if name.lower() in ("sgd", "asgd") else "adam"
         if self.uses_width and family != self.optimizer:
@@ -256,66 +258,66 @@ class Parameterization:
                 f"{self.scheme} differ between the families; set parameterization.optimizer={family}"
             )
 
-    def _m_d(self, spec: TensorSpec) -> float:
-        return spec.m_d if self.uses_width else 1.0
+    def _m_d(self, traits: TensorTraits) -> float:
+        return traits.m_d if self.uses_width else 1.0
 
-    def _m_rho(self, spec: TensorSpec) -> float:
-        return spec.density / self.base_density if self.uses_density and spec.role in MATRICES else 1.0
+    def _m_rho(self, traits: TensorTraits) -> float:
+        return traits.density / self.base_density if self.uses_density and traits.role in MATRICES else 1.0
 
     def _m_l(self, n_layers: int) -> float:
         return n_layers / self.base_layers if self.uses_depth and self.base_layers else 1.0
 
     # -- the table ---------------------------------------------------------------------------------------------------
 
-    def init_std(self, spec: TensorSpec, sigma: float, n_layers: int) -> float:
-        """Return the standard deviation of the initial values; 0 for what is not drawn: biases, norms, ``keep``."""
-        if spec.role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.KEEP):
+    def init_std(self, traits: TensorTraits, sigma: float, n_layers: int) -> float:
+        """Return the standard deviation of the initial values; 0 for roles that are not drawn: bias, norm, keep."""
+        if traits.role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.KEEP):
             return 0.0
-        if spec.role not in MATRICES:
+        if traits.role not in MATRICES:
             return sigma
-        std = sigma / math.sqrt(self._m_d(spec) * self._m_rho(spec))
-        if spec.role is Role.OUTPUT and self.output_rule == "shrunk":
+        std = sigma / math.sqrt(self._m_d(traits) * self._m_rho(traits))
+        if traits.role is Role.OUTPUT and self.output_rule == "shrunk":
             reference = self.base_layers if self.uses_depth and self.base_layers else n_layers
             std /= math.sqrt(2 * reference)
         return std
 
-    def _divisor(self, spec: TensorSpec, density: bool = True) -> float:
-        """Return what the learning rate is divided by for width and, unless ``density`` is False, density."""
-        if spec.role is Role.KEEP:
+    def _divisor(self, traits: TensorTraits, density: bool = True) -> float:
+        """Return the divisor of the learning rate due to width and, unless ``density`` is False, to density."""
+        if traits.role is Role.KEEP:
             return 1.0
         if self.optimizer == "sgd":
-            if spec.role not in MATRICES:
-                return 1.0 / (self._m_d(spec) if spec.m_out is None or not self.uses_width else spec.m_out)
-            grown = spec.m_d / spec.m_out if self.uses_width and spec.m_out is not None else 1.0
-            return grown * self._m_rho(spec) if density else grown
-        if spec.role not in MATRICES:
+            if traits.role not in MATRICES:
+                return 1.0 / (self._m_d(traits) if traits.m_out is None or not self.uses_width else traits.m_out)
+            grown = traits.m_d / traits.m_out if self.uses_width and traits.m_out is not None else 1.0
+            return grown * self._m_rho(traits) if density else grown
+        if traits.role not in MATRICES:
             return 1.0
-        return self._m_d(spec) * self._m_rho(spec) if density else self._m_d(spec)
+        return self._m_d(traits) * self._m_rho(traits) if density else self._m_d(traits)
 
-    def learning_rate(self, spec: TensorSpec, lr: float, n_layers: int) -> float:
-        """Return the peak learning rate of the tensor for the base rate ``lr``."""
-        lr = lr / self._divisor(spec)
-        if spec.role in (Role.EMBEDDING, Role.POSITION):
+    def learning_rate(self, traits: TensorTraits, lr: float, n_layers: int) -> float:
+        """Return the peak learning rate of the tensor for the base learning rate ``lr``."""
+        lr = lr / self._divisor(traits)
+        if traits.role in (Role.EMBEDDING, Role.POSITION):
             return lr * self.embedding_lr_multiplier
-        if spec.role not in INSIDE_BLOCK or not spec.in_block:
+        if traits.role not in INSIDE_BLOCK or not traits.in_block:
             return lr
         exponent = 2.0 * self.alpha - 1.0 if self.optimizer == "sgd" else self.alpha - 1.0
         return lr * self._m_l(n_layers) ** exponent
 
-    def weight_decay(self, spec: TensorSpec, weight_decay: float) -> float:
-        """Return the decay coefficient of AdamW or SGD, whose decay per step is learning rate times this."""
-        if spec.role in UNDECAYED:
+    def weight_decay(self, traits: TensorTraits, weight_decay: float) -> float:
+        """Return the weight decay coefficient of AdamW or SGD; the decay per step is the learning rate times this."""
+        if traits.role in UNDECAYED:
             return 0.0
         if self.wd_rule == "coupled":
             return weight_decay
-        return weight_decay * self._divisor(spec, density=self.wd_rule == "width_density")
+        return weight_decay * self._divisor(traits, density=self.wd_rule == "width_density")
 
-    def epsilon(self, spec: TensorSpec, eps: float, n_layers: int) -> float:
+    def epsilon(self, traits: TensorTraits, eps: float, n_layers: int) -> float:
         """Return Adam's eps."""
-        inside = spec.role in INSIDE_BLOCK and spec.in_block
+        inside = traits.role in INSIDE_BLOCK and traits.in_block
         if self.eps_rule == "fixed" or (self.eps_rule == "table" and not inside):
             return eps
-        return eps / self._m_d(spec) * self._m_l(n_layers) ** -self.alpha
+        return eps / self._m_d(traits) * self._m_l(n_layers) ** -self.alpha
 
     # -- multipliers of the forward pass, in training and in generation ------------------------------------------------
 

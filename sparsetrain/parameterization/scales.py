@@ -1,4 +1,4 @@
-"""The forward multipliers as hooks on modules: alpha_in, alpha_out / m_d and m_L^(-alpha)."""
+"""Forward multipliers as hooks on modules: alpha_in, alpha_out / m_d and m_L^(-alpha)."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sparsetrain.errors import UserError
 from sparsetrain.parameterization.depth import Blocks
 from sparsetrain.parameterization.roles import Place, is_norm
 
-# Norms at the end of a branch, before it is added: where the first stands in a block, the multiplier belongs behind
-# the second ones, since it would cancel before them (Gemma 2 and 3, OLMo 2, GLM 4).
+# Norms at the end of a branch, before the addition. If a block has the first name, the multiplier must follow the norms
+# in the second place, because it would cancel before them (Gemma 2 and 3, OLMo 2, GLM 4).
 _BRANCH_NORMS = (
     ("post_feedforward_layernorm", ("post_attention_layernorm", "post_feedforward_layernorm")),
     ("post_mlp_layernorm", ("post_self_attn_layernorm", "post_mlp_layernorm")),
 )
-# Norms of the sum of the embeddings, in which alpha_in would cancel before it (BERT, BLOOM, BART).
+# Norms of the summed embeddings; alpha_in must follow them, because it would cancel before (BERT, BLOOM, BART).
 _EMBEDDING_NORMS = (
     *("embeddings.LayerNorm", "embeddings.norm", "word_embeddings_layernorm", "layernorm_embedding", "emb_ln"),
 )
@@ -39,7 +39,7 @@ class _Scale:
 
 class _OutputScale(_Scale):
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> Any:
-        if isinstance(output, tuple):  # attention: what it returns beside the output stays
+        if isinstance(output, tuple):  # attention returns further values, which stay
             return (output[0] * self.factor, *output[1:])
         return output * self.factor
 
@@ -50,19 +50,19 @@ class _InputScale(_Scale):
 
 
 def scale_output(module: nn.Module, factor: float) -> None:
-    """Multiply what ``module`` returns, the first of several outputs, by ``factor`` from now on."""
+    """From now on, multiply the output of ``module``, or the first one of a tuple, by ``factor``."""
     if factor != 1.0:
         module.register_forward_hook(_OutputScale(factor))
 
 
 def scale_input(module: nn.Module, factor: float) -> None:
-    """Multiply the first input of ``module`` by ``factor`` from now on."""
+    """From now on, multiply the first input of ``module`` by ``factor``."""
     if factor != 1.0:
         module.register_forward_pre_hook(_InputScale(factor))
 
 
 def remove_scales(model: nn.Module) -> None:
-    """Take back every multiplier that `scale_output` and `scale_input` put into ``model``."""
+    """Remove every multiplier that `scale_output` and `scale_input` attached to modules of ``model``."""
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Scale)]:
@@ -70,9 +70,9 @@ def remove_scales(model: nn.Module) -> None:
 
 
 def input_scale(embedding: nn.Module) -> float:
-    """Return the factor that `sparsetrain.parameterize` put on what an embedding returns, 1 where there is none.
+    """Return the factor that `sparsetrain.parameterize` applies to the output of an embedding; 1 if there is none.
 
-    Vectors that stand in for rows of its weight, as `sparsetrain.SoftPrompt`, need the same.
+    Vectors that replace rows of its weight, as in `sparsetrain.SoftPrompt`, need the same factor.
     """
     module = wrappers.unwrap(embedding)
     return next((hook.factor for hook in module._forward_hooks.values() if isinstance(hook, _OutputScale)), 1.0)
@@ -82,13 +82,14 @@ def input_scale(embedding: nn.Module) -> float:
 
 
 def branch_ends(model: nn.Module, outputs: Iterable[Place], blocks: Blocks) -> dict[str, nn.Module]:
-    """Return the modules whose output is the end of a residual branch, by name.
+    """Return the modules whose output ends a residual branch, by name.
 
-    That is each output projection, or the module around it whose code reads the projection's weight without calling it
-    (``nn.MultiheadAttention``, the mixers of Mamba), or the norm that stands behind it in the branch.
+    For each output projection that is the projection itself; or the module around it, if its code reads the weight
+    without calling the projection (``nn.MultiheadAttention``, the mixers of Mamba); or the norm that follows it in the
+    branch.
 
     Raises:
-        UserError: a projection that is read by code of which nothing is known.
+        UserError: unknown code reads the weight of a projection.
     """
     modules = dict(wrappers.named_modules(model))
     ends: dict[str, nn.Module] = {}
@@ -99,8 +100,8 @@ def branch_ends(model: nn.Module, outputs: Iterable[Place], blocks: Blocks) -> d
         if norms:
             ends |= {norm: modules[norm] for norm in norms}
             continue
-        if place.part is not None and place.part.stacked:  # the module sums up what its experts give
-            ends[place.part.holder_name] = place.part.holder
+        if place.slice is not None and place.slice.stacked:  # the module sums the outputs of its experts
+            ends[place.slice.holder_name] = place.slice.holder
             continue
         parent_name, _, child = name.rpartition(".")
         parent = modules.get(parent_name)
@@ -120,16 +121,16 @@ def _branch_norms(block: str, modules: dict[str, nn.Module]) -> tuple[str, ...]:
 
 
 def _returns_its_out_proj(module: nn.Module) -> bool:
-    """Whether a module returns what its ``out_proj`` gives, but computes it from the weight, always or at times."""
+    """Whether a module returns the output of its ``out_proj``, but (sometimes) computes it directly from the weight."""
     if isinstance(module, nn.MultiheadAttention):
         return True
     return type(module).__name__.endswith("Mixer") and reads_weight(module, "out_proj")
 
 
 def embedding_norm(name: str, modules: dict[str, nn.Module]) -> str | None:
-    """Return the name of the norm that follows the embedding called ``name``, of which alpha_in must stand behind."""
+    """Return the name of the norm that follows the embedding called ``name``; alpha_in must be applied after it."""
     parents = name.split(".")[:-1]
-    # As many parts up as the embedding has: `embeddings.word_embeddings` and the model's own `word_embeddings`.
+    # The names above may start at the embedding's module or one level higher, as in `embeddings.LayerNorm`.
     prefix = "".join(f"{part}." for part in parents)
     outer = "".join(f"{part}." for part in parents[:-1])
     for norm in _EMBEDDING_NORMS:
@@ -142,7 +143,7 @@ def embedding_norm(name: str, modules: dict[str, nn.Module]) -> str | None:
 def check_called(name: str, parent: nn.Module | None, child: str, what: str) -> None:
     """Raise `UserError` if the code of ``parent`` reads the weight of its ``child`` and never calls it.
 
-    A hook on such a module is never called. Code that cannot be read is taken to call it.
+    A hook on such a child would never run. If the code is unavailable, it is assumed to call the child.
     """
     if parent is not None and _uses(parent, child) == {"weight"}:
         raise UserError(
@@ -152,12 +153,12 @@ def check_called(name: str, parent: nn.Module | None, child: str, what: str) -> 
 
 
 def reads_weight(parent: nn.Module | None, child: str) -> bool:
-    """Whether the code of ``parent`` multiplies by the weight of its ``child`` itself, beside any call of it."""
+    """Whether the code of ``parent`` multiplies by the weight of its ``child`` directly, whether or not it calls it."""
     return parent is not None and "weight" in _uses(parent, child)
 
 
 def _uses(parent: nn.Module, child: str) -> set[str]:
-    """Return in which ways the methods of a module's class use a child when it runs: ``call``, ``weight``."""
+    """Return how the methods of a module's class use a child when the model runs: ``call``, ``weight``, or both."""
     sources = _sources(parent)
     if sources is None:
         return {"call"}
@@ -167,7 +168,7 @@ def _uses(parent: nn.Module, child: str) -> set[str]:
 
 
 def _sources(module: nn.Module) -> list[str] | None:
-    """Return the code of the methods of a module's class that run with the model, None where it cannot be read."""
+    """Return the source of the methods of a module's class that run with the model, or None if it is unavailable."""
     found = []
     for kind in type(module).__mro__:
         if not issubclass(kind, nn.Module) or kind is nn.Module:
@@ -183,7 +184,7 @@ def _sources(module: nn.Module) -> list[str] | None:
 
 
 def check_reachable(place: Place, factor: float, what: str) -> None:
-    """Raise `UserError` if a parameter that no module of its own holds would need a multiplier."""
+    """Raise `UserError` if a multiplier is needed for a parameter that is not the weight of a layer of its own."""
     if factor != 1.0:
         raise UserError(
             f"parameterize: {what}={factor:g} cannot reach parameter '{place.name}', which "
@@ -192,13 +193,13 @@ def check_reachable(place: Place, factor: float, what: str) -> None:
 
 
 def embedding_factor(name: str, modules: dict[str, nn.Module]) -> float:
-    """Return the factor by which a model's own code multiplies an embedding: Gemma's and BART's sqrt(d_model)."""
+    """Return the factor that a model's own code applies to an embedding, such as sqrt(d_model) in Gemma and BART."""
     module, parent_name = modules[name], name.rpartition(".")[0]
     measured = _measured_factor(module)
     if measured is not None:
         return measured
     for owner in (module, modules.get(parent_name)):
-        # Gemma keeps the number beside the buffer, which has no value on the meta device.
+        # Gemma keeps the number in an attribute beside the buffer, which has no value on the meta device.
         for factor in (getattr(owner, "scalar_embed_scale", None), getattr(owner, "embed_scale", None)):
             if isinstance(factor, int | float) or (isinstance(factor, Tensor) and not factor.is_meta):
                 return float(factor)
@@ -206,7 +207,7 @@ def embedding_factor(name: str, modules: dict[str, nn.Module]) -> float:
 
 
 def _measured_factor(module: nn.Module) -> float | None:
-    """Return by what a subclass of ``nn.Embedding`` multiplies the rows of its weight, None if that cannot be told."""
+    """Return the factor that a subclass of ``nn.Embedding`` applies to the rows of its weight, or None if unknown."""
     if not isinstance(module, nn.Embedding) or type(module).forward is nn.Embedding.forward or module.weight.is_meta:
         return None
     tokens = torch.arange(module.num_embeddings, device=module.weight.device)[:64]
@@ -215,7 +216,7 @@ def _measured_factor(module: nn.Module) -> float | None:
         with torch.no_grad():
             output = module.forward(tokens).double()
     except (TypeError, AttributeError, RuntimeError, ValueError, IndexError):
-        return None  # it wants other inputs
+        return None  # it needs other inputs
     if output.shape != rows.shape or not rows.any():
         return None
     factor = (output * rows).sum() / rows.square().sum()
@@ -223,20 +224,20 @@ def _measured_factor(module: nn.Module) -> float | None:
 
 
 def check_no_root_of_width(name: str, modules: dict[str, nn.Module], scheme: str) -> None:
-    """Raise `UserError` if a model's own code multiplies an embedding by a square root, as of its width."""
+    """Raise `UserError` if a model's own code multiplies an embedding by a square root, which grows with the width."""
     parent_name, _, child = name.rpartition(".")
     parent, call = modules.get(parent_name), rf"self\.{re.escape(child)}\([^\n]*\)"
     root = r"(?:(?:math\.|np\.|torch\.)?sqrt\(|[\w.]+\s*\*\*\s*\(?0?\.5)"
     pattern = rf"{call}\s*\*\s*\(?{root}|{root}[^\n*]*\*\s*{call}"
     if parent is not None and any(re.search(pattern, source) for source in _sources(parent) or ()):
         raise UserError(
-            f"parameterize: {type(parent).__name__} multiplies '{name}' by a square root; under {scheme} what an "
-            "embedding gives must not grow with the width: keep the base's factor at every width, or use alpha_in"
+            f"parameterize: {type(parent).__name__} multiplies '{name}' by a square root; under {scheme} the output of "
+            "an embedding must not grow with the width: keep the base's factor at every width, or use alpha_in"
         )
 
 
 def logit_factor(model: nn.Module) -> float:
-    """Return the factor by which a model's own code multiplies the input of its head: d_model^-0.5 in T5's family."""
+    """Return the factor that a model's own code applies to the input of its head, such as d_model^-0.5 in T5."""
     config = getattr(wrappers.unwrap(model), "config", None)
     width = getattr(config, "d_model", None)
     scaled = getattr(config, "scale_decoder_outputs", getattr(config, "tie_word_embeddings", False))

@@ -1,4 +1,4 @@
-"""How many inputs an output of a parameter sees, and how many outputs there are: what m_d is the ratio of."""
+"""fan_in and fan_out of parameters: the numbers of inputs and outputs that m_d and m_out are ratios of."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from sparsetrain.parameterization.rules import MATRICES, Role
 from sparsetrain.sparsity import SparseLinear
 from sparsetrain.sparsity.layers.surgery import is_conv1d
 
-# Stacks of experts [E, in, out] of transformers that do not carry `is_transposed`.
+# Classes of stacked experts [E, in, out] in transformers that lack the attribute `is_transposed`.
 _TRANSPOSED_STACKS = ("Llama4TextExperts",)
 
 
 def fan_in(place: Place, dim: int | None = None) -> int:
-    """Return the number of inputs of one output of a matrix, the length of an embedding's row, a norm or a bias.
+    """Return the number of inputs per output of a matrix; for an embedding the row length, for a vector its length.
 
     ====================================  =========================================
     weight                                fan_in
     ====================================  =========================================
-    linear, recurrent, attention          its last dimension, [out, in]
-    Hugging Face's Conv1D                 its first dimension, [in, out]
-    convolution                           channels in a group times the kernel
-    transposed convolution                channels in a group times kernel / stride
-    bilinear                              the product of both inputs
-    stacked experts                       the last dimension [E, out, in], or the middle one where the module says
+    linear, recurrent, attention          last dimension, [out, in]
+    Hugging Face's Conv1D                 first dimension, [in, out]
+    convolution                           channels per group times kernel size
+    transposed convolution                channels per group times kernel size / stride
+    bilinear                              product of both input sizes
+    stacked experts                       last dimension, [E, out, in], or the middle one if the module has
                                           ``is_transposed``
     ====================================  =========================================
 
     Args:
-        dim: the dimension that counts inputs, where the user has named it.
+        dim: the dimension that counts inputs, if the user has given it.
     """
     module, weight = place.module, place.parameter
     if isinstance(module, SparseLinear) and place.leaf == "values":
-        return module.out_features if _is_flipped_part(place, dim) else module.in_features
+        return module.out_features if _is_flipped_slice(place, dim) else module.in_features
     if weight.ndim == 0:
         return 1
     if dim is not None:
         if not -weight.ndim <= dim < weight.ndim:
-            raise UserError(f"fan_in: '{place.name}' has {weight.ndim} dimensions, so {dim} is none of them")
+            raise UserError(f"fan_in: '{place.name}' has {weight.ndim} dimensions, so there is no dimension {dim}")
         return weight.shape[dim]
     if place.is_bias or weight.ndim == 1:
         return weight.shape[-1]
@@ -56,10 +56,10 @@ def fan_in(place: Place, dim: int | None = None) -> int:
 
 
 def fan_out(place: Place) -> int:
-    """Return the number of outputs of a matrix, the length of anything else."""
+    """Return the number of outputs of a matrix, or the length of another parameter."""
     module, weight = place.module, place.parameter
     if isinstance(module, SparseLinear) and place.leaf == "values":
-        return module.in_features if _is_flipped_part(place, None) else module.out_features
+        return module.in_features if _is_flipped_slice(place, None) else module.out_features
     if weight.ndim < 2 or place.is_bias or isinstance(module, EMBEDDING_TYPES) or is_conv1d(module):
         return weight.shape[-1] if weight.ndim else 1
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
@@ -76,11 +76,11 @@ def is_transposed_stack(place: Place) -> bool:
     )
 
 
-def _is_flipped_part(place: Place, dim: int | None) -> bool:
-    """Whether the sparse layer of an expert has its inputs and outputs the other way round: it is of [E, in, out]."""
-    if place.part is None or not place.part.stacked or place.part.transposed:
+def _is_flipped_slice(place: Place, dim: int | None) -> bool:
+    """Whether the sparse layer of an expert has swapped inputs and outputs, because its tensor is [E, in, out]."""
+    if place.slice is None or not place.slice.stacked or place.slice.transposed:
         return False
-    return dim in (-2, 1) or _holds_transposed(place.part.holder)
+    return dim in (-2, 1) or _holds_transposed(place.slice.holder)
 
 
 def _holds_transposed(module: nn.Module) -> bool:
@@ -88,15 +88,15 @@ def _holds_transposed(module: nn.Module) -> bool:
 
 
 def check_orientation(place: Place, base: Place, role: Role, said: bool) -> None:
-    """Raise `UserError` where a stack of matrices may be [E, out, in] or [E, in, out] and m_d depends on which.
+    """Raise `UserError` if a stack of matrices may be [E, out, in] or [E, in, out] and m_d depends on which.
 
-    With the same ratio to the base in both dimensions it does not, nor where the user has ``said`` it.
+    m_d does not depend on it if both dimensions have the same ratio to the base. ``said`` means that the user gave it.
     """
-    stacks = [one for one in (place, base) if one.part is None]
-    holders = [one.module if one.part is None else one.part.holder for one in (place, base)]
+    stacks = [one for one in (place, base) if one.slice is None]
+    holders = [one.module if one.slice is None else one.slice.holder for one in (place, base)]
     if said or role not in MATRICES or any(one.parameter.ndim < 3 for one in stacks):
         return
-    if any(one.part is not None and not one.part.stacked for one in (place, base)):
+    if any(one.slice is not None and not one.slice.stacked for one in (place, base)):
         return
     for holder in holders:
         if isinstance(holder, nn.modules.conv._ConvNd | nn.Bilinear | SparseLinear):
@@ -113,7 +113,7 @@ def check_orientation(place: Place, base: Place, role: Role, said: bool) -> None
 
 
 def _sides(place: Place) -> tuple[int, int]:
-    """Return the last two dimensions of a stack of matrices, of which a sparse layer may hold one."""
+    """Return the last two dimensions of a stack of matrices, or of the sparse layer that holds one of its matrices."""
     if isinstance(place.module, SparseLinear):
         return place.module.out_features, place.module.in_features
     return place.parameter.shape[-2], place.parameter.shape[-1]

@@ -1,4 +1,4 @@
-"""The tensors of a model beside those of its base: m_d of each, whatever the base is short of."""
+"""The tensors of a model compared with those of its base: m_d and m_out of each."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from sparsetrain.errors import UserError, nearest
 from sparsetrain.parameterization.anatomy import Anatomy, examine
 from sparsetrain.parameterization.depth import counterpart
 from sparsetrain.parameterization.roles import Place, home, places
-from sparsetrain.parameterization.rules import INSIDE_BLOCK, MATRICES, Parameterization, Role, TensorSpec
+from sparsetrain.parameterization.rules import INSIDE_BLOCK, MATRICES, Parameterization, Role, TensorTraits
 from sparsetrain.parameterization.shapes import check_orientation, fan_in, fan_out
 from sparsetrain.sparsity import SparseLinear
 
 
 class Base:
-    """The base model of a width rule, seen from the model that it gives its widths to.
+    """The base model of a width rule, compared with the model that it gives base widths to.
 
     Args:
-        base: of the same architecture, at any density, with as many blocks or fewer.
-        own: of the model.
-        roles: the user's.
+        base: a model of the same architecture, at any density, with at most as many blocks.
+        own: the anatomy of the model.
+        roles: the user's roles.
         dims: glob over parameter names -> the dimension that counts inputs.
 
     Raises:
-        UserError: a glob of ``dims`` that matches no parameter of the model, or a base width that is none of the base.
+        UserError: a glob of ``dims`` matches no parameter of the model, or the base does not have the base width.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Base:
         widths = {fan_in(p, self._dim(p)) for of in self._places.values() for p in of.values() if not p.is_bias}
         if rules.uses_width and rules.base_width not in widths:
             raise UserError(
-                f"parameterize: base_width={rules.base_width} is the width of no module of the base model (its widths: "
+                f"parameterize: no module of the base model has the width base_width={rules.base_width} (its widths: "
                 f"{', '.join(str(width) for width in sorted(widths))})"
             )
 
-    def spec(self, tied: list[Place]) -> TensorSpec:
-        """Return role, m_d, density and the like of a parameter, given all its places."""
+    def traits(self, tied: list[Place]) -> TensorTraits:
+        """Return the traits of a parameter, given all its places."""
         place = home(tied)
         role = self._own.roles[place.name]
         module = place.module
@@ -66,17 +66,17 @@ class Base:
         inside = role not in INSIDE_BLOCK or self._own.in_block(place)
         other = self.counterpart(place)
         if other is None or role is Role.KEEP:
-            return TensorSpec(role, 1.0, density, in_block=inside)
+            return TensorTraits(role, 1.0, density, in_block=inside)
         check_orientation(place, other, role, self._dim(place) is not None)
         m_d = self.m_d(place)
         m_out = fan_out(place) / fan_out(other)
-        # Of a tensor whose two sides grow alike there is nothing to add; see the rules of SGD.
+        # m_out matters only if one side grows and the other does not; see the rules of SGD.
         one_sided = self._sgd and (m_d == 1.0) != (m_out == 1.0)
         says = one_sided and not place.is_bias and role in (*MATRICES, Role.EMBEDDING, Role.POSITION)
-        return TensorSpec(role, m_d, density, m_out if says else None, inside)
+        return TensorTraits(role, m_d, density, m_out if says else None, inside)
 
     def m_d(self, place: Place) -> float:
-        """Return fan_in over that of the base, the ratio of lengths for a norm or a bias; 1 without a base.
+        """Return fan_in divided by the base's, or the ratio of lengths for a norm or a bias; 1 without a base.
 
         Raises:
             UserError: the base lacks the module, or is wider.
@@ -93,7 +93,7 @@ class Base:
         return own / theirs
 
     def counterpart(self, place: Place) -> Place | None:
-        """Return the base's tensor that corresponds to one of the model's, None if there is no base or no such bias."""
+        """Return the base's tensor for one of the model's; None if there is no base, or no such bias in it."""
         if self._places is None:
             return None
         name, leaf = place.dense

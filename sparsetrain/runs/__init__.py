@@ -1,1 +1,1 @@
-"""What a run directory is: its files, who may write to it, what identifies the run, its checkpoints and metrics."""
+"""Run directories: their files and locks, the identity of a run, checkpoints and metrics."""

@@ -1,16 +1,16 @@
-"""Checkpoints that are complete or absent, and that are verified before anything in them is used.
+"""Checkpoints: written completely or not at all, and verified before use.
 
     checkpoints/
         latest                   name of the newest complete checkpoint, one line
         step-00000100/
             model.safetensors
             optimizer.safetensors
-            state.json           the run's own state, the optimizer's groups, the names that share a tensor
-            manifest.json        step, and size and SHA-256 of each file; says if a byte of itself has changed
+            state.json           state of the run, groups of the optimizer, names that share a tensor
+            manifest.json        step, size and SHA-256 of each file, and a digest of the manifest itself
 
-A checkpoint is written into a hidden directory beside its place, made durable, and renamed; whatever interrupts a
-save, the directory holds the old newest checkpoint or the new one, whole. Only one process may save into a
-directory, but any number may read from it meanwhile.
+A checkpoint is written into a hidden directory next to its final place, flushed to disk, and renamed. Whatever
+interrupts a save, the directory holds either the previous newest checkpoint or the new one, complete. Only one process
+may save into a directory; any number may read from it at the same time.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ LATEST = "latest"
 
 _CONTENTS = (MODEL, OPTIMIZER, STATE)
 _NAME = re.compile(r"step-([0-9]{8,})")
-# Hidden directories: being written, standing in for one that is being replaced, being deleted.
+# Prefixes of hidden directories: a checkpoint being written, the old one that it replaces, one being deleted.
 _WRITING, _REPLACED, _REMOVING = ".writing-", ".replaced-", ".removing-"
-_POINTER = ".latest"  # the next ``latest``
+_POINTER = ".latest"  # the new ``latest`` before it is renamed
 
 
 class _Document(TypedDict):
@@ -75,13 +75,13 @@ class _Document(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint; every tensor is on the CPU.
+    """A verified checkpoint; all tensors are on the CPU.
 
     Attributes:
-        step: number of updates done.
-        model: the model's state dict; names that shared a tensor when it was saved share one here.
-        optimizer: for `restore_optimizer`.
-        state: what the run saved beside them.
+        step: number of optimizer steps done.
+        model: the model's state dict; names that shared a tensor when saved share one here.
+        optimizer: argument for `restore_optimizer`.
+        state: the run's own state.
         path: the directory that it was read from.
     """
 
@@ -93,14 +93,14 @@ class Checkpoint:
 
 
 def checkpoint_name(step: int) -> str:
-    """Return the directory name of the checkpoint after ``step`` updates, e.g. ``step-00000100``."""
+    """Return the directory name of the checkpoint after ``step`` steps, e.g. ``step-00000100``."""
     if step < 0:
         raise ValueError(f"step={step} must be at least 0")
     return f"step-{step:08d}"
 
 
 def _step(name: str) -> int | None:
-    """Return the step that a directory name stands for, or None if it is not the name of a checkpoint."""
+    """Return the step in a directory name, or None if it is not the name of a checkpoint."""
     match = _NAME.fullmatch(name)
     step = int(match[1]) if match else None
     return step if step is not None and name == checkpoint_name(step) else None
@@ -110,13 +110,13 @@ def _step(name: str) -> int | None:
 
 
 def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return contiguous tensors of which no two share memory, and ``{name left out: name of the same tensor}``."""
+    """Return contiguous tensors that share no memory, and ``{omitted name: kept name}`` for tied tensors."""
     kept: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     first_name: dict[tuple[Any, ...], str] = {}
     storages: set[tuple[Any, int]] = set()
     for name, tensor in tensors.items():
-        if tensor.numel() == 0:  # has no memory to share
+        if tensor.numel() == 0:  # it has no memory to share
             kept[name] = tensor.detach().contiguous()
             continue
         storage = (tensor.device, tensor.untyped_storage().data_ptr())
@@ -126,7 +126,7 @@ def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
             continue
         first_name[view] = name
         dense = tensor.detach().contiguous()
-        # Different views of one storage, e.g. the rows of a fused matrix, become tensors of their own.
+        # Different views of one storage, e.g. the rows of a fused matrix, become separate tensors.
         shares = storage in storages and dense.untyped_storage().data_ptr() == storage[1]
         kept[name] = dense.clone() if shares else dense
         storages.add(storage)
@@ -134,14 +134,14 @@ def _without_duplicates(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor
 
 
 def _remove(path: Path) -> None:
-    """Delete a checkpoint directory; it disappears from view at once and as a whole."""
+    """Delete a checkpoint directory; a rename first makes it disappear at once."""
     hidden = path.with_name(_REMOVING + path.name)
     os.rename(path, hidden)
     shutil.rmtree(hidden)
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Clear what an interrupted save left in a run's ``checkpoints`` directory, which no other process may write to."""
+    """Clean up after an interrupted save in a ``checkpoints`` directory; no other process may be writing to it."""
     if not directory.is_dir():
         return
     (directory / _POINTER).unlink(missing_ok=True)
@@ -157,12 +157,12 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def _publish(working: Path, final: Path) -> None:
-    """Rename a finished directory to its name and point ``latest`` to it, durably."""
+    """Rename a finished directory to its final name and point ``latest`` to it, flushing both to disk."""
     directory = final.parent
     pointer, replaced = directory / _POINTER, directory / (_REPLACED + final.name)
-    write_durably(pointer, f"{final.name}\n".encode())  # first, because this may need space and renaming does not
+    write_durably(pointer, f"{final.name}\n".encode())  # first, because this may need disk space and renaming does not
     if final.exists():
-        # Two renames cannot be one; between them a reader takes the replaced directory for the one that is missing.
+        # Two renames are not atomic. Between them a reader uses the replaced directory instead of the missing one.
         os.rename(final, replaced)
     os.rename(working, final)
     flush(directory)
@@ -173,7 +173,7 @@ def _publish(working: Path, final: Path) -> None:
 
 
 def _discard(directory: Path, working: Path) -> None:
-    """Remove what a save that failed has begun, as far as that is possible."""
+    """Remove the files of a failed save, ignoring errors."""
     shutil.rmtree(working, ignore_errors=True)
     with contextlib.suppress(OSError):
         (directory / _POINTER).unlink(missing_ok=True)
@@ -181,7 +181,7 @@ def _discard(directory: Path, working: Path) -> None:
 
 @contextlib.contextmanager
 def _reporting(name: str, directory: Path, working: Path) -> Iterator[None]:
-    """Turn a failure of the file system into one line, and leave no unfinished directory behind."""
+    """Turn an error of the file system into a `UserError` of one line, and remove the unfinished directory."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -206,23 +206,23 @@ def save_checkpoint(
     state: Mapping[str, JSON],
     keep_last: int,
 ) -> Path:
-    """Write the checkpoint of ``step`` and return its path, once it is durable.
+    """Write the checkpoint of ``step`` and return its path once it is on disk.
 
-    Tensors may be on any device, non-contiguous, tied, or views of one storage. A checkpoint of the same step is
-    replaced. Of the checkpoints before ``step`` the newest ``keep_last - 1`` stay and older ones are removed, after
-    the new one is complete; later ones, which a run has that went back to an older checkpoint, are left alone.
+    Tensors may be on any device, non-contiguous, tied, or views of one storage. An existing checkpoint of the same step
+    is replaced. Once the new one is complete, older checkpoints are removed, except for the newest ``keep_last - 1``.
+    Checkpoints of later steps, which exist if the run was restarted from an older one, are kept.
 
     Args:
-        directory: the run's ``checkpoints`` directory, made if absent.
-        step: number of updates done.
+        directory: the run's ``checkpoints`` directory, created if absent.
+        step: number of optimizer steps done.
         model_state: ``model.state_dict()``.
         optimizer_state: from `optimizer_tensors`.
-        state: anything JSON; object keys must be strings.
-        keep_last: how many checkpoints to keep, this one included; at least 1.
+        state: any JSON value; object keys must be strings.
+        keep_last: number of checkpoints to keep, including this one; at least 1.
 
     Raises:
-        UserError: the disk is full, or the directory cannot be written; earlier checkpoints are as they were.
-        TypeError: ``state`` holds something that JSON does not.
+        UserError: the disk is full or the directory is not writable; earlier checkpoints are unchanged.
+        TypeError: ``state`` holds something that JSON cannot represent.
     """
     if keep_last < 1:
         raise UserError(f"keep_last={keep_last} must be at least 1")
@@ -255,7 +255,7 @@ def save_checkpoint(
 
 
 def list_checkpoints(directory: Path) -> list[str]:
-    """Return the names of the checkpoints in ``directory``, oldest first; damaged ones are not told apart."""
+    """Return the names of the checkpoints in ``directory``, oldest first, including damaged ones."""
     try:
         entries = os.listdir(directory)
     except (FileNotFoundError, NotADirectoryError):
@@ -266,7 +266,7 @@ def list_checkpoints(directory: Path) -> list[str]:
 
 
 def _latest(directory: Path) -> str | None:
-    """Return the name in ``latest``, or None when it is absent or cannot be one."""
+    """Return the name in ``latest``, or None if the file is absent or holds no checkpoint name."""
     try:
         name = (directory / LATEST).read_bytes().decode("ascii").removesuffix("\n")
     except (OSError, UnicodeDecodeError):
@@ -275,7 +275,7 @@ def _latest(directory: Path) -> str | None:
 
 
 def _read_verified(path: Path, step: int) -> Checkpoint:
-    """Read each file once, so that the bytes that are used are the bytes that were verified."""
+    """Read a checkpoint. Each file is read only once, so that the bytes used are the bytes verified."""
     manifest = read_manifest(path, step)
     content = read_file(path, STATE, manifest)
     try:
@@ -296,13 +296,13 @@ def _read_verified(path: Path, step: int) -> Checkpoint:
 
 
 class _VanishedError(RefusedError):
-    """The run that writes the directory has removed the checkpoint meanwhile."""
+    """The run that writes the directory has removed the checkpoint in the meantime."""
 
 
 def _find(directory: Path, name: str) -> tuple[Path, tuple[int, int] | None]:
-    """Return where the checkpoint lies, and what tells it from one that has taken its place since."""
+    """Return the path of a checkpoint and a key that changes if another checkpoint takes its place."""
     path, replaced = directory / name, directory / (_REPLACED + name)
-    # The third look is for a replacement that was completed between the first two.
+    # The last try covers a replacement that was completed between the first two.
     for place in (path, replaced, path):
         with contextlib.suppress(OSError):
             status = place.stat()
@@ -311,7 +311,7 @@ def _find(directory: Path, name: str) -> tuple[Path, tuple[int, int] | None]:
 
 
 def _read_current(directory: Path, name: str) -> Checkpoint:
-    """Read a checkpoint; if it is moved or another takes its place meanwhile, read it again."""
+    """Read a checkpoint, and read it again if it was moved or replaced during the read."""
     step = _step(name)
     assert step is not None  # names come from list_checkpoints
     while True:
@@ -321,17 +321,16 @@ def _read_current(directory: Path, name: str) -> Checkpoint:
         except RefusedError:
             now = _find(directory, name)
             if now[1] is None:
-                raise _VanishedError("it is no longer there") from None
+                raise _VanishedError("it no longer exists") from None
             if now == found:
                 raise
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Read the checkpoint at ``path`` and compare every byte with its manifest.
+    """Compare every byte of the checkpoint at ``path`` with its manifest.
 
     Raises:
-        UserError: it is damaged or incomplete, or its name is not that of a checkpoint; the message gives its name
-            and the reason.
+        UserError: it is damaged or incomplete, or its name is not a checkpoint name; the message gives name and reason.
     """
     path = Path(path)
     step = _step(path.name)
@@ -352,13 +351,13 @@ def _warn(message: str) -> None:
 def load_checkpoint(directory: Path, name: str | None = None, on_refused: Callable[[str], None] = _warn) -> Checkpoint:
     """Return the newest usable checkpoint of ``directory``, or the one called ``name``.
 
-    ``latest`` says which is the newest; where it names none that is there, the highest step is. A damaged
-    checkpoint is refused and the one before it is tried. Peak memory is about twice the size of the checkpoint.
+    ``latest`` names the newest one; if the named one does not exist, the highest step counts. If a checkpoint is
+    damaged, the one before it is tried. Peak memory is about twice the size of the checkpoint.
 
     Args:
         directory: a run's ``checkpoints`` directory.
         name: e.g. ``step-00000100``.
-        on_refused: called with one line for every checkpoint that was passed over; by default a warning.
+        on_refused: called with one line for each damaged checkpoint; by default a warning.
 
     Raises:
         UserError: no checkpoint is usable, or the one called ``name`` is absent or damaged.
@@ -378,7 +377,7 @@ def load_checkpoint(directory: Path, name: str | None = None, on_refused: Callab
 
     refused: list[str] = []
     tried: set[str] = set()
-    # The directory is listed anew for each attempt: the run that writes it may remove what was listed before.
+    # List again for each attempt: the run that writes the directory may remove checkpoints meanwhile.
     while candidates := [other for other in list_checkpoints(directory) if other not in tried]:
         latest = _latest(directory)
         chosen = latest if latest in candidates else candidates[-1]

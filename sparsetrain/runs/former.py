@@ -1,4 +1,4 @@
-"""What runs of format 1 recorded in another shape than today: the stages of a pipeline, and densities over time."""
+"""Conversion of settings from format 1: a fixed set of pipeline stages becomes a list, and densities become phases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Values = dict[str, Any]
 def densities_in_phases(values: Values) -> Values:
     """Return settings in which the phases of the rule ``vspdf`` are phases of the budget.
 
-    The sparsity of the section ``sparsity`` holds at first; each phase of the rule had the fraction of training from
-    which on it held.
+    In format 1 ``sparsity.sparsity`` applied from the start, and each phase of the rule gave a sparsity and the
+    fraction of training from which it applied.
     """
     sparsity, budget = values.get("sparsity"), values.get("budget")
     evolution = sparsity.get("evolution") if isinstance(sparsity, Mapping) else None
@@ -51,7 +51,7 @@ def stages_of_pipeline(values: Values, renamed: Callable[[Mapping[str, Any]], Va
     """Return settings in which the fixed stages of a pipeline are a list, and its sparsities are arms.
 
     Args:
-        renamed: brings the settings of a stage to today's names.
+        renamed: converts the settings of a stage to their new names.
     """
     section = values.get("pipeline")
     if not isinstance(section, Mapping) or "stages" in section:

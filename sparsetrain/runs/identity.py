@@ -1,8 +1,8 @@
-"""When two runs are the same run: what its name is hashed from, how two differ, and where one was begun before.
+"""The identity of a run: the hash in its directory's name, differences between two runs, and the search for a run.
 
-A run is its kind, every setting that changes the result and is not at its default, and the content of its text, of its
-task and of the weights that it starts from. A new setting therefore changes no run that leaves it at its default, and a
-text that was moved is the same text.
+A run is identified by its kind, by each setting that changes the result and differs from its default, and by the
+content of its text, its task and the weights that it starts from. A new setting therefore does not change the identity
+of runs that leave it at its default, and moving a text does not either.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from sparsetrain.runs.layout import CONFIG, RESULT, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.origin import MAX_ID_BYTES, Origin
 from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of
 
-# What does not change the result, and so does not make another run of it.
-# What a run starts from counts by its content, `origin.source_key`, not by its path.
+# Settings that do not change the result and are not part of the identity.
+# The weights to start from count by content (`origin.source_key`), not by path.
 INCIDENTAL = (
     *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
     *("log_every", "checkpoint_every", "keep_last"),
 )
 
-# Of the section data, what does not go into the corpus, whose fingerprint stands for the rest.
+# Settings of the section data that the corpus does not depend on; the fingerprint of the corpus covers the others.
 _BESIDE_CORPUS = ("context",)
 
 _ABSENT = object()
-# An anchor, an alias or a tag: a file that has one is read by the careful reader.
+# An anchor, an alias or a tag: only the strict reader may read a file that contains one.
 _REFERENCE = re.compile(r"(?:^|[\s\[{,:-])[&*!]", re.MULTILINE)
 
 
 def digest(run: Recorded, incidental: Collection[str] = INCIDENTAL) -> str:
-    """Return eight hexadecimal digits of what identifies a run, which the settings ``incidental`` do not."""
+    """Return eight hexadecimal digits that identify a run; the settings ``incidental`` do not count."""
     return hashlib.blake2b(_identity(run, incidental).encode(), digest_size=4).hexdigest()
 
 
 def _number(value: Any) -> Any:
-    """Return a plain value in which 1 and 1.0 are one number."""
+    """Return a plain value in which 1.0 is replaced by 1, since YAML and overrides may give either."""
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 2**53 else value
     if isinstance(value, Mapping):
@@ -67,13 +67,13 @@ def _identity(run: Recorded, incidental: Collection[str] = INCIDENTAL) -> str:
 
 
 def _essential(values: Mapping[str, Any], schema: type, incidental: Collection[str]) -> dict[str, Any]:
-    """Return complete settings without the incidental ones, and of the data only what no corpus stands for."""
+    """Return complete settings without the incidental ones and without data settings that the corpus covers."""
     found: dict[str, Any] = _without(complete(values, schema), incidental)
     if isinstance(found.get("data"), Mapping):
         found["data"] = {key: value for key, value in found["data"].items() if key in _BESIDE_CORPUS}
     pipeline = found.get("pipeline")
     if isinstance(pipeline, Mapping) and isinstance(pipeline.get("stages"), list):
-        # A stage's own directory says what its task holds; where that lies is no part of the pipeline.
+        # The fingerprint of the task is recorded in the stage's own directory; its path is not part of the identity.
         stages = [_without_task_path(stage) if isinstance(stage, Mapping) else stage for stage in pipeline["stages"]]
         found["pipeline"] = {**pipeline, "stages": stages}
     return found
@@ -86,7 +86,7 @@ def _without(value: Any, names: Collection[str]) -> Any:
 
 
 def beyond(values: Mapping[str, Any], schema: type, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the settings, all of which are given, that are not at their defaults."""
+    """Return those settings in ``values`` that differ from their defaults."""
     known = entries(schema)
     if defaults is None:
         defaults = complete({}, schema)
@@ -106,16 +106,16 @@ def beyond(values: Mapping[str, Any], schema: type, defaults: Mapping[str, Any] 
 
 
 def described(run: Recorded) -> dict[str, Any]:
-    """Return every setting of a run, those that came after it at their defaults, and behind them its facts."""
+    """Return all settings of a run, with defaults for settings that did not exist then, followed by its facts."""
     return {**complete(run.values, run.schema), **run.facts}
 
 
 def value_differences(
     ours: Mapping[str, Any], theirs: Mapping[str, Any], schema: type, incidental: Collection[str] = INCIDENTAL
 ) -> list[str]:
-    """Return ``"field=ours (there: theirs)"`` for every setting in which nested plain values differ.
+    """Return ``"field=ours (there: theirs)"`` for each setting in which nested plain values differ.
 
-    A missing value is the schema's default; 1 and 1.0 are the same.
+    A missing value counts as the schema's default, and 1 equals 1.0.
     """
     return _compare(_without(complete(ours, schema), incidental), _without(complete(theirs, schema), incidental))
 
@@ -129,10 +129,10 @@ def _compare(ours: Any, theirs: Any, path: str = "") -> list[str]:
 
 
 def differences(ours: Recorded, theirs: Recorded, origin: Origin | None = None) -> list[str]:
-    """Return ``"field=ours (there: theirs)"`` for everything in which two runs differ; none: they are the same run.
+    """Return ``"field=ours (there: theirs)"`` for each difference between two runs; an empty list if they are the same.
 
     Args:
-        origin: of our run, with which a directory that records no corpus is compared by its tokenizer and its ids.
+        origin: the origin of ``ours``. If ``theirs`` records no corpus, their tokenizer and ids are compared with it.
     """
     if ours.kind != theirs.kind:
         return [f"kind={ours.kind} (there: {theirs.kind})"]
@@ -143,14 +143,14 @@ def differences(ours: Recorded, theirs: Recorded, origin: Origin | None = None) 
     if not _same_corpus(ours, theirs, origin):
         named = [text for text in _data_differences(ours, theirs) if text not in found]
         found += named or [f"corpus={ours.facts.get('corpus')} (there: {theirs.facts.get('corpus')})"]
-    # What an older version did not record cannot be told apart.
+    # Facts that an older version did not record cannot differ.
     known = [name for name in ("source",) if name in ours.facts and name in theirs.facts]
     known += ["task_fingerprint"] if _knows_task(ours) and _knows_task(theirs) else []
     return found + [text for name in known for text in _compare(ours.facts[name], theirs.facts[name], name)]
 
 
 def _knows_task(run: Recorded) -> bool:
-    """Whether the content of the run's task is known; it is not where a version did not record it or had no data."""
+    """Whether the content of the run's task is known: older versions did not record it, and its data may be missing."""
     return run.facts.get("task_fingerprint") is not None
 
 
@@ -162,9 +162,9 @@ def _without_task_path(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _compares_task_path(ours: Recorded, theirs: Recorded) -> bool:
-    """Whether the path of a task counts: while its content is unknown and the path that was recorded still leads there.
+    """Whether the path of a task counts: if the task's content is unknown and the recorded path still exists.
 
-    A null path, of a task that is not read from a directory, always leads there.
+    A null path means a task that is not read from a directory; it counts as existing.
     """
     if _knows_task(ours) and _knows_task(theirs):
         return False
@@ -190,16 +190,16 @@ def _data_differences(ours: Recorded, theirs: Recorded) -> list[str]:
 
 
 def run_place(runs_dir: Path, prefix: str, ours: Recorded, origin: Origin | None = None) -> Path:
-    """Return the directory in ``runs_dir`` of a run that nobody gave one: ``prefix`` and `digest`, or where it is."""
+    """Return the directory of a run without ``run_dir``: an existing one in ``runs_dir``, or a name with `digest`."""
     named = runs_dir / f"{prefix}{digest(ours)}"
     return named if named.exists() else find_run(runs_dir, prefix, ours, origin) or named
 
 
 def find_run(runs_dir: Path, prefix: str, ours: Recorded, origin: Origin | None = None) -> Path | None:
-    """Return the directory in ``runs_dir`` of the run ``ours``, whatever the directory is called, or None.
+    """Return the directory in ``runs_dir`` that holds the run ``ours``, whatever its name, or None.
 
-    Only runs that nobody gave a directory count. Of several, a name that begins with ``prefix`` goes first, then one
-    that is finished, then the name: every process that looks finds the same one.
+    Only runs without a configured ``run_dir`` count. If there are several, a name that begins with ``prefix`` comes
+    first, then a finished run, then alphabetical order, so that all processes find the same one.
     """
     try:
         names = sorted(entry.name for entry in os.scandir(runs_dir) if entry.is_dir())
@@ -223,23 +223,23 @@ def find_run(runs_dir: Path, prefix: str, ours: Recorded, origin: Origin | None 
 
 
 def _all_known(ours: Recorded, theirs: Recorded) -> bool:
-    """Whether both record the content of all that they are made from, so that the same identity is the only match."""
+    """Whether both record the content of everything that they start from; then only equal identities match."""
     known = all(name in theirs.facts for name in ours.facts)
     return known and ("task" not in ours.values or (_knows_task(ours) and _knows_task(theirs)))
 
 
 @functools.lru_cache(maxsize=4096)
 def _scanned(path: Path, _changed: int, _size: int, schema: type) -> tuple[Recorded, str] | None:
-    """Return what a directory without a name of its own records, and its identity; None for any other directory."""
+    """Return the record and the identity of the run in a directory, or None if it is no run or has its own name."""
     try:
         text = read_text(path, MAX_YAML_BYTES)
         if _REFERENCE.search(text):
             content = read_config(path.parent)
-        else:  # by libyaml, which is ten times as fast
+        else:  # libyaml is ten times as fast
             content = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         if not isinstance(content, dict) or content.get("run_dir") is not None or "runs_dir" not in content:
             return None
         recorded = recorded_of(content, schema, path.parent)
         return recorded, _identity(recorded)
     except (UserError, yaml.YAMLError, ValueError, TypeError, RecursionError):
-        return None  # not a run that could be gone on with
+        return None  # no run that could be resumed

@@ -1,16 +1,15 @@
-"""The names of the files in a run directory, and what tells the kinds of directories apart.
-
+"""Names of the files in a run directory.
     run_dir/
-        .lock               held by the process that writes here
-        config.yaml         the settings, and what identifies the run
-        tokenizer.json      of the corpus and the model
-        train_ids.txt       the documents that the weights have seen
-        backends.json       which backend computes each sparse layer
-        metrics.jsonl       one line a logged step
+        .lock               held by the process that writes the directory
+        config.yaml         the settings and the facts that identify the run
+        tokenizer.json      tokenizer of the corpus and the model
+        train_ids.txt       ids of the documents that the weights have seen
+        backends.json       backend of each sparse layer
+        metrics.jsonl       one line per logged step and per evaluation
         checkpoints/        see `sparsetrain.runs.checkpoint`
-        result.json         written last: the run is done
+        result.json         written last; if it exists, the run is done
 
-A pipeline has ``report.json``, ``report.html`` and a directory ``ARM/STAGE`` for each of its runs; a bench has
+A pipeline also has ``report.json``, ``report.html`` and a directory ``ARM/STAGE`` for each of its runs. A bench has
 ``bench.json``.
 """
 
@@ -24,5 +23,5 @@ REPORT, PAGE, BENCH = "report.json", "report.html", "bench.json"
 
 
 def stage_directories(pipeline: Path) -> list[Path]:
-    """Return the run directories inside the directory of a pipeline, sorted; none for one that is no pipeline."""
+    """Return the run directories inside the directory of a pipeline, sorted; an empty list if it is no pipeline."""
     return sorted(path.parent for path in pipeline.glob(f"*/*/{CONFIG}"))

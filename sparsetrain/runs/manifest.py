@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint directory: what its files must be, in a form of which every byte is checked.
+"""The manifest of a checkpoint directory: sizes and hashes of its files, in a format in which every byte is checked.
 
-``manifest.json`` holds a format version, the step, the size and SHA-256 of every other file, and a digest of all of
-that. There is one valid serialisation of a given content, and a manifest is compared with it byte for byte, so that
-no byte of the directory can change unnoticed.
+``manifest.json`` holds a format version, the step, the size and SHA-256 of every other file, and a digest of itself.
+Its content has exactly one valid serialisation, and reading compares the file with it byte for byte. So no byte of
+the directory can change unnoticed.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class _Body(TypedDict):
 
 
 class RefusedError(Exception):
-    """Why a checkpoint cannot be used."""
+    """A checkpoint cannot be used; the message says why."""
 
 
 def canonical(value: Any) -> bytes:
-    """Return the one JSON serialisation of ``value`` that a checkpoint may contain.
+    """Return the only JSON serialisation of ``value`` that a checkpoint may contain.
 
     Raises:
-        TypeError: ``value`` holds something that JSON does not.
+        TypeError: ``value`` holds something that JSON cannot represent.
     """
     return (json.dumps(value, sort_keys=True, indent=1) + "\n").encode()
 
@@ -51,7 +51,7 @@ def _sealed(body: Mapping[str, Any]) -> bytes:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file whose bytes are on the disk on return."""
+    """Write a file; its bytes are on the disk when this returns."""
     with open(path, "wb") as file:
         file.write(content)
         file.flush()
@@ -59,7 +59,7 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def seal(directory: Path, step: int, names: Iterable[str]) -> None:
-    """Make the files ``names`` durable, and write the manifest over them."""
+    """Flush the files ``names`` to disk and write their manifest."""
     files = {}
     for name in names:
         path = directory / name
@@ -82,7 +82,7 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
     """Return the manifest of the checkpoint of ``step``.
 
     Raises:
-        RefusedError: it is missing, changed, of another format, or of another step.
+        RefusedError: it is missing, was changed, or has another format or step.
     """
     content = _read(directory / MANIFEST)
     try:
@@ -93,7 +93,7 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
     if not genuine:
         raise RefusedError(f"{MANIFEST} has been changed or is incomplete")
     if body.get("format") != FORMAT:
-        raise RefusedError(f"it has format {body.get('format')}, and this version reads format {FORMAT}")
+        raise RefusedError(f"it has format {body.get('format')}, but this version reads format {FORMAT}")
     try:
         check(body, _Body, MANIFEST)
     except UserError as error:
@@ -104,10 +104,10 @@ def read_manifest(directory: Path, step: int) -> dict[str, Any]:
 
 
 def read_file(directory: Path, name: str, manifest: Mapping[str, Any]) -> bytes:
-    """Return the content of the file ``name``: the very bytes that were compared with the manifest.
+    """Return the content of the file ``name``, after comparing it with the manifest.
 
     Raises:
-        RefusedError: the file is missing, unreadable, or not what the manifest says.
+        RefusedError: the file is missing or unreadable, or differs from the manifest.
     """
     expected = manifest["files"].get(name)
     if expected is None:

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON object a line, in the order of the steps, never with a line twice."""
+"""``metrics.jsonl``: one JSON object per line, in the order of the steps, without duplicate lines."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from sparsetrain.files import file_errors, write_text
 from sparsetrain.reading import read_json_lines
 from sparsetrain.shapes import Count
 
-# Entries that depend on the clock and the machine; all others are the same in every run of the same seed.
+# Entries that depend on the clock and the machine; all others are equal in all runs with the same seed.
 TIMED = ("seconds", "tokens_per_second", "flops_per_second")
 MAX_BYTES = 1 << 30
 
 
 class Record(TypedDict):
-    """A line of metrics; other entries may be there. Losses in nats."""
+    """A line of metrics; further entries are allowed. Losses are in nats."""
 
     step: Count
     tokens: NotRequired[Count | None]
@@ -33,21 +33,21 @@ class Record(TypedDict):
 
 
 class MetricsLog:
-    """Appends records to a file; a resumed run first drops what lies behind its checkpoint."""
+    """Appends records to a file. For a resumed run, it first removes the records after the checkpoint."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         kept = [record for record in read_metrics(path) if record["step"] <= last_step] if path.exists() else []
         self._directory = path.parent
         write_text(path, "".join(_line(record) for record in kept))
         with file_errors(self._directory):
-            # Unbuffered, so that a record that could not be written is not tried again when the file is closed.
+            # Unbuffered, so that closing the file does not try again to write a record that failed.
             self._stream = path.open("ab", buffering=0)
 
     def write(self, **record: Any) -> None:
         """Append one record.
 
         Raises:
-            UserError: no space left.
+            UserError: the disk is full.
         """
         line = _line(record).encode()
         with file_errors(self._directory):
@@ -55,7 +55,7 @@ class MetricsLog:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def sync(self) -> None:
-        """Force everything to the disk, before a checkpoint that relies on it."""
+        """Force all records to the disk; called before a checkpoint that relies on them."""
         with file_errors(self._directory):
             os.fsync(self._stream.fileno())
 
@@ -68,9 +68,9 @@ def _line(record: dict[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics file; a last line cut short by a kill is left out.
+    """Return the records of a metrics file, without a last line that a kill cut short.
 
     Raises:
-        UserError: no such file, or a line that is no `Record`; the message has its number.
+        UserError: there is no such file, or a line is not a `Record`; the message gives its number.
     """
     return read_json_lines(path, Record, cut=True, max_bytes=MAX_BYTES)

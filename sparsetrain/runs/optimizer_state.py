@@ -1,7 +1,7 @@
-"""The state of a torch optimizer as named tensors and JSON, and back, bit for bit.
+"""Conversion of a torch optimizer's state to named tensors and JSON and back, bit for bit.
 
-torch numbers parameters by their place in the groups, so its state dicts break when a parameter is added or the
-groups are split otherwise. Here every entry is keyed by the parameter's name in the model.
+torch numbers parameters by their position in the groups, so its state dicts break when a parameter is added or the
+groups are split differently. Here each entry is keyed by the parameter's name in the model.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from sparsetrain.errors import UserError
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
-# How the update is executed, not what it is: these stay as the code that built the optimizer chose them.
+# Options that choose an implementation and do not change the mathematics: the current optimizer's values are kept.
 _EXECUTION = frozenset({"foreach", "fused", "capturable", "differentiable"})
 _NOT_OPTIONS = frozenset({"params", "param_names"}) | _EXECUTION
 
 
 class OptimizerTensors(NamedTuple):
-    """What `optimizer_tensors` returns and `restore_optimizer` takes.
+    """The state of an optimizer, as `optimizer_tensors` returns it and `restore_optimizer` takes it.
 
     Attributes:
         tensors: ``"NAME.KEY"`` -> tensor, e.g. ``"blocks.0.attn.qkv.values.exp_avg"``; the optimizer's own tensors,
             not copies.
-        groups: one JSON object a parameter group: ``options`` (lr, betas, ...) and ``parameters``, a list of
+        groups: one JSON object per parameter group: ``options`` (lr, betas, ...) and ``parameters``, a list of
             ``{"name", "shape", "tensors": {KEY: shape}, "numbers": {KEY: number or null}}``.
     """
 
@@ -47,7 +47,7 @@ def _option_to_json(value: Any, where: str) -> JSON:
 
 
 def _option_from_json(current: Any, stored: Any) -> Any:
-    """Return ``stored`` in the form that the optimizer has now: a tuple, a tensor learning rate, or a number."""
+    """Return ``stored`` in the type that the optimizer uses now: a tuple, a tensor or a number."""
     if isinstance(current, Tensor):
         return torch.full_like(current, stored)
     if isinstance(current, tuple) and isinstance(stored, list) and len(current) == len(stored):
@@ -58,7 +58,11 @@ def _option_from_json(current: Any, stored: Any) -> Any:
 def _names(
     optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]] | Mapping[nn.Parameter, str]
 ) -> list[list[tuple[str, nn.Parameter]]]:
-    """Return the (name, parameter) pairs of each group, in the optimizer's order."""
+    """Return the (name, parameter) pairs of each group, in the optimizer's order.
+
+    Raises:
+        UserError: a parameter has no name.
+    """
     if isinstance(named_parameters, Mapping):
         name_of = {id(parameter): name for parameter, name in named_parameters.items()}
     else:
@@ -78,14 +82,14 @@ def _names(
 def optimizer_tensors(
     optimizer: Optimizer, named_parameters: Iterable[tuple[str, nn.Parameter]] | Mapping[nn.Parameter, str]
 ) -> OptimizerTensors:
-    """Return the optimizer's state by parameter name: its tensors, and everything else as JSON.
+    """Return the optimizer's state by parameter name: tensors as they are, everything else as JSON.
 
-    Works for every torch optimizer whose state is tensors and numbers per parameter (AdamW, SGD, Adafactor, ...).
+    This works for torch optimizers whose state consists of tensors and numbers per parameter (AdamW, SGD, ...).
 
     Args:
         optimizer: any torch optimizer.
-        named_parameters: ``model.named_parameters()``, or a mapping from parameter to name; may name more parameters
-            than the optimizer has. Of several names for one parameter the first counts.
+        named_parameters: ``model.named_parameters()``, or a mapping from parameter to name. It may contain parameters
+            that the optimizer does not have. If a parameter has several names, the first one is used.
 
     Raises:
         UserError: a parameter has no name, or an entry is neither a tensor nor a number (LBFGS).
@@ -118,10 +122,10 @@ def optimizer_tensors(
 
 
 def _placed(tensor: Tensor, key: str, parameter: nn.Parameter, group: Mapping[str, Any]) -> Tensor:
-    """Return a copy of ``tensor`` where the optimizer expects it.
+    """Return a copy of ``tensor`` on the device where the optimizer expects it.
 
-    torch keeps the step count of Adam and its relatives on the CPU, so that reading it does not wait for the GPU,
-    except under the fused and the capturable implementations.
+    torch keeps the step counter of Adam-like optimizers on the CPU, so that reading it does not wait for the GPU; the
+    fused and capturable implementations keep it on the GPU.
     """
     if key != "step":
         return tensor.to(parameter.device, copy=True)
@@ -156,15 +160,15 @@ def restore_optimizer(
     saved: OptimizerTensors,
     named_parameters: Iterable[tuple[str, nn.Parameter]] | Mapping[nn.Parameter, str],
 ) -> None:
-    """Put the state that `optimizer_tensors` took back into an optimizer over parameters of the same names.
+    """Load the state from `optimizer_tensors` into an optimizer over parameters of the same names.
 
     Groups are matched by the names in them, so their order and the order within a group may differ. Options (lr,
-    betas, weight decay, ...) are restored; those that choose an implementation (fused, foreach, capturable,
-    differentiable) stay as they are. Tensors are copied, in their saved dtype, to the parameter's device. Nothing is
-    changed when an error is raised.
+    betas, weight decay, ...) are restored, except those that choose an implementation (fused, foreach, capturable,
+    differentiable). Tensors are copied to the parameter's device in their saved dtype. If an error is raised, the
+    optimizer is unchanged.
 
     Raises:
-        UserError: a parameter is missing from either side, is grouped otherwise, or has another shape.
+        UserError: a parameter is missing on either side, is in another group, or has another shape.
     """
     groups = _names(optimizer, named_parameters)
     stored: list[dict[str, Any]] = [group for group in saved.groups if isinstance(group, dict)]
@@ -182,7 +186,7 @@ def restore_optimizer(
         for name, parameter in members:
             entries = {entry["name"]: entry for entry in group_of[name]["parameters"]}
             if entries.keys() != {member for member, _ in members}:
-                raise UserError(f"parameter {name} shares its optimizer group with others than in the checkpoint")
+                raise UserError(f"parameter {name} is in another optimizer group than in the checkpoint")
             states[parameter] = _restored_state(entries[name], saved.tensors, name, parameter, group)
         restored = group_of[members[0][0]]["options"] if members else {}
         options.append({key: _option_from_json(group.get(key), value) for key, value in restored.items()})

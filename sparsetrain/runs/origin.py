@@ -1,4 +1,4 @@
-"""What a run is made from: its corpus, its tokenizer and the weights that it starts from."""
+"""The origin of a run: its corpus, its tokenizer and the weights that it starts from."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MAX_ID_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run is made from, kept in its directory so that the run can be used without the corpus.
+    """The origin of a run, saved in its directory so that the run can be used without the corpus.
 
     Args:
-        corpus: the name of the corpus, which is a hash of its content.
+        corpus: name of the corpus, a hash of its content.
         source: see `source_key`; None for a run from scratch.
-        tokenizer: of the corpus and the model.
-        train_ids: the documents that the weights have seen, for the overlap with a task's test documents.
+        tokenizer: tokenizer of the corpus and the model.
+        train_ids: ids of the documents that the weights have seen, to find test documents of a task among them.
     """
 
     corpus: str
@@ -42,7 +42,7 @@ class Origin:
 
     @classmethod
     def of_run(cls, init_from: str) -> Origin:
-        """Return the origin of a run that starts from the weights of another and reads no corpus of its own."""
+        """Return the origin of a run that starts from the weights of another run and reads no corpus of its own."""
         directory = Path(init_from)
         corpus = str(read_config(directory).get("corpus"))
         try:
@@ -53,21 +53,21 @@ class Origin:
 
     @property
     def facts(self) -> dict[str, str | None]:
-        """What a run records of it beside its settings."""
+        """The facts that a run records besides its settings."""
         return {"corpus": self.corpus, "source": self.source}
 
     def save(self, directory: Path) -> None:
-        """Write tokenizer and document ids beside the weights."""
+        """Write the tokenizer and the document ids into the run directory."""
         with whole_file(directory / TOKENIZER) as temporary:
             self.tokenizer.save(temporary)
         write_text(directory / TRAIN_IDS, "".join(f"{name}\n" for name in sorted(self.train_ids)))
 
 
 def source_key(init_from: str | None) -> str | None:
-    """Return what identifies the weights of a run: the name of its newest checkpoint and a hash of its manifest.
+    """Return a key of the weights of a run: the name of its newest checkpoint and a hash of its manifest.
 
     Raises:
-        UserError: no run there, or one without a checkpoint.
+        UserError: there is no such run, or it has no checkpoint.
     """
     if init_from is None:
         return None

@@ -1,4 +1,4 @@
-"""Where numbers come from: the commit of the source, the machine, and the command."""
+"""The provenance of numbers: the commit of the source, the machine, and the command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sparsetrain.processor import cpuinfo
 
 
 def commit() -> str | None:
-    """Return the git commit of the source tree that the package is imported from, with ``+`` if it was changed."""
+    """Return the git commit of the source tree that the package runs from, with ``+`` if files were changed."""
     root = Path(sparsetrain.__file__).parent.parent
     if not (root / ".git").exists():
         return None
@@ -34,7 +34,7 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the numbers were measured on."""
+    """Return a description of the machine and the library versions."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": name,
@@ -50,5 +50,5 @@ def _processor() -> str:
 
 
 def command_line() -> str:
-    """Return the command that started this process, as a person would type it."""
+    """Return the command that started this process, in shell syntax."""
     return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])

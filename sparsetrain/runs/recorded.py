@@ -1,8 +1,8 @@
-"""``config.yaml``: the settings of a run and what identifies it, written when the run begins, read in today's keys.
+"""``config.yaml``: the settings of a run and the facts that identify it, read with the names of settings of today.
 
-Formats: 1 has no ``format`` and no ``kind``; 2 has both at its top. A file holds every setting, those at their defaults
-too, so a key that is missing is of a setting that came later: it has the value that the schema gives it. A default that
-changes is a new format, and the old value goes into `DEFAULTS_OF_FORMAT`.
+Format 1 has no ``format`` and no ``kind``; format 2 has both at its top. A file contains all settings, including those
+at their defaults. A missing key therefore belongs to a newer setting and gets the schema's default. When a default
+changes, the format number increases and the old default goes into `DEFAULTS_OF_FORMAT`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from sparsetrain.runs.layout import CONFIG
 
 FORMAT = 2
 KINDS = {"pipeline": "pipeline", "n_tokens": "prompt", "task": "finetune", "check": "coord-check"}
-"""A key that only one kind of run has, for the files of format 1, in the order in which they are looked for."""
+"""For format 1: a key that only one kind of run has, to the kind. They are checked in this order."""
 
 FACTS = ("corpus", "source", "task_fingerprint")
-"""What stands beside the settings: the content of the text, of the weights to start from, and of the task."""
+"""Facts beside the settings: the content of the text, of the weights to start from, and of the task."""
 
-# Settings of format 1 under their names of today; a section stands for the rest of its settings.
+# Settings of format 1 and their new names; the name of a section renames its remaining settings.
 RENAMED = {
     "schedule.steps": "budget.steps",
     "schedule.tokens": "budget.tokens",
@@ -35,25 +35,26 @@ RENAMED = {
     "stage.batch_size": "budget.batch_size",
     "stage": "loop",
 }
-_LENGTHS = ("steps", "tokens", "flops", "epochs")  # of which the first that was set counted
+_LENGTHS = ("steps", "tokens", "flops", "epochs")  # in format 1 the first one that was set counted
 
 DEFAULTS_OF_FORMAT: dict[int, dict[str, Any]] = {1: {}}
-"""By format, defaults that were others in files of that format: dotted key to value."""
+"""Defaults that were different in a format: {format: {dotted key: value}}."""
 
 REMOVED: dict[str, Any] = {}
-"""Settings that are no more, with the value that says what every run now does; any other value is a difference."""
+"""Removed settings, each with the value that corresponds to the current behaviour; any other value is a difference."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """A run as its directory records it, or as this process is about to.
+    """A run as its directory records it, or as this process is about to record it.
 
     Args:
-        kind: ``pretrain``, ``finetune``, ``prompt``, ``pipeline``, ``coord-check``.
+        kind: ``pretrain``, ``finetune``, ``prompt``, ``pipeline`` or ``coord-check``.
         schema: the dataclass of the settings.
-        values: the settings as nested plain values, under the names that the schema has.
-        facts: of `FACTS`, those that are known; older versions recorded fewer.
-        format: of the file. directory: where it was read; None for what is not written yet.
+        values: the settings as nested plain values, under the names of the schema.
+        facts: the known ones of `FACTS`; older versions recorded fewer.
+        format: format of the file.
+        directory: the directory that it was read from; None if it is not written yet.
     """
 
     kind: str
@@ -69,23 +70,23 @@ class Recorded:
 
 
 def read_recorded(directory: Path, schema: type) -> Recorded:
-    """Return what a run directory records, of any format, under the names that ``schema`` has.
+    """Return what a run directory records, in any format, under the names of ``schema``.
 
     Raises:
-        UserError: no run there, an unreadable or incomplete file, or one of a later version.
+        UserError: there is no run, or its file is unreadable, incomplete or of a later version.
     """
     return recorded_of(read_config(directory), schema, directory)
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Return the content of ``config.yaml`` as it stands there.
+    """Return the content of ``config.yaml`` without converting it.
 
     Raises:
-        UserError: no run there, or an unreadable file.
+        UserError: there is no run, or the file is unreadable.
     """
     path = directory / CONFIG
     if not path.exists():
-        raise UserError(f"{directory} is no run directory: it has no {CONFIG}")
+        raise UserError(f"{directory} is not a run directory: it has no {CONFIG}")
     try:
         content = read_yaml(path)
     except UserError as error:
@@ -96,10 +97,10 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def recorded_of(content: Mapping[str, Any], schema: type, directory: Path) -> Recorded:
-    """Return what the content of a ``config.yaml`` says.
+    """Return the record for the content of a ``config.yaml``.
 
     Raises:
-        UserError: a later format, or an entry that is missing or of another type.
+        UserError: the format is newer, or an entry is missing or has another type.
     """
     path, written = directory / CONFIG, content.get("format", 1)
     if isinstance(written, bool) or not isinstance(written, int) or written < 1:
@@ -108,7 +109,7 @@ def recorded_of(content: Mapping[str, Any], schema: type, directory: Path) -> Re
         raise UserError(f"{path}: format={written} is of a later version of sparsetrain; this one reads up to {FORMAT}")
     kind = content.get("kind", next((KINDS[key] for key in KINDS if key in content), "pretrain"))
     if written > 1:
-        for name in ("kind", *FACTS[:2]):  # the first and the last entries of a whole file
+        for name in ("kind", *FACTS[:2]):  # the first and the last entries of a complete file
             if name not in content:
                 raise UserError(f"{path} is incomplete: it has no {name}")
     facts = {name: content[name] for name in FACTS if name in content}
@@ -120,7 +121,7 @@ def recorded_of(content: Mapping[str, Any], schema: type, directory: Path) -> Re
 
 
 def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict[str, Any]:
-    """Return settings that were recorded in the format ``written`` under the names, and with the meaning, of today."""
+    """Return settings of the format ``written``, converted to the names and the meaning of today."""
     found = dict(values)
     if written == 1:
         found = densities_in_phases(_renamed_sections(values, schema))
@@ -135,7 +136,7 @@ def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict
 
 
 def renamed(key: str, schema: type) -> str:
-    """Return the name that a dotted setting of format 1 has today, such as that of a column in an older table."""
+    """Return the new name of a dotted setting of format 1, e.g. of a column in an older table."""
     section, _, name = key.rpartition(".")
     parts = section.split(".")
     if "budget" not in entries(schema) or parts[-1] not in ("schedule", "stage"):
@@ -168,7 +169,7 @@ def _renamed_sections(values: Mapping[str, Any], schema: type) -> dict[str, Any]
 
 
 def _fill(values: dict[str, Any], path: list[str], value: Any) -> None:
-    """Set what ``path`` names where it is missing; a section that is null stays so."""
+    """Set the value at ``path`` if it is missing; do nothing if a section on the way is null."""
     for part in path[:-1]:
         inner = values.get(part, {})
         if not isinstance(inner, Mapping):
@@ -191,9 +192,9 @@ class Entry(NamedTuple):
     """A field of a schema.
 
     Args:
-        default: as a plain value; None for a field that must be given.
-        section: the dataclass of the field's values, if they have one.
-        nullable: a null inside the section says as much as no key at all.
+        default: default as a plain value; None if the field is required.
+        section: dataclass of the field's values, if they have one.
+        nullable: whether a null inside the section counts as a missing key.
     """
 
     default: Any
@@ -205,7 +206,7 @@ class Entry(NamedTuple):
 def entries(schema: type) -> dict[str, Entry]:
     """Return the fields of a dataclass by name.
 
-    A field of plain values has a section if its metadata names a dataclass: ``metadata={"section": ModelConfig}``.
+    A field of type dict has a section if its metadata names a dataclass: ``metadata={"section": ModelConfig}``.
     """
     hints, found = get_type_hints(schema), {}
     for entry in fields(schema):
@@ -224,10 +225,10 @@ def entries(schema: type) -> dict[str, Entry]:
 
 
 def complete(values: Mapping[str, Any], schema: type, nullable: bool = False) -> dict[str, Any]:
-    """Return nested plain values with each missing one at the schema's default, in the schema's order.
+    """Return nested plain values with missing ones set to the schema's defaults, in the schema's order.
 
-    What the schema does not know stays, behind the rest. A default that is a section counts as a whole: a section that
-    is there takes what it lacks from the section's own dataclass, except that it takes the field's default first.
+    Keys that the schema does not have stay, after the others. Inside a section, a missing value gets the default of
+    the field that holds the section, if that default gives one, and else the default of the section's dataclass.
     """
     known, found = entries(schema), {}
     for name, entry in known.items():

@@ -1,6 +1,6 @@
-"""``result.json``: what a run leaves behind when it is done, complete or diverged.
+"""``result.json``: the result of a run that completed or diverged.
 
-Unknown keys are allowed, so that a newer run can be read by an older reader.
+Unknown keys are allowed, so that older versions can read results of newer ones.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MAX_BYTES = 16 << 20
 
 
 class Masks(TypedDict):
-    """Masks at the end of a run; ``layers`` has the numbers of each layer."""
+    """Masks at the end of a run; ``layers`` holds the metrics of each layer."""
 
     rule: NotRequired[str]
     layers: NotRequired[dict[str, dict[str, float | None]]]
 
 
 class Result(TypedDict):
-    """``result.json`` of a stage; losses in nats, null where a run diverged before there was one."""
+    """``result.json`` of a stage. Losses are in nats; a loss is null if the run diverged before it was measured."""
 
     stage: NotRequired[str]
     status: NotRequired[str]
@@ -55,7 +55,7 @@ def load_result(path: Path) -> dict[str, Any]:
     """Return the content of a ``result.json``.
 
     Raises:
-        UserError: no such file, or one that holds something else; the message names the file and the field.
+        UserError: there is no such file, or a field has the wrong type; the message names the file and the field.
     """
     result: dict[str, Any] = read_json(path, Result, max_bytes=MAX_BYTES)
     return result
@@ -63,7 +63,7 @@ def load_result(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a stage leaves behind: its directory and the content of its ``result.json``."""
+    """The result of a stage: its directory and the content of its ``result.json``."""
 
     directory: Path
     values: dict[str, Any]
@@ -77,12 +77,12 @@ class RunResult:
 
 
 def finished(directory: Path) -> RunResult | None:
-    """Return the result of a run that ended, or None."""
+    """Return the result of a finished run, or None if the run is not finished."""
     path = directory / RESULT
     return RunResult(directory, load_result(path)) if path.exists() else None
 
 
 def finish(directory: Path, values: dict[str, Any]) -> RunResult:
-    """Write ``result.json``, after which the run counts as done."""
+    """Write ``result.json``, which marks the run as done."""
     write_json(directory / RESULT, values)
     return RunResult(directory, values)

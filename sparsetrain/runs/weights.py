@@ -1,7 +1,7 @@
-"""The weights of a run: those of its transformer, and the soft prompt that it may have learned.
+"""The weights of a run: its transformer, and its soft prompt if it learned one.
 
-A checkpoint of a soft prompt holds the prompt and, behind a prefix, the transformer; every other one holds the
-transformer alone. A sparse layer is saved with its pattern.
+A checkpoint of soft-prompt training holds the prompt and, with a prefix, the transformer. Every other checkpoint holds
+the transformer without a prefix. A sparse layer is saved with its pattern.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from sparsetrain.runs.layout import CHECKPOINTS
 from sparsetrain.runs.result import finished
 
 MODEL_PREFIX, PROMPT_VECTORS = "model.", "prompt.vectors"
-_PATTERN = ".row_ptr"  # the end of a tensor's name that only a sparse layer has
+_PATTERN = ".row_ptr"  # suffix of a tensor name that only sparse layers have
 
 
 @dataclass(frozen=True)
 class RunWeights:
-    """The tensors of a checkpoint, told apart.
+    """The tensors of a checkpoint, split by what they belong to.
 
     Args:
         model: the state dict of the transformer.
-        prompt: the vectors of the soft prompt, ``[n_tokens, d_model]``; None for a run that learned none.
+        prompt: the vectors of the soft prompt, ``[n_tokens, d_model]``; None if the run learned none.
     """
 
     model: dict[str, Tensor]
@@ -36,7 +36,7 @@ class RunWeights:
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> RunWeights:
-        """Return the parts of a checkpoint's ``model``."""
+        """Split the ``model`` tensors of a checkpoint."""
         prompt = tensors.get(PROMPT_VECTORS)
         if prompt is None:
             return cls(dict(tensors), None)
@@ -45,13 +45,13 @@ class RunWeights:
 
     @property
     def stored(self) -> dict[str, int]:
-        """The number of weights that each sparse layer stores, by the layer's name."""
+        """The number of stored weights of each sparse layer, by layer name."""
         layers = [name.removesuffix(_PATTERN) for name in self.model if name.endswith(_PATTERN)]
         return {layer: self.model[f"{layer}.values"].numel() for layer in layers}
 
     @property
     def sparse(self) -> bool:
-        """Whether any layer has a pattern; a model whose layers were made dense has none."""
+        """Whether any layer has a pattern; layers that were made dense have none."""
         return bool(self.sparse_layers)
 
     @property
@@ -61,10 +61,10 @@ class RunWeights:
 
 
 def read_weights(directory: Path) -> RunWeights:
-    """Return the newest valid weights of a run; one that is not finished is named on stderr.
+    """Return the newest valid weights of a run; print a warning on stderr if the run is not finished.
 
     Raises:
-        UserError: no run there, or no readable checkpoint.
+        UserError: there is no such run, or it has no readable checkpoint.
     """
     if not directory.is_dir():
         raise UserError(f"init_from={directory}: no such run directory")

@@ -46,4 +46,4 @@ class Finetuning(TaskStage[FinetuneConfig]):
         return Subject(network, network)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        return self.setup.network.embed_tokens(batch.tokens)
+        return self.training.network.embed_tokens(batch.tokens)

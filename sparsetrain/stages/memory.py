@@ -25,7 +25,7 @@ Fitting = Callable[[int], list[str]]
 _SCALE = 1 << 100  # largest size to print: a configuration can ask for integers of any length
 
 
-def training(
+def training_workload(
     config: RunConfig,
     model: ModelConfig,
     sparsity: SparsityConfig | None,

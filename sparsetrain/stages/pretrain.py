@@ -26,12 +26,12 @@ from sparsetrain.stages.backends import backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
 from sparsetrain.stages.ledger import FlopLedger, planned_flops
 from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_sparse
-from sparsetrain.stages.memory import adjustable, training
+from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
-    Setup,
     Stage,
     Stopwatch,
     Subject,
+    Training,
     build_model,
     overall_density,
     restored_model,
@@ -134,13 +134,13 @@ class Pretraining(Stage[RunConfig]):
         return Subject(model, model, mask_manager(config, model, self.budget))
 
     def entries(self) -> dict[str, Any]:
-        return {"corpus": self.corpus.directory.name, "backend": backends(self.setup.network)}
+        return {"corpus": self.corpus.directory.name, "backend": backends(self.training.network)}
 
-    def begin(self, setup: Setup) -> None:
-        super().begin(setup)
-        masks = setup.subject.masks
+    def begin(self, training: Training) -> None:
+        super().begin(training)
+        masks = training.subject.masks
         self.flops = FlopLedger(
-            setup.network.config,
+            training.network.config,
             masks.densities_at if masks is not None else lambda _step: {},
             masks.rule if masks is not None else Static(),
             self.budget,
@@ -151,13 +151,13 @@ class Pretraining(Stage[RunConfig]):
         return self.flops.per_token(step).total
 
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
-        phase, model = self.budget.before(step), self.setup.network
+        phase, model = self.budget.before(step), self.training.network
         limit = FINAL_EVALUATION if final else self.config.loop.eval_sequences
         windows = sequential_windows(self.corpus.validation, phase.context, limit)
 
         def losses(batch: Batch) -> torch.Tensor:
-            batch = batch.to(self.setup.device)
-            with self.setup.autocasting():
+            batch = batch.to(self.training.device)
+            with self.training.autocasting():
                 return model.token_losses(batch.tokens, batch.targets)
 
         score = score_text(model, losses, windows.split(phase.batch_size), self.corpus.tokenizer.token_bytes)
@@ -166,15 +166,15 @@ class Pretraining(Stage[RunConfig]):
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
         records = [record for record in read_metrics(directory / METRICS) if "val_loss" in record]
-        model = self.setup.network
-        used = state_bytes(model, self.setup.optimizer)
+        model = self.training.network
+        used = state_bytes(model, self.training.optimizer)
         return {
             "loss_first": records[0]["val_loss"],
             "loss_last": records[-1]["val_loss"],
             "bits_per_byte": records[-1]["bits_per_byte"],
             "density": overall_density(model),
             "flops": self.flops.through(state.step),
-            **_mask_entries(self.setup.subject.masks),
+            **_mask_entries(self.training.subject.masks),
             "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
             **({"phases": self._phases()} if len(self.budget.phases) > 1 else {}),
         }
@@ -201,10 +201,10 @@ class Pretraining(Stage[RunConfig]):
             "loss_first": records[0].get("val_loss") if records else None,
             "loss_last": None,
             "bits_per_byte": None,
-            "density": overall_density(self.setup.network),
+            "density": overall_density(self.training.network),
             "flops": self.flops.through(records[-1]["step"] if records else 0),
             "bytes": {},
-            "model": asdict(self.setup.network.config),
+            "model": asdict(self.training.network.config),
         }
 
 
@@ -228,7 +228,7 @@ def workload_of(
     """Return what a pre-training holds in memory, in the phase that needs the most."""
     largest = budget.largest
     windows = -(-max(0, validation_tokens - 1) // max(budget.contexts))
-    return training(
+    return training_workload(
         *(config, model, sparsity),
         batch_size=largest.batch_size,
         context=largest.context,

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparsetrain import seeds
 from sparsetrain.data import Batch, Tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.models import Prompted, SoftPrompt, Transformer, tensor_specs
-from sparsetrain.parameterization import Role, TensorSpec, assign
+from sparsetrain.models import Prompted, SoftPrompt, Transformer, tensor_traits
+from sparsetrain.parameterization import Role, TensorTraits, assign
 from sparsetrain.runs.result import RunResult
 from sparsetrain.sparsity import densify
 from sparsetrain.stages.config import PromptConfig
@@ -60,13 +60,13 @@ class Prompting(TaskStage[PromptConfig]):
         prompted = Prompted(network, initial_prompt(network, tokenizer, self.config))
         if not self.trained:
             network.requires_grad_(False)
-        specs = {f"model.{name}": spec for name, spec in tensor_specs(network, rules).items()}
-        specs["prompt.vectors"] = TensorSpec(Role.PROMPT)
-        assign(prompted, specs, rules, network.config.n_layers)
+        traits_of = {f"model.{name}": traits for name, traits in tensor_traits(network, rules).items()}
+        traits_of["prompt.vectors"] = TensorTraits(Role.PROMPT)
+        assign(prompted, traits_of, rules, network.config.n_layers)
         return Subject(network, prompted)
 
     def embeddings(self, batch: Batch) -> Tensor:
-        prompted = self.setup.subject.module
+        prompted = self.training.subject.module
         assert isinstance(prompted, Prompted)
         assert batch.slots is not None
         return prompted.embeddings(batch.tokens, batch.slots)

@@ -61,7 +61,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Setup:
+class Training:
     """A training that is about to begin: the subject, its optimizer and its device.
 
     Args:
@@ -95,7 +95,7 @@ class Stage(ABC, Generic[C]):
     """Name of the kind in directories, results and messages."""
 
     budget: Budget
-    setup: Setup
+    training: Training
 
     def __init__(self, config: C, console: Console | None = None) -> None:
         self.config, self.console = config, console or Console()
@@ -136,9 +136,9 @@ class Stage(ABC, Generic[C]):
     def samples(self) -> Sequence[Samples]:
         """Return the training data, one source per stream of the budget."""
 
-    def begin(self, setup: Setup) -> None:
+    def begin(self, training: Training) -> None:
         """Store the training, which `evaluate`, `flops_per_token` and `score` use."""
-        self.setup = setup
+        self.training = training
 
     @abstractmethod
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
@@ -214,7 +214,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
     stage.describe()
     opt = config.optimizer
     optimizer = build_optimizer(param_groups(module, config.parameterization, opt.lr, opt.weight_decay, opt.eps), opt)
-    stage.begin(Setup(subject, optimizer, device, autocast))
+    stage.begin(Training(subject, optimizer, device, autocast))
     common = {
         "stage": stage.kind,
         "parameterization": config.parameterization.scheme,
@@ -240,7 +240,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         directory=directory,
         evaluate=stage.evaluate,
         flops_per_token=stage.flops_per_token,
-        base_lr=opt.lr,
+        peak_lr=opt.lr,
         autocast=autocast,
         title=stage.title,
         console=console,

@@ -23,11 +23,11 @@ from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
 from sparsetrain.stages.config import FinetuneConfig, model_config
-from sparsetrain.stages.memory import adjustable, training
+from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
-    Setup,
     Stage,
     Subject,
+    Training,
     build_model,
     layer_densities,
     overall_density,
@@ -112,7 +112,7 @@ class TaskStage(Stage[C]):
         width = widths[1 if rows >= self.examples.examples_per_epoch else 0]
         dense = config.mode == "dense" and config.init_from is not None and self.trained
         batch_size = self.budget.largest.batch_size
-        workload = training(
+        workload = training_workload(
             *(config, model, None if dense else config.sparsity),
             batch_size=batch_size,
             context=width,
@@ -148,16 +148,16 @@ class TaskStage(Stage[C]):
     def describe(self) -> None:
         say(self.console, f"task: {self.task.describe()}")
 
-    def begin(self, setup: Setup) -> None:
-        super().begin(setup)
-        network = setup.network
+    def begin(self, training: Training) -> None:
+        super().begin(training)
+        network = training.network
         self.flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, self.context)
         self.answers = answer_tokens(self.task, self.made_from.tokenizer)
 
     def entries(self) -> dict[str, Any]:
         return {
             "pretrained_density": self.pretrained_density,
-            "density": overall_density(self.setup.network),
+            "density": overall_density(self.training.network),
             "init_from": self.config.init_from,
             "source": self.made_from.source,
         }
@@ -170,14 +170,14 @@ class TaskStage(Stage[C]):
         return {"val_accuracy": found.accuracy, "val_macro_f1": found.macro_f1}
 
     def _row_scores(self, batch: Batch) -> Tensor:
-        with self.setup.autocasting():
-            embeddings = self.embeddings(batch.to(self.setup.device))
-            return self.setup.network.continuation_scores(embeddings, self.answers)
+        with self.training.autocasting():
+            embeddings = self.embeddings(batch.to(self.training.device))
+            return self.training.network.continuation_scores(embeddings, self.answers)
 
     def _score(self, examples: list[Example]) -> TaskScore:
         tokenizer = self.made_from.tokenizer
         batches = scoring_batches(examples, self.task, tokenizer, self.context, self.slots)
-        likelihoods = label_likelihoods(self.setup.subject.module, self._row_scores, batches, len(examples))
+        likelihoods = label_likelihoods(self.training.subject.module, self._row_scores, batches, len(examples))
         if bool(likelihoods.isnan().any()):
             return TaskScore(len(examples), math.nan, (math.nan, math.nan), math.nan)
         truth = np.array([example.label for example in examples])

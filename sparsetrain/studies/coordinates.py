@@ -36,7 +36,7 @@ from sparsetrain.screen import say
 from sparsetrain.seeds import derive_seed
 from sparsetrain.shapes import AnyFloat, Count
 from sparsetrain.stages.config import RunConfig, identify, model_config
-from sparsetrain.stages.memory import check_memory, memory_errors, training
+from sparsetrain.stages.memory import check_memory, memory_errors, training_workload
 from sparsetrain.stages.stage import Stopwatch, build_model
 from sparsetrain.training.state import resolve_device
 
@@ -202,7 +202,9 @@ def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
         point = config.point(value, config.seed)
         model = model_config(point.model, vocab_size)
         point = replace(point, loop=replace(point.loop, accumulation=1))
-        workload = training(point, model, point.sparsity, batch_size=batch_size, context=context, whole_logits=True)
+        workload = training_workload(
+            point, model, point.sparsity, batch_size=batch_size, context=context, whole_logits=True
+        )
         what = (
             f"the point {value:g} of check.values with budget.batch_size={batch_size}, data.context={context}, "
             f"model.d_model={model.d_model} and model.n_layers={model.n_layers}"

@@ -1,6 +1,6 @@
-"""Measure a model: loss and bits per byte on held-out text, accuracy on a labelled task.
+"""Evaluation of a model: loss and bits per byte on held-out text, accuracy on a labelled task.
 
-Legend: B rows, T positions, E examples, C labels.
+Shapes: B rows, T positions, E examples, C labels.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from sparsetrain.data import Batch, ScoringBatch
 
 TokenLosses = Callable[[Batch], Tensor]
-"""Maps a batch to the cross-entropy of every target, in nats ``[B, T]``, 0 where there is no target."""
+"""Maps a batch to the cross-entropy of each target in nats, ``[B, T]``; 0 where there is no target."""
 
 
 RowScores = Callable[[Batch], Tensor]
-"""Maps a batch of questions to the log-probability of every label's answer, in nats ``[B, C]``."""
+"""Maps a batch of questions to the log-probability of each label's answer in nats, ``[B, C]``."""
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """Held-out text: mean cross-entropy in nats per token, and bits per byte of the text that the targets stand for."""
+    """A score on held-out text: cross-entropy in nats per token, and in bits per byte of the text of the targets."""
 
     loss: float
     bits_per_byte: float
@@ -36,10 +36,10 @@ class TextScore:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """A labelled test set of ``n`` examples.
+    """A score on a labelled test set of ``n`` examples.
 
-    ``ci95`` is the Wilson interval of the accuracy. ``macro_f1`` averages the F1 of the labels that occur in the test
-    set or among the answers.
+    ``ci95`` is the Wilson interval of the accuracy. ``macro_f1`` averages the F1 over the labels that occur in the test
+    set or among the predictions.
     """
 
     n: int
@@ -52,11 +52,11 @@ class TaskScore:
 def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], token_bytes: Tensor) -> TextScore:
     """Return loss and bits per byte over ``batches``.
 
-    Bits per byte divide the total cross-entropy in bits by the UTF-8 bytes of the target tokens, so that tokenizers can
-    be compared; the end-of-text token counts no byte but its cross-entropy is counted.
+    Bits per byte are the total cross-entropy in bits, divided by the UTF-8 bytes of the target tokens, so that models
+    with different tokenizers can be compared. The end-of-text token has no bytes, but its cross-entropy counts.
 
     Args:
-        model: put into evaluation mode for the time being.
+        model: the model, in evaluation mode during the call.
         losses: see `TokenLosses`.
         token_bytes: int64 ``[vocabulary]``, the bytes of each token.
     """
@@ -71,13 +71,14 @@ def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], 
 
 
 def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[ScoringBatch], examples: int) -> Tensor:
-    """Return float64 ``[E, C]``: the log-likelihood in nats of each label's answer after each example's source.
+    """Return float64 ``[E, C]``: the log-likelihood in nats of each label's answer after each example's question.
 
-    It is NaN where the model's is: a model that diverged.
+    It is NaN where the model returns NaN, as a diverged model does.
 
     Args:
-        model: put into evaluation mode for the time being.
-        score: see `RowScores`. batches: every one of the E ``examples`` once, in any order.
+        model: the model, in evaluation mode during the call.
+        score: see `RowScores`.
+        batches: each of the E ``examples`` exactly once, in any order.
     """
     result: Tensor | None = None
     missing = set(range(examples))
@@ -94,14 +95,14 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
 
 
 def score_labels(predicted: np.ndarray, truth: np.ndarray) -> TaskScore:
-    """Return accuracy with its Wilson interval, and macro F1, of int arrays ``[E]`` of label indices."""
+    """Return accuracy with its Wilson interval, and macro F1, for int arrays ``[E]`` of label indices."""
     n, right = len(truth), int((predicted == truth).sum())
     interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
     return TaskScore(n, right / n, (float(interval.low), float(interval.high)), macro_f1(predicted, truth))
 
 
 def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
-    """Return the unweighted mean over labels of the harmonic mean of precision and recall."""
+    """Return the unweighted mean over labels of F1, the harmonic mean of precision and recall."""
     scores = []
     for label in np.union1d(predicted, truth):
         hits = int(((predicted == label) & (truth == label)).sum())
@@ -109,8 +110,8 @@ def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-class evaluating:  # noqa: N801 - reads as a word: with evaluating(model)
-    """Put a model into evaluation mode for a while and back."""
+class evaluating:  # noqa: N801 - lower case reads better: with evaluating(model)
+    """Context manager: the model is in evaluation mode inside, and in its previous mode afterwards."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model, self.was_training = model, model.training

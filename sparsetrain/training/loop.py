@@ -1,7 +1,7 @@
-"""The training loop: the same for pre-training, fine-tuning and soft prompts.
+"""The training loop, shared by pre-training, fine-tuning and soft prompts.
 
-Everything that a step does is a function of the configuration, the seeds and the step number, so that a run which was
-killed and resumed ends with the same bits as one that was not.
+Each step is a function of the configuration, the seeds and the step number. A run that was killed and resumed
+therefore ends with the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.observers import Evaluated, Observer, RunStart, StepDone
 from sparsetrain.training.state import Clock, Diverged, Interrupted, LoopConfig, TrainState, stop_requests
 
-MASK_HISTORY = "mask_history/"  # begins the names of a mask manager's tensors in a checkpoint
+MASK_HISTORY = "mask_history/"  # prefix of the mask manager's tensors in a checkpoint
 
 
 class Samples(Protocol):
@@ -50,25 +50,26 @@ class Samples(Protocol):
 
 @dataclass
 class Trainer:
-    """Runs one stage to its last step, from its newest checkpoint if there is one.
+    """Runs one stage to its last step, resuming from its newest checkpoint if there is one.
 
     Args:
-        module: called with a batch's ``inputs`` (tokens, targets, and slots where there are any), it returns the mean
-            cross-entropy of the targets in nats; it holds every parameter and buffer that a checkpoint must carry.
-        samples: the training data, one for each stream of the budget.
-        optimizer: its groups carry ``initial_lr``, the peak of each.
-        schedule: the factor of the peak learning rate at each step; its ``budget`` says how many steps there are, and
-            the batch size and the samples of each.
-        config: settings of the loop. clip: largest gradient norm, 0 for none.
-        seed: of dropout.
-        directory: the run's; ``checkpoints/`` goes there.
-        evaluate: called with the steps that are done and whether they are all: before the first step, every
-            ``eval_every`` steps and after the last one; returns numbers for the observers.
-        flops_per_token: of training, after a number of steps, for the observers.
-        base_lr: the peak learning rate before the parameterization, likewise.
+        module: called with the ``inputs`` of a batch (tokens, targets, and slots if any), it returns the mean
+            cross-entropy of the targets in nats; it holds all parameters and buffers that a checkpoint must contain.
+        samples: the training data, one source per stream of the budget.
+        optimizer: its groups have ``initial_lr``, the peak learning rate of the group.
+        schedule: the factor of the peak learning rate at each step; its ``budget`` gives the number of steps and the
+            batch size and samples of each step.
+        config: settings of the loop.
+        clip: maximum gradient norm; 0 disables clipping.
+        seed: seed of dropout.
+        directory: the run directory; checkpoints go into its ``checkpoints/``.
+        evaluate: called with the number of steps done and whether training is finished, before the first step, every
+            ``eval_every`` steps and after the last one; it returns metrics for the observers.
+        flops_per_token: maps a number of steps done to the training FLOPs per token of the next step.
+        peak_lr: the peak learning rate before the parameterization scales it, for the observers.
         autocast: dtype of the autocast region, or None.
-        observers: told of every step and evaluation; their state is part of every checkpoint.
-        masks: changes the masks of sparse layers after a step, and is part of every checkpoint.
+        observers: called at each step and evaluation; their state is part of every checkpoint.
+        masks: changes the masks of sparse layers after a step; its state is part of every checkpoint.
     """
 
     module: nn.Module
@@ -82,7 +83,7 @@ class Trainer:
     directory: Path
     evaluate: Callable[[int, bool], Mapping[str, float]]
     flops_per_token: Callable[[int], float]
-    base_lr: float
+    peak_lr: float
     autocast: torch.dtype | None
     title: str
     console: Console
@@ -93,9 +94,9 @@ class Trainer:
         """Train to the end and return the final state.
 
         Raises:
-            Diverged: a loss, a gradient or a weight that is not finite.
-            Interrupted: SIGINT or SIGTERM came; the step was finished and the state saved.
-            UserError: no readable checkpoint although there are some, no space left, or a checkpoint of another shape.
+            Diverged: a loss, a gradient or a weight is not finite.
+            Interrupted: SIGINT or SIGTERM arrived; the step was finished and the state saved.
+            UserError: no checkpoint is readable or fits the model, or the disk is full.
         """
         if self.masks is not None:
             self.masks.attach(self.optimizer)
@@ -125,10 +126,10 @@ class Trainer:
                     if stopping:
                         break
                 if stop.signal_number is not None:
-                    # Also after the last step: what comes next, scoring or another stage, is not to begin.
+                    # Raised after the last step too, since neither scoring nor another stage should begin.
                     raise Interrupted(
                         f"stopped after step {state.step} of {total}, saved in {self.directory}; "
-                        "the same command goes on from there",
+                        "the same command resumes it",
                         stop.signal_number,
                     )
         finally:
@@ -141,19 +142,19 @@ class Trainer:
         return last or (every > 0 and step % every == 0)
 
     def _layers(self) -> dict[str, Any]:
-        """Return the state of masks that change, and of each layer's, for the observers."""
+        """Return the metrics of masks that evolve, over all layers and for each, for the observers."""
         if self.masks is None or isinstance(self.masks.rule, Static):
             return {}
         return {**self.masks.watch(), "layers": {layer.name: layer.numbers() for layer in self.masks.report()}}
 
     def _step(self, state: TrainState, clock: Clock) -> StepDone:
-        """Do one optimizer step, update the masks if they are due, and return what there is to know about it."""
+        """Do one optimizer step, update the masks if an update is due, and return the facts about the step."""
         before = time.monotonic()
         phase, per_token = self.schedule.budget.at(state.step), self.flops_per_token(state.step)
         factor = self.schedule.factor(state.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        # Dropout is a function of (seed, step), not of a generator that a checkpoint would have to carry.
+        # Dropout depends on (seed, step) only, so that a checkpoint need not contain the state of a generator.
         torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
         micro = phase.batch_size // self.config.accumulation
         stream, first = self.schedule.budget.samples_at(state.step)
@@ -164,9 +165,9 @@ class Trainer:
         total = torch.zeros((), device=self.device)
         for batch, count in zip(batches, targets, strict=True):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                # Weighted by targets, so that accumulation does not change the mean.
+                # Weighted by its number of targets, so that accumulation does not change the mean.
                 part = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
-            with self._ranking(factor):  # RigL's dense gradients are ranked inside the backward pass
+            with self._ranking(factor):  # RigL ranks dense gradients inside the backward pass
                 part.backward()
             total += part.detach()
         loss = total.item()
@@ -192,7 +193,7 @@ class Trainer:
             tokens=state.tokens_seen,
             loss=loss,
             grad_norm=norm,
-            lr=self.base_lr * factor,
+            lr=self.peak_lr * factor,
             tokens_per_second=speed,
             flops_per_second=speed * per_token,
             seconds=clock.seconds(),
@@ -203,14 +204,14 @@ class Trainer:
 
     @contextmanager
     def _ranking(self, factor: float) -> Iterator[None]:
-        """Turn weights or gradients that a rule cannot rank, because they are not finite, into `Diverged`."""
+        """Turn `NotFiniteError`, which a rule raises if it cannot rank weights or gradients, into `Diverged`."""
         try:
             yield
         except NotFiniteError as error:
             raise Diverged(self._diagnosis(str(error), factor)) from None
 
     def _evaluate(self, state: TrainState, final: bool) -> None:
-        """Tell the observers the numbers of `evaluate`; a model that cannot be evaluated has diverged."""
+        """Pass the metrics of `evaluate` to the observers; raise `Diverged` if one of them is not finite."""
         numbers = self.evaluate(state.step, final)
         broken = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
         if broken:
@@ -220,7 +221,7 @@ class Trainer:
             observer.evaluation(found)
 
     def _factor_before(self, step: int) -> float:
-        """Return the schedule's factor in the update that led to ``step``."""
+        """Return the schedule's factor in the optimizer step that led to ``step``."""
         return self.schedule.factor(max(0, step - 1))
 
     def _diagnosis(self, what: str, factor: float) -> str:
@@ -228,7 +229,7 @@ class Trainer:
         return (
             f"{self.title}: {what}; "
             f"last good checkpoint: {saved[-1] if saved else 'none'}; "
-            f"likely causes: learning rate too high ({self.base_lr * factor:.2g} now), warmup too short, "
+            f"likely causes: learning rate too high ({self.peak_lr * factor:.2g} now), warmup too short, "
             f"no clipping (clip={self.clip:g}), or bf16 (autocast: {self.autocast})"
         )
 
@@ -236,7 +237,7 @@ class Trainer:
         return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     def _setup(self) -> JSON:
-        """Return what the bits of a run depend on beside its configuration."""
+        """Return what the bits of a run depend on besides its configuration."""
         return {
             "device": self.device.type,
             "autocast": None if self.autocast is None else str(self.autocast),
@@ -245,7 +246,7 @@ class Trainer:
 
     def _save(self, state: TrainState) -> None:
         for name, parameter in self._trained():
-            # An update can break weights although its loss and gradient were finite; no checkpoint may hold them.
+            # A step can break weights although loss and gradient were finite; no checkpoint may hold such weights.
             if not bool(torch.isfinite(parameter).all()):
                 what = f"{name} is not finite after step {state.step}"
                 raise Diverged(self._diagnosis(what, self._factor_before(state.step)))
@@ -256,7 +257,7 @@ class Trainer:
             document["observers"] = dict(watching)
         if self.masks is not None:
             document["masks"], history = self.masks.state()
-            # Beside the optimizer's state: what a run needs to go on, and whoever starts from its weights does not.
+            # Stored with the optimizer's state: resuming needs it, but a run that starts from the weights does not.
             optimizer = optimizer._replace(
                 tensors=optimizer.tensors | {f"{MASK_HISTORY}{name}": bits for name, bits in history.items()}
             )
@@ -288,8 +289,8 @@ class Trainer:
         if before != self._setup():
             say(
                 self.console,
-                f"warning: {self.title} was begun with {before} and goes on with {self._setup()}: its numbers are no "
-                "longer those of an uninterrupted run to the last bit",
+                f"warning: {self.title} started with {before} and resumes with {self._setup()}: its bits may differ "
+                "from those of an uninterrupted run",
             )
         return TrainState(**state)  # type: ignore[arg-type]
 
@@ -297,7 +298,7 @@ class Trainer:
         if self.masks is None:
             return
         if not isinstance(saved, dict):
-            raise UserError(f"checkpoint {stored.path} has no state of the masks: it is of an older version")
+            raise UserError(f"checkpoint {stored.path} has no state of the masks: an older version wrote it")
         history = stored.optimizer.tensors
         self.masks.load_state(
             saved, {name.removeprefix(MASK_HISTORY): history[name] for name in history if name.startswith(MASK_HISTORY)}
@@ -308,10 +309,10 @@ class Trainer:
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:
-    """Load a ``state_dict`` and turn torch's page of complaints into one line.
+    """Load a ``state_dict``; torch's multi-line error becomes one line.
 
     Raises:
-        UserError: names or shapes differ, or the topology of a sparse layer is malformed.
+        UserError: names or shapes differ, or the pattern of a sparse layer is malformed.
     """
     try:
         module.load_state_dict(dict(tensors))

@@ -1,7 +1,7 @@
-"""What watches a run without taking part in it: the progress line, the metrics file, and whatever else is added.
+"""Observers of a run: the progress line, the metrics file, and any others.
 
-An observer is told when the run starts, after every step and after every evaluation. What it has to remember over an
-interruption is its ``state``, which every checkpoint keeps and a resumed run gives back.
+The loop calls an observer when the run starts, after every step and after every evaluation. The ``state`` of an
+observer is saved with every checkpoint, and a resumed run restores it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ from sparsetrain.training.progress import ProgressBar
 
 @dataclass(frozen=True)
 class RunStart:
-    """A run that begins or goes on.
+    """A run that starts or resumes.
 
     Args:
-        title: for people. directory: the run's. step: updates done before. total_steps: updates in all.
-        module: what is trained. seconds: spent before an interruption.
+        title: name of the run for people.
+        directory: the run directory.
+        step: optimizer steps already done.
+        total_steps: optimizer steps of the whole run.
+        module: what is trained.
+        seconds: time spent before an interruption.
     """
 
     title: str
@@ -39,15 +43,19 @@ class RunStart:
 
 @dataclass(frozen=True)
 class StepDone:
-    """An update that was just made; the gradients are still there.
+    """An optimizer step that was just made; the gradients still exist.
 
     Args:
-        step: updates done, this one included. tokens: tokens seen so far.
-        loss: mean over the batch, nats. grad_norm: before clipping. lr: base learning rate of this update.
-        tokens_per_second, flops_per_second: of this step. seconds: of the run so far.
-        phase: that the update belongs to.
-        logged: whether this step is one of those that are kept (``loop.log_every``, the first and the last).
-        masks: of a logged step, numbers about the masks.
+        step: optimizer steps done, this one included.
+        tokens: tokens seen so far.
+        loss: mean over the batch, nats.
+        grad_norm: gradient norm before clipping.
+        lr: base learning rate of this step.
+        tokens_per_second, flops_per_second: speed of this step.
+        seconds: time of the run so far.
+        phase: phase of the budget that the step belongs to.
+        logged: whether to record this step (every ``loop.log_every`` steps, the first and the last).
+        masks: metrics of the masks, at logged steps only.
     """
 
     step: int
@@ -65,7 +73,7 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """An evaluation after ``step`` updates: ``numbers`` by name, and of masks that change what each layer's are."""
+    """An evaluation after ``step`` steps: metrics by name, and, if masks evolve, metrics of the masks."""
 
     step: int
     tokens: int
@@ -75,9 +83,9 @@ class Evaluated:
 
 
 class Observer:
-    """Watches a run; the methods do nothing here.
+    """Base class of observers; its methods do nothing.
 
-    ``name`` is what its state is called in a checkpoint, and must differ between the observers of a run.
+    ``name`` is the key of the observer's state in a checkpoint, so each observer of a run needs another one.
     """
 
     name = "observer"
@@ -86,26 +94,24 @@ class Observer:
         """Called once before the first step, after ``restore`` if the run is resumed."""
 
     def step(self, done: StepDone) -> None:
-        """Called after every update, before the gradients are dropped."""
+        """Called after every optimizer step, before the gradients are freed."""
 
     def evaluation(self, found: Evaluated) -> None:
-        """Called after every evaluation: before the first step, on the way, and after the last one."""
+        """Called after every evaluation: before the first step, during training, and after the last step."""
 
     def state(self) -> dict[str, JSON]:
-        """Return what a resumed run gives back to `restore`; called before each checkpoint, so anything that the
-        checkpoint relies on must be on the disk when it returns.
-        """
+        """Return the state to save in a checkpoint. Files that the checkpoint relies on must be on disk on return."""
         return {}
 
     def restore(self, state: Mapping[str, JSON]) -> None:
-        """Take back what `state` returned when the checkpoint was saved that the run goes on from."""
+        """Restore the state that `state` returned for the checkpoint that the run resumes from."""
 
     def close(self) -> None:
-        """Called when the run ends, in whatever way."""
+        """Called when the run ends, also after an error."""
 
 
 class Progress(Observer):
-    """The progress line: a bar on a terminal, about ten lines in a log."""
+    """The progress line: a bar on a terminal, about ten lines in a log file."""
 
     name = "progress"
 
@@ -134,10 +140,10 @@ class Progress(Observer):
 
 
 class Metrics(Observer):
-    """``metrics.jsonl``: a record for each logged step and each evaluation.
+    """Writes ``metrics.jsonl``: a record for each logged step and each evaluation.
 
     Args:
-        phases: whether the run has several, of which each record then names its own.
+        phases: whether the run has several phases; then each record of a step includes its phase.
     """
 
     name = "metrics"

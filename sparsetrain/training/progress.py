@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, a line now and then in a log."""
+"""The progress display: a bar on a terminal, or about ten lines in a log file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LINES_PER_RUN = 10
 class ProgressBar:
     """Shows steps, time left, loss, learning rate, tokens per second and model FLOP/s of one run.
 
-    On a terminal it is a live bar; elsewhere it prints about ten lines in all.
+    On a terminal it is a live bar; otherwise it prints about ten lines per run.
     """
 
     def __init__(self, title: str, total: int, console: Console) -> None:
@@ -37,12 +37,12 @@ class ProgressBar:
         self.task = self.progress.add_task(title, total=total, numbers="")
 
     def start(self) -> None:
-        """Show the bar, on a terminal."""
+        """Show the bar if the output is a terminal."""
         if self.live:
             self.progress.start()
 
     def stop(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self.live:
             self.progress.stop()
 
@@ -55,7 +55,7 @@ class ProgressBar:
         flops_per_second: float,
         more: str = "",
     ) -> None:
-        """Show the state after ``step`` updates; ``more`` is shown until there is something newer to say."""
+        """Show the state after ``step`` steps; the text ``more`` stays until the next one."""
         self.more = more or self.more
         numbers = (
             f"loss {loss:.3f}  lr {lr:.1e}  {tokens_per_second / 1e3:.1f}k tok/s  {flops_per_second / 1e9:.1f} GFLOP/s"

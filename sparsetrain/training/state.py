@@ -1,4 +1,4 @@
-"""What a run counts, what stops it, and the settings of its loop."""
+"""Progress counters of a run, the signals and errors that stop it, and the settings of its loop."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ PRECISIONS = ("auto", "fp32", "bf16")
 
 @dataclass
 class LoopConfig:
-    """Settings of the training loop; how long it runs and on how much at a time is the budget's.
+    """Settings of the training loop; its length and its batch size belong to the budget.
 
     Args:
-        accumulation: micro-batches into which the sequences of an optimizer step are split.
+        accumulation: micro-batches per optimizer step.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
-        log_every, eval_every, checkpoint_every: in steps; 0 leaves only the last one (and, for evaluation, the first).
-        eval_sequences: sequences of held-out text, or examples, per evaluation on the way.
-        keep_last: checkpoints that stay on the disk.
+        log_every, eval_every, checkpoint_every: intervals in steps; 0 keeps only the last (and the first evaluation).
+        eval_sequences: sequences of held-out text, or examples, per evaluation during training.
+        keep_last: number of checkpoints to keep.
     """
 
     accumulation: int = 1
@@ -50,7 +50,7 @@ class LoopConfig:
 
 @dataclass
 class TrainState:
-    """How far a run has come; with its configuration, all that a resumed run needs besides tensors."""
+    """Progress of a run. A resumed run needs this, its configuration and its tensors, and nothing else."""
 
     step: int = 0
     samples_seen: int = 0
@@ -59,7 +59,7 @@ class TrainState:
 
 
 class Clock:
-    """The seconds of a run, over interruptions."""
+    """Counts the seconds of a run, including those before interruptions."""
 
     def __init__(self, before: float) -> None:
         self._started = time.monotonic() - before
@@ -69,11 +69,11 @@ class Clock:
 
 
 class Diverged(RuntimeError):
-    """The loss or the gradient stopped being finite; the message names step, checkpoint and likely causes."""
+    """The loss, a gradient or a weight is no longer finite; the message gives step, checkpoint and likely causes."""
 
 
 class Interrupted(RuntimeError):
-    """A signal ended the run after its state was saved; ``exit_code`` is 128 + the signal."""
+    """A signal stopped the run after its state was saved; ``exit_code`` is 128 + the signal number."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -81,7 +81,7 @@ class Interrupted(RuntimeError):
 
 
 class StopRequest:
-    """Set by the first SIGINT or SIGTERM; a second SIGINT raises KeyboardInterrupt at once."""
+    """A signal handler: the first SIGINT or SIGTERM sets ``signal_number``, a second SIGINT raises at once."""
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
@@ -94,7 +94,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Yield a `StopRequest` that listens to SIGINT and SIGTERM; outside the main thread it never fires."""
+    """Yield a `StopRequest` that handles SIGINT and SIGTERM; outside the main thread it is never set."""
     request = StopRequest()
     previous = {}
     try:
@@ -113,7 +113,7 @@ def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu`` or ``cuda``.
 
     Raises:
-        UserError: another name, or ``cuda`` where there is none.
+        UserError: another name, or ``cuda`` without a CUDA device.
     """
     check_choice("device", name, DEVICES)
     if name == "cuda" and not torch.cuda.is_available():
@@ -137,5 +137,5 @@ def resolve_precision(name: str, device: torch.device) -> tuple[torch.dtype | No
 
 
 def peak_rss_bytes() -> int:
-    """Return the largest resident size of this process so far, in bytes."""
+    """Return the peak resident set size of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -186,7 +186,7 @@ def test_a_signal_ends_with_its_status_and_the_command_that_goes_on(
         status, _, err = shell.run(*words)
     assert status == expected
     assert err.count("\n") == 1
-    assert "stopped after step 2 of 3, saved in a run; the same command goes on from there: sparsetrain pretrain" in err
+    assert "stopped after step 2 of 3, saved in a run; the same command resumes it: sparsetrain pretrain" in err
     assert err.endswith("'run_dir=a run'\n")
     status, out, _ = shell.run(*words)
     assert status == 0

@@ -83,10 +83,10 @@ def test_a_model_narrower_than_the_tuned_one_is_its_own_base(scheme: str) -> Non
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["experiment=base_tuning", "draw=null"], ["draw=None", "draw=0 or above"]),
+        (["experiment=base_tuning", "draw=null"], ["draw=None", "0 or more"]),
         (["experiment=supar_iso_parameter", "model.d_model=64"], ["model.d_model=64", "128"]),
-        (["experiment=supar_lr_transfer", "model.d_model=200"], ["model.d_model=200", "width of a head, 32"]),
-        (["optimizer.lr=${draw:lr,1,0.5}", "draw=0"], ["draw:lr,1,0.5", "the smaller first"]),
+        (["experiment=supar_lr_transfer", "model.d_model=200"], ["model.d_model=200", "head width 32"]),
+        (["optimizer.lr=${draw:lr,1,0.5}", "draw=0"], ["draw:lr,1,0.5", "0 < LOW < HIGH"]),
     ],
 )
 def test_what_does_not_follow_is_one_line(overrides: list[str], words: list[str]) -> None:

@@ -77,7 +77,7 @@ def test_a_row_and_a_file_make_a_verb(shell: Shell) -> None:
 def add_asked(parser: ArgumentParser) -> None:
     parser.add_argument("--loud", action="store_true", help="in capitals")
     parser.add_argument("verb", metavar="VERB", help="which verb")
-    parser.add_argument("words", nargs=argparse.REMAINDER, metavar="key=value", help="its settings and options")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="key=value", help="its settings and options")
 
 
 def ask(given: Namespace) -> None:

@@ -156,7 +156,7 @@ def test_no_size_is_too_large_to_be_estimated() -> None:
 @pytest.mark.parametrize("name", ["d_model", "n_layers", "n_heads", "vocab_size", "max_context", "d_ff", "n_kv_heads"])
 def test_a_model_beyond_all_memory_is_refused_before_it_is_walked_through(name: str) -> None:
     """No matrix and no list of blocks may be described that no memory can hold."""
-    with pytest.raises(UserError, match=rf"{name}=\d+ is above \d+, .* memory") as caught:
+    with pytest.raises(UserError, match=rf"{name}=\d+ is above the limit of \d+: .* memory") as caught:
         ModelConfig(**{**SMALL, name: 10**30})
     assert "\n" not in str(caught.value)
 

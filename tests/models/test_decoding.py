@@ -69,7 +69,7 @@ def test_generation_follows_the_table_and_reads_every_token_once() -> None:
         assert torch.equal(following, chain.table.argmax(1)[last])
     assert chain.read == [2, 1, 1, 1, 1]
     assert chain.training
-    with pytest.raises(UserError, match="needs 9 positions; the model has learned 8"):
+    with pytest.raises(UserError, match="needs 9 positions, but the model has learned only 8"):
         generate(chain, torch.tensor([[1, 2]]), 8)
 
 

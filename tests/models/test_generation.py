@@ -144,7 +144,7 @@ def test_bfloat16_model_generates(device: torch.device) -> None:
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"top_p": 0.0}, "top_p=0.0"),
-        ({"max_new_tokens": 40}, "the model has learned 32"),
+        ({"max_new_tokens": 40}, "the model has learned only 32"),
     ],
 )
 def test_bad_settings_are_named(options: dict[str, Any], message: str) -> None:

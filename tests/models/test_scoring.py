@@ -49,5 +49,5 @@ def test_a_soft_prompt_is_read_before_the_continuation() -> None:
 
 def test_an_empty_continuation_is_refused() -> None:
     model = Transformer(ModelConfig(16, 1, 2, 11, seed=0))
-    with pytest.raises(UserError, match="nothing to score"):
+    with pytest.raises(UserError, match="continuations must not be empty"):
         model.continuation_scores(model.embed_tokens(torch.zeros(1, 2, dtype=torch.int64)), [[1], []])

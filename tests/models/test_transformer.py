@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsetrain.errors import UserError
-from sparsetrain.models import ModelConfig, Transformer, tensor_specs
+from sparsetrain.models import ModelConfig, Transformer, tensor_traits
 from sparsetrain.models.attention import make_span
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, assignment, param_groups
+from sparsetrain.parameterization import Parameterization, Role, TensorTraits, assignment, param_groups
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, SparsityGroup
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -150,13 +150,13 @@ ROLES = {
 def test_tensor_specs_row_for_row() -> None:
     rules = Parameterization.supar(8)
     model = build(rules, mlp="swiglu", bias=True, positions="learned", tie_embeddings=False, sparsity=0.5)
-    specs = tensor_specs(model, rules)
-    assert set(specs) == {name for name, _ in model.named_parameters()}
+    traits_of = tensor_traits(model, rules)
+    assert set(traits_of) == {name for name, _ in model.named_parameters()}
     for name, (role, m_d) in ROLES.items():
-        assert (specs[name].role, specs[name].m_d) == (role, pytest.approx(m_d)), name
+        assert (traits_of[name].role, traits_of[name].m_d) == (role, pytest.approx(m_d)), name
         owner = model.get_submodule(name.rpartition(".")[0])
         density = owner.pattern.density if isinstance(owner, SparseLinear) and name.endswith("values") else 1.0
-        assert specs[name].density == density
+        assert traits_of[name].density == density
     assert param_groups(model, rules, lr=1e-3)
 
 
@@ -240,7 +240,7 @@ def test_meta_device_has_the_parameters_of_the_real_model() -> None:
         model = build(seed=None)
     assert all(parameter.is_meta for parameter in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in build().parameters())
-    assert assignment(model).specs["embed.weight"] == TensorSpec(Role.EMBEDDING)
+    assert assignment(model).traits_of["embed.weight"] == TensorTraits(Role.EMBEDDING)
 
 
 def test_dropout_only_in_training() -> None:

@@ -139,7 +139,7 @@ def test_a_broken_point_is_never_a_finite_ratio(broken: float) -> None:
     ("call", "message"),
     [
         (lambda: coordinate_check(None, [1.0], [0]), r"values=\[1.0\] must name at least two values"),  # type: ignore[arg-type]
-        (lambda: coordinate_check(None, [1.0, 1.0], [0]), "none twice"),  # type: ignore[arg-type]
+        (lambda: coordinate_check(None, [1.0, 1.0], [0]), "no value twice"),  # type: ignore[arg-type]
         (lambda: coordinate_check(None, [0.0, 1.0], [0]), "must all be above 0"),  # type: ignore[arg-type]
         (lambda: read_coordinates(None, 0), "steps=0 must be at least 1"),  # type: ignore[arg-type]
         (lambda: read_coordinates(Trial(nn.ReLU(), None, None), 1), "no module of the model"),  # type: ignore[arg-type]

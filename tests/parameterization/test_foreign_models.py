@@ -152,7 +152,7 @@ def test_what_parameterize_does_with_models_of_transformers(row: Row) -> None:
     parameterize(model, MUP, base, seed=0)
     recorded = assignment(model)
     assert recorded.depth == row.depth
-    kept = {name for name, spec in recorded.specs.items() if spec.role is Role.KEEP}
+    kept = {name for name, traits in recorded.traits_of.items() if traits.role is Role.KEEP}
     assert {".".join(name.split(".")[-2:]) for name in kept} == row.keep
     for name, parameter in model.named_parameters():
         gain = name.rpartition(".")[0] in norms and name.endswith("weight")
@@ -220,13 +220,13 @@ def test_experts_that_are_stored_in_out_are_measured_along_their_inputs() -> Non
     def make(width: int) -> nn.Module:
         return hf.GptOssForCausalLM(hf.GptOssConfig(**{**decoder(width, num_local_experts=2), "intermediate_size": 24}))
 
-    specs = assignment(parameterize(make(32), MUP, make(16), seed=0)).specs
+    traits_of = assignment(parameterize(make(32), MUP, make(16), seed=0)).traits_of
     experts = "model.layers.0.mlp.experts."
-    assert (specs[f"{experts}gate_up_proj"].m_d, specs[f"{experts}down_proj"].m_d) == (2.0, 1.0)
-    assert specs[f"{experts}gate_up_proj"].role is Role.HIDDEN
-    assert specs[f"{experts}down_proj"].role is Role.OUTPUT
-    assert specs[f"{experts}down_proj_bias"].role is Role.BIAS
-    router = specs["model.layers.0.mlp.router.weight"]
+    assert (traits_of[f"{experts}gate_up_proj"].m_d, traits_of[f"{experts}down_proj"].m_d) == (2.0, 1.0)
+    assert traits_of[f"{experts}gate_up_proj"].role is Role.HIDDEN
+    assert traits_of[f"{experts}down_proj"].role is Role.OUTPUT
+    assert traits_of[f"{experts}down_proj_bias"].role is Role.BIAS
+    router = traits_of["model.layers.0.mlp.router.weight"]
     assert (router.role, router.m_d) == (Role.HIDDEN, 2.0)
 
 
@@ -234,13 +234,15 @@ def test_matrices_around_the_blocks_have_no_depth_factor() -> None:
     """OPT-350m's projections into and out of the blocks are hidden matrices that depth does not concern."""
     make = MODELS["opt like 350m"].make
     model = parameterize(make(32), P.completep(16, base_layers=LAYERS, alpha=0.5), make(16), seed=0)
-    specs = assignment(model).specs
-    around = {name for name, spec in specs.items() if not spec.in_block}
+    traits_of = assignment(model).traits_of
+    around = {name for name, traits in traits_of.items() if not traits.in_block}
     assert around == {"model.decoder.project_in.weight", "model.decoder.project_out.weight"}
-    assert specs["model.decoder.project_out.weight"].m_d == 2.0
+    assert traits_of["model.decoder.project_out.weight"].m_d == 2.0
     rules = P.completep(16, base_layers=1, alpha=0.5)
-    assert rules.learning_rate(specs["model.decoder.project_out.weight"], 1.0, LAYERS) == 0.5
-    assert rules.learning_rate(specs["model.decoder.layers.0.fc1.weight"], 1.0, LAYERS) == pytest.approx(sqrt(0.5) / 2)
+    assert rules.learning_rate(traits_of["model.decoder.project_out.weight"], 1.0, LAYERS) == 0.5
+    assert rules.learning_rate(traits_of["model.decoder.layers.0.fc1.weight"], 1.0, LAYERS) == pytest.approx(
+        sqrt(0.5) / 2
+    )
 
 
 def test_a_model_on_the_meta_device_gets_roles_and_multipliers_without_values() -> None:

@@ -19,7 +19,7 @@ from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.parameterization import (
     Parameterization,
     Role,
-    TensorSpec,
+    TensorTraits,
     assignment,
     initialise,
     param_groups,
@@ -54,31 +54,31 @@ def logits(model: nn.Module) -> Tensor:
 
 def test_roles_and_multipliers_of_gpt2() -> None:
     model = parameterize(sparsify(gpt2(), 0.75, seed=0), RULES, gpt2(16), seed=0)
-    expected: dict[str, TensorSpec] = {
-        "transformer.wte.weight": TensorSpec(Role.EMBEDDING, 2.0),
-        "transformer.wpe.weight": TensorSpec(Role.POSITION, 2.0),
-        "transformer.ln_f.weight": TensorSpec(Role.FINAL_NORM, 2.0),
-        "transformer.ln_f.bias": TensorSpec(Role.FINAL_BIAS, 2.0),
+    expected: dict[str, TensorTraits] = {
+        "transformer.wte.weight": TensorTraits(Role.EMBEDDING, 2.0),
+        "transformer.wpe.weight": TensorTraits(Role.POSITION, 2.0),
+        "transformer.ln_f.weight": TensorTraits(Role.FINAL_NORM, 2.0),
+        "transformer.ln_f.bias": TensorTraits(Role.FINAL_BIAS, 2.0),
     }
     for block in ("transformer.h.0.", "transformer.h.1."):
         for norm in ("ln_1", "ln_2"):
-            expected[f"{block}{norm}.weight"] = TensorSpec(Role.NORM, 2.0)
-            expected[f"{block}{norm}.bias"] = TensorSpec(Role.BIAS, 2.0)
+            expected[f"{block}{norm}.weight"] = TensorTraits(Role.NORM, 2.0)
+            expected[f"{block}{norm}.bias"] = TensorTraits(Role.BIAS, 2.0)
         for name, role in (
             ("attn.c_attn", Role.HIDDEN),
             ("mlp.c_fc", Role.HIDDEN),
             ("attn.c_proj", Role.OUTPUT),
             ("mlp.c_proj", Role.OUTPUT),
         ):
-            expected[f"{block}{name}.values"] = TensorSpec(role, 2.0, 0.25)
-            expected[f"{block}{name}.bias"] = TensorSpec(Role.BIAS, 2.0)
-    assert assignment(model).specs == expected
+            expected[f"{block}{name}.values"] = TensorTraits(role, 2.0, 0.25)
+            expected[f"{block}{name}.bias"] = TensorTraits(Role.BIAS, 2.0)
+    assert assignment(model).traits_of == expected
     assert assignment(model).depth == 2
 
 
 def test_roles_and_multipliers_of_llama() -> None:
     model = parameterize(llama(), P.mup(16), llama(16), seed=0)
-    roles = {name: spec.role for name, spec in assignment(model).specs.items()}
+    roles = {name: traits.role for name, traits in assignment(model).traits_of.items()}
     expected = {"model.embed_tokens": Role.EMBEDDING, "model.norm": Role.FINAL_NORM, "lm_head": Role.HEAD}
     for block in ("model.layers.0.", "model.layers.1."):
         expected |= {f"{block}{norm}": Role.NORM for norm in ("input_layernorm", "post_attention_layernorm")}
@@ -86,7 +86,7 @@ def test_roles_and_multipliers_of_llama() -> None:
         expected |= {f"{block}mlp.{part}_proj": Role.HIDDEN for part in ("gate", "up")}
         expected |= {f"{block}self_attn.o_proj": Role.OUTPUT, f"{block}mlp.down_proj": Role.OUTPUT}
     assert roles == {f"{name}.weight": role for name, role in expected.items()}
-    assert {spec.m_d for spec in assignment(model).specs.values()} == {2.0}
+    assert {traits.m_d for traits in assignment(model).traits_of.values()} == {2.0}
 
 
 def test_a_norm_inside_a_numbered_block_is_not_the_final_one() -> None:
@@ -100,23 +100,23 @@ def test_a_norm_inside_a_numbered_block_is_not_the_final_one() -> None:
         max_position_embeddings=8,
         word_embed_proj_dim=16,
     )
-    specs: Any = assignment(parameterize(OPTForCausalLM(config), P.sp(), seed=0)).specs
-    assert specs["model.decoder.layers.0.final_layer_norm.weight"].role is Role.NORM
-    assert specs["model.decoder.final_layer_norm.weight"].role is Role.FINAL_NORM
-    assert specs["model.decoder.embed_positions.weight"].role is Role.POSITION
+    traits_of: Any = assignment(parameterize(OPTForCausalLM(config), P.sp(), seed=0)).traits_of
+    assert traits_of["model.decoder.layers.0.final_layer_norm.weight"].role is Role.NORM
+    assert traits_of["model.decoder.final_layer_norm.weight"].role is Role.FINAL_NORM
+    assert traits_of["model.decoder.embed_positions.weight"].role is Role.POSITION
 
 
 def test_roles_of_a_plain_mlp_are_given_by_name() -> None:
     with pytest.raises(UserError, match=r"parameter '0.weight' \(Linear\) has no known role: pass roles=\{'0': ROLE\}"):
         parameterize(mlp(), P.mup(16), mlp(16))
     model = parameterize(mlp(), P.mup(16), mlp(16), roles=MLP_ROLES, seed=0)
-    assert assignment(model).specs == {
-        "0.weight": TensorSpec(Role.EMBEDDING, 1.0),
-        "0.bias": TensorSpec(Role.BIAS, 2.0),  # its own length, not what its matrix reads
-        "2.weight": TensorSpec(Role.HIDDEN, 2.0),
-        "2.bias": TensorSpec(Role.BIAS, 2.0),
-        "4.weight": TensorSpec(Role.HEAD, 2.0),
-        "4.bias": TensorSpec(Role.FINAL_BIAS, 1.0),
+    assert assignment(model).traits_of == {
+        "0.weight": TensorTraits(Role.EMBEDDING, 1.0),
+        "0.bias": TensorTraits(Role.BIAS, 2.0),  # its own length, not what its matrix reads
+        "2.weight": TensorTraits(Role.HIDDEN, 2.0),
+        "2.bias": TensorTraits(Role.BIAS, 2.0),
+        "4.weight": TensorTraits(Role.HEAD, 2.0),
+        "4.bias": TensorTraits(Role.FINAL_BIAS, 1.0),
     }
 
 
@@ -128,12 +128,12 @@ def test_modules_with_other_parameter_names_take_a_role_too() -> None:
             self.attend = nn.MultiheadAttention(width, 2)
 
     roles = {"attend": "hidden", "": "prompt"}
-    assert assignment(parameterize(Model(32), P.mup(16), Model(16), roles=roles, seed=0)).specs == {
-        "query": TensorSpec(Role.PROMPT, 2.0),
-        "attend.in_proj_weight": TensorSpec(Role.HIDDEN, 2.0),
-        "attend.in_proj_bias": TensorSpec(Role.BIAS, 2.0),
-        "attend.out_proj.weight": TensorSpec(Role.OUTPUT, 2.0),
-        "attend.out_proj.bias": TensorSpec(Role.BIAS, 2.0),
+    assert assignment(parameterize(Model(32), P.mup(16), Model(16), roles=roles, seed=0)).traits_of == {
+        "query": TensorTraits(Role.PROMPT, 2.0),
+        "attend.in_proj_weight": TensorTraits(Role.HIDDEN, 2.0),
+        "attend.in_proj_bias": TensorTraits(Role.BIAS, 2.0),
+        "attend.out_proj.weight": TensorTraits(Role.OUTPUT, 2.0),
+        "attend.out_proj.bias": TensorTraits(Role.BIAS, 2.0),
     }
 
 
@@ -141,8 +141,8 @@ def test_fan_in_of_a_convolution_counts_its_kernel() -> None:
     def model(width: int) -> nn.Module:
         return nn.Sequential(nn.Conv1d(width, 2 * width, 3))
 
-    specs = assignment(parameterize(model(64), P.mup(96), model(32), roles={"0": "hidden"}, seed=0)).specs
-    assert specs["0.weight"].m_d == 2.0
+    traits_of = assignment(parameterize(model(64), P.mup(96), model(32), roles={"0": "hidden"}, seed=0)).traits_of
+    assert traits_of["0.weight"].m_d == 2.0
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,10 @@ def test_fan_in_of_a_convolution_counts_its_kernel() -> None:
             r"the base is wider than the model: '.*wte' has 32 there",
         ),
         (lambda: Transformer(ModelConfig(16, 1, 2, VOCAB), P.mup(32)), r"base_width=32 is wider than .*d_model=16"),
-        (lambda: parameterize(gpt2(), P.mup(24), gpt2(16)), r"base_width=24 is the width of no module .* 16, 64\)"),
+        (
+            lambda: parameterize(gpt2(), P.mup(24), gpt2(16)),
+            r"no module of the base model has the width base_width=24 .* 16, 64\)",
+        ),
         (lambda: parameterize(gpt2(), P.mup(16), llama(16)), "the base model has no module 'transformer.wte'"),
         (lambda: parameterize(mlp(), P.sp(), roles={"*": "hiden"}), r"roles\['\*'\]='hiden' is not one of .*'hidden'"),
         (lambda: parameterize(gpt2(), P.sp(), roles={"wet": "head"}), r"roles\['wet'\] matches no module"),
@@ -285,8 +288,8 @@ def test_sparse_and_dense_models_share_their_draws(make: Callable[..., Any]) -> 
 
 def test_a_bare_sparse_layer_shares_the_draws_of_a_bare_linear_layer() -> None:
     linear, sparse = nn.Linear(16, 16, bias=False), SparseLinear(16, 16, density=0.5, bias=False, seed=0)
-    initialise(linear, {"weight": TensorSpec(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)
-    initialise(sparse, {"values": TensorSpec(Role.HIDDEN, 1.0, 0.5)}, P.sp(), 0.1, 1, seed=0)
+    initialise(linear, {"weight": TensorTraits(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)
+    initialise(sparse, {"values": TensorTraits(Role.HIDDEN, 1.0, 0.5)}, P.sp(), 0.1, 1, seed=0)
     assert torch.equal(sparse.values, sparse.pattern.gather(linear.weight))
 
 
@@ -314,5 +317,5 @@ def test_without_a_seed_initial_values_follow_the_global_generator() -> None:
 
 
 def test_a_parameter_without_a_spec_is_named() -> None:
-    with pytest.raises(UserError, match=r"parameter 'bias' has no role \(1 without one\)"):
-        initialise(nn.Linear(2, 2), {"weight": TensorSpec(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)
+    with pytest.raises(UserError, match=r"parameter 'bias' has no role; 1 of \d+ parameters have none"):
+        initialise(nn.Linear(2, 2), {"weight": TensorTraits(Role.HIDDEN)}, P.sp(), 0.1, 1, seed=0)

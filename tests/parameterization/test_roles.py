@@ -20,7 +20,10 @@ def parts(**modules: nn.Module) -> Any:
 
 
 def roles_of(model: nn.Module, **options: Any) -> dict[str, Role]:
-    return {name: spec.role for name, spec in assignment(parameterize(model, P.sp(), seed=0, **options)).specs.items()}
+    return {
+        name: traits.role
+        for name, traits in assignment(parameterize(model, P.sp(), seed=0, **options)).traits_of.items()
+    }
 
 
 # -- norms -------------------------------------------------------------------------------------------------------------
@@ -123,9 +126,7 @@ def test_a_trained_norm_that_cannot_be_tried_out_is_named() -> None:
     model = parts(norm=FusedNorm(8))
     parameterize(model, P.sp(), seed=0)  # fresh: nothing to find out
     nn.init.normal_(model["norm"].weight)
-    with pytest.raises(
-        UserError, match=r"parameter 'norm.weight' \(FusedNorm\): it was trained already.*'keep'"
-    ) as caught:
+    with pytest.raises(UserError, match=r"parameter 'norm.weight' \(FusedNorm\) was trained already.*'keep'") as caught:
         parameterize(model, P.sp(), seed=0)
     assert "\n" not in str(caught.value)
     before = model["norm"].weight.clone()
@@ -188,14 +189,14 @@ def test_what_a_module_initialises_in_a_way_of_its_own_is_kept() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rules = P.supar(16, embedding_lr_multiplier=3.0)
     parameterize(model, rules, base, seed=0)
-    specs = assignment(model).specs
+    traits_of = assignment(model).traits_of
     drawn = {"mixer.in_proj.weight", "mixer.in_proj.bias", "mixer.out_proj.weight", "mixer.out_proj.bias"}
-    assert {name for name, spec in specs.items() if spec.role is not Role.KEEP} == drawn
+    assert {name for name, traits in traits_of.items() if traits.role is not Role.KEEP} == drawn
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]) == (name not in drawn), name
     groups = param_groups(model, rules, lr=0.5, weight_decay=0.1)
     kept = next(group for group in groups if group["name"] == "keep")
-    assert (kept["lr"], kept["weight_decay"], len(kept["params"])) == (0.5, 0.0, len(specs) - 4)
+    assert (kept["lr"], kept["weight_decay"], len(kept["params"])) == (0.5, 0.0, len(traits_of) - 4)
 
 
 def test_a_role_may_be_given_to_a_parameter_or_to_a_module() -> None:
@@ -250,15 +251,17 @@ class Experts(nn.Module):
 
 def test_a_stack_that_does_not_say_which_way_it_is_stored_is_asked_for_where_it_matters() -> None:
     """Where both dimensions grow alike m_d is the same; where not, the line says how to tell."""
-    specs = assignment(parameterize(parts(experts=Experts(32, 64)), P.mup(16), parts(experts=Experts(16, 32)))).specs
-    assert {spec.m_d for spec in specs.values()} == {2.0}
+    traits_of = assignment(
+        parameterize(parts(experts=Experts(32, 64)), P.mup(16), parts(experts=Experts(16, 32)))
+    ).traits_of
+    assert {traits.m_d for traits in traits_of.values()} == {2.0}
     model, base = parts(experts=Experts(32, 24)), parts(experts=Experts(16, 24))
     with pytest.raises(
         UserError, match=r"'experts.gate_up_proj' is a stack of matrices .32, 48., .*pass fan_in=\{'experts"
     ):
         parameterize(model, P.mup(16), base)
-    specs = assignment(parameterize(model, P.mup(16), base, fan_in={"*_proj": -2})).specs
-    assert (specs["experts.gate_up_proj"].m_d, specs["experts.down_proj"].m_d) == (2.0, 1.0)
+    traits_of = assignment(parameterize(model, P.mup(16), base, fan_in={"*_proj": -2})).traits_of
+    assert (traits_of["experts.gate_up_proj"].m_d, traits_of["experts.down_proj"].m_d) == (2.0, 1.0)
     for wrong, words in (({"*_proj": 3}, "has 3 dimensions, so 3 is none"), ({"no": 0}, r"fan_in\['no'\] matches no")):
         with pytest.raises(UserError, match=words):
             parameterize(model, P.mup(16), base, fan_in=wrong)
@@ -295,14 +298,14 @@ def test_m_d_counts_what_one_output_sees(make: Callable[[int], nn.Module], m_d: 
     model = parameterize(
         parts(embed=nn.Embedding(5, 64), layer=make(64)), rules, base, roles={"layer": "hidden"}, seed=0
     )
-    assert assignment(model).specs["layer.weight"].m_d == m_d
+    assert assignment(model).traits_of["layer.weight"].m_d == m_d
     assert variance(make(64)) / variance(make(16)) == pytest.approx(m_d, rel=0.25)
 
 
 def test_a_recurrent_layer_has_the_fan_in_of_each_of_its_matrices() -> None:
     make = lambda width: parts(rnn=nn.LSTM(10, width, 2))  # noqa: E731
-    specs = assignment(parameterize(make(32), P.mup(16), make(16), roles={"rnn": "hidden"}, seed=0)).specs
-    found = {name.removeprefix("rnn."): (spec.role, spec.m_d) for name, spec in specs.items()}
+    traits_of = assignment(parameterize(make(32), P.mup(16), make(16), roles={"rnn": "hidden"}, seed=0)).traits_of
+    found = {name.removeprefix("rnn."): (traits.role, traits.m_d) for name, traits in traits_of.items()}
     assert found["weight_ih_l0"] == (Role.HIDDEN, 1.0)
     assert found["weight_hh_l0"] == found["weight_ih_l1"] == (Role.HIDDEN, 2.0)
     assert found["bias_ih_l0"] == found["bias_hh_l1"] == (Role.BIAS, 2.0)
@@ -328,5 +331,5 @@ def test_sgd_steps_by_which_side_of_a_matrix_grows() -> None:
 def test_a_computed_weight_is_named() -> None:
     """Weight norm and parametrizations hold other tensors than the weight; drawing those would do something else."""
     normed = parts(fc1=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
-    with pytest.raises(UserError, match=r"the weight of 'fc1' is computed .*parameterize the model before that"):
+    with pytest.raises(UserError, match=r"the weight of 'fc1' is computed .*call parameterize before that"):
         parameterize(normed, P.sp(), seed=0)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec
+from sparsetrain.parameterization import Parameterization, Role, TensorTraits
 
 P = Parameterization
 
@@ -86,14 +86,14 @@ OUTSIDE: dict[Role, Row] = {
 }
 
 
-def spec(role: Role) -> TensorSpec:
-    return TensorSpec(role, M_D, DENSITY if role in (Role.HIDDEN, Role.OUTPUT) else 1.0)
+def traits(role: Role) -> TensorTraits:
+    return TensorTraits(role, M_D, DENSITY if role in (Role.HIDDEN, Role.OUTPUT) else 1.0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("role", Role)
 def test_table_row_for_row(scheme: str, role: Role) -> None:
-    rules, tensor = SCHEMES[scheme], spec(role)
+    rules, tensor = SCHEMES[scheme], traits(role)
     measured = Row(
         rules.init_std(tensor, SIGMA, LAYERS),
         rules.learning_rate(tensor, ETA, LAYERS),
@@ -128,11 +128,11 @@ def with_options(scheme: str, **options: Any) -> Parameterization:
 def test_weight_decay_rules(scheme: str, wd_rule: str) -> None:
     rules = with_options(scheme, wd_rule=wd_rule)
     for role in (Role.HIDDEN, Role.OUTPUT):
-        assert rules.weight_decay(spec(role), LAMBDA) == LAMBDA * FACTORS[scheme][wd_rule]
+        assert rules.weight_decay(traits(role), LAMBDA) == LAMBDA * FACTORS[scheme][wd_rule]
     for role in (Role.EMBEDDING, Role.POSITION, Role.HEAD):
-        assert rules.weight_decay(spec(role), LAMBDA) == LAMBDA
+        assert rules.weight_decay(traits(role), LAMBDA) == LAMBDA
     for role in (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT):
-        assert rules.weight_decay(spec(role), LAMBDA) == 0.0
+        assert rules.weight_decay(traits(role), LAMBDA) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -148,8 +148,8 @@ def test_weight_decay_rules(scheme: str, wd_rule: str) -> None:
 def test_eps_rules(scheme: str, fixed: float, table: float) -> None:
     for role in Role:
         inside = role in (Role.HIDDEN, Role.OUTPUT, Role.NORM, Role.BIAS)
-        assert with_options(scheme, eps_rule="fixed").epsilon(spec(role), EPS, LAYERS) == fixed
-        assert with_options(scheme, eps_rule="table").epsilon(spec(role), EPS, LAYERS) == (table if inside else 1.0)
+        assert with_options(scheme, eps_rule="fixed").epsilon(traits(role), EPS, LAYERS) == fixed
+        assert with_options(scheme, eps_rule="table").epsilon(traits(role), EPS, LAYERS) == (table if inside else 1.0)
 
 
 def test_default_rules_of_each_scheme() -> None:
@@ -198,7 +198,7 @@ def test_decay_per_step_does_not_depend_on_width_or_density(
         "supar_completep": lambda: P.supar_completep(64, 0.5, 2, alpha),
     }
     rules = make[scheme]()
-    tensor = TensorSpec(Role.HIDDEN, m_d, density)
+    tensor = TensorTraits(Role.HIDDEN, m_d, density)
     product = rules.learning_rate(tensor, 0.01, layers) * rules.weight_decay(tensor, 0.1)
     m_l = layers / 2 if "completep" in scheme else 1.0
     assert product == pytest.approx(0.001 * m_l ** (alpha - 1), rel=1e-12)
@@ -220,7 +220,7 @@ def test_limits_are_equal_to_the_last_bit(special: Parameterization, general: Pa
     # At ratios of 1 the general scheme is the special one; m_d stays free where both use it, so does the density.
     widths = (1.0,) if special.scheme == "sp" else (1.0, 3.0)
     densities = (1.0, 0.3) if special.uses_density == general.uses_density else (1.0,)
-    for tensor in [TensorSpec(role, m_d, density) for m_d in widths for density in densities]:
+    for tensor in [TensorTraits(role, m_d, density) for m_d in widths for density in densities]:
         for method, base in (("init_std", 0.02), ("learning_rate", 3e-3), ("epsilon", 1e-8)):
             assert getattr(special, method)(tensor, base, LAYERS) == getattr(general, method)(tensor, base, LAYERS)
         assert special.weight_decay(tensor, 0.1) == general.weight_decay(tensor, 0.1)

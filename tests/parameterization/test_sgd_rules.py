@@ -12,7 +12,7 @@ from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.optim import OptimizerConfig, build_optimizer
-from sparsetrain.parameterization import Parameterization, Role, TensorSpec, param_groups
+from sparsetrain.parameterization import Parameterization, Role, TensorTraits, param_groups
 
 P = Parameterization
 SGD: dict[str, Any] = {"optimizer": "sgd"}
@@ -34,13 +34,13 @@ TABLE = {
 }
 
 
-def spec(role: Role) -> TensorSpec:
-    return TensorSpec(role, M_D, DENSITY if role in (Role.HIDDEN, Role.OUTPUT) else 1.0)
+def traits(role: Role) -> TensorTraits:
+    return TensorTraits(role, M_D, DENSITY if role in (Role.HIDDEN, Role.OUTPUT) else 1.0)
 
 
 @pytest.mark.parametrize("role", Role)
 def test_learning_rates_of_sgd_row_for_row(role: Role) -> None:
-    assert PRODUCT.learning_rate(spec(role), 1.0, LAYERS) == TABLE[role]
+    assert PRODUCT.learning_rate(traits(role), 1.0, LAYERS) == TABLE[role]
 
 
 @pytest.mark.parametrize(
@@ -57,16 +57,16 @@ def test_learning_rates_of_sgd_row_for_row(role: Role) -> None:
 def test_each_scheme_takes_its_own_factors_of_the_sgd_rules(
     rules: Parameterization, hidden: float, norm: float, head: float
 ) -> None:
-    found = [rules.learning_rate(spec(role), 1.0, LAYERS) for role in (Role.HIDDEN, Role.NORM, Role.HEAD)]
+    found = [rules.learning_rate(traits(role), 1.0, LAYERS) for role in (Role.HIDDEN, Role.NORM, Role.HEAD)]
     assert found == [hidden, norm, head]
 
 
 @pytest.mark.parametrize("role", [Role.HIDDEN, Role.OUTPUT, Role.EMBEDDING, Role.HEAD])
 def test_decay_per_step_of_sgd_depends_on_neither_width_nor_density(role: Role) -> None:
     rules = P.supar(64, 0.5, **SGD)
-    assert rules.learning_rate(spec(role), 1.0, LAYERS) * rules.weight_decay(spec(role), 0.5) == 0.5
+    assert rules.learning_rate(traits(role), 1.0, LAYERS) * rules.weight_decay(traits(role), 0.5) == 0.5
     coupled = P.supar(64, 0.5, wd_rule="coupled", **SGD)
-    assert coupled.weight_decay(spec(role), 0.5) == 0.5
+    assert coupled.weight_decay(traits(role), 0.5) == 0.5
 
 
 def test_groups_for_sgd_have_no_eps() -> None:
@@ -111,9 +111,9 @@ def groups_for(rules: Parameterization, optimizer: type[torch.optim.Optimizer]) 
         (lambda: load("pretrain", ["parameterization.base_width=256"]), ["base_width=256", "model.d_model=128"]),
         (lambda: P.sp(optimizer="sgdm"), ["optimizer='sgdm'", "adam, sgd"]),
         (lambda: P.sp(output_rule="shrink"), ["output_rule='shrink'", "did you mean 'shrunk'?"]),
-        (lambda: TensorSpec("hiden"), ["role='hiden'", "did you mean 'hidden'?"]),  # type: ignore[arg-type]
-        (lambda: TensorSpec(Role.HIDDEN, 1.0, 0.0), ["density=0.0", "(0, 1]"]),
-        (lambda: TensorSpec(Role.HIDDEN, 0.0), ["m_d=0.0", "above 0"]),
+        (lambda: TensorTraits("hiden"), ["role='hiden'", "did you mean 'hidden'?"]),  # type: ignore[arg-type]
+        (lambda: TensorTraits(Role.HIDDEN, 1.0, 0.0), ["density=0.0", "(0, 1]"]),
+        (lambda: TensorTraits(Role.HIDDEN, 0.0), ["m_d=0.0", "above 0"]),
     ],
 )
 def test_what_the_rules_are_not_made_for_is_one_line(call: Callable[[], Any], words: list[str]) -> None:

@@ -59,7 +59,7 @@ def test_a_wrapped_model_gets_the_numbers_and_groups_of_the_bare_one(wrap: Calla
     inner = sparsify(gpt2(), 0.5, seed=0)
     wrapped = wrap(inner)
     assert parameterize(wrapped, RULES, gpt2(16), seed=0) is wrapped
-    assert assignment(wrapped).specs == assignment(bare).specs
+    assert assignment(wrapped).traits_of == assignment(bare).traits_of
     assert assignment(unwrap(wrapped)) is assignment(wrapped)
     for one, other in zip(wrapped.parameters(), bare.parameters(), strict=True):
         assert torch.equal(one, other)

@@ -207,7 +207,7 @@ def test_another_format_is_refused(pair: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setattr(manifest, "FORMAT", 2)
         save(pair, 2)
-    assert_refused(pair, "it has format 2, and this version reads format 1")
+    assert_refused(pair, "it has format 2, but this version reads format 1")
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_a_mismatch_names_the_parameter(stepped: tuple[nn.Sequential, OptimizerT
     shallower = nn.Sequential(*make_model()[:2])
     assert "has parameter 2.weight, which the optimizer does not have" in refusal(shallower, saved)
     one_group = [{"params": list(model.parameters())}]
-    assert "parameter 0.weight shares its optimizer group with others" in refusal(model, saved, one_group)
+    assert "parameter 0.weight is in another optimizer group" in refusal(model, saved, one_group)
 
 
 def test_a_missing_or_misshapen_tensor_is_named(stepped: tuple[nn.Sequential, OptimizerTensors]) -> None:

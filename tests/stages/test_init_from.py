@@ -72,7 +72,7 @@ def test_repeating_what_the_checkpoint_has_is_fine(inherit: Callable[..., Any]) 
 def test_init_from_a_missing_place_or_one_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="init_from=nowhere: no such run directory"):
         load("finetune", ["init_from=nowhere"])
-    with pytest.raises(UserError, match=r"is no run directory: it has no config\.yaml"):
+    with pytest.raises(UserError, match=r"is not a run directory: it has no config\.yaml"):
         load("finetune", [f"init_from={tmp_path}"])
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(UserError, match=r"config\.yaml cannot be read") as caught:

@@ -26,7 +26,7 @@ HUGE = [
     (["model.n_layers=65536", "model.d_model=1024"], "model.d_model=[0-9]+ or model.n_layers=[0-9]+ would fit"),
     (["model.vocab_size=2147483647", "model.d_model=256"], "model.vocab_size=[0-9]+ would fit"),
     (["model.positions=learned", "model.max_context=2147483647", "model.d_model=256"], "model.max_context=[0-9]+"),
-    (["model.n_layers=1000000000"], "n_layers=1000000000 is above 65536, .* memory"),
+    (["model.n_layers=1000000000"], "n_layers=1000000000 is above the limit of 65536: .* memory"),
     (["model.d_model=" + "9" * 30], "d_model=9+ is above .* memory"),
 ]
 

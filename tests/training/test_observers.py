@@ -125,7 +125,7 @@ def trainer(
         directory=directory,
         evaluate=lambda step, _final: {"score": evaluate(step)},
         flops_per_token=lambda _step: 7.0,
-        base_lr=LR,
+        peak_lr=LR,
         autocast=None,
         title="toy",
         console=Console(file=io.StringIO()),

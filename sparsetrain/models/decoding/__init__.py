@@ -1,1 +1,1 @@
-"""What a trained model is asked for: text that continues a prompt, and scores of given continuations."""
+"""Decoding with a trained model: generation of text, and scores of given continuations."""

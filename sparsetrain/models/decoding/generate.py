@@ -1,4 +1,4 @@
-"""Sampling from a language model, one token's work at a time."""
+"""Sampling from a language model with a key-value cache."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def generate(
     generator: torch.Generator | None = None,
     prompt: SoftPrompt | None = None,
 ) -> Tensor:
-    """Continue each row of ``tokens``, without dropout, on a key-value cache.
+    """Continue each row of ``tokens``, without dropout, with a key-value cache.
 
     Args:
         tokens: ``[B, T]``, rows of equal length.
-        max_new_tokens: how many to add at most.
-        temperature: what the logits are divided by; 0 takes the most likely token.
-        top_p: sample from the fewest tokens whose probabilities sum to at least this (Holtzman et al. 2020).
-        stop_token: a row that has drawn it is filled with it; generation ends when all rows have.
-        generator: source of the draws, on the model's device; None is torch's global one.
-        prompt: a soft prompt, read between ``tokens`` and what is generated.
+        max_new_tokens: maximum number of new tokens.
+        temperature: divisor of the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens whose probabilities sum to at least this (Holtzman et al. 2020).
+        stop_token: after drawing it, a row is filled with it; generation ends when all rows have drawn it.
+        generator: generator for sampling, on the model's device; None means torch's global one.
+        prompt: a soft prompt, read after ``tokens`` and before the new tokens.
 
     Returns:
-        ``[B, T + n]``, n at most ``max_new_tokens``: the tokens given and those drawn (the soft prompt has none).
+        ``[B, T + n]`` with n at most ``max_new_tokens``: the given tokens followed by the new ones.
 
     Raises:
-        UserError: a setting out of range, or more tokens than learned positions.
+        UserError: a setting is out of range, or there are more tokens than learned positions.
     """
     _check_settings(max_new_tokens, temperature, top_p)
     was_training = model.training
@@ -49,8 +49,8 @@ def generate(
         capacity = embeddings.shape[1] + max_new_tokens - 1
         if model.max_positions is not None and capacity > model.max_positions:
             raise UserError(
-                f"max_new_tokens={max_new_tokens} behind {embeddings.shape[1]} tokens needs {capacity} positions; "
-                f"the model has learned {model.max_positions}"
+                f"max_new_tokens={max_new_tokens} after {embeddings.shape[1]} tokens needs {capacity} positions, but "
+                f"the model has learned only {model.max_positions}"
             )
         cache = model.new_cache(embeddings, capacity)
         hidden = model.hidden(embeddings=embeddings, cache=cache)
@@ -71,7 +71,7 @@ def generate(
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """Draw a token from each row of logits ``[B, V]``: int64 ``[B]``; temperature 0 takes the largest."""
+    """Draw one token from each row of logits ``[B, V]``: int64 ``[B]``; temperature 0 takes the most likely one."""
     if temperature == 0.0:
         return logits.argmax(dim=-1)
     probabilities = nucleus(logits.float() / temperature, top_p).softmax(dim=-1)
@@ -79,12 +79,12 @@ def sample(logits: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def nucleus(logits: Tensor, top_p: float) -> Tensor:
-    """Return logits ``[B, V]`` with -inf outside the fewest most likely tokens that sum to at least ``top_p``."""
+    """Return logits ``[B, V]`` with -inf outside the smallest set of top tokens that sums to at least ``top_p``."""
     if top_p >= 1.0:
         return logits
     ranked, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ranked.softmax(dim=-1)
-    # A token stays if those before it do not reach top_p yet; the first one always does.
+    # A token stays if the sum before it is below top_p; the first one always stays.
     before = probabilities.cumsum(dim=-1) - probabilities
     dropped = before >= top_p
     dropped[..., 0] = False

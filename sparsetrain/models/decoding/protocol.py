@@ -1,4 +1,4 @@
-"""What generation and scoring need of a model.
+"""The interface that generation and scoring need from a model.
 
 Shapes: B rows, T tokens, D features, V vocabulary.
 """
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 class Cache(Protocol):
-    """What a model keeps of the tokens that it has read."""
+    """The state that a model keeps about tokens it has read."""
 
     def rewind(self, length: int) -> None:
-        """Forget all but the first ``length`` tokens."""
+        """Keep only the first ``length`` tokens."""
         ...
 
 
@@ -22,7 +22,7 @@ AnyCache = TypeVar("AnyCache", bound=Cache)
 
 
 class Decoder(Protocol[AnyCache]):
-    """A causal language model that reads tokens or embeddings, some now and the rest later.
+    """A causal language model that reads tokens or embeddings in one or several calls.
 
     `sparsetrain.Transformer` is one. ``training`` and ``train`` are those of ``torch.nn.Module``.
     """
@@ -31,11 +31,11 @@ class Decoder(Protocol[AnyCache]):
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens that a row can have, None where the model sets no limit."""
+        """Maximum number of tokens per row, or None without a limit."""
         ...
 
     def train(self, mode: bool = True) -> Any:
-        """Switch between training and evaluation."""
+        """Switch between training mode and evaluation mode."""
         ...
 
     def embed_tokens(self, tokens: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ class Decoder(Protocol[AnyCache]):
     def hidden(
         self, tokens: Tensor | None = None, embeddings: Tensor | None = None, cache: AnyCache | None = None
     ) -> Tensor:
-        """Read tokens or embeddings behind what the cache holds, and add them to it: ``[B, T, D]``."""
+        """Read tokens or embeddings after those in the cache, append them to it, and return ``[B, T, D]``."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Map what `hidden` returns, ``[..., D]``, to logits ``[..., V]`` of the token that follows."""
+        """Map an output of `hidden`, ``[..., D]``, to logits ``[..., V]`` of the next token."""
         ...

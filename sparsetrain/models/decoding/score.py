@@ -1,4 +1,4 @@
-"""How likely a model finds each of several continuations of the same text.
+"""Log-probabilities of given continuations of a text.
 
 Shapes: B rows, T tokens, D features, C continuations.
 """
@@ -16,19 +16,19 @@ from sparsetrain.models.decoding.protocol import AnyCache, Decoder
 
 @torch.no_grad()
 def continuation_scores(model: Decoder[AnyCache], embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
-    """Return the log-probability, in nats, of each continuation of each row: float32 ``[B, C]``.
+    """Return the log-probability, in nats, of each continuation after each row: float32 ``[B, C]``.
 
-    The rows are read once; every continuation then starts from their cached keys and values.
+    The rows are read once; each continuation then starts from their cached keys and values.
 
     Args:
         embeddings: ``[B, T, D]``, rows of equal length without padding, as the model's ``embed_tokens`` returns them.
         continuations: C lists of at least one token.
 
     Raises:
-        UserError: an empty continuation.
+        UserError: a continuation is empty.
     """
     if not all(continuations):
-        raise UserError("a continuation has no token: there is nothing to score")
+        raise UserError("continuations must not be empty: an empty one has no score")
     rows, length = embeddings.shape[:2]
     capacity = length + max(len(tokens) for tokens in continuations) - 1
     cache = model.new_cache(embeddings, capacity)

@@ -1,4 +1,4 @@
-"""Sparse layers that stand for parts of one dense tensor: the projections of attention, the experts of a stack."""
+"""Sparse layers that replace slices of one dense tensor: the projections of attention, the experts of a stack."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _EXPERT = re.compile(r"(?:(?P<holder>.+)\.)?(?P<leaf>[^.]+)_layers\.(?P<index>\d
 
 
 @dataclass(frozen=True)
-class Part:
-    """The place of a layer's matrix in the dense tensor that it is a part of.
+class TensorSlice:
+    """The slice of a dense tensor that a layer's matrix replaces.
 
     Args:
-        holder_name, holder: the module that holds the dense tensor when nothing is sparse.
-        leaf: the tensor's name there.
-        index, count: of the part, and how many there are.
-        stacked: whether the tensor has a dimension for the parts, as experts; else they stand below each other.
-        transposed: whether the tensor is [count, in, out].
+        holder_name, holder: the module that holds the dense tensor if nothing is sparse.
+        leaf: name of the tensor in that module.
+        index, count: index of the slice, and number of slices.
+        stacked: whether slices are indexed by a dimension of their own, as experts are; otherwise rows are split.
+        transposed: whether the tensor has shape [count, in, out].
     """
 
     holder_name: str
@@ -38,26 +38,28 @@ class Part:
         return f"{self.holder_name}.{self.leaf}" if self.holder_name else self.leaf
 
     def shape_of_whole(self, rows: int, columns: int) -> tuple[int, ...]:
-        """Return the shape of the dense tensor, given that of the part's matrix ``[out, in]``."""
+        """Return the shape of the dense tensor for a slice with the matrix shape ``[out, in]``."""
         if not self.stacked:
             return (self.count * rows, columns)
         return (self.count, columns, rows) if self.transposed else (self.count, rows, columns)
 
     def take(self, whole: Tensor) -> Tensor:
-        """Return the part's matrix ``[out, in]`` of the dense tensor."""
+        """Return the slice of the dense tensor as a matrix ``[out, in]``."""
         if self.stacked:
             return whole[self.index].t() if self.transposed else whole[self.index]
         return whole.chunk(self.count)[self.index]
 
 
-def part_of(module_name: str, modules: Mapping[str, nn.Module]) -> Part | None:
-    """Return of which dense tensor the layer called ``module_name`` is a part, None if it is one on its own."""
+def slice_of(module_name: str, modules: Mapping[str, nn.Module]) -> TensorSlice | None:
+    """Return the slice that the layer called ``module_name`` replaces, or None if it replaces a whole tensor."""
     parent_name, _, child = module_name.rpartition(".")
     parent = modules.get(parent_name)
     if isinstance(parent, nn.MultiheadAttention) and child in IN_PROJECTIONS:
         if parent._qkv_same_embed_dim:
-            return Part(parent_name, parent, "in_proj_weight", IN_PROJECTIONS.index(child), len(IN_PROJECTIONS), False)
-        return Part(parent_name, parent, f"{child}_weight", 0, 1, False)
+            return TensorSlice(
+                parent_name, parent, "in_proj_weight", IN_PROJECTIONS.index(child), len(IN_PROJECTIONS), False
+            )
+        return TensorSlice(parent_name, parent, f"{child}_weight", 0, 1, False)
     found = _EXPERT.fullmatch(module_name)
     if found is None or not isinstance(parent, nn.ModuleList):
         return None
@@ -65,5 +67,5 @@ def part_of(module_name: str, modules: Mapping[str, nn.Module]) -> Part | None:
     holder = modules[holder_name]
     if leaf in holder._parameters and holder._parameters[leaf] is None:
         flipped = getattr(holder, "is_transposed", False) is True
-        return Part(holder_name, holder, leaf, int(found["index"]), len(parent), True, flipped)
+        return TensorSlice(holder_name, holder, leaf, int(found["index"]), len(parent), True, flipped)
     return None
