@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +13,7 @@ from sparsetrain.report.arms import PRETRAIN, SCRATCH, Arms, Course, Row, arm_na
 from sparsetrain.report.arms import tasks as task_names
 from sparsetrain.report.arms import ways as way_names
 from sparsetrain.report.bars import verdicts
-from sparsetrain.report.plots import MUTED, SERIES, save_png
+from sparsetrain.report.plots import MUTED, SERIES, save_png, styled
 from sparsetrain.scaling.intervals import half_width
 
 COLOURS = (MUTED, *SERIES)
@@ -25,7 +23,7 @@ _SHORT = {"finetune": "fine-tuned", "prompt": "soft prompt"}
 
 def arms_figure(table: Arms, path: Path) -> None:
     """Draw a table; a PNG. Masks have their losses and what the masks did, pipelines bits per byte and accuracies."""
-    with _default_settings():
+    with styled("arms"):
         if table.of_masks:
             figure = _masks(table.rows, table.courses)
         elif len(task_names(table.rows)) == 1 and set(way_names(table.rows)) <= set(_SHORT):
@@ -33,15 +31,6 @@ def arms_figure(table: Arms, path: Path) -> None:
         else:
             figure = _tasks(table.rows)
         save_png(figure, path, _DPI)
-
-
-@contextmanager
-def _default_settings() -> Iterator[None]:
-    """Draw under matplotlib's defaults, whatever the reader's own settings are."""
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams["text.parse_math"] = False  # a name with two dollar signs is a name
-        yield
 
 
 def _mark(axes: Axes, place: float, samples: Sequence[float], colour: str, narrow: bool = False) -> None:

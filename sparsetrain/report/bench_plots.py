@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,24 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from sparsetrain.report.bench import DENSE, TITLES, amdahl, machine_line, title
-from sparsetrain.report.plots import INK, MARKERS, MUTED, RULE, SERIES
+from sparsetrain.report.plots import INK, MARKERS, MUTED, SERIES, styled
 from sparsetrain.report.text import percent, shorten, si, tick
 
 _PANEL_INCHES = (4.2, 5.0)
-_STYLE: dict[Any, Any] = {
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": RULE,
-    "legend.frameon": False,
-    "legend.fontsize": 8.0,
-    "text.parse_math": False,
-}
 
 Values = dict[str, Any]
 Draw = Callable[[Axes], None]
@@ -41,9 +26,7 @@ Draw = Callable[[Axes], None]
 def bench_figure(values: Values) -> bytes:
     """Return a PNG with a panel for each number of threads and each part that was measured."""
     panels = _panels(values["summary"], _profiles(values)) + _scaling_panels(values)
-    with mpl.rc_context():
-        mpl.rcdefaults()
-        mpl.rcParams.update(_STYLE)
+    with styled("bench"):
         columns = min(3, max(1, len(panels)))
         rows = max(1, -(-len(panels) // columns))
         size = (_PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + 0.3)

@@ -1,9 +1,8 @@
 """Figures of a report, as SVG bytes: what was measured, and FLOPs by the formula.
 
-Every figure is drawn on its own `Figure` object under matplotlib's default settings, whatever the reader's own are, and
-holds no date, no random identifier and no installed font: the same report gives the same bytes. The first three colours
-are those of Okabe and Ito; the others were chosen so that all six stay apart under the common colour-vision
-deficiencies and stand out from the page. Arms differ in marker as well.
+Every figure is drawn on its own `Figure` object under matplotlib's defaults and ``sparsetrain.mplstyle``, whatever the
+reader's own settings are, and holds no date, no random identifier and no installed font: the same report gives the same
+bytes. Arms differ in marker as well as in colour.
 
 matplotlib's settings are process-wide while a figure is drawn: do not draw from several threads at once.
 """
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -35,43 +33,20 @@ from sparsetrain.report.schema import STAGES, Arm, Point, Report, terms
 from sparsetrain.report.tables import TERM_NAMES, Group, results, term_names
 from sparsetrain.report.text import byte_size, clean, percent, shorten, si, tick
 
-INK = "#24292f"
-RULE = "#d5dae0"
-MUTED = "#667080"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#8a2be2", "#60280a", "#324345")
+
+def _settings(look: str) -> mpl.RcParams:
+    return mpl.rc_params_from_file(Path(__file__).with_name(f"{look}.mplstyle"), use_default_template=False)
+
+
+LOOK = "sparsetrain"
+_SETTINGS = _settings(LOOK)
+INK: str = _SETTINGS["text.color"]
+RULE: str = _SETTINGS["grid.color"]
+MUTED: str = _SETTINGS["axes.edgecolor"]
+SERIES: tuple[str, ...] = tuple(_SETTINGS["axes.prop_cycle"].by_key()["color"])
 """Colours of text, grid, secondary lines and data. `html` replaces exactly these when a page is dark."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
-_FONT = "DejaVu Sans"
-_STYLE: dict[Any, Any] = {
-    "font.family": [_FONT],
-    "font.size": 9.0,
-    "axes.titlesize": 10.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelcolor": INK,
-    "axes.edgecolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.axisbelow": True,
-    "grid.color": RULE,
-    "grid.linewidth": 0.7,
-    "legend.frameon": False,
-    "legend.fontsize": 8.5,
-    "text.color": INK,
-    "text.parse_math": False,  # a name with two dollar signs is a name
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-    "svg.hashsalt": "sparsetrain",
-    "svg.fonttype": "path",
-}
 _WIDTH_INCHES = 5.2
 _MAX_POINTS = 600
 _LOSS_CAPTION = (
@@ -266,11 +241,11 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.nda
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Draw under this file's settings alone, whatever the reader's own are."""
+def styled(look: str = LOOK) -> Iterator[None]:
+    """Draw under the settings of ``look``.mplstyle alone, whatever the reader's own are."""
     with mpl.rc_context():
         mpl.rcdefaults()  # unlike rcParams.update(rcParamsDefault), this leaves the backend and pyplot alone
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(_settings(look))
         yield
 
 
@@ -290,7 +265,7 @@ def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
 
 @contextmanager
 def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
-    """Yield a figure with one set of axes, drawn under this file's settings alone."""
+    """Yield a figure with one set of axes, drawn under the settings of this package alone."""
     with styled():
         figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
         axes = figure.add_subplot()
@@ -356,4 +331,4 @@ def _label(name: str) -> str:
 
 @functools.cache
 def _charmap() -> frozenset[int]:
-    return frozenset(FT2Font(font_manager.findfont(_FONT)).get_charmap())
+    return frozenset(FT2Font(font_manager.findfont(_SETTINGS["font.family"][0])).get_charmap())

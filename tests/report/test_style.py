@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from itertools import combinations
 
+import matplotlib as mpl
 import numpy as np
 import pytest
+from matplotlib import style
 
 from sparsetrain.report.html import THEMED
+from sparsetrain.report.plots import SERIES
 from sparsetrain.report.registry import TEMPLATES
 
 PARTS = (TEMPLATES / "page.css").read_text("utf-8").split("@media")
@@ -61,3 +64,9 @@ def test_series_stay_apart_in_every_vision(theme: dict[str, str], vision: str) -
 
 def test_figures_are_drawn_in_the_light_theme() -> None:
     assert {name: LIGHT[name] for name in THEMED} == THEMED
+
+
+def test_other_figures_can_be_drawn_in_the_style_of_a_report() -> None:
+    with style.context("sparsetrain.report.sparsetrain"):
+        assert mpl.rcParams["text.color"] == THEMED["ink"]
+        assert [entry["color"] for entry in mpl.rcParams["axes.prop_cycle"]] == list(SERIES)
