@@ -1,6 +1,7 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
+from sparsetrain.data import register_source, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import register_schedule
@@ -55,6 +56,8 @@ __all__ = [
     "parameterize",
     "register_backend",
     "register_schedule",
+    "register_source",
+    "register_task",
     "sparse_linear",
     "sparsify",
     "summary",

@@ -43,8 +43,8 @@ finally:
     if _watching is not None:
         _watching.start()
 
-from sparsetrain.data import medline  # noqa: E402
-from sparsetrain.data.wheel import Wheel  # noqa: E402
+from sparsetrain.data.medline import source as medline  # noqa: E402
+from sparsetrain.data.sources.wheel import Wheel  # noqa: E402
 from sparsetrain.sparsity.backends import auto  # noqa: E402
 
 auto.tables()  # read now, so that a test which changes them finds them, and leaves them as they were

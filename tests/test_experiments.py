@@ -23,7 +23,7 @@ from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import config_directory, options
 from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.cli.resolve import load
-from sparsetrain.data.wheel import Wheel
+from sparsetrain.data.sources.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
 from sparsetrain.studies.sweep import read_sweep
 

@@ -13,7 +13,7 @@ import sparsetrain as st
 from sparsetrain.cli import main
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.verbs import VERBS
-from sparsetrain.data.wheel import Wheel
+from sparsetrain.data.sources.wheel import Wheel
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

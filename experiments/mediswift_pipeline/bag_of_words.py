@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import binomtest
 
-from sparsetrain.data.labelled import Example, Task
-from sparsetrain.data.section_roles import load
+from sparsetrain.data.tasks.base import Example, Task
+from sparsetrain.data.tasks.registry import TaskConfig, load_task
 from sparsetrain.report.sweep import write_rows
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def right(task: Task, longest: int, once: bool) -> int:
 
 def main() -> None:
     """Write ``bag_of_words.csv`` beside this file and print it; intervals are Wilson's over the test sentences."""
-    task = load(N_TRAIN, N_VALIDATION, N_TEST, SEED)
+    task = load_task(TaskConfig("section_roles", None, N_TRAIN, N_VALIDATION, N_TEST, SEED))
     rows = []
     for longest, once in itertools.product((1, 2), (False, True)):
         found = binomtest(right(task, longest, once), len(task.test))

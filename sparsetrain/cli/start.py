@@ -64,7 +64,7 @@ def data(config: DataVerbConfig) -> None:
         say(console, f"task: {task.describe()}")
         overlap = task.overlap(corpus.train_ids())
         say(console, f"test documents in the training text: {overlap}")
-        for sentence in overlap_caveat(corpus):
+        for sentence in overlap_caveat(corpus, [task.name]):
             say(console, f"warning: {sentence}")
 
 

@@ -1,19 +1,38 @@
 """Text to tokens to batches: corpora, tokenizers, token files, and labelled tasks."""
 
-from sparsetrain.data.corpus import Corpus, DataConfig, find_prepared, open_corpus, prepare
+import importlib
+import pkgutil
+
+from sparsetrain.data import medline, sources, tasks
+from sparsetrain.data.config import DataConfig
+from sparsetrain.data.corpus import Corpus, find_prepared, open_corpus, prepare
+from sparsetrain.data.sources.base import Document, Section, Source
+from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
 from sparsetrain.data.split import split_of
-from sparsetrain.data.task_batches import ScoringBatch, TaskBatches, answer_tokens, scoring_batches
-from sparsetrain.data.tasks import Example, Task, TaskConfig, find_task, load_task
+from sparsetrain.data.tasks.base import Example, Task, take
+from sparsetrain.data.tasks.batches import ScoringBatch, TaskBatches, answer_tokens, scoring_batches
+from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_task, register_task
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import Batch, PackedSamples, TokenFile, sequential_windows
 
+# A source or a task is registered by the file that defines it, so that to add one is to add a file.
+for _wing in (medline, sources, tasks):
+    for _found in pkgutil.iter_modules(_wing.__path__, f"{_wing.__name__}."):
+        importlib.import_module(_found.name)
+
 __all__ = [
+    "SOURCES",
+    "TASKS",
     "Batch",
     "Corpus",
     "DataConfig",
+    "Document",
     "Example",
     "PackedSamples",
     "ScoringBatch",
+    "Section",
+    "Source",
+    "SourceConfig",
     "Task",
     "TaskBatches",
     "TaskConfig",
@@ -25,7 +44,10 @@ __all__ = [
     "load_task",
     "open_corpus",
     "prepare",
+    "register_source",
+    "register_task",
     "scoring_batches",
     "sequential_windows",
     "split_of",
+    "take",
 ]

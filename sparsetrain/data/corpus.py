@@ -14,14 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sparsetrain.cache import cache_directory, clear_leftovers, whole_directory
 from sparsetrain.data.checksums import sha256_once
+from sparsetrain.data.config import DataConfig
 from sparsetrain.data.corpus_manifest import (
     SPLITS,
     TRAIN_IDS,
@@ -31,15 +30,16 @@ from sparsetrain.data.corpus_manifest import (
     write_manifest,
 )
 from sparsetrain.data.division import Division, divide
-from sparsetrain.data.hub import HubDataset
-from sparsetrain.data.medline import Medline
-from sparsetrain.data.sources import Document, LocalFiles, Source
-from sparsetrain.data.split import TEST_FRACTION, VALIDATION_FRACTION, Split, check_fractions
-from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
+from sparsetrain.data.sources.base import Document, Source
+from sparsetrain.data.split import Split
+from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import TokenFile, token_dtype
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError
 from sparsetrain.files import sha256_of
 from sparsetrain.screen import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _FORMAT = 1  # of a corpus directory; a new number makes every corpus build again
 _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
@@ -49,72 +49,6 @@ _TOKENIZER_BYTES = 1 << 24
 _TOKENIZER = "tokenizer.json"
 
 Report = Callable[[float], None]
-
-
-@dataclass
-class DataConfig:
-    """What a corpus is made of.
-
-    Args:
-        name: where the text comes from: ``medline`` (the embedded default), ``file`` or ``hub``.
-        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory or a glob of those; implies ``name=file``.
-        hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
-        text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
-        tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
-        tokenizer_path: a ``tokenizer.json`` to use instead.
-        vocab_size: tokens of the trained tokenizer at most.
-        max_documents: train and validate on at most so many documents, a random subset; a larger number adds to it.
-        context: tokens a sample has; does not change the corpus.
-        validation_fraction: share of the documents held out for validation.
-        test_fraction: share held out for the tasks' tests; None means 0.1 for ``medline``, else 0.
-        token_dtype: ``auto``, ``uint16`` or ``uint32``.
-    """
-
-    name: str = "medline"
-    path: str | None = None
-    hub_name: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "train"
-    text_field: str = "text"
-    tokenizer: str = "bpe"
-    tokenizer_path: str | None = None
-    vocab_size: int = 4096
-    max_documents: int | None = None
-    context: int = 128
-    validation_fraction: float = VALIDATION_FRACTION
-    test_fraction: float | None = None
-    token_dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        check_choice("data.name", self.name, ("medline", "file", "hub"))
-        check_choice("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
-        check_fractions(self.validation_fraction, self.resolved_test_fraction)
-        if self.kind == "file" and self.path is None:
-            raise UserError("data.name=file needs data.path: a .txt, .jsonl or .parquet file or a directory")
-        if self.kind == "hub" and self.hub_name is None:
-            raise UserError("data.name=hub needs data.hub_name: OWNER/DATASET")
-        if self.context < 1:
-            raise UserError(f"data.context={self.context} is too small; the least is 1")
-        if self.max_documents is not None and self.max_documents < 2:
-            raise UserError(f"data.max_documents={self.max_documents} is too small; the least is 2")
-        trained = self.tokenizer == "bpe" and self.tokenizer_path is None
-        if trained and self.vocab_size < SMALLEST_VOCABULARY:
-            raise UserError(
-                f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
-            )
-        token_dtype(self.token_dtype, self.vocab_size if trained else 1)
-
-    @property
-    def kind(self) -> str:
-        """The kind of source: a path stands for ``file`` whatever ``name`` says."""
-        return "file" if self.path is not None else self.name
-
-    @property
-    def resolved_test_fraction(self) -> float:
-        """The share of documents held out for tests."""
-        if self.test_fraction is not None:
-            return self.test_fraction
-        return TEST_FRACTION if self.kind == "medline" else 0.0
 
 
 @dataclass(frozen=True)
@@ -149,6 +83,8 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     ``progress`` shows what is being done and, at the end, `Corpus.describe`. Raises `UserError` for input that
     cannot be read or used, and for a full disk; nothing half written stays.
     """
+    from rich.console import Console  # slow to import
+
     screen = console or Console()
     clear_leftovers()
     source, given, key, directory = _place(config)
@@ -160,7 +96,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
             with whole_directory(directory, 2 * source.size_estimate()) as temporary:
                 _build(temporary, config, source, given, key, display)
                 if _key(config, source, given) != key:
-                    raise UserError(f"{source.name}: the text changed while it was read; run the same command again")
+                    raise UserError(f"{config.kind}: the text changed while it was read; run the same command again")
     corpus = replace(open_corpus(directory), cached=cached)
     if progress:
         say(screen, corpus.describe())
@@ -179,11 +115,11 @@ def find_prepared(config: DataConfig) -> tuple[str, Corpus | None]:
 
 def _place(config: DataConfig) -> tuple[Source, Tokenizer | None, dict[str, Any], Path]:
     """Return the source, a given tokenizer, what the content depends on, and the corpus's directory, named by that."""
-    source = _source(config)
+    source = config.source()
     given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
     key = _key(config, source, given)
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return source, given, key, cache_directory() / "corpora" / f"{source.name}-{digest}"
+    return source, given, key, cache_directory() / "corpora" / f"{config.kind}-{digest}"
 
 
 def open_corpus(directory: Path) -> Corpus:
@@ -208,15 +144,6 @@ def open_corpus(directory: Path) -> Corpus:
     return Corpus(directory, manifest, tokenizer, train, validation, cached=True)
 
 
-def _source(config: DataConfig) -> Source:
-    if config.path is not None:
-        return LocalFiles(config.path, config.text_field)
-    if config.kind == "hub":
-        assert config.hub_name is not None  # checked by DataConfig
-        return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.text_field)
-    return Medline()
-
-
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[str, Any]:
     """Return all that the corpus's content depends on."""
     tokenizer: dict[str, Any] = {"kind": config.tokenizer}
@@ -226,7 +153,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[st
         tokenizer["vocab_size"] = config.vocab_size
     return {
         "format": _FORMAT,
-        "source": source.name,
+        "source": config.kind,
         **source.identity(),
         "tokenizer": tokenizer,
         "max_documents": config.max_documents,
@@ -240,6 +167,8 @@ class _Display:
     """A progress bar per step, or nothing."""
 
     def __init__(self, console: Console, enabled: bool) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
+
         columns = (TextColumn("{task.description:>16}"), BarColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True)
 
@@ -322,7 +251,7 @@ def _build(
     key: dict[str, Any],
     display: _Display,
 ) -> None:
-    where = f"path={config.path}" if config.path is not None else f"source {source.name}"
+    where = f"path={config.path}" if config.path is not None else f"source {config.kind}"
     plan = divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
     tokenizer = given or _tokenizer(config, plan, source, display.task("train tokenizer"))
     dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
@@ -330,7 +259,7 @@ def _build(
     counts, left_out = _encode(directory, tokenizer, dtype, plan, source, display.task("encode"))
     splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in SPLITS}
     manifest = {
-        "source": source.name,
+        "source": config.kind,
         "licence": source.licence,
         "built_from": key,
         "about_source": source.note(),

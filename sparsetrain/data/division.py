@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sparsetrain.data.sources import Document, Source
+from sparsetrain.data.sources.base import Document, Source
 from sparsetrain.data.split import Split, assign, position, split_of
 from sparsetrain.errors import UserError
 

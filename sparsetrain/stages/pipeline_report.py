@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsetrain.data import Corpus
+from sparsetrain.data import SOURCES, TASKS, Corpus
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
@@ -65,7 +65,7 @@ def report(
             key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
         },
         "settings": _settings(config),
-        "limits": _limits(config, corpus, shown, bool(scored), scratch is not None),
+        "limits": _limits(config, corpus, shown, {run["task"] for run in scored}, scratch is not None),
         **({"once": {name: result_of(run) for name, run in once.items()}} if once else {}),
     }
 
@@ -146,9 +146,15 @@ def _stage_settings(settings: RunConfig) -> Row:
     }
 
 
-def overlap_caveat(corpus: Corpus) -> list[str]:
-    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing."""
-    if corpus.manifest["source"] == "medline":
+def overlap_caveat(corpus: Corpus, tasks: Iterable[str]) -> list[str]:
+    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing.
+
+    Args:
+        tasks: the names of the tasks that are tested.
+    """
+    source = corpus.manifest["source"]
+    ids = SOURCES[source].ids if source in SOURCES else None
+    if all(ids is not None and name in TASKS and TASKS[name].ids == ids for name in tasks):
         return []
     return [
         "Documents of the task and of this corpus have different kinds of ids, so the overlap between the test "
@@ -156,12 +162,12 @@ def overlap_caveat(corpus: Corpus) -> list[str]:
     ]
 
 
-def _limits(config: PipelineConfig, corpus: Corpus, first: RunResult, scored: bool, scratch: bool) -> list[str]:
+def _limits(config: PipelineConfig, corpus: Corpus, first: RunResult, tasks: Set[str], scratch: bool) -> list[str]:
     """Return what the report does not show, for this configuration."""
     stored = (first.values.get("bytes") or {}).get("parameters", 0) // 4
     tokens = first.values.get("tokens") or 0
     limits = [
-        *(overlap_caveat(corpus) if scored else []),
+        *overlap_caveat(corpus, tasks),
         f"One seed ({config.seed}) of initialisation, masks and sample order.",
         f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
         "the papers. Only signs and rough ratios can be expected to carry over.",

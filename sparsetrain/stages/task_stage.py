@@ -14,8 +14,18 @@ from torch import Tensor
 
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.data import Batch, TaskBatches, Tokenizer, answer_tokens, load_task, prepare, scoring_batches
-from sparsetrain.data.tasks import Example, Task, TaskConfig
+from sparsetrain.data import (
+    Batch,
+    Example,
+    Task,
+    TaskBatches,
+    TaskConfig,
+    Tokenizer,
+    answer_tokens,
+    load_task,
+    prepare,
+    scoring_batches,
+)
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget

@@ -16,8 +16,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from sparsetrain.data import checksums
-from sparsetrain.data.corpus import Corpus, DataConfig, open_corpus, prepare
+from sparsetrain.data import Corpus, DataConfig, checksums, open_corpus, prepare
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import TokenFile
 from sparsetrain.errors import UserError

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.data.corpus import DataConfig, prepare
-from sparsetrain.data.hub import HubDataset
+from sparsetrain.data import DataConfig, prepare
+from sparsetrain.data.sources.hub import HubDataset
 from sparsetrain.errors import UserError
 
 

@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.data import medline, medline_xml, pubmedqa
-from sparsetrain.data.corpus import DataConfig, prepare
-from sparsetrain.data.medline import Medline, parsed, without_labels
-from sparsetrain.data.sources import Section
+from sparsetrain.data import DataConfig, prepare
+from sparsetrain.data.medline import parse
+from sparsetrain.data.medline import source as medline
+from sparsetrain.data.medline.held_out import expert_pmids
+from sparsetrain.data.medline.source import Medline, parsed, without_labels
+from sparsetrain.data.sources.base import Section
+from sparsetrain.data.sources.wheel import Wheel, fetch
 from sparsetrain.data.split import split_of
-from sparsetrain.data.wheel import Wheel, fetch
 from sparsetrain.errors import UserError
 
 WheelMaker = Callable[[list[str], list[str]], Wheel]
@@ -50,7 +52,7 @@ def test_records_match_the_xml() -> None:
     )
     empty = "<PubmedArticle><MedlineCitation><PMID>12</PMID><Article/></MedlineCitation></PubmedArticle>"
     content = gzip.compress(f"<PubmedArticleSet>{article}{empty}<DeleteCitation/></PubmedArticleSet>".encode())
-    assert list(medline_xml.records(io.BytesIO(content))) == [
+    assert list(parse.records(io.BytesIO(content))) == [
         {
             "id": "11",
             "title": "On E. coli.",
@@ -90,7 +92,7 @@ def test_labels_that_authors_wrote_are_left_out(written: str, kept: str) -> None
 
 
 def test_copies_short_abstracts_and_pubmedqa_are_left_out(make_wheel: WheelMaker) -> None:
-    held_out = min(pubmedqa.expert_pmids())
+    held_out = min(expert_pmids())
     make_wheel(
         [
             abstract("1", f"<AbstractText>{LONG}</AbstractText>"),
@@ -205,7 +207,7 @@ GOOD = f"<a>{abstract('1', f'<AbstractText>{LONG}</AbstractText>')}</a>".encode(
 def test_damaged_and_hostile_xml_is_refused(content: bytes, message: str) -> None:
     """The process that parses ends with a line that says why."""
     with pytest.raises((ValueError, EOFError, OSError, ElementTree.ParseError), match=message):
-        list(medline_xml.records(io.BytesIO(content), most=5000))
+        list(parse.records(io.BytesIO(content), most=5000))
 
 
 def test_the_last_line_of_what_the_parser_says_is_told(make_wheel: WheelMaker) -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsetrain.data.sentences import split_sentences
+from sparsetrain.data.medline.sentences import split_sentences
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsetrain.data.sources import LocalFiles, content_id, split_text
+from sparsetrain.data.sources.base import content_id
+from sparsetrain.data.sources.files import LocalFiles, split_text
 from sparsetrain.errors import UserError
 
 

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from sparsetrain.data.corpus import DataConfig, prepare
-from sparsetrain.data.labelled import Example, Task, take
-from sparsetrain.data.pubmedqa import expert_pmids, official_test_pmids
-from sparsetrain.data.section_roles import CATEGORIES, examples
-from sparsetrain.data.sources import Document, Section
+from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare
+from sparsetrain.data.medline.held_out import expert_pmids, official_test_pmids
+from sparsetrain.data.sources.base import Document, Section
+from sparsetrain.data.sources.wheel import Wheel
 from sparsetrain.data.split import split_of
-from sparsetrain.data.tasks import TaskConfig, load_task
-from sparsetrain.data.wheel import Wheel
+from sparsetrain.data.tasks.base import Example, Task, take
+from sparsetrain.data.tasks.section_roles import CATEGORIES, examples
 from sparsetrain.errors import UserError
 
 
@@ -207,7 +206,7 @@ def test_a_directory_without_the_files_names_them(tmp_path: Path) -> None:
     [
         ({"name": "section_role"}, "did you mean 'section_roles'"),
         ({"n_test": 0}, r"task\.n_test=0"),
-        ({"path": "somewhere"}, "takes no path; only pubmedqa does"),
+        ({"path": "somewhere"}, "takes no path; a path is for pubmedqa"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:

@@ -17,12 +17,13 @@ import pytest
 from fuzzing import Reader, fuzz
 from mutations import BYTES, JSON, JSON_LINES, zip_members
 
-from sparsetrain.data import medline, medline_xml, pubmedqa
-from sparsetrain.data.corpus import DataConfig, open_corpus, prepare
-from sparsetrain.data.medline import MEMBERS, Medline
-from sparsetrain.data.sources import LocalFiles, split_text
+from sparsetrain.data import DataConfig, TaskConfig, load_task, open_corpus, prepare
+from sparsetrain.data.medline import parse
+from sparsetrain.data.medline import source as medline
+from sparsetrain.data.medline.source import MEMBERS, Medline
+from sparsetrain.data.sources.files import LocalFiles, split_text
+from sparsetrain.data.sources.wheel import member_sizes
 from sparsetrain.data.tokenizer import Tokenizer
-from sparsetrain.data.wheel import member_sizes
 from sparsetrain.errors import UserError
 
 NOTES = "\n\n".join(f"Note {n}: the aim of study {n} was to see, naïve 日本." for n in range(20))
@@ -130,7 +131,7 @@ def read_xml(place: Path) -> list[Any]:
     """What the process that parses prints, or one line in place of the last line of its error."""
     try:
         with (place / "m.xml.gz").open("rb") as stream:
-            return list(medline_xml.records(stream))
+            return list(parse.records(stream))
     except Exception as error:  # each of them ends that process with one line
         raise UserError(str(error).replace("\n", " ")[:500]) from None
 
@@ -182,7 +183,7 @@ def read_wheel(place: Path) -> Any:
     """What is parsed of a member, or one line."""
     sizes = member_sizes(place / "w.whl", MEMBERS)
     try:
-        medline_xml.main(str(place / "w.whl"), MEMBERS[0], str(place / "out.jsonl"))
+        parse.main(str(place / "w.whl"), MEMBERS[0], str(place / "out.jsonl"))
     except Exception as error:  # it ends a process of its own with one line
         raise UserError(str(error).replace("\n", " ")[:500]) from None
     assert sizes.keys() == set(MEMBERS)
@@ -205,7 +206,7 @@ def questions(name: str) -> Callable[[Path], Path]:
 
 
 def read_questions(place: Path) -> Any:
-    task = pubmedqa.load(str(place), 9, 9, 9, 0)
+    task = load_task(TaskConfig("pubmedqa", str(place), 9, 9, 9))
     return sorted((e.id, e.source, e.label) for e in (*task.train, *task.validation, *task.test))
 
 

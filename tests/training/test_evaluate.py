@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from sparsetrain.data import Batch, ScoringBatch, Tokenizer, answer_tokens, scoring_batches
-from sparsetrain.data.labelled import Example, Task
+from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.training.evaluate import label_likelihoods, macro_f1, score_labels, score_text
 

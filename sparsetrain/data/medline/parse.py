@@ -1,6 +1,6 @@
 """Abstracts out of a MEDLINE XML file inside a zip archive, as JSON lines.
 
-Runs as a script in a process of its own (``python medline_xml.py ARCHIVE MEMBER OUTPUT``), one per file, because XML
+Runs as a script in a process of its own (``python parse.py ARCHIVE MEMBER OUTPUT``), one per file, because XML
 parsing does not release the interpreter lock. It imports the standard library only, so that the process starts at
 once. While it works it prints the compressed bytes that it has consumed, one number a line.
 """

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, through the `datasets` library (extra ``hf``)."""
+"""The source ``hub``: data sets of the Hugging Face hub, through the `datasets` library (extra ``hf``)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsetrain.data.sources import Document, check_text, clean_id, content_id, pick_field
+from sparsetrain.data.sources.base import Document, Source, check_text, clean_id, content_id, pick_field
+from sparsetrain.data.sources.registry import SourceConfig, register_source
 from sparsetrain.errors import UserError
 
 
@@ -33,10 +34,8 @@ def load_rows(name: str, config: str | None, split: str, otherwise: str = "give 
         ) from error
 
 
-class HubDataset:
+class HubDataset(Source):
     """The documents of one split of a hub data set."""
-
-    name = "hub"
 
     def __init__(self, hub_name: str, config: str | None, split: str, text_field: str = "text") -> None:
         self.hub_name = hub_name
@@ -82,3 +81,9 @@ class HubDataset:
         if self._rows is None:
             self._rows = load_rows(self.hub_name, self.config, self.split)
         return self._rows
+
+
+@register_source("hub", needs={"hub_name": "OWNER/DATASET"})
+def _hub(config: SourceConfig) -> HubDataset:
+    assert config.hub_name is not None  # a source's needs are checked before it is made
+    return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.text_field)

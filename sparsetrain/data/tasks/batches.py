@@ -17,7 +17,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from sparsetrain.data.labelled import Example, Task
+from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from sparsetrain.data.labelled import Example, Task, take
-from sparsetrain.data.medline import Medline
-from sparsetrain.data.sentences import split_sentences
-from sparsetrain.data.sources import Document
+from sparsetrain.data.medline.sentences import split_sentences
+from sparsetrain.data.medline.source import Medline, is_parsed
+from sparsetrain.data.sources.base import Document
+from sparsetrain.data.sources.registry import PMID
 from sparsetrain.data.split import Split, split_of
+from sparsetrain.data.tasks.base import Example, Task, take
+from sparsetrain.data.tasks.registry import TaskConfig, register_task
 from sparsetrain.errors import UserError
 
 CATEGORIES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
@@ -42,8 +44,13 @@ def examples(documents: Iterable[Document]) -> dict[Split, list[Example]]:
     return found
 
 
-def load(n_train: int, n_validation: int, n_test: int, seed: int) -> Task:
-    """Return the task with at most so many examples a split, in the labels' natural proportions."""
+def _is_local(_config: TaskConfig) -> bool:
+    return is_parsed()
+
+
+@register_task("section_roles", is_local=_is_local, ids=PMID)
+def load(config: TaskConfig) -> Task:
+    """Return the task, with the labels in their natural proportions."""
     found = examples(Medline().documents())
     for split, members in found.items():
         if not members:
@@ -52,7 +59,7 @@ def load(n_train: int, n_validation: int, n_test: int, seed: int) -> Task:
         name="section_roles",
         labels=tuple(category.lower() for category in CATEGORIES),
         answers=tuple(f" {category.lower()}" for category in CATEGORIES),
-        train=take(found["train"], n_train, seed),
-        validation=take(found["validation"], n_validation, seed),
-        test=take(found["test"], n_test, seed),
+        train=take(found["train"], config.n_train, config.seed),
+        validation=take(found["validation"], config.n_validation, config.seed),
+        test=take(found["test"], config.n_test, config.seed),
     )

@@ -7,14 +7,16 @@ validate on.
 from __future__ import annotations
 
 import reprlib
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from sparsetrain.data.hub import load_rows
-from sparsetrain.data.labelled import Example, Task, take
-from sparsetrain.data.sources import check_text, clean_id
+from sparsetrain.data.medline.held_out import official_test_pmids
+from sparsetrain.data.sources.base import check_text, clean_id
+from sparsetrain.data.sources.hub import load_rows
+from sparsetrain.data.sources.registry import PMID
 from sparsetrain.data.split import position
+from sparsetrain.data.tasks.base import Example, Task, take
+from sparsetrain.data.tasks.registry import TaskConfig, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
 from sparsetrain.reading import read_json
@@ -24,21 +26,6 @@ QUESTIONS_FILE = "ori_pqal.json"
 TEST_FILE = "test_ground_truth.json"
 _HUB = ("qiaojin/PubMedQA", "pqa_labeled", "train")
 _N_VALIDATION = 50
-
-
-def _pmids(name: str) -> frozenset[str]:
-    text = resources.files("sparsetrain.data").joinpath(name).read_text(encoding="utf-8")
-    return frozenset(line for line in text.split("\n") if line and not line.startswith("#"))
-
-
-def expert_pmids() -> frozenset[str]:
-    """Return the PMIDs of the 1000 expert-labelled questions, whose abstracts no corpus may train on."""
-    return _pmids("pubmedqa_pmids.txt")
-
-
-def official_test_pmids() -> frozenset[str]:
-    """Return the PMIDs of the official test set, which the hub's copy of the data does not mark."""
-    return _pmids("pubmedqa_test_pmids.txt")
 
 
 def _example(pmid: object, question: object, contexts: object, decision: object, where: str) -> Example:
@@ -88,12 +75,18 @@ def _from_hub() -> tuple[list[Example], frozenset[str]]:
     return examples, official_test_pmids()
 
 
-def load(path: str | None, n_train: int, n_validation: int, n_test: int, seed: int) -> Task:
-    """Return the task with at most so many examples a split.
+def _is_local(config: TaskConfig) -> bool:
+    return config.path is not None
+
+
+@register_task("pubmedqa", takes_path=True, is_local=_is_local, ids=PMID)
+def load(config: TaskConfig) -> Task:
+    """Return the task.
 
     ``path`` is a directory that holds the two files of the public repository; None takes the hub's copy. Which
     question is in which split depends on neither ``seed`` nor the counts.
     """
+    path = config.path
     examples, test_ids = _from_directory(typed_path(path, "task.path")) if path is not None else _from_hub()
     test = [example for example in examples if example.id in test_ids]
     rest = sorted(
@@ -108,7 +101,7 @@ def load(path: str | None, n_train: int, n_validation: int, n_test: int, seed: i
         name="pubmedqa",
         labels=LABELS,
         answers=tuple(f" {label}" for label in LABELS),
-        train=take(rest[n_held_out:], n_train, seed),
-        validation=take(rest[:n_held_out], n_validation, seed),
-        test=take(test, n_test, seed),
+        train=take(rest[n_held_out:], config.n_train, config.seed),
+        validation=take(rest[:n_held_out], config.n_validation, config.seed),
+        test=take(test, config.n_test, config.seed),
     )

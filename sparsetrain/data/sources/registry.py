@@ -1,0 +1,144 @@
+"""The sources by name, and the settings that say which one to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import overload
+
+from sparsetrain.data.sources.base import Source
+from sparsetrain.errors import UserError
+from sparsetrain.registry import Registry
+
+FILE = "file"  # the source that a path stands for
+PMID = "PMID"  # an id of PubMed: the kind of ids that abstracts and tasks made of them share
+
+
+@dataclass
+class SourceConfig:
+    """Which documents a corpus is made of.
+
+    Args:
+        name: one of `SOURCES`.
+        path: what ``file`` reads; it implies ``name=file``, but for a source that takes a path itself.
+        hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
+        text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+
+    Raises:
+        UserError: an unknown name, or a setting that the source needs is missing.
+    """
+
+    name: str = "medline"
+    path: str | None = None
+    hub_name: str | None = None
+    hub_config: str | None = None
+    hub_split: str = "train"
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        SOURCES.check(self.name)
+        for setting, meaning in SOURCES[self.kind].needs.items():
+            if getattr(self, setting) is None:
+                raise UserError(f"data.name={self.kind} needs data.{setting}: {meaning}")
+
+    @property
+    def kind(self) -> str:
+        """The name of the source that is read: a path stands for ``file`` beside a source that takes none."""
+        return FILE if self.path is not None and not SOURCES[self.name].takes_path else self.name
+
+    def source(self) -> Source:
+        """Return the source; raises `UserError` for one that cannot be read."""
+        return SOURCES[self.kind].make(self)
+
+
+Factory = Callable[[SourceConfig], Source]
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """What is registered for a source; see `register_source`."""
+
+    make: Factory
+    needs: Mapping[str, str] = field(default_factory=dict)
+    takes_path: bool = False
+    test_fraction: float = 0.0
+    ids: str | None = None
+
+
+SOURCES: Registry[SourceKind] = Registry("source", "data.name")
+"""The names that ``data.name`` accepts."""
+
+
+@overload
+def register_source(
+    name: str,
+    *,
+    needs: Mapping[str, str] | None = None,
+    takes_path: bool = False,
+    test_fraction: float = 0.0,
+    ids: str | None = None,
+) -> Callable[[Factory], Factory]: ...
+
+
+@overload
+def register_source(
+    name: str,
+    factory: Factory,
+    *,
+    needs: Mapping[str, str] | None = None,
+    takes_path: bool = False,
+    test_fraction: float = 0.0,
+    ids: str | None = None,
+) -> Factory: ...
+
+
+def register_source(
+    name: str,
+    factory: Factory | None = None,
+    *,
+    needs: Mapping[str, str] | None = None,
+    takes_path: bool = False,
+    test_fraction: float = 0.0,
+    ids: str | None = None,
+) -> Factory | Callable[[Factory], Factory]:
+    """Make a source of documents available as ``data.name=NAME``; without ``factory``, return a decorator.
+
+    ```python
+    from sparsetrain.data import Document, Source
+
+    class Letters(Source):
+        def identity(self):
+            return {"version": 1}  # another number makes another corpus
+
+        def documents(self):
+            for letter in "abcdefghij":
+                yield Document(id=letter, text=letter * 100)
+
+    sparsetrain.register_source("letters", lambda config: Letters())
+    ```
+
+    Args:
+        name: the name, see `Registry.register`.
+        factory: maps the ``data`` section of the configuration, a `SourceConfig`, to the source. It reads nothing that
+            is slow: `Source.open` and `Source.documents` do. A file that cannot be read raises `UserError`.
+        needs: the settings of `SourceConfig` that must be given, each with what it is, for the message.
+        takes_path: whether the source itself reads ``data.path``, which otherwise stands for ``data.name=file``. It is
+            implied where ``needs`` has ``path``.
+        test_fraction: the share of documents that is held out for tests of tasks where ``data.test_fraction`` is null.
+        ids: what the ids of the documents are, such as ``"PMID"``. A task with the same ``ids`` can be checked for
+            test documents in the training text.
+
+    Returns:
+        ``factory``, or the decorator, which returns what it decorates.
+
+    Raises:
+        UserError: the name is malformed or taken.
+    """
+    if factory is None:
+        return lambda decorated: register_source(
+            name, decorated, needs=needs, takes_path=takes_path, test_fraction=test_fraction, ids=ids
+        )
+    needed = dict(needs or {})
+    kind = SourceKind(factory, needed, takes_path or "path" in needed, test_fraction, ids)
+    SOURCES.register(name, kind, replace=name in SOURCES and SOURCES[name] == kind)
+    return factory
