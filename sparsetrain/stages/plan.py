@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops_per_token
 from sparsetrain.cost.footprint import Footprint, Workload
+from sparsetrain.cost.ledger import FlopLedger
 from sparsetrain.data import Corpus, Task, TaskConfig
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
@@ -27,7 +28,6 @@ from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import check_planned_evolution, planned_densities
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.ledger import FlopLedger
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of

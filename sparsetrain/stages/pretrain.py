@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from sparsetrain.cost.footprint import Workload
+from sparsetrain.cost.ledger import FlopLedger, planned_flops
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
 from sparsetrain.errors import UserError
@@ -24,7 +26,6 @@ from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import MaskManager, SparsityConfig, Static
 from sparsetrain.stages.backends import backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
-from sparsetrain.stages.ledger import FlopLedger, planned_flops
 from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_sparse
 from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
@@ -218,7 +219,7 @@ def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesP
         UserError: see `Budget.of`; or a context is longer than the learned positions.
     """
     check_contexts(model, config)
-    flops = planned_flops(model, lambda budget: sparsity_section(config, budget), config.loop.accumulation)
+    flops = planned_flops(model, partial(sparsity_section, config), config.loop.accumulation)
     return Budget.of(config.budget, config.data.context, samples_per_epoch, flops)
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from runs import assert_same_run, on_loss, records, send
 
 from sparsetrain.cost.flops import matrices, training_flops_per_token
+from sparsetrain.cost.ledger import FlopLedger, planned_flops
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
@@ -25,7 +26,6 @@ from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
 from sparsetrain.sparsity.evolution.managed import planned_densities
 from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
-from sparsetrain.stages.ledger import FlopLedger, planned_flops
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]

@@ -7,17 +7,49 @@ gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol, TypeVar
 
 from sparsetrain.cost.flops import FlopTerms, hidden_shapes, matrices, training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.optim.budget import Budget
 from sparsetrain.sparsity import Rule, SparsityConfig, make_rule
 from sparsetrain.sparsity.evolution.managed import planned_densities
 
 UPDATES = "mask_updates"
+
+
+class StepsOfPhase(Protocol):
+    """What the ledger reads of a phase: its first step, the context and the tokens of each of its steps."""
+
+    @property
+    def first_step(self) -> int: ...
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def tokens_per_step(self) -> int: ...
+
+
+class Steps(Protocol):
+    """What the ledger reads of a budget, which stands above it: `sparsetrain.optim.Budget` says what each means."""
+
+    @property
+    def phases(self) -> Sequence[StepsOfPhase]: ...
+
+    @property
+    def total_steps(self) -> int: ...
+
+    def at(self, step: int, /) -> StepsOfPhase: ...
+
+    def before(self, step: int, /) -> StepsOfPhase: ...
+
+    def tokens_at(self, step: int, /) -> int: ...
+
+
+StepsT = TypeVar("StepsT", bound=Steps)
 
 
 class FlopLedger:
@@ -36,7 +68,7 @@ class FlopLedger:
         config: ModelConfig,
         densities_at: Callable[[int], Mapping[str, float]],
         rule: Rule,
-        budget: Budget,
+        budget: Steps,
         accumulation: int,
     ) -> None:
         self.config, self.densities_at, self.rule = config, densities_at, rule
@@ -79,8 +111,8 @@ class FlopLedger:
 
 
 def planned_flops(
-    config: ModelConfig, section_of: Callable[[Budget], SparsityConfig], accumulation: int
-) -> Callable[[Budget], float]:
+    config: ModelConfig, section_of: Callable[[StepsT], SparsityConfig], accumulation: int
+) -> Callable[[StepsT], float]:
     """Return a function from a budget to its training FLOPs by formula; it does not build the model.
 
     Args:
@@ -88,7 +120,7 @@ def planned_flops(
     """
     shapes = hidden_shapes(config)
 
-    def flops(budget: Budget) -> float:
+    def flops(budget: StepsT) -> float:
         section = section_of(budget)
         rule = _rule_of_length(section, budget.total_steps)
         densities = planned_densities(shapes, section, rule)
