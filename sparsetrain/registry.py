@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar, overload
 
+from sparsetrain import plugins
 from sparsetrain.errors import UserError, check_choice
 
 T = TypeVar("T")
@@ -78,6 +79,8 @@ class Registry(Generic[T]):
             name: the name that a configuration gives.
             prefix: what precedes the key in that configuration, such as ``"stages[2]."``.
         """
+        if name not in self._things:
+            plugins.load()  # a plugin may register it; a process that a launcher started has not imported any yet
         check_choice(prefix + self.field, name, self._things)
 
     def names(self) -> tuple[str, ...]:
@@ -86,7 +89,8 @@ class Registry(Generic[T]):
 
     def __getitem__(self, name: str) -> T:
         """Return what ``name`` stands for; an unknown name raises `UserError`, see `check`."""
-        if not isinstance(name, str) or name not in self._things:  # every layer asks in every step: two cheap questions
+        # Every sparse layer asks in every step, so a known name costs little more than in a dictionary.
+        if not isinstance(name, str) or name not in self._things:
             self.check(name)
         return self._things[name]
 

@@ -43,7 +43,7 @@ class Arguments:
             said, equals, value = word.partition("=")
             name = long.get(said, said)
             if name not in _VALUED | _PLAIN:
-                known = (*_VALUED, *_PLAIN, *_SHORT, *long, "--help")
+                known = (*_VALUED, *_PLAIN, *_SHORT, *long, "--plugin", "--help")
                 raise UserError(f"no option '{said}'{nearest(said, known)}; settings are written key=value")
             if name in _VALUED and not equals:
                 if left and (name != "--info" or left[0] in _CHOICES[name]):

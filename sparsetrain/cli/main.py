@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsetrain import __version__, process
+from sparsetrain import __version__, plugins, process
 from sparsetrain.cli.parsers import Parser, parsed, parser_of
 from sparsetrain.cli.verbs import VERBS, find, named
 from sparsetrain.errors import UserError, single_line
@@ -70,6 +70,7 @@ def _system_error(error: OSError) -> str:
 
 
 def _run(given: list[str]) -> int:
+    typed, given = given, _load_plugins(given)
     if not given or given[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -84,10 +85,27 @@ def _run(given: list[str]) -> int:
     if verb.parser is not None:
         arguments = parsed(name, rest)
         return named(verb.run)(arguments) or 0
-    return _execute(name, rest)
+    return _execute(name, rest, shlex.join(["sparsetrain", *typed]))
 
 
-def _execute(verb: str, arguments: list[str]) -> int:
+def _load_plugins(given: list[str]) -> list[str]:
+    """Import the plugins and return the arguments without ``--plugin``."""
+    rest, named_plugins = [], []
+    left = list(given)
+    while left:
+        option, equals, value = left.pop(0).partition("=")
+        if option != "--plugin":
+            rest.append(option + equals + value)
+        elif equals or left:
+            named_plugins.append(value if equals else left.pop(0))
+        else:
+            raise UserError("--plugin needs a value: a Python file or a module")
+    plugins.name(named_plugins)
+    plugins.load()
+    return rest
+
+
+def _execute(verb: str, arguments: list[str], command: str) -> int:
     from sparsetrain.cli.arguments import Arguments
     from sparsetrain.cli.help import show
     from sparsetrain.cli.multirun import run_multirun
@@ -95,7 +113,6 @@ def _execute(verb: str, arguments: list[str]) -> int:
     from sparsetrain.cli.start import start
 
     given = Arguments.of(verb, arguments)
-    command = shlex.join(["sparsetrain", verb, *arguments])
     try:
         if given.asks:
             show(verb, given)
@@ -113,6 +130,7 @@ def _help() -> str:
         "sparsetrain: train language models whose weights are sparse from the first step\n\n"
         "usage: sparsetrain VERB [key=value ...]        one run\n"
         "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
+        "       sparsetrain VERB --plugin FILE.py .. use a rule, task, backend, ... that a file registers\n"
         "       sparsetrain VERB --force ...            run even if it seems to need more memory than is free\n"
         "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
         "       sparsetrain --version\n\n"

@@ -1,0 +1,104 @@
+"""Plugins: files and modules outside the library that register rules, patterns, schedules, backends, tasks or sources.
+
+A plugin is a Python file or an importable module that calls ``sparsetrain.register_rule`` or one of its siblings when
+it is imported. The command line takes ``--plugin my_rule.py``. The variable ``SPARSETRAIN_PLUGINS`` names plugins for
+every command and for the processes that a launcher starts. An installed package names its own by an entry point of the
+group ``sparsetrain.plugins``. A run directory never names one: to read a run must not execute code.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+
+from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
+
+VARIABLE = "SPARSETRAIN_PLUGINS"
+"""The environment variable that names plugins, separated as ``PATH`` is."""
+
+GROUP = "sparsetrain.plugins"
+"""The group of entry points by which an installed package names its plugins."""
+
+_loaded: set[str] = set()
+
+
+def name(plugins: Iterable[str]) -> None:
+    """Add plugins to ``SPARSETRAIN_PLUGINS`` of this process, which the processes that it starts inherit.
+
+    Args:
+        plugins: each a module, or a file that ends with ``.py``, which may be relative to the working directory.
+
+    Raises:
+        UserError: a file does not exist.
+    """
+    known = [plugin for plugin in os.environ.get(VARIABLE, "").split(os.pathsep) if plugin]
+    for plugin in plugins:
+        if plugin.endswith(".py"):
+            path = typed_path(plugin, "--plugin").absolute()
+            if not path.is_file():
+                raise UserError(f"--plugin={plugin}: no such file")
+            plugin = str(path)
+        if plugin not in known:
+            known.append(plugin)
+    os.environ[VARIABLE] = os.pathsep.join(known)
+
+
+def load() -> None:
+    """Import every plugin that is named or installed and not imported yet.
+
+    A broken plugin of an installed package is warned of and left out: it must not stop commands that do not need it.
+
+    Raises:
+        UserError: a plugin of ``SPARSETRAIN_PLUGINS`` does not exist or raises when it is imported.
+    """
+    for plugin in os.environ.get(VARIABLE, "").split(os.pathsep):
+        if plugin:
+            _load(plugin, partial(_import, plugin))
+    for entry in metadata.entry_points(group=GROUP):
+        try:
+            _load(f"{entry.name} = {entry.value}", entry.load)
+        except UserError as error:
+            warnings.warn(str(error), stacklevel=2)
+
+
+def _load(plugin: str, read: Callable[[], object]) -> None:
+    if plugin in _loaded:
+        return
+    _loaded.add(plugin)  # before the import, which may look up a name and so come here again
+    try:
+        read()
+    except UserError as error:
+        raise UserError(f"plugin {plugin}: {error}") from error
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        line = " ".join(str(error).split())
+        raise UserError(
+            f"plugin {plugin}: {type(error).__name__}: {line} ({Path(place.filename).name}, line {place.lineno})"
+        ) from error
+
+
+def _import(plugin: str) -> ModuleType:
+    if not plugin.endswith(".py"):
+        return importlib.import_module(plugin)
+    path = Path(plugin)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if path.stem in sys.modules or spec is None or spec.loader is None:
+        raise UserError(f"a module of the name {path.stem!r} is imported already; give the file another name")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses and pickles look the module up by its name
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+    return module
