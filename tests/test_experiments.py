@@ -102,7 +102,7 @@ def test_a_sweep_runs_and_its_command_collects_it(
     assert main(words) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    planned = int(re.findall(r"^sweep: (\d+) points, 0 finished before", out, re.MULTILINE)[0])
+    planned = int(re.findall(r"^sweep: (\d+) points, 0 already finished", out, re.MULTILINE)[0])
     assert f"Launching {planned} jobs" in out
     assert out.count("pretrain: complete") == planned == len(list(tmp_path.glob("runs/*/*/result.json")))
     assert main(collecting(name)) == 0
@@ -245,7 +245,7 @@ def test_a_sweep_that_was_killed_goes_on(
     assert main(words) == 0
     out = capfd.readouterr().out
     assert "sweep: 4 points, 1 already finished, 3 to run" in out
-    assert "as the 1 finished ones" in out
+    assert "measured on 1 finished point" in out
     assert "resuming after step 1 of 2" in out
 
 

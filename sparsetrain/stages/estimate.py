@@ -56,7 +56,8 @@ class SweepCost:
         work = f"{si(self.flops, 'FLOP')} by formula, {si(self.dense_flops, 'FLOP')} if computed densely"
         time_ = f"{duration(self.dense_flops / self.rate)} in sequence at {si(self.rate, 'FLOP/s')}"
         if self.measured:
-            return f"sweep: {counts}: {work}; about {time_}, the speed of the {self.measured} finished ones"
+            on = f"{self.measured} finished point{'s' * (self.measured != 1)}"
+            return f"sweep: {counts}: {work}; about {time_}, measured on {on}"
         return f"sweep: {counts}: {work}; very roughly {time_}, half the speed of a bare matrix product here"
 
 

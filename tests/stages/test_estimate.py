@@ -48,5 +48,5 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
     assert (after.done, after.measured) == (1, 1)
     assert after.flops == pytest.approx(formula[0] + formula[2])
     assert after.rate == pytest.approx(formula[0] / result["seconds"])
-    assert "as the 1 finished ones" in after.describe()
+    assert "measured on 1 finished point" in after.describe()
     assert sweep_cost([configs[1]], screen).describe() == "sweep: 1 point, 1 already finished, 0 to run"
