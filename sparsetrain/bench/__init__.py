@@ -1,4 +1,4 @@
-"""``sparsetrain bench``: how fast sparse layers and models are on this machine, beside dense ones in the same run."""
+"""``sparsetrain bench``: the speed of sparse layers and models on this machine, beside dense ones in the same run."""
 
 from sparsetrain.bench.config import BenchConfig, GptSection, ScalingSection
 from sparsetrain.bench.run import BenchResult, bench

@@ -1,4 +1,4 @@
-"""The cells of a bench: what is compared with each other, and which of them are measured in one go."""
+"""The cells of a bench: groups of contenders to compare, and the cells that are measured in the same rounds."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from sparsetrain.bench.memory import bytes_per_nonzero
 from sparsetrain.bench.peers import Skipped, missing
 from sparsetrain.bench.timing import Times, Work, interleaved
 
-# Parts of cells: a layer, a layer of the two scaling series, a sparse model, and the dense model beside plain torch.
+# Kinds of cells: a layer, a layer of the two scaling series, a sparse model, and the dense model beside plain torch.
 LAYER, NNZ, TOKENS, MODEL, REFERENCE = "layer", "nnz", "tokens", "model", "reference"
 PLAIN = "plain_torch"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Contenders that are timed in turns, ``dense`` always among them.
+    """Contenders that are timed in turns; ``dense`` is always one of them.
 
     Attributes:
         part: `LAYER`, `NNZ`, `TOKENS`, `MODEL` or `REFERENCE`.
-        in_features, out_features, tokens: of a layer; of a model only its tokens a step.
+        in_features, out_features: shape of a layer; None for a model.
+        tokens: tokens per step.
         sparsity: None for the reference model.
     """
 
@@ -40,14 +41,14 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """What tells cells of one configuration apart, readable."""
-        words = [self.part]
+        """A readable name that is unique within a configuration."""
+        labels = [self.part]
         if self.in_features is not None:
-            words.append(f"{self.in_features}x{self.out_features}")
-        words.append(f"tokens={self.tokens}")
+            labels.append(f"{self.in_features}x{self.out_features}")
+        labels.append(f"tokens={self.tokens}")
         if self.sparsity is not None:
-            words.append(f"sparsity={self.sparsity:g}")
-        return " ".join([*words, f"threads={self.threads}", "+".join(self.contenders)])
+            labels.append(f"sparsity={self.sparsity:g}")
+        return " ".join([*labels, f"threads={self.threads}", "+".join(self.contenders)])
 
     @property
     def title(self) -> str:
@@ -55,8 +56,8 @@ class Cell:
         return self.key.rpartition(" ")[0]
 
 
-def plan(config: BenchConfig) -> list[Cell]:
-    """Return the cells of a configuration in the order in which they are measured."""
+def cells_of(config: BenchConfig) -> list[Cell]:
+    """Return the cells of a configuration in the order of measurement."""
     cells = []
     peers = [name for name in config.peers if missing(name) is None]
     for part in config.parts:
@@ -81,9 +82,10 @@ def plan(config: BenchConfig) -> list[Cell]:
 
 
 def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
-    """Return the cells in the groups that are timed in the same rounds: a series of `NNZ` or `TOKENS`, or one cell.
+    """Return the cells in groups that are timed in the same rounds: a whole series of `NNZ` or `TOKENS`, or one cell.
 
-    A line is fitted through a series. What slows the machine for a minute would bend it, were the points one by one.
+    A line is fitted through a series. If its points were measured one by one, a slow minute of the machine would bend
+    the line.
     """
     groups: list[tuple[Cell, ...]] = []
     for (part, _), several in itertools.groupby(cells, lambda cell: (cell.part, cell.threads)):
@@ -93,23 +95,24 @@ def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
 
 
 def effort(cell: Cell, config: BenchConfig) -> float:
-    """Return about how long a cell takes beside others, for the time left."""
+    """Return the relative time that a cell takes, to estimate the remaining time."""
     if cell.in_features is not None and cell.out_features is not None:
         size = 6.0 * cell.in_features * cell.out_features * cell.tokens + 1e8
     else:
         gpt = config.gpt
         size = 6.0 * (12 * gpt.n_layers * gpt.d_model**2 + gpt.vocab_size * gpt.d_model) * cell.tokens + 1e8
-        size *= 2.0 if cell.part == REFERENCE else 1.0  # it is profiled too
+        size *= 2.0 if cell.part == REFERENCE else 1.0  # the reference is also profiled
     return size * len(cell.contenders) / cell.threads
 
 
 def measure(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
-    """Return everything that is measured of the cells of a group, as plain values.
+    """Measure a group of cells and return the results as plain values.
 
     Returns:
-        For each, ``asdict(cell)`` without the contenders, and ``results`` by contender: ``forward_seconds`` and
-        ``step_seconds``, an entry a round, ``calls`` in each, ``note``, and memory where it can be known. ``skipped``
-        holds a reason for each contender that could not be measured; ``profile`` is of the reference model.
+        For each cell, ``asdict(cell)`` without the contenders, and ``results`` by contender: ``forward_seconds`` and
+        ``step_seconds`` with one entry per round, ``calls`` per round, ``note``, and memory where it is known.
+        ``skipped`` gives the reason for each contender that could not be measured; the reference model has a
+        ``profile``.
     """
     with with_threads(cells[0].threads):
         if cells[0].part in (MODEL, REFERENCE):
@@ -123,7 +126,7 @@ def measure(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
 
 
 def _measure_layers(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
-    """Return the results of layers that take turns, all contenders of all cells."""
+    """Return the results of layers; all contenders of all cells take turns."""
     made = [_contenders(cell, config) for cell in cells]
     works = {(number, name): entry.work for number, (entries, _) in enumerate(made) for name, entry in entries.items()}
     beside = {key: (key[0], DENSE) for key in works}
@@ -140,7 +143,7 @@ def _measure_layers(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str
 
 
 def _contenders(cell: Cell, config: BenchConfig) -> tuple[dict[str, Contender], dict[str, str]]:
-    """Return the contenders of a layer that compute the right thing here, and why the others do not."""
+    """Return the contenders of a layer whose result is correct, and the reason for each of the others."""
     assert cell.in_features is not None
     assert cell.out_features is not None
     assert cell.sparsity is not None
@@ -196,6 +199,6 @@ def _model(name: str, cell: Cell, config: BenchConfig) -> Any:
 
 def _result(times: Times, note: str) -> dict[str, Any]:
     if times.given_up:
-        note = "; ".join(filter(None, [note, "much slower than dense in some cells, which time it once"]))
+        note = "; ".join(filter(None, [note, "much slower than dense in some cells, so it was timed once there"]))
     found: dict[str, Any] = {"forward_seconds": times.forward, "calls": times.calls, "note": note}
     return found | ({"step_seconds": times.step} if times.step else {})

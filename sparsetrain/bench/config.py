@@ -1,4 +1,4 @@
-"""What ``sparsetrain bench`` measures: one strict dataclass, checked when it is built."""
+"""The configuration of ``sparsetrain bench``: one dataclass, validated when it is created."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsetrain.sparsity.patterns.spec import check_sparsity
 
 PARTS = ("layers", "model", "scaling")
 PEERS = ("dense_bf16", "torch_csr", "scipy", "sparselab", "sparseprop")
-# Known before they are registered: a command that asks for them is valid wherever it runs, and says what it skips.
+# Accepted even if they are not registered: the same command is valid on every machine and reports what it skips.
 BACKENDS = ("csr", "bsr", "masked")
 BLOCK_BACKENDS = ("bsr", "triton")
 
@@ -23,9 +23,9 @@ class GptSection:
     """The model whose whole training step is measured: ``model.loss``, clipping, fused AdamW.
 
     Args:
-        d_model, n_layers, n_heads, vocab_size: of a `sparsetrain.Transformer`, all else as by default.
-        context, batch: tokens of a sequence and sequences of a step.
-        backends: of the sparse models.
+        d_model, n_layers, n_heads, vocab_size: shape of a `sparsetrain.Transformer` with defaults for the rest.
+        context, batch: tokens per sequence and sequences per step.
+        backends: backends of the sparse models.
     """
 
     d_model: int = 512
@@ -53,14 +53,14 @@ class GptSection:
 
 @dataclass
 class ScalingSection:
-    """How time grows with the nonzeros and with the tokens of one layer, and from where sparse is faster than dense.
+    """A series to show how time scales with nonzeros and tokens, and where sparse becomes faster than dense.
 
     Args:
         shape: (in_features, out_features) of the layer.
-        sparsities: at the ``tokens`` of the top level; nnz is what changes.
-        token_counts: at ``sparsity``.
-        sparsity: of the layer whose tokens change.
-        backends: what is measured beside dense float32.
+        sparsities: sparsities of the series over nonzeros, measured with the ``tokens`` of the top level.
+        token_counts: numbers of tokens of the series over tokens, measured at ``sparsity``.
+        sparsity: sparsity of the series over tokens.
+        backends: backends to measure beside dense float32.
     """
 
     shape: list[int] = field(default_factory=lambda: [1024, 1024])
@@ -79,28 +79,28 @@ class ScalingSection:
 
 @dataclass
 class BenchConfig:
-    """Measure layers, a whole model and how time scales, each beside dense float32 in the same minutes.
+    """Measure the speed of layers, a whole model and two scaling series, each beside dense float32 in the same rounds.
 
     Args:
         what: layers, model, scaling or all.
-        sparsities: of the layers and of the models, each in [0, 1).
+        sparsities: sparsities of the layers and models, each in [0, 1).
         shapes: (in_features, out_features) of the layers.
         tokens: rows of a layer's input.
-        threads: how many threads to measure with, one after the other.
-        backends: of the sparse layers: csr (unstructured), bsr (blocks), masked (dense work, for comparison); one that
-            is not there is skipped and named.
-        peers: other ways to do the same: dense_bf16 (bfloat16 weights and activations), torch_csr, scipy (forward
-            only), sparselab and sparseprop (where they are installed).
+        threads: thread counts to measure, one after the other.
+        backends: backends of the sparse layers: csr (unstructured), bsr (blocks), masked (dense computation, for
+            comparison); an unavailable one is skipped with a message.
+        peers: other implementations: dense_bf16 (bfloat16 weights and activations), torch_csr, scipy (forward only),
+            sparselab and sparseprop (if installed).
         block: (rows, columns) of the blocks of ``bsr``.
-        repeats: rounds of a cell; in each, everything is timed once, in changing order. The median counts.
-        least_seconds: a round repeats what takes less than this.
-        patience: what takes more than so many times as long as dense is timed once only (bfloat16 on a processor
-            that has no instructions for it).
-        memory: whether to measure bytes per nonzero and peak activation memory too.
-        max_seconds: start no new cell, or series of them, after so long; the same command goes on. Null for no limit.
-        seed: of weights, masks and inputs.
-        run_dir: where the results go; null for a directory below ``runs_dir`` named by the configuration.
-        force: go on although the memory that this needs, as estimated, is not there. ``--force`` says the same.
+        repeats: rounds per cell; each round times every contender once, in changing order. The median counts.
+        least_seconds: a contender that takes less is called several times per round.
+        patience: a contender that takes more than this many times as long as dense is timed only once (such as
+            bfloat16 on a processor without instructions for it).
+        memory: whether to measure bytes per nonzero and peak activation memory as well.
+        max_seconds: start no new cell or series after this time; the same command resumes. Null for no limit.
+        seed: seed of weights, masks and inputs.
+        run_dir: directory of the results; null for one below ``runs_dir`` that is named after the configuration.
+        force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
 
     what: str = "all"
@@ -153,7 +153,7 @@ class BenchConfig:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What is measured, in the order in which it is."""
+        """The kinds of measurement to make, in order."""
         return PARTS if self.what == "all" else (self.what,)
 
 
@@ -174,7 +174,7 @@ def _shape(name: str, value: Sequence[int]) -> None:
 
 def _sparsities(name: str, values: Sequence[float]) -> None:
     if not values or len(set(values)) < len(values):
-        raise UserError(f"{name}={list(values)} must name at least one sparsity, and none twice")
+        raise UserError(f"{name}={list(values)} must name at least one sparsity, and no sparsity twice")
     for value in values:
         check_sparsity(value, name)
 

@@ -1,6 +1,6 @@
-"""One linear layer in several forms, each ready to be timed.
+"""Contenders of a layer: one linear layer in several implementations, each ready to be timed.
 
-Legend: N tokens, K in_features, M out_features, nnz stored values.
+Shapes: N tokens, K in_features, M out_features, nnz stored values.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Contender:
     """A layer whose step can be timed.
 
     Attributes:
-        work: the step: forward, then the gradients of input and weight.
-        weight: the dense matrix ``[M, K]`` that it multiplies by, for a check; None where it is not at hand.
-        state_bytes: what stays between steps in training with AdamW, divided by ``stored``; None if unknown.
+        work: the step: forward pass, then the gradients of input and weight.
         stored: number of trained weights.
-        torch_memory: whether all memory of a step is torch's, so that its peak can be seen.
+        weight: the dense matrix ``[M, K]`` that it multiplies by, to check the result; None if unavailable.
+        state_bytes: returns the bytes held between steps of training with AdamW; None if unknown.
+        torch_memory: whether torch allocates all memory of a step, so that its peak can be measured.
         note: what a reader must know to compare it.
     """
 
@@ -51,7 +51,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class LayerCase:
-    """The layer of a cell: K, M, N, sparsity, block of block backends, seed."""
+    """The layer of a cell: K, M, N, sparsity, the block size of block backends, and the seed."""
 
     in_features: int
     out_features: int
@@ -61,14 +61,14 @@ class LayerCase:
     seed: int
 
     def draw(self, rows: int, columns: int, name: str) -> Tensor:
-        """Return normal numbers ``[rows, columns]`` that depend on seed and name alone."""
+        """Return normal numbers ``[rows, columns]`` that depend only on the seed and the name."""
         return torch.randn(rows, columns, generator=seeds.generator(self.seed, "bench", name))
 
     def pattern(self, block: tuple[int, int] = (1, 1)) -> SparsityPattern:
-        """Return a random pattern ``[M, K]`` of the case's density in such blocks.
+        """Return a random pattern ``[M, K]`` of the case's density, in blocks of the given size.
 
         Raises:
-            Skipped: a block that does not divide the matrix.
+            Skipped: the block does not divide the matrix.
         """
         rows, columns = self.out_features, self.in_features
         if rows % block[0] or columns % block[1]:
@@ -79,10 +79,10 @@ class LayerCase:
 
 
 def contender(name: str, case: LayerCase) -> Contender:
-    """Return the layer of ``case`` in the form called ``name``: dense, a backend, or a peer.
+    """Return the layer of ``case`` in the implementation ``name``: dense, a backend, or a peer.
 
     Raises:
-        Skipped: this form cannot be measured here; the message says why.
+        Skipped: it cannot be measured here; the message says why.
     """
     x = case.draw(case.tokens, case.in_features, "input")
     g = case.draw(case.tokens, case.out_features, "gradient")
@@ -94,17 +94,17 @@ def contender(name: str, case: LayerCase) -> Contender:
         pattern = case.pattern()
         values = torch.randn(pattern.nnz, generator=seeds.generator(case.seed, "bench", "weight"))
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is in beta, and of how others make their arrays
+            warnings.simplefilter("ignore")  # beta features, and the way other libraries create arrays
             work, weight, state, note = PEER_LAYERS[name](pattern, values, x, g)
         return Contender(work, pattern.nnz, weight, state, state is not None, note)
     return _backend(name, case, x, g)
 
 
 def measure_memory(entry: Contender) -> dict[str, Any]:
-    """Return bytes per stored weight and the peak activation memory of a step, those that can be known.
+    """Return the bytes per stored weight and the peak activation memory of a step, as far as they are known.
 
-    The gradient of the weights, which lives on until the optimizer's step, is part of the former, not of the latter;
-    the input, which a form may keep for the backward pass or not, is part of the latter.
+    The gradient of the weights, which exists until the optimizer's step, counts to the former only. The input, which
+    some implementations keep for the backward pass, counts to the latter.
     """
     found: dict[str, Any] = {}
     if entry.state_bytes is not None:
@@ -116,14 +116,14 @@ def measure_memory(entry: Contender) -> dict[str, Any]:
 
 
 def wrong(entry: Contender, case: LayerCase) -> str | None:
-    """Return how far the forward result is from that of a dense product with the same weight, if it is too far."""
+    """Return the relative error against a dense product with the same weight as a message, or None if it is small."""
     if entry.weight is None:
         return None
     x = case.draw(case.tokens, case.in_features, "input")[:64]
     expected = x.double() @ entry.weight.double().t()
     result = torch.as_tensor(entry.work.forward()).detach().double()
     error = float((result[:64] - expected).norm() / expected.norm())
-    return None if error <= _TOLERANCE else f"computes something else: relative error {error:.1e}"
+    return None if error <= _TOLERANCE else f"wrong result: relative error {error:.1e}"
 
 
 def _dense(case: LayerCase, x: Tensor, g: Tensor, dtype: torch.dtype) -> Contender:
@@ -139,14 +139,14 @@ def _dense(case: LayerCase, x: Tensor, g: Tensor, dtype: torch.dtype) -> Contend
 
 def _backend(name: str, case: LayerCase, x: Tensor, g: Tensor) -> Contender:
     if name != "auto" and name not in BACKENDS:
-        raise Skipped(f"backend '{name}' is not there in this version")
+        raise Skipped(f"backend '{name}' does not exist in this version")
     pattern = case.pattern(case.block if name in BLOCK_BACKENDS else (1, 1))
     try:
         chosen = resolve_backend(name, pattern, case.tokens, x.dtype, x.device)
     except UserError as error:
         raise Skipped(str(error)) from None
     layer = SparseLinear(case.in_features, case.out_features, pattern=pattern, bias=False, backend=name, seed=case.seed)
-    # On a pattern of its own: the check leaves positions behind, which are no part of the layer's state.
+    # A separate pattern, because `scatter` caches positions that are not part of the layer's state.
     own = layer.pattern
     weight = SparsityPattern(own.shape, own.row_ptr, own.col, own.block).scatter(layer.values.detach())
     notes = [f"blocks of {case.block[0]}x{case.block[1]}"] if name in BLOCK_BACKENDS else []

@@ -1,4 +1,4 @@
-"""A whole training step: the library's transformer, dense and sparse, and a GPT written with plain torch alone.
+"""A whole training step of the library's transformer, dense and sparse, and of a GPT written in plain torch.
 
 Shapes: B batch, T tokens, D = d_model, V vocabulary.
 """
@@ -28,9 +28,9 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class PlainGPT(nn.Module):
-    """The same shape from torch's own parts: pre-norm blocks, learned positions, fused attention, a tied head.
+    """A model of the same shape in plain torch: pre-norm blocks, learned positions, fused attention, a tied head.
 
-    It is what a user of plain torch would write, and shows whether the library's dense model, the baseline of all
+    It is what a user of plain torch would write. It shows whether the library's dense model, the baseline of all
     whole-model numbers, is a fair one.
     """
 
@@ -71,7 +71,7 @@ class PlainGPT(nn.Module):
 
 
 class TrainingStep:
-    """Loss, gradients, clipping and a fused AdamW step over one fixed batch."""
+    """Loss, gradients, clipping and a fused AdamW step on one fixed batch."""
 
     def __init__(self, model: nn.Module, gpt: GptSection, seed: int) -> None:
         self.model = model.train()
@@ -102,7 +102,7 @@ class TrainingStep:
         return Work(self.forward, self.backward)
 
     def peak_activation_bytes(self) -> int:
-        """Return the peak of forward and backward, without the gradients that the parameters are left with."""
+        """Return the peak memory of forward and backward pass, without the gradients of the parameters."""
         peak = peak_bytes(
             lambda: self.forward().backward(), lambda: [p.grad for p in self.parameters if p.grad is not None]
         )
@@ -111,19 +111,19 @@ class TrainingStep:
 
 
 def dense_model(gpt: GptSection) -> Transformer:
-    """Return the dense model, all of it ``nn.Linear``."""
+    """Return the dense model, which contains only ``nn.Linear`` layers."""
     return Transformer(gpt.model_config())
 
 
 def sparse_model(gpt: GptSection, sparsity: float, backend: str, block: tuple[int, int]) -> Transformer:
-    """Return the model with its hidden matrices sparse, by the library's own surgery, or in blocks.
+    """Return the model with sparse hidden matrices, made by the library's own surgery or in blocks.
 
     Raises:
         Skipped: this backend cannot be measured here; the message says why.
     """
     config = gpt.model_config()
     if backend != "auto" and backend not in BACKENDS:
-        raise Skipped(f"backend '{backend}' is not there in this version")
+        raise Skipped(f"backend '{backend}' does not exist in this version")
     if backend not in BLOCK_BACKENDS:
         return Transformer(config, plan=SparsityConfig(sparsity=sparsity, backend=backend))
     model = Transformer(config)
@@ -140,12 +140,12 @@ def sparse_model(gpt: GptSection, sparsity: float, backend: str, block: tuple[in
 
 
 def hidden_linears(model: Transformer) -> dict[str, nn.Linear]:
-    """Return the matrices that sparsity is about: those of the blocks, by name."""
+    """Return the matrices that are made sparse, those of the blocks, by name."""
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith("blocks.")}
 
 
 class _TimedProduct(torch.autograd.Function):
-    """``x @ W.T`` for x ``[n, K]``, adding the time of its three products to ``clock[0]``."""
+    """``x @ W.T`` for x ``[n, K]``; it adds the time of its three products to ``clock[0]``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, clock: list[float]) -> Tensor:
@@ -166,12 +166,12 @@ class _TimedProduct(torch.autograd.Function):
 
 
 def profile_dense(gpt: GptSection, seed: int, repeats: int) -> dict[str, float]:
-    """Return which share of a dense step could shrink with density.
+    """Return the shares of a dense step that could shrink with density.
 
     Returns:
-        ``linear_share``: of the products of the hidden matrices, in [0, 1], the median of ``repeats`` steps;
-        ``update_share``: of clipping and AdamW, and ``hidden_share`` the hidden matrices' part of the parameters that
-        these run over.
+        ``linear_share``: share of the products of hidden matrices in the step, in [0, 1], median of ``repeats`` steps.
+        ``update_share``: share of clipping and AdamW.
+        ``hidden_share``: share of the hidden matrices in the parameters that these update.
     """
     model = dense_model(gpt)
     clock = [0.0]
@@ -185,7 +185,7 @@ def profile_dense(gpt: GptSection, seed: int, repeats: int) -> dict[str, float]:
         start = time.perf_counter()
         step.backward(step.forward())
         total = time.perf_counter() - start
-        if turn:  # the first one warms up
+        if turn:  # the first step warms up
             shares.append(clock[0] / total)
             updates.append(step.update_seconds / total)
     sizes = sum(linear.weight.numel() for linear in hidden.values()), sum(p.numel() for p in model.parameters())

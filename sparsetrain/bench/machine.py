@@ -1,4 +1,4 @@
-"""What numbers were measured on, and with which code."""
+"""Descriptions of the machine and of the code that a measurement was made with."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ import torch
 import sparsetrain
 from sparsetrain.processor import cpu_flags, cpuinfo
 
-# Parts of the library whose code a measurement runs through.
+# Packages of the library whose code affects a measurement.
 _MEASURED = ("kernels", "sparsity", "models", "parameterization", "bench")
 _PACKAGES = ("torch", "numba", "numpy", "scipy", "sparselab", "sparseprop")
 _VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 
 
 def available_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -33,7 +33,7 @@ def describe_machine() -> dict[str, Any]:
     info, flags = cpuinfo(), cpu_flags()
     return {
         "processor": info.get("model name") or platform.processor() or platform.machine(),
-        # The name alone may be that of a whole line of processors, on a virtual machine above all.
+        # The name alone may stand for a whole family of processors, especially on virtual machines.
         "family": " ".join(f"{key} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info),
         "cores": available_cores(),
         "vector_flags": [flag for flag in _VECTOR_FLAGS if flag in flags],
@@ -47,7 +47,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def code_fingerprint() -> str:
-    """Return 16 hexadecimal digits of the sources that a measurement depends on."""
+    """Return 16 hexadecimal digits that identify the sources that affect a measurement."""
     root = Path(sparsetrain.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for part in _MEASURED:
@@ -58,7 +58,7 @@ def code_fingerprint() -> str:
 
 @contextmanager
 def with_threads(count: int) -> Iterator[None]:
-    """Let torch, and every OpenMP runtime that a peer brought along, use ``count`` threads."""
+    """Set torch, and every OpenMP runtime that a peer has loaded, to ``count`` threads inside the block."""
     before = torch.get_num_threads()
     _set_threads(count)
     try:
@@ -80,7 +80,7 @@ def _set_threads(count: int) -> None:
 
 
 def _caches() -> dict[str, str]:
-    """Return the caches that the first core sees, as ``{"L1 Data": "32K", ...}``."""
+    """Return the caches of the first core, as ``{"L1 Data": "32K", ...}``."""
     found = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         with suppress(OSError):

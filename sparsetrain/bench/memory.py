@@ -1,4 +1,4 @@
-"""Bytes: what a layer holds between steps, and what a step needs on top."""
+"""Memory of layers and steps: bytes held between steps, and the peak during a step."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from torch import Tensor, nn
 
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, sparse_layers
 
-# Value, gradient and two moments in float32.
+# Value, gradient and two moments in float32, per weight.
 STATE_BYTES = 16
 
 
 def pattern_bytes(pattern: SparsityPattern) -> int:
-    """Return the bytes of a pattern's indices and of everything derived from it so far, each array counted once."""
+    """Return the bytes of a pattern's indices and of everything derived from it so far; each array counts once."""
     by_address = dict(_arrays((pattern.row_ptr, pattern.col, pattern._derived)))
     return sum(by_address.values())
 
 
 def layer_bytes(layer: SparseLinear) -> int:
-    """Return the persistent bytes of a sparse layer in training with AdamW, its bias left out."""
+    """Return the bytes that a sparse layer holds between steps of training with AdamW, without its bias."""
     return STATE_BYTES * layer.values.numel() + pattern_bytes(layer.pattern)
 
 
 def bytes_per_nonzero(module: nn.Module) -> float | None:
-    """Return `layer_bytes` over nonzeros of all sparse layers of ``module``; None if it has none."""
+    """Return `layer_bytes` divided by nonzeros over all sparse layers of ``module``; None if it has none."""
     layers = [module] if isinstance(module, SparseLinear) else [layer for _, layer in sparse_layers(module)]
     nnz = sum(layer.pattern.nnz for layer in layers)
     return sum(map(layer_bytes, layers)) / nnz if nnz else None
 
 
 def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] | None = None) -> int:
-    """Return how far the bytes that torch holds rise during ``step`` above where they stood before it.
+    """Return how much the memory that torch holds rises during ``step``, in bytes.
 
-    Every allocation of torch's allocator counts, scratch memory of the sparse kernels included. The memory that other
-    libraries allocate themselves is not seen. What was allocated outside of such calls is not seen to be freed.
+    All allocations by torch's allocator count, including scratch memory of the sparse kernels. Memory that other
+    libraries allocate is not seen, nor is the release of memory that was allocated before.
 
     Args:
-        aside: called after ``step``; the tensors that it returns, which ``step`` leaves behind, do not count, from
-            their allocation on.
+        aside: called after ``step``; returns tensors that ``step`` created and that do not count.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     with _muted(), torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -54,13 +53,13 @@ def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] | 
     results = profiler.profiler.kineto_results
     assert results is not None
     left: set[int | None] = set()
-    if aside is None:  # the list of events has no addresses, and no trees of objects to walk
+    if aside is None:  # a flat list suffices: it has no addresses but needs no traversal
         changes = sorted(
             (event.start_ns(), 0, event.nbytes()) for event in results.events() if event.name() == "[memory]"
         )
     else:
         changes = sorted(_allocations(results.experimental_event_tree()))
-        # An address is used again when it is free: the last time counts.
+        # Addresses are reused after they are freed, so the last allocation at an address is the tensor's.
         last = {address: number for number, (_, address, size) in enumerate(changes) if size > 0}
         left = {last.get(tensor.untyped_storage().data_ptr()) for tensor in aside()}
     held = np.cumsum([size for number, (_, _, size) in enumerate(changes) if number not in left])
@@ -68,7 +67,7 @@ def peak_bytes(step: Callable[[], Any], aside: Callable[[], Iterable[Tensor]] | 
 
 
 def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
-    """Yield time, address and bytes of every allocation in torch's trees of events; bytes below 0 were freed."""
+    """Yield time, address and bytes of each allocation in torch's event trees; negative bytes mean a release."""
     for event in events:
         if event.tag.name == "Allocation":
             yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
@@ -77,7 +76,7 @@ def _allocations(events: Iterable[Any]) -> Iterator[tuple[int, int, int]]:
 
 @contextmanager
 def _muted() -> Iterator[None]:
-    """Drop what is written to standard error: the profiler's library says there that it starts and stops."""
+    """Discard standard error inside the block: the profiler's library reports there that it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
     try:
@@ -90,7 +89,7 @@ def _muted() -> Iterator[None]:
 
 
 def _arrays(value: Any) -> Iterator[tuple[int, int]]:
-    """Yield address and bytes of every tensor and array inside ``value``."""
+    """Yield address and bytes of each tensor and array inside ``value``."""
     if isinstance(value, Tensor):
         storage = value.untyped_storage()
         yield storage.data_ptr(), storage.nbytes()

@@ -1,6 +1,6 @@
-"""Other libraries' sparse layers. They are measured where they are installed, and named where they are not.
+"""Sparse layers of other libraries. They are measured if installed, and reported as missing otherwise.
 
-Legend: N tokens, K in_features, M out_features.
+Shapes: N tokens, K in_features, M out_features.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sparsetrain.bench.memory import STATE_BYTES
 from sparsetrain.bench.timing import Work
 from sparsetrain.sparsity import SparsityPattern
 
-# Step, the dense weight behind it, persistent bytes, note.
+# The step, its dense weight, its persistent bytes, and a note.
 _Peer = tuple[Work, Tensor | None, Callable[[], int] | None, str]
 
 
@@ -26,7 +26,7 @@ class Skipped(Exception):
 
 
 def missing(name: str) -> str | None:
-    """Return why the peer called ``name`` cannot be measured on this machine at all, or None."""
+    """Return the reason why the peer called ``name`` is unavailable on this machine, or None."""
     if name in ("sparselab", "sparseprop") and importlib.util.find_spec(name) is None:
         return f"not installed (pip install {name})"
     return None
@@ -36,8 +36,9 @@ def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Ten
     """Return the training step of ``layer`` through autograd.
 
     Args:
-        weights: what gets a gradient beside the input.
-        x: input ``[N, K]``. g: gradient of the output ``[N, M]``.
+        weights: tensors that get a gradient besides the input.
+        x: input ``[N, K]``.
+        g: gradient of the output ``[N, M]``.
     """
     x = x.requires_grad_()
 
@@ -48,7 +49,7 @@ def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Ten
             weight.grad = None
 
     def fresh() -> list[Tensor]:
-        # The copy stands for the result of an earlier layer: it is freed as soon as nothing keeps it.
+        # The copy acts as the output of an earlier layer: it is freed as soon as nothing keeps it.
         layer(x.clone()).backward(g)
         gradients = [weight.grad for weight in weights if weight.grad is not None]
         gradients = [each.values() if each.layout == torch.sparse_csr else each for each in gradients]
@@ -105,10 +106,10 @@ PEER_LAYERS: dict[str, Callable[[SparsityPattern, Tensor, Tensor, Tensor], _Peer
 
 
 def _checked(work: Work) -> tuple[Work, str]:
-    """Return ``work`` and a note: without its backward half, and with the reason, where the library cannot do that.
+    """Return ``work`` and a note. If the library has no backward pass, drop it and give the reason in the note.
 
     Raises:
-        Skipped: it cannot do the forward half either.
+        Skipped: the forward pass fails as well.
     """
     try:
         result = work.forward()

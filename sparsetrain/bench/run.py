@@ -1,4 +1,4 @@
-"""``sparsetrain bench`` as a run: its directory, what is already measured, progress, and what it leaves behind."""
+"""Execution of ``sparsetrain bench``: its directory, earlier measurements, progress, and the files it writes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparsetrain.bench.cells import Cell, effort, measure, plan, together
+from sparsetrain.bench.cells import Cell, cells_of, effort, measure, together
 from sparsetrain.bench.config import BenchConfig
 from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
@@ -32,35 +32,35 @@ from sparsetrain.stages.memory import check_footprint, check_memory, footprint_o
 
 FIGURE, TABLE = "bench.png", "results.csv"
 
-# What a cell depends on beside its own key: cells of different settings are not put side by side.
+# Settings that a cell depends on besides its key; cells with other settings are not mixed.
 _FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed", "gpt")
-# Of the section gpt, what only says which cells there are.
+# Entries of the section gpt that only decide which cells there are.
 _LISTS = ("backends",)
 _INCIDENTAL = ("run_dir", "runs_dir", "max_seconds", "force")
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Where the results are, and the content of ``bench.json``."""
+    """The result of a bench: its directory and the content of ``bench.json``."""
 
     directory: Path
     values: dict[str, Any]
 
     @property
     def complete(self) -> bool:
-        """Whether every cell of the configuration has been measured."""
+        """Whether all cells of the configuration have been measured."""
         return self.values["complete"]
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
-    """Measure what the configuration asks for, show it, and write ``bench.json``, ``results.csv`` and ``bench.png``.
+    """Measure the configured cells, show them, and write ``bench.json``, ``results.csv`` and ``bench.png``.
 
-    Each finished cell, or series of them, is kept at once; the same command skips those that were measured on this
-    machine with this code.
+    Each finished cell or series is saved at once. The same command skips cells that were measured on this machine with
+    this code.
 
     Raises:
-        UserError: a directory that is in use, cannot be written, or holds measurements of other settings or of
-            another machine.
+        UserError: the directory is in use, is not writable, or holds measurements with other settings or of another
+            machine.
     """
     console = console or Console()
     directory = Path(config.run_dir) if config.run_dir else _place(config)
@@ -71,7 +71,7 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
             if reason := missing(name):
                 values["unavailable"][name] = reason
                 _say(console, f"skipped {name}: {reason}")
-        cells = plan(config)
+        cells = cells_of(config)
         values["complete"] = _measure_all(cells, values, config, directory, console)
         values["summary"] = summarise(values)
         write_json(directory / BENCH, values)
@@ -84,13 +84,13 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
 
 
 def _check_memory(config: BenchConfig) -> None:
-    """Refuse a bench before its first cell if any cell does not fit."""
+    """Raise `UserError` before the first cell if any cell does not fit into memory."""
     gpt, parts = config.gpt, config.parts
     layers = [(shape, config.tokens) for shape in config.shapes] if "layers" in parts else []
     if "scaling" in parts:
         layers.append((config.scaling.shape, max(config.tokens, *config.scaling.token_counts)))
     for (k, m), tokens in layers:
-        # Dense float32, beside which everything is timed: weight and gradient; input, result and both gradients.
+        # The dense float32 baseline of every cell: weight and gradient; input, result and both gradients.
         needed = footprint_of({"the weights": 2 * k * m * 4, "inputs and gradients": 2 * tokens * (k + m) * 4})
         check_footprint(needed, f"a layer of shape [{k},{m}] with tokens={tokens}", config.force)
     if "model" in parts:
@@ -105,7 +105,7 @@ def _check_memory(config: BenchConfig) -> None:
 def _measure_all(
     cells: list[Cell], values: dict[str, Any], config: BenchConfig, directory: Path, console: Console
 ) -> bool:
-    """Measure the cells that are not there yet, and all of a series of which any is not; return whether all are."""
+    """Measure the missing cells, and the whole series if a cell of it is missing; return whether all are measured."""
     whole = [group for group in together(cells) if any(cell.key not in values["cells"] for cell in group)]
     todo = [cell for group in whole for cell in group]
     if len(todo) < len(cells):
@@ -116,9 +116,9 @@ def _measure_all(
     for group in whole:
         spent = time.monotonic() - started
         if config.max_seconds is not None and spent > config.max_seconds:
-            _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells to go; run it again")
+            _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells left; run it again")
             return False
-        # Until something was measured there is nothing to tell the time by.
+        # Without a measurement there is no estimate.
         eta = f"  ETA {duration(spent * left / (total - left))}" if left < total else ""
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
         with console.status(plain(f"[{number + 1}/{len(todo)}] {group[0].title}{more}{eta}")):
@@ -129,7 +129,7 @@ def _measure_all(
         for cell, found in zip(group, results, strict=True):
             number += 1
             _say(console, f"[{number}/{len(todo)}] {cell.title}: {_gist(found)}  ETA {remaining}")
-            # Measured again beside other contenders: the newer one counts.
+            # The same cell may have been measured beside other contenders; the new measurement replaces it.
             for key in [key for key in values["cells"] if key.rpartition(" ")[0] == cell.title]:
                 del values["cells"][key]
             values["cells"][cell.key] = found
@@ -138,7 +138,7 @@ def _measure_all(
 
 
 def _gist(found: dict[str, Any]) -> str:
-    """Return the speed-ups of a cell on one line, and what it skipped."""
+    """Return the speed-ups of a cell, and what it skipped, on one line."""
     rows = rows_of(found)
     parts = [
         f"{row['contender']} {row['speedup']:.2f}x" for row in rows if row["speedup"] and row["contender"] != "dense"
@@ -148,7 +148,7 @@ def _gist(found: dict[str, Any]) -> str:
 
 
 def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]:
-    """Return what ``bench.json`` holds so far, cells that this command cannot use left out."""
+    """Return the content of ``bench.json`` so far, without cells that this command cannot use."""
     machine, code, plain = describe_machine(), code_fingerprint(), asdict(config)
     values: dict[str, Any] = {
         "format": FORMAT,
@@ -177,7 +177,7 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
     if before["code"] == code:
         values["cells"] = before["cells"]
     elif before["cells"]:
-        _say(console, f"bench: {len(before['cells'])} cells were measured with other code; measuring them again")
+        _say(console, f"bench: the code has changed since {len(before['cells'])} cells were measured; repeating them")
     return values
 
 
@@ -187,14 +187,14 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _place(config: BenchConfig) -> Path:
-    """Return the directory of a bench: the one that was given, or one named by what is measured.
+    """Return the directory of a bench: the configured one, or one that is named after the configuration.
 
-    One that a version with other settings began under another name keeps its directory.
+    A bench that an earlier version started under another name keeps its directory.
     """
     if config.run_dir:
         return Path(config.run_dir)
     runs_dir, prefix, values = Path(config.runs_dir), f"bench-{config.what}-", asdict(config)
-    # How many threads are the default depends on the machine, so they count always.
+    # The default thread counts depend on the machine, so they are always part of the name.
     facts: dict[str, str | None] = {"threads": ",".join(map(str, config.threads))}
     named = runs_dir / f"{prefix}{digest(Recorded('bench', BenchConfig, values, facts), _INCIDENTAL)}"
     if not named.exists():
@@ -207,7 +207,7 @@ def _place(config: BenchConfig) -> Path:
 
 
 def _csv(values: dict[str, Any]) -> str:
-    """Return one row for each contender of each cell, medians and quartiles in seconds."""
+    """Return CSV text with one row per contender and cell; medians and quartiles are in seconds."""
     rows = [row for cell in values["cells"].values() for row in rows_of(cell)]
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""The clock: contenders take turns, so that what slows the machine for a second slows all of them."""
+"""Timing: contenders take turns, so that a slow moment of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _Name = TypeVar("_Name", bound=Hashable)
 
 @dataclass
 class Work:
-    """One contender's training step in two halves.
+    """One contender's training step, split into forward and backward pass.
 
     Attributes:
-        forward: computes the result, keeping what ``backward`` needs.
-        backward: takes that result; leaves nothing behind that makes the next step another one. None where there is
-            no backward pass.
-        fresh: the whole step on an input of its own, to see what memory it takes; returns the gradients of the weights.
-            None where that cannot be seen.
+        forward: computes the result and keeps what ``backward`` needs.
+        backward: takes that result; it must not leave state (gradients, caches) that changes the next step. None if
+            there is no backward pass.
+        fresh: the whole step on a new input, to measure its memory; returns the gradients of the weights. None if its
+            memory cannot be measured.
     """
 
     forward: Callable[[], Any]
@@ -33,7 +33,7 @@ class Work:
 
 @dataclass
 class Times:
-    """Seconds of one contender, an entry a round; ``step`` is forward and backward, empty without a backward pass."""
+    """Seconds of one contender per round; ``step`` is forward plus backward, and empty without a backward pass."""
 
     forward: list[float] = field(default_factory=list)
     step: list[float] = field(default_factory=list)
@@ -42,7 +42,7 @@ class Times:
 
 
 def run_once(work: Work) -> tuple[float, float]:
-    """Return the seconds of the forward half and of the whole step."""
+    """Return the seconds of the forward pass and of the whole step."""
     start = time.perf_counter()
     result = work.forward()
     middle = time.perf_counter()
@@ -60,16 +60,17 @@ def interleaved(
 ) -> dict[_Name, Times]:
     """Return the times of all ``works``, measured in rounds.
 
-    In each round every contender runs once, or as often as takes ``least_seconds`` (an entry is then the mean over
-    these calls); the order rotates from round to round. Two calls before the first round warm up and are not counted.
-    Of one that takes more than ``patience`` times as long as the first of ``works``, or as the one before it that
-    ``beside`` says, the second of these two calls is all there is: `Times.given_up`.
+    In each round every contender runs once, or as often as fits into ``least_seconds``; an entry is then the mean over
+    these calls. The order rotates from round to round. Two calls before the first round warm up and do not count.
+
+    A contender is given up (`Times.given_up`) if its second warm-up call takes more than ``patience`` times as long as
+    that of the first contender, or of the one that ``beside`` assigns to it. That call is then its only timing.
     """
     times: dict[_Name, Times] = {}
     longest: dict[_Name, float] = {}
     for name, work in works.items():
         run_once(work)
-        # The second call: the first one may compile, or build what is built once.
+        # The second call, because the first may compile or build caches.
         forward, whole = run_once(work)
         longest[name] = max(whole, 1e-9)
         times[name] = Times(calls=min(_MOST_CALLS, max(1, math.ceil(least_seconds / longest[name]))))

@@ -1,8 +1,8 @@
-"""How sure a mean over a few seeds is, and a difference of two: Student's t, which holds for three seeds as for thirty.
+"""Confidence intervals of a mean over a few seeds, and of a difference of two means: Student's t.
 
-A percentile bootstrap does not: of three seeds it gives about their range, which covers the truth in 1 - 2 (1/2)^3 or
-75 % of all cases. An interval here is that of an estimate made once for every seed. Differences are paired by seed,
-because two runs of one seed see the same batches.
+A percentile bootstrap fails here: for three seeds it gives about their range, which covers the true mean in
+1 - 2 (1/2)^3 = 75 % of cases. Each sample is the estimate of one seed. Differences are paired by seed, because two runs
+with the same seed see the same batches.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def half_width(samples: Sequence[float] | np.ndarray) -> float:
 
 
 def mean_interval(samples: Sequence[float] | np.ndarray) -> Interval | None:
-    """Return the 95 % interval of the mean of ``samples``, one of each seed; None below two.
+    """Return the 95 % interval of the mean of ``samples``, one per seed; None below two samples.
 
-    Both ends are infinite where a sample is: nothing is known about such a mean.
+    Both ends are infinite if a sample is infinite, because the mean is then unknown.
     """
     if len(samples) < 2:
         return None
@@ -39,9 +39,9 @@ def mean_interval(samples: Sequence[float] | np.ndarray) -> Interval | None:
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float, int]:
-    """Return mean and half the 95 % interval of ``one - other`` over the seeds that both have, and their number.
+    """Return mean and half the 95 % interval of ``one - other`` over their common seeds, and the number of these.
 
-    The half width is infinite below two common seeds; the mean is NaN where there are none.
+    The half width is infinite below two common seeds; the mean is NaN without any.
     """
     differences = [one[seed] - other[seed] for seed in one if seed in other]
     mean = float(np.mean(differences)) if differences else math.nan
@@ -51,8 +51,8 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> tuple[float,
 def difference_interval(one: Mapping[int, float], other: Mapping[int, float]) -> Interval | None:
     """Return the 95 % interval of the mean of ``one`` minus that of ``other``, each by seed.
 
-    It is paired over the common seeds. Where there are none the runs are independent, and the interval is Welch's. None
-    where one seed is common, or where a side without common seeds has fewer than two.
+    It is paired over common seeds. Without common seeds the runs are independent, and the interval is Welch's. It is
+    None if there is exactly one common seed, or without common seeds if one side has fewer than two.
     """
     common = one.keys() & other.keys()
     if common:

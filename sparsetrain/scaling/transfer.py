@@ -1,18 +1,19 @@
-"""Where the optimum of a swept hyperparameter is, how sure that is, and how far it moves from curve to curve.
+"""The optimum of a swept hyperparameter, its uncertainty, and its shift between curves.
 
 A curve is the loss over one hyperparameter x (a learning rate, an initial standard deviation) at a few values and a few
-seeds. Everything happens in log2 x. The optimum is the vertex of the parabola through the best point and its two
-neighbours. Three rules keep it honest:
+seeds. All computations use log2 x. The optimum is the vertex of the parabola through the best point and its two
+neighbours. Three rules avoid false claims:
 
-- the best point at the end of the grid is an *edge*, never an optimum: the grid has to grow;
-- a point at which any seed diverged counts as infinitely bad; next to the best point it brackets it, but no parabola
-  goes through it, so the optimum is then the grid point itself;
-- intervals are Student's t over seeds (`scaling.intervals`): each seed has a vertex of its own, of the parabola through
-  its losses at the three points of the mean curve, and only seeds that ran at all three count. An end beyond the grid
-  is open: nothing was measured there. With one seed there is no interval, with two a very wide one.
+- If the best point is at the end of the grid, it is an *edge* and not an optimum: the grid has to grow.
+- A point at which any seed diverged counts as infinitely bad. Next to the best point it brackets the optimum, but no
+  parabola goes through it, so the optimum is then the grid point itself.
+- Intervals are Student's t over seeds (`scaling.intervals`). Each seed has its own vertex, that of the parabola through
+  its losses at the three points of the mean curve; only seeds that ran at all three count. An end of the interval
+  beyond the grid is open, because nothing was measured there. With one seed there is no interval, with two a very wide
+  one.
 
-Not every point needs every seed (one seed over the whole grid, three around the minimum, is the cheap way). A missing
-loss is filled in by the additive model loss = f(x) + g(seed), fitted to what is there.
+Not every point needs every seed: one seed over the whole grid and three around the minimum suffice. A missing loss is
+filled in from the additive model loss = f(x) + g(seed), fitted to the losses that exist.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ import numpy as np
 from sparsetrain.errors import UserError
 from sparsetrain.scaling.intervals import Interval, difference_interval, mean_interval, paired
 
-_NEAR = 1e-9  # log2 of x: closer points are the same
+_NEAR = 1e-9  # points closer than this in log2 x are the same
 
 
 class Row(NamedTuple):
-    """One run: the curve that it belongs to, its x above 0, its seed, and its loss (NaN or infinite: diverged)."""
+    """One run: its curve, its x above 0, its seed, and its loss (NaN or infinite if it diverged)."""
 
     curve: Hashable
     x: float
@@ -47,7 +48,7 @@ class Curve:
     Args:
         log2: ascending, ``[n]``.
         seeds: ascending, length s.
-        losses: ``[n, s]``; NaN where there was no run, infinite where it diverged.
+        losses: ``[n, s]``; NaN without a run, infinite if the run diverged.
     """
 
     log2: np.ndarray
@@ -56,17 +57,17 @@ class Curve:
 
     @property
     def step(self) -> float:
-        """The most common distance of two neighbouring points; 0 for a single point."""
+        """The most common distance between neighbouring points; 0 for a single point."""
         gaps = Counter(round(float(gap), 6) for gap in np.diff(self.log2))
         return max(gaps, key=lambda gap: (gaps[gap], -gap)) if gaps else 0.0
 
     @property
     def usable(self) -> bool:
-        """Whether there is a point at which no seed diverged."""
+        """Whether at least one point has no diverged seed."""
         return bool(np.isfinite(self.filled().mean(axis=1)).any())
 
     def filled(self) -> np.ndarray:
-        """Return the losses ``[n, s]`` with missing ones from the additive model in x and seed."""
+        """Return the losses ``[n, s]`` with missing ones filled in from the additive model in x and seed."""
         missing = np.isnan(self.losses)
         if not missing.any():
             return self.losses
@@ -83,17 +84,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Optimum:
-    """Where a curve is lowest.
+    """The minimum of a curve.
 
     Args:
         log2: its position; None at an edge.
-        edge: ``low`` or ``high`` where the best point is an end of the grid, else None.
-        loss: of the parabola's vertex, or of the best point where there is no parabola.
-        best: the best point of the grid, log2.
-        interpolated: whether a parabola gave the position.
-        interval: 95 %, Student's t over the seeds' own vertices, log2; infinite at an end beyond the grid, and at both
-            if the losses of a seed have no minimum. None at an edge, next to a diverged point, and below two seeds.
-        seeds: how many there are.
+        edge: ``low`` or ``high`` if the best point is an end of the grid, else None.
+        loss: loss at the parabola's vertex, or at the best point if there is no parabola.
+        best: best point of the grid, log2.
+        interpolated: whether the position is a parabola's vertex.
+        interval: 95 % interval, Student's t over the seeds' own vertices, log2. An end beyond the grid is infinite, and
+            both are if a seed's losses have no minimum. None at an edge, next to a diverged point, and below two seeds.
+        seeds: number of seeds.
     """
 
     log2: float | None
@@ -107,12 +108,12 @@ class Optimum:
 
 @dataclass(frozen=True)
 class Shift:
-    """How far an optimum is from that of another curve, in steps of the grid.
+    """The distance of an optimum from that of another curve, in steps of the grid.
 
     Args:
         steps: positive for a larger x.
-        at_least: the optimum is at the edge, at least this far away, and no one knows how far.
-        interval: 95 %, Student's t over the seeds' own shifts, paired by seed; None where an optimum has none.
+        at_least: whether the optimum is at an edge, so that ``steps`` is only a lower bound.
+        interval: 95 % interval, Student's t over the seeds' own shifts, paired by seed; None if an optimum has none.
     """
 
     steps: float
@@ -122,7 +123,7 @@ class Shift:
 
 @dataclass(frozen=True)
 class Gap:
-    """Relative difference of two losses, ``a / b - 1`` of the mean log ratio, with Student's interval over seeds."""
+    """Relative difference of two losses, ``a / b - 1`` from the mean log ratio, with Student's interval over seeds."""
 
     relative: float
     interval: Interval | None
@@ -130,41 +131,41 @@ class Gap:
 
 
 def make_curves(rows: Iterable[Row]) -> dict[Hashable, Curve]:
-    """Return the curve of every key, in the order in which the keys first come.
+    """Return the curves by key, in the order of their first rows.
 
     Raises:
-        UserError: an x that is not above 0, or two different losses for the same curve, x and seed.
+        UserError: an x is not above 0, or a curve has two different losses for the same x and seed.
     """
-    cells: dict[Hashable, dict[tuple[float, int], float]] = {}
+    by_curve: dict[Hashable, dict[tuple[float, int], float]] = {}
     for row in rows:
         if not 0 < row.x < math.inf:
             raise UserError(
-                f"x={row.x} of the curve {row.curve} must be above 0: the optimum is taken in its logarithm"
+                f"x={row.x} of the curve {row.curve} must be above 0, because the optimum uses its logarithm"
             )
-        cell = cells.setdefault(row.curve, {})
+        losses_of = by_curve.setdefault(row.curve, {})
         key, loss = (math.log2(row.x), row.seed), row.loss if math.isfinite(row.loss) else math.inf
-        if cell.get(key, loss) != loss:
+        if losses_of.get(key, loss) != loss:
             raise UserError(
-                f"the curve {row.curve} has two losses at x={row.x:g}, seed={row.seed}: {cell[key]}, {loss}"
+                f"the curve {row.curve} has two losses at x={row.x:g}, seed={row.seed}: {losses_of[key]}, {loss}"
             )
-        cell[key] = loss
+        losses_of[key] = loss
     curves: dict[Hashable, Curve] = {}
-    for name, cell in cells.items():
-        xs, seeds = sorted({x for x, _ in cell}), tuple(sorted({seed for _, seed in cell}))
-        losses = np.array([[cell.get((x, seed), np.nan) for seed in seeds] for x in xs])
+    for name, losses_of in by_curve.items():
+        xs, seeds = sorted({x for x, _ in losses_of}), tuple(sorted({seed for _, seed in losses_of}))
+        losses = np.array([[losses_of.get((x, seed), np.nan) for seed in seeds] for x in xs])
         curves[name] = Curve(np.array(xs), seeds, losses)
     return curves
 
 
 def optimum(curve: Curve) -> Optimum:
-    """Return where ``curve`` is lowest, with its interval.
+    """Return the minimum of ``curve`` with its interval.
 
     Raises:
         UserError: every point diverged.
     """
     means = curve.filled().mean(axis=1)
     if not curve.usable:
-        raise UserError("every point of the curve diverged: there is no optimum to look for")
+        raise UserError("every point of the curve diverged, so it has no optimum")
     best = float(curve.log2[np.argmin(means)])
     position, loss, interpolated = _vertex(curve.log2, means)
     if not math.isfinite(position):
@@ -177,11 +178,11 @@ def optimum(curve: Curve) -> Optimum:
 
 
 def own_optima(curve: Curve) -> dict[int, float]:
-    """Return log2 of each seed's own optimum, read off the three points around the lowest mean.
+    """Return log2 of each seed's own optimum, from the three points around the lowest mean.
 
-    It is the vertex of the seed's parabola, also where that lies outside of the three points; infinite, on the side on
-    which the loss falls, where the parabola has no minimum. A seed that did not run at all three points is left out.
-    Nothing is returned where the lowest mean is at an end of the grid or next to a diverged point.
+    It is the vertex of the seed's parabola, even outside the three points. If the parabola has no minimum, the position
+    is infinite, on the side on which the loss falls. A seed that did not run at all three points is left out. The
+    result is empty if the lowest mean is at an end of the grid or next to a diverged point.
     """
     best = int(np.argmin(curve.filled().mean(axis=1)))
     if best in (0, len(curve.log2) - 1):
@@ -196,9 +197,9 @@ def own_optima(curve: Curve) -> dict[int, float]:
 
 
 def shift(curve: Curve, base: Curve) -> Shift | None:
-    """Return how far the optimum of ``curve`` is from that of ``base``, in the base's grid steps.
+    """Return the shift of the optimum of ``curve`` from that of ``base``, in the base's grid steps.
 
-    None if the base's own optimum is at an edge, or if it has one point: there is nothing to measure from.
+    It is None if the base has only one point or its optimum is at an edge.
     """
     ours, theirs = optimum(curve), optimum(base)
     if theirs.log2 is None or base.step == 0.0:
@@ -212,12 +213,12 @@ def shift(curve: Curve, base: Curve) -> Shift | None:
 
 
 def losses_at(curve: Curve, log2: float) -> dict[int, float]:
-    """Return the losses at ``log2`` of the seeds that ran at the nearest point; empty outside of the grid.
+    """Return the losses at ``log2`` of the seeds that ran at the nearest point; empty outside the grid.
 
-    What such a seed lacks at the neighbours is filled in (`Curve.filled`).
-    Between points they are read off a parabola: that of the optimum between its three points, so that nothing is below
-    the optimum there, else that through the nearest point and its neighbours. They are read off a straight line where
-    one of the three diverged, and are infinite where the line has no finite end.
+    Losses that such a seed lacks at neighbouring points are filled in (`Curve.filled`). Between grid points the losses
+    lie on a parabola: between the three points of the optimum it is that of the optimum, so that no loss is below the
+    optimum; elsewhere it goes through the nearest point and its neighbours. If one of the three diverged, they lie on a
+    straight line, and they are infinite if an end of that line diverged.
     """
     x = curve.log2
     if not x[0] - _NEAR <= log2 <= x[-1] + _NEAR:
@@ -232,7 +233,7 @@ def losses_at(curve: Curve, log2: float) -> dict[int, float]:
         points = np.array([nearest])
     elif not np.isfinite(filled[points]).all():
         points = nearest + np.array([-1, 0] if log2 < x[nearest] else [0, 1])
-    # Lagrange's weights of the points.
+    # Lagrange weights of the points.
     weights = np.array(
         [np.prod([(log2 - x[other]) / (x[i] - x[other]) for other in points if other != i]) for i in points]
     )
@@ -245,8 +246,8 @@ def losses_at(curve: Curve, log2: float) -> dict[int, float]:
 def relative_gap(a: dict[int, float], b: dict[int, float]) -> Gap | None:
     """Return how much larger the losses ``a`` are than ``b``, paired by seed; None if they share no seed.
 
-    A diverged loss makes the gap infinite, without an interval. A loss that is not above 0, as a parabola between
-    points may have, has no logarithm: its seed is left out.
+    A diverged loss makes the gap infinite, without an interval. A parabola between points may give a loss that is not
+    above 0 and has no logarithm; such a seed is left out.
     """
     shared = sorted(seed for seed in a.keys() & b.keys() if a[seed] > 0 and b[seed] > 0)
     if not shared:
@@ -264,8 +265,8 @@ def gap_beyond(
 ) -> Gap | None:
     """Return the part of the gap between ``a`` and ``b`` that the gap of their bases does not explain.
 
-    It is the difference in differences, ``(a / b) / (a_base / b_base) - 1``, over the seeds that all four have; None
-    where there is none, or where a loss of them diverged.
+    It is the difference in differences, ``(a / b) / (a_base / b_base) - 1``, over the seeds common to all four. It is
+    None without common seeds, or if one of these losses diverged.
     """
     shared = sorted(a.keys() & b.keys() & a_base.keys() & b_base.keys())
     if not shared or not all(math.isfinite(losses[seed]) for losses in (a, b, a_base, b_base) for seed in shared):
@@ -274,12 +275,12 @@ def gap_beyond(
 
 
 def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None = None) -> list[tuple[float, int]]:
-    """Return the ``(log2 x, seed)`` points to run next, the cheap way from a coarse grid to an interval.
+    """Return the ``(log2 x, seed)`` points to run next, to get from a coarse grid to an interval at low cost.
 
-    With the best point at an edge, ``extend`` more points beyond it at the first seed. Otherwise the best point and its
-    neighbours at those of ``seeds`` that they lack, and the two points around another curve's optimum ``at`` which the
-    loss is wanted, if it is outside of the grid. When they are all there: a point, at all seeds, beyond an end of the
-    grid that is one of the three points and behind which a seed has its own optimum; else nothing.
+    If the best point is at an edge, these are ``extend`` more points beyond it at the first seed. Otherwise they are
+    the missing ``seeds`` at the best point and its neighbours, and the two points around ``at``, the optimum of another
+    curve at which the loss is wanted, if it lies outside the grid. If none of these is missing and a seed's own optimum
+    lies beyond an end of the grid that is one of the three points, it is the next point beyond that end, at all seeds.
     """
     found = optimum(curve)
     if found.edge is not None:
@@ -306,10 +307,10 @@ def to_run(curve: Curve, seeds: Sequence[int], extend: int = 2, at: float | None
 
 
 def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, bool]:
-    """Return position, loss, and whether a parabola gave them; the position is infinite where an end is lowest."""
+    """Return position, loss, and whether a parabola gave them; the position is infinite if an end is lowest."""
     best = int(np.argmin(y))
     if best in (0, len(x) - 1):
-        # A single point is an edge too: which one says nothing, and "high" is where one looks first.
+        # A single point is an edge too. The side is arbitrary; "high" suggests to extend the grid upwards.
         return (-math.inf if best == 0 and len(x) > 1 else math.inf), float(y[best]), False
     left, middle, right = y[best - 1 : best + 2]
     if not (math.isfinite(left) and math.isfinite(right)):
@@ -321,9 +322,9 @@ def _vertex(x: np.ndarray, y: np.ndarray) -> tuple[float, float, bool]:
 
 
 def _parabola(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Return of the parabola through three points its curvature a and where its vertex is, from the middle point on.
+    """Return the curvature a of the parabola through three points, and its vertex relative to the middle point.
 
-    The vertex is 0 where there is none, a = 0.
+    The vertex is 0 if a = 0.
     """
     # Newton's form around the middle: y = y[1] + b u + a u^2 with u = x - x[1].
     before, after = float(x[1] - x[0]), float(x[2] - x[1])

@@ -196,7 +196,7 @@ def test_other_code_measures_again_and_another_machine_is_refused(
     monkeypatch.setattr(run, "code_fingerprint", lambda: "other")
     capsys.readouterr()
     assert main(words) == 0
-    assert "1 cells were measured with other code" in capsys.readouterr().out
+    assert "the code has changed since 1 cells were measured" in capsys.readouterr().out
     assert read(tmp_path / "run")["code"] == "other"
     monkeypatch.setattr(run, "describe_machine", lambda: {"processor": "another"})
     assert main(words) == 2
@@ -232,7 +232,7 @@ def test_without_run_dir_the_directory_is_named_by_the_configuration(tmp_path: P
         (["what=layer"], ["what='layer'", "did you mean 'layers'?"]),
         (["sparsities=[1.0]"], ["sparsities=1.0", "[0, 1)"]),
         (["sparsities=[]"], ["sparsities=[]", "at least one"]),
-        (["sparsities=[0.5,0.5]"], ["sparsities", "none twice"]),
+        (["sparsities=[0.5,0.5]"], ["sparsities", "no sparsity twice"]),
         (["shapes=[[512]]"], ["shapes", "[512]", "two integers"]),
         (["shapes=[[512,0]]"], ["shapes", "[512, 0]"]),
         (["threads=[0]"], ["threads=0", "at least 1"]),

@@ -65,7 +65,7 @@ def test_a_step_computes_both_gradients_and_leaves_none() -> None:
 
 def test_what_cannot_be_measured_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(contenders.BACKENDS, "bsr", raising=False)
-    with pytest.raises(Skipped, match="'bsr' is not there"):
+    with pytest.raises(Skipped, match="'bsr' does not exist"):
         contender("bsr", CASE)
     with pytest.raises(Skipped, match="do not divide"):
         dataclasses.replace(CASE, in_features=50).pattern((16, 16))
@@ -212,7 +212,7 @@ def test_profile_shares_are_parts_of_a_step() -> None:
 def test_sparse_models_hide_no_dense_matrix() -> None:
     model = gpt.sparse_model(SMALL, 0.75, "masked", (16, 16))
     assert gpt.hidden_linears(model) == {}
-    with pytest.raises(Skipped, match="'nowhere' is not there"):
+    with pytest.raises(Skipped, match="'nowhere' does not exist"):
         gpt.sparse_model(SMALL, 0.75, "nowhere", (16, 16))
 
 
