@@ -1,4 +1,4 @@
-"""Where downloaded and derived files live."""
+"""The cache directory, which holds downloaded and derived files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparsetrain import files
 
-# What a user can do when the cache is full or not writable, beside making room.
+# What a user can do, besides freeing space, if the cache is full or not writable.
 _ADVICE = "set SPARSETRAIN_CACHE to another directory"
 
 file_errors = partial(files.file_errors, advice=_ADVICE)
@@ -18,10 +18,10 @@ whole_directory = partial(files.whole_directory, advice=_ADVICE)
 
 
 def cache_directory() -> Path:
-    """Return the cache directory: ``SPARSETRAIN_CACHE``, else the user's cache folder (``XDG_CACHE_HOME``).
+    """Return the cache directory: ``SPARSETRAIN_CACHE``, or ``sparsetrain`` in ``XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
-        UserError: the variable holds no path.
+        UserError: the variable holds no valid path.
     """
     if chosen := os.environ.get("SPARSETRAIN_CACHE"):
         return files.typed_path(chosen, "SPARSETRAIN_CACHE").absolute()
@@ -31,10 +31,10 @@ def cache_directory() -> Path:
 
 
 def check_room(size: int = 1 << 16) -> None:
-    """Make sure that the cache can be written and has room for ``size`` bytes, before work is done for it.
+    """Check that the cache is writable and has room for ``size`` bytes, before work is done for it.
 
     Raises:
-        UserError: it cannot, or it has not.
+        UserError: it is not writable, or has too little room.
     """
     root = cache_directory()
     with file_errors(root, size):
@@ -46,7 +46,7 @@ def check_room(size: int = 1 << 16) -> None:
 
 
 def clear_leftovers() -> None:
-    """Remove what processes that were killed while they filled the cache left in it and in its folders."""
+    """Remove temporary files and directories of killed processes from the cache and its folders."""
     root = cache_directory()
     folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
     for folder in (root, *folders):

@@ -1,4 +1,4 @@
-"""The one error that a user's input can cause, and the words that make its message helpful."""
+"""Errors caused by a user's input, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """Input that cannot be used: a configuration value, a file, a shape, a checkpoint.
 
-    The message is a single line that names the field, the value and what is allowed. The command line prints
-    it without a traceback and exits with status 2.
+    The message is one line that names the field, the value and what is allowed. The command line prints it without a
+    traceback and exits with status 2.
     """
 
 
 class NotFiniteError(UserError):
-    """Weights or gradients that are infinite or NaN where they must be ranked, by their magnitudes for example.
+    """Weights or gradients are infinite or NaN where a rule must rank them.
 
-    A training loop takes it for divergence: what was put in was usable, and the training made it so.
+    The training loop treats it as divergence, because the input was usable before training.
     """
 
 
 def single_line(error: BaseException) -> str:
-    """Return what an error says as one line."""
+    """Return the message of an error as one line."""
     return " ".join(str(error).split("\n"))
 
 

@@ -1,8 +1,8 @@
-"""Files and directories that appear whole or not at all.
+"""Files and directories that appear completely or not at all.
 
-Everything is built under a temporary name beside its final one, flushed to the disk and renamed. A reader therefore
-never sees half a file, and of two processes that build the same thing the second finds the first one's. A process that
-is killed leaves what it was writing under the temporary name; the next one in that place removes it.
+Everything is built under a temporary name beside its final one, flushed to the disk and renamed. So a reader never sees
+a partial file, and if two processes build the same thing, the second finds the result of the first. A killed process
+leaves its temporary file, which the next process in that place removes.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ _UNWRITABLE = (
 
 
 def typed_path(text: str | Path, name: str) -> Path:
-    """Return the path that somebody typed: as it is, but for ``~`` and ``~user`` at its beginning.
+    """Return a path that a user typed, with a leading ``~`` or ``~user`` expanded.
 
     Args:
-        name: the setting, option or variable that holds the text, for the message.
+        name: name of the setting, option or variable that holds the text, for the message.
 
     Raises:
-        UserError: the text cannot be a path here, or the system refuses to look: it is empty or too long, has a NUL
-            byte, names the home of nobody, or leads through a loop of links or a directory without permission.
+        UserError: the text is empty, is too long or contains a NUL byte; its user does not exist; or it leads through a
+            loop of links or a directory without permission.
     """
     typed = str(text)
     shown = typed if len(typed) <= 80 else f"{typed[:60]}... ({len(typed)} characters)"
@@ -59,13 +59,13 @@ def typed_path(text: str | Path, name: str) -> Path:
         path = Path(typed).expanduser()
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # what is to be there, only its reader or writer knows
+        pass  # whether the file must exist depends on who uses the path
     except RuntimeError:
-        raise UserError(f"{name}={shown}: there is no user of this name, whose home it could be in") from None
+        raise UserError(f"{name}={shown}: there is no such user") from None
     except OSError as error:
         raise UserError(f"{name}={shown}: {os.strerror(error.errno or errno.EINVAL)}") from None
-    except ValueError as error:  # a NUL byte, or a character that no file's name can have
-        raise UserError(f"{name}={shown!r} is no path: {error}") from None
+    except ValueError as error:  # a NUL byte, or a character that file names cannot contain
+        raise UserError(f"{name}={shown!r} is not a path: {error}") from None
     return path
 
 
@@ -77,10 +77,12 @@ def sha256_of(path: Path) -> str:
 
 @contextlib.contextmanager
 def file_errors(directory: Path, needed_bytes: int = 0, advice: str = "") -> Iterator[None]:
-    """Turn a full disk and a directory that cannot be written into one line that says what to do.
+    """Turn the error of a full disk or an unwritable directory into a `UserError` that says what to do.
 
-    ``needed_bytes`` is an estimate of what the whole operation writes; ``advice`` names another way out, for example
-    ``"set SPARSETRAIN_CACHE"``.
+    Args:
+        directory: the directory, for the message.
+        needed_bytes: estimated size of everything that the operation writes.
+        advice: another way out, for example ``"set SPARSETRAIN_CACHE"``.
     """
     try:
         yield
@@ -96,7 +98,7 @@ def file_errors(directory: Path, needed_bytes: int = 0, advice: str = "") -> Ite
 
 
 def flush(path: Path) -> None:
-    """Force a file's bytes, or a directory's entries, to the disk."""
+    """Force the bytes of a file, or the entries of a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,15 +106,15 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-# What is being written, and the directories of a sweep and of a download: a prefix, eight characters of `tempfile`.
+# Names of temporary files, and of the directories of a sweep and a download: a prefix, eight characters of `tempfile`.
 _TEMPORARY = re.compile(r"(?:\.(?P<target>.+)\.[a-z0-9_]{8}\.part|\.(?:sweep-|download\.)[a-z0-9_]{8})")
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file or directory; return False where another process has it.
+    """Lock an open file or directory; return False if another process holds the lock.
 
-    The system gives the lock back when a process ends, however it ends. Where a file system has no locks nothing is
-    locked, and nothing is ever taken for abandoned either.
+    The system releases the lock when the process ends for any reason. On a file system without locks nothing is locked,
+    and nothing is ever considered a leftover.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -125,10 +127,10 @@ def _lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _temporary(make: Callable[[], str]) -> Iterator[Path]:
-    """Yield a new file or directory, locked so that no other process takes it for a leftover; remove what is there."""
+    """Yield a new file or directory, locked so that other processes do not take it for a leftover; then remove it."""
     while True:
         path = Path(make())
-        # Another process may look at it before it is locked, and remove it.
+        # Before it is locked, another process may take it for a leftover and remove it.
         try:
             descriptor = os.open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -158,16 +160,16 @@ def _new_file(directory: Path, prefix: str, suffix: str) -> str:
 
 @contextlib.contextmanager
 def temporary_directory(directory: Path, prefix: str) -> Iterator[Path]:
-    """Yield a new directory in ``directory``; those of the prefix that killed processes left there are removed."""
+    """Yield a new directory in ``directory``, after removing those of killed processes with the same prefix."""
     clear_leftovers(directory, prefix)
     with _temporary(lambda: tempfile.mkdtemp(prefix=prefix, dir=directory)) as path:
         yield path
 
 
 def clear_leftovers(directory: Path, prefix: str = ".") -> None:
-    """Remove what processes that were killed left in ``directory``, and nothing that a live process writes.
+    """Remove temporary files and directories of killed processes from ``directory``, but none of a live process.
 
-    It looks at the names in this one directory, and at a lock for each name of the form that this module gives.
+    Only names in this directory that have the form of this module are considered, and only if their lock is free.
     """
     try:
         with os.scandir(directory) as entries:
@@ -177,7 +179,7 @@ def clear_leftovers(directory: Path, prefix: str = ".") -> None:
     for name in names:
         if not _TEMPORARY.fullmatch(name):
             continue
-        with contextlib.suppress(OSError):  # gone meanwhile, or not ours to remove
+        with contextlib.suppress(OSError):  # it is gone, or another user's, or locked
             descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,9 +190,9 @@ def clear_leftovers(directory: Path, prefix: str = ".") -> None:
 
 @contextlib.contextmanager
 def whole_file(path: Path, needed_bytes: int = 0, advice: str = "") -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success flush it and rename it to ``path``, else remove it.
+    """Yield a temporary path beside ``path``; on success flush it and rename it to ``path``, otherwise remove it.
 
-    What a killed process left of the same file is removed.
+    Leftovers of killed processes for the same path are removed first.
     """
     with file_errors(path.parent, needed_bytes, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +210,8 @@ def whole_file(path: Path, needed_bytes: int = 0, advice: str = "") -> Iterator[
 def whole_directory(path: Path, needed_bytes: int = 0, advice: str = "") -> Iterator[Path]:
     """Yield a temporary directory beside ``path``; on success flush its files and rename it to ``path``.
 
-    If another process has put its own at ``path`` meanwhile, that one stays and this one is removed: both were built
-    from the same inputs. What a killed process left of the same directory is removed.
+    If another process has created ``path`` in the meantime, its directory stays and this one is removed: both were
+    built from the same inputs. Leftovers of killed processes for the same path are removed first.
     """
     with file_errors(path.parent, needed_bytes, advice):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,11 +231,11 @@ def whole_directory(path: Path, needed_bytes: int = 0, advice: str = "") -> Iter
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path``, whole or not at all."""
+    """Write ``text`` to ``path``, completely or not at all."""
     with whole_file(path, len(text)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all; NaN is refused, since it is no JSON."""
+    """Write ``value`` as indented JSON, completely or not at all; NaN raises `ValueError`, because JSON has no NaN."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")

@@ -1,11 +1,12 @@
-"""This process as a command: its standard streams, its signals, and the statuses that it ends with.
+"""Process-wide setup of the command line: standard streams, signals and exit statuses.
 
-Imported first of all, before the libraries that take seconds. Where the process is the command ``sparsetrain``, or
-``python -m sparsetrain``, a signal until then ends it as the system does by default: an exception that is raised while
-a library defines its classes would come out as another one, with a traceback. In any other process nothing changes.
+This module is imported first, before libraries that take seconds to import. If the process is the command
+``sparsetrain`` or ``python -m sparsetrain``, signals keep their default effect until the command line installs its
+handlers: an exception raised while a library defines its classes would turn into another one, with a traceback. In any
+other process the import changes nothing.
 
-Statuses: 0; 1 for a diverged run; 2 for input that cannot be used; 130 after SIGINT; 141 where nobody reads the output
-any more; 143 after SIGTERM.
+Exit statuses: 0 success; 1 a diverged run; 2 unusable input; 130 after SIGINT; 141 if the reader of the output is gone;
+143 after SIGTERM.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ from itertools import pairwise
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-INTERRUPTED = "interrupted; the same command goes on from the last checkpoint"
+INTERRUPTED = "interrupted; the same command resumes from the last checkpoint"
 NOBODY_READS = 128 + signal.SIGPIPE
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM outside a training loop, which has handlers of its own."""
+    """Raised for SIGTERM outside the training loop, which has its own handlers."""
 
 
 def is_command(arguments: Sequence[str], original: Sequence[str]) -> bool:
     """Return whether ``sys.argv`` and ``sys.orig_argv`` are those of the command line."""
     if not arguments:
         return False
-    if arguments[0] == "-m":  # python is still looking for the module
+    if arguments[0] == "-m":  # Python has not resolved the module yet
         return "-msparsetrain" in original or ("-m", "sparsetrain") in pairwise(original)
     return os.path.basename(arguments[0]) == "sparsetrain"
 
 
 def _begin() -> None:
-    """Leave signals to the system, and give the process the standard streams that it was started without."""
+    """Set default signal handlers, and open standard streams that the process was started without."""
     by_default()
-    # Otherwise the first file that is opened would take the number of the output, and what is printed would go there.
+    # Otherwise the first file opened would get the descriptor of a missing stream, and prints would go into it.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
@@ -50,14 +51,14 @@ def _begin() -> None:
 
 
 def by_default() -> None:
-    """Have SIGINT and SIGTERM end the process at once, unless it was started to ignore them, as behind ``&``."""
+    """Make SIGINT and SIGTERM end the process at once, unless it was started to ignore them, as with ``&``."""
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
 
 
 def importing(frame: FrameType | None) -> bool:
-    """Return whether a module is being imported in ``frame``, or in what was called from within `cli.main.main`."""
+    """Return whether a module is being imported in ``frame`` or its callers, up to `cli.main.main`."""
     while frame is not None:
         code = frame.f_code
         if code.co_filename.startswith("<frozen importlib"):
@@ -69,14 +70,14 @@ def importing(frame: FrameType | None) -> bool:
 
 
 def end(number: int) -> None:
-    """End the process at once, as after this signal. What it was writing is not yet in place, and is cleared later."""
+    """End the process at once with the status of a signal; leftover temporary files are removed by a later process."""
     with suppress(OSError):
         os.write(2, f"sparsetrain: {INTERRUPTED}\n".encode())
     os._exit(128 + number)
 
 
 class Stop:
-    """A handler: the first signal unwinds the program and removes temporary files; a second ends it at once."""
+    """A signal handler: the first signal unwinds the program and removes temporary files; a second one ends it."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -90,7 +91,7 @@ class Stop:
 
 @contextmanager
 def handled(handler: Stop) -> Iterator[None]:
-    """Have ``handler`` receive SIGINT and SIGTERM; outside the main thread nothing changes."""
+    """Install ``handler`` for SIGINT and SIGTERM inside the block; it has no effect outside the main thread."""
     before = {}
     try:
         for number in SIGNALS:
@@ -106,13 +107,13 @@ def handled(handler: Stop) -> Iterator[None]:
 
 
 def nobody_reads() -> bool:
-    """Return whether the reader of the output has gone away; if so, what is still printed goes nowhere."""
+    """Return whether the reader of the output is gone; if so, discard further output."""
     lost = False
     for stream in (sys.stdout, sys.stderr):
         try:
             number = stream.fileno()
         except (AttributeError, OSError, ValueError):
-            continue  # a stream of a test or a notebook
+            continue  # a stream without a descriptor, in a test or a notebook
         poll = select.poll()
         poll.register(number, select.POLLOUT)
         if any(event & select.POLLERR for _, event in poll.poll(0)):
@@ -122,7 +123,7 @@ def nobody_reads() -> bool:
 
 
 def silence(number: int) -> None:
-    """Point a descriptor to nowhere, so that the last flush of Python succeeds."""
+    """Redirect a descriptor to the null device, so that Python's final flush succeeds."""
     with suppress(OSError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, number)

@@ -1,4 +1,4 @@
-"""What the system says of the processor."""
+"""Information about the processor from the operating system."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @functools.cache
 def cpuinfo() -> dict[str, str]:
-    """Return the first processor's entries in ``/proc/cpuinfo`` (``model name``, ``flags``, ...); none elsewhere."""
+    """Return the first processor's entries in ``/proc/cpuinfo`` (``model name``, ``flags``, ...); empty without it."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
@@ -18,6 +18,6 @@ def cpuinfo() -> dict[str, str]:
 
 
 def cpu_flags() -> set[str]:
-    """Return the names of the processor's instruction sets and other features, as Linux writes them."""
+    """Return the names of the processor's instruction sets and other features, as Linux spells them."""
     info = cpuinfo()
     return set(info.get("flags", info.get("Features", "")).split())

@@ -1,4 +1,4 @@
-"""Lines for a terminal, shown as they are: brackets are no markup, and no escape sequence in a name is obeyed."""
+"""Output to a terminal without interpretation: brackets are not markup, and escape sequences have no effect."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def plain(line: object, style: str = "") -> Text:
-    """Return ``line`` as text that rich does not parse, with control characters made visible."""
+    """Return ``line`` as text that rich does not parse, with control characters replaced by a visible mark."""
     from rich.text import Text  # slow to import
 
     shown = (c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
@@ -19,9 +19,9 @@ def plain(line: object, style: str = "") -> Text:
 
 
 def say(console: Console, line: object, style: str = "") -> None:
-    """Print ``line``, which may hold names, paths and messages of others, without folding it.
+    """Print ``line`` without markup and without wrapping; it may contain names, paths and messages from outside.
 
-    Every line that says something about data goes this way: `Console.print` takes ``[red]`` and ``[/b]`` in a string
-    for markup, and ``:tada:`` for a picture.
+    Every line that contains data must use this function: `Console.print` interprets ``[red]`` and ``[/b]`` as markup
+    and ``:tada:`` as an emoji.
     """
     console.print(plain(line, style), highlight=False, soft_wrap=True)

@@ -123,7 +123,7 @@ def test_json_round_trip_refuses_nan_and_garbage(tmp_path: Path) -> None:
         write_json(path, float("nan"))
     assert read_json(path) == {"a": [1, None, 0.1, "ü"]}
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match=r"v\.json is no valid JSON"):
+    with pytest.raises(UserError, match=r"v\.json is not valid JSON"):
         read_json(path)
     with pytest.raises(UserError, match=r"cannot read .*absent\.json: No such file"):
         read_json(tmp_path / "absent.json")

@@ -40,7 +40,7 @@ def refused(path: Path, content: bytes | str, read: Any, *words: str) -> None:
         ('{"a": 1}'.encode("utf-16"), "UTF-8"),
         (b'{"a": "\\ud800"}', "surrogate"),
         (b'{"\\udc00": 1}', "surrogate"),
-        (b'{"a": 1, "b": 2, "a": 3}', "'a' stands twice"),
+        (b'{"a": 1, "b": 2, "a": 3}', "'a' occurs twice"),
         (b"[NaN]", "NaN"),
         (b"[-Infinity]", "-Infinity"),
         (b"[1e999]", "finite"),
@@ -83,9 +83,9 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) 
     """A pipe without a writer would block for ever, and a device has no end."""
     os.mkfifo(tmp_path / "pipe")
     for path, word in [
-        (tmp_path / "pipe", "no regular file"),
+        (tmp_path / "pipe", "not a regular file"),
         (tmp_path, "a directory"),
-        (Path("/dev/zero"), "no regular file"),
+        (Path("/dev/zero"), "not a regular file"),
         (tmp_path / "none", "No such file"),
         (tmp_path / ("n" * 300), "too long"),
     ]:
@@ -129,7 +129,7 @@ _LEVELS = ["a: &a [" + ", ".join("x" * 10) + "]"] + [
         ("x: *nothing", "line 1"),
         ("x: " + "[" * 5000 + "]" * 5000, "nests"),
         ("- " * 5000, "nests"),
-        ("a: 1\nb: 2\na: 3", "line 3: 'a' stands twice"),
+        ("a: 1\nb: 2\na: 3", "line 3: 'a' occurs twice"),
         ("a: !!python/object/apply:os.system [ls]", "tag"),
         ("a: !!bool x", "tag"),
         ("a: 2001-01-01", "datetime.date"),
@@ -165,7 +165,7 @@ def test_yaml_within_the_limits_equals_pyyaml(tmp_path: Path) -> None:
     ("content", "word"),
     [
         (b"a,b\n1,\xff\n", "UTF-8"),
-        (b"a,b\n1,2,3\n", "line 2 has 3 cells; the table has 2 columns"),
+        (b"a,b\n1,2,3\n", "line 2 has 3 cells, but the table has 2 columns"),
         (b"a,b\n1,2\n\n1\n", "line 4 has 1 cell"),
         (b"a,b\n1," + b"x" * 200_000 + b"\n", "field larger"),
         (b'a,b\n1,"2\n', "line 2"),

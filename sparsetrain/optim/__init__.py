@@ -1,4 +1,4 @@
-"""How long a run is and in which phases, its optimizer, and how the learning rate moves."""
+"""The budget of a run (length and phases), its optimizer, and its learning-rate schedule."""
 
 from sparsetrain.optim.budget import LENGTHS, Budget, BudgetConfig, Phase, PhaseConfig
 from sparsetrain.optim.optimizer import OptimizerConfig, build_optimizer

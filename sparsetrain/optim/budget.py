@@ -1,15 +1,15 @@
-"""How long a run is, and its batch size, context and density over that time: one owner, which everything else asks.
+"""The budget of a run: its length, and its batch size, context and density over time. Everything else asks the budget.
 
-A budget has phases, one after the other; a run that names none has a single one. How the length becomes steps:
+A budget consists of consecutive phases; a run without configured phases has one. A length becomes steps as follows:
 
-* Each phase has an exact length in steps, which need not be whole: its share of the budget's tokens (of a budget in
-  epochs: its share of the passes over the data) divided by what one of its steps takes.
-* The lengths are added up. A border between two phases is rounded to the nearest step, half up; the end is rounded up
+* Each phase has an exact length in steps, which need not be an integer: its share of the budget's tokens (for a budget
+  in epochs: its share of the passes over the data), divided by the tokens (samples) of one of its steps.
+* These lengths are summed. A border between two phases is rounded to the nearest step, half up. The end is rounded up
   for a budget in tokens, so that no token is missing, to the nearest step for one in epochs, and is exact for one in
-  steps. A budget in FLOPs is the largest number of steps that it pays for.
+  steps. A budget in FLOPs is the largest number of steps that these FLOPs pay for.
 * A phase whose exact length is below one step is refused.
 
-Steps are counted from 0: the phase of the update that follows ``step`` updates is `Budget.at` (step).
+Steps are counted from 0: `Budget.at` (step) is the phase of the optimizer step that follows ``step`` steps.
 """
 
 from __future__ import annotations
@@ -24,27 +24,28 @@ from sparsetrain.errors import UserError
 from sparsetrain.optim.schedule import ScheduleConfig
 
 LENGTHS = ("steps", "tokens", "epochs", "flops")
-"""The keys of ``budget`` that say how long a run is; exactly one of them holds."""
+"""Keys of ``budget`` that set the length of a run; exactly one of them is used."""
 
-_SHARES = 1e-9  # what shares that add up to 1 may be off
-_ROUNDING = 1e-12  # relative, of a length that is whole but for rounding
-_LONGEST = 1 << 32  # steps of a run whose length is said in FLOPs
+_SHARES = 1e-9  # tolerance for shares that must add up to 1
+_ROUNDING = 1e-12  # relative rounding error of a length that should be an integer
+_LONGEST = 1 << 32  # maximum steps of a run whose length is given in FLOPs
 
 
 @dataclass
 class PhaseConfig:
-    """A part of a run. What it leaves out is as in a run without phases.
+    """A phase of a run. Settings that it leaves out are those of the run.
 
     Args:
-        share: of the budget's tokens, above 0; the shares of all phases add up to 1. tokens: in place of shares, the
-            length of this phase; it is rounded to the nearest step.
-        context: tokens a sequence has. batch_size: sequences per optimizer step.
-        density: of the sparse layers, in (0, 1]; takes the place of 1 - ``sparsity.sparsity``. A falling density drops
-            the smallest magnitudes, a rising one grows weights as ``sparsity.evolution.grow`` says.
-        schedule: a schedule of this phase alone, over its own steps; null goes on with the run's.
+        share: share of the budget's tokens, above 0; the shares of all phases add up to 1.
+        tokens: length of this phase in tokens, instead of a share; it is rounded to the nearest step.
+        context: tokens per sequence.
+        batch_size: sequences per optimizer step.
+        density: density of the sparse layers, in (0, 1]; it replaces 1 - ``sparsity.sparsity``. If the density falls,
+            the smallest magnitudes are dropped; if it rises, weights grow as ``sparsity.evolution.grow`` says.
+        schedule: a schedule of this phase alone, over its own steps; null continues with the run's schedule.
 
     Raises:
-        UserError: a field out of range, both lengths or neither.
+        UserError: a field is out of range, or not exactly one of share and tokens is given.
     """
 
     share: float | None = None
@@ -70,19 +71,20 @@ class PhaseConfig:
 
 @dataclass
 class BudgetConfig:
-    """How long to train, and on how much at a time.
+    """The length of training, and its batch size and phases.
 
     Args:
-        steps: number of optimizer updates. tokens: number of training tokens; the number of steps is rounded up.
-        epochs: passes over the training examples. flops: of pre-training: training FLOPs by the formula, the masks and
-            the context of each step counted as they are then. Exactly one of the four says how long the run is; where
-            none is set, the verb has a number of epochs of its own.
+        steps: number of optimizer steps.
+        tokens: number of training tokens; the number of steps is rounded up.
+        epochs: passes over the training examples.
+        flops: training FLOPs of a pre-training by formula, with the masks and the context of each step. Give exactly
+            one of steps, tokens, epochs and flops; some verbs have a default number of epochs.
         batch_size: sequences per optimizer step.
-        phases: parts of the run that differ in context, batch size, density or schedule; null for a run that stays the
-            same throughout. Phases that all have ``tokens`` say themselves how long the run is.
+        phases: phases that differ in context, batch size, density or schedule; null for a single phase. If all phases
+            have ``tokens``, they set the length of the run.
 
     Raises:
-        UserError: a field out of range, two lengths, or shares that do not add up to 1.
+        UserError: a field is out of range, there are two lengths, or the shares do not add up to 1.
     """
 
     steps: int | None = None
@@ -112,7 +114,7 @@ class BudgetConfig:
 
     def _check_phases(self, phases: Sequence[PhaseConfig]) -> None:
         if not phases:
-            raise UserError("budget.phases=[]: a run has at least one phase; leave phases out for a single one")
+            raise UserError("budget.phases=[]: a run has at least one phase; leave phases out for a single phase")
         shares = [phase.share for phase in phases if phase.share is not None]
         if 0 < len(shares) < len(phases):
             raise UserError("budget.phases: give every phase a share, or every phase tokens")
@@ -123,29 +125,29 @@ class BudgetConfig:
             said = self.length
             if said is not None and (said != "tokens" or self.tokens != total):
                 raise UserError(
-                    f"budget.{said}={getattr(self, said)}: the phases have {total} tokens together, which is the "
+                    f"budget.{said}={getattr(self, said)}: the phases have {total} tokens in total, which sets the "
                     "length of the run"
                 )
 
     @property
     def length(self) -> str | None:
-        """Which of `LENGTHS` is set."""
+        """The one of `LENGTHS` that is set, or None."""
         return next((name for name in LENGTHS if getattr(self, name) is not None), None)
 
     @property
     def open(self) -> bool:
-        """Whether nothing says how long the run is."""
+        """Whether no setting determines the length of the run."""
         return self.length is None and not (self.phases is not None and self.phases[0].tokens is not None)
 
     def with_epochs(self, epochs: float) -> BudgetConfig:
-        """Return this budget, of so many epochs if nothing else says how long it is."""
+        """Return this budget, with a length of ``epochs`` if it has no length."""
         return replace(self, epochs=epochs) if self.open else self
 
     def named(self, setting: str, name: str, otherwise: int) -> dict[str, int]:
-        """Return the values of ``setting`` over all phases by the names under which they are written.
+        """Return the values of ``setting`` over all phases, by the configuration keys that set them.
 
         Args:
-            name: the name of the value ``otherwise``, which phases without one of their own have.
+            name: the key of ``otherwise``, the value of phases that do not set their own.
         """
         phases = self.phases or []
         own = {index: getattr(phase, setting) for index, phase in enumerate(phases)}
@@ -154,7 +156,7 @@ class BudgetConfig:
 
     @property
     def densities(self) -> list[float | None]:
-        """The density of each phase, None where a phase does not name one."""
+        """The density of each phase; None for a phase that does not set one."""
         return [phase.density for phase in self.phases or []]
 
 
@@ -163,13 +165,15 @@ class Phase:
     """A phase of a run whose length in steps is known.
 
     Args:
-        index: from 0 on. first_step, end_step: number of updates before it and with it.
-        context: tokens a sequence has, at most. batch_size: sequences per update.
-        density: of the sparse layers; None for what the sparsity section says.
-        schedule: of this phase alone, or None.
-        stream: which stream of samples it reads; phases of one context that follow each other share one.
-        first_sample: samples of that stream that were read before it. first_token: tokens of the run before it, where
-            every sequence has ``context`` tokens.
+        index: index from 0.
+        first_step, end_step: number of optimizer steps before it, and up to its end.
+        context: maximum tokens per sequence.
+        batch_size: sequences per optimizer step.
+        density: density of the sparse layers; None for that of the sparsity section.
+        schedule: schedule of this phase alone, or None.
+        stream: index of the stream of samples that it reads; consecutive phases of the same context share one.
+        first_sample: samples of that stream that were read before it.
+        first_token: tokens of the run before it, if every sequence has ``context`` tokens.
     """
 
     index: int
@@ -193,12 +197,12 @@ class Phase:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole phase, where every sequence has ``context`` tokens."""
+        """Tokens of the whole phase, if every sequence has ``context`` tokens."""
         return self.steps * self.tokens_per_step
 
 
 SamplesPerEpoch = Callable[[int], int]
-"""Returns the number of samples of a pass over the data, for a context."""
+"""Maps a context to the number of samples of one pass over the data."""
 
 
 @dataclass(frozen=True)
@@ -222,13 +226,13 @@ class Budget:
         """Return the budget of a configuration.
 
         Args:
-            context: ``data.context``, for phases without one of their own.
-            samples_per_epoch: for a budget in epochs.
-            flops: the training FLOPs of a budget, for one in FLOPs; it grows with the number of steps.
+            context: ``data.context``, for phases that do not set their own.
+            samples_per_epoch: needed for a budget in epochs.
+            flops: maps a budget to its training FLOPs, needed for a budget in FLOPs; it grows with the number of steps.
 
         Raises:
-            UserError: no length, a phase shorter than a step, FLOPs that do not pay for one step, or a length in a unit
-                that this kind of run does not have.
+            UserError: the length is not set, a phase is shorter than a step, the FLOPs do not pay for one step, or the
+                kind of run does not support the unit of the length.
         """
         if config.open:
             raise UserError(f"run length is not set: give one of {', '.join(f'budget.{name}' for name in LENGTHS)}")
@@ -242,7 +246,7 @@ class Budget:
         elif config.epochs is not None:
             steps = max(1, round(total))
         elif config.tokens is not None and len(parts) == 1:
-            steps = -(-config.tokens // (parts[0][1] * parts[0][2]))  # without the rounding of a division
+            steps = -(-config.tokens // (parts[0][1] * parts[0][2]))  # integer arithmetic avoids rounding errors
         elif parts[0][0].tokens is not None:
             steps = max(1, math.floor(total + 0.5))
         else:
@@ -251,7 +255,7 @@ class Budget:
 
     @classmethod
     def _of_flops(cls, config: BudgetConfig, context: int, flops: Callable[[Budget], float] | None) -> Budget:
-        """Return the largest budget whose FLOPs stay within ``config.flops``; they grow with every step."""
+        """Return the largest budget whose FLOPs are at most ``config.flops``; FLOPs grow with every step."""
         assert config.flops is not None
         if flops is None:
             raise UserError(
@@ -289,29 +293,29 @@ class Budget:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole run, where every sequence has its context's number of tokens."""
+        """Tokens of the whole run, if every sequence has its context's number of tokens."""
         return sum(phase.tokens for phase in self.phases)
 
     def at(self, step: int) -> Phase:
-        """Return the phase of the update that follows ``step`` updates; after the last one, the last phase."""
+        """Return the phase of the optimizer step that follows ``step`` steps; after the last step, the last phase."""
         return self.phases[min(bisect.bisect_right(self._ends, step), len(self.phases) - 1)]
 
     def before(self, step: int) -> Phase:
-        """Return the phase of the update that led to ``step``: the first one before any."""
+        """Return the phase of the optimizer step that led to ``step``; for 0, the first phase."""
         return self.at(max(0, step - 1))
 
     def samples_at(self, step: int) -> tuple[int, int]:
-        """Return the stream of samples that the update after ``step`` updates reads, and its first sample there."""
+        """Return the stream that the optimizer step after ``step`` steps reads, and its first sample there."""
         phase = self.at(step)
         return phase.stream, phase.first_sample + (step - phase.first_step) * phase.batch_size
 
     def tokens_at(self, step: int) -> int:
-        """Return the tokens of the first ``step`` updates, where every sequence has its context's number of tokens."""
+        """Return the tokens of the first ``step`` steps, if every sequence has its context's number of tokens."""
         phase = self.at(step)
         return phase.first_token + (step - phase.first_step) * phase.tokens_per_step
 
     def steps_of_tokens(self, tokens: float) -> float:
-        """Return the number of updates, not rounded, in which the first ``tokens`` tokens are seen."""
+        """Return the number of steps, not rounded, in which the first ``tokens`` tokens are seen."""
         phase = next((phase for phase in self.phases if phase.first_token + phase.tokens >= tokens), self.phases[-1])
         return phase.first_step + (tokens - phase.first_token) / phase.tokens_per_step
 
@@ -322,7 +326,7 @@ class Budget:
 
     @property
     def largest(self) -> Phase:
-        """The phase whose step has the most tokens."""
+        """The phase whose steps have the most tokens."""
         return max(self.phases, key=lambda phase: phase.tokens_per_step)
 
 
@@ -339,12 +343,12 @@ def _exact_lengths(
 ) -> list[float]:
     """Return the length of each phase in steps, not rounded."""
     if config.steps is not None:
-        # The tokens that the steps have together follow from the shares of those tokens.
+        # Shares are shares of tokens, so the total number of tokens follows from the number of steps.
         steps_per_token = [(phase.share or 0.0) / (context * batch) for phase, context, batch in parts]
         return [config.steps * part / sum(steps_per_token) for part in steps_per_token]
     if config.epochs is not None:
         if samples_per_epoch is None:
-            raise UserError(f"budget.epochs={config.epochs}: how many samples an epoch has is not known here")
+            raise UserError(f"budget.epochs={config.epochs}: the number of samples per epoch is unknown here")
         return [
             (phase.share or 0.0) * (config.epochs * samples_per_epoch(context) / batch)
             for phase, context, batch in parts
@@ -363,7 +367,7 @@ def _phases(parts: Sequence[_Part], lengths: Sequence[float], steps: int) -> tup
     for (config, context, batch), length, end in zip(parts, lengths, ends, strict=True):
         before = phases[-1] if phases else None
         first = before.end_step if before is not None else 0
-        # A single phase is as long as the run, which has a step.
+        # A single phase is as long as the run, which has at least one step.
         if end <= first or (len(parts) > 1 and length < 1.0 - _SHARES):
             said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
             raise UserError(

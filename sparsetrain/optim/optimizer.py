@@ -1,4 +1,4 @@
-"""The optimizer of a run, from its configuration."""
+"""The optimizer of a run, built from its configuration."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ class OptimizerConfig:
     """AdamW or SGD, and gradient clipping.
 
     Args:
-        name: ``adamw``, or ``sgd``, which needs ``parameterization.optimizer=sgd`` under all rules but SP.
-        lr: base peak learning rate eta; the parameterization turns it into one per tensor.
-        weight_decay: base lambda; likewise.
-        beta1, beta2, eps: of Adam. momentum: of SGD.
-        clip: largest global norm of the gradient; 0 switches clipping off.
+        name: ``adamw``, or ``sgd``, which needs ``parameterization.optimizer=sgd`` under all rules except SP.
+        lr: base peak learning rate eta; the parameterization scales it for each tensor.
+        weight_decay: base weight decay lambda; the parameterization scales it for each tensor.
+        beta1, beta2, eps: coefficients of Adam.
+        momentum: momentum of SGD.
+        clip: maximum global gradient norm; 0 disables clipping.
     """
 
     name: str = "adamw"
@@ -49,9 +50,10 @@ class OptimizerConfig:
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Return torch's AdamW, fused on CPU and CUDA, or SGD over ``groups``, each with its own lr, weight decay and eps.
+    """Return torch's AdamW (fused on CPU and CUDA) or SGD over ``groups``, each with its own lr, weight decay and eps.
 
-    The peak learning rate of each group is kept as ``initial_lr``, which the schedule multiplies.
+    Each group gets the key ``initial_lr``, its peak learning rate, which the schedule multiplies. It is the name that
+    torch's schedulers use.
     """
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
     if config.name == "sgd":

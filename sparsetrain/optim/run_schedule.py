@@ -1,4 +1,4 @@
-"""The learning rate over a whole run, whose phases may have schedules of their own."""
+"""The learning-rate schedule of a whole run, in which phases may have their own schedules."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ def _own(phase: Phase, config: ScheduleConfig) -> Schedule:
 
 
 class RunSchedule:
-    """The schedule of a run: its own over all steps, and in phases with a schedule of theirs, that one.
+    """The schedule of a run. It applies to all steps, except those of phases that have their own schedule.
 
     Args:
-        config: the run's. budget: its phases.
+        config: schedule of the run.
+        budget: phases of the run.
 
     Raises:
-        UserError: as `Schedule`.
+        UserError: see `Schedule`.
     """
 
     def __init__(self, config: ScheduleConfig, budget: Budget) -> None:
@@ -40,7 +41,7 @@ class RunSchedule:
         return self.budget.total_steps
 
     def factor(self, step: int) -> float:
-        """Return what the peak learning rate is multiplied by in update number ``step`` (0-based)."""
+        """Return the factor of the peak learning rate in optimizer step number ``step`` (0-based)."""
         phase = self.budget.at(step)
         own = self.own.get(phase.index)
         return self.whole.factor(step) if own is None else own.factor(step - phase.first_step)

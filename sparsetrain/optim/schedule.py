@@ -1,14 +1,14 @@
-"""Learning-rate schedules as pure functions of the update number, composed of the segments of `segments`.
+"""Learning-rate schedules as pure functions of the step number, composed of the segments in `segments`.
 
-The convention, for T updates of which w are warmup, with t = 0 .. T-1 the number of the update:
+The convention, for T steps with w warmup steps, and step number t = 0 .. T-1:
 
-    warmup   t < w     (t + 1) / w                   so that no update has rate 0 and update w - 1 has the peak
+    warmup   t < w     (t + 1) / w                   no step has rate 0, and step w - 1 has the peak
     decay    t >= w    1 - (1 - final) * f           linear, with f = (t - w) / (T - w)
                        final + (1 - final) * (1 + cos(pi * f)) / 2      cosine
 
-f is 0 at the first update after the warmup and would be 1 at t = T, which is never applied: the last update of
-linear-to-zero ("Straight to Zero", arXiv 2502.15938: eta * (T - t) / (T - w)) has the rate eta / (T - w), and no
-update is spent at rate zero. Likewise the last update of a 10x decay is one step short of a tenth of the peak.
+f is 0 at the first step after the warmup and would be 1 at t = T, which never runs. So the last step of linear-to-zero
+("Straight to Zero", arXiv 2502.15938: eta * (T - t) / (T - w)) has the rate eta / (T - w), and no step has rate zero.
+Likewise, the last step of a 10x decay ends one step before a tenth of the peak.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sparsetrain.errors import UserError
 from sparsetrain.optim.segments import SEGMENTS, Curve, SegmentConfig
 from sparsetrain.registry import Registry
 
-WARMUP = 0.1  # share of all updates, where nothing else is said
+WARMUP = 0.1  # default share of steps
 
 
 @dataclass(frozen=True)
 class NamedSchedule:
-    """What a named schedule does after its warmup.
+    """The decay of a named schedule after its warmup.
 
     Args:
-        segment: the shape of the decay, one of `SEGMENTS`.
-        final: the factor of the peak learning rate that it leads to where ``schedule.final`` is not set.
+        segment: shape of the decay, one of `SEGMENTS`.
+        final: factor of the peak learning rate at its end, if ``schedule.final`` is not set.
         final_is_free: whether ``schedule.final`` may be set.
     """
 
@@ -73,9 +73,9 @@ def register_schedule(name: str, curve: Curve | None = None, *, final: float = 0
 
     Args:
         name: the name, see `Registry.register`.
-        curve: maps the number i of an update, from 0 on, the number n of updates, the factor ``start`` before them and
-            the factor ``to`` after them to the factor of the peak learning rate in update i. At i = n it is ``to``.
-        final: ``to`` of the schedule ``name`` where ``schedule.final`` is not set, in [0, 1].
+        curve: maps (i, n, start, to) to the factor of the peak learning rate in step i of n, for i from 0, the factor
+            ``start`` before the first step and the factor ``to`` after the last one. At i = n it must return ``to``.
+        final: ``to`` of the schedule ``name`` if ``schedule.final`` is not set, in [0, 1].
 
     Returns:
         ``curve``, or the decorator, which returns what it decorates.
@@ -97,21 +97,20 @@ def register_schedule(name: str, curve: Curve | None = None, *, final: float = 0
 
 @dataclass
 class ScheduleConfig:
-    """How the learning rate moves while a model is trained.
+    """The learning rate over the steps of a training.
 
-    A schedule is either one of `SCHEDULES`, a warmup and one decay, or whatever its ``segments`` are.
+    A schedule is either one of `SCHEDULES`, a warmup followed by one decay, or a list of ``segments``.
 
     Args:
-        name: one of `SCHEDULES`. ``linear_to_zero`` (D2Z), ``linear_10x`` (to a tenth of the peak, or to
-            ``final``), ``cosine`` (to ``final``, a tenth by default), ``constant`` (after the warmup), or a
-            registered one. Beside ``segments`` it is any name, for reports.
-        warmup: fraction of all updates that warm up linearly, in [0, 1), rounded to the nearest update; null is 0.1.
-        warmup_steps: number of warmup updates; takes the place of ``warmup``.
-        final: the rate that the decay heads for, as a fraction of the peak, in [0, 1]; not for ``linear_to_zero`` and
-            ``constant``.
-        segments: the whole schedule piece by piece, each with a ``shape`` and a length as ``share`` of all updates, in
-            ``tokens`` or in ``steps``; one of them may have no length and takes the rest. Borders between segments
-            are rounded to the nearest update.
+        name: one of `SCHEDULES`: ``linear_to_zero`` (D2Z), ``linear_10x`` (to a tenth of the peak, or to ``final``),
+            ``cosine`` (to ``final``, by default a tenth), ``constant`` (after the warmup), or a registered one. With
+            ``segments`` it may be any name, for reports.
+        warmup: fraction of steps that warm up linearly, in [0, 1), rounded to the nearest step; null means 0.1.
+        warmup_steps: number of warmup steps, instead of ``warmup``.
+        final: end of the decay as a fraction of the peak, in [0, 1]; not for ``linear_to_zero`` and ``constant``.
+        segments: the whole schedule as a list; each segment has a ``shape`` and a length, as ``share`` of all steps, in
+            ``tokens`` or in ``steps``. One segment may have no length and takes the remaining steps. Borders between
+            segments are rounded to the nearest step.
 
     Raises:
         UserError: a field is out of range, or two fields contradict each other.
@@ -147,7 +146,7 @@ class ScheduleConfig:
             raise UserError("schedule.segments=[]: a schedule has at least one segment")
         for name in ("warmup", "warmup_steps", "final"):
             if getattr(self, name) is not None:
-                raise UserError(f"schedule.{name}={getattr(self, name)}: schedule.segments says that itself")
+                raise UserError(f"schedule.{name}={getattr(self, name)} cannot be combined with schedule.segments")
         if sum(part.open for part in segments) > 1:
             raise UserError("schedule.segments: only one segment may be without share, tokens and steps")
         shares = sum(part.share or 0.0 for part in segments)
@@ -161,7 +160,7 @@ class ScheduleConfig:
             self.name = "segments"
 
     def parts(self) -> list[SegmentConfig]:
-        """Return the segments of this schedule, also of a named one."""
+        """Return the segments of this schedule; a named one is expanded into its warmup and its decay."""
         if self.segments is not None:
             return self.segments
         shape = SCHEDULES[self.name]
@@ -171,15 +170,15 @@ class ScheduleConfig:
 
 
 class Schedule:
-    """The multiplier of the peak learning rate, as a pure function of the update number.
+    """The factor of the peak learning rate, as a pure function of the step number.
 
     Args:
-        config: the shape of the schedule.
-        total_steps: T, the number of updates.
-        steps_of_tokens: the number of updates in which that many tokens are seen; for segments in tokens.
+        config: the schedule.
+        total_steps: T, the number of steps.
+        steps_of_tokens: maps a number of tokens to the steps in which they are seen; for segments in tokens.
 
     Raises:
-        UserError: the segments leave no update after the warmup, or do not fill the training.
+        UserError: the segments leave no step after the warmup, or do not fill the training.
         ValueError: ``total_steps`` is not positive.
     """
 
@@ -203,7 +202,7 @@ class Schedule:
             if part.shape == "constant":
                 after = before
             self._factors.append((before, after))
-            # A segment of no update has no effect, but a first warmup of none stands for one that is over.
+            # An empty segment has no effect, except that an empty first warmup counts as finished.
             if self._length(index) > 0 or index == 0:
                 before = after
         self.final = self._factors[-1][1] if self._length(len(parts) - 1) > 0 else before
@@ -213,9 +212,9 @@ class Schedule:
         return self._ends[index] - (self._ends[index - 1] if index else 0)
 
     def factor(self, step: int) -> float:
-        """Return what the peak learning rate is multiplied by in update number ``step`` (0-based).
+        """Return the factor of the peak learning rate in step number ``step`` (0-based).
 
-        From ``total_steps`` on it is ``final``, a value that no update of the training uses.
+        From ``total_steps`` on it is ``final``, which no step of the training uses.
 
         Raises:
             ValueError: ``step`` is negative.
@@ -232,7 +231,7 @@ class Schedule:
 def _ends(
     parts: Sequence[SegmentConfig], total_steps: int, steps_of_tokens: Callable[[int], float] | None
 ) -> list[int]:
-    """Return the number of updates at the end of each segment; borders round to the nearest update, half up."""
+    """Return the number of steps up to the end of each segment; borders are rounded to the nearest step, half up."""
     lengths = [part.exact_steps(total_steps, steps_of_tokens) for part in parts]
     left = total_steps - sum(lengths)
     opened = [index for index, part in enumerate(parts) if part.open]
@@ -246,7 +245,7 @@ def _ends(
             "length of one of them"
         )
     ends = [min(math.floor(total + 0.5), total_steps) for total in accumulate(lengths)]
-    # The last segment has an update at or after the peak, however short the training is.
+    # The last segment, if open, keeps at least one step, however short the training is.
     last = len(parts) - 1
     ends[:last] = [min(end, total_steps - 1) for end in ends[:last]] if parts[last].open else ends[:last]
     ends[last] = total_steps

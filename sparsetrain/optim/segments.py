@@ -1,11 +1,11 @@
-"""The pieces of a learning-rate schedule: each a curve over its own updates, one after the other.
+"""The segments of a learning-rate schedule: consecutive curves, each over its own steps.
 
-A segment of n updates is a function of the number i = 0 .. n - 1 of the update within it, of the factor ``start`` that
-the segment before it leads to, and of the factor ``to`` that it leads to itself. It is evaluated at i = n too, where
-it must be ``to``: that value is the next segment's ``start``, and no update of this segment has it. So the last of n
-linear updates to zero has the rate start / n, and none is spent at rate zero.
+A segment of n steps is a function of the step number i = 0 .. n - 1 within it, of the factor ``start`` at which the
+previous segment ends, and of the factor ``to`` at which it ends itself. At i = n it must be ``to``: no step of this
+segment uses that value, but the next segment starts with it. So the last of n linear steps to zero has the rate
+start / n, and no step has rate zero.
 
-``warmup`` alone has ``to`` at its last update, i = n - 1, so that no update has rate zero.
+Only ``warmup`` reaches ``to`` at its last step, i = n - 1, so that no step has rate zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
 Curve = Callable[[int, int, float, float], float]
-"""Maps (i, n, start, to) to the factor of the peak learning rate in update i of n."""
+"""Maps (i, n, start, to) to the factor of the peak learning rate in step i of n."""
 
 SEGMENTS: Registry[Curve] = Registry("schedule", "schedule.segments: shape")
 """The shapes of segments by name."""
@@ -26,41 +26,43 @@ SEGMENTS: Registry[Curve] = Registry("schedule", "schedule.segments: shape")
 
 @SEGMENTS.register("warmup")
 def warmup(i: int, n: int, start: float, to: float) -> float:
-    """Rise linearly; the first update is one n-th of the way up, and the last one is at the top."""
+    """Rise linearly; the first step is one n-th of the way up, and the last one is at the top."""
     return start + (to - start) * (min(i + 1, n) / n)
 
 
 @SEGMENTS.register("linear")
 def linear(i: int, n: int, start: float, to: float) -> float:
-    """Go in a straight line ("Straight to Zero", arXiv 2502.15938, with ``to=0``)."""
+    """Change linearly ("Straight to Zero", arXiv 2502.15938, with ``to=0``)."""
     return to + (start - to) * ((n - i) / n)
 
 
 @SEGMENTS.register("cosine")
 def cosine(i: int, n: int, start: float, to: float) -> float:
-    """Go along half a period of a cosine, flat at both ends (arXiv 1608.03983, equation 5)."""
+    """Follow half a period of a cosine, flat at both ends (arXiv 1608.03983, equation 5)."""
     return to + (start - to) * 0.5 * (1.0 - math.cos(math.pi * ((n - i) / n)))
 
 
 @SEGMENTS.register("constant")
 def constant(i: int, n: int, start: float, to: float) -> float:
-    """Stay where the segment before it ended; ``to`` is not read."""
+    """Stay at the factor of the previous segment; ``to`` is ignored."""
     return start
 
 
 @dataclass
 class SegmentConfig:
-    """One piece of a schedule.
+    """One segment of a schedule.
 
     Args:
         shape: one of `SEGMENTS`: ``warmup``, ``linear``, ``cosine``, ``constant``, or a registered one.
-        to: the factor of the peak learning rate that it leads to, at least 0; null stays at the factor before it, or
+        to: factor of the peak learning rate at its end, at least 0; null keeps the factor of the previous segment, or
             rises to the peak for ``warmup``.
-        share: its length as a share of all updates. tokens: its length in training tokens. steps: in updates. At most
-            one of the three; the one segment that has none of them takes what the others leave.
+        share: length as a share of all steps.
+        tokens: length in training tokens.
+        steps: length in steps. At most one of share, tokens and steps may be set; the segment that has none of them
+            takes the remaining steps.
 
     Raises:
-        UserError: a field out of range, or two lengths.
+        UserError: a field is out of range, or there are two lengths.
     """
 
     shape: str
@@ -88,23 +90,23 @@ class SegmentConfig:
 
     @property
     def open(self) -> bool:
-        """Whether it takes what the other segments leave."""
+        """Whether it takes the steps that the other segments leave."""
         return self.share is None and self.tokens is None and self.steps is None
 
     def exact_steps(self, total_steps: int, steps_of_tokens: Callable[[int], float] | None) -> float:
-        """Return its length in updates, not rounded; 0 for the open one.
+        """Return its length in steps, not rounded; 0 for the open one.
 
         Args:
-            total_steps: updates of the whole schedule.
-            steps_of_tokens: the number of updates in which that many tokens are seen, from the first update on.
+            total_steps: steps of the whole schedule.
+            steps_of_tokens: maps a number of tokens to the steps in which they are seen, from the first step on.
 
         Raises:
-            UserError: a length in tokens where nothing says how many tokens an update has.
+            UserError: the length is in tokens, and ``steps_of_tokens`` is None.
         """
         if self.steps is not None:
             return float(self.steps)
         if self.tokens is not None:
             if steps_of_tokens is None:
-                raise UserError(f"schedule.segments: tokens={self.tokens}: how many tokens a step has is not known")
+                raise UserError(f"schedule.segments: tokens={self.tokens}: the number of tokens per step is unknown")
             return steps_of_tokens(self.tokens)
         return 0.0 if self.share is None else self.share * total_steps

@@ -55,7 +55,7 @@ def test_phases_in_tokens_say_how_long_the_run_is() -> None:
     found = budget(phases=phases)
     assert [phase.steps for phase in found.phases] == [10, 3]  # 2.5 more, rounded half up at the end
     assert budget(tokens=1500, phases=phases) == found
-    with pytest.raises(UserError, match=r"budget.tokens=1600: the phases have 1500 tokens together"):
+    with pytest.raises(UserError, match=r"budget.tokens=1600: the phases have 1500 tokens in total"):
         BudgetConfig(tokens=1600, phases=phases)
 
 

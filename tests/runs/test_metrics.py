@@ -58,7 +58,7 @@ def test_a_log_cut_short_at_any_byte_is_read_and_continued(tmp_path: Path, cut: 
 def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0}\n{"step"\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no valid JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is not valid JSON"):
         read_metrics(path)
 
 
