@@ -337,7 +337,7 @@ def _check_events(events: Iterable[Any]) -> None:
         if len(open_values) > MAX_DEPTH:
             raise _Unreadable(f"{where} nests values more than {MAX_DEPTH} deep")
         if nodes > MAX_NODES:
-            raise _Unreadable(f"{where}: more than {MAX_NODES} values, including those that aliases stand for")
+            raise _Unreadable(f"{where}: more than {MAX_NODES} values with aliases expanded")
 
 
 # ----------------------------------------------------------------------------------------------------- CSV

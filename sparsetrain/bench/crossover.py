@@ -1,4 +1,4 @@
-"""Measures the crossover table of this machine: where a sparse backend becomes faster than computing densely."""
+"""Measurement of the crossover table: the density up to which a sparse backend is faster than dense computation."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.bfloat16)
-BLOCKS = {"csr": (1, 1), "bsr": (16, 16)}  # what each backend is measured with
+BLOCKS = {"csr": (1, 1), "bsr": (16, 16)}  # block size that each backend is measured with
 SIDES, TOKENS = (64, 128, 256, 512, 1024), (16, 64, 256, 2048)
 DENSITIES = (0.05, 0.2, 0.5, 0.9)
-_LEAST_SECONDS = 2e-3  # of one timing: shorter steps are repeated inside it
-_HOPELESS = 4  # times as slow as the sparse backend, where nearly all weights are there: dense is not timed again
+_LEAST_SECONDS = 2e-3  # a timing of shorter steps repeats them until it takes this long
+_HOPELESS = 4  # dense is not timed further if it is this many times slower even when nearly all weights are stored
 
 
 def step_seconds(layers: Sequence[nn.Module], x: Tensor, g: Tensor, repeats: int) -> list[float]:
-    """Return the median time of forward, input gradient and weight gradient of each layer, in seconds.
+    """Return the median time of forward pass, input gradient and weight gradient of each layer, in seconds.
 
-    The layers take turns, so that what disturbs the machine for a while disturbs all of them.
+    The layers take turns, so that a disturbance of the machine affects all of them.
     """
     for layer in layers:
         _seconds(layer, x, g, 1)
@@ -48,19 +48,20 @@ def _seconds(layer: nn.Module, x: Tensor, g: Tensor, steps: int) -> float:
 
 
 def crossing(densities: Sequence[float], sparse: Sequence[float], dense: Sequence[float]) -> float:
-    """Return the density in [0, 1] up to which the sparse backend is the faster one.
+    """Return the density in [0, 1] up to which the sparse backend is faster.
 
-    Both times grow with the density as straight lines do, the dense one's because values are written into a matrix and
-    gradients read from one. Lines are less at the mercy of a disturbed timing than the points are.
+    Both times are linear in the density; the dense one is because the masked backend writes values into a matrix and
+    reads gradients from one. Fitted lines are less sensitive to a single disturbed timing than the points.
 
     Args:
-        densities: at least two. sparse, dense: seconds at each.
+        densities: at least two densities.
+        sparse, dense: seconds at each density.
     """
     at = np.asarray(densities)
     lines = [np.polyfit(at, times, 1, w=1.0 / np.asarray(times)) for times in (sparse, dense)]
     slope, ahead = lines[0][0] - lines[1][0], lines[1][1] - lines[0][1]
     if slope <= 0.0:
-        return float(ahead > slope / 2)  # no density from which on dense is faster: whichever is so at a half
+        return float(ahead > slope / 2)  # dense does not win at any higher density: compare the lines at one half
     return float(np.clip(ahead / slope, 0.0, 1.0))
 
 
@@ -76,9 +77,12 @@ def measure(
     """Return the crossover table of ``backend``, one of ``BLOCKS``, against ``masked``.
 
     Args:
-        threads: numbers of threads, each measured.
-        dtype: of inputs and values.
-        progress: called with the cells that are done and all.
+        threads: thread counts to measure.
+        dtype: dtype of inputs and values.
+        sides: sizes of the square layers.
+        tokens: numbers of input rows.
+        repeats: number of timings; the median counts.
+        progress: called with the number of cases done and the number of all cases.
     """
     before, done, total = torch.get_num_threads(), 0, len(threads) * len(sides) * len(tokens)
     density: list[list[list[float]]] = []
@@ -89,7 +93,7 @@ def measure(
             for side in sides:
                 density[-1].append([])
                 for rows in tokens:
-                    density[-1][-1].append(round(_cell(backend, dtype, side, rows, repeats), 3))
+                    density[-1][-1].append(round(_case(backend, dtype, side, rows, repeats), 3))
                     done += 1
                     progress(done, total)
     finally:
@@ -97,11 +101,11 @@ def measure(
     return Crossover(list(sides), list(tokens), list(threads), density)
 
 
-def _cell(backend: str, dtype: torch.dtype, side: int, tokens: int, repeats: int) -> float:
+def _case(backend: str, dtype: torch.dtype, side: int, tokens: int, repeats: int) -> float:
     x, g = torch.randn(tokens, side).to(dtype).requires_grad_(), torch.randn(tokens, side).to(dtype)
     layers = [_layer(side, density, backend, name, dtype) for name in (backend, FALLBACK) for density in DENSITIES]
     sparse, dense = layers[len(DENSITIES) - 1], layers[-1]
-    # Twice each: the first step builds and compiles. A processor may lack all that dense bfloat16 needs to be fast.
+    # Twice, because the first step builds and compiles. A processor without bfloat16 instructions is slow when dense.
     once = [min(_seconds(layer, x, g, 1) for _ in range(2)) for layer in (sparse, dense)]
     if once[1] > _HOPELESS * once[0]:
         return 1.0

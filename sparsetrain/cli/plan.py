@@ -137,7 +137,7 @@ def _in_all(runs: Sequence[PlannedRun], times: Times) -> Iterator[str]:
     yield f"in all: {count}, {steps} steps, {tokens} tokens, {sum(run.flops for run in runs):.4g} FLOPs{open_}"
     yield f"done: {done} of {count}"
     if any(each is not None for each in times.seconds):
-        yield f"time: about {_duration(times.remaining)} for what is not done, {times.basis}"
+        yield f"time: about {_duration(times.remaining)} for the rest, {times.basis}"
 
 
 def _mebibytes(run: PlannedRun) -> str:

@@ -31,7 +31,7 @@ def warn_of_head_widths(model: nn.Module, base: nn.Module, rules: Parameterizati
         if own is not None and theirs is not None and own != theirs:
             warnings.warn(
                 f"parameterize: d_head is {own} in '{name or type(module).__name__}' and {theirs} in the base: "
-                f"{rules.scheme} scales attention by 1 / d_head, and the model's own scale stays as it is; widen by "
+                f"{rules.scheme} scales attention by 1 / d_head, but the model's own scale is not changed; widen by "
                 f"the number of heads, or set its scale to {theirs}/{own} of the base's",
                 UserWarning,
                 stacklevel=3,

@@ -79,11 +79,11 @@ def linearisation_ratio(
     traits = TensorTraits(Role.HIDDEN)
     rate = rules.learning_rate(traits, lr, depth) / math.sqrt(width)
     small = rules.epsilon(traits, eps, depth)
-    # Adam's first step: the moments are the gradient and its square, whatever the betas.
+    # In Adam's first step the bias-corrected moments are the gradient and its square, for any betas.
     steps = tuple(-rate * g / (g.abs() + small) for g in torch.autograd.grad(loss, (first, second)))
     old = (first.detach(), second.detach())
     before = before.detach()
-    # J dW by the product rule: the second matrix's step on what it reads, and the first one's through open ReLUs.
+    # J dW by the product rule: the step of the second matrix, plus that of the first one through the active ReLUs.
     inner = scale * (old[0] @ torch.relu(before))
     moved = (inner > 0) * (scale * (steps[0] @ torch.relu(before)))
     linear = scale * (steps[1] @ torch.relu(inner) + old[1] @ moved)
@@ -94,7 +94,7 @@ def linearisation_ratio(
 def linearisation_table(
     rules: Sequence[Parameterization], depths: Sequence[int], seeds: Sequence[int], width: int = 128
 ) -> list[Linearisation]:
-    """Return the ratio for every rule, depth and seed."""
+    """Return the ratio for each rule, depth and seed."""
     return [
         Linearisation(rule.scheme, rule.alpha, depth, seed, linearisation_ratio(rule, depth, seed, width))
         for rule in rules

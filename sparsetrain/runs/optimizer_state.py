@@ -163,7 +163,7 @@ def restore_optimizer(
     """Load the state from `optimizer_tensors` into an optimizer over parameters of the same names.
 
     Groups are matched by the names in them, so their order and the order within a group may differ. Options (lr,
-    betas, weight decay, ...) are restored, except those that choose an implementation (fused, foreach, capturable,
+    betas, weight decay, ...) are restored, except the choice of an implementation (fused, foreach, capturable,
     differentiable). Tensors are copied to the parameter's device in their saved dtype. If an error is raised, the
     optimizer is unchanged.
 

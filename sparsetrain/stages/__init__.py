@@ -1,4 +1,4 @@
-"""Stages of training (pre-training, fine-tuning, soft prompts), pipelines of them, and what is planned or checked."""
+"""Stages of training (pre-training, fine-tuning, soft prompts), and pipelines of stages."""
 
 from sparsetrain.runs.result import RunResult
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig

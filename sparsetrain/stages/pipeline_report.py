@@ -1,4 +1,4 @@
-"""What ``report.json`` of a pipeline says, from the results of its stages."""
+"""The content of a pipeline's ``report.json``, made from the results of its stages."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Row = dict[str, Any]
 _SCRATCH = ("accuracy", "ci95", "macro_f1", "n_test")
 _SCORED = ("task", "n_test", "accuracy", "ci95", "macro_f1")
 _TEXT = ("tokens", "loss_first", "loss_last", "bits_per_byte")
-_LONG = ("config", "model", "machine")  # entries of a result that the report has once, or that a run's own file has
+_LONG = ("config", "model", "machine")  # entries of a result that the report has elsewhere, or the run's own file has
 
 
 class Runs(Protocol):
-    """The stages of an arm that were run, by name."""
+    """The results of an arm's stages, by name."""
 
     arm: Arm
     entries: list[StageEntry]
@@ -39,7 +39,7 @@ class Runs(Protocol):
 def report(
     config: PipelineConfig, corpus: Corpus, arms: Sequence[Runs], once: Mapping[str, RunResult]
 ) -> dict[str, Any]:
-    """Return the content of ``report.json``; at least one arm came to its end."""
+    """Return the content of ``report.json``; at least one arm must be complete."""
     every = [run for runs in arms for run in runs.runs.values()] + [run for run in once.values() if run.complete]
     timed = [run for run in every if "seconds" in run.values]
     scored = [run for run in every if run.values.get("accuracy") is not None]
@@ -71,13 +71,13 @@ def report(
 
 
 def main_stage(entries: Sequence[StageEntry], kind: str) -> StageEntry | None:
-    """Return the stage that a report shows for a kind: the one of that name, or the first that runs it."""
+    """Return the stage that represents a kind in the report: the one with the kind's name, else the first of it."""
     of_kind = [entry for entry in entries if entry.run == kind]
     return next((entry for entry in of_kind if entry.name == kind), of_kind[0] if of_kind else None)
 
 
 def result_of(run: RunResult) -> Row:
-    """Return the result of a stage as a report holds it."""
+    """Return the part of a stage's result that goes into the report."""
     values = {key: value for key, value in run.values.items() if key not in _LONG}
     if isinstance(values.get("masks"), Mapping):
         values["masks"] = {key: value for key, value in values["masks"].items() if key != "layers"}
@@ -87,7 +87,7 @@ def result_of(run: RunResult) -> Row:
 def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]) -> Row:
     first = main_stage(runs.entries, "pretrain")
     pretrained = runs.runs.get(first.name) if first is not None else None
-    # Arms that start from a pre-training which they share show that one.
+    # Arms without a pre-training of their own show the shared one that they start from.
     pretrained = pretrained or next((run for run in once.values() if run["stage"] == "pretrain"), None)
     base = pretrained or next(iter(runs.runs.values()))
     entry: Row = {
@@ -125,7 +125,7 @@ def _curve(directory: Path) -> list[Row]:
 
 
 def _settings(config: PipelineConfig) -> Row:
-    """Return the settings that a reader needs to judge the numbers, by stage."""
+    """Return, by stage, the settings that a reader needs to judge the numbers."""
     shown: Row = {"seed": config.seed, "parameterization": dataclasses.asdict(config.parameterization)}
     arm = config.arms[0]
     for entry in config.stages:
@@ -147,11 +147,7 @@ def _stage_settings(settings: RunConfig) -> Row:
 
 
 def overlap_caveat(corpus: Corpus, tasks: Iterable[str]) -> list[str]:
-    """Return a sentence for a corpus whose ids are not those of the tasks: then an overlap of 0 says nothing.
-
-    Args:
-        tasks: the names of the tasks that are tested.
-    """
+    """Return a warning if the ids of the corpus differ in kind from those of tasks, so that an overlap of 0 is void."""
     source = corpus.manifest["source"]
     ids = SOURCES[source].ids if source in SOURCES else None
     if all(ids is not None and name in TASKS and TASKS[name].ids == ids for name in tasks):
@@ -163,7 +159,7 @@ def overlap_caveat(corpus: Corpus, tasks: Iterable[str]) -> list[str]:
 
 
 def _limits(config: PipelineConfig, corpus: Corpus, first: RunResult, tasks: Set[str], scratch: bool) -> list[str]:
-    """Return what the report does not show, for this configuration."""
+    """Return sentences about the limits of the report's results, for this configuration."""
     stored = (first.values.get("bytes") or {}).get("parameters", 0) // 4
     tokens = first.values.get("tokens") or 0
     limits = [

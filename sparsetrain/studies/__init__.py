@@ -1,1 +1,1 @@
-"""Comparisons of many runs: coordinate checks, and tables of sweeps."""
+"""Studies over many runs: coordinate checks, and tables of sweeps."""
