@@ -1,4 +1,4 @@
-"""Fixtures for every test: devices at hand, one thread, no reach outside the test's folder, a small MEDLINE."""
+"""Fixtures for all tests: devices, one thread, isolation from other files, a small MEDLINE."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ auto.tables()  # read now, so that a test which changes them finds them, and lea
 
 
 def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Have coverage look away while ``function`` runs."""
+    """Suspend coverage while ``function`` runs."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -102,7 +102,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Give each test its own cache and one thread, so that tests can run side by side, and do not wait for the disk."""
+    """Give each test its own cache and one thread, so that tests can run in parallel and do not wait for the disk."""
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
     # A test cannot pull the plug. `os.fstat` refuses what is no open file too; the order of calls has tests of its own.
     monkeypatch.setattr(os, "fsync", os.fstat)
@@ -125,7 +125,7 @@ def article(pmid: str, sections: str, title: str = "A title.") -> str:
 
 
 def plain(number: int) -> str:
-    """Return an unstructured abstract that no other number shares."""
+    """Return an unstructured abstract whose text depends on its number."""
     return f"<AbstractText>Patient {number} was seen in clinic {number * 7}. {'It was a fine day. ' * 6}</AbstractText>"
 
 
@@ -202,7 +202,7 @@ def write_notes(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in the form of PubMedQA: 60 questions, 20 of them to test on, whose answers show in their wording."""
+    """A folder in the form of PubMedQA: 60 questions, 20 of them for testing, whose wording reveals the answers."""
     draw = random.Random(0)
     told = {"yes": "+", "no": "-", "maybe": "?"}
     rows = {}
@@ -276,7 +276,7 @@ def configure(notes: Path, questions: Path) -> Configure:
 def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return the directory of a finished pre-training with some changes, made once for all tests that only read it.
 
-    What is written into it, other tests would find: copy it before.
+    A test that writes into it must copy it first, because other tests use it.
     """
     from sparsetrain.stages import PretrainConfig, pretrain
 
@@ -321,9 +321,9 @@ TritonCases = Callable[[Path, str], None]
 
 @pytest.fixture(params=["interpreter", *(["gpu"] if torch.cuda.is_available() else [])])
 def triton_cases(request: pytest.FixtureRequest, tmp_path: Path) -> TritonCases:
-    """Run the tests of a file, those that an expression selects, in a process that interprets or compiles kernels.
+    """Run the tests of a file that an expression selects, in a process that interprets or compiles kernels.
 
-    Triton reads which of the two it is when it is imported, and then it holds for every kernel of the process.
+    Triton chooses between the two when it is imported, for all kernels of the process.
     """
     if importlib.util.find_spec("triton") is None:
         pytest.skip("the optional extra 'triton' is not installed")

@@ -1,4 +1,4 @@
-"""Files of the cache are whole or not there."""
+"""Files of the cache are complete or absent."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words of an error: one line, with the nearest allowed value."""
+"""Error messages: one line, with the nearest allowed value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and errors that say what to do."""
+"""Files that appear completely or not at all, and errors that say what to do."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_json_round_trip_refuses_nan_and_garbage(tmp_path: Path) -> None:
 
 
 def test_what_killed_processes_left_is_removed_and_what_live_ones_write_stays(tmp_path: Path) -> None:
-    """The lock tells them apart: a file and a directory of each kind, and names that are not ours."""
+    """The lock distinguishes them: a file and a directory of each kind, and names of other programs."""
     dead = [".a.txt.abcd_123.part", ".b.abcdefg1.part", ".sweep-abcdefgh", ".download.12345678"]
     kept = [".a.txt.part", "a.txt.abcdefgh.part", ".sweep-other", ".lock", ".abcdefgh.part", ".keep"]
     for name in (dead[0], *kept):
@@ -163,7 +163,7 @@ def test_writing_a_file_removes_what_was_left_of_the_same_file_alone(tmp_path: P
 
 
 def test_two_that_begin_at_once_do_not_remove_each_others_files(tmp_path: Path) -> None:
-    """Threads stand for processes: a lock belongs to an opened file, not to a process."""
+    """Threads replace processes here, because a lock belongs to an open file and not to a process."""
 
     def write(number: int) -> None:
         for turn in range(20):

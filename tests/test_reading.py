@@ -1,4 +1,4 @@
-"""Readers of JSON, JSON lines, YAML and CSV: what the standard parsers give, or one line that names the file."""
+"""Readers of JSON, JSON lines, YAML and CSV return what standard parsers return, or one line that names the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sparsetrain.shapes import Count, Fraction, Range, check
 
 
 def refused(path: Path, content: bytes | str, read: Any, *words: str) -> None:
-    """The file of that content is refused in one line that names it and says ``words``."""
+    """Assert that a file with this content is refused in one line that names it and contains ``words``."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError) as caught:
         read(path)
@@ -52,7 +52,7 @@ def refused(path: Path, content: bytes | str, read: Any, *words: str) -> None:
     ],
 )
 def test_json_that_cannot_be_taken_as_it_is_is_one_line(content: bytes, word: str, tmp_path: Path) -> None:
-    """Damage, other encodings, names twice, numbers that no float holds and deep nesting are named."""
+    """Damage, other encodings, repeated names, numbers too large for a float, and deep nesting."""
     refused(tmp_path / "x.json", content, read_json, word)
 
 
@@ -67,20 +67,20 @@ def test_json_that_cannot_be_taken_as_it_is_is_one_line(content: bytes, word: st
     ],
 )
 def test_json_within_the_limits_equals_json_of_the_standard_library(content: bytes, tmp_path: Path) -> None:
-    """What is accepted is what `json` reads, with a byte-order mark or without."""
+    """Accepted files give the values of `json`, with or without a byte-order mark."""
     path = tmp_path / "x.json"
     path.write_bytes(content)
     assert read_json(path) == json.loads(content)
 
 
 def test_numbers_that_are_not_finite_are_read_where_they_are_allowed(tmp_path: Path) -> None:
-    """A diverged run may say so."""
+    """A diverged run may record them."""
     (tmp_path / "x.json").write_text("[NaN, Infinity, 1e999]")
     assert str(read_json(tmp_path / "x.json", finite=False)) == "[nan, inf, inf]"
 
 
 def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) -> None:
-    """A pipe without a writer would block for ever, and a device has no end."""
+    """A pipe without a writer would block forever, and a device has no end."""
     os.mkfifo(tmp_path / "pipe")
     for path, word in [
         (tmp_path / "pipe", "not a regular file"),
@@ -94,7 +94,7 @@ def test_what_is_no_regular_file_is_refused_before_it_is_opened(tmp_path: Path) 
 
 
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
-    """A sparse file of a terabyte costs nothing."""
+    """A sparse file of one terabyte takes no disk space."""
     with (tmp_path / "x.json").open("wb") as stream:
         stream.truncate(1 << 40)
     with pytest.raises(UserError, match=f"at most {MAX_BYTES}"):
@@ -102,7 +102,7 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_line_of_json_lines_is_named_by_its_number(tmp_path: Path) -> None:
-    """Line separators of Unicode end no line, blank lines count, and a last line cut short may be left out."""
+    """Unicode line separators do not end a line, blank lines count, and a truncated last line may be ignored."""
     path = tmp_path / "x.jsonl"
     path.write_bytes('\ufeff{"a": "\u2028"}\n\r\n{"b": 2}\n'.encode())
     with path.open("rb") as stream:
@@ -150,7 +150,7 @@ _LEVELS = ["a: &a [" + ", ".join("x" * 10) + "]"] + [
     ids=range(24),
 )
 def test_yaml_that_cannot_be_taken_as_it_is_is_one_line(content: str | bytes, word: str, tmp_path: Path) -> None:
-    """Aliases that expand without end, tags, names twice and values that JSON has not are named."""
+    """Aliases that expand without end, tags, repeated names, and values that JSON does not have."""
     refused(tmp_path / "x.yaml", content, read_yaml, word)
 
 
@@ -176,7 +176,7 @@ def test_yaml_within_the_limits_equals_pyyaml(tmp_path: Path) -> None:
     ],
 )
 def test_csv_that_cannot_be_taken_as_it_is_is_one_line(content: bytes, word: str, tmp_path: Path) -> None:
-    """Other bytes, rows of another length, cells without end and broken quotes are named with their line."""
+    """Other bytes, rows of another length, unterminated cells and broken quotes; the message gives the line."""
     refused(tmp_path / "x.csv", content, lambda path: read_csv(path, ["a"]), word)
 
 
@@ -188,7 +188,7 @@ def test_csv_equals_csv_of_the_standard_library(tmp_path: Path) -> None:
 
 
 class Part(TypedDict):
-    """A shape with what is needed and what may be there."""
+    """A shape with required and optional fields."""
 
     name: str
     share: Fraction
@@ -216,14 +216,14 @@ class Part(TypedDict):
     ],
 )
 def test_a_shape_names_the_field_and_what_is_allowed(value: Any, shape: Any, line: str) -> None:
-    """The line begins with the path of the first value that differs."""
+    """The line starts with the path of the first wrong value."""
     with pytest.raises(UserError) as caught:
         check(value, shape, "f")
     assert str(caught.value) == line
 
 
 def test_a_value_of_the_shape_is_returned_as_it_is() -> None:
-    """Further keys may be there, and a whole number is a float."""
+    """Further keys are allowed, and an integer is accepted as a float."""
     value = {"name": "x", "share": 1, "kind": "two", "loss": float("nan"), "other": [1]}
     assert check(value, Part, "f") is value
     assert check([1, 2.5], list[float], "f") == [1, 2.5]

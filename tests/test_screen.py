@@ -1,4 +1,4 @@
-"""Lines for a terminal: what stands in data is shown, and nothing of it is obeyed."""
+"""Terminal output shows data without interpreting it."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ TEXTS = ["diverged at [/b] 3", "loss [red]nan[/red]", "a :tada: b", "[link=http:
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_markup_in_a_line_is_shown_as_it_is(text: str, screen: Any) -> None:
-    """Brackets are no style, words between colons no picture, and a line is not folded."""
+    """Brackets are not a style, words between colons are not an emoji, and lines are not wrapped."""
     say(screen, text)
     assert screen.file.getvalue() == f"{text}\n"
 
 
 def test_an_escape_sequence_does_not_reach_the_terminal(screen: Any) -> None:
-    """Control characters are made visible; tabs and ends of lines stay."""
+    """Control characters become visible; tabs and line ends stay."""
     say(screen, "a\x1b[31mb\x07\u009bc\td\n")
     assert screen.file.getvalue().split() == ["a\ufffd[31mb\ufffd\ufffdc", "d"]
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_a_result_says_is_shown_as_it_is(text: str, tmp_path: Path, screen: Console) -> None:
-    """In the report of a run, in its table of masks too."""
+    """In the report of a run, and in its table of masks."""
     masks = {"rule": f"SET{text}", "layers": {text[:40]: {"density": 0.5}}}
     (tmp_path / "result.json").write_text(json.dumps({"status": "diverged", "message": text, "masks": masks}))
     show_run(tmp_path, screen)

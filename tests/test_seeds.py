@@ -1,4 +1,4 @@
-"""Named seeds: fixed for ever, distinct by name, blind to the default device."""
+"""Named seeds are constant, differ by name, and do not depend on the default device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_derive_seed_matches_hashlib() -> None:
 
 
 def test_seeds_stay_what_they_were() -> None:
-    # A change here redraws every mask and every initial value of every run that was ever saved.
+    # A change of these values would redraw all masks and initial values of all saved runs.
     assert derive_seed(0, "mask", "blocks.0.attn.qkv") == 4563205040520298762
 
 

@@ -1,4 +1,4 @@
-"""Names do not depend on wrappers: torch's own names of the bare model are the oracle."""
+"""Names do not depend on wrappers; the oracle is torch's own naming of the bare model."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def wrap_inside(model: nn.Module) -> nn.Module:
     ids=["bare", "compiled", "parallel and compiled", "averaged", "parts"],
 )
 def test_names_are_those_of_the_bare_model(wrap) -> None:  # type: ignore[no-untyped-def]
-    """A child that is called "module" keeps its name; only a wrapper's part is left out."""
+    """A child called "module" keeps its name; only components of wrappers are left out."""
     bare, wrapped = net(), wrap(net())
     for duplicates in (False, True):
         right = [name for name, _ in bare.named_modules(remove_duplicate=not duplicates)]
@@ -45,7 +45,7 @@ def test_names_are_those_of_the_bare_model(wrap) -> None:  # type: ignore[no-unt
 
 
 def test_a_part_is_replaced_where_it_stands_unless_it_is_wrapped_itself() -> None:
-    """A wrapper around the replaced module itself holds the old one; a wrapper further out does not."""
+    """A wrapper of the replaced module itself would keep the old module; a wrapper further out does not."""
     wrapped, new = torch.compile(net(), backend="eager"), nn.Identity()
     replace_module(wrapped, "module.0", new)
     assert unwrap(wrapped).get_submodule("module.0") is new

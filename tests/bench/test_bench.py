@@ -1,4 +1,4 @@
-"""The verb as a whole: every part in miniature, what it leaves on the disk, resuming, and input that cannot be used."""
+"""The verb as a whole: all parts on a small scale, its files, resuming, and unusable input."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sparsetrain.runs.claim import locked
 from sparsetrain.runs.layout import BENCH, LOCK
 
 PNG = b"\x89PNG\r\n\x1a\n"
-# The masked backend alone: nothing is compiled, so that only the two tests of csr cost seconds.
+# Only the masked backend, which compiles nothing; just the two tests of csr take seconds.
 TINY = [
     *("preset=quick", "backends=[masked]", "peers=[torch_csr,scipy]", "shapes=[[32,48]]", "tokens=64"),
     *("gpt.backends=[masked]", "gpt.d_model=32", "scaling.backends=[masked]", "scaling.shape=[32,32]", "repeats=2"),
@@ -38,7 +38,7 @@ def read(directory: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a bench of every part, with the sparse kernels."""
+    """The directory of a bench with all parts and the sparse kernels."""
     directory = tmp_path_factory.mktemp("bench") / "run"
     words = ["backends=[csr,masked]", "gpt.backends=[csr]", "scaling.backends=[csr]", "sparsities=[0.5,0.75]"]
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def test_ratios_use_the_dense_times_of_the_same_cell(whole: Path) -> None:
         for row in rows_of(cell):
             own = cell["results"][row["contender"]].get("step_seconds")
             if own is not None:
-                assert row["speedup"] == pytest.approx(sum(dense) / sum(own))  # of two rounds median is mean
+                assert row["speedup"] == pytest.approx(sum(dense) / sum(own))  # for two rounds the median is the mean
             if row["contender"] == "dense":
                 assert row["speedup"] == 1.0
 
@@ -159,7 +159,7 @@ def test_an_interrupted_bench_keeps_its_cells_and_goes_on(
 
 
 def test_the_points_of_a_series_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One after the other, what slows the machine for a minute would bend the line that is fitted through them.
+    # Measured one after the other, points would differ by disturbances of the machine and bend the fitted line.
     rounds: list[list[Any]] = []
 
     def watched(works: Any, *rest: Any) -> Any:
@@ -172,7 +172,7 @@ def test_the_points_of_a_series_take_turns(tmp_path: Path, monkeypatch: pytest.M
     points = [len(config["scaling"][name]) for name in ("sparsities", "token_counts")]
     assert [len(names) for names in rounds] == [2 * count for count in points]
     assert [{name for _, name in names} for names in rounds] == [{"dense", "masked"}] * 2
-    # One point more: all of its series again, and nothing of the other.
+    # One more point: its whole series is measured again, the other series is not.
     more = [0.25, *config["scaling"]["sparsities"]]
     assert main(["bench", *tiny(tmp_path / "run", "what=scaling", f"scaling.sparsities={more}")]) == 0
     assert [len(names) for names in rounds[2:]] == [2 * len(more)]

@@ -1,4 +1,4 @@
-"""Each form of a layer against dense products in float64; what a step holds and allocates, against known sizes."""
+"""Implementations of a layer against dense products in float64; memory of a step against known sizes."""
 
 from __future__ import annotations
 
@@ -136,11 +136,11 @@ def test_index_bytes_are_the_patterns_own_and_those_of_both_layouts() -> None:
     own = 8 * 97 + 4 * layer.pattern.nnz
     assert pattern_bytes(layer.pattern) == own
     layer(torch.randn(8, 128, requires_grad=True)).sum().backward()
-    # Rows and columns are filled up to multiples of four. 16-bit columns in both layouts, 32-bit places in the
+    # Rows and columns are padded to multiples of four. 16-bit columns in both layouts, 32-bit places in the
     # transpose; ends of chunks: two blocks of columns, then one.
     rows, columns = (4 * int(torch.ceil(layer.pattern.mask().sum(side) / 4).sum()) for side in (1, 0))
     derived = 2 * rows + (2 + 4) * columns + 4 * (2 * 96 + 1) + 4 * (128 + 1)
-    derived += 8 * 97  # row ends of its own, which nobody writes into while kernels read them
+    derived += 8 * 97  # its own copy of the row ends, which is never written while kernels read it
     assert pattern_bytes(layer.pattern) == own + derived
     assert layer_bytes(layer) == 16 * layer.pattern.nnz + own + derived
     assert bytes_per_nonzero(layer) == layer_bytes(layer) / layer.pattern.nnz
@@ -162,7 +162,7 @@ def test_what_a_step_leaves_does_not_count_from_where_it_was_made() -> None:
     left: list[torch.Tensor] = []
 
     def step() -> None:
-        torch.empty(1000)  # the peak is here, before what is left exists
+        torch.empty(1000)  # the peak is here, before the remaining tensors exist
         left.append(torch.empty(800))
         torch.empty(600)
 
@@ -183,7 +183,7 @@ def test_plain_gpt_has_the_shape_of_the_dense_model() -> None:
     plain, ours = gpt.PlainGPT(SMALL.model_config()), gpt.dense_model(SMALL)
     assert isinstance(ours, Transformer)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, ours)]
-    assert sizes[0] - sizes[1] == 16 * 32  # learned positions, where ours needs none
+    assert sizes[0] - sizes[1] == 16 * 32  # learned positions, which our model does not have
     tokens = torch.randint(64, (2, 16))
     assert plain.loss(tokens, tokens).item() == pytest.approx(float(torch.tensor(64.0).log()), abs=0.5)
 

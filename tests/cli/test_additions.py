@@ -1,4 +1,4 @@
-"""What a user adds without touching the library: a shape of schedules, a stage of a pipeline, a phase."""
+"""Additions that need no change of the library: a schedule shape, a pipeline stage, a phase."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsetrain.optim import SCHEDULES, SEGMENTS
 
 @pytest.fixture
 def square() -> Iterator[None]:
-    """A schedule: one function."""
+    """A schedule shape as a single function."""
 
     @st.register_schedule("square")
     def square(i: int, n: int, start: float, to: float) -> float:

@@ -1,4 +1,4 @@
-"""Every file of ``conf/`` composes; every wrong word is named beside the right one; presets match what is published."""
+"""All files of ``conf/`` compose; an unknown name is reported with the nearest known one; presets match the papers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sparsetrain.training.state import LoopConfig
 ROOTS = {name: VERBS[name].kind() for name in with_settings()}
 CONF = config_directory()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
-# What a choice needs beside it to be complete.
+# Further overrides that some choices require.
 COMPANIONS = {
     "data=file": ["data.path=notes.txt"],
     "data=hub": ["data.hub_name=owner/name"],
@@ -46,7 +46,7 @@ def verb_of(group: str) -> str:
 
 
 def command_of(path: Path) -> tuple[str, list[str]]:
-    """Return verb and overrides of the command line in the head of an experiment."""
+    """Return the verb and the overrides of the command in an experiment's header."""
     for line in path.read_text().splitlines():
         match = re.fullmatch(r"# sparsetrain ([\w-]+) (.*)", line)
         if match:
@@ -65,7 +65,7 @@ def test_every_file_composes_and_builds_its_dataclass(
         overrides = [re.sub(",.*", "", word) for word in overrides]  # the first point of a sweep
         assert f"experiment={path.stem}" in overrides
     elif path.parent == Path():
-        if path.stem == "launch":  # Hydra's own settings, part of every verb
+        if path.stem == "launch":  # Hydra's own settings, which every verb includes
             assert yaml.safe_load((CONF / path).read_text())
             return
         verb, overrides = path.stem, []
@@ -82,7 +82,7 @@ def test_every_file_composes_and_builds_its_dataclass(
     assert isinstance(load(verb, [item for item in overrides if item != "-m"]), ROOTS[verb])
 
 
-# The setting that a choice is named after stands in its file, though it is the default of the dataclass.
+# A file sets the setting that it is named after, even if that is the default of the dataclass.
 NAMESAKES = {
     *("check/sparsity: axis", "data/medline: name", "optimizer/adamw: name", "optimizer/adamw_finetune: name"),
     *("parameterization/sp: scheme", "preset/full: what", "sparsity/dense: sparsity", "sparsity/static: pattern"),
@@ -91,7 +91,7 @@ NAMESAKES = {
 
 
 def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Return the values of nested dicts by their dotted names."""
+    """Return the values of nested dicts, by dotted name."""
     if not isinstance(tree, dict):
         return {prefix.removesuffix("."): tree}
     return {name: value for key, item in tree.items() for name, value in leaves(item, f"{prefix}{key}.").items()}
@@ -99,22 +99,22 @@ def leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 @functools.cache
 def defaults_of(verb: str) -> dict[str, Any]:
-    """Return the settings of a verb with the defaults of its dataclasses alone."""
+    """Return the settings of a verb with only the defaults of its dataclasses."""
     return leaves(OmegaConf.to_container(OmegaConf.structured(schema_of(verb))))
 
 
 def repeated(path: Path) -> set[str]:
-    """Return the settings of a file which are the dataclass's defaults, and stay so without this file."""
+    """Return the settings in a file that equal the dataclass's defaults, with and without this file."""
     content = OmegaConf.to_container(OmegaConf.load(CONF / path))
     assert isinstance(content, dict)
     chosen = [next(iter(entry.items())) for entry in content.pop("defaults", [])]
     content.pop("hydra", None)
-    content.pop("pipeline", None)  # a list of stages, which has a test of its own
+    content.pop("pipeline", None)  # a list of stages, tested separately
     group = path.parent.name
     everywhere = "# @package _global_" in (CONF / path).read_text()
     own = leaves(content) if everywhere else leaves(content, f"{group}.")
     verbs = [command_of(CONF / path)[0]] if group == "experiment" else [v for v in ROOTS if group in groups(v)]
-    # A section may be null in a verb unless it is chosen; another verb has its defaults.
+    # A section may be null in one verb until it is chosen, and have defaults in another.
     verb, plain = next(found for found in ((v, defaults_of(v)) for v in verbs) if own.keys() <= found[1].keys())
     around = plain
     if group == "experiment":
@@ -168,7 +168,7 @@ def test_no_verb_and_no_file_is_left_out() -> None:
 def test_help_lists_every_group_and_setting_and_explains_them(verb: str) -> None:
     text = describe(verb)
     assert max(len(line) for line in text.splitlines()) < 160
-    text = re.sub(r",\n +", ", ", text)  # long lists go over several lines
+    text = re.sub(r",\n +", ", ", text)  # long lists span several lines
     for group, choices in groups(verb).items():
         assert re.search(rf"^  {group} +{re.escape(', '.join(choices))}$", text, re.MULTILINE)
     for entry in dataclasses.fields(ROOTS[verb]):
@@ -340,7 +340,7 @@ def test_defaults_are_not_changed_by_checks() -> None:
 
 @pytest.mark.parametrize("verb", sorted(ROOTS))
 def test_a_schema_that_goes_to_another_process_and_back_is_the_same(verb: str) -> None:
-    """As a launcher sends it, which would otherwise change the schemas of this process."""
+    """A launcher pickles it; a copy that differed would change the schemas of this process."""
     for kind in (schema_of(verb), *(entry.type for entry in dataclasses.fields(schema_of(verb)))):
         if dataclasses.is_dataclass(kind):
             assert pickle.loads(pickle.dumps(kind)) is kind

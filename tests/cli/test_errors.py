@@ -1,4 +1,4 @@
-"""Input that the command line cannot use: one line, status 2, and nothing written."""
+"""Unusable input of the command line: one line, status 2, and no file written."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ SECTIONS = [
 
 
 def test_a_configuration_whose_values_are_of_other_types_is_one_line(shell: Shell) -> None:
-    """What an old run recorded is checked before it is used, as what is typed is."""
+    """Settings recorded by an old run are checked before use, as typed ones are."""
     config = shell.trained() / "config.yaml"
     whole = yaml.safe_load(config.read_text())
     for text in [*SECTIONS, "deep: " + "[" * 5000 + "]" * 5000]:

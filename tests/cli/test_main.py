@@ -1,4 +1,4 @@
-"""The command line as a person uses it: statuses, single lines, what it leaves on the disk, sweeps."""
+"""The command line as users call it: exit statuses, one-line messages, files on disk, sweeps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.verbs import VERBS, with_settings
 
-# What there is to read.
+# Help texts and configurations.
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -66,7 +66,7 @@ def test_cfg_job_prints_the_configuration(shell: Shell) -> None:
 
 
 def test_cfg_job_prints_the_length_and_the_arms_that_count(shell: Shell) -> None:
-    """What was typed takes the place of what the experiment says, in what is shown as in what is run."""
+    """Typed values replace those of the experiment, in the printed configuration as in the run."""
     words = [
         "experiment=demo",
         "budget.steps=7",

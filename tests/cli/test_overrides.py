@@ -1,4 +1,4 @@
-"""What is typed as the text of a setting arrives as it was typed, through Hydra's grammar and OmegaConf's."""
+"""The text of a setting passes unchanged through Hydra's grammar and OmegaConf's."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsetrain.errors import UserError
 
 PROMPT = TextSetting("prompt", optional=False, many=False)
 PATH = TextSetting("run_dir", optional=True, many=False)
-# Every mark that Hydra, OmegaConf or YAML gives a meaning to, and some that none of them does.
+# All characters with a meaning in Hydra, OmegaConf or YAML, and some without one.
 MARKS = [
     "'",
     '"',
@@ -48,7 +48,7 @@ MARKS += [":", "1.10", "1e3", "1_000", "true", "@", "~", "%", "&", "*", "?", "|"
 
 @given(st.lists(st.sampled_from(MARKS), max_size=8).map("".join))
 def test_any_text_arrives_as_it_was_typed(text: str) -> None:
-    """Single run and sweep, with Hydra's own parser and OmegaConf's own node for a text."""
+    """Single runs and sweeps, parsed by Hydra's own parser into OmegaConf's own text node."""
     as_quoted = len(text) > 1 and text[0] in "'\"" and text[-1] == text[0]
     (override,) = quoted([f"prompt={text}"], {"prompt": PROMPT}, known=lambda _: True)
     parsed = OverridesParser.create().parse_override(override)
@@ -67,7 +67,7 @@ def test_any_text_arrives_as_it_was_typed(text: str) -> None:
     ["1.10", "1e3", "1_000", "true", "Null", "nullable", "a, b", "x=y", "my notes (1)", "[a]", "${nosuch}", " a "],
 )
 def test_a_directory_keeps_its_name(text: str) -> None:
-    """The dataclass of a single run holds the text; a setting that may be absent is so with null alone."""
+    """The dataclass of a single run holds the text; only null makes an optional setting absent."""
     assert load("pretrain", ["data.path=notes.txt", f"run_dir={text}"]).run_dir == text
     assert load("pretrain", ["data.path=notes.txt", "run_dir=null"]).run_dir is None
 
@@ -103,7 +103,7 @@ def test_names_in_a_list_keep_their_digits() -> None:
     ],
 )
 def test_commas_in_a_multirun(setting: TextSetting, typed: str, values: list[str | None] | None) -> None:
-    """Words make a sweep; where a comma may belong to the text, a line asks for quotes, and its example is right."""
+    """Words make a sweep; if a comma may belong to the text, the message asks for quotes, and its example works."""
     settings = {setting.name: setting}
     if values is None:
         with pytest.raises(UserError, match="quotes") as caught:
@@ -125,7 +125,7 @@ def test_a_sweep_that_has_no_list_of_values_is_refused(shell: Shell, lr: str) ->
 
 @pytest.mark.parametrize("text", ["In patients, we saw", "see [1]: a=b", "1e3", "${x} costs \\${y}", "true", "???"])
 def test_the_question_what_the_configuration_is_shows_text_as_it_was_typed(shell: Shell, text: str) -> None:
-    """``--cfg job`` accepts what the run itself accepts, and prints it; YAML's own reader gives it back."""
+    """``--cfg job`` accepts what the run accepts, and a YAML reader returns the text that it prints."""
     for words in ([], ["--resolve"]):
         status, out, err = shell.run("generate", "--cfg", "job", *words, "init_from=run", f"prompt={text}")
         assert (status, err) == (0, "")
@@ -142,7 +142,7 @@ def test_a_section_of_the_configuration(shell: Shell) -> None:
 
 
 def test_text_in_a_multirun_and_in_names_of_directories(shell: Shell) -> None:
-    """A path with brackets is read, a directory keeps its digits, and each job has the whole sentence."""
+    """A path with brackets is read, a directory keeps its digits, and each job gets the whole sentence."""
     notes = shell.home / "my notes (1).txt"
     notes.write_text("\n\n".join(f"Note {n}: the aim of study {n} was to see." for n in range(80)))
     words = [*TINY[:-1], "budget.steps=1", f"data.path={notes.name}"]
@@ -160,7 +160,7 @@ def test_text_in_a_multirun_and_in_names_of_directories(shell: Shell) -> None:
 
 
 def test_an_experiment_of_ones_own(shell: Shell) -> None:
-    """``--config-dir`` adds a directory, in single runs and multiruns; what is wrong in it is said with its name."""
+    """``--config-dir`` adds a directory to single runs and multiruns; an error in it names the directory."""
     folder = shell.home / "mine" / "experiment"
     folder.mkdir(parents=True)
     head = "# @package _global_\ndefaults:\n  - override /sparsity: rigl\n"
@@ -192,7 +192,7 @@ def test_what_is_no_path_is_refused_with_the_setting(shell: Shell, setting: str,
 
 
 def test_other_words_that_are_no_paths(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verbs that take paths, and the variables that hold one."""
+    """Verbs that take paths, and environment variables that hold one."""
     (shell.home / "loop").symlink_to("loop")
     for path in ("~nosuchuser/x", LONG, "loop"):
         assert "PATH=" in shell.refused("report", path)

@@ -1,4 +1,4 @@
-"""The models of conf/: their shapes, sizes and FLOPs are those of the papers."""
+"""The models of ``conf/`` have the shapes, sizes and FLOPs of the papers."""
 
 from __future__ import annotations
 

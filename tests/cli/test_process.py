@@ -1,4 +1,4 @@
-"""How the command ends: signals at any time, readers that go away, outputs and disks without room."""
+"""How the command ends: on signals at any time, closed readers, and outputs and disks without space."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_only_the_command_gives_signals_back_to_the_system(
     assert process.is_command(arguments, original) is expected
 
 
-# A signal that comes while a library defines a class: Python 3.11 makes a RuntimeError of what is raised there.
+# A signal while a library defines a class: Python 3.11 turns the exception raised there into a RuntimeError.
 HOOK = """
 import functools, os
 real = functools.cached_property.__set_name__
@@ -57,7 +57,7 @@ functools.cached_property.__set_name__ = set_name
 def test_a_signal_while_libraries_are_imported_ends_the_program(
     tmp_path: Path, number: int, where: str, statuses: tuple[int, int]
 ) -> None:
-    """Before `main` has begun, and within a verb; no traceback of somebody's class."""
+    """Before `main` starts and within a verb; no traceback of a foreign class."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     env = os.environ | {"PYTHONPATH": str(tmp_path), "NUMBER": str(int(number)), "WHERE": where}
     done = subprocess.run(
@@ -68,7 +68,7 @@ def test_a_signal_while_libraries_are_imported_ends_the_program(
 
 
 def test_the_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first unwinds the program; a second, or one during an import, asks for the status and nothing else."""
+    """The first signal unwinds the program; a second one, or one during an import, ends it with only a status."""
     asked: list[int] = []
     monkeypatch.setattr(process, "end", asked.append)
     stop = process.Stop()
@@ -92,7 +92,7 @@ def test_an_import_is_seen_from_what_it_runs(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("ready", ["--version", "tune"])
 def test_a_reader_that_goes_away_is_no_error(ready: str) -> None:
-    """``sparsetrain VERB | head -1`` ends as other programs do, whether Python prints or rich does."""
+    """``sparsetrain VERB | head -1`` ends as other programs do, whether Python or rich prints."""
     words = [*COMMAND, ready] if ready == "--version" else [sys.executable, "-c", RICH]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
         assert running.stdout is not None
@@ -113,7 +113,7 @@ sys.exit(main(["report"]))
 
 
 def test_outputs_that_are_closed_or_full() -> None:
-    """Without standard streams nothing is printed and nothing else gets their numbers; a full one is a line."""
+    """Without standard streams nothing is printed and no file gets their descriptors; a full output gives one line."""
     closed = subprocess.run(["sh", "-c", '"$@" >&- 2>&- <&-', "sh", *COMMAND, "--version"], check=False, timeout=120)
     assert closed.returncode == 0
     with open("/dev/full", "w") as full:
@@ -125,7 +125,7 @@ def test_outputs_that_are_closed_or_full() -> None:
 
 
 def test_what_the_system_refuses_anywhere_is_one_line(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk or a missing right under code that expects neither is named with its file."""
+    """A full disk or a missing permission is reported with its file, even under code that expects neither."""
     found = importlib.import_module("sparsetrain.stages.pretrain")
     for number, words in ((28, "no space left on a[/b]; free some"), (13, "a[/b]: Permission denied")):
 
@@ -135,12 +135,12 @@ def test_what_the_system_refuses_anywhere_is_one_line(shell: Shell, monkeypatch:
         monkeypatch.setattr(found, "prepare", refuse)
         assert words in shell.refused("pretrain", *shell.tiny)
     monkeypatch.setattr(found, "prepare", lambda *_, **__: Path("/proc/self/mem").read_bytes())
-    with pytest.raises(OSError, match="Input/output"):  # neither room nor a right: an error of the program or machine
+    with pytest.raises(OSError, match="Input/output"):  # a defect of the program or machine
         main(["pretrain", *shell.tiny])
 
 
 def test_tune_looks_for_room_before_it_measures(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table of a long measurement would find no place in the cache."""
+    """Otherwise the table of a long measurement could not be saved."""
 
     def full(_descriptor: int) -> None:
         raise OSError(28, os.strerror(28))
@@ -151,7 +151,7 @@ def test_tune_looks_for_room_before_it_measures(shell: Shell, monkeypatch: pytes
 
 
 def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the table is saved is shown as it is called; neither brackets nor colons are markup."""
+    """The printed path shows brackets and colons instead of taking them for markup."""
     monkeypatch.setenv("SPARSETRAIN_CACHE", "a[/b] :b:")
     tune = importlib.import_module("sparsetrain.bench.tune")
     monkeypatch.setattr(tune, "measure", lambda *_: None)
@@ -166,7 +166,7 @@ def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkey
 def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Path
 ) -> None:
-    """Ctrl-C, which all processes get: each run saves, and no other begins."""
+    """Ctrl-C reaches all processes: each run saves, and no new one starts."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     monkeypatch.chdir(tmp_path)
     words = ["pretrain", "-m", f"data.path={notes}", *TINY[:-1], "budget.steps=20000", "seed=0,1,2,3"]

@@ -1,4 +1,4 @@
-"""Settings that follow from others: sizes against arithmetic, draws of a random search against scipy's distribution."""
+"""Settings computed from others: sizes against arithmetic, random-search draws against scipy's distribution."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def drawn(number: int) -> tuple[float, ...]:
 def test_draws_are_functions_of_the_number_alone() -> None:
     assert drawn(3) == drawn(3)
     assert len({drawn(number) for number in range(4)}) == 4
-    # Written down: a search that is made longer on another day must keep its points.
+    # Fixed values: a search that is extended later must keep its points.
     assert drawn(0) == (0.0106, 0.0974, 3.06, 1.25, 3.93)
 
 
@@ -105,7 +105,7 @@ def test_a_sweep_takes_its_values_from_the_experiment_unless_the_command_line_ha
     assert words.count("optimizer.lr=0.25,0.5") == 1
     assert swept["hydra.sweeper.params"] == "null"
     assert with_sweep("pretrain", ["seed=0,1"]) == ["seed=0,1"]
-    # With every value replaced, Hydra must still not see the experiment's.
+    # Even if every value is replaced, Hydra must not see those of the experiment.
     replaced = with_sweep("pretrain", ["experiment=base_tuning", "draw=range(64,66)"])
     assert replaced == ["experiment=base_tuning", "draw=range(64,66)", "hydra.sweeper.params=null"]
 

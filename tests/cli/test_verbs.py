@@ -1,4 +1,4 @@
-"""The table of verbs: a row and a file make a verb; nothing is imported before it is needed; old keys are named."""
+"""The table of verbs: a row and a file add a verb; imports are lazy; messages give the new names of old keys."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def say(config: ToyConfig) -> int:
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A verb of its own: one row of the table, and one file."""
+    """A test verb: one row of the table and one file."""
     row = Verb("Say it.", run=f"{__name__}:say", configuration=f"{__name__}:ToyConfig", examples=["sparsetrain toy"])
     monkeypatch.setitem(VERBS, "toy", row)
     tree = tmp_path / "conf"
@@ -64,7 +64,7 @@ def test_a_row_and_a_file_make_a_verb(shell: Shell) -> None:
     for line in ("sparsetrain toy: Say it.", "  sparsetrain toy", "  times = 1", "words: what to say."):
         assert line in out
     assert shell.run("toy", "words=[1], a") == (0, "[1], a\n", "")
-    assert shell.run("toy", "times=2") == (1, "hello\nhello\n", "")  # the status is what the verb returns
+    assert shell.run("toy", "times=2") == (1, "hello\nhello\n", "")  # the verb's return value is the status
     status, out, _ = shell.run("toy", "--cfg", "job", "times=2")
     assert (status, yaml.safe_load(out)) == (0, {"words": "hello", "times": 2})
     status, out, err = shell.run("toy", "-m", "times=1,3", "words=a")
@@ -131,7 +131,7 @@ def test_a_verb_has_settings_or_words() -> None:
             Verb("", run="a:b", examples=[], **both)
 
 
-# Keys that have other names now.
+# Renamed keys.
 
 
 STEPS = "schedule.steps is now budget.steps"
@@ -142,7 +142,7 @@ OLD = {
         "stage.batch_size=3": "stage.batch_size is now budget.batch_size",
         "stage.epochs=3": "stage.epochs is now budget.epochs",
         "stage.flops=3e9": "stage.flops is now budget.flops",
-        "stage.log_every=3": "stage.log_every is now loop.log_every",  # by the name of its section
+        "stage.log_every=3": "stage.log_every is now loop.log_every",  # renamed with its section
         "stage=finetune": "stage is now loop, and budget for its epochs, flops and batch_size",
     },
     "pipeline": {
@@ -167,7 +167,7 @@ def test_an_old_key_is_named_with_the_new_one(verb: str, shell: Shell) -> None:
 
 
 def test_old_keys_in_files_are_named_with_the_new_ones(shell: Shell) -> None:
-    """In an experiment of the user's own, a run and a sweep."""
+    """In a user's own experiment, for a single run and a sweep."""
     folder = shell.home / "mine" / "experiment"
     folder.mkdir(parents=True)
     for content, said in [

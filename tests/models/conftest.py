@@ -15,7 +15,7 @@ VOCAB, LAYERS, WIDTH, HEADS = 61, 2, 24, 3
 
 
 def _scramble(model: PreTrainedModel) -> Mapping[str, Tensor]:
-    """Give every parameter, norms and biases too, a value that matters."""
+    """Give all parameters, including norms and biases, values that affect the output."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             gain = name.endswith("weight") and ("norm" in name or ".ln_" in name)
@@ -31,7 +31,7 @@ def scramble() -> Callable[[PreTrainedModel], Mapping[str, Tensor]]:
 
 @pytest.fixture
 def gpt2_pair() -> tuple[Transformer, GPT2LMHeadModel]:
-    """Ours and the transformers GPT-2: learned positions, exact GELU, biases, tied embeddings."""
+    """Our model and transformers' GPT-2: learned positions, exact GELU, biases, tied embeddings."""
     theirs = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=VOCAB,

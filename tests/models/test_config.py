@@ -1,4 +1,4 @@
-"""ModelConfig: derived sizes, and one line for each thing that can be wrong."""
+"""ModelConfig: derived sizes, and a one-line error for each invalid setting."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_swiglu_width_of_btlm() -> None:
     [
         ({}, 16, (4.0, 4.0)),
         ({"mlp": "swiglu"}, 16, (4.0, 170 / 42)),  # floor at both widths
-        ({"d_ff": 100}, 16, (4.0, 4.0)),  # a given width scales in proportion
+        ({"d_ff": 100}, 16, (4.0, 4.0)),  # a configured width scales in proportion
         ({"mlp": "swiglu"}, 64, (1.0, 1.0)),
     ],
 )

@@ -1,4 +1,4 @@
-"""Attention as an operation of torch: where it is used, what it refuses, and that models train through it."""
+"""Attention as a torch operation: when it is used, what it refuses, and training through it."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_any_strides(layout: str) -> None:
     for qkv in (x, x.contiguous()):
         leaf = qkv.detach().requires_grad_()
         y = fused_attention(leaf, torch.rand(2, generator=torch.Generator().manual_seed(0)), 2, 0.3)
-        # A gradient that is expanded from one number.
+        # A gradient expanded from a single number.
         results.append((y, torch.autograd.grad(y.sum(), leaf)[0]))
     for mine, other in zip(*results, strict=True):
         assert torch.equal(mine, other)

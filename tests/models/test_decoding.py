@@ -1,4 +1,4 @@
-"""Generation and scoring of a model that is no `Transformer`: a Markov chain, whose probabilities are a table."""
+"""Generation and scoring with a model that is not a `Transformer`: a Markov chain with a known table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORDS = 5
 
 
 class Count:
-    """A cache that knows only how many tokens were read."""
+    """A cache that stores only the number of tokens read."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.length = capacity, 0
@@ -27,7 +27,7 @@ class Count:
 
 
 class Chain:
-    """A Markov chain: the next token depends on the last one alone, through ``table`` ``[WORDS, WORDS]``."""
+    """A Markov chain: the next token depends only on the last one, through ``table`` ``[WORDS, WORDS]``."""
 
     training = True
     max_positions = 8

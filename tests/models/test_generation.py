@@ -63,7 +63,7 @@ def test_greedy_generation_equals_repeated_full_passes(kind: str, device: torch.
 
 
 def test_multipliers_act_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under muP the logits that are sampled from are those of the forward pass, alpha_out / m_d included."""
+    """Under muP, sampling uses the logits of the forward pass, including alpha_out / m_d."""
     model, seen = build(), []
     monkeypatch.setattr(
         "sparsetrain.models.decoding.generate.sample",
@@ -82,7 +82,7 @@ def test_top_p_matches_transformers(values: list[float], top_p: float, seed: int
     logits = torch.cat((logits, logits.flip(1) * 0.7))
     theirs = TopPLogitsWarper(top_p)(None, logits.clone())
     ours = nucleus(logits, top_p)
-    # Where a cumulative sum is within rounding of top_p either answer is right.
+    # If a cumulative sum equals top_p within rounding, both results are correct.
     sums = logits.softmax(-1).sort(-1).values.cumsum(-1)
     if ((sums - (1 - top_p)).abs() > 1e-5).all() and logits.unique().numel() == logits.numel():
         assert torch.equal(ours, theirs)

@@ -1,4 +1,4 @@
-"""The head as a module: its loss in its own call, whatever hooks, wrappers or other modules stand there."""
+"""The head as a module: the loss is computed in its own call, with hooks, wrappers or other modules as head."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_hooks_on_model_and_head_see_the_loss() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    """Remembers the elements of the largest tensor that any operation returns."""
+    """Records the number of elements of the largest tensor that any operation returns."""
 
     elements = 0
 
@@ -159,7 +159,7 @@ def test_ddp_sends_every_gradient_of_the_loss(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.grad, 3.0 * theirs.grad)
 
 
-# What dynamo does itself where it goes on behind the part of the loss that it cannot trace.
+# Warnings of dynamo itself when it resumes after the untraceable part of the loss.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_model_gives_the_loss() -> None:

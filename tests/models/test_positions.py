@@ -33,7 +33,7 @@ def test_slopes_for_powers_of_two() -> None:
 
 
 def _naive_alibi(qkv: Tensor, n_heads: int, scale: float) -> Tensor:
-    """Softmax over the whole [H, T, T], in float64."""
+    """Softmax over the full [H, T, T] scores, in float64."""
     q, k, v = qkv.double().chunk(3, dim=2)
     length = qkv.shape[1]
     i, j = torch.arange(length)[:, None], torch.arange(length)[None, :]
@@ -72,14 +72,14 @@ def test_alibi_matches_naive_reference(
 @pytest.mark.parametrize("scale", [1 / 8, 1 / 64, 72**-0.5])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_split_bias_in_16_bits_is_as_exact_as_float32(dtype: torch.dtype, scale: float) -> None:
-    slopes, length = alibi_slopes(20), 8192  # more heads than powers of two, so that the bias has all its bits
+    slopes, length = alibi_slopes(20), 8192  # not a power of two, so that the slopes use all bits
     features = alibi_features(slopes, length, scale, 64, dtype, torch.device("cpu")).double()
     query, key, value = features.chunk(3, dim=1)
     bias = (query * key).sum(-1) * scale
     exact = (torch.arange(length).double() - (length - 1) / 2)[:, None] * slopes
     assert (features.shape[2] + 64) % 8 == 0
     assert value.abs().max() == 0
-    # float32 keeps 24 bits of a bias of this size.
+    # float32 represents a bias of this size with 24 bits.
     assert (bias - exact).abs().max() <= exact.abs().max() * 2.0**-23
 
 
@@ -103,7 +103,7 @@ def test_alibi_depends_on_distance_only(shift: int, n_heads: int) -> None:
 
 
 class _LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operator below returns, and the operators."""
+    """Records the largest tensor that any operator returns, and the operators."""
 
     def __init__(self) -> None:
         super().__init__()

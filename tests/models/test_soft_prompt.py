@@ -1,4 +1,4 @@
-"""Soft prompts: a copy of token embeddings acts like the tokens; gradients reach the vectors alone."""
+"""Soft prompts: copied token embeddings act like the tokens; only the vectors get gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model as a whole: names, causality, gradients, initial values, sparsity, multipliers."""
+"""The whole model: names, causality, gradients, initial values, sparsity, multipliers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets: how a length and shares become steps, which batch and context each step has, and what is refused."""
+"""Budgets: how lengths and shares become steps, the batch and context of each step, and refused settings."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def test_a_length_becomes_steps(fields: dict[str, object], steps: int) -> None:
 
 
 def test_a_share_is_one_of_tokens_and_rounds_to_the_nearest_step() -> None:
-    # 12,000 tokens: 9,000 in steps of 4,000 are 2.25, and 3,000 in steps of 1,000 are 3.
+    # 12,000 tokens: 9,000 make 2.25 steps of 4,000, and 3,000 make 3 steps of 1,000.
     phases = [PhaseConfig(share=0.75, context=100, batch_size=40), PhaseConfig(share=0.25, context=500, batch_size=2)]
     found = budget(tokens=12_000, phases=phases)
     assert [(phase.first_step, phase.end_step) for phase in found.phases] == [(0, 2), (2, 6)]
     assert found.tokens == 2 * 4000 + 4 * 1000
-    # In steps, the shares are of the tokens that these steps have: 3 of 4 at four times the batch.
+    # Shares are always shares of tokens, also for a length in steps: here 3/4 at four times the batch.
     found = budget(steps=70, phases=[PhaseConfig(share=0.75, batch_size=4), PhaseConfig(share=0.25, batch_size=1)])
     assert [phase.steps for phase in found.phases] == [30, 40]
     assert [phase.tokens for phase in found.phases] == [12_000, 4_000]
@@ -53,7 +53,7 @@ def test_a_share_is_one_of_tokens_and_rounds_to_the_nearest_step() -> None:
 def test_phases_in_tokens_say_how_long_the_run_is() -> None:
     phases = [PhaseConfig(tokens=1000, batch_size=1), PhaseConfig(tokens=500, batch_size=2)]
     found = budget(phases=phases)
-    assert [phase.steps for phase in found.phases] == [10, 3]  # 2.5 more, rounded half up at the end
+    assert [phase.steps for phase in found.phases] == [10, 3]  # 2.5 more steps, rounded half up
     assert budget(tokens=1500, phases=phases) == found
     with pytest.raises(UserError, match=r"budget.tokens=1600: the phases have 1500 tokens in total"):
         BudgetConfig(tokens=1600, phases=phases)
@@ -75,7 +75,7 @@ def test_every_step_belongs_to_a_phase_and_no_sample_comes_twice(parts: list[tup
     assert found.phases[0].first_step == 0
     for one, other in itertools.pairwise(found.phases):
         assert one.end_step == other.first_step
-    # An oracle in exact numbers: each border lies within half a step of where the shares put it.
+    # An oracle in exact arithmetic: each border is within half a step of its share.
     for phase, share in zip(found.phases, itertools.accumulate(exact), strict=True):
         assert abs(phase.end_step - steps * share / sum(exact)) <= Fraction(1, 2) + Fraction(1, 10**6)
     tokens, read = 0, [0] * len(found.contexts)

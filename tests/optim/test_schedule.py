@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsetrain.errors import UserError
 from sparsetrain.optim import SCHEDULES, SEGMENTS, Schedule, ScheduleConfig, SegmentConfig, register_schedule
 
-# T = 10 updates, w = 2 of them warmup: f = (t - 2) / 8.
+# T = 10 steps with w = 2 warmup steps: f = (t - 2) / 8.
 TABLE = {
     "linear_to_zero": [1 / 2, 1, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8],
     "linear_10x": [0.5, 1, 1, 0.8875, 0.775, 0.6625, 0.55, 0.4375, 0.325, 0.2125],
@@ -181,7 +181,7 @@ def test_a_length_that_cannot_be_is_refused() -> None:
 
 
 def test_segments_follow_one_another() -> None:
-    # Warmup, stable, decay; the second is written in tokens, of which an update has 100.
+    # Warmup, stable, decay; the length of the second is in tokens, at 100 per step.
     parts = [
         SegmentConfig("warmup", share=0.2),
         SegmentConfig("constant", tokens=400),

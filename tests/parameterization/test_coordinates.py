@@ -1,4 +1,4 @@
-"""The coordinate check: its numbers against hand-made oracles, and its verdict on every parameterization and axis."""
+"""The coordinate check: its numbers against hand-made oracles, its verdict on all parameterizations and axes."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ LR = {"adam": 2e-3, "sgd": 0.2}
 
 
 def trial(rules: Parameterization, value: float, seed: int, axis: str) -> Trial:
-    # Over depth the base's own width will do: the deepest of these models are most of what the checks cost.
+    # The depth check uses the base's width, because its deepest models dominate the cost.
     width = {"width": int(value), "depth": 64}.get(axis, 128)
     depth = int(value) if axis == "depth" else 2
     sparsity = 1.0 - value if axis == "density" else 0.0
@@ -167,7 +167,7 @@ def trial(rules: Parameterization, value: float, seed: int, axis: str) -> Trial:
 
     def loss(step: int) -> Tensor:
         generator = torch.Generator().manual_seed(1000 * seed + step)
-        # Each token mostly names its successor, so that there is something to learn in a few steps.
+        # Each token mostly determines its successor, so that a few steps suffice to learn.
         start = torch.randint(0, VOCAB, (8, 1), generator=generator)
         tokens = (start + 3 * torch.arange(33)) % VOCAB
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
@@ -181,7 +181,7 @@ VALUES = {"width": (64.0, 128.0, 256.0), "density": (0.125, 0.25, 0.5, 1.0), "de
 @functools.cache
 def checked(name: str, axis: str) -> list[Coordinate]:
     """Return the coordinates of six steps and two seeds."""
-    # alpha_in makes the embeddings as large as what the blocks add: else alpha = 1 shows the first blocks only.
+    # alpha_in makes embeddings as large as the blocks' outputs; otherwise alpha = 1 shows only the first blocks.
     options: dict[str, Any] = {"optimizer": "sgd" if name.endswith("/sgd") else "adam", "alpha_in": 10.0}
     rules = {
         "sp": lambda: P.sp(**options),
@@ -244,7 +244,7 @@ def test_what_it_is_not_for_breaks_the_scale(name: str, axis: str, quantity: str
 
 @pytest.mark.parametrize("name", ["sp", "mup"])
 def test_sp_and_mup_start_with_activations_that_fall_as_the_root_of_density(name: str) -> None:
-    # nnz terms of a variance that does not know of them: sqrt(density), and twice that behind two sparse matrices.
+    # nnz terms whose variance ignores the density give sqrt(density), and twice the slope after two sparse matrices.
     found = slopes(name, "density", "activation", step=0)
     for kind in ("blocks.attn.qkv", "blocks.mlp.up"):
         assert found[kind] == pytest.approx(0.5, abs=0.05)
@@ -254,7 +254,7 @@ def test_sp_and_mup_start_with_activations_that_fall_as_the_root_of_density(name
 
 def test_gradients_keep_their_scale_over_density_and_fall_as_one_over_width() -> None:
     assert max(ratios("supar", "density", "gradient").values()) <= 2.0
-    # All but the logits themselves, whose gradient is the softmax's.
+    # All except the logits, whose gradient is that of the softmax.
     over_width = {kind: slope for kind, slope in slopes("mup", "width", "gradient").items() if kind != "head"}
     assert all(slope == pytest.approx(-1.0, abs=0.25) for slope in over_width.values()), over_width
 

@@ -1,4 +1,4 @@
-"""The usual two groups: what decays is what the rule "two dimensions or more" takes in the dense model."""
+"""The usual two groups: decay of sparse parameters equals the rule "two dimensions or more" on the dense model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ours() -> nn.Module:
 
 
 def decayed(model: nn.Module) -> set[str]:
-    """Return the names of what decays, those of sparse values as the dense matrix's."""
+    """Return the names of decayed parameters, with the dense name for sparse values."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = decay_groups(model, 0.1)
     assert [(group["name"], group["weight_decay"]) for group in groups] == [("decay", 0.1), ("no_decay", 0.0)]
@@ -52,7 +52,7 @@ def test_frozen_parameters_are_left_out_and_a_group_may_be_empty() -> None:
 
 
 def test_an_optimizer_of_the_groups_trains_under_moving_masks() -> None:
-    """The values stay in their group when the topology changes, and decay without a gradient."""
+    """The values stay in their group when masks change, and decay without a gradient."""
     model = mlp()
     manager = MaskManager(model, RigL(sparsity=0.5, every=1), seed=0)
     optimizer = torch.optim.SGD(decay_groups(model, 0.5), lr=0.1)

@@ -1,4 +1,4 @@
-"""How deep a model is, and bases of fewer blocks: eight blocks count as eight however they stand in the model."""
+"""The depth of a model, and bases with fewer blocks: eight blocks count as eight at any place in the model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class MLPBlock(nn.Module):
 
 
 class Experts(Block):
-    """A block with a list of experts in it, which are no blocks."""
+    """A block that contains a list of experts, which are not blocks."""
 
     def __init__(self, width: int = 32) -> None:
         super().__init__(width)
@@ -44,7 +44,7 @@ class Experts(Block):
 
 
 class Sandwich(nn.Module):
-    """An embedding, a projection with a name of a hidden matrix on either side, and blocks between them."""
+    """An embedding, blocks, and on either side a projection named like a hidden matrix."""
 
     def __init__(self, blocks: nn.Module) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ UNCLEAR: dict[str, tuple[Callable[[], nn.Module], str]] = {
 
 @pytest.mark.parametrize(("make", "words"), UNCLEAR.values(), ids=UNCLEAR)
 def test_what_cannot_be_counted_is_asked_for(make: Callable[[], nn.Module], words: str) -> None:
-    """The refusal names n_layers, changes nothing, and giving it is enough."""
+    """The refusal names n_layers and changes nothing; passing n_layers suffices."""
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=f"{words}; pass n_layers=") as caught:
@@ -114,7 +114,7 @@ def test_what_cannot_be_counted_is_asked_for(make: Callable[[], nn.Module], word
     assert "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert assignment(parameterize(model, DEEP, make(), n_layers=4, seed=0)).depth == 4
-    # Where nothing depends on the depth nobody is asked.
+    # If nothing depends on the depth, n_layers is not needed.
     parameterize(model, P.sp(), reinitialise=False)
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(UserError, match=r"n_layers=.* is not a positive integer"):
@@ -122,7 +122,7 @@ def test_what_cannot_be_counted_is_asked_for(make: Callable[[], nn.Module], word
 
 
 def test_the_configuration_of_a_model_is_asked_and_must_agree() -> None:
-    """ALBERT applies one group of layers four times; a model that was cut short no longer is what it says."""
+    """ALBERT applies one group of layers four times; a truncated model contradicts its configuration."""
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 8}
     fields: dict[str, Any] = {"vocab_size": 11, "num_hidden_layers": 4, **sizes}
     albert = hf.AlbertModel(hf.AlbertConfig(embedding_size=8, **fields))
@@ -150,7 +150,7 @@ def rates(model: nn.Module, rules: Parameterization) -> dict[str, float]:
 @pytest.mark.parametrize("rules", [P.mup(32), DEEP])
 @pytest.mark.parametrize("sparse", [False, True])
 def test_a_base_of_fewer_blocks_gives_the_widths_of_one_of_as_many(rules: Parameterization, sparse: bool) -> None:
-    """Also of a hybrid, whose blocks are matched by their structure, and with a sparse model or base."""
+    """Also for a hybrid, whose blocks are matched by structure, and for a sparse model or base."""
 
     def make(count: int, width: int) -> nn.Module:
         model = hybrid(count, width)
@@ -165,7 +165,7 @@ def test_a_base_of_fewer_blocks_gives_the_widths_of_one_of_as_many(rules: Parame
 
 
 def test_attention_is_one_thing_sparse_or_dense() -> None:
-    """A model whose attention was split into sparse layers takes its widths and its numbers from the dense one."""
+    """Attention that was split into sparse layers takes widths and numbers from the dense tensor."""
 
     def make(width: int) -> nn.Module:
         layer = nn.TransformerEncoderLayer(width, width // 8, 2 * width, 0.0, batch_first=True, norm_first=True)

@@ -24,7 +24,7 @@ POST_NORM = "is normalised after the addition .*: the depth multiplier .* use ru
 
 
 def decoder(width: int, **options: Any) -> dict[str, Any]:
-    """Return the fields that most decoders share: heads of 8 at every width."""
+    """Return the fields that most decoders share: heads of width 8 at every model width."""
     return {
         "vocab_size": VOCAB,
         "hidden_size": width,
@@ -135,7 +135,7 @@ MODELS: dict[str, Row] = {
 
 
 def factors(model: nn.Module) -> dict[str, list[float]]:
-    """Return the factor of every multiplier, by the last part of its module's name."""
+    """Return the factor of each multiplier, by the last component of its module's name."""
     found: dict[str, list[float]] = {}
     for name, module in model.named_modules():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
@@ -145,7 +145,7 @@ def factors(model: nn.Module) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("row", MODELS.values(), ids=MODELS)
 def test_what_parameterize_does_with_models_of_transformers(row: Row) -> None:
-    """Depth, kept tensors, the head, and where the multipliers act; norms keep the gain that they had."""
+    """Depth, kept tensors, the head, and the places of multipliers; norms keep their gain."""
     model, base = row.make(32), row.make(16)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     norms = {name for name, m in model.named_modules() if "Norm" in type(m).__name__}
@@ -160,7 +160,7 @@ def test_what_parameterize_does_with_models_of_transformers(row: Row) -> None:
             assert torch.equal(parameter, before[name]), name
         elif "bias" not in name:
             assert not torch.equal(parameter, before[name]), name
-    # Under muP nothing but the head has a multiplier, which is 1 / m_d, but where the model's own code has one.
+    # Under muP only the head has a multiplier, 1 / m_d, unless the model's own code multiplies.
     assert set(factors(model)) <= {row.head, "embed_tokens"}
     assert sum(len(g["params"]) for g in param_groups(model, MUP, lr=1.0)) == len(list(model.parameters()))
     if isinstance(row.branches, str):
@@ -191,7 +191,7 @@ def test_the_embeddings_of_gemma_keep_the_scale_of_the_base(kind: str) -> None:
 
 
 def test_the_logits_of_t5_are_divided_by_the_width_once() -> None:
-    """T5 multiplies the input of its tied head by d_model^-0.5: with the hook it is 16^-0.5 / m_d."""
+    """T5 multiplies the input of its tied head by d_model^-0.5; with the hook the factor is 16^-0.5 / m_d."""
     model: Any = parameterize(t5(64), MUP, t5(16), seed=0).eval()
     seen: list[Tensor] = []
     model.decoder.final_layer_norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
@@ -202,7 +202,7 @@ def test_the_logits_of_t5_are_divided_by_the_width_once() -> None:
 
 
 def test_alpha_in_acts_behind_the_norm_of_the_embeddings_and_on_no_table_inside_a_block() -> None:
-    """A norm right after the embeddings would undo it (BERT); T5's table of position biases is no embedding."""
+    """A norm right after the embeddings would cancel it (BERT); T5's table of position biases is not an embedding."""
     rules = P.mup(16, alpha_in=3.0)
     bert = parameterize(MODELS["bert"].make(32), rules, MODELS["bert"].make(16), seed=0)
     assert factors(bert) == {"LayerNorm": [3.0], "decoder": [0.5]}
@@ -215,7 +215,7 @@ def test_alpha_in_acts_behind_the_norm_of_the_embeddings_and_on_no_table_inside_
 
 
 def test_experts_that_are_stored_in_out_are_measured_along_their_inputs() -> None:
-    """GPT-OSS stores [experts, in, out]: with an inner width that stays, m_d differs between the two dimensions."""
+    """GPT-OSS stores [experts, in, out]; with a constant inner width, m_d differs between the dimensions."""
 
     def make(width: int) -> nn.Module:
         return hf.GptOssForCausalLM(hf.GptOssConfig(**{**decoder(width, num_local_experts=2), "intermediate_size": 24}))
@@ -231,7 +231,7 @@ def test_experts_that_are_stored_in_out_are_measured_along_their_inputs() -> Non
 
 
 def test_matrices_around_the_blocks_have_no_depth_factor() -> None:
-    """OPT-350m's projections into and out of the blocks are hidden matrices that depth does not concern."""
+    """OPT-350m's projections into and out of the blocks are hidden matrices that depth does not affect."""
     make = MODELS["opt like 350m"].make
     model = parameterize(make(32), P.completep(16, base_layers=LAYERS, alpha=0.5), make(16), seed=0)
     traits_of = assignment(model).traits_of
@@ -246,7 +246,7 @@ def test_matrices_around_the_blocks_have_no_depth_factor() -> None:
 
 
 def test_a_model_on_the_meta_device_gets_roles_and_multipliers_without_values() -> None:
-    """What a large model will have can be asked before there is memory for it."""
+    """A model can be examined before its memory is allocated."""
     with torch.device("meta"):
         model, base = MODELS["gemma"].make(64), MODELS["gemma"].make(16)
     parameterize(model, DEEP, base, seed=0)
@@ -257,7 +257,7 @@ def test_a_model_on_the_meta_device_gets_roles_and_multipliers_without_values() 
 
 @pytest.mark.parametrize("kind", ["mixtral", "gpt-oss"])
 def test_sparse_experts_share_the_rates_and_the_numbers_of_the_dense_stack(kind: str) -> None:
-    """Each expert's layer is a part of the tensor that a dense model holds, in the model and in the base."""
+    """Each expert's layer replaces a slice of the tensor in the dense model, in the model and in the base."""
     make = MODELS[kind].make
     dense, sparse = make(32), sparsify(make(32), 0.5, seed=0)
     for base in (make(16), sparsify(make(16), 0.5, seed=0)):

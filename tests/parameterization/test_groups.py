@@ -1,4 +1,4 @@
-"""Optimizer groups: what is in them, torch's optimizers with them, and models that the rules do not describe."""
+"""Optimizer groups: their content, torch's optimizers with them, and models that the rules do not fit."""
 
 from __future__ import annotations
 

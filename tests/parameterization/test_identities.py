@@ -1,4 +1,4 @@
-"""Limits of the parameterizations as training runs of the real model, equal to the last bit."""
+"""Limits of the parameterizations, as training runs of the real model that agree to the last bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WIDTH, LAYERS, VOCAB = 32, 2, 29
 
 
 def train(rules: Parameterization, sparsity: float = 0.0, **options: Any) -> tuple[list[float], dict[str, Tensor]]:
-    """Ten steps of the rules' optimizer: the losses, and the parameters that they end with."""
+    """Run ten steps of the rules' optimizer; return the losses and the final parameters."""
     config = ModelConfig(WIDTH, LAYERS, 4, VOCAB, max_context=16, bias=True, seed=0, sparsity=sparsity, **options)
     model = Transformer(config, rules)
     optimizer: torch.optim.Optimizer
@@ -42,7 +42,7 @@ def same(a: tuple[list[float], dict[str, Tensor]], b: tuple[list[float], dict[st
     return a[0] == b[0] and all(torch.equal(a[1][key], b[1][key]) for key in {**a[1], **b[1]})
 
 
-# Both sides with every option that is not part of the limit set to the same value, and not to a neutral one.
+# Both sides set all options outside the limit to the same value, which is not the neutral one.
 SHARED: dict[str, Any] = {
     "alpha_in": 2.0,
     "alpha_out": 3.0,
@@ -52,7 +52,7 @@ SHARED: dict[str, Any] = {
 }
 
 
-# SGD has rules of its own, and so limits of its own.
+# SGD has its own rules and therefore its own limits.
 SGD: dict[str, Any] = {**SHARED, "optimizer": "sgd"}
 
 
@@ -72,7 +72,7 @@ def test_supar_at_base_density_equals_mup() -> None:
 
 
 def test_completep_at_base_depth_equals_mup() -> None:
-    # L_ref is base_layers for one and n_layers for the other: the same number here.
+    # L_ref is base_layers for one and n_layers for the other, which are equal here.
     for shared in (SHARED, SGD):
         assert same(train(P.completep(8, LAYERS, 0.5, **shared)), train(P.mup(8, **shared)))
 

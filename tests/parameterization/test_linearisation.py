@@ -1,4 +1,4 @@
-"""The linearisation of a residual branch: its slope over depth, and the number itself against finite differences."""
+"""The linearisation of a residual branch: its slope over depth, and the ratio against finite differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_both_exponents_agree_at_the_base_depth() -> None:
 
 
 def test_the_ratio_is_of_first_order_in_the_step() -> None:
-    # Second over first order: a step half as large halves it. Averaged, because a kink may be crossed or not.
+    # Second over first order: halving the step halves the ratio. It is averaged, since a step may cross kinks.
     rules = P.completep(WIDTH, 2)
     halved = [
         linearisation_ratio(rules, 4, seed, WIDTH, lr=1e-4) / linearisation_ratio(rules, 4, seed, WIDTH, lr=2e-4)

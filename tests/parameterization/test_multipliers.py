@@ -1,4 +1,4 @@
-"""Forward multipliers in models that others wrote: they reach what they are for, or one line names what they cannot."""
+"""Forward multipliers in foreign models: they reach their target, or one line says why they cannot."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sparsetrain.parameterization import Parameterization, input_scale, paramete
 from sparsetrain.sparsity import sparsify
 
 P = Parameterization
-# Four blocks for two: every branch is halved.
+# Four blocks over two in the base halve every branch.
 DEEP = P.completep(32, base_layers=2)
 
 
@@ -31,7 +31,7 @@ def encoder(norm_first: bool = True, width: int = 32, heads: int = 4) -> nn.Tran
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_output_projection_of_torchs_attention_is_reached(sparse: bool) -> None:
-    """``nn.MultiheadAttention`` reads the weight of out_proj and never calls it: what it returns is multiplied."""
+    """``nn.MultiheadAttention`` reads the weight of out_proj and never calls it, so its own output is multiplied."""
     model, x = encoder(), torch.randn(2, 8, 32)
     if sparse:
         sparsify(model, 0.5, include=["*linear*", "*out_proj"], seed=0)
@@ -44,7 +44,7 @@ def test_the_output_projection_of_torchs_attention_is_reached(sparse: bool) -> N
 
 
 def test_torchs_encoder_is_the_same_in_training_and_evaluation() -> None:
-    """The fused path of evaluation, which calls no module, is not taken where there are multipliers."""
+    """The fused evaluation path, which calls no module, is not taken if there are multipliers."""
     model, x = encoder(), torch.randn(2, 8, 32)
     reference = encoder()
     parameterize(model, DEEP, encoder(), reinitialise=False)
@@ -61,7 +61,7 @@ def test_torchs_encoder_is_the_same_in_training_and_evaluation() -> None:
 
 
 class Block(nn.Module):
-    """A block of one branch, with the norm where ``kind`` says."""
+    """A block of one branch, with the norm at the place given by ``kind``."""
 
     def __init__(self, kind: str, width: int = 32) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_a_pre_norm_branch_is_multiplied() -> None:
     ],
 )
 def test_a_branch_whose_norm_changes_the_multiplier_is_refused(make: Callable[[], nn.Module], words: str) -> None:
-    """Depth rules hold for pre-norm blocks; the others apply, and so do depth rules at the depth of the base."""
+    """Depth rules hold for pre-norm blocks; other rules apply, and so do depth rules at the base's depth."""
     model = make()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError, match=words) as caught:
@@ -180,7 +180,7 @@ class RootsInside(LM):
 
 
 def test_a_factor_of_the_width_on_an_embedding_is_taken_back_or_named() -> None:
-    """Inside a subclass of the embedding it is measured; in the model's own code it is refused."""
+    """In a subclass of the embedding it is measured; in the model's own code it is refused."""
 
     def make(width: int) -> nn.ModuleDict:
         return nn.ModuleDict({"embed": RootEmbedding(11, width), "head": nn.Linear(width, 11)})
@@ -196,7 +196,7 @@ def test_a_factor_of_the_width_on_an_embedding_is_taken_back_or_named() -> None:
 
 
 def test_a_head_width_that_differs_from_the_bases_is_said() -> None:
-    """muP scales attention by 1 / d_head; the model's own scale is a constant of that only at one d_head."""
+    """muP scales attention by 1 / d_head; the model's own scale differs from it by a constant only at one d_head."""
     with pytest.warns(UserWarning, match=r"d_head is 64 in 'layers.0.self_attn' and 8 in the base: mup scales") as said:
         parameterize(encoder(width=256), P.mup(32), encoder(width=32), reinitialise=False)
     assert len(said) == 1
@@ -227,7 +227,7 @@ def test_the_width_of_heads_is_found_in_a_module_and_in_a_configuration() -> Non
 
 
 def test_a_soft_prompt_acts_as_tokens_in_a_model_of_others() -> None:
-    """Where alpha_in is a hook on the embedding, the prompt's vectors get it as well."""
+    """If alpha_in is a hook on the embedding, the prompt's vectors are multiplied as well."""
     config = GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2)
     model = GPT2LMHeadModel(config).eval()
     parameterize(model, P.mup(16, alpha_in=3.0), model, seed=0)

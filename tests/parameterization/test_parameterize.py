@@ -1,4 +1,4 @@
-"""The surgery-free way to parameterize any model: roles, forward multipliers as hooks, initial values."""
+"""`parameterize` on foreign models: roles, forward multipliers as hooks, initial values."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_what_cannot_be_parameterized_is_named(call: Callable[[], Any], message:
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_hooks_equal_the_multipliers_put_into_the_weights(make: Callable[..., Any]) -> None:
     model = parameterize(make(), RULES, make(16), reinitialise=False)
-    # The oracle has no hooks: its own copy of the weights carries the factors, the head untied from the embedding.
+    # The oracle has no hooks: its copy of the weights contains the factors, with an untied head.
     reference = copy.deepcopy(make())
     reference.load_state_dict(model.state_dict())
     reference.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * (3.0 / 2.0))
@@ -269,7 +269,7 @@ def test_measured_std_of_each_role_of_gpt2() -> None:
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_sparse_and_dense_models_share_their_draws(make: Callable[..., Any]) -> None:
-    # Under muP the density changes no standard deviation: the numbers are the same ones.
+    # Under muP the density changes no standard deviation, so the numbers are equal.
     dense = parameterize(make(), P.mup(16), make(16), seed=3)
     sparse = parameterize(sparsify(make(), 0.6, seed=0), P.mup(16), make(16), seed=3)
     compared = 0
@@ -280,7 +280,7 @@ def test_sparse_and_dense_models_share_their_draws(make: Callable[..., Any]) -> 
         assert torch.equal(layer.values, layer.pattern.gather(weight)), name
         compared += 1
     assert compared >= 8
-    # Under SuPar they are the same but for the factor of the density.
+    # Under SuPar they differ only by the factor of the density.
     scaled = parameterize(sparsify(make(), 0.6, seed=0), P.supar(16), make(16), seed=3)
     for (_, a), (_, b) in zip(sparse_layers(scaled), sparse_layers(sparse), strict=True):
         torch.testing.assert_close(a.values, b.values / sqrt(a.pattern.density))

@@ -1,8 +1,8 @@
-"""Each switch against the public source that it reproduces, in that source's own terms.
+"""Each switch against the public source that it reproduces, in the notation of that source.
 
-The tables are those of the papers and of the code that its authors published: SμPar (arXiv 2405.15743, branch `supar`
-of nanoGPT-mup) and CompleteP (arXiv 2505.01618, Table 1, branch `completep`). Where a paper's table and its code
-differ, both are rows here, and the switches say which of them is meant.
+The tables are those of the papers and of the authors' published code: SμPar (arXiv 2405.15743, branch `supar` of
+nanoGPT-mup) and CompleteP (arXiv 2505.01618, Table 1, branch `completep`). If a paper's table and its code differ, both
+are rows here, and the switches choose between them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Roles of modules that others wrote: norms, padding, what keeps its values, heads, routers, experts, shapes."""
+"""Roles in foreign modules: norms, padding, kept values, heads, routers, experts, shapes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def roles_of(model: nn.Module, **options: Any) -> dict[str, Role]:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain, as most models write it; ``shift`` is what is added to the gain (Gemma, Qwen3-Next: 1)."""
+    """x / rms(x) * gain, as in most models; ``shift`` is added to the gain (1 in Gemma and Qwen3-Next)."""
 
     def __init__(self, width: int, shift: float = 0.0, start: float | None = None, name: str = "weight") -> None:
         super().__init__()
@@ -61,7 +61,7 @@ class LayerNormPlusOne(nn.LayerNorm):
 
 
 class GammaBeta(nn.Module):
-    """A layer norm whose gain and bias are called gamma and beta; its class name says LayerNorm."""
+    """A layer norm whose gain and bias are called gamma and beta; its class name contains LayerNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ NORMS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("make", NORMS.values(), ids=NORMS)
 def test_a_norm_has_the_gain_of_its_author_fresh_or_trained(make: Callable[[], nn.Module]) -> None:
-    """A parameterization leaves the start of a norm, and brings a trained one back to it."""
+    """A parameterization keeps the initial gain of a norm, and resets a trained one to it."""
     start = {name: value.clone() for name, value in make().state_dict().items()}
     fresh, trained = parts(norm=make(), head=nn.Linear(32, 5)), parts(norm=make(), head=nn.Linear(32, 5))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_a_norm_has_the_gain_of_its_author_fresh_or_trained(make: Callable[[], n
 
 @pytest.mark.parametrize("gain", [0.1, 0.0])
 def test_a_norm_that_was_meant_to_start_small_does(gain: float) -> None:
-    """A gain that its author set to another constant, as of a branch that starts at zero, stays."""
+    """A gain that its author set to another constant, e.g. for a branch that starts at zero, stays."""
     model = parts(first=RMSNorm(8), small=nn.LayerNorm(8), norm=nn.LayerNorm(8))
     nn.init.constant_(model["small"].weight, gain)
     parameterize(model, P.sp(), seed=0)
@@ -109,7 +109,7 @@ def test_a_norm_that_was_meant_to_start_small_does(gain: float) -> None:
 
 
 def test_memory_that_no_author_filled_is_no_gain_of_zero() -> None:
-    """After ``to_empty`` memory may be all zeros: torch's norms then start at one."""
+    """After ``to_empty`` memory may be all zeros; torch's norms then start at one."""
     model = nn.ModuleDict({"norm1": nn.LayerNorm(8), "norm": nn.RMSNorm(8)}).to("meta").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def test_a_trained_norm_that_cannot_be_tried_out_is_named() -> None:
             return super().forward(x + residual) * gate
 
     model = parts(norm=FusedNorm(8))
-    parameterize(model, P.sp(), seed=0)  # fresh: nothing to find out
+    parameterize(model, P.sp(), seed=0)  # untrained, so its initial gain is known
     nn.init.normal_(model["norm"].weight)
     with pytest.raises(UserError, match=r"parameter 'norm.weight' \(FusedNorm\) was trained already.*'keep'") as caught:
         parameterize(model, P.sp(), seed=0)
@@ -145,7 +145,7 @@ def test_a_norm_without_weights_needs_no_role() -> None:
 @pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_padding_row_stays_zero(kind: type[nn.Embedding] | type[nn.EmbeddingBag], tied: bool) -> None:
-    """Also where the head, which shares the weight, is the module that comes first."""
+    """Also if the head, which shares the weight, comes first."""
     model = parts(head=nn.Linear(8, 10, bias=False), embed=kind(10, 8, padding_idx=3))
     if tied:
         model["head"].weight = model["embed"].weight
@@ -156,7 +156,7 @@ def test_the_padding_row_stays_zero(kind: type[nn.Embedding] | type[nn.Embedding
 
 
 def test_a_frozen_table_of_positions_keeps_its_values() -> None:
-    """Whisper's sines are an embedding that does not train."""
+    """Whisper's sinusoidal table is a frozen embedding."""
     positions = nn.Embedding(10, 8)
     positions.weight.requires_grad_(False)
     before = positions.weight.clone()
@@ -168,7 +168,7 @@ def test_a_frozen_table_of_positions_keeps_its_values() -> None:
 
 
 class Mixer(nn.Module):
-    """What a state-space layer and its relatives hold beside their matrices."""
+    """Parameters of state-space and similar layers besides their matrices."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Mixer(nn.Module):
 
 
 def test_what_a_module_initialises_in_a_way_of_its_own_is_kept() -> None:
-    """It keeps its values, and gets the plain rate and no decay under every rule."""
+    """It keeps its values, and gets the plain learning rate and no decay under all rules."""
     model, base = parts(mixer=Mixer(32)), parts(mixer=Mixer(16))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     rules = P.supar(16, embedding_lr_multiplier=3.0)
@@ -200,7 +200,7 @@ def test_what_a_module_initialises_in_a_way_of_its_own_is_kept() -> None:
 
 
 def test_a_role_may_be_given_to_a_parameter_or_to_a_module() -> None:
-    """The first glob that matches wins; one for a module makes its bias a bias, one for a parameter does not."""
+    """The first matching glob wins; one for a module gives its bias a bias role, one for a parameter does not."""
 
     class Odd(nn.Module):
         def __init__(self) -> None:
@@ -231,7 +231,7 @@ def test_heads_are_those_that_stay_dense_by_default(name: str) -> None:
 
 
 def test_a_router_and_the_heads_of_attention_are_no_output_heads() -> None:
-    """A router reads the residual stream: a hidden matrix. So is a projection inside a list called heads."""
+    """A router reads the residual stream, so it is a hidden matrix; so is a projection in a list called heads."""
     inner = parts(heads=nn.ModuleList(parts(key=nn.Linear(8, 4)) for _ in range(2)), proj=nn.Linear(8, 8))
     model = parts(sa=inner, mlp=parts(router=nn.Linear(8, 4), experts=nn.ModuleList([parts(w1=nn.Linear(8, 8))])))
     found = roles_of(model, roles={"sa.proj": "output"})
@@ -241,7 +241,7 @@ def test_a_router_and_the_heads_of_attention_are_no_output_heads() -> None:
 
 
 class Experts(nn.Module):
-    """Experts in one tensor each, [E, in, out] although nothing says so."""
+    """Experts in one tensor each, [E, in, out], without an attribute that says so."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class Experts(nn.Module):
 
 
 def test_a_stack_that_does_not_say_which_way_it_is_stored_is_asked_for_where_it_matters() -> None:
-    """Where both dimensions grow alike m_d is the same; where not, the line says how to tell."""
+    """If both dimensions grow alike, m_d is the same; if not, the message says how to give the layout."""
     traits_of = assignment(
         parameterize(parts(experts=Experts(32, 64)), P.mup(16), parts(experts=Experts(16, 32)))
     ).traits_of
@@ -279,7 +279,7 @@ def test_a_stack_that_does_not_say_which_way_it_is_stored_is_asked_for_where_it_
     ],
 )
 def test_m_d_counts_what_one_output_sees(make: Callable[[int], nn.Module], m_d: float) -> None:
-    """The oracle is the module itself: the ratio of the variances of its outputs for weights of one variance."""
+    """The oracle is the module itself: the ratio of output variances for weights of unit variance."""
 
     def variance(module: nn.Module) -> float:
         nn.init.normal_(module.weight)  # type: ignore[arg-type]
@@ -329,7 +329,7 @@ def test_sgd_steps_by_which_side_of_a_matrix_grows() -> None:
 
 
 def test_a_computed_weight_is_named() -> None:
-    """Weight norm and parametrizations hold other tensors than the weight; drawing those would do something else."""
+    """Weight norm and parametrizations hold other tensors than the weight, and drawing those would be wrong."""
     normed = parts(fc1=nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)))
     with pytest.raises(UserError, match=r"the weight of 'fc1' is computed .*call parameterize before that"):
         parameterize(normed, P.sp(), seed=0)

@@ -1,4 +1,4 @@
-"""The resolved table of the parameterizations, row for row."""
+"""The table of the parameterizations, row by row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EMBEDDING_LR = 8.0
 
 
 class Row(NamedTuple):
-    """What one scheme gives one tensor under its default rules."""
+    """The settings that a scheme gives a tensor under its default rules."""
 
     std: float
     lr: float
@@ -103,7 +103,7 @@ def test_table_row_for_row(scheme: str, role: Role) -> None:
     assert measured == {**TABLE[scheme], **OUTSIDE}[role]
 
 
-FACTORS = {  # scheme -> wd_rule -> what lambda of a matrix is multiplied by
+FACTORS = {  # scheme -> wd_rule -> factor of lambda for a matrix
     "sp": {"coupled": 1.0, "width": 1.0, "width_density": 1.0},
     "mup": {"coupled": 1.0, "width": 4.0, "width_density": 4.0},
     "supar": {"coupled": 1.0, "width": 4.0, "width_density": 1.0},
@@ -217,7 +217,7 @@ def test_decay_per_step_does_not_depend_on_width_or_density(
 )
 @pytest.mark.parametrize("role", Role)
 def test_limits_are_equal_to_the_last_bit(special: Parameterization, general: Parameterization, role: Role) -> None:
-    # At ratios of 1 the general scheme is the special one; m_d stays free where both use it, so does the density.
+    # At ratios of 1 the general scheme equals the special one; m_d and density stay free if both schemes use them.
     widths = (1.0,) if special.scheme == "sp" else (1.0, 3.0)
     densities = (1.0, 0.3) if special.uses_density == general.uses_density else (1.0,)
     for tensor in [TensorTraits(role, m_d, density) for m_d in widths for density in densities]:

@@ -1,4 +1,4 @@
-"""The rules of SGD: their table row for row, the count that they follow from, and what is refused."""
+"""The rules of SGD: their table row by row, the derivation, and refused settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A wrapper around a model, or around its blocks, changes no initial value, no role and no group."""
+"""A wrapper around a model or its blocks changes no initial value, role or group."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def test_a_wrapped_model_gets_the_numbers_and_groups_of_the_bare_one(wrap: Calla
     for groups in (lambda model: param_groups(model, RULES, lr=0.1), lambda model: decay_groups(model, 0.1)):
         assert settings(groups(wrapped)) == settings(groups(bare))
     if wrap in (compiled, compiled_blocks):
-        return  # what a compiler does with hooks is tested below, on a model that compiles fast
+        return  # hooks under a compiler are tested below, on a model that compiles fast
     tokens = torch.arange(6).view(1, 6)
     with torch.no_grad():
         torch.testing.assert_close(wrapped.eval()(tokens).logits, bare.eval()(tokens).logits)
 
 
 def test_a_compiled_model_has_the_multipliers() -> None:
-    """Hooks are traced with the module that they are on."""
+    """Hooks are traced together with their module."""
     rules = P.mup(16, alpha_in=2.0)
 
     def make(width: int) -> nn.Module:

@@ -1,4 +1,4 @@
-"""Checkpoints that return as they were, and what is damaged: every refusal is checked by name."""
+"""Checkpoints: they restore bit for bit, and every kind of damage is refused with its own message."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_keep_last_removes_older_checkpoints_only(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         save(tmp_path, step, keep_last=2)
     assert list_checkpoints(tmp_path) == ["step-00000030", "step-00000040"]
-    save(tmp_path, 35, keep_last=1)  # the run went back to 30 and took another way
+    save(tmp_path, 35, keep_last=1)  # the run restarted from 30 and continued differently
     assert list_checkpoints(tmp_path) == ["step-00000035", "step-00000040"]
     assert load(tmp_path)[0].step == 35
     save(tmp_path, 100_000_000, keep_last=5)
@@ -132,7 +132,7 @@ def pair(tmp_path: Path) -> Path:
 
 
 def assert_refused(directory: Path, reason: str) -> None:
-    """Assert that checkpoint 2 is refused by name, alone and in favour of checkpoint 1."""
+    """Assert that checkpoint 2 is refused by name, and that checkpoint 1 is loaded instead."""
     checkpoint, refusals = load(directory)
     assert checkpoint.step == 1
     assert len(refusals) == 1
@@ -151,7 +151,7 @@ def test_every_flipped_byte_is_refused_and_the_previous_one_used(pair: Path, fil
     content = path.read_bytes()
     reason = "manifest.json has been changed.*" if file == "manifest.json" else f"{file} does not have the SHA-256.*"
     for position in range(len(content)):
-        # One bit, another one at each position, and in between a whole byte.
+        # One bit per position, a different one each time, and sometimes a whole byte.
         damaged = bytearray(content)
         damaged[position] ^= 0xFF if position % 9 == 8 else 1 << (position % 9)
         path.write_bytes(damaged)
@@ -236,7 +236,7 @@ def test_every_flipped_byte_of_latest_leaves_a_checkpoint(pair: Path) -> None:
             damaged[position] ^= mask
             (pair / "latest").write_bytes(damaged)
             checkpoint, refusals = load(pair)
-            # A name that has become that of another checkpoint is followed; any other is not.
+            # If the damaged file names another checkpoint, it is followed; otherwise it is ignored.
             assert checkpoint.step == (1 if damaged == b"step-00000001\n" else 2)
             assert refusals == []
 

@@ -1,4 +1,4 @@
-"""What runs of format 1 recorded in another shape: a pipeline's fixed stages, and densities over time."""
+"""Settings that format 1 recorded in another shape: fixed pipeline stages, and densities over time."""
 
 from __future__ import annotations
 

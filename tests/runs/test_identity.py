@@ -1,4 +1,4 @@
-"""What identifies a run: by properties over made-up schemas, and over the settings of every kind of run."""
+"""Identity of runs: properties over made-up schemas, and over the settings of all kinds of run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def of(config: Any, schema: type | None = None, **facts: str | None) -> Recorded
 
 
 def read(run: Recorded, schema: type) -> Recorded:
-    """The run as a version with the settings of ``schema`` reads it."""
+    """Return the run as a version with the settings of ``schema`` reads it."""
     return dataclasses.replace(run, schema=schema)
 
 
@@ -181,13 +181,13 @@ def test_a_model_setting_at_its_default_is_as_good_as_none(configure: Configure)
     assert digest(run) == digest(said)
     assert differences(run, said) == differences(said, run) == []
     seeded = identify("pretrain", configure(PretrainConfig, {"model.seed": 0}), TEXT)
-    assert digest(seeded) != digest(run)  # a seed of its own does not follow that of the run
+    assert digest(seeded) != digest(run)  # its own seed does not follow the run's
 
 
 def test_differing_corpora_are_named_by_the_settings_that_differ(configure: Configure) -> None:
     run = identify("pretrain", configure(PretrainConfig), TEXT)
     other = identify("pretrain", configure(PretrainConfig, {"data.max_documents": 9}), TEXT)
-    assert differences(run, other) == []  # the same text all the same
+    assert differences(run, other) == []  # still the same text
     other.facts["corpus"] = "text-1"
     assert differences(run, other) == ["data.max_documents=None (there: 9)"]
 
@@ -205,7 +205,7 @@ def write(directory: Path, content: Any) -> Path:
 def test_a_directory_of_format_1_is_the_run_that_it_was(configure: Configure, tmp_path: Path, verb: str) -> None:
     run = identify(verb, settings_of(configure, verb, runs_dir=tmp_path), TEXT)
     old = {**copy.deepcopy(run.values), "corpus": "text-0", "source": None}
-    del old["sparsity"]["evolution"]["grown_moments"]  # which came later
+    del old["sparsity"]["evolution"]["grown_moments"]  # which was added later
     there = read_recorded(write(tmp_path / f"{verb}-0123abcd", old), run.schema)
     assert (there.format, there.kind) == (1, verb)
     assert digest(there) == digest(run)

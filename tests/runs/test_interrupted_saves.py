@@ -1,4 +1,4 @@
-"""Saves that are interrupted, a full disk, and readers while a run saves."""
+"""Saves that are interrupted, a full disk, and readers during a save."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from checkpoints import FILES, load, save
 
 from sparsetrain.errors import UserError
 
-# Everything through which a save changes the disk.
+# All system calls by which a save changes the disk.
 CALLS: list[tuple[Any, str]] = [
     (os, "mkdir"),
     (os, "open"),
@@ -35,11 +35,11 @@ CALLS: list[tuple[Any, str]] = [
 
 
 class Killed(BaseException):
-    """The process is dead: no call works any more, so that no clean-up can help."""
+    """The process is dead: every call fails from now on, so that no clean-up can help."""
 
 
 class Saboteur:
-    """Counts file system calls; from call number ``at`` on, or only there, they do not do what they should."""
+    """Counts file system calls and makes them fail: from call number ``at`` on, or only at that call."""
 
     def __init__(self, patch: pytest.MonkeyPatch, at: int, mode: str) -> None:
         self.count, self.at, self.mode = 0, at, mode
@@ -59,7 +59,7 @@ class Saboteur:
 
 
 def prepare_first(directory: Path) -> None:
-    """The save is the first one of the run."""
+    """The save is the first of the run."""
 
 
 def prepare_next(directory: Path) -> None:
@@ -68,7 +68,7 @@ def prepare_next(directory: Path) -> None:
 
 
 def prepare_again(directory: Path) -> None:
-    """The save replaces the only checkpoint there is."""
+    """The save replaces the only checkpoint."""
     save(directory, 2, keep_last=1, mark=1)
 
 
@@ -87,14 +87,14 @@ def sabotaged(tmp_path: Path, mode: str, prepare: Callable[[Path], None]) -> Ite
             except (Killed, UserError) as error:
                 failure = error
         if failure is None and saboteur.count < at:
-            assert at > 20  # else the calls were not intercepted
+            assert at > 20  # otherwise the calls were not intercepted
             return
         if failure is not None:
             yield directory, failure
 
 
 def loadable(directory: Path) -> tuple[int, Any] | None:
-    """Return the step and mark of what a run would resume from; nothing may be refused."""
+    """Return step and mark of the checkpoint that a run would resume from; none may be refused."""
     try:
         checkpoint, refusals = load(directory)
     except UserError as error:
@@ -121,10 +121,10 @@ def test_a_save_stopped_at_any_call_leaves_the_old_or_the_new(
             )
             assert not list(directory.glob(".writing-*"))
             assert not (directory / ".latest").exists()
-        save(directory, 3, keep_last=1)  # the next save clears what is left
+        save(directory, 3, keep_last=1)  # the next save clears leftovers
         assert sorted(os.listdir(directory)) == ["latest", "step-00000003"]
     assert {old, (2, 2)} == set(outcomes)
-    # Once the new one is in place there is no way back to the old.
+    # Once the new checkpoint is in place, the old one never returns.
     assert outcomes == sorted(outcomes, key=lambda outcome: outcome == (2, 2))
 
 

@@ -1,4 +1,4 @@
-"""`metrics.jsonl` under resumption, kills in the middle of a line, and a full disk."""
+"""``metrics.jsonl`` after resuming, after kills in the middle of a line, and on a full disk."""
 
 from __future__ import annotations
 

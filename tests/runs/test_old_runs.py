@@ -1,6 +1,6 @@
-"""Runs of an earlier version, moved together with their text: found again, gone on with, extended.
+"""Runs of an earlier version, moved together with their text: found again, resumed, extended.
 
-How they were made says ``tests/data/old_runs/README.md``. The path of the text that they recorded is no longer there.
+``tests/data/old_runs/README.md`` describes how they were made. The path of the text that they recorded is gone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PIPELINE = [
 
 @pytest.fixture
 def moved(tmp_path: Path) -> Path:
-    """The old runs and their text at another place."""
+    """The old runs and their text in another place."""
     return Path(shutil.copytree(OLD, tmp_path / "moved"))
 
 
@@ -56,7 +56,7 @@ def losses(directory: Path, key: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("missing", [[], ["corpus", "source"]], ids=["as it was", "of a still older version"])
 def test_a_finished_run_is_found_by_what_it_is(moved: Path, shell: Any, missing: list[str]) -> None:
-    """Its name ends in a hash that nothing computes any more; the path of the text that it recorded is gone."""
+    """Its name ends in a hash that nothing computes today, and the recorded path of its text is gone."""
     run = only(moved / "finished")
     config = yaml.safe_load((run / "config.yaml").read_text())
     for key in missing:
@@ -119,14 +119,14 @@ def test_a_sweep_trains_the_new_point_alone(moved: Path, shell: Any) -> None:
     assert {path: contents(path) for path in old} == old
     (new,) = (path for path in runs.iterdir() if path not in old)
 
-    # The rows of the old runs are those of the old table, from their directories or from that table.
+    # Old runs give the same rows from their directories as from the old table.
     table = moved / "sweep" / "results.csv"
     before = list(csv.DictReader(table.read_text().splitlines()))
     for places in ([runs], [table, new]):
         status, _, err = shell.run("sweep", *map(str, places), "--out", str(moved / "out"))
         assert status == 0, err
         after = list(csv.DictReader((moved / "out" / "results.csv").read_text().splitlines()))
-        assert after[:2] == before  # and so no column more, for names of settings or places that changed
+        assert after[:2] == before  # so renamed settings and moved files add no column
         assert [row["lr"] for row in after] == ["0.002", "0.004", "0.008"]
 
 
@@ -171,7 +171,7 @@ print("status", main([*words, "loop.average=0.5"]))
 
 
 def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(moved: Path) -> None:
-    """A field of the loop that no old directory records: at its default, which is not None, it changes nothing."""
+    """A field of the loop that no old directory records changes nothing at its default, which is not None."""
     runs, swept = moved / "finished", moved / "sweep" / "runs"
     for verb, words, place in (
         (["pretrain"], FINISHED, runs),
@@ -186,4 +186,4 @@ def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(moved: Path
         first, second = run.stdout.split("status 0")[:2]
         assert first.count("already done in") == len(before)
         assert "already done" not in second
-        assert len(set(place.iterdir()) - before) == len(before)  # what differs from the default is another run
+        assert len(set(place.iterdir()) - before) == len(before)  # a value other than the default is another run

@@ -76,7 +76,7 @@ def test_restored_optimizer_continues_as_torch_and_as_uninterrupted(name: str, d
     saved = snapshot(optimizer_tensors(optimizer, model.named_parameters()))
     torch_saved = copy.deepcopy(optimizer.state_dict())
     ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
-    # Our groups come in another order, and with other options, than those that were saved.
+    # The groups have another order and other options than the saved ones.
     our_optimizer, their_optimizer = build(make_groups(ours, reverse=True)), build(make_groups(theirs))
     restore_optimizer(our_optimizer, saved, ours.named_parameters())
     their_optimizer.load_state_dict(torch_saved)
@@ -157,7 +157,7 @@ def stepped() -> tuple[nn.Sequential, OptimizerTensors]:
 
 
 def refusal(model: nn.Module, saved: OptimizerTensors, groups: list[dict[str, Any]] | None = None) -> str:
-    """Return why ``saved`` is refused, having checked that the optimizer is as it was."""
+    """Return the reason why ``saved`` is refused, after checking that the optimizer is unchanged."""
     optimizer = torch.optim.AdamW(groups or make_groups(model), lr=0.7)
     with pytest.raises(UserError) as caught:
         restore_optimizer(optimizer, saved, model.named_parameters())

@@ -1,4 +1,4 @@
-"""What a directory of an earlier format recorded, under the names and with the defaults of today."""
+"""Directories of an earlier format, read with the names and defaults of today."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Intervals of means and of differences, against scipy's own."""
+"""Intervals of means and differences against scipy's."""
 
 from __future__ import annotations
 

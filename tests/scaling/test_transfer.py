@@ -1,4 +1,4 @@
-"""Optima of curves: against quadratics whose minimum is known, scipy, and hand-made edges."""
+"""Optima of curves: quadratics with known minima, scipy, and hand-made edge cases."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_single_point_is_an_edge() -> None:
 def test_a_diverged_neighbour_brackets_but_is_not_interpolated() -> None:
     found = optimum(curve([2.5, 2.2, 2.0, math.inf, math.inf], GRID[:5]))
     assert (found.log2, found.edge, found.interpolated) == (-9.0, None, False)
-    # A point where one of two seeds diverged is no optimum, however good the other was.
+    # A point at which one of two seeds diverged is not an optimum, however low the other loss is.
     found = optimum(curve([[2.5, 2.5], [2.2, 2.2], [1.0, math.inf]], GRID[:3]))
     assert (found.best, found.log2, found.interpolated) == (-10.0, -10.0, False)
     with pytest.raises(UserError, match="every point of the curve diverged"):
@@ -109,12 +109,12 @@ def test_a_diverged_neighbour_brackets_but_is_not_interpolated() -> None:
 
 
 def noisy(center: float, seeds: int, noise: float, rng: np.random.Generator) -> np.ndarray:
-    offsets = rng.normal(0, 0.1, size=seeds)  # of a seed as a whole: cancels in the position
+    offsets = rng.normal(0, 0.1, size=seeds)  # one offset per seed, which cancels in the position
     return quadratic(center)[:, None] + offsets + rng.normal(0, noise, size=(len(GRID), seeds))
 
 
 def vertices(losses: np.ndarray, points: slice) -> np.ndarray:
-    """Return where numpy's parabola through three points of each seed has its vertex."""
+    """Return the vertex of numpy's parabola through three points of each seed."""
     a, b, _ = np.polyfit(GRID[points], losses[points], 2)
     return np.asarray(-b / (2 * a))
 
@@ -137,7 +137,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     moves: list[float] = []
     for _ in range(count):
         at, base_at = rng.uniform(-7.6, -7.2), rng.uniform(-8.6, -8.2)
-        tilt = GRID[:, None] * rng.normal(0, 0.02, 3)  # what two curves of the same seeds have in common
+        tilt = GRID[:, None] * rng.normal(0, 0.02, 3)  # a tilt that two curves of the same seeds share
         one, base = (curve(noisy(center, 3, 0.01, rng) + tilt) for center in (at, base_at))
         own = list(own_optima(one).values())
         ranges += min(own) <= at <= max(own)
@@ -146,7 +146,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         assert found is not None
         assert moved is not None
         assert moved.interval is not None
-        # What the interval says of its own width, in standard errors of t with two degrees of freedom.
+        # The width of the interval in standard errors, for t with two degrees of freedom.
         assert found[1] - found[0] == pytest.approx(2 * scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(own))
         middle, half = np.mean(moved.interval), (moved.interval[1] - moved.interval[0]) / 2
         moves.append(float((middle - (at - base_at)) / (half / scipy.stats.t.ppf(0.975, 2))))
@@ -154,14 +154,14 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
         covered = np.mean(np.abs(found_ratios) <= scipy.stats.t.ppf(0.975, 2))
         assert 0.935 <= covered <= 0.965
         assert scipy.stats.kstest(found_ratios, scipy.stats.t(2).cdf).pvalue > 0.01
-    # The range of three seeds, all that a percentile bootstrap of them gives, is right in 1 - 2 (1/2)^3 of all cases.
+    # A percentile bootstrap of three seeds gives their range, which covers the mean in 1 - 2 (1/2)^3 of all cases.
     assert ranges / count == pytest.approx(0.75, abs=0.04)
 
 
 def test_a_seed_that_lacks_one_of_the_three_points_has_no_optimum_of_its_own() -> None:
     losses = noisy(-8.3, 4, 0.004, np.random.default_rng(0))
     whole = optimum(curve(losses[:, :3])).interval
-    losses[2, 3] = np.nan  # what is filled in says nothing new
+    losses[2, 3] = np.nan  # a filled-in loss adds no information
     assert own_optima(curve(losses)).keys() == {0, 1, 2}
     assert optimum(curve(losses)).interval == pytest.approx(whole)
     losses[2, 1:] = np.nan
@@ -184,7 +184,7 @@ def test_offsets_of_whole_seeds_do_not_widen_the_interval() -> None:
 
 
 def test_an_interval_that_reaches_beyond_the_grid_is_open_there() -> None:
-    # Seed 1 alone would be best beyond the right end.
+    # The optimum of seed 1 alone lies beyond the right end.
     losses = np.array([[2.0, 2.0], [1.0, 1.5], [1.6, 1.2]])
     found = optimum(curve(losses, [0.0, 1.0, 2.0]))
     assert found.log2 is not None
@@ -228,7 +228,7 @@ def test_common_noise_of_shared_seeds_cancels_in_the_shift() -> None:
     found = shift(a, b)
     assert found is not None
     assert found.interval == pytest.approx((1.0, 1.0))
-    # Other seeds are other runs, and nothing cancels.
+    # With different seeds nothing cancels.
     apart = shift(curve(a.losses, seeds=(7, 8, 9)), b)
     assert apart is not None
     assert apart.interval is not None
@@ -333,7 +333,7 @@ def test_curves_are_made_of_rows_in_any_order() -> None:
     assert made["a"].seeds == (0, 1)
     assert np.array_equal(made["a"].losses, [[1, 2], [0, 1], [1, np.nan]], equal_nan=True)
     assert made["b"].losses.tolist() == [[math.inf]]
-    assert make_curves([*rows, *rows]).keys() == made.keys()  # the same row twice says nothing new
+    assert make_curves([*rows, *rows]).keys() == made.keys()  # a repeated row adds no information
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the tests of stages have in common."""
+"""Fixtures for the tests of stages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Train = Callable[..., RunResult]
 
 @pytest.fixture
 def tiny(configure: Configure) -> Configure:
-    """Return the configuration of a tinier run: ``tiny(phases, {"schedule": ...}, run_dir=...)``."""
+    """Return the configuration of a very small run: ``tiny(phases, {"schedule": ...}, run_dir=...)``."""
 
     def make(
         phases: Phases | None, changes: dict[str, Any] | None = None, kind: type = PretrainConfig, **top: Any
@@ -45,13 +45,13 @@ def tiny(configure: Configure) -> Configure:
 
 @pytest.fixture
 def train(tiny: Configure, tmp_path: Path) -> Train:
-    """Train a tinier run in the folder ``name``: ``train(name, phases, changes)``."""
+    """Train a very small run in the folder ``name``: ``train(name, phases, changes)``."""
     return lambda name, *settings: pretrain(tiny(*settings, run_dir=tmp_path / name), Console(file=io.StringIO()))
 
 
 @pytest.fixture
 def sparse(trained: Callable[..., Path], tmp_path: Path) -> RunResult:
-    """A finished pre-training at 75 % sparsity, in a directory that belongs to the test."""
+    """A finished pre-training at 75 % sparsity, in a directory of the test's own."""
     done = finished(shutil.copytree(trained(), tmp_path / "sparse"))
     assert done is not None
     return done

@@ -1,4 +1,4 @@
-"""Tables of arms from directories: those of the experiments on file are written back as runs, and collected again."""
+"""Tables of arms from directories: the committed experiments are written as runs and read back."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def write_run(directory: Path, row: dict[str, Any], config: dict[str, Any], **re
 
 
 def one_pipeline(row: dict[str, Any]) -> str:
-    """One pipeline a seed: stages on another task are named after it."""
+    """One pipeline per seed; stages on another task have its name as prefix."""
     prefix = f"{row['task']}-" if row["task"] == "pubmedqa" else ""
     return f"seed{row['seed']}/{row['arm']}/{prefix}{row['stage']}"
 
 
 def beside_pipeline(row: dict[str, Any]) -> str:
-    """What a pipeline of three stages does not have lies beside it, in a directory for each task."""
+    """Stages that a three-stage pipeline lacks lie beside it, in one directory per task."""
     inside = row["stage"] in ("pretrain", "finetune", "prompt") and row["task"] != "pubmedqa"
     return f"seed{row['seed']}{'' if inside else '-' + row['task']}/{row['arm']}/{row['stage']}"
 
@@ -99,7 +99,7 @@ def test_runs_replace_the_rows_of_an_earlier_table(tmp_path: Path) -> None:
     write_pipelines(tmp_path, some)
     found, _ = load_arms([MEDISWIFT / "results.csv", tmp_path])
     assert len(found.rows) == len(whole.rows)
-    assert "how" not in found.columns  # the older name of the column stage
+    assert "how" not in found.columns  # an older name of the column stage
     assert {row["seed"] for row in found.rows if row["seconds"] == 1.0} == {1}
     assert len([row for row in found.rows if row["seconds"] == 1.0]) == len(some.rows)
 

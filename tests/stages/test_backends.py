@@ -1,4 +1,4 @@
-"""The backend of each layer: chosen once at a run's start, kept with the run, the same after a resume."""
+"""The backend of each layer is chosen when a run starts, saved with the run, and kept on a resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsetrain.training.loop import Trainer
 
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """csr for layers of a density up to 0.3."""
+    """A crossover table that chooses csr up to density 0.3."""
     monkeypatch.setitem(auto._tables, "csr", Crossover([64], [64], [1], [[[0.3]]]))
 
 

@@ -1,4 +1,4 @@
-"""The coordinate check as a stage: its verdicts, its files, going on after a kill, and what it refuses."""
+"""The coordinate check as a stage: its verdicts, its files, resuming after a kill, and refused settings."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_over_sparsity_supar_keeps_its_scale_and_sp_and_mup_do_not(
     text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "supar: worst max/min" in text
     assert "keeps its scale (limit 2)" in text
-    # Once more: nothing is trained, and the answer is the same.
+    # The second call trains nothing and gives the same result.
     assert coord_check(config, screen).values == result.values
 
 
@@ -89,7 +89,7 @@ def test_a_check_that_was_killed_goes_on(
         nonlocal calls
         calls += 1
         if calls == 3:
-            raise KeyboardInterrupt  # not by a signal: a process that a shell put in the background may ignore it
+            raise KeyboardInterrupt  # no signal, because a background process of a shell may ignore it
         return true_read(*arguments)
 
     monkeypatch.setattr(module, "read_coordinates", read)
@@ -97,9 +97,9 @@ def test_a_check_that_was_killed_goes_on(
         coord_check(config, screen)
     trials = tmp_path / "killed" / "trials.jsonl"
     with trials.open("a") as stream:
-        stream.write('[["supar", 0.0')  # half a line, as a kill may leave
+        stream.write('[["supar", 0.0')  # half a line, as after a kill
     assert coord_check(config, screen).values["schemes"] == whole["schemes"]
-    assert calls == 5  # two before the kill, and the one that was interrupted once more
+    assert calls == 5  # two before the kill, and the interrupted one again
     assert len([json.loads(line) for line in trials.read_text().splitlines()]) == 4
     assert (tmp_path / "killed" / "coordinates.csv").read_text() == (tmp_path / "whole" / "coordinates.csv").read_text()
 

@@ -1,4 +1,4 @@
-"""What a sweep will take, before it starts."""
+"""Estimates of a sweep before it starts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
         estimate, "prepare", lambda *words, **more: (prepared.append(words), prepare(*words, **more))[1]
     )
     before = sweep_cost([*configs, None], screen)
-    assert len(prepared) == 1  # three points of one text
+    assert len(prepared) == 1  # three points share one text
     shape = model_config(configs[0].model, 257)
     tokens = 3 * 2 * 32
     formula = [tokens * training_flops_per_token(shape, density, 32).total for density in (1.0, 0.5, 0.25)]

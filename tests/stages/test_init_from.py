@@ -1,4 +1,4 @@
-"""What a stage takes over from the run that it starts from, and what it refuses."""
+"""Settings that a stage inherits from the run that it starts from, and settings that it refuses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from sparsetrain.stages.config import build
 Configure = Callable[..., Any]
 
 
-# What the command line takes over from init_from.
+# Settings that the command line inherits from init_from.
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_stage_takes_over_model_masks_rules_and_data(inherit: Callable[..., An
     assert (config.data.path, config.data.context) == (saved["data"]["path"], 48)
     more = inherit("pretrain", f"data.path={saved['data']['path']}")
     assert more.data.tokenizer_path == str(sparse.directory / "tokenizer.json")
-    assert more.data.context == 128  # data is its own there
+    assert more.data.context == 128  # pre-training does not inherit data
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sizes that cannot work: refused in one line before anything is built, forced, or out of memory all the same."""
+"""Sizes that exceed the memory: refused in one line before anything is built, forced, or failing in the allocator."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def never(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def scarce(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    """Let the machine have so little memory."""
+    """Pretend that the machine has this much memory."""
     monkeypatch.setattr(memory, "available_memory", lambda *_: Available(size, "available on this machine"))
 
 
 def told(shell: Shell, *words: str) -> str:
-    """Assert that a command is refused in one line, whatever it kept in the cache of corpora; return the line."""
+    """Assert that a command is refused in one line, and return it; files in the cache of corpora do not matter."""
     status, out, err = shell.run(*words)
     assert (status, err.count("\n")) == (2, 1), (out, err)
     assert err.startswith("sparsetrain: ")
@@ -57,7 +57,7 @@ def told(shell: Shell, *words: str) -> str:
 @pytest.mark.usefixtures("never")
 @pytest.mark.parametrize(("words", "said"), HUGE, ids=[entry[0][0][:40] for entry in HUGE])
 def test_a_training_that_cannot_fit_is_refused_with_what_would(words: list[str], said: str, shell: Shell) -> None:
-    """The estimate, what there is, the main part, and a setting that would fit."""
+    """The message gives the estimate, the available memory, the largest component, and a setting that would fit."""
     line = told(shell, "pretrain", *shell.tiny, *words, "run_dir=run")
     assert re.search(said, line), line
     assert not (shell.home / "run").exists()
@@ -78,7 +78,7 @@ def test_a_training_that_cannot_fit_is_refused_with_what_would(words: list[str],
     ids=" ".join,
 )
 def test_other_trainings_are_refused_too(words: list[str], shell: Shell) -> None:
-    """Fine-tuning, every stage of a pipeline before its first arm, and every point of a coordinate check."""
+    """Fine-tuning, all stages of a pipeline before its first arm, and all points of a coordinate check."""
     task = shell.task if words[0] != "coord-check" else []
     line = told(shell, *words[:1], *shell.tiny, *task, *words[1:], "run_dir=run")
     assert "of memory" in line
@@ -104,7 +104,7 @@ def test_measurements_are_refused_before_the_first(words: list[str], shell: Shel
 
 
 def test_generation_is_refused_before_the_model_is_read(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys and values of 10^12 tokens are petabytes; and so is a prompt of 10^9 vectors too long for its rows."""
+    """Keys and values of 10^12 tokens take petabytes; a prompt of 10^9 vectors exceeds its rows."""
     shell.trained()
     monkeypatch.setattr(Transformer, "__init__", built)
     line = shell.refused("generate", "init_from=run", "max_new_tokens=1000000000000")
@@ -113,7 +113,7 @@ def test_generation_is_refused_before_the_model_is_read(shell: Shell, monkeypatc
 
 
 def test_a_sweep_goes_on_behind_a_point_that_cannot_fit(shell: Shell) -> None:
-    """The point is counted as one that cannot run, says why by itself, and the others are trained."""
+    """The point counts as refused and reports the reason itself; the others are trained."""
     status, out, err = shell.run("pretrain", "-m", *shell.tiny, "budget.batch_size=100000000,2", "runs_dir=runs")
     assert (status, err.count("of memory")) == (2, 1)
     assert "1 to run, 1 that cannot run" in out
@@ -122,7 +122,7 @@ def test_a_sweep_goes_on_behind_a_point_that_cannot_fit(shell: Shell) -> None:
 
 @pytest.mark.parametrize("word", ["--force", "force=true"])
 def test_force_goes_on_with_a_warning_as_the_same_run(word: str, shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refused is trained when forced; the name of a run does not say that it was."""
+    """A refused run is trained when forced; its directory name does not depend on force."""
     words = ["pretrain", *shell.tiny]
     with monkeypatch.context() as patch:
         scarce(patch, 1000)
@@ -134,7 +134,7 @@ def test_force_goes_on_with_a_warning_as_the_same_run(word: str, shell: Shell, m
 
 
 def test_what_may_just_fit_is_warned_of_and_done(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the certain part and the likely one nothing is refused."""
+    """A workload between the certain and the likely footprint is not refused."""
     least = []
     real = memory.check_footprint
 
@@ -151,7 +151,7 @@ def test_what_may_just_fit_is_warned_of_and_done(shell: Shell, monkeypatch: pyte
 
 
 def test_data_takes_no_force(shell: Shell) -> None:
-    """Reading a corpus takes no memory by its settings."""
+    """The memory for reading a corpus does not depend on settings."""
     assert "force" in shell.refused("data", "--force")
 
 
@@ -164,7 +164,7 @@ def test_data_takes_no_force(shell: Shell) -> None:
     ],
 )
 def test_an_allocation_that_fails_is_one_line(error: Exception) -> None:
-    """Memory that was there before may be gone; other errors stay what they are."""
+    """Memory may be gone by then; other errors are not changed."""
     with pytest.raises(UserError, match="this training ran out of memory"), memory_errors("this training"):
         raise error
     with pytest.raises(RuntimeError, match="shapes"), memory_errors("this training"):
@@ -172,7 +172,7 @@ def test_an_allocation_that_fails_is_one_line(error: Exception) -> None:
 
 
 def test_a_forced_run_that_the_system_refuses_is_one_line(shell: Shell) -> None:
-    """In 12 GiB of address space a batch of terabytes is refused by the estimate, and when forced by the allocator."""
+    """With 12 GiB of address space, the estimate refuses a batch of terabytes; if forced, the allocator does."""
     words = ["pretrain", *shell.tiny, "budget.batch_size=10000000", "run_dir=run"]
     code = (
         "import resource, sys; from sparsetrain.cli import main\n"

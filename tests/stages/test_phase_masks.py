@@ -1,4 +1,4 @@
-"""Densities of phases: what masks, weights and moments are at a border, and what starts from such a run."""
+"""Densities of phases: masks, weights and moments at a border, and runs that start from such a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Phases = list[dict[str, Any]]
 Train = Callable[..., RunResult]
 
 
-# Outputs of these tiny layers may have no weight.
+# Outputs of these tiny layers may lose all weights.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
 
 
@@ -46,7 +46,7 @@ NUMEL = sum(rows * columns for rows, columns in LAYERS.values())
 
 
 def scattered(found: dict[str, Tensor], layer: str, values: Tensor) -> Tensor:
-    """Return the values of a layer as a dense matrix, NaN where it has none."""
+    """Return the values of a layer as a dense matrix, with NaN where nothing is stored."""
     rows, columns = LAYERS[layer]
     prefix = f"blocks.0.{layer}"
     counts = found[f"{prefix}.row_ptr"].diff()
@@ -56,7 +56,7 @@ def scattered(found: dict[str, Tensor], layer: str, values: Tensor) -> Tensor:
 
 
 def at_a_border(train: Train, monkeypatch: pytest.MonkeyPatch, phases: Phases, changes: dict[str, Any]) -> None:
-    """Stop two runs after step 4, ``border-4``, which changes its masks there, and ``border-5``, which does not yet."""
+    """Stop two runs after step 4: ``border-4`` has just changed its masks there, ``border-5`` not yet."""
     for border in (4, 5):
         lengths = (border * 64, (8 - border) * 64)
         with monkeypatch.context() as patch:
@@ -94,7 +94,7 @@ def test_a_border_drops_the_smallest_and_grows_zeros(
         assert [int((~matrix.isnan()).sum()) for matrix in (old, new)] == sizes
         kept = ~old.isnan()
         if sizes[1] < sizes[0]:
-            # Of the stored ones in row-major order, the first of the smallest go.
+            # Among equal magnitudes, the first in row-major order are dropped.
             order = old.flatten().abs()[kept.flatten()].argsort(stable=True)
             places = kept.flatten().nonzero().squeeze(1)
             kept.view(-1)[places[order[: sizes[0] - sizes[1]]]] = False
@@ -116,7 +116,7 @@ def test_a_border_drops_the_smallest_and_grows_zeros(
 def assert_grown_by_gradient(
     train: Train, tiny: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Compare what grew with the gradients of a dense model of the same weights, in torch alone."""
+    """Compare the grown connections with gradients of a dense model of the same weights, in plain torch."""
     phases = [{"tokens": 320, "density": 0.3}, {"tokens": 192, "density": 0.7}]
     with monkeypatch.context() as patch:
         stop_after(patch, 3)

@@ -1,6 +1,6 @@
-"""Runs in phases: resumed bit for bit on either side of a border, and each phase what its settings say.
+"""Runs in phases: resumed bit for bit on either side of a border, each phase with its own settings.
 
-The runs are a few steps of a model of 16 features; ``tests/optim/test_budget.py`` has how shares become steps.
+The runs are a few steps of a model of 16 features. ``tests/optim/test_budget.py`` tests how shares become steps.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Configure = Callable[..., Any]
 Phases = list[dict[str, Any]]
 Train = Callable[..., RunResult]
 
-# Outputs of these tiny layers may have no weight.
+# Outputs of these tiny layers may lose all weights.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
 
 LAYERS = {"attn.qkv": (48, 16), "attn.out": (16, 16), "mlp.up": (64, 16), "mlp.down": (16, 64)}
@@ -109,7 +109,7 @@ def test_phases_that_change_nothing_are_the_run_without_them(train: Train, tmp_p
     dropout = {"model.dropout": 0.1}
     train("one", None, dropout)
     train("two", [{"share": 0.3}, {"share": 0.5, "context": 16}, {"share": 0.2, "batch_size": 4}], dropout)
-    # Equal densities are the sparsity, said otherwise.
+    # Equal densities in all phases mean the same as a sparsity.
     equal: Phases = [{"share": 0.5, "density": 0.25}, {"share": 0.5}]
     train("equal", equal, dropout)
     train("other", equal[:1] * 2, {**dropout, "sparsity": {"sparsity": 0.0}})
@@ -121,7 +121,7 @@ def test_phases_that_change_nothing_are_the_run_without_them(train: Train, tmp_p
         first, second = tensors(tmp_path / "one"), tensors(tmp_path / name)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[key], second[key]) for key in first)
-    # A rule of exchange keeps acting where all densities are equal.
+    # A rule that exchanges weights keeps acting if all densities are equal.
     rigl = VARIANTS["rigl"][1]
     train("rigl", None, rigl)
     train("rigl equal", equal, rigl)
@@ -136,7 +136,7 @@ def test_phases_that_change_nothing_are_the_run_without_them(train: Train, tmp_p
 # `sparsity=vspdf`, in three ways.
 
 
-# What each phase reads, costs and learns with.
+# Data, costs and learning rates of each phase.
 
 
 def test_batches_have_the_shapes_of_their_phase_and_no_sample_comes_twice(
@@ -181,7 +181,7 @@ def test_an_evaluation_has_the_context_of_its_phase(train: Train, monkeypatch: p
     monkeypatch.setattr(Transformer, "token_losses", token_losses)
     run = train("run", PLAIN, {"loop.eval_every": 3})
     found = [record for record in records(run.directory) if "val_loss" in record]
-    # Before the first step, and after the last ones of the four phases.
+    # Before the first step, and after the last step of each phase.
     assert [(record["step"], record["context"]) for record in found] == [(0, 16), (3, 16), (6, 32), (9, 32), (12, 16)]
     assert [context for context, _ in itertools.groupby(seen)] == [16, 32, 16]
     steps = [record for record in records(run.directory) if "loss" in record]
@@ -200,12 +200,12 @@ def peaks_and_decays(directory: Path) -> list[tuple[float, float]]:
 
 def test_a_phase_may_warm_up_again_and_groups_keep_the_rates_of_the_first(train: Train) -> None:
     run = train("run", EVERYTHING)
-    whole = [min((step + 1) / 1, (12 - step) / 11) for step in range(12)]  # linear to zero, a tenth of it warmup
+    whole = [min((step + 1) / 1, (12 - step) / 11) for step in range(12)]  # linear to zero with a tenth of warmup
     rates = [record["lr"] / 4e-3 for record in records(run.directory) if "loss" in record]
     assert rates[:6] + rates[9:] == pytest.approx(whole[:6] + whole[9:], abs=0.1)
     assert rates[6] < rates[5]
     assert rates[7] > rates[6]
-    # The groups of a model that has the first density throughout.
+    # The groups of a model that keeps the first density.
     static = train("static", None)
     dense = train("dense", None, {"sparsity": {"sparsity": 0.0}})
     one, other, third = (peaks_and_decays(each.directory) for each in (run, static, dense))
@@ -244,7 +244,7 @@ def test_flops_are_those_of_each_step(train: Train, tiny: Configure) -> None:
     assert paid.steps > 8
 
 
-# What comes after a run in phases, and what reads it.
+# Later stages and readers of a run in phases.
 
 
 def test_phases_of_a_task_change_batches_and_schedules_and_resume(
@@ -256,7 +256,7 @@ def test_phases_of_a_task_change_batches_and_schedules_and_resume(
     def tune(name: str) -> RunResult:
         return finetune(tiny(phases, changes, FinetuneConfig, run_dir=tmp_path / name), screen)
 
-    # 36 examples: 18 in batches of 4, which are 4.5 steps, and 18 in batches of 8, which are 2.25 more.
+    # 36 examples: 18 make 4.5 steps of 4, and 18 make 2.25 steps of 8.
     whole = tune("whole")
     assert (whole["steps"], whole["samples"]) == (7, 5 * 4 + 2 * 8)
     for step in (4, 5, 6):
@@ -286,7 +286,7 @@ def test_reports_sweeps_and_tables_read_runs_in_phases(shell: Shell) -> None:
     with (shell.home / "out" / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["budget.phases"] for row in rows] == [text for text in lists for _ in range(2)]
-    # What to run next can be typed as it stands.
+    # The printed command to run next can be typed as it is.
     line = next(line for line in out.splitlines() if line.lstrip().startswith("sparsity.sparsity=0.5"))
     phases = next(word for word in shlex.split(line) if word.startswith("budget.phases="))
     status, planned, err = shell.run("plan", "pretrain", *shell.tiny, phases)
@@ -295,7 +295,7 @@ def test_reports_sweeps_and_tables_read_runs_in_phases(shell: Shell) -> None:
     assert [row[-4:-2] for row in rows_of_phases] == [["0.5", "48"], ["0.25", "24"]]
 
 
-# What is refused, in one line.
+# Refused settings, each in one line.
 
 
 def test_memory_is_that_of_the_largest_phase(
@@ -372,7 +372,7 @@ def test_a_configuration_of_phases_that_cannot_be_is_one_line(tiny: Configure) -
         UserError, match=r"^budget\.phases\[1\]\.batch_size=3 is not divisible by loop\.accumulation=2$"
     ):
         tiny(odd, {"loop.accumulation": 2})
-    assert tiny(odd, {"loop.accumulation": 3}).budget.batch_size == 4  # no phase has it
+    assert tiny(odd, {"loop.accumulation": 3}).budget.batch_size == 4  # no phase uses it
     with pytest.raises(UserError, match=r"^budget\.batch_size=4 is not divisible by loop\.accumulation=3$"):
         tiny([odd[0], {"share": 0.5}], {"loop.accumulation": 3})
     for name, value in (("context", 32), ("density", 0.5)):

@@ -1,4 +1,4 @@
-"""The pipeline: its files, its report, what it skips, and what happens when it is stopped in between."""
+"""The pipeline: its files, its report, skipping of finished stages, and interruption."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]
 
-# The name `sparsetrain.stages.pipeline` is the function's.
+# `sparsetrain.stages.pipeline` is the function, so the module must be imported by name.
 pipeline_module = sys.modules["sparsetrain.stages.pipeline"]
 
 TUNED = {"name": "finetune", "from": "pretrain", "budget": {"steps": 12, "batch_size": 4}}
@@ -153,7 +153,7 @@ def test_arms_follow_from_the_sparsity_section(configure: Configure) -> None:
         "sparse-0.5_seed-1",
     ]
     assert names("pipeline=pretrain") == ["run"]
-    # A dense arm has nothing else of the section that makes others sparse.
+    # A dense arm ignores the rest of the section that makes the others sparse.
     config = load("pipeline", ["model=tiny", "sparsity=rigl", "sparsity.seed=3"])
     dense, sparse = (config.stage_config(config.stages[0], arm).sparsity for arm in config.arms)
     assert dense == SparsityConfig(seed=3)

@@ -1,4 +1,4 @@
-"""``sparsetrain plan``: its counts are those of the runs themselves, and it writes nothing."""
+"""``sparsetrain plan``: its counts equal those of the runs, and it writes nothing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ VERBS: dict[type, Any] = {
 
 
 def contents(*places: Path) -> dict[Path, tuple[int, bytes]]:
-    """Return time stamp and content of everything below some places."""
+    """Return time stamp and content of everything below some paths."""
     files = [path for place in places for path in (place, *place.rglob("*")) if path.exists()]
     return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"") for path in files}
 
@@ -107,7 +107,7 @@ def test_a_run_does_what_its_plan_said(
         base = make(PretrainConfig, {"budget.steps": 2}, run_dir=tmp_path / "base")
         top["init_from"] = pretrain(base, screen).directory
     elif kind is PretrainConfig:
-        # Before its text is prepared, a plan of so many steps says the same.
+        # Before its text is prepared, a plan with a length in steps gives the same.
         early = only(plan_of(make(kind, changes)))
         assert "not prepared" in early.notes[0]
         assert not (tmp_path / "cache").exists()

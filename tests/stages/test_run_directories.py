@@ -1,4 +1,4 @@
-"""Which run directory a configuration gets, when it is used again, and when it is refused."""
+"""The run directory of a configuration: its name, when it is used again, and when it is refused."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_directory_of_another_configuration_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=r"holds a run with another configuration: optimizer\.lr=0\.1 \(there: 0\.004"):
         pretrain(configure(PretrainConfig, {"optimizer.lr": 0.1}, run_dir=sparse.directory), screen)
-    # What does not change the result is no other configuration.
+    # Settings that do not change the result do not change the run.
     changes = {"loop.log_every": 7, "loop.keep_last": 9}
     assert pretrain(configure(PretrainConfig, changes, run_dir=sparse.directory, threads=1), screen).complete
 
@@ -129,7 +129,7 @@ def test_a_file_system_without_locks_is_one_line(tmp_path: Path, monkeypatch: py
 def test_what_a_killed_run_left_is_gone_after_the_next(
     sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
-    """Also in the directory of a run that is done, in its checkpoints, and in the cache."""
+    """Also in the directory of a finished run, in its checkpoints, and in the cache."""
     prepare(configure(PretrainConfig).data, progress=False)
     (corpora,) = tmp_path.rglob("corpora")
     before = listing(sparse.directory), listing(corpora)
@@ -156,7 +156,7 @@ def test_a_mistake_leaves_no_trace_and_the_directory_can_be_used(configure: Conf
         fails_inside(tmp_path / "deep" / "run", config)
     assert listing(tmp_path) == []
     (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "file").touch()  # what was there before stays
+    (tmp_path / "mine" / "file").touch()  # existing files stay
     with pytest.raises(UserError, match="a mistake"):
         fails_inside(tmp_path / "mine", config)
     assert "mine/file" in listing(tmp_path)
@@ -190,7 +190,7 @@ def test_what_is_found_late_leaves_no_directory(
     assert not (tmp_path / "runs").exists()
 
 
-# Where a run without a directory of its own goes.
+# The directory of a run without run_dir.
 
 
 def test_the_default_directory_says_what_it_holds(

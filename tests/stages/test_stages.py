@@ -1,4 +1,4 @@
-"""Pre-training, fine-tuning, soft prompts and generation, one after the other, on tensors that can be compared."""
+"""Pre-training, fine-tuning, soft prompts and generation in sequence, on tensors that can be compared."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_score_of_a_run_can_be_recomputed_from_its_directory(sparse: RunResu
             nats += F.cross_entropy(model(piece[None, :-1])[0], piece[1:], reduction="sum").item()
         count += len(piece) - 1
     assert sparse["loss_last"] == pytest.approx(nats / count, rel=1e-5)
-    size = int((tokens[1:] < 256).sum())  # every token but the end of a document is a byte
+    size = int((tokens[1:] < 256).sum())  # every token except the end of a document is a byte
     assert sparse["bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
 
 
@@ -111,7 +111,7 @@ def test_masks_do_not_change_in_pretraining_and_follow_the_seed(
         pretrain(configure(PretrainConfig, {**shape, **changes}, run_dir=tmp_path / name, seed=1), screen)
     column = "blocks.0.attn.qkv.col"
     columns = {name: read_weights(tmp_path / name).model[column] for name in ("seed", "mask", "again")}
-    assert torch.equal(columns["mask"], later[column])  # sparsity.seed alone fixes the masks
+    assert torch.equal(columns["mask"], later[column])  # only sparsity.seed determines the masks
     assert not torch.equal(columns["seed"], later[column])
     assert not torch.equal(columns["again"], later[column])
 
@@ -131,7 +131,7 @@ def test_dense_finetuning_starts_with_exact_zeros_which_then_train(
     for layer, shape in (("blocks.0.attn.qkv", (96, 32)), ("blocks.1.mlp.down", (32, 128))):
         start = dense_weight(before, layer, shape)
         assert (start == 0).sum() == 0.75 * start.numel()
-        # One update of warmup: what was masked is still near zero, what was not is near its value.
+        # After one warmup step, masked weights are still near zero and the others near their values.
         torch.testing.assert_close(first[f"{layer}.weight"], start, atol=0.01, rtol=0)
         masked = after[f"{layer}.weight"][start == 0]
         assert (masked != 0).float().mean() > 0.99
@@ -204,7 +204,7 @@ def test_a_prompt_alone_leaves_the_model_bit_identical(
     assert result["trained_parameters"] == learned.numel() == 4 * 32
     ids = run_tokenizer(sparse.directory).encode(" " + config.words)[:4]
     start = before["embed.weight"][ids]
-    assert 0 < (learned - start).abs().max() < 0.1  # it began at the words and moved
+    assert 0 < (learned - start).abs().max() < 0.1  # it started at the words and moved
 
 
 def test_a_prompt_with_its_model_changes_both(
@@ -269,7 +269,7 @@ def test_pretraining_goes_on_from_a_checkpoint(
 
 
 def test_supar_rates_follow_the_density_of_the_loaded_checkpoint(sparse: RunResult, configure: Configure) -> None:
-    # The configuration says 50 %, the checkpoint has 75 %: the masks of the checkpoint and their rates hold.
+    # The configuration has 50 %, the checkpoint 75 %: the masks of the checkpoint and their learning rates apply.
     config = configure(FinetuneConfig, {"sparsity.sparsity": 0.5}, init_from=sparse.directory)
     model = loaded(config)
     groups = param_groups(model, config.parameterization, 1e-3, 0.0, 1e-8)

@@ -1,4 +1,4 @@
-"""Sweeps: their cost before they start, and the rows, optima and figure of made-up runs whose answers are known."""
+"""Sweeps: rows, optima and figures of made-up runs whose answers are known."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sparsetrain.report.sweep import findings, labels_of, lines_of, next_command
 from sparsetrain.stages.config import as_plain
 from sparsetrain.studies.sweep import read_sweep, show_sweep
 
-# Where the learning rate is best, log2: SμPar stays, SP moves by two grid steps from dense to sparse.
+# Best learning rates, log2: SμPar's is constant, SP's shifts by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
 FLOORS = {("supar", 0.0): 2.0, ("supar", 0.75): 2.1, ("sp", 0.0): 2.0, ("sp", 0.75): 2.2}
 GRID = range(-11, -4)
@@ -41,7 +41,7 @@ def composed(*words: str) -> dict[str, Any]:
 
 def write_run(place: Path, words: list[str], **result: Any) -> Path:
     """Write the directory of a finished run of ``words`` without training it."""
-    single = {word: word.split("=")[0].split(".") for word in words}  # composing takes long, so single values are set
+    single = {word: word.split("=")[0].split(".") for word in words}  # composing takes long, so values are set
     config = copy.deepcopy(composed(*(word for word, path in single.items() if len(path) == 1)))
     for word, path in single.items():
         if len(path) == 2:
@@ -104,7 +104,7 @@ def test_rows_have_the_columns_of_a_results_file(made_up: Path) -> None:
     assert list(found.rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert (found.varied, found.unfinished) == ([], [])
     assert {row["parameterization"] for row in found.rows} == {"sp", "supar"}
-    assert found.rows == read_sweep(sorted(made_up.iterdir(), reverse=True)).rows  # in whatever order they are named
+    assert found.rows == read_sweep(sorted(made_up.iterdir(), reverse=True)).rows  # in any order of arguments
 
 
 def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(made_up: Path) -> None:
@@ -124,14 +124,14 @@ def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(ma
     supar, sp = loss("supar", 0.75, CENTERS["supar", 0.0], 0), loss("sp", 0.75, CENTERS["sp", 0.0], 0)
     said = findings(lines)
     assert said[0] == "sp: the farthest optimum is 2.00 grid steps from the base's."
-    gap = f"{100 * (1 - supar / sp):.1f} % below SP with its base's (1 seed)"  # the one that both have there
+    gap = f"{100 * (1 - supar / sp):.1f} % below SP with its base's (1 seed)"  # the only seed that both have there
     assert [text for text in said if text.startswith("sparsity 0.75") and gap in text]
 
 
 def made_of(
     floors: dict[tuple[str, float], list[float]], log2s: tuple[int, ...] = (-9, -8, -7)
 ) -> list[dict[str, Any]]:
-    """Return rows of curves that are lowest at 2^-8, with these losses there, one of each seed."""
+    """Return rows of curves whose minimum is at 2^-8, with the given losses there, one per seed."""
     return [
         {
             "parameterization": scheme,
@@ -202,7 +202,7 @@ def test_show_writes_tables_and_a_figure_that_do_not_depend_on_the_day(
 def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_settings(made_up: Path) -> None:
     lines = lines_of(read_sweep([made_up]).rows, "lr")
     commands = next_commands(lines, "lr", [], (0, 1))
-    # Every minimum has both seeds at its three points.
+    # Both seeds exist at the three points of each minimum.
     assert commands == []
     commands = next_commands(lines, "lr", [], (0, 1, 2))
     assert f"parameterization=sp sparsity.sparsity=0.75 optimizer.lr={2.0**-8},{2.0**-7},{2.0**-6} seed=2" in commands
@@ -228,7 +228,7 @@ def test_points_beyond_the_grid_are_powers_of_two_to_the_last_digit() -> None:
 
 
 def test_an_end_of_an_interval_beyond_the_grid_is_open_and_the_grid_is_to_grow_there(tmp_path: Path) -> None:
-    # One seed alone would be best beyond the left end; two seeds say little of the right one either.
+    # One seed's own optimum lies beyond the left end; with two seeds the right end is uncertain as well.
     rows = [
         {"parameterization": "sp", "sparsity": 0.0, "width": 64, "depth": 2, "lr": rate, "seed": seed, "loss": loss}
         for seed, losses in enumerate(([1.6, 1.0, 2.0], [1.2, 1.5, 2.0]))
@@ -329,14 +329,14 @@ def test_a_table_beside_runs_has_the_columns_in_which_they_differ(tmp_path: Path
             write_run(tmp_path / place, [f"model.init_std={std}", f"optimizer.lr={std}"])
     show_sweep([tmp_path / "old"], "model.init_std", tmp_path, 3, False)
     table = tmp_path / "results.csv"
-    (tmp_path / "new" / "run-1").rename(tmp_path / "new" / "run-2")  # run-0 is in both: the directory counts
+    (tmp_path / "new" / "run-1").rename(tmp_path / "new" / "run-2")  # run-0 is in both; the directory takes precedence
     found = read_sweep([tmp_path / "new", table])
     assert [(row["run"], row["model.init_std"]) for row in found.rows] == [
         ("run-0", 0.2),
         ("run-1", 0.2),
         ("run-2", 0.4),
     ]
-    assert read_sweep([tmp_path / "new" / "run-2", table]).varied == ["model.init_std"]  # one run alone does not vary
+    assert read_sweep([tmp_path / "new" / "run-2", table]).varied == ["model.init_std"]  # one run alone varies nothing
     decayed = write_run(tmp_path / "decayed", ["optimizer.weight_decay=0.5"])
     with pytest.raises(UserError, match=r"results.csv has no column optimizer.weight_decay, which differs"):
         read_sweep([tmp_path / "new", decayed, table])

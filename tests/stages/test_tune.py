@@ -1,4 +1,4 @@
-"""``sparsetrain tune``: a table of this machine, used from then on."""
+"""``sparsetrain tune``: a crossover table of this machine, which later runs use."""
 
 from __future__ import annotations
 

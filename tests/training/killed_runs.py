@@ -1,7 +1,7 @@
-"""Kill a small run with SIGKILL at random moments, resume it, and compare it with one that was left alone.
+"""Kill a small run with SIGKILL at random moments, resume it, and compare it with an undisturbed run.
 
-Usage: python killed_runs.py CONFIG.json DIRECTORY TIMES. Runs are forked, so that imports and what torch does at its
-first steps are paid for once. Prints how many kills hit a run that was under way; exits with 1 at the first difference.
+Usage: python killed_runs.py CONFIG.json DIRECTORY TIMES. Runs are forked, so that imports and torch's first steps cost
+time only once. It prints how many kills hit a running process, and exits with 1 at the first difference.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def start(settings: dict, directory: Path) -> int:
 
 
 def outcome(directory: Path) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """Return what must be the same in two runs: the metrics but for the times, and the final tensors."""
+    """Return what must be equal in two runs: the metrics without times, and the final tensors."""
     records = read_metrics(directory / "metrics.jsonl")
     metrics = [tuple(sorted((k, v) for k, v in record.items() if k not in TIMED)) for record in records]
     last = load_checkpoint(directory / "checkpoints", on_refused=sys.exit)

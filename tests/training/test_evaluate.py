@@ -1,4 +1,4 @@
-"""Scores against computations by hand, loops and closed formulas."""
+"""Scores against hand calculations, loops and closed formulas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_score_text_matches_cross_entropy_and_byte_counts_by_hand() -> None:
     score = score_text(
         model, lambda b: model.token_losses(b.tokens, b.targets), Batch(tokens, targets, None).split(2), token_bytes
     )
-    assert model.training  # dropout was off meanwhile, and is on again
+    assert model.training  # dropout was off during the call and is on again
     model.eval()
     with torch.no_grad():
         logits = model(tokens).flatten(0, 1)
@@ -53,7 +53,7 @@ def test_label_likelihoods_match_a_loop_of_log_softmax() -> None:
     tokenizer = Tokenizer.bytes()
     model = tiny(tokenizer.vocab_size).train()
     examples = [Example(str(n), "word " * n + "?", 0) for n in (5, 1, 3)]
-    answers = (" yes", " no", " noon")  # " no" begins " noon", so that the end of the document counts
+    answers = (" yes", " no", " noon")  # " no" begins " noon", so the end of the document counts
     task = Task("t", ("yes", "no", "noon"), answers, examples, examples, examples)
     found = label_likelihoods(
         model,
@@ -83,9 +83,9 @@ def test_label_likelihoods_match_a_loop_of_log_softmax() -> None:
         ([1, 0], [0, 1], 0.0),
         # label 0: precision 1/2, recall 1/1; label 1: 2/2 and 2/3
         ([0, 0, 1, 1], [0, 1, 1, 1], (2 / 3 + 4 / 5) / 2),
-        # always the majority: the other label counts with 0
+        # always the majority; the other label counts as 0
         ([0, 0, 0, 0], [0, 0, 0, 1], (6 / 7 + 0) / 2),
-        # a label that is only ever predicted counts with 0 as well
+        # a label that is only predicted counts as 0 as well
         ([0, 2], [0, 0], (2 / 3 + 0) / 2),
     ],
 )

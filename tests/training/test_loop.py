@@ -1,4 +1,4 @@
-"""The loop against itself: repeated, interrupted, killed, split. Losses on file are those of tests/golden."""
+"""The loop against itself: repeated, interrupted, killed, split. The golden losses are in tests/golden."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert int(done.stdout) >= 5  # the others were too fast for their kill
+    assert int(done.stdout) >= 5  # the others finished before their kill
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
@@ -112,7 +112,7 @@ def test_accumulation_weighs_micro_batches_by_their_targets(
 
     def uneven(self: PackedSamples, first: int, count: int) -> Batch:
         batch = true_batch(self, first, count)
-        for row in range(count):  # the loss of the first rows counts for few targets
+        for row in range(count):  # the first rows have few targets
             if (first + row) % 4 < 2:
                 batch.targets[row, 5:] = -100
         return batch
@@ -141,10 +141,10 @@ def test_clipping_bounds_the_update_and_zero_switches_it_off(
         pretrain(configure(PretrainConfig, {"optimizer.clip": clip, "optimizer.eps": 1e-3}, run_dir=directory), screen)
         norms[clip] = [record["grad_norm"] for record in records(directory) if "grad_norm" in record]
     assert norms[0.0] == norms[1e9]
-    assert norms[0.0][0] == norms[1e-6][0] > 0.01  # what is logged is the norm before clipping
+    assert norms[0.0][0] == norms[1e-6][0] > 0.01  # the logged norm is the one before clipping
     assert norms[0.0] != norms[1e-6]
     first, last = (records(tmp_path / "1e-06")[place]["val_loss"] for place in (0, -1))
-    assert abs(first - last) < 0.05  # gradients far below eps move next to nothing
+    assert abs(first - last) < 0.05  # gradients far below eps hardly change anything
 
 
 def test_bf16_autocast_trains_near_fp32_and_keeps_fp32_weights(

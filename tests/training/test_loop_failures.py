@@ -1,4 +1,4 @@
-"""Runs that go wrong: losses and weights that are not finite, damaged checkpoints, a full disk, weights of others."""
+"""Failing runs: losses and weights that are not finite, damaged checkpoints, a full disk, weights of other models."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_the_checkpoint_and_causes
     assert (result["status"], result["message"]) == ("diverged", message)
     assert all(torch.isfinite(value).all() for value in tensors(tmp_path / "run").values() if value.is_floating_point())
     assert [record["step"] for record in records(tmp_path / "run")][-1] == 6
-    # The same run would end in the same way: it is not taken for one that is done.
+    # The same run would diverge again, so it does not count as complete.
     with pytest.raises(Diverged, match=r"loss nan .*as recorded in .*delete it to try again"):
         pretrain(config, screen)
 
@@ -85,7 +85,7 @@ RANKING: dict[str, dict[str, Any]] = {
 def test_a_rule_that_can_rank_no_more_ends_like_static_masks(
     rule: str, lr: float, configure: Configure, tmp_path: Path, screen: Console
 ) -> None:
-    """Weights or gradients that are not finite are divergence under every rule; the run and its result stay."""
+    """Weights or gradients that are not finite mean divergence under every rule; run and result are kept."""
     changes = {"optimizer.lr": lr, "optimizer.clip": 0.0, "schedule.warmup": 0.0, "loop.eval_every": 0}
     changes |= {"sparsity": {"sparsity": 0.75, "evolution": RANKING[rule]}}  # type: ignore[dict-item]
     with pytest.raises(Diverged, match=r"not finite|nan|inf"):
@@ -108,7 +108,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     with (tmp_path / "cut" / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 10, "lo')  # and the kill cut a line short
+        stream.write('{"step": 10, "lo')  # the kill cut a line short
     pretrain(configure(PretrainConfig, run_dir=tmp_path / "cut"), screen)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "warning: checkpoint step-00000009 refused: " in shown

@@ -1,4 +1,4 @@
-"""Masks that evolve inside a run: resumed bit for bit, watched in the metrics, FLOPs counted step by step."""
+"""Masks that evolve in a run: resumed bit for bit, recorded in the metrics, FLOPs counted step by step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from sparsetrain.training.state import Interrupted
 Configure = Callable[..., Any]
 Trained = Callable[..., Path]
 
-# Outputs of these tiny layers may have no weight at 90 %.
+# Outputs of these tiny layers may lose all weights at 90 %.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
 
 RULES: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def test_resume_is_bitwise(
     name: str,
     step: int,
 ) -> None:
-    # Step 3 precedes an update (whose probes must be armed again), step 6 is one.
+    # Step 3 precedes an update, whose probes must be set again; step 6 is an update.
     with monkeypatch.context() as patch:
         on_loss(patch, step, send(signal.SIGTERM))
         with pytest.raises(Interrupted, match=f"stopped after step {step} of 12"):
@@ -78,7 +78,7 @@ def test_masks_follow_the_plan_in_metrics_result_and_checkpoint(trained: Trained
     directory = trained(sparsity("gmp") | ({"loop.accumulation": 2} if accumulation == 2 else {}))
     run = load_result(directory / "result.json")
     seen = [record for record in records(directory) if "loss" in record]
-    # From dense at step 1 (of 12) by a cubic curve to the target at step 9.
+    # Dense at step 1 (of 12), then a cubic curve to the target at step 9.
     expected = [
         1 - 0.75 * (1 - (1 - ((min(step, 9) - 1) // 2 * 2 / 8 if step < 9 else 1.0)) ** 3) for step in range(1, 13)
     ]
@@ -125,7 +125,7 @@ def test_a_checkpoint_of_other_masks_is_refused(
         pretrain(configure(PretrainConfig, other, run_dir=tmp_path / "cut"), screen)
 
 
-# What follows a run whose masks evolved.
+# Later stages of a run whose masks evolved.
 
 
 @pytest.mark.parametrize("name", ["rigl", "gmp", "vspdf"])
@@ -183,7 +183,7 @@ def test_groups_keep_the_density_of_the_start_and_refuse_another() -> None:
     def hidden_rate() -> float:
         return next(g["lr"] for g in param_groups(model, rules, lr=1.0) if g["name"] == "hidden")
 
-    assert hidden_rate() == 0.5  # of a dense matrix of twice the base width
+    assert hidden_rate() == 0.5  # that of a dense matrix of twice the base width
     optimizer = torch.optim.AdamW(param_groups(model, rules, lr=1.0))
     for _ in range(2):
         optimizer.step()
@@ -202,7 +202,7 @@ SHAPES = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in m
 
 
 def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> FlopLedger:
-    """The ledger of a run of 256 tokens a step."""
+    """The ledger of a run with 256 tokens per step."""
     rule, budget = make_rule(plan, steps), Budget.of(BudgetConfig(steps=steps, batch_size=4), 64)
     return FlopLedger(MODEL, planned_densities(SHAPES, plan, rule), rule, budget, accumulation)
 

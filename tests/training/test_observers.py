@@ -1,4 +1,4 @@
-"""What observers are told, against the steps of a model of one weight worked out by hand, and what they keep."""
+"""Calls of observers against hand-computed steps of a model with one weight, and their saved state."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sparsetrain.training.observers import Evaluated, Observer, RunStart, StepDo
 from sparsetrain.training.state import Diverged, LoopConfig
 
 LR, CLIP, CONTEXT = 0.5, 1.5, 3
-# Two steps of 2 sequences, then four of 4.
+# Two steps with 2 sequences, then four with 4.
 BUDGET = Budget.of(
     BudgetConfig(phases=[PhaseConfig(tokens=12, batch_size=2), PhaseConfig(tokens=48, batch_size=4)]), CONTEXT
 )
@@ -30,7 +30,7 @@ SCHEDULE = RunSchedule(ScheduleConfig(warmup=0.0), BUDGET)
 
 
 class OneWeight(nn.Module):
-    """The loss is half the square of what lies between the weight and the mean target."""
+    """The loss is half the squared difference between the weight and the mean target."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class OneWeight(nn.Module):
 
 
 class Numbered:
-    """Sample n has the targets n."""
+    """Sample n has the target n."""
 
     def __init__(self, fails_at: int | None = None) -> None:
         self.fails_at = fails_at
@@ -58,7 +58,7 @@ class KilledError(Exception):
 
 
 class Recorder(Observer):
-    """Keeps every call; its state is the sum of the losses and the number of evaluations."""
+    """Records every call; its state is the sum of the losses and the number of evaluations."""
 
     name = "recorder"
 
@@ -103,7 +103,7 @@ class Recorder(Observer):
 
 
 class Silent(Observer):
-    """Has no state, so that checkpoints do not name it."""
+    """Has no state, so that checkpoints do not contain it."""
 
     name = "silent"
 
@@ -134,7 +134,7 @@ def trainer(
 
 
 def by_hand() -> list[tuple[object, ...]]:
-    """Return the calls of the six steps, as arithmetic on one weight gives them."""
+    """Return the calls of the six steps, computed for one weight."""
     calls: list[tuple[object, ...]] = [("start", "toy", 0, 6), ("evaluation", 0, 0, {"score": 0.0}, False, None)]
     weight, sample, tokens = 0.0, 0, 0
     for step in range(6):
@@ -173,20 +173,20 @@ def test_the_state_comes_back_in_a_resumed_run_whatever_the_killed_one_saw_later
     whole, killed, resumed, added = (Recorder() for _ in range(4))
     added.name = "added"
     trainer(tmp_path / "whole", whole).run()
-    with pytest.raises(KilledError):  # in the last step, two after the newest checkpoint
+    with pytest.raises(KilledError):  # in the last step, two steps after the newest checkpoint
         trainer(tmp_path / "cut", killed, samples=Numbered(fails_at=16)).run()
     assert killed.calls == [*whole.calls[:-4], ("close",)]
     trainer(tmp_path / "cut", resumed, added).run()
     state = kept(tmp_path / "whole")["step-00000004"]["recorder"]
     tail = whole.calls[whole.calls.index(("state",), whole.calls.index(("state",)) + 1) + 1 :]
     assert resumed.calls == [("restore", state), ("start", "toy", 4, 6), *tail]
-    assert added.calls == resumed.calls[1:]  # no checkpoint had a state of it
+    assert added.calls == resumed.calls[1:]  # no checkpoint contains its state
     assert (resumed.total, resumed.evaluations) == (whole.total, whole.evaluations)
     assert kept(tmp_path / "cut")["step-00000006"]["recorder"] == kept(tmp_path / "whole")["step-00000006"]["recorder"]
 
 
 class FailsToStart(Observer):
-    """Cannot open what it writes to."""
+    """Raises because its file cannot be opened."""
 
     def start(self, run: RunStart) -> None:
         raise OSError("no space")
@@ -196,7 +196,7 @@ def test_observers_are_closed_however_a_run_ends(tmp_path: Path) -> None:
     diverged, first, last = Recorder(), Recorder(), Recorder()
     with pytest.raises(Diverged, match="score nan after step 3; last good checkpoint: step-00000002"):
         trainer(tmp_path / "a", diverged, evaluate=lambda step: math.nan if step == 3 else 0.0).run()
-    assert [call[0] for call in diverged.calls[-2:]] == ["step", "close"]  # not told of what is no number
+    assert [call[0] for call in diverged.calls[-2:]] == ["step", "close"]  # not called for a value that is not finite
     with pytest.raises(OSError, match="no space"):
         trainer(tmp_path / "b", first, FailsToStart(), last).run()
     assert [call[0] for call in first.calls] == ["start", "close"]
