@@ -142,7 +142,7 @@ def test_a_broken_point_is_never_a_finite_ratio(broken: float) -> None:
         (lambda: coordinate_check(None, [1.0, 1.0], [0]), "no value twice"),  # type: ignore[arg-type]
         (lambda: coordinate_check(None, [0.0, 1.0], [0]), "must all be above 0"),  # type: ignore[arg-type]
         (lambda: read_coordinates(None, 0), "steps=0 must be at least 1"),  # type: ignore[arg-type]
-        (lambda: read_coordinates(Trial(nn.ReLU(), None, None), 1), "no module of the model"),  # type: ignore[arg-type]
+        (lambda: read_coordinates(Trial(nn.ReLU(), None, None), 1), "a module with parameters of its own"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_checked_is_one_line(call: Callable[[], Any], message: str) -> None:

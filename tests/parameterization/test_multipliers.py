@@ -187,7 +187,9 @@ def test_a_factor_of_the_width_on_an_embedding_is_taken_back_or_named() -> None:
 
     model = parameterize(make(64), P.mup(16, alpha_in=3.0), make(16), seed=0)
     torch.testing.assert_close(model["embed"](torch.arange(11)), model["embed"].weight * 4.0 * 3.0)
-    with pytest.raises(UserError, match="RootsInside multiplies 'embed' by a square root; under mup what an embedding"):
+    with pytest.raises(
+        UserError, match="RootsInside multiplies 'embed' by a square root; under mup the output of an embedding"
+    ):
         parameterize(RootsInside("head"), P.mup(16), RootsInside("head", 16), seed=0)
     parameterize(RootsInside("head"), P.sp(), seed=0)
 

@@ -262,7 +262,10 @@ def test_a_stack_that_does_not_say_which_way_it_is_stored_is_asked_for_where_it_
         parameterize(model, P.mup(16), base)
     traits_of = assignment(parameterize(model, P.mup(16), base, fan_in={"*_proj": -2})).traits_of
     assert (traits_of["experts.gate_up_proj"].m_d, traits_of["experts.down_proj"].m_d) == (2.0, 1.0)
-    for wrong, words in (({"*_proj": 3}, "has 3 dimensions, so 3 is none"), ({"no": 0}, r"fan_in\['no'\] matches no")):
+    for wrong, words in (
+        ({"*_proj": 3}, "has 3 dimensions, so there is no dimension"),
+        ({"no": 0}, r"fan_in\['no'\] matches no"),
+    ):
         with pytest.raises(UserError, match=words):
             parameterize(model, P.mup(16), base, fan_in=wrong)
 
