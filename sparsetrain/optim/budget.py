@@ -238,20 +238,20 @@ class Budget:
             raise UserError(f"run length is not set: give one of {', '.join(f'budget.{name}' for name in LENGTHS)}")
         if config.flops is not None:
             return cls._of_flops(config, context, flops)
-        parts = _parts(config, context)
-        lengths = _exact_lengths(config, parts, samples_per_epoch)
+        sized = _sized(config, context)
+        lengths = _exact_lengths(config, sized, samples_per_epoch)
         total = sum(lengths)
         if config.steps is not None:
             steps = config.steps
         elif config.epochs is not None:
             steps = max(1, round(total))
-        elif config.tokens is not None and len(parts) == 1:
-            steps = -(-config.tokens // (parts[0][1] * parts[0][2]))  # integer arithmetic avoids rounding errors
-        elif parts[0][0].tokens is not None:
+        elif config.tokens is not None and len(sized) == 1:
+            steps = -(-config.tokens // (sized[0][1] * sized[0][2]))  # integer arithmetic avoids rounding errors
+        elif sized[0][0].tokens is not None:
             steps = max(1, math.floor(total + 0.5))
         else:
             steps = max(1, math.ceil(total - _ROUNDING * max(1.0, total)))
-        return cls(_phases(parts, lengths, steps))
+        return cls(_phases(sized, lengths, steps))
 
     @classmethod
     def _of_flops(cls, config: BudgetConfig, context: int, flops: Callable[[Budget], float] | None) -> Budget:
@@ -330,45 +330,45 @@ class Budget:
         return max(self.phases, key=lambda phase: phase.tokens_per_step)
 
 
-_Part = tuple[PhaseConfig, int, int]  # a phase with its context and batch size
+_SizedPhase = tuple[PhaseConfig, int, int]  # a phase, its context and its batch size
 
 
-def _parts(config: BudgetConfig, context: int) -> list[_Part]:
+def _sized(config: BudgetConfig, context: int) -> list[_SizedPhase]:
     phases = config.phases if config.phases is not None else [PhaseConfig(share=1.0)]
     return [(phase, phase.context or context, phase.batch_size or config.batch_size) for phase in phases]
 
 
 def _exact_lengths(
-    config: BudgetConfig, parts: Sequence[_Part], samples_per_epoch: SamplesPerEpoch | None
+    config: BudgetConfig, sized: Sequence[_SizedPhase], samples_per_epoch: SamplesPerEpoch | None
 ) -> list[float]:
     """Return the length of each phase in steps, not rounded."""
     if config.steps is not None:
         # Shares are shares of tokens, so the total number of tokens follows from the number of steps.
-        steps_per_token = [(phase.share or 0.0) / (context * batch) for phase, context, batch in parts]
-        return [config.steps * part / sum(steps_per_token) for part in steps_per_token]
+        steps_per_token = [(phase.share or 0.0) / (context * batch) for phase, context, batch in sized]
+        return [config.steps * weight / sum(steps_per_token) for weight in steps_per_token]
     if config.epochs is not None:
         if samples_per_epoch is None:
             raise UserError(f"budget.epochs={config.epochs}: the number of samples per epoch is unknown here")
         return [
             (phase.share or 0.0) * (config.epochs * samples_per_epoch(context) / batch)
-            for phase, context, batch in parts
+            for phase, context, batch in sized
         ]
     lengths = []
-    for phase, context, batch in parts:
+    for phase, context, batch in sized:
         tokens = phase.tokens if phase.tokens is not None else (phase.share or 0.0) * (config.tokens or 0)
         lengths.append(tokens / (context * batch))
     return lengths
 
 
-def _phases(parts: Sequence[_Part], lengths: Sequence[float], steps: int) -> tuple[Phase, ...]:
+def _phases(sized: Sequence[_SizedPhase], lengths: Sequence[float], steps: int) -> tuple[Phase, ...]:
     ends = [min(math.floor(total + 0.5), steps) for total in accumulate(lengths)]
     ends[-1] = steps
     phases: list[Phase] = []
-    for (config, context, batch), length, end in zip(parts, lengths, ends, strict=True):
+    for (config, context, batch), length, end in zip(sized, lengths, ends, strict=True):
         before = phases[-1] if phases else None
         first = before.end_step if before is not None else 0
         # A single phase is as long as the run, which has at least one step.
-        if end <= first or (len(parts) > 1 and length < 1.0 - _SHARES):
+        if end <= first or (len(sized) > 1 and length < 1.0 - _SHARES):
             said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
             raise UserError(
                 f"budget.phases[{len(phases)}]: {said} of a run of {steps} steps is shorter than one step "

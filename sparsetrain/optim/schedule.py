@@ -147,19 +147,19 @@ class ScheduleConfig:
         for name in ("warmup", "warmup_steps", "final"):
             if getattr(self, name) is not None:
                 raise UserError(f"schedule.{name}={getattr(self, name)} cannot be combined with schedule.segments")
-        if sum(part.open for part in segments) > 1:
+        if sum(segment.open for segment in segments) > 1:
             raise UserError("schedule.segments: only one segment may be without share, tokens and steps")
-        shares = sum(part.share or 0.0 for part in segments)
+        shares = sum(segment.share or 0.0 for segment in segments)
         if shares > 1.0 + 1e-9:
             raise UserError(f"schedule.segments: the shares add up to {shares:g}; they must be at most 1")
-        if all(part.share is not None for part in segments) and shares < 1.0 - 1e-9:
+        if all(segment.share is not None for segment in segments) and shares < 1.0 - 1e-9:
             raise UserError(
                 f"schedule.segments: the shares add up to {shares:g}; they must be 1, or one segment has none"
             )
         if self.name in SCHEDULES:
             self.name = "segments"
 
-    def parts(self) -> list[SegmentConfig]:
+    def expanded(self) -> list[SegmentConfig]:
         """Return the segments of this schedule; a named one is expanded into its warmup and its decay."""
         if self.segments is not None:
             return self.segments
@@ -192,21 +192,21 @@ class Schedule:
                 f"schedule.warmup_steps={config.warmup_steps} must be below the {total_steps} steps of the training"
             )
         self.total_steps = total_steps
-        parts = config.parts()
-        self._ends = _ends(parts, total_steps, steps_of_tokens)
-        self._curves = [SEGMENTS[part.shape] for part in parts]
+        segments = config.expanded()
+        self._ends = _ends(segments, total_steps, steps_of_tokens)
+        self._curves = [SEGMENTS[segment.shape] for segment in segments]
         self._factors: list[tuple[float, float]] = []
-        before = 0.0 if parts[0].shape == "warmup" else 1.0
-        for index, part in enumerate(parts):
-            after = (1.0 if part.shape == "warmup" else before) if part.to is None else part.to
-            if part.shape == "constant":
+        before = 0.0 if segments[0].shape == "warmup" else 1.0
+        for index, segment in enumerate(segments):
+            after = (1.0 if segment.shape == "warmup" else before) if segment.to is None else segment.to
+            if segment.shape == "constant":
                 after = before
             self._factors.append((before, after))
             # An empty segment has no effect, except that an empty first warmup counts as finished.
             if self._length(index) > 0 or index == 0:
                 before = after
-        self.final = self._factors[-1][1] if self._length(len(parts) - 1) > 0 else before
-        self.warmup_steps = self._ends[0] if parts[0].shape == "warmup" else 0
+        self.final = self._factors[-1][1] if self._length(len(segments) - 1) > 0 else before
+        self.warmup_steps = self._ends[0] if segments[0].shape == "warmup" else 0
 
     def _length(self, index: int) -> int:
         return self._ends[index] - (self._ends[index - 1] if index else 0)
@@ -229,12 +229,12 @@ class Schedule:
 
 
 def _ends(
-    parts: Sequence[SegmentConfig], total_steps: int, steps_of_tokens: Callable[[int], float] | None
+    segments: Sequence[SegmentConfig], total_steps: int, steps_of_tokens: Callable[[int], float] | None
 ) -> list[int]:
     """Return the number of steps up to the end of each segment; borders are rounded to the nearest step, half up."""
-    lengths = [part.exact_steps(total_steps, steps_of_tokens) for part in parts]
+    lengths = [segment.exact_steps(total_steps, steps_of_tokens) for segment in segments]
     left = total_steps - sum(lengths)
-    opened = [index for index, part in enumerate(parts) if part.open]
+    opened = [index for index, segment in enumerate(segments) if segment.open]
     if opened:
         if left < -0.5:
             raise UserError(f"schedule.segments take {sum(lengths):.6g} steps together; the training has {total_steps}")
@@ -246,7 +246,7 @@ def _ends(
         )
     ends = [min(math.floor(total + 0.5), total_steps) for total in accumulate(lengths)]
     # The last segment, if open, keeps at least one step, however short the training is.
-    last = len(parts) - 1
-    ends[:last] = [min(end, total_steps - 1) for end in ends[:last]] if parts[last].open else ends[:last]
+    last = len(segments) - 1
+    ends[:last] = [min(end, total_steps - 1) for end in ends[:last]] if segments[last].open else ends[:last]
     ends[last] = total_steps
     return ends

@@ -166,10 +166,10 @@ class Trainer:
         for batch, count in zip(batches, targets, strict=True):
             with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
                 # Weighted by its number of targets, so that accumulation does not change the mean.
-                part = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
+                micro_loss = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
             with self._ranking(factor):  # RigL ranks dense gradients inside the backward pass
-                part.backward()
-            total += part.detach()
+                micro_loss.backward()
+            total += micro_loss.detach()
         loss = total.item()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))

@@ -196,7 +196,7 @@ def test_segments_follow_one_another() -> None:
 def test_a_named_schedule_is_its_segments() -> None:
     for name in SCHEDULES:
         config = ScheduleConfig(name=name, warmup=0.13)
-        assert factors(ScheduleConfig(segments=config.parts()), 97) == factors(config, 97)
+        assert factors(ScheduleConfig(segments=config.expanded()), 97) == factors(config, 97)
 
 
 def test_a_new_shape_is_one_function() -> None:
