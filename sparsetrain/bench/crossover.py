@@ -61,7 +61,7 @@ def crossing(densities: Sequence[float], sparse: Sequence[float], dense: Sequenc
     lines = [np.polyfit(at, times, 1, w=1.0 / np.asarray(times)) for times in (sparse, dense)]
     slope, ahead = lines[0][0] - lines[1][0], lines[1][1] - lines[0][1]
     if slope <= 0.0:
-        return float(ahead > slope / 2)  # dense does not win at any higher density: compare the lines at one half
+        return float(ahead > slope / 2)  # the lines do not cross this way: the one that is faster at 0.5 decides
     return float(np.clip(ahead / slope, 0.0, 1.0))
 
 

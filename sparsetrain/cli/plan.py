@@ -33,11 +33,11 @@ def plan(given: Namespace) -> int:
 
     if given.verb not in PLANNED:
         hint = nearest(given.verb, PLANNED)
-        raise UserError(f"plan knows {', '.join(PLANNED)}, not '{given.verb}'{hint}: sparsetrain plan pretrain ...")
+        raise UserError(f"plan cannot plan '{given.verb}'{hint}; give one of {', '.join(PLANNED)} and its settings")
     arguments = Arguments.of(given.verb, given.arguments)
     if arguments.asks:
         asked = next(name for name in arguments.options if name != "--multirun")
-        raise UserError(f"plan takes no {asked}; ask the verb: sparsetrain {given.verb} {asked} ...")
+        raise UserError(f"plan does not take {asked}; ask the verb: sparsetrain {given.verb} {asked} ...")
     try:
         return _multirun(given.verb, arguments) if arguments.multirun else _single(given.verb, arguments)
     except UserError as error:

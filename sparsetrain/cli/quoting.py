@@ -108,8 +108,8 @@ def _quoted(setting: TextSetting, value: str, known: Callable[[str], bool], swee
         return ",".join(_one(setting, piece, known) for piece in pieces)
     whole = QuotedString(value, Quote.single).with_quotes()
     raise UserError(
-        f"{setting.name}={value}: in a multirun a comma outside quotes separates values; write quotes inside the "
-        f"shell's around one text with commas, {setting.name}={whole}, or around each: {setting.name}='...','...'"
+        f"{setting.name}={value}: in a multirun, commas outside quotes separate values; for one text with commas write "
+        f"{setting.name}={whole} (quotes inside those of the shell), for several {setting.name}='...','...'"
     )
 
 

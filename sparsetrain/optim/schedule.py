@@ -237,12 +237,14 @@ def _ends(
     opened = [index for index, segment in enumerate(segments) if segment.open]
     if opened:
         if left < -0.5:
-            raise UserError(f"schedule.segments take {sum(lengths):.6g} steps together; the training has {total_steps}")
+            raise UserError(
+                f"schedule.segments take {sum(lengths):.6g} steps in total, but the training has {total_steps}"
+            )
         lengths[opened[0]] = max(0.0, left)
     elif abs(left) > 0.5:
         raise UserError(
-            f"schedule.segments take {sum(lengths):.6g} steps together; the training has {total_steps}: leave out the "
-            "length of one of them"
+            f"schedule.segments take {sum(lengths):.6g} steps in total, but the training has {total_steps}: leave "
+            "out the length of one of them"
         )
     ends = [min(math.floor(total + 0.5), total_steps) for total in accumulate(lengths)]
     # The last segment, if open, keeps at least one step, however short the training is.

@@ -100,7 +100,7 @@ def _runs(place: Path) -> list[Path]:
     place = Path(os.path.normpath(place))
     found = {path.parent for depth in range(_DEPTH + 1) for path in place.glob("*/" * depth + CONFIG)}
     if not found:
-        raise UserError(f"{place} holds no run: there is no {CONFIG}, nor one in a directory below it")
+        raise UserError(f"{place} holds no run: neither it nor a directory below it has a {CONFIG}")
     pipelines = {directory for directory in found if next(directory.glob(f"*/*/{CONFIG}"), None) is not None}
     return sorted(found - pipelines)
 

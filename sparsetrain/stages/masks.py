@@ -32,8 +32,7 @@ def sparsity_section(config: RunConfig, budget: Budget) -> SparsityConfig:
         return section
     if config.init_from is not None:
         raise UserError(
-            f"budget.phases: density: a run that starts from another, init_from={config.init_from}, keeps the "
-            "densities that it finds there"
+            f"budget.phases: density: a run with init_from={config.init_from} keeps the densities of its checkpoint"
         )
     if section.nnz is not None:
         raise UserError(f"budget.phases: density: sparsity.nnz={section.nnz} already sets the number of weights")

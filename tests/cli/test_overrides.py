@@ -108,7 +108,7 @@ def test_commas_in_a_multirun(setting: TextSetting, typed: str, values: list[str
     if values is None:
         with pytest.raises(UserError, match="quotes") as caught:
             quoted([f"{setting.name}={typed}"], settings, lambda _: False, sweep=True)
-        example = str(caught.value).partition("with commas, ")[2].partition(", or around")[0]
+        example = str(caught.value).partition("with commas write ")[2].partition(" (quotes inside")[0]
         (override,) = quoted([example], settings, lambda _: False, sweep=True)
         assert OverridesParser.create().parse_override(override).value() == typed
         return

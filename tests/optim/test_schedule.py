@@ -167,7 +167,7 @@ def test_a_length_that_cannot_be_is_refused() -> None:
         Schedule(ScheduleConfig(), 0)
     with pytest.raises(ValueError, match="step=-1"):
         Schedule(ScheduleConfig(), 10).factor(-1)
-    with pytest.raises(UserError, match=r"segments take 12 steps together; the training has 10"):
+    with pytest.raises(UserError, match=r"segments take 12 steps in total, but the training has 10"):
         Schedule(ScheduleConfig(segments=[SegmentConfig("warmup", steps=12), SegmentConfig("linear", 0.0)]), 10)
     with pytest.raises(UserError, match=r"tokens=5: the number of tokens per step is unknown"):
         Schedule(ScheduleConfig(segments=[SegmentConfig("warmup", tokens=5), SegmentConfig("linear", 0.0)]), 10)

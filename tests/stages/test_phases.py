@@ -382,7 +382,7 @@ def test_a_configuration_of_phases_that_cannot_be_is_one_line(tiny: Configure) -
 
 def test_densities_are_refused_beside_a_run_to_start_from(train: Train, tiny: Configure, tmp_path: Path) -> None:
     start = train("start", None, {"budget": {"steps": 1, "batch_size": 4}})
-    with pytest.raises(UserError, match=r"density: a run that starts from another, init_from=.*, keeps the densities"):
+    with pytest.raises(UserError, match=r"density: a run with init_from=.* keeps the densities"):
         pretrain(tiny(HALVES, init_from=start.directory, run_dir=tmp_path / "next"))
     other: Phases = [{"share": 0.5}, {"share": 0.5, "context": 32, "batch_size": 2}]
     assert pretrain(tiny(other, init_from=start.directory, run_dir=tmp_path / "next"), Console(quiet=True)).complete

@@ -258,9 +258,11 @@ def test_input_that_a_run_refuses_is_refused_in_the_same_line(shell: Any, words:
 
 def test_what_cannot_be_planned_is_one_line(shell: Any) -> None:
     assert "the following arguments are required: VERB" in shell.refused("plan")
-    assert "plan knows pretrain, finetune, prompt, pipeline, not 'sweep'" in shell.refused("plan", "sweep")
+    assert "plan cannot plan 'sweep'; give one of pretrain, finetune, prompt, pipeline" in shell.refused(
+        "plan", "sweep"
+    )
     assert "did you mean 'pretrain'?" in shell.refused("plan", "pretrian")
-    assert "plan takes no --cfg" in shell.refused("plan", "pretrain", "--cfg", "job")
+    assert "plan does not take --cfg" in shell.refused("plan", "pretrain", "--cfg", "job")
     assert "init_from is missing" in shell.refused("plan", "prompt")
     missing = shell.refused("plan", "finetune", *shell.tiny, "task=pubmedqa", "task.path=nowhere")
     assert "task.path=nowhere: no ori_pqal.json there" in missing
