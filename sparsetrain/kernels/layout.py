@@ -63,7 +63,7 @@ class Layout:
 def block_width(density: float) -> int:
     """Return how many columns a block has: less for denser matrices, whose chunks are long enough as it is.
 
-    Measured on a processor with 32 KB of L1 (`LOG.md`); one with more gains little from wider blocks.
+    Measured on a processor with 32 KB of L1 (docs/kernels.md); one with more gains little from wider blocks.
     """
     for least, width in ((0.4, 64), (0.15, 96), (0.07, 128)):
         if density >= least:

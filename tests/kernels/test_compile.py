@@ -109,7 +109,7 @@ def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_
     assert "%zmm" in code
     hit, second, _ = use(env)
     assert hit
-    # Tests run side by side on a shared machine; what a quiet one takes is in LOG.md.
+    # Tests run side by side on a shared machine; what a quiet one takes is in docs/kernels.md.
     assert second < first / 2
 
 

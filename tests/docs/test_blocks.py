@@ -1,0 +1,192 @@
+"""Every code block of the README and of docs/ runs as it stands: commands on a smaller model and corpus, Python as it is.
+
+A comment of one line above a block says what is special about it: ``<!-- file: PATH -->`` for the content of a file that
+later blocks use, ``<!-- shown only: REASON -->`` for what does not run here.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import re
+import shlex
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from sparsetrain.cli import main
+from sparsetrain.cli.verbs import VERBS
+from sparsetrain.data.sources.wheel import Wheel
+
+ROOT = Path(__file__).parents[2]
+PAGES = [Path("README.md"), *sorted(path.relative_to(ROOT) for path in (ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+# What makes a command small; it changes no key that the command itself sets.
+TINY = ["model=tiny", "parameterization.base_width=32"]
+SMALL = {
+    "data": ["data.vocab_size=300"],
+    "pretrain": [*TINY, "data.vocab_size=300", "data.context=64", "budget.batch_size=2", "runs_dir=runs"],
+    "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "budget.steps=3", "budget.batch_size=4"],
+    "generate": ["max_new_tokens=5"],
+    "report": [],
+    "sweep": [],
+    "bench": ["shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]", "repeats=1"],
+    "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
+    "coord-check": [
+        *(*TINY, "data.tokenizer=bytes", "data.context=24"),
+        *("budget.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
+    ],
+    "mask": [],
+}
+SMALL["prompt"] = SMALL["finetune"]
+SMALL["pipeline"] = [
+    *(*SMALL["pretrain"], "task.n_train=20", "task.n_validation=10", "task.n_test=10"),
+    *(f"pipeline.stages.{stage}.budget.steps=3" for stage in ("finetune", "prompt", "scratch")),
+]
+
+
+class Block(NamedTuple):
+    note: str
+    language: str
+    code: str
+
+    @property
+    def file(self) -> str:
+        return self.note.removeprefix("file: ") if self.note.startswith("file: ") else ""
+
+
+def blocks(page: Path) -> list[Block]:
+    """Return the blocks of a page that run, those that are shown only left out."""
+    found = [Block(*match) for match in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))]
+    return [block for block in found if not block.note.startswith("shown only: ")]
+
+
+def write_files(page: Path) -> None:
+    for block in blocks(page):
+        if block.file:
+            Path(block.file).parent.mkdir(parents=True, exist_ok=True)
+            Path(block.file).write_text(block.code, encoding="utf-8")
+
+
+def lines(program: str) -> Iterator[list[str]]:
+    """Yield the words behind ``program`` of every line of a shell block, in the order of the pages."""
+    for page in PAGES:
+        for block in blocks(page):
+            if block.language == "bash" and not block.file:
+                for line in block.code.replace("\\\n", " ").splitlines():
+                    first, *words = shlex.split(line, comments=True) or [""]
+                    if first == program:
+                        yield words
+
+
+def smaller(verb: str, words: list[str]) -> list[str]:
+    """Return ``words`` on a smaller model: what a command says of its length is made shorter, nothing else changes."""
+    words = [re.sub(r"^(budget\.tokens)=.*", r"\1=384", word) for word in words] + SMALL[verb]
+    if verb in ("pretrain", "pipeline") and not any(word.startswith("budget.tokens=") for word in words):
+        words.append("budget.steps=2")
+    return words
+
+
+def test_every_block_is_one_that_runs() -> None:
+    for page in PAGES:
+        for block in blocks(page):
+            where = f"{page}:\n{block.code}"
+            assert block.file or block.language in ("bash", "python"), where
+            if block.language == "bash" and not block.file:
+                rows = block.code.replace("\\\n", " ").splitlines()
+                assert all(row.startswith(("sparsetrain ", "make ")) for row in rows), where
+
+
+def test_what_is_shown_only_is_little() -> None:
+    """A block that cannot run here has to be added to this list."""
+    shown = [
+        code.strip()
+        for page in PAGES
+        for note, _, code in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+        if note.startswith("shown only: ")
+    ]
+    assert shown == ["pip install ."]
+
+
+def test_every_verb_has_a_command_on_a_page() -> None:
+    assert {words[0] for words in lines("sparsetrain")} == {"plan", *SMALL} == set(VERBS)
+
+
+def test_make_targets_of_the_pages_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = {words[0] for words in lines("make")}
+    assert {"demo", "test"} <= targets
+    assert [target for target in targets if f"\n{target}:" not in makefile] == []
+
+
+def test_commands_of_the_pages_run(
+    small_medline: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each command once, in the order of the pages; RUN_DIR is the directory of the first pre-training."""
+    monkeypatch.chdir(tmp_path)
+    for page in PAGES:
+        write_files(page)
+    run_dir, done = "", []
+    for verb, *words in lines("sparsetrain"):
+        if (verb, words) in done:
+            continue
+        done.append((verb, words))
+        words = [word.replace("RUN_DIR", run_dir) for word in words]
+        if verb != "plan":  # it trains nothing, whatever the size
+            words = smaller(verb, words)
+        status = main([verb, *words])
+        output = capsys.readouterr()
+        assert status == 0, f"{verb} {words}: {output.err}"
+        if verb == "pretrain" and not run_dir:
+            run_dir = re.findall(r"run directory: (\S+)", output.out)[0]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=str)
+def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blocks of a page, one after the other in one scope."""
+    monkeypatch.chdir(tmp_path)
+    write_files(page)
+    scope: dict[str, object] = {"__name__": "page"}
+    for block in blocks(page):
+        if block.language == "python" and not block.file:
+            exec(compile(block.code, str(page), "exec"), scope)
+
+
+def test_the_parameter_groups_of_a_page_hold_every_parameter() -> None:
+    scope: dict[str, object] = {}
+    for block in blocks(Path("docs/engineer.md")):
+        if block.language == "python":
+            exec(block.code, scope)
+    grouped = sum(len(group["params"]) for group in scope["groups"])  # type: ignore[attr-defined]
+    assert grouped == len(list(scope["my_model"].parameters()))  # type: ignore[attr-defined]
+    assert scope["manager"].watch()["itop_rate"] == pytest.approx(0.3, abs=0.02)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("host", "name"), [("Zen 4", "results.csv"), ("Emerald Rapids", "results_emerald_rapids.csv")])
+def test_the_speeds_of_the_readme_follow_from_the_rows(host: str, name: str) -> None:
+    with (ROOT / "experiments" / "kernels" / name).open(newline="") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["threads"] == "1"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    header, *body = [row.strip("|").split("|") for row in readme.splitlines() if re.match(r"\| (sparsity|\d+ %)", row)]
+    titles = [title.strip() for title in header]
+
+    def mean(part: str, contender: str, sparsity: float) -> float:
+        found = [row for row in rows if (row["part"], row["contender"]) == (part, contender)]
+        return statistics.geometric_mean(float(r["speedup"]) for r in found if float(r["sparsity"]) == sparsity)
+
+    assert len(body) == 4
+    for cells in body:
+        sparsity = float(cells[0].strip().removesuffix(" %")) / 100
+        said = {title: cell.strip().removesuffix("x") for title, cell in zip(titles, cells, strict=True)}
+        for title, value in (
+            (f"layer, {host}", mean("layer", "csr", sparsity)),
+            (f"GPT, {host}", mean("model", "csr", sparsity)),
+            (f"dense bfloat16 layer, {host}", mean("layer", "dense_bf16", sparsity)),
+        ):
+            digits = len(said[title].partition(".")[2])
+            assert math.isclose(float(said[title]), value, abs_tol=0.51 * 10**-digits), (title, sparsity, value)
+    assert rows[0]["commit"][:7] in readme
