@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: setup demo test test-triton fuzz lint format clean
+.PHONY: setup demo test test-triton fuzz lint format docs clean
 
 setup: $(DEV_STAMP)
 
@@ -58,6 +58,10 @@ format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The site of the documents, into site/. A warning is an error.
+docs: $(DEV_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) .kernels build dist .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info
+	rm -rf $(VENV) .kernels build dist site .pytest_cache .mypy_cache .ruff_cache .coverage .coverage.* htmlcov *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

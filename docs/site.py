@@ -35,7 +35,9 @@ def links(text: str) -> list[str]:
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     """Add the pages outside of ``docs/``, and each file of the repository that a page links to."""
     pages = outside()
-    linked = {page.parent / target for page in [*ROOT.glob("docs/**/*.md"), *pages] for target in links(page.read_text())}
+    linked = {
+        page.parent / target for page in [*ROOT.glob("docs/**/*.md"), *pages] for target in links(page.read_text())
+    }
     targets = {Path(posixpath.normpath(path)) for path in linked}
     for path in sorted({*pages, *(path for path in targets if path.is_file())}):
         if ROOT / "docs" not in path.parents:

@@ -54,6 +54,7 @@ TINY: dict[str, list[str]] = {
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
+DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # What tells the arms of the other tables apart.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
@@ -171,10 +172,10 @@ def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
 
 
-@pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", "."])
+@pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", *DOCUMENTS])
 def test_every_interval_of_a_readme_follows_from_the_rows(name: str) -> None:
     everything = [*CURVES, *ARMS]
-    text = (ROOT / "README.md" if name == "." else ROOT / "experiments" / name / "README.md").read_text()
+    text = (ROOT / name if name in DOCUMENTS else ROOT / "experiments" / name / "README.md").read_text()
     named = re.findall(r"\]\((?:\.\./)?(\w+)/README\.md\)", text)
     sources = [name, *named] if name in everything else everything
     assert unsupported(text, [claim for source in dict.fromkeys(sources) for claim in claims(source)]) == []
