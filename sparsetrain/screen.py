@@ -10,12 +10,16 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 
+def printable(line: object) -> str:
+    """Return ``line`` with control characters made visible, so that none is obeyed by a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
+
+
 def plain(line: object, style: str = "") -> Text:
     """Return ``line`` as text that rich does not parse, with control characters replaced by a visible mark."""
     from rich.text import Text  # slow to import
 
-    shown = (c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
-    return Text("".join(shown), style=style)
+    return Text(printable(line), style=style)
 
 
 def say(console: Console, line: object, style: str = "") -> None:

@@ -6,11 +6,11 @@ import errno
 import os
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from sparsetrain import __version__, plugins, process
+from sparsetrain.cli.notices import notices_on_stderr
 from sparsetrain.cli.parsers import Parser, parsed, parser_of
 from sparsetrain.cli.verbs import VERBS, find, named
 from sparsetrain.errors import UserError, single_line
@@ -21,9 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status; `sparsetrain.process` lists the statuses."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with process.handled(process.Stop()), warnings.catch_warnings():
-            # The line that describes the model counts its empty rows; one warning per layer would bury it.
-            warnings.filterwarnings("ignore", message=".* have no weight: they are constant")
+        with process.handled(process.Stop()), notices_on_stderr():
             try:
                 status = _run(given)
                 sys.stdout.flush()  # here a failed write can still be told from an error of the run

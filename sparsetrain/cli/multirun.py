@@ -28,6 +28,7 @@ from sparsetrain import process
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, run_hydra
+from sparsetrain.cli.notices import notices_on_stderr
 from sparsetrain.cli.overrides import SEARCH_PATH, is_hydras, parse
 from sparsetrain.cli.resolve import convert
 from sparsetrain.cli.start import start
@@ -199,7 +200,8 @@ class Job:
 
     def _run(self, tree: Any) -> int:
         try:
-            return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
+            with notices_on_stderr():  # a process of a launcher has not gone through `main`
+                return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
         except UserError as error:
             print(f"sparsetrain: {self.arguments.said(error)}", file=sys.stderr, flush=True)
             return 2

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 MODEL, OPTIMIZER, STATE = "model.safetensors", "optimizer.safetensors", "state.json"
+_log = logging.getLogger(__name__)
+
 LATEST = "latest"
 
 _CONTENTS = (MODEL, OPTIMIZER, STATE)
@@ -344,20 +346,15 @@ def verify_checkpoint(path: Path) -> None:
         raise UserError(f"checkpoint {path.name} refused: {error}") from None
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
-
-
-def load_checkpoint(directory: Path, name: str | None = None, on_refused: Callable[[str], None] = _warn) -> Checkpoint:
+def load_checkpoint(directory: Path, name: str | None = None) -> Checkpoint:
     """Return the newest usable checkpoint of ``directory``, or the one called ``name``.
 
     ``latest`` names the newest one; if the named one does not exist, the highest step counts. If a checkpoint is
-    damaged, the one before it is tried. Peak memory is about twice the size of the checkpoint.
+    damaged, a warning is logged and the one before it is tried. Peak memory is about twice the size of the checkpoint.
 
     Args:
         directory: a run's ``checkpoints`` directory.
         name: e.g. ``step-00000100``.
-        on_refused: called with one line for each damaged checkpoint; by default a warning.
 
     Raises:
         UserError: no checkpoint is usable, or the one called ``name`` is absent or damaged.
@@ -388,6 +385,6 @@ def load_checkpoint(directory: Path, name: str | None = None, on_refused: Callab
             continue
         except RefusedError as error:
             refused.append(f"{chosen} refused: {error}")
-            on_refused(f"checkpoint {refused[-1]}")
+            _log.warning("checkpoint %s", refused[-1])
     reasons = f" that can be used ({'; '.join(refused)})" if refused else ""
     raise UserError(f"{directory} has no checkpoint{reasons}")

@@ -6,7 +6,7 @@ the transformer without a prefix. A sparse layer is saved with its pattern.
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from sparsetrain.runs.layout import CHECKPOINTS
 from sparsetrain.runs.result import finished
 
 MODEL_PREFIX, PROMPT_VECTORS = "model.", "prompt.vectors"
+_log = logging.getLogger(__name__)
+
 _PATTERN = ".row_ptr"  # suffix of a tensor name that only sparse layers have
 
 
@@ -61,17 +63,15 @@ class RunWeights:
 
 
 def read_weights(directory: Path) -> RunWeights:
-    """Return the newest valid weights of a run; print a warning on stderr if the run is not finished.
+    """Return the newest valid weights of a run; log a warning if the run is not finished.
 
     Raises:
         UserError: there is no such run, or it has no readable checkpoint.
     """
     if not directory.is_dir():
         raise UserError(f"init_from={directory}: no such run directory")
-    stored = load_checkpoint(
-        directory / CHECKPOINTS, on_refused=lambda line: print(f"warning: {line}", file=sys.stderr)
-    )
+    stored = load_checkpoint(directory / CHECKPOINTS)
     done = finished(directory)
     if done is None or not done.complete:
-        print(f"warning: {directory} is not finished; its weights are those of step {stored.step}", file=sys.stderr)
+        _log.warning("%s is not finished; its weights are those of step %d", directory, stored.step)
     return RunWeights.of(stored.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-import sys
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -18,6 +18,8 @@ from sparsetrain.report.text import byte_size
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import RunConfig, model_config
 from sparsetrain.training.state import resolve_device, resolve_precision
+
+_log = logging.getLogger(__name__)
 
 Fitting = Callable[[int], list[str]]
 """Returns the settings that would fit into a number of bytes."""
@@ -90,7 +92,7 @@ def check_memory(
 ) -> None:
     """Raise `UserError` if a workload certainly does not fit into memory.
 
-    If it may just fit, or is forced, print a warning on standard error instead.
+    If it may just fit, or is forced, log a warning instead.
 
     Args:
         what: the workload in words, with the settings that determine its size, for the message.
@@ -139,7 +141,7 @@ def check_footprint(
         found = fitting(there.bytes) if fitting is not None else []
         advice = f"; {' or '.join(found)} would fit" if found else ""
         raise UserError(f"{line}{advice}; --force runs it anyway")
-    print(f"warning: {line}", file=sys.stderr)
+    _log.warning("%s", line)
 
 
 def describe(needed: Footprint, what: str, there: Available) -> str:

@@ -6,6 +6,7 @@ therefore ends with the same bits as an uninterrupted one.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.observers import Evaluated, Observer, RunStart, StepDone
 from sparsetrain.training.state import Clock, Diverged, Interrupted, LoopConfig, TrainState, stop_requests
+
+_log = logging.getLogger(__name__)
 
 MASK_HISTORY = "mask_history/"  # prefix of the mask manager's tensors in a checkpoint
 
@@ -274,7 +277,7 @@ class Trainer:
         directory = self.directory / CHECKPOINTS
         if not list_checkpoints(directory):
             return TrainState()
-        stored = load_checkpoint(directory, on_refused=self._warn)
+        stored = load_checkpoint(directory)
         load_weights(self.module, stored.model, str(stored.path))
         restore_optimizer(self.optimizer, stored.optimizer, self._trained())
         say(self.console, f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
@@ -287,10 +290,9 @@ class Trainer:
                 observer.restore(watching[observer.name])  # type: ignore[arg-type]
         before = state.pop("setup", None)
         if before != self._setup():
-            say(
-                self.console,
-                f"warning: {self.title} started with {before} and resumes with {self._setup()}: its bits may differ "
-                "from those of an uninterrupted run",
+            _log.warning(
+                "%s started with %s and resumes with %s: its bits may differ from those of an uninterrupted run",
+                *(self.title, before, self._setup()),
             )
         return TrainState(**state)  # type: ignore[arg-type]
 
@@ -303,9 +305,6 @@ class Trainer:
         self.masks.load_state(
             saved, {name.removeprefix(MASK_HISTORY): history[name] for name in history if name.startswith(MASK_HISTORY)}
         )
-
-    def _warn(self, line: str) -> None:
-        say(self.console, f"warning: {line}")
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Any], source: str) -> None:

@@ -212,7 +212,7 @@ def checkpoint(mutated: str) -> Callable[[Path], Path]:
 
 def stored(place: Path) -> Any:
     """The only checkpoint there."""
-    found = load_checkpoint(place / "checkpoints", on_refused=lambda line: None)
+    found = load_checkpoint(place / "checkpoints")
     return found.step, found.state, {name: found.model[name].tolist() for name in sorted(found.model)}
 
 

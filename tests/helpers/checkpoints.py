@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -34,5 +35,13 @@ def check(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load(directory: Path) -> tuple[Checkpoint, list[str]]:
+    """Return the newest usable checkpoint and the warnings about those that were refused."""
     refusals: list[str] = []
-    return check(load_checkpoint(directory, on_refused=refusals.append)), refusals
+    handler = logging.Handler()
+    handler.emit = lambda record: refusals.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("sparsetrain.runs.checkpoint")
+    logger.addHandler(handler)
+    try:
+        return check(load_checkpoint(directory)), refusals
+    finally:
+        logger.removeHandler(handler)

@@ -258,8 +258,8 @@ def test_a_run_can_be_used_when_its_corpus_is_gone(
 
 
 def test_starting_from_an_unfinished_run_is_said(
-    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console, capsys: pytest.CaptureFixture[str]
+    sparse: RunResult, configure: Configure, tmp_path: Path, screen: Console, caplog: pytest.LogCaptureFixture
 ) -> None:
     (sparse.directory / "result.json").unlink()
     finetune(configure(FinetuneConfig, run_dir=tmp_path / "tuned", init_from=sparse.directory), screen)
-    assert "sparse is not finished; its weights are those of step 12" in capsys.readouterr().err
+    assert f"{sparse.directory} is not finished; its weights are those of step 12" in caplog.messages

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from sparsetrain.runs.checkpoint import load_checkpoint
+from sparsetrain.runs.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.runs.metrics import TIMED, read_metrics
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.stages.config import build
@@ -47,7 +47,8 @@ def outcome(directory: Path) -> tuple[list[tuple], dict[str, torch.Tensor]]:
     """Return what must be equal in two runs: the metrics without times, and the final tensors."""
     records = read_metrics(directory / "metrics.jsonl")
     metrics = [tuple(sorted((k, v) for k, v in record.items() if k not in TIMED)) for record in records]
-    last = load_checkpoint(directory / "checkpoints", on_refused=sys.exit)
+    newest = list_checkpoints(directory / "checkpoints")[-1]
+    last = load_checkpoint(directory / "checkpoints", newest)  # by name: a damaged one is an error
     return metrics, {**last.model, **{f"optimizer {name}": t for name, t in last.optimizer.tensors.items()}}
 
 

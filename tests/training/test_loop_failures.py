@@ -97,7 +97,12 @@ def test_a_rule_that_can_rank_no_more_ends_like_static_masks(
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
-    configure: Configure, trained: Trained, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+    configure: Configure,
+    trained: Trained,
+    tmp_path: Path,
+    screen: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     with monkeypatch.context() as patch:
         on_loss(patch, 9, send(signal.SIGTERM))
@@ -111,7 +116,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
         stream.write('{"step": 10, "lo')  # the kill cut a line short
     pretrain(configure(PretrainConfig, run_dir=tmp_path / "cut"), screen)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert "warning: checkpoint step-00000009 refused: " in shown
+    assert [message for message in caplog.messages if message.startswith("checkpoint step-00000009 refused: ")]
     assert "resuming after step 8 of 12" in shown
     assert_same_run(trained(), tmp_path / "cut")
 

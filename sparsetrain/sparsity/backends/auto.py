@@ -17,11 +17,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
 import threading
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -39,6 +39,8 @@ from sparsetrain.reading import read_json
 from sparsetrain.shapes import Fraction, check
 from sparsetrain.sparsity.backends.base import BACKENDS
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
+
+_log = logging.getLogger(__name__)
 
 FALLBACK = "masked"
 CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
@@ -159,7 +161,7 @@ def save(tables: dict[str, Crossover], about: dict[str, Any]) -> Path:
 def tables() -> dict[str, Crossover]:
     """Return the tables to go by: this machine's own, or those of the library; read at the first call.
 
-    A file that is no table is warned of and set aside.
+    A file that is no table is set aside, and a warning is logged.
     """
     if not _read:
         _read_tables()
@@ -173,7 +175,7 @@ def _read_tables() -> bool:
             try:
                 found = _load()
             except UserError as error:
-                warnings.warn(f"{error}; the table of the library is used", stacklevel=2)
+                _log.warning("%s; the table of the library is used", error)
                 found = _shipped()
             _tables.update(found)
             _read.append(True)
