@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -190,8 +191,8 @@ def profile_dense(gpt: GptSection, seed: int, repeats: int) -> dict[str, float]:
             updates.append(step.update_seconds / total)
     sizes = sum(linear.weight.numel() for linear in hidden.values()), sum(p.numel() for p in model.parameters())
     return {
-        "linear_share": sorted(shares)[len(shares) // 2],
-        "update_share": sorted(updates)[len(updates) // 2],
+        "linear_share": statistics.median(shares),
+        "update_share": statistics.median(updates),
         "hidden_share": sizes[0] / sizes[1],
     }
 

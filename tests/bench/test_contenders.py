@@ -16,7 +16,7 @@ from sparsetrain.bench import GptSection, contenders, gpt
 from sparsetrain.bench.contenders import LayerCase, contender, measure_memory, wrong
 from sparsetrain.bench.memory import bytes_per_nonzero, layer_bytes, pattern_bytes, peak_bytes
 from sparsetrain.bench.peers import Skipped, missing, step_of
-from sparsetrain.bench.timing import Work, interleaved, median
+from sparsetrain.bench.timing import Work, interleaved
 from sparsetrain.models import Transformer
 from sparsetrain.sparsity import SparseLinear
 
@@ -128,7 +128,6 @@ def test_rounds_take_turns_and_short_work_is_repeated() -> None:
     assert [entry.given_up for entry in interleaved(three, 3, 0.0, 4.0, beside).values()] == [False, True, False]
     slow = interleaved({"a": Work(lambda: None), "b": Work(lambda: time.sleep(0.01))}, 5, patience=2.0)
     assert (len(slow["a"].forward), len(slow["b"].forward), slow["b"].given_up) == (5, 1, True)
-    assert (median([3.0, 1.0, 2.0]), median([4.0, 1.0, 2.0, 3.0])) == (2.0, 2.5)
 
 
 def test_index_bytes_are_the_patterns_own_and_those_of_both_layouts() -> None:
