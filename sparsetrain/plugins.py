@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import os
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import metadata
@@ -29,6 +29,7 @@ VARIABLE = "SPARSETRAIN_PLUGINS"
 GROUP = "sparsetrain.plugins"
 """The group of entry points by which an installed package names its plugins."""
 
+_LOGGER = logging.getLogger(__name__)
 _loaded: set[str] = set()
 
 
@@ -68,7 +69,7 @@ def load() -> None:
         try:
             _load(f"{entry.name} = {entry.value}", entry.load)
         except UserError as error:
-            warnings.warn(str(error), stacklevel=2)
+            _LOGGER.warning("%s", error)
 
 
 def _load(plugin: str, read: Callable[[], object]) -> None:
