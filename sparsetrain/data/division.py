@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from sparsetrain.data.sources.base import Document, Source
+from sparsetrain.data.sources.base import Document, Source, check_document
 from sparsetrain.data.split import Split, assign, position, split_of
 from sparsetrain.errors import UserError
 
@@ -51,12 +51,13 @@ def divide(source: Source, where: str, max_documents: int | None, validation: fl
         validation, test: shares of the documents that are held out.
 
     Raises:
-        UserError: no text, or only one character.
+        UserError: no text, only one character, or a document that cannot be used.
     """
     ids: list[str] = []
     sizes: list[int] = []
     length = 0
     for document in source.documents():
+        check_document(document, where)
         ids.append(document.id)
         sizes.append(len(document.text))
         length += len(document.text.encode())

@@ -82,6 +82,13 @@ def clean_id(value: object, where: str) -> str:
     return " ".join(check_text(value, where).split())
 
 
+def check_document(document: Document, where: str) -> None:
+    """Raise `UserError` that begins with ``where`` unless a document has an id as of `clean_id`, and a usable text."""
+    if clean_id(document.id, where) != document.id:
+        raise UserError(f"{where}: document id {document.id!r} must be text on one line, its words one space apart")
+    check_text(document.text, f"{where}, document {document.id!r}")
+
+
 def check_text(text: object, where: str) -> str:
     """Return ``text`` if it is a string that UTF-8 can hold, else raise `UserError` that begins with ``where``."""
     if not isinstance(text, str):
