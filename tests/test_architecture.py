@@ -26,7 +26,7 @@ ORDER = [
         "errors",
         "wrappers",
         "seeds",
-        "processor",
+        "machine",
         "shapes",
         "reading",
         "files",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from sparsetrain.bench.machine import available_cores
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.machine import available_cores
 from sparsetrain.models import ModelConfig
 from sparsetrain.sparsity.backends.base import backend_names
 from sparsetrain.sparsity.patterns.spec import check_sparsity

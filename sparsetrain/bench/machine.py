@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import sparsetrain
-from sparsetrain.processor import cpu_flags, cpuinfo
+from sparsetrain.machine import available_cores, processor
 
 # Packages of the library whose code affects a measurement.
 _MEASURED = ("kernels", "sparsity", "models", "parameterization", "bench")
@@ -23,21 +23,17 @@ _PACKAGES = ("torch", "numba", "numpy", "scipy", "sparselab", "sparseprop")
 _VECTOR_FLAGS = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile", "asimd", "sve", "bf16")
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def describe_machine() -> dict[str, Any]:
     """Return processor, cores, caches, memory and versions as plain values."""
-    info, flags = cpuinfo(), cpu_flags()
+    cpu = processor()
+    numbers = {"cpu family": cpu.family, "model": cpu.model, "stepping": cpu.stepping}
     return {
-        "processor": info.get("model name") or platform.processor() or platform.machine(),
+        "processor": cpu.label,
         # The name alone may stand for a whole family of processors, especially on virtual machines.
-        "family": " ".join(f"{key} {info[key]}" for key in ("cpu family", "model", "stepping") if key in info),
+        "family": " ".join(f"{name} {number}" for name, number in numbers.items() if number),
         "cores": available_cores(),
-        "vector_flags": [flag for flag in _VECTOR_FLAGS if flag in flags],
-        "native_bf16": bool(flags & {"avx512_bf16", "amx_bf16", "bf16"}),
+        "vector_flags": [flag for flag in _VECTOR_FLAGS if flag in cpu.flags],
+        "native_bf16": bool(cpu.flags & {"avx512_bf16", "amx_bf16", "bf16"}),
         "caches": _caches(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from rich.table import Table
 from sparsetrain.bench.crossover import BLOCKS, DTYPES, SIDES, TOKENS, measure
 from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
+from sparsetrain.machine import core_count
 from sparsetrain.runs.provenance import machine
 from sparsetrain.screen import say
 from sparsetrain.sparsity.backends.auto import Crossover, save, table_name
@@ -58,7 +58,7 @@ class TuneConfig:
 def tune(config: TuneConfig, console: Console | None = None) -> Path:
     """Measure the crossover table of this machine, save it in the cache, print it and return its path."""
     console = console or Console()
-    threads = config.threads or sorted({1, os.cpu_count() or 1})
+    threads = config.threads or sorted({1, core_count()})
     side, rows = max(config.sides or SIDES), max(config.tokens or TOKENS)
     # The densest layer timed has nearly all its weights, and dense computation expands them into a second matrix.
     needed = footprint_of({"the layer": 2 * side**2 * 4, "inputs and gradients": 2 * rows * side * 4})

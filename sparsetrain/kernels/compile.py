@@ -26,10 +26,10 @@ from typing import Any, TypeVar
 import llvmlite
 import numba
 import numpy as np
-from llvmlite import binding
 
 from sparsetrain.cache import cache_directory
 from sparsetrain.files import typed_path
+from sparsetrain.machine import target_features, target_name
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -44,20 +44,9 @@ _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 HEADER = 4
 
 
-def cpu_features() -> str:
-    """Return the features of the processor that kernels are compiled for, as LLVM writes them: ``+avx2,-sse4a,...``."""
-    chosen = numba.config.CPU_FEATURES
-    return binding.get_host_cpu_features().flatten() if chosen is None else chosen
-
-
-def cpu_name() -> str:
-    """Return the name of that processor, as LLVM writes it: ``znver4``, ``sapphirerapids``, ``x86-64``, ..."""
-    return str(numba.config.CPU_NAME or binding.get_host_cpu_name())
-
-
 def fingerprint(folder: Path | None = None) -> str:
     """Return 16 hexadecimal digits of what compiled code depends on: sources in ``folder``, compiler, processor."""
-    built_with = f"{numba.__version__} {llvmlite.__version__} {cpu_name()} {cpu_features()}"
+    built_with = f"{numba.__version__} {llvmlite.__version__} {target_name()} {target_features()}"
     digest = hashlib.blake2b(built_with.encode(), digest_size=8)
     for path in sorted((folder or Path(__file__).parent).glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())

@@ -14,13 +14,13 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
-from sparsetrain.kernels.compile import cpu_features, cpu_name
+from sparsetrain.machine import target_features, target_name
 
 # The widest vector that a register holds where AVX-512 is, and half of it elsewhere (one of AVX2, two of NEON).
-NATIVE_LANES = 16 if "+avx512f" in cpu_features() else 8
+NATIVE_LANES = 16 if "+avx512f" in target_features() else 8
 # Lanes of one load, multiply-add or shuffle: on Zen 4 one of 16 lanes is two of 8.
-PATH_LANES = 8 if cpu_name() == "znver4" else NATIVE_LANES
-_AVX = "+avx," in f"{cpu_features()},"
+PATH_LANES = 8 if target_name() == "znver4" else NATIVE_LANES
+_AVX = "+avx," in f"{target_features()},"
 
 FLOAT, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 

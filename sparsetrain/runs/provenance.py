@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import subprocess
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 
 import sparsetrain
-from sparsetrain.processor import cpuinfo
+from sparsetrain.machine import core_count, processor
 
 
 def commit() -> str | None:
@@ -46,7 +45,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    return f"{cpuinfo().get('model name', platform.machine())}, {os.cpu_count()} cores"
+    return f"{processor().label}, {core_count()} cores"
 
 
 def command_line() -> str:

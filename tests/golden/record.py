@@ -188,7 +188,7 @@ def host() -> str:
     import numba
     import torch
 
-    model = "unknown"
+    model = "unknown"  # not asked of the library: its tree may be an older one
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

@@ -115,10 +115,11 @@ def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_
 
 _OTHER_LANES = """
 import sys
-from sparsetrain.kernels import compile as compiling
-features, kind = compiling.cpu_features(), sys.argv[1]
+from sparsetrain import machine
+features, kind = machine.target_features(), sys.argv[1]
 chosen = features.replace("+avx512f", "-avx512f") if kind == "8" else f"{features},+avx512f"
-compiling.cpu_features, compiling.cpu_name = lambda: chosen, lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
+machine.target_features = lambda: chosen
+machine.target_name = lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
 from sparsetrain.kernels import simd
 assert simd.NATIVE_LANES == int(kind.split()[0]) and simd.PATH_LANES == (16 if kind == "16" else 8)
 import torch

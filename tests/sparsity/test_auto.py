@@ -23,6 +23,7 @@ from scipy.interpolate import RegularGridInterpolator
 
 from sparsetrain.bench import crossover as tuning
 from sparsetrain.errors import UserError
+from sparsetrain.machine import Processor
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
 from sparsetrain.sparsity.backends import auto
 from sparsetrain.sparsity.backends.auto import Crossover, from_plain
@@ -79,8 +80,8 @@ def test_bfloat16_goes_by_its_own_table_where_there_is_one(monkeypatch: pytest.M
     assert chosen() == ["csr", "masked", "bsr", "bsr"]
 
 
-_ZEN4 = {"vendor_id": "AuthenticAMD", "cpu family": "25"}
-_ZEN5 = {"vendor_id": "AuthenticAMD", "cpu family": "26"}
+_ZEN4 = {"vendor": "AuthenticAMD", "family": "25"}
+_ZEN5 = {"vendor": "AuthenticAMD", "family": "26"}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +99,7 @@ def test_a_shipped_table_for_bfloat16_counts_where_there_are_the_instructions_of
     about: dict[str, str], flags: str, counts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    monkeypatch.setattr(auto, "cpuinfo", lambda: about)
-    monkeypatch.setattr(auto, "cpu_flags", lambda: set(flags.split()))
+    monkeypatch.setattr(auto, "processor", lambda: Processor(**about, flags=frozenset(flags.split())))
     names = set(auto._shipped())
     assert {"csr", "bsr"} <= names
     assert ({"csr bfloat16", "bsr bfloat16"} <= names) == counts
@@ -156,7 +156,7 @@ def test_a_shipped_table_is_one_and_prefers_dense_for_tiny_layers(name: str) -> 
         ("AVX2", {}, "crossover.json"),
         ("AVX2", _ZEN4, "crossover.json"),  # where torch was told to leave AVX-512 alone
         ("AVX512", {}, "crossover_avx512.json"),
-        ("AVX512", {"vendor_id": "GenuineIntel", "cpu family": "6"}, "crossover_avx512.json"),
+        ("AVX512", {"vendor": "GenuineIntel", "family": "6"}, "crossover_avx512.json"),
         ("AVX512", _ZEN5, "crossover_avx512.json"),
         ("AVX512", _ZEN4, "crossover_zen4.json"),
     ],
@@ -165,7 +165,7 @@ def test_the_shipped_table_is_that_of_such_a_processor(
     capability: str, about: dict[str, str], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(auto, "cpuinfo", lambda: about)
+    monkeypatch.setattr(auto, "processor", lambda: Processor(**about))
     text = (Path(auto.__file__).parent / "tables" / name).read_text()
     tables = json.loads(text)["backends"]
     loaded = {name: vars(table) for name, table in auto._load().items()}

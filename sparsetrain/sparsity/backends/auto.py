@@ -15,12 +15,10 @@ where the processor has the instructions for it that they were measured with; el
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import logging
 import math
 import os
-import platform
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +32,7 @@ import torch
 from sparsetrain.cache import cache_directory
 from sparsetrain.errors import UserError
 from sparsetrain.files import write_json
-from sparsetrain.processor import cpu_flags, cpuinfo
+from sparsetrain.machine import machine_key, processor, torch_simd
 from sparsetrain.reading import read_json
 from sparsetrain.shapes import Fraction, check
 from sparsetrain.sparsity.backends.base import BACKENDS
@@ -135,13 +133,6 @@ def _crossover(name: str, entry: _Plain) -> Crossover:
     return Crossover(entry["sides"], entry["tokens"], entry["threads"], density)
 
 
-def machine_key() -> str:
-    """Return what tells machines apart whose tables differ: processor and number of cores, as eight digits."""
-    name, flags = cpuinfo().get("model name", ""), " ".join(sorted(cpu_flags()))
-    text = f"{platform.machine()} {name} {flags} {os.cpu_count()}"
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-
-
 def tuned_path() -> Path:
     """Return where the table of this machine is kept."""
     return cache_directory() / f"crossover-{machine_key()}.json"
@@ -201,17 +192,17 @@ def _shipped() -> dict[str, Crossover]:
     name = SHIPPED[_kind()]
     content = json.loads(resources.files("sparsetrain.sparsity.backends").joinpath("tables", name).read_text("utf-8"))
     # Its tables for bfloat16 are those of a processor with such instructions: without them dense is slower.
-    native = content.get("bfloat16_by") in cpu_flags()
+    native = content.get("bfloat16_by") in processor().flags
     tables = from_plain(content, name)
     return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
 
 
 def _kind() -> str:
     """Return the kind of processor that this one is most like, of those that a table is shipped for."""
-    if "AVX512" not in torch.backends.cpu.get_cpu_capability():
+    if "AVX512" not in torch_simd():
         return "AVX2"
     # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.
-    zen4 = (cpuinfo().get("vendor_id"), cpuinfo().get("cpu family")) == ("AuthenticAMD", "25")
+    zen4 = (processor().vendor, processor().family) == ("AuthenticAMD", "25")
     return "Zen 4" if zen4 else "AVX-512"
 
 

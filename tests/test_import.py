@@ -1,0 +1,63 @@
+"""What ``import sparsetrain`` opens: nothing of the user's."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import sparsetrain
+from sparsetrain.machine import machine_key
+
+# Python reports each file that it opens to an audit hook (PEP 578), whoever opens it.
+_IMPORT = """
+import sys
+
+opened = []
+sys.addaudithook(lambda event, arguments: opened.append(str(arguments[0])) if event == "open" else None)
+import sparsetrain
+
+print(*sorted({path for path in opened if not path.isdigit()}), sep="\\n")
+"""
+
+_USE = """
+import warnings
+
+with warnings.catch_warnings(record=True) as at_import:
+    warnings.simplefilter("always")
+    import sparsetrain, torch
+
+layer = sparsetrain.SparseLinear(64, 64, density=0.5, seed=0)
+with warnings.catch_warnings(record=True) as at_use:
+    warnings.simplefilter("always")
+    layer(torch.zeros(8, 64))
+    layer(torch.zeros(8, 64))
+print([str(warning.message) for warning in at_import if "crossover" in str(warning.message)])
+print(*(str(warning.message) for warning in at_use if "crossover" in str(warning.message)), sep="\\n")
+"""
+
+
+def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"HOME": str(folder), "SPARSETRAIN_CACHE": str(folder / "cache")}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=True)
+
+
+def test_the_import_opens_no_file_of_the_users(tmp_path: Path) -> None:
+    opened = [Path(line) for line in run(_IMPORT, tmp_path).stdout.splitlines()]
+    own = Path(sparsetrain.__file__).parent
+    assert own / "registry.py" in opened  # or its compiled form beside it, which Python looks at after the source
+    allowed = [own, *(Path(path) for path in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev"))]
+    # An editable install adds a finder, which lies in site-packages and so below the prefix.
+    assert [path for path in opened if not any(path.is_relative_to(place) for place in allowed)] == []
+
+
+def test_a_damaged_crossover_table_is_warned_of_at_the_first_use_of_auto(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    table = tmp_path / "cache" / f"crossover-{machine_key()}.json"
+    table.write_text('{"backends": {')
+    at_import, *at_use = run(_USE, tmp_path).stdout.splitlines()
+    assert at_import == "[]"
+    assert len(at_use) == 1
+    assert str(table) in at_use[0]
