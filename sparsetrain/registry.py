@@ -87,6 +87,10 @@ class Registry(Generic[T]):
         """Return the registered names."""
         return tuple(self._things)
 
+    def things(self) -> tuple[tuple[str, T], ...]:
+        """Return the names and what they stand for."""
+        return tuple(self._things.items())
+
     def __getitem__(self, name: str) -> T:
         """Return what ``name`` stands for; an unknown name raises `UserError`, see `check`."""
         # Every sparse layer asks in every step, so a known name costs little more than in a dictionary.

@@ -36,6 +36,8 @@ ORDER = [
         "cache",
         "kernels",
         "sparsity.patterns",
+        "sparsity.evolution.base",
+        "sparsity.evolution.rules",
         "sparsity.config",
         "sparsity.backends",
         "sparsity.layers",

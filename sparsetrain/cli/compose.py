@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import hydra
 import yaml
@@ -28,6 +28,7 @@ from sparsetrain.cli.resolvers import register_resolvers
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.models import ModelConfig
+from sparsetrain.sparsity.evolution.base import RULES
 
 # These find the unknown key or group in a message of Hydra or OmegaConf, which may have several lines.
 _UNKNOWN = (
@@ -43,14 +44,24 @@ def config_directory() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-@functools.cache
 def schema(kind: type) -> type:
     """Return a plain dataclass with the fields of ``kind``, for OmegaConf to check keys and types against.
 
     A field without a default becomes optional: the checks of ``kind`` itself run later, when all values are known.
+    A section whose class follows from one of its settings gets the fields of all its classes here, all optional.
     """
+    return _schema(kind, RULES.things())
+
+
+@functools.cache
+def _schema(kind: type, rules: Any) -> type:
+    """Return what `schema` does, made anew when other rules of evolution are registered."""
     hints = get_type_hints(kind)
     members: list[tuple[str, Any, Any]] = []
+    known = {entry.name for entry in dataclasses.fields(kind)}
+    for name, hint in union(kind).items():
+        if name not in known:
+            members.append((name, hint | None, dataclasses.field(default=None)))
     for entry in dataclasses.fields(kind):
         hint = ModelConfig if entry.name == "model" else hints[entry.name]
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
@@ -143,9 +154,36 @@ def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig
         raise refused(error) from None
 
 
-@functools.cache
+def union(kind: type) -> dict[str, Any]:
+    """Return the types of the settings of all classes that a section may have, by name; nothing for a plain section."""
+    found: dict[str, Any] = {}
+    for alternative in alternatives(kind).values():
+        hints = get_type_hints(alternative)
+        for entry in dataclasses.fields(alternative):
+            hint = hints[entry.name] if _is_simple(hints[entry.name]) else Any
+            found[entry.name] = hint if found.get(entry.name, hint) == hint else Any
+    return found
+
+
+def alternatives(kind: type) -> dict[str, type]:
+    """Return the classes of a section whose class follows from one of its settings, by the value of that setting."""
+    found: dict[str, type] = getattr(kind, "alternatives", dict)()
+    return found
+
+
+def _is_simple(hint: Any) -> bool:
+    """Whether OmegaConf can check a type: a number, text, a truth value, or a list of them or of sections."""
+    items = get_args(hint) if get_origin(hint) is list else (hint,)
+    return all(item in (int, float, str, bool) or dataclasses.is_dataclass(item) for item in items)
+
+
 def defaults(verb: str) -> DictConfig:
     """Return the configuration of a verb without overrides. It is cached: do not change it."""
+    return _defaults(verb, schema_of(verb))
+
+
+@functools.cache
+def _defaults(verb: str, _schema: type) -> DictConfig:
     return compose(verb, [])
 
 

@@ -14,7 +14,17 @@ from omegaconf import OmegaConf
 
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
-from sparsetrain.cli.compose import compose, defaults, flat, groups, plain, run_hydra, schema_of
+from sparsetrain.cli.compose import (
+    alternatives,
+    compose,
+    defaults,
+    flat,
+    groups,
+    plain,
+    run_hydra,
+    schema_of,
+    union,
+)
 from sparsetrain.cli.overrides import check_moved, keys_of
 from sparsetrain.cli.quoting import text_settings, with_interpolation
 from sparsetrain.cli.resolve import prefer_typed_length
@@ -22,6 +32,7 @@ from sparsetrain.cli.stages import prefer_typed_arms
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig
+from sparsetrain.runs.recorded import complete, entries
 
 
 def describe(verb: str) -> str:
@@ -30,12 +41,35 @@ def describe(verb: str) -> str:
     for name, choices in groups(verb).items():
         lines += textwrap.wrap(", ".join(choices), 120, initial_indent=f"  {name:18} ", subsequent_indent=" " * 21)
     lines += ["", "settings (key=value) with their defaults:"]
+    kinds, hidden = _settled_sections(find(verb).kind()), set()
+    for section, kind in kinds.items():
+        own = {entry.name for entry in dataclasses.fields(kind)}
+        hidden |= {f"{section}.{name}" for name in union(kind) if name not in own}
     for name, value in flat(defaults(verb)).items():
+        if name in hidden:
+            continue
         lines += [f"  {name} = {_shown(value)}"] if not _has_entries(value) else [f"  {name} =", *_entries(value)]
+        section, _, last = name.rpartition(".")
+        for choice, kind in alternatives(kinds[section]).items() if section in kinds else ():
+            usual = ", ".join(f"{key}={_shown(plain)}" for key, plain in complete({}, kind).items() if key != last)
+            first = f"    {last}={choice}: " + ("" if usual else "no other setting")
+            lines += textwrap.wrap(usual, 120, initial_indent=first, subsequent_indent=" " * 6) or [first]
     lines += ["", "what the settings mean:"]
     for path, kind in _sections(verb, find(verb).kind()):
         lines += [f"  {path or verb}:", *(f"    {line}".rstrip() for line in (kind.__doc__ or "").split("\n"))]
     return "\n".join(lines)
+
+
+def _settled_sections(kind: type, prefix: str = "") -> dict[str, type]:
+    """Return the sections whose class follows from one of their settings, by dotted names."""
+    found: dict[str, type] = {}
+    for name, entry in entries(kind).items():
+        if entry.section is not None and isinstance(entry.default, dict):
+            if alternatives(entry.section):
+                found[f"{prefix}{name}"] = entry.section
+            else:
+                found |= _settled_sections(entry.section, f"{prefix}{name}.")
+    return found
 
 
 def _shown(value: Any) -> str:
@@ -63,6 +97,8 @@ def _sections(path: str, kind: type) -> list[tuple[str, type]]:
             if isinstance(arm, type) and dataclasses.is_dataclass(arm):
                 for inner_path, inner in _sections(name, arm):
                     found.setdefault(inner, inner_path)
+                for choice, inner in alternatives(arm).items():
+                    found.setdefault(inner, f"{name} of {choice}")
     return [(where, section) for section, where in found.items()]
 
 
@@ -113,6 +149,10 @@ def _as_typed_text(verb: str, overrides: list[str], resolve: bool) -> dict[str, 
     values = plain(compose(verb, overrides), resolve)
     prefer_typed_length(values, keys_of(overrides))
     prefer_typed_arms(values, overrides)
+    for name, kind in _settled_sections(find(verb).kind()).items():
+        *above, last = name.split(".")
+        place: Any = functools.reduce(dict.__getitem__, above, values)
+        place[last] = complete(place[last], kind)
     settings = text_settings(schema_of(verb))
     for key in settings.keys() & keys_of(overrides):
         *sections, name = key.split(".")

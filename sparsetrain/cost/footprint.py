@@ -21,6 +21,8 @@ from sparsetrain.cost.flops import matrices
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.evolution.base import RULES
+from sparsetrain.sparsity.evolution.rules import Static
 from sparsetrain.sparsity.layers.allocation import matches
 
 WEIGHTS, EMBEDDINGS, ACTIVATIONS = "weights and optimizer", "embeddings and head", "activations"
@@ -227,7 +229,7 @@ def hidden_matrices(model: ModelConfig, plan: SparsityConfig | None, fewest: boo
         return Hidden(numel * layers, 0, 0, largest)
     densities = {matrix.name: _density(matrix.name, plan, fewest, numel * layers) for matrix in block}
     # A layer that is dense only at times stores its indices all the same.
-    resized = plan.evolution.rule in ("gmp", "vspdf") and not fewest
+    resized = RULES[plan.evolution.rule].resizes and not fewest
     stored = {matrix.name: int(densities[matrix.name] * matrix.numel) for matrix in block}
     sparse = [
         matrix for matrix in block if densities[matrix.name] < 1.0 or (resized and _takes_part(matrix.name, plan))
@@ -243,20 +245,15 @@ def hidden_matrices(model: ModelConfig, plan: SparsityConfig | None, fewest: boo
 def _density(name: str, plan: SparsityConfig, fewest: bool, numel: int) -> float:
     """Return the density of a matrix where the plan gives it most weights, or the smallest that is possible."""
     own = plan.sparsity if plan.nnz is None else max(0.0, 1.0 - plan.nnz / numel)
-    times = [own, *(phase.sparsity for phase in plan.evolution.phases)]
-    if plan.evolution.rule == "gmp":
-        times.append(plan.evolution.initial_sparsity)
+    rule = plan.evolution.build(None, own) if own or not RULES[plan.evolution.rule].needs_sparsity else Static()
     if fewest:
-        return 1.0 - max(*times, own, *(group.sparsity for group in plan.groups))
+        return min(*rule.densities(1.0 - own), *(1.0 - group.sparsity for group in plan.groups), 1.0 - own)
     if not _takes_part(name, plan):
         return 1.0
     for group in plan.groups:
         if fnmatchcase(name, group.match):
-            if plan.evolution.rule == "gmp":
-                return 1.0 - min(group.sparsity, plan.evolution.initial_sparsity)
-            # Where phases change the density, a layer keeps its ratio to the others.
-            return 1.0 - group.sparsity * (min(times) / own if plan.evolution.rule == "vspdf" and own else 1.0)
-    return 1.0 - min(times)
+            return max(rule.densities(1.0 - group.sparsity))
+    return max(rule.densities(1.0 - own))
 
 
 def _takes_part(name: str, plan: SparsityConfig) -> bool:

@@ -14,8 +14,8 @@ from typing import Protocol, TypeVar
 from sparsetrain.cost.flops import FlopTerms, hidden_shapes, matrices, training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.sparsity import Rule, SparsityConfig, make_rule
-from sparsetrain.sparsity.evolution.managed import planned_densities
+from sparsetrain.sparsity import EvolutionConfig, Rule, SparsityConfig, make_rule
+from sparsetrain.sparsity.evolution.managed import allocated_densities
 
 UPDATES = "mask_updates"
 
@@ -123,7 +123,7 @@ def planned_flops(
     def flops(budget: StepsT) -> float:
         section = section_of(budget)
         rule = _rule_of_length(section, budget.total_steps)
-        densities = planned_densities(shapes, section, rule)
+        densities = allocated_densities(shapes, section, rule)
         return FlopLedger(config, densities, rule, budget, accumulation).through(budget.total_steps)["total"]
 
     return flops
@@ -134,4 +134,4 @@ def _rule_of_length(sparsity: SparsityConfig, steps: int) -> Rule:
     try:
         return make_rule(sparsity, steps)
     except UserError:
-        return make_rule(replace(sparsity, evolution=type(sparsity.evolution)()), steps)
+        return make_rule(replace(sparsity, evolution=EvolutionConfig()), steps)

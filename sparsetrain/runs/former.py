@@ -1,10 +1,12 @@
-"""Conversion of settings from format 1: a fixed set of pipeline stages becomes a list, and densities become phases."""
+"""Conversion of settings of format 1: pipeline stages become a list, densities phases, rules sections."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
+
+from sparsetrain.sparsity.config import of_rule
 
 Values = dict[str, Any]
 
@@ -69,3 +71,28 @@ def stages_of_pipeline(values: Values, renamed: Callable[[Mapping[str, Any]], Va
     if section.get("scratch", True):
         stages.append({"name": "scratch", "run": "finetune", "once": True, "sparsity": {"sparsity": 0.0}, **tuning})
     return {**values, "pipeline": {"arms": {"sparsity.sparsity": arms}, "stages": stages}}
+
+
+def without_other_rules(values: Values) -> Values:
+    """Return settings in which a section of evolution has no settings of rules other than its own.
+
+    A section had the settings of all rules, at first.
+    """
+    found = _of_its_rule(values)
+    pipeline = found.get("pipeline")
+    stages = pipeline.get("stages") if isinstance(pipeline, Mapping) else None
+    if isinstance(pipeline, Mapping) and isinstance(stages, list):
+        # A stage that names no rule has that of the pipeline.
+        return {**found, "pipeline": {**pipeline, "stages": [_of_its_rule(stage, named=True) for stage in stages]}}
+    return found
+
+
+def _of_its_rule(values: Any, named: bool = False) -> Any:
+    """Return settings without those of other rules; ``named`` leaves a section that names no rule as it is."""
+    sparsity = values.get("sparsity") if isinstance(values, Mapping) else None
+    evolution = sparsity.get("evolution") if isinstance(sparsity, Mapping) else None
+    if not isinstance(sparsity, Mapping) or not isinstance(evolution, Mapping):
+        return values
+    if named and "rule" not in evolution:
+        return values
+    return {**values, "sparsity": {**sparsity, "evolution": of_rule(evolution)}}

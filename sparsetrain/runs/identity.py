@@ -23,7 +23,7 @@ from sparsetrain.files import sha256_of
 from sparsetrain.reading import MAX_YAML_BYTES, read_text
 from sparsetrain.runs.layout import CONFIG, RESULT, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.origin import MAX_ID_BYTES, Origin
-from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of
+from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of, settled
 
 # Settings that do not change the result and are not part of the identity.
 # The weights to start from count by content (`origin.source_key`), not by path.
@@ -87,9 +87,10 @@ def _without(value: Any, names: Collection[str]) -> Any:
 
 def beyond(values: Mapping[str, Any], schema: type, defaults: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return those settings in ``values`` that differ from their defaults."""
-    known = entries(schema)
-    if defaults is None:
-        defaults = complete({}, schema)
+    kind, values = settled(schema, values)
+    known = entries(kind)
+    if defaults is None or kind is not schema:
+        defaults = {**complete({}, kind), **(defaults or {})}
     found: dict[str, Any] = {}
     for key, value in values.items():
         section = known[key].section if key in known else None

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_yaml
-from sparsetrain.runs.former import densities_in_phases, stages_of_pipeline
+from sparsetrain.runs.former import densities_in_phases, stages_of_pipeline, without_other_rules
 from sparsetrain.runs.layout import CONFIG
 
 FORMAT = 2
@@ -120,6 +120,15 @@ def recorded_of(content: Mapping[str, Any], schema: type, directory: Path) -> Re
     return Recorded(str(kind), schema, modernise(values, schema, written), facts, written, directory)
 
 
+def settled(schema: type, values: Mapping[str, Any]) -> tuple[type, Mapping[str, Any]]:
+    """Return the dataclass of settings, where it follows from the settings themselves, and the settings that count.
+
+    Such a section has a class method ``settle``, as `sparsetrain.sparsity.config.EvolutionConfig` has it.
+    """
+    settle = getattr(schema, "settle", None)
+    return (schema, values) if settle is None else settle(values)
+
+
 def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict[str, Any]:
     """Return settings of the format ``written``, converted to the names and the meaning of today."""
     found = dict(values)
@@ -131,6 +140,7 @@ def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict
             _fill(found, key.split("."), value)
     for key, value in REMOVED.items():
         _drop(found, key.split("."), value)
+    found = without_other_rules(found)
     canonical = getattr(schema, "canonical", None)
     return found if canonical is None else canonical(found)
 
@@ -230,15 +240,25 @@ def complete(values: Mapping[str, Any], schema: type, nullable: bool = False) ->
     Keys that the schema does not have stay, after the others. Inside a section, a missing value gets the default of
     the field that holds the section, if that default gives one, and else the default of the section's dataclass.
     """
+    schema, values = settled(schema, values)
     known, found = entries(schema), {}
     for name, entry in known.items():
         value = values.get(name)
         if name not in values or (nullable and value is None):
             value = entry.default
         elif isinstance(value, Mapping) and isinstance(entry.default, Mapping):
-            value = {**entry.default, **value}
+            value = _over(entry, value)
         found[name] = _completed(value, entry)
     return {**found, **{key: value for key, value in values.items() if key not in known}}
+
+
+def _over(entry: Entry, value: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a section with what it lacks from the field's default, as far as the default is of the same class."""
+    merged = {**entry.default, **value}
+    if entry.section is None:
+        return merged
+    known = entries(settled(entry.section, merged)[0])
+    return {key: item for key, item in merged.items() if key in value or key in known}
 
 
 def _completed(value: Any, entry: Entry) -> Any:

@@ -6,11 +6,12 @@ from sparsetrain.sparsity.backends.bsr import BsrBackend
 from sparsetrain.sparsity.backends.csr import CsrBackend
 from sparsetrain.sparsity.backends.masked import MaskedBackend
 from sparsetrain.sparsity.backends.triton import register_triton
-from sparsetrain.sparsity.config import EvolutionConfig, Phase, SparsityConfig, SparsityGroup
+from sparsetrain.sparsity.config import EvolutionConfig, SparsityConfig, SparsityGroup, make_rule
 from sparsetrain.sparsity.evolution.averaging import AveragedModel
+from sparsetrain.sparsity.evolution.base import Rule, register_rule
 from sparsetrain.sparsity.evolution.manager import MaskManager, MaskUpdate
 from sparsetrain.sparsity.evolution.optimizers import register_elementwise_optimizer
-from sparsetrain.sparsity.evolution.rules import GMP, SET, RigL, Rule, Static, VariableSparsity, make_rule
+from sparsetrain.sparsity.evolution.rules import GMP, SET, Phase, RigL, Static, VariableSparsity
 from sparsetrain.sparsity.evolution.state import LayerReport
 from sparsetrain.sparsity.evolution.topology import TopologyUpdate, apply_update
 from sparsetrain.sparsity.layers.allocation import allocate, allocate_densities
@@ -78,6 +79,7 @@ __all__ = [
     "random_pattern",
     "register_backend",
     "register_elementwise_optimizer",
+    "register_rule",
     "sparse_layers",
     "sparse_linear",
     "sparsify",

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from itertools import pairwise
+import copy
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from typing import Any
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.sparsity.evolution.base import RULES, Rule, in_steps, settings_of
+from sparsetrain.sparsity.evolution.rules import VariableSparsity
 from sparsetrain.sparsity.patterns.spec import PatternSpec, check_sparsity
 
 ALLOCATIONS = ("uniform", "erk")
-RULES = ("static", "set", "rigl", "gmp", "vspdf")
-DROP_SCHEDULES = ("constant", "linear", "cosine")
-CURVES = ("cubic", "linear", "cosine", "step")
-GROWTH = ("random", "gradient")
-ACCUMULATION = ("last", "staggered")
 DEFAULT_EXCLUDE = ("*head*", "*embed*")  # stands for heads, routers and embeddings; see `SparsityConfig`
-MOMENTS = ("zero", "mean")
 EVOLVING = ("random", "magnitude", "block")  # patterns that a rule other than static keeps
+STATIC = "static"
+# Under static masks the section has these settings of `VariableSparsity`, which is what densities in the phases of the
+# budget make of it.
+_IN_PHASES = ("grow", "protect_rows", "grown_moments")
+_PATH = "sparsity.evolution"
 
 
 @dataclass
@@ -36,83 +40,132 @@ class SparsityGroup:
         check_sparsity(self.sparsity, f"sparsity of group '{self.match}'")
 
 
-@dataclass
-class Phase:
-    """From the fraction ``at`` of training on, the sparsity is ``sparsity``; training begins with one at 0."""
-
-    at: float
-    sparsity: float
-
-    def __post_init__(self) -> None:
-        check_sparsity(self.sparsity, "sparsity.evolution.phases: sparsity")
-        if isinstance(self.at, bool) or not 0.0 <= self.at < 1.0:
-            raise UserError(f"sparsity.evolution.phases: at={self.at} must lie in [0, 1)")
-
-
-@dataclass
+@dataclass(init=False)
 class EvolutionConfig:
     """How masks change during pre-training; fine-tuning and prompts keep the masks that they start from.
 
+    The section has the settings of its rule and no others, as ``EvolutionConfig("rigl", every=50)`` has those of
+    `RigL`. Each registered rule, see `register_rule`, has a class of sections, which is derived from this one. Steps at
+    which updates begin and end are given as fractions of the training. Under ``static`` masks the settings of other
+    rules are left out, so that one setting serves a sweep over rules; ``grow``, ``protect_rows`` and
+    ``grown_moments`` stay, for masks that follow densities in ``budget.phases``.
+
     Args:
-        rule: ``static`` (never), ``set`` and ``rigl`` (the same density, other positions), ``gmp`` (sparser, gradually)
-            or ``vspdf`` (by ``phases``, which usually get denser).
-        every: steps between two updates.
-        start, stop: fractions of training between which updates happen.
-        drop_fraction: of ``set`` and ``rigl``: the part of a layer's weights that an update replaces.
-        drop_schedule: how that part falls until ``stop``: ``constant``, ``linear`` or ``cosine``.
-        initial_sparsity: of ``gmp``: where it begins; ``sparsity`` is where it ends, at ``stop``.
-        curve: of ``gmp``, between the two: ``cubic``, ``linear``, ``cosine`` or ``step`` (four equal stairs).
-        phases: of ``vspdf``: the sparsities that follow ``sparsity``, each from a fraction of training on.
-        grow: of ``vspdf``: where new weights go, ``random`` or ``gradient``.
-        accumulation: of ``rigl`` with several micro-batches a step: ``last`` ranks the gradient of the last one,
-            ``staggered`` that of all, with the layers' updates spread over the steps of a period.
-        grown_scale: 0 starts grown weights at zero; c starts them against their gradient with c times the root mean
-            square of the layer's other weights.
-        grown_moments: of ``set``, ``rigl`` and ``vspdf``: what the optimizer's state of a grown weight starts with,
-            ``zero`` or ``mean``, the mean of the layer's survivors; see
-            `sparsetrain.sparsity.evolution.topology.apply_update`.
-        protect_rows: never drop the largest weight of an output, so that no output loses its last one.
+        rule: the name of a rule: ``static`` (masks stay), ``set`` and ``rigl`` (the density stays, positions change),
+            ``gmp`` (gradually sparser), ``vspdf`` (by ``phases``, which usually get denser), or a registered one.
+        settings: by name, those of the rule; null takes the default.
+
+    Raises:
+        UserError: an unknown rule, a setting that the rule does not have, or a value that it refuses.
     """
 
-    rule: str = "static"
-    every: int = 100
-    start: float = 0.0
-    stop: float = 0.75
-    drop_fraction: float = 0.3
-    drop_schedule: str = "cosine"
-    initial_sparsity: float = 0.0
-    curve: str = "cubic"
-    phases: list[Phase] = field(default_factory=list)
-    grow: str = "random"
-    accumulation: str = "last"
-    grown_scale: float = 0.0
-    protect_rows: bool = False
-    grown_moments: str = "zero"
+    rule: str = STATIC
 
-    def __post_init__(self) -> None:
-        prefix = "sparsity.evolution"
-        check_choice(f"{prefix}.rule", self.rule, RULES)
-        check_choice(f"{prefix}.drop_schedule", self.drop_schedule, DROP_SCHEDULES)
-        check_choice(f"{prefix}.curve", self.curve, CURVES)
-        check_choice(f"{prefix}.grow", self.grow, GROWTH)
-        check_choice(f"{prefix}.accumulation", self.accumulation, ACCUMULATION)
-        check_choice(f"{prefix}.grown_moments", self.grown_moments, MOMENTS)
-        if self.every < 1:
-            raise UserError(f"{prefix}.every={self.every} must be at least 1")
-        _check_fraction("start", self.start, low=0.0, high=1.0)
-        _check_fraction("stop", self.stop, low=0.0, high=1.0)
-        if self.start >= self.stop:
-            raise UserError(f"{prefix}.start={self.start} must be below stop={self.stop}")
-        _check_fraction("drop_fraction", self.drop_fraction, low=0.0, high=1.0, open_ends=True)
-        check_sparsity(self.initial_sparsity, f"{prefix}.initial_sparsity")
-        if not 0.0 <= self.grown_scale < math.inf:
-            raise UserError(f"{prefix}.grown_scale={self.grown_scale} must be at least 0 and finite")
-        if (self.rule == "vspdf") != bool(self.phases):
-            needs = "needs at least one phase" if self.rule == "vspdf" else "has no phases"
-            raise UserError(f"{prefix}.phases={[vars(phase) for phase in self.phases]}: rule={self.rule} {needs}")
-        for one, other in pairwise(self.phases):
-            if one.at >= other.at:
-                raise UserError(f"{prefix}.phases: at={other.at} follows at={one.at}; fractions must increase")
+    def __new__(cls, rule: str = STATIC, **settings: Any) -> EvolutionConfig:
+        return super().__new__(section_of(rule) if cls is EvolutionConfig else cls)
+
+    def __init__(self, rule: str = STATIC, **settings: Any) -> None:
+        kind, given = self.settle({"rule": rule, **settings})
+        if kind is not type(self):
+            raise UserError(f"{_PATH}: a section of rule={self.rule} cannot be one of rule={rule}")
+        known = [entry.name for entry in fields(self)]
+        for key in given:
+            if key not in known:
+                has = f"it has {', '.join(known[1:])}" if known[1:] else "it has none"
+                raise UserError(f"{_PATH}.{key} is no setting of rule={rule}{nearest(key, known)}; {has}")
+        for entry in fields(self):
+            default = entry.default if entry.default_factory is MISSING else entry.default_factory()
+            setattr(self, entry.name, given.get(entry.name, default))
+        self._check()
+
+    @classmethod
+    def settle(cls, values: Mapping[str, Any]) -> tuple[type[EvolutionConfig], dict[str, Any]]:
+        """Return the class of the section that plain ``values`` describe, and the values that say something.
+
+        A null says nothing, and neither does a setting of another rule under static masks. For an unknown rule the
+        class is this one.
+        """
+        rule = values.get("rule", cls.rule)
+        kind = section_of(rule) if isinstance(rule, str) and rule in RULES else EvolutionConfig
+        given = {key: value for key, value in values.items() if value is not None}
+        if rule == STATIC:
+            # Phases say when masks change: beside masks that stay they are a mistake, and refused as no setting.
+            given = {**of_rule(given), **({"phases": given["phases"]} if given.get("phases") else {})}
+        return kind, given
+
+    @classmethod
+    def alternatives(cls) -> dict[str, type[EvolutionConfig]]:
+        """Return the class of sections of each registered rule by its name."""
+        return {name: section_of(name) for name in RULES}
+
+    def build(self, total_steps: int | None, sparsity: float) -> Rule:
+        """Return the rule for a training of ``total_steps``.
+
+        Args:
+            total_steps: None leaves fractions of the training in the place of steps.
+            sparsity: that layers are allocated by; only some rules must know it.
+
+        Raises:
+            UserError: a value that the rule refuses.
+        """
+        kind = RULES[self.rule]
+        values = {
+            name: setting.convert(getattr(self, name), total_steps) for name, setting in settings_of(kind).items()
+        }
+        return kind(**values, **({"sparsity": sparsity} if kind.needs_sparsity else {}))
+
+    def _check(self) -> None:
+        kind = RULES[self.rule]
+        for name, setting in settings_of(kind).items():
+            value = getattr(self, name)
+            if setting.convert is in_steps and (isinstance(value, bool) or not 0.0 <= value <= 1.0):
+                raise UserError(f"{_PATH}.{name}={value} must lie in [0, 1]")
+        try:
+            self.build(None, sparsity=0.5)
+        except UserError as error:
+            text = str(error).removeprefix(f"{kind.__name__}: ")
+            field_first = re.match(r"\w+", text)
+            named = field_first is not None and field_first[0] in settings_of(kind)
+            raise UserError(f"{_PATH}.{text}" if named else f"{_PATH}: {error}") from None
+
+
+def section_of(rule: str) -> type[EvolutionConfig]:
+    """Return the class of sections of a registered rule.
+
+    Raises:
+        UserError: an unknown rule.
+    """
+    kind: Any = RULES[rule]
+    return _section(rule, kind)
+
+
+@functools.cache
+def _section(rule: str, kind: Any) -> type[EvolutionConfig]:
+    settings = settings_of(kind)
+    if rule == STATIC:
+        phased = settings_of(VariableSparsity)
+        settings |= {name: phased[name] for name in _IN_PHASES}
+    members: list[Any] = [("rule", str, field(default=rule))]
+    for name, setting in settings.items():
+        default = setting.default
+        if isinstance(default, list | tuple | dict):
+            plain = list(default) if isinstance(default, tuple) else default
+            members.append((name, setting.type, field(default_factory=functools.partial(copy.deepcopy, plain))))
+        else:
+            members.append((name, setting.type, field(default=default)))
+    return make_dataclass(
+        f"{kind.__name__}Section", members, bases=(EvolutionConfig,), init=False, namespace={"__doc__": kind.__doc__}
+    )
+
+
+def of_rule(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain values of a section of evolution without settings that only other rules have."""
+    rule = values.get("rule", STATIC)
+    if not isinstance(rule, str) or rule not in RULES:
+        return dict(values)
+    own = {entry.name for entry in fields(section_of(rule))}
+    others = {name for other in RULES for name in settings_of(RULES[other])} - own
+    return {key: value for key, value in values.items() if key not in others}
 
 
 @dataclass
@@ -171,7 +224,7 @@ class SparsityConfig:
         for group in self.groups:
             self.spec(group.pattern)
         patterns = {self.pattern, *(group.pattern or self.pattern for group in self.groups)}
-        if self.evolution.rule != "static" and not patterns.issubset(EVOLVING):
+        if self.evolution.rule != STATIC and not patterns.issubset(EVOLVING):
             lost = sorted(patterns.difference(EVOLVING))[0]
             raise UserError(
                 f"sparsity.pattern={lost!r} would not outlast the first update of rule={self.evolution.rule}; "
@@ -203,8 +256,19 @@ class SparsityConfig:
             raise UserError(f"sparsity.{error}") from None
 
 
-def _check_fraction(name: str, value: float, low: float, high: float, open_ends: bool = False) -> None:
-    inside = low < value < high if open_ends else low <= value <= high
-    if isinstance(value, bool) or not inside:
-        ends = f"({low:g}, {high:g})" if open_ends else f"[{low:g}, {high:g}]"
-        raise UserError(f"sparsity.evolution.{name}={value} must lie in {ends}")
+def make_rule(plan: SparsityConfig, total_steps: int) -> Rule:
+    """Return the rule that ``plan.evolution`` describes for a training of ``total_steps``.
+
+    Fractions of the training become steps, rounded to the nearest.
+
+    Raises:
+        UserError: no update would ever happen, or one after the end; the message names the field.
+    """
+    if plan.evolution.rule != STATIC and not plan.is_sparse:
+        raise UserError(f"{_PATH}.rule={plan.evolution.rule}: sparsity.sparsity=0 leaves no mask that could change")
+    try:
+        rule = plan.evolution.build(total_steps, plan.sparsity)
+        rule.check(total_steps)
+    except UserError as error:
+        raise UserError(f"{_PATH}: {error}") from None
+    return rule

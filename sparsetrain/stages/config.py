@@ -15,7 +15,7 @@ from sparsetrain.models import ModelConfig
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
-from sparsetrain.runs.recorded import Recorded
+from sparsetrain.runs.recorded import Recorded, settled
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import backend_names
 from sparsetrain.training.state import DEVICES, LoopConfig
@@ -195,13 +195,14 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     Raises:
         UserError: a key that ``kind`` does not have, or a value that it refuses.
     """
+    kind, values = settled(kind, values)
     hints = get_type_hints(kind)
     known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        if key not in known:
+        if key not in known and not hasattr(kind, "settle"):  # which says itself what it has
             raise UserError(f"{path}{key} is no setting{nearest(str(key), known)}")
-        arguments[str(key)] = _convert(hints[key], value, f"{path}{key}.")
+        arguments[str(key)] = _convert(hints.get(key, Any), value, f"{path}{key}.")
     for name, entry in known.items():
         if name not in arguments and entry.default is MISSING and entry.default_factory is MISSING:
             raise UserError(f"{path}{name} is missing")

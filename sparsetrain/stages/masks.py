@@ -7,8 +7,9 @@ from dataclasses import replace
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget
-from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, make_rule, sparse_layers
-from sparsetrain.sparsity.config import EVOLVING, EvolutionConfig, Phase
+from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, SparsityConfig, Static, make_rule, sparse_layers
+from sparsetrain.sparsity.config import EVOLVING, STATIC
+from sparsetrain.sparsity.evolution.base import RULES
 from sparsetrain.stages.config import RunConfig
 
 
@@ -41,9 +42,9 @@ def sparsity_section(config: RunConfig, budget: Budget) -> SparsityConfig:
     ]
     most = max(sparsities)
     rule = section.evolution.rule
-    if min(sparsities) == most and rule in ("static", "set", "rigl"):
+    if min(sparsities) == most and not RULES[rule].resizes:
         return replace(section, sparsity=most)
-    if rule not in ("static", "vspdf"):
+    if rule not in (STATIC, "vspdf"):
         raise UserError(
             f"budget.phases: density: sparsity.evolution.rule={rule} changes the masks itself; phases with densities "
             "need rule=static"
@@ -61,7 +62,8 @@ def sparsity_section(config: RunConfig, budget: Budget) -> SparsityConfig:
         for phase, sparsity, before in zip(budget.phases, sparsities, [most, *sparsities], strict=False)
         if sparsity != before
     ]
-    return replace(section, sparsity=most, evolution=replace(section.evolution, rule="vspdf", phases=phases))
+    settings = {key: value for key, value in vars(section.evolution).items() if key not in ("rule", "phases")}
+    return replace(section, sparsity=most, evolution=EvolutionConfig("vspdf", phases=phases, **settings))
 
 
 def starts_sparse(config: RunConfig) -> float:
@@ -73,8 +75,8 @@ def starts_sparse(config: RunConfig) -> float:
 def mask_manager(config: RunConfig, model: Transformer, budget: Budget) -> MaskManager | None:
     """Return the manager that changes and watches the masks of a pre-training, or None for a dense model.
 
-    A run that starts from another run keeps the densities of its checkpoint: SET and RigL continue, but gradual
-    pruning and variable sparsity do not.
+    A run that starts from another run keeps the densities of its checkpoint: a rule that changes densities, such as
+    gradual pruning, has ended, and any other rule, such as SET, continues.
 
     Raises:
         UserError: the rule would act only after the end of the run, or never.
@@ -85,5 +87,4 @@ def mask_manager(config: RunConfig, model: Transformer, budget: Budget) -> MaskM
         return None
     if config.init_from is None:
         return MaskManager(model, rule, plan=section)
-    keeps = section.evolution.rule in ("set", "rigl")
-    return MaskManager(model, rule if keeps else Static(), include=["*"], seed=section.seed)
+    return MaskManager(model, Static() if rule.resizes else rule, include=["*"], seed=section.seed)

@@ -15,6 +15,7 @@ from sparsetrain.runs.identity import beyond
 from sparsetrain.runs.layout import CONFIG, PAGE, REPORT, RESULT
 from sparsetrain.runs.recorded import complete
 from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.sparsity.config import of_rule
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, build
 
 KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
@@ -33,6 +34,7 @@ _SECTIONS = {"model", "data", "sparsity", "parameterization", "optimizer", "sche
 _TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # files that lie beside the directories of stages and arms
 _ABOUT_STAGE = ("name", "run", "from", "once", "arms")
 _SPARSITY = "sparsity.sparsity"
+_RULE = "sparsity.evolution.rule"
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ class PipelineConfig(RunConfig):
         for name, value in arm.settings if arm is not None else ():
             if name.partition(".")[0] in taken:
                 _set(values, name, value)
+                if name == _RULE:
+                    values["sparsity"]["evolution"] = of_rule(values["sparsity"]["evolution"])
         for name in sorted(known - values.keys() - {"init_from", "run_dir"}):
             values[name] = _default(kind, name)
         _merge(values, entry.settings)
@@ -353,13 +357,18 @@ def _set(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
-    """Merge the settings ``more`` into ``values``; a length replaces a length given in another unit."""
+    """Merge the settings ``more`` into ``values``, section by section.
+
+    A length replaces a length given in another unit, and a rule drops the settings of another rule.
+    """
     for name, value in more.items():
         before = values.get(name)
         if isinstance(value, Mapping) and isinstance(before, Mapping):
             inner = dict(before)
             if name == "budget" and any(value.get(length) is not None for length in LENGTHS):
                 inner |= dict.fromkeys(LENGTHS)
+            if name == "evolution" and "rule" in value:
+                inner = of_rule({**inner, "rule": value["rule"]})
             _merge(inner, value)
             values[name] = inner
         else:

@@ -25,7 +25,7 @@ from sparsetrain.runs.recorded import Recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
-from sparsetrain.sparsity.evolution.managed import check_planned_evolution, planned_densities
+from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.masks import sparsity_section
@@ -244,10 +244,10 @@ def _masks(
     rule = make_rule(section, budget.total_steps)
     shapes = hidden_shapes(model)
     if config.init_from is None or (start is not None and start.final_densities is None):
-        check_planned_evolution(shapes, section, rule)
-        return rule, planned_densities(shapes, section, rule)
+        check_allocated_evolution(shapes, section, rule)
+        return rule, allocated_densities(shapes, section, rule)
     kept = _start_densities(config, model, start)
-    return (rule if kept and section.evolution.rule in ("set", "rigl") else Static()), lambda _step: kept
+    return (Static() if rule.resizes or not kept else rule), lambda _step: kept
 
 
 def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun | None = None) -> PlannedRun:
@@ -339,7 +339,7 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
     """Return the density of each sparse layer at the start of a run."""
     shapes = hidden_shapes(model)
     if config.init_from is None:
-        return planned_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
+        return allocated_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
     if start is not None:
         return start.final_densities or {}
     stored = read_weights(Path(config.init_from)).stored

@@ -22,7 +22,7 @@ from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
-from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.sparsity import EvolutionConfig, SparsityConfig
 from sparsetrain.stages.pipeline_config import canonical
 from sparsetrain.training.state import LoopConfig
 
@@ -380,3 +380,21 @@ def test_completep_by_its_name_has_its_eps_rule() -> None:
     words = ["parameterization.scheme=completep", "parameterization.base_layers=4"]
     assert load("pretrain", words).parameterization.eps_rule == "table"
     assert load("pretrain", []).parameterization.eps_rule == "fixed"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # A rule that takes the place of another leaves nothing of the other's file behind.
+        (["sparsity=gmp", "sparsity.evolution.rule=static"], EvolutionConfig()),
+        (["sparsity=rigl", "sparsity.evolution.every=50"], EvolutionConfig("rigl", every=50)),
+        (["sparsity=rigl", "sparsity.evolution.every=null"], EvolutionConfig("rigl")),
+        # An experiment's setting serves the rules that have it.
+        (["experiment=dynamic_masks"], EvolutionConfig()),
+        (["experiment=dynamic_masks", "sparsity=set"], EvolutionConfig("set", every=25)),
+    ],
+)
+def test_a_section_has_the_settings_of_its_rule_and_no_others(words: list[str], expected: EvolutionConfig) -> None:
+    found = load("pretrain", words).sparsity.evolution
+    assert found == expected
+    assert type(found) is type(expected)

@@ -63,6 +63,10 @@ from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_
         (["pretrain", "sparsity=riggl"], ["sparsity=riggl", "did you mean 'rigl'?"]),
         (["pretrain", "sparsity=rigl", "sparsity.evolution.every=1000"], ["sparsity.evolution", "leaves no update"]),
         (["pretrain", "sparsity.evolution.rule=rgl"], ["sparsity.evolution.rule='rgl'", "did you mean 'rigl'?"]),
+        (
+            ["pretrain", "sparsity=rigl", "sparsity.evolution.curve=linear"],
+            ["curve is no setting of rule=rigl"],
+        ),
         (["pretrain", "sparsity.evolution.evry=1"], ["evry", "did you mean 'sparsity.evolution.every'?"]),
         (["pretrain", "sparsity=block", "sparsity.block=[512,512]"], ["block 512x512 is larger than the matrix"]),
         (["data", "data.pth=x"], ["data.pth", "did you mean 'data.path'?"]),

@@ -1,4 +1,4 @@
-"""Settings that format 1 recorded in another shape: fixed pipeline stages, and densities over time."""
+"""Settings of format 1 in another shape: fixed pipeline stages, densities over time, settings of all rules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from sparsetrain.cli.resolve import load
-from sparsetrain.runs.identity import differences
+from sparsetrain.runs.identity import differences, digest
 from sparsetrain.runs.recorded import Recorded, recorded_of
 from sparsetrain.stages import PipelineConfig, PretrainConfig
 from sparsetrain.stages.config import as_plain
@@ -64,3 +64,51 @@ def test_densities_of_format_1_are_phases_of_the_budget(tmp_path: Any) -> None:
     assert differences(ours, theirs) == []
     phases[0]["at"] = 0.4
     assert differences(ours, recorded_of({**old, "corpus": "c", "source": None}, PretrainConfig, tmp_path))
+
+
+# The section of evolution as every run recorded it before it had the settings of one rule alone.
+ALL_RULES = {
+    "rule": "static",
+    "every": 100,
+    "start": 0.0,
+    "stop": 0.75,
+    "drop_fraction": 0.3,
+    "drop_schedule": "cosine",
+    "initial_sparsity": 0.0,
+    "curve": "cubic",
+    "phases": [],
+    "grow": "random",
+    "accumulation": "last",
+    "grown_scale": 0.0,
+    "protect_rows": False,
+    "grown_moments": "zero",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "evolution", "expected"),
+    [
+        # Digests that the version before gave to the same words.
+        (["sparsity=static"], {}, "2eb331ff"),
+        (["sparsity=rigl", "sparsity.evolution.every=25"], {"rule": "rigl", "every": 25}, "6923e17f"),
+        (["sparsity=gmp"], {"rule": "gmp", "start": 0.1}, "b15dd1ac"),
+        (["sparsity=static", "sparsity.evolution.grow=gradient"], {"grow": "gradient"}, "df71e14d"),
+    ],
+)
+def test_a_run_that_recorded_the_settings_of_all_rules_is_the_same_run(
+    tmp_path: Any, words: list[str], evolution: dict[str, Any], expected: str
+) -> None:
+    config = load("pretrain", [*words, "budget.steps=40"])
+    facts = {"corpus": "c", "source": None}
+    ours = Recorded("pretrain", PretrainConfig, as_plain(config), facts)
+    old = {"format": 2, "kind": "pretrain", **as_plain(config), **facts}
+    old["sparsity"] = {**old["sparsity"], "evolution": {**ALL_RULES, **evolution}}
+    theirs = recorded_of(old, PretrainConfig, tmp_path)
+    assert differences(ours, theirs) == []
+    assert digest(ours) == digest(theirs) == expected
+    # What another rule would have done made no difference to the run.
+    other = {"curve": "linear"} if "gmp" not in words[0] else {"drop_fraction": 0.5}
+    old["sparsity"]["evolution"].update(other)
+    assert digest(recorded_of(old, PretrainConfig, tmp_path)) == expected
+    old["sparsity"]["evolution"].update({"protect_rows": True})
+    assert digest(recorded_of(old, PretrainConfig, tmp_path)) != expected

@@ -63,10 +63,12 @@ def test_drop_fractions_match_the_papers_formula(schedule: str, expected: list[f
 )
 def test_pruning_curves_match_the_papers_formula(curve: str, expected: list[float]) -> None:
     rule = GMP(sparsity=0.9, every=25, start=100, stop=200, initial_sparsity=0.2, curve=curve)
-    assert [rule.layer_sparsity(0.9, step) for step in (100, 125, 150, 175, 200)] == pytest.approx(expected)
-    assert rule.layer_sparsity(0.9, 0) == rule.layer_sparsity(0.9, 110) == pytest.approx(0.2)
-    assert rule.layer_sparsity(0.9, 10**9) == 0.9
-    assert rule.layer_sparsity(0.137, 200) == 0.137  # exactly what the layer is allocated
+    assert [1 - rule.layer_density(0.1, step) for step in (100, 125, 150, 175, 200)] == pytest.approx(expected)
+    assert rule.layer_density(0.1, 0) == rule.layer_density(0.1, 110) == pytest.approx(0.8)
+    assert rule.layer_density(0.1, 10**9) == 0.1
+    assert rule.layer_density(0.863, 200) == 0.863  # exactly what the layer is allocated
+    assert {rule.layer_density(0.863, step) for step in range(300)} == {0.863}  # denser than the beginning: it stays
+    assert (min(rule.densities(0.1)), max(rule.densities(0.1))) == (0.1, pytest.approx(0.8))
 
 
 def test_the_step_curve_has_four_stairs() -> None:
@@ -83,8 +85,10 @@ def test_pruning_never_turns_back(curve: str, x: float, y: float) -> None:
 
 def test_variable_sparsity_follows_its_phases_and_scales_groups() -> None:
     rule = VariableSparsity(sparsity=0.9, phases=((50, 0.5), (90, 0.0)))
-    assert [rule.layer_sparsity(0.9, step) for step in (0, 49, 50, 89, 90, 500)] == [0.9, 0.9, 0.5, 0.5, 0.0, 0.0]
-    assert rule.layer_sparsity(0.45, 50) == pytest.approx(0.25)
+    densities = [rule.layer_density(0.1, step) for step in (0, 49, 50, 89, 90, 500)]
+    assert densities == [0.1, 0.1, pytest.approx(0.5), pytest.approx(0.5), 1.0, 1.0]
+    assert rule.layer_density(0.55, 50) == pytest.approx(0.75)
+    assert list(rule.densities(0.55)) == [0.55, pytest.approx(0.75), 1.0]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_variable_sparsity_follows_its_phases_and_scales_groups() -> None:
         (lambda: GMP(sparsity=0.5, stop=9, curve="cubik"), "did you mean 'cubic'"),
         (lambda: VariableSparsity(phases=((5, 0.5),)), "sparsity=None at the start must be above 0"),
         (lambda: VariableSparsity(sparsity=0.9), "at least one"),
-        (lambda: VariableSparsity(sparsity=0.9, phases=((5, 0.5), (5, 0.0))), "phases: step 5 must be above 5"),
+        (lambda: VariableSparsity(sparsity=0.9, phases=((5, 0.5), (5, 0.0))), "phases: 5 follows 5"),
         (lambda: VariableSparsity(sparsity=0.9, phases=((5, 1.0),)), "phase at step 5=1.0"),
         (lambda: VariableSparsity(sparsity=0.9, phases=((5, 0.0),), grow="x"), "grow='x'"),
         (lambda: SET(stop=200).check(100), "SET: stop=200 lies after the end of training, at step 100"),
@@ -146,16 +150,22 @@ def test_fractions_of_training_become_steps() -> None:
     ("make", "message"),
     [
         (lambda: EvolutionConfig(rule="rigle"), r"sparsity.evolution.rule='rigle' .*did you mean 'rigl'"),
-        (lambda: EvolutionConfig(every=0), "sparsity.evolution.every=0 must be at least 1"),
-        (lambda: EvolutionConfig(stop=1.5), r"sparsity.evolution.stop=1.5 must lie in \[0, 1\]"),
-        (lambda: EvolutionConfig(start=0.8), "sparsity.evolution.start=0.8 must be below stop=0.75"),
-        (lambda: EvolutionConfig(drop_fraction=0.0), r"sparsity.evolution.drop_fraction=0.0 must lie in \(0, 1\)"),
-        (lambda: EvolutionConfig(rule="vspdf"), r"phases=\[\]: rule=vspdf needs at least one phase"),
-        (lambda: EvolutionConfig(phases=[Phase(0.5, 0.5)]), "rule=static has no phases"),
-        (lambda: EvolutionConfig(rule="vspdf", phases=[Phase(0.5, 0.5), Phase(0.5, 0.1)]), "fractions must increase"),
+        (lambda: EvolutionConfig("set", every=0), "sparsity.evolution.every=0 must be at least 1"),
+        (lambda: EvolutionConfig("set", stop=1.5), r"sparsity.evolution.stop=1.5 must lie in \[0, 1\]"),
+        (lambda: EvolutionConfig("gmp", start=0.8), "sparsity.evolution.stop=0.75 must be above start=0.8"),
+        (
+            lambda: EvolutionConfig("rigl", drop_fraction=0.0),
+            r"sparsity.evolution.drop_fraction=0.0 must lie in \(0, 1\)",
+        ),
+        (lambda: EvolutionConfig("rigl", curve="cubic"), "evolution.curve is no setting of rule=rigl; it has every,"),
+        (lambda: EvolutionConfig("gmp", crve="x"), r"evolution.crve is no setting of rule=gmp \(did you mean 'curve'"),
+        (lambda: EvolutionConfig(evry=5), "evolution.evry is no setting of rule=static; it has grow,"),
+        (lambda: EvolutionConfig(rule="vspdf"), r"phases=\(\): at least one"),
+        (lambda: EvolutionConfig(phases=[Phase(0.5, 0.5)]), "phases is no setting of rule=static; it has grow,"),
+        (lambda: EvolutionConfig(rule="vspdf", phases=[Phase(0.5, 0.5), Phase(0.5, 0.1)]), "phases: 0.5 follows 0.5"),
         (lambda: Phase(1.0, 0.5), r"phases: at=1.0 must lie in \[0, 1\)"),
-        (lambda: EvolutionConfig(grown_scale=math.nan), "grown_scale=nan"),
-        (lambda: EvolutionConfig(grown_moments="none"), "sparsity.evolution.grown_moments='none' is not one of"),
+        (lambda: EvolutionConfig("rigl", grown_scale=math.nan), "grown_scale=nan"),
+        (lambda: EvolutionConfig("set", grown_moments="none"), "sparsity.evolution.grown_moments='none' is not one of"),
         (
             lambda: make_rule(SparsityConfig(evolution=EvolutionConfig(rule="set")), 1000),
             "sparsity.evolution.rule=set: sparsity.sparsity=0 leaves no mask that could change",

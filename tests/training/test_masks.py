@@ -24,7 +24,7 @@ from sparsetrain.parameterization import Parameterization, param_groups
 from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, RigL, SparsityConfig, make_rule
-from sparsetrain.sparsity.evolution.managed import planned_densities
+from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.stages import FinetuneConfig, PipelineConfig, PretrainConfig, finetune, pipeline, pretrain
 from sparsetrain.training.state import Interrupted
 
@@ -204,7 +204,7 @@ SHAPES = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in m
 def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> FlopLedger:
     """The ledger of a run with 256 tokens per step."""
     rule, budget = make_rule(plan, steps), Budget.of(BudgetConfig(steps=steps, batch_size=4), 64)
-    return FlopLedger(MODEL, planned_densities(SHAPES, plan, rule), rule, budget, accumulation)
+    return FlopLedger(MODEL, allocated_densities(SHAPES, plan, rule), rule, budget, accumulation)
 
 
 def plan_of(name: str) -> SparsityConfig:
@@ -218,7 +218,7 @@ def plan_of(name: str) -> SparsityConfig:
 def test_flops_are_the_sum_over_steps(name: str, accumulation: int) -> None:
     plan, steps = plan_of(name), 40
     rule = make_rule(plan, steps)
-    densities_at = planned_densities(SHAPES, plan, rule)
+    densities_at = allocated_densities(SHAPES, plan, rule)
     expected = sum(256 * training_flops_per_token(MODEL, densities_at(step), 64).total for step in range(steps))
     if isinstance(rule, RigL):
         dense = sum(rows * columns for rows, columns in SHAPES.values())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import NotFiniteError
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.exchange import Counts, all_finite, choose_grown, units_of
 from sparsetrain.sparsity.evolution.managed import Managed
-from sparsetrain.sparsity.evolution.rules import Rule
 from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
 from sparsetrain.sparsity.layers.ranks import Ranks
 

@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.config import EVOLVING, SparsityConfig
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.history import Exploration
-from sparsetrain.sparsity.evolution.rules import Rule, Static
+from sparsetrain.sparsity.evolution.rules import Static
 from sparsetrain.sparsity.evolution.topology import grid_of
-from sparsetrain.sparsity.layers.allocation import matches
+from sparsetrain.sparsity.layers.allocation import LayerAllocation, allocate_layers, matches
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.layers.summary import warn_of_dense
 from sparsetrain.sparsity.layers.surgery import (
-    LayerPlan,
-    check_replaceable,
+    allocate_model,
     draw_patterns,
-    kept_by_default,
-    linear_layers,
     matrix_layers,
-    plan_layers,
-    planned_names,
     replace_linears,
-    shapes_of,
     sparse_layers,
 )
 from sparsetrain.sparsity.patterns.select import Slices, bands
@@ -38,7 +33,7 @@ class Managed:
 
     name: str
     layer: SparseLinear
-    plan: LayerPlan
+    allocation: LayerAllocation
     shape: tuple[int, int]
     offset: int
     parts: list[Slices]
@@ -52,23 +47,23 @@ class Managed:
 
     def nnz_at(self, rule: Rule, step: int) -> int:
         """Return the number of weights after ``step`` steps."""
-        return layer_nnz(self.plan, self.shape, rule, step)
+        return layer_nnz(self.allocation, self.shape, rule, step)
 
     def due(self, rule: Rule, step: int) -> bool:
         return step > self.offset and rule.due(step - self.offset)
 
 
-def layer_nnz(plan: LayerPlan, shape: tuple[int, int], rule: Rule, step: int) -> int:
+def layer_nnz(allocation: LayerAllocation, shape: tuple[int, int], rule: Rule, step: int) -> int:
     """Return the number of weights, to the element, that a layer ``[R, C]`` has after ``step`` steps under a rule."""
-    density = _density_at(rule, plan.density, step)
+    density = rule.layer_density(allocation.density, step)
     if isinstance(rule, Static):
-        return pattern_nnz(plan.spec, shape, density)
-    bh, bw = plan.spec.block
+        return pattern_nnz(allocation.spec, shape, density)
+    bh, bw = allocation.spec.block
     return max(1, round(density * (shape[0] // bh) * (shape[1] // bw))) * bh * bw
 
 
-def planned_densities(
-    shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, rule: Rule
+def allocated_densities(
+    shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, rule: Rule
 ) -> Callable[[int], dict[str, float]]:
     """Return a function from a step to the density of each sparse layer after it, without building a model.
 
@@ -78,86 +73,80 @@ def planned_densities(
     Raises:
         UserError: as `sparsetrain.sparsity.layers.allocation.allocate_densities`.
     """
-    layers = plan_layers(shapes, plan)
-    numel = {name: shapes[name][0] * shapes[name][1] for name in layers}
+    allocated = allocate_layers(shapes, config, rule)
+    numel = {name: shapes[name][0] * shapes[name][1] for name in allocated}
     return lambda step: {
-        name: layer_nnz(layer, shapes[name], rule, step) / numel[name] for name, layer in layers.items()
+        name: layer_nnz(allocation, shapes[name], rule, step) / numel[name] for name, allocation in allocated.items()
     }
 
 
 def manage_layers(
-    model: nn.Module, rule: Rule, plan: SparsityConfig | None, globs: Mapping[str, list[str]], seed: int
+    model: nn.Module, rule: Rule, config: SparsityConfig | None, globs: Mapping[str, list[str]], seed: int
 ) -> list[Managed]:
-    """Return the layers to manage, after making those sparse that the plan names and that are not.
+    """Return the layers to manage, after making those dense layers sparse to which ``config`` allocates a density.
 
     Args:
-        plan: None takes the sparse layers that the model has, by ``globs`` (``include``, ``exclude``), as they are.
+        config: None takes the sparse layers that the model has, by ``globs`` (``include``, ``exclude``), as they are.
 
     Raises:
         UserError: see `sparsetrain.sparsity.evolution.manager.MaskManager`; the model is then unchanged.
     """
     sparse = dict(sparse_layers(model))
-    if plan is None:
-        plans, new, backend = _as_they_are(sparse, globs, rule), {}, "auto"
+    if config is None:
+        allocated, new, backend = _as_they_are(sparse, globs, rule), {}, "auto"
     else:
-        plans, backend = _planned(model, rule, plan), plan.backend
-        for name, layer in plans.items():
+        matrices = matrix_layers(model)
+        allocated, backend = allocate_model(model, matrices, config, rule), config.backend
+        for name, allocation in allocated.items():
             if name in sparse:
-                _check_density(name, sparse[name], layer, rule)
-        linears = linear_layers(model)
-        new = draw_patterns(linears, {name: layer for name, layer in plans.items() if name not in sparse}, seed)
-    if not plans and (plan is None or not isinstance(rule, Static)):
-        found = "no layer is sparse" if plan is None else f"the plan (sparsity={plan.sparsity}) makes no layer sparse"
+                _check_density(name, sparse[name], allocation, rule)
+        linears = {name: layer for name, layer in matrices.items() if not isinstance(layer, SparseLinear)}
+        new = draw_patterns(linears, {name: found for name, found in allocated.items() if name in linears}, seed)
+    if not allocated and (config is None or not isinstance(rule, Static)):
+        found = "no layer is sparse" if config is None else f"sparsity={config.sparsity} makes no layer sparse"
         raise UserError(f"MaskManager with {rule.name}: {found}; give the rule a sparsity above 0")
-    patterns = {name: new[name] if name in new else sparse[name].pattern for name in plans}
-    _check_evolution(plans, {name: pattern.block for name, pattern in patterns.items()}, rule)
+    patterns = {name: new[name] if name in new else sparse[name].pattern for name in allocated}
+    _check_evolution(allocated, {name: pattern.block for name, pattern in patterns.items()}, rule)
     parts = {}
-    for name, layer in plans.items():
-        pattern = patterns[name]
-        parts[name] = bands(grid_of(pattern), layer.spec.bands if pattern.block == layer.spec.block else (1, 1))
-    if plan is not None and new:
+    for name, allocation in allocated.items():
+        pattern, spec = patterns[name], allocation.spec
+        parts[name] = bands(grid_of(pattern), spec.bands if pattern.block == spec.block else (1, 1))
+    if config is not None and new:
         sparse |= replace_linears(model, linears, new, backend)
-        warn_of_dense(model, plan, "MaskManager", stacklevel=4)
+        warn_of_dense(model, config, "MaskManager", stacklevel=4)
     staggered, every = rule.accumulation == "staggered", getattr(rule, "every", 1)
     managed = []
-    for index, (name, layer) in enumerate(plans.items()):
+    for index, (name, allocation) in enumerate(allocated.items()):
         pattern = patterns[name]
         sparse[name].forget_origin(evolves=not isinstance(rule, Static))
         grid, unit = grid_of(pattern), pattern.block[0] * pattern.block[1]
         history = Exploration(grid, pattern.nnz // unit, unit)
-        offset = index * every // len(plans) if staggered else 0
-        managed.append(Managed(name, sparse[name], layer, pattern.shape, offset, parts[name], history))
+        offset = index * every // len(allocated) if staggered else 0
+        managed.append(Managed(name, sparse[name], allocation, pattern.shape, offset, parts[name], history))
     return managed
-
-
-def _planned(model: nn.Module, rule: Rule, plan: SparsityConfig) -> dict[str, LayerPlan]:
-    """Return the plans of the linear layers of a model, dense or sparse, with the densities of the rule at step 0."""
-    everything = matrix_layers(model)
-    kept = kept_by_default(model, everything)
-    dense = {name: layer for name, layer in everything.items() if not isinstance(layer, SparseLinear)}
-    check_replaceable(model, dense, [name for name in planned_names(model, everything, plan, kept) if name in dense])
-    layers = plan_layers(shapes_of(everything), plan, kept)
-    return {name: replace(layer, start=_density_at(rule, layer.density, 0)) for name, layer in layers.items()}
 
 
 def _as_they_are(
     sparse: Mapping[str, SparseLinear], globs: Mapping[str, list[str]], rule: Rule
-) -> dict[str, LayerPlan]:
-    """Return plans for the sparse layers that a model already has, with their own densities."""
-    plans = {}
+) -> dict[str, LayerAllocation]:
+    """Return the allocation of the sparse layers that a model already has, with their own densities."""
+    allocated = {}
     for name, layer in sparse.items():
         if matches(name, globs.get("include", ["*"])) and not matches(name, globs.get("exclude", [])):
             pattern = layer.pattern
             spec = PatternSpec() if pattern.block == (1, 1) else PatternSpec("block", pattern.block)
-            plans[name] = LayerPlan(pattern.density, pattern.density, spec)
-            if _density_at(rule, pattern.density, 0) != pattern.density:
-                raise UserError(f"MaskManager: {rule.name} changes densities; give it a sparsity, or a plan")
-    return plans
+            allocated[name] = LayerAllocation(pattern.density, pattern.density, spec)
+            if rule.layer_density(pattern.density, 0) != pattern.density:
+                raise UserError(
+                    f"MaskManager: {rule.name} changes densities; give it a sparsity, or plan=SparsityConfig(...)"
+                )
+    return allocated
 
 
-def _check_density(name: str, layer: SparseLinear, plan: LayerPlan, rule: Rule) -> None:
+def _check_density(name: str, layer: SparseLinear, allocation: LayerAllocation, rule: Rule) -> None:
     rows, columns = layer.out_features, layer.in_features
-    expected = pattern_nnz(plan.spec, (rows, columns), plan.start) if plan.start < 1.0 else rows * columns
+    start = allocation.start
+    expected = pattern_nnz(allocation.spec, (rows, columns), start) if start < 1.0 else rows * columns
     if layer.pattern.nnz != expected:
         raise UserError(
             f"layer '{name}' is already sparse, with density {layer.pattern.density:.6g} ({layer.pattern.nnz} "
@@ -166,44 +155,43 @@ def _check_density(name: str, layer: SparseLinear, plan: LayerPlan, rule: Rule) 
         )
 
 
-def check_planned_evolution(shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, rule: Rule) -> None:
-    """Raise `UserError` if a rule could not evolve the masks of a plan, as `MaskManager` would, without a model.
+def check_allocated_evolution(shapes: Mapping[str, tuple[int, int]], config: SparsityConfig, rule: Rule) -> None:
+    """Raise `UserError` if a rule could not evolve the masks of a configuration, as `MaskManager` would.
+
+    No model is built.
 
     Args:
         shapes: (out_features, in_features) by name of every linear layer.
     """
-    plans = plan_layers(shapes, plan)
+    allocated = allocate_layers(shapes, config, rule)
     whole = {
-        name: all(size % block == 0 for size, block in zip(shapes[name], layer.spec.block, strict=True))
-        for name, layer in plans.items()
+        name: all(size % block == 0 for size, block in zip(shapes[name], allocation.spec.block, strict=True))
+        for name, allocation in allocated.items()
     }
-    _check_evolution(plans, {name: layer.spec.block if whole[name] else (1, 1) for name, layer in plans.items()}, rule)
+    blocks = {name: allocation.spec.block if whole[name] else (1, 1) for name, allocation in allocated.items()}
+    _check_evolution(allocated, blocks, rule)
 
 
-def _check_evolution(plans: Mapping[str, LayerPlan], blocks: Mapping[str, tuple[int, int]], rule: Rule) -> None:
+def _check_evolution(
+    allocated: Mapping[str, LayerAllocation], blocks: Mapping[str, tuple[int, int]], rule: Rule
+) -> None:
     if isinstance(rule, Static):
         return
-    for name, plan in plans.items():
-        if plan.spec.name not in EVOLVING:
+    for name, allocation in allocated.items():
+        spec = allocation.spec
+        if spec.name not in EVOLVING:
             raise UserError(
-                f"layer '{name}': pattern={plan.spec.name!r} would not outlast the first update of {rule.name}; masks "
+                f"layer '{name}': pattern={spec.name!r} would not outlast the first update of {rule.name}; masks "
                 f"that evolve start as one of {', '.join(EVOLVING)}"
             )
-        if blocks[name] != plan.spec.block:
+        if blocks[name] != spec.block:
             raise UserError(
-                f"layer '{name}': block {plan.spec.block[0]}x{plan.spec.block[1]} does not divide it, and {rule.name} "
+                f"layer '{name}': block {spec.block[0]}x{spec.block[1]} does not divide it, and {rule.name} "
                 "moves whole blocks"
             )
     every = getattr(rule, "every", 1)
-    if rule.accumulation == "staggered" and every < len(plans):
+    if rule.accumulation == "staggered" and every < len(allocated):
         raise UserError(
             f"{rule.name}: every={every} with accumulation=staggered must be at least the number of layers, "
-            f"{len(plans)}: one layer is updated a step"
+            f"{len(allocated)}: one layer is updated a step"
         )
-
-
-def _density_at(rule: Rule, allocated: float, step: int) -> float:
-    """Return the density after ``step`` steps of a layer; exactly what it is allocated where the rule says so."""
-    reference = 1.0 - allocated
-    sparsity = rule.layer_sparsity(reference, step)
-    return allocated if sparsity == reference else 1.0 - sparsity

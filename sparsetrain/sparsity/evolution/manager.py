@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from sparsetrain import seeds
 from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.sparsity.config import SparsityConfig
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.exchange import (
     Counts,
     all_finite,
@@ -31,7 +32,7 @@ from sparsetrain.sparsity.evolution.optimizers import (
     innermost,
     note_steps,
 )
-from sparsetrain.sparsity.evolution.rules import Rule, Static
+from sparsetrain.sparsity.evolution.rules import Static
 from sparsetrain.sparsity.evolution.state import LayerReport as LayerReport
 from sparsetrain.sparsity.evolution.state import ManagedMasks
 from sparsetrain.sparsity.evolution.topology import TopologyUpdate, apply_update

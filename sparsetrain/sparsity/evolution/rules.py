@@ -1,19 +1,23 @@
-"""How masks change during training: rules, each a pure function of the step, and the schedules that they follow.
-
-A rule says *when* a layer is updated, *how sparse* it is to be, *which part* of its weights is exchanged and *how* new
-ones are found; `sparsetrain.sparsity.evolution.topology` does it and `MaskManager` drives it. Steps count optimizer
-steps that are done, so the first update of ``every=100`` follows the 100th.
-"""
+"""The rules of evolution that come with the library, and the schedules that they follow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.config import ACCUMULATION, CURVES, DROP_SCHEDULES, GROWTH, MOMENTS, SparsityConfig
+from sparsetrain.sparsity.evolution.base import (
+    ACCUMULATION,
+    GROWTH,
+    MOMENTS,
+    Rule,
+    in_steps,
+    register_rule,
+    setting,
+    steps,
+)
 from sparsetrain.sparsity.patterns.spec import check_sparsity
 
 STAIRS = 4  # of the curve "step"
@@ -34,64 +38,20 @@ DROP: dict[str, Callable[[float], float]] = {
 """What part of the drop fraction is left after the part x of the time until ``stop``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rule:
-    """What every rule has.
+@dataclass
+class Phase:
+    """A phase of variable sparsity in a configuration: from the fraction ``at`` of training on, this sparsity holds."""
 
-    Args:
-        sparsity: of the layers, in [0, 1); None takes already sparse layers as they are.
-
-    ``resizes`` says whether updates change how many weights a layer has.
-
-    Raises:
-        UserError: a field out of range, when the rule is built.
-    """
-
-    sparsity: float | None = None
-
-    grows: ClassVar[str] = "random"
-    accumulation: ClassVar[str] = "last"
-    grown_scale: ClassVar[float] = 0.0
-    grown_moments: ClassVar[str] = "zero"
-    protect_rows: ClassVar[bool] = False
-    resizes: ClassVar[bool] = False
+    at: float
+    sparsity: float
 
     def __post_init__(self) -> None:
-        if self.sparsity is not None:
-            check_sparsity(self.sparsity, f"{self.name}: sparsity")
-
-    @property
-    def name(self) -> str:
-        return type(self).__name__
-
-    def due(self, step: int) -> bool:
-        """Whether masks are updated after ``step`` optimizer steps."""
-        return False
-
-    def updates(self, end: int) -> Sequence[int]:
-        """Return the steps up to ``end``, itself included, after which masks are updated, in order."""
-        return [step for step in range(1, end + 1) if self.due(step)]
-
-    def layer_sparsity(self, reference: float, step: int) -> float:
-        """Return the sparsity after ``step`` steps of a layer that is allocated ``reference``."""
-        return reference
-
-    def drop(self, step: int) -> float:
-        """Return the fraction of its weights that an update at ``step`` takes from a layer and grows elsewhere."""
-        return 0.0
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether updates rank the gradients of weights that do not exist."""
-        return self.grows == "gradient"
-
-    def check(self, total_steps: int) -> None:
-        """Raise `UserError` if an update would come after the end of a training of that many steps, or none at all."""
-
-    def _refuse(self, text: str) -> UserError:
-        return UserError(f"{self.name}: {text}")
+        check_sparsity(self.sparsity, "sparsity.evolution.phases: sparsity")
+        if isinstance(self.at, bool) or not 0.0 <= self.at < 1.0:
+            raise UserError(f"sparsity.evolution.phases: at={self.at} must lie in [0, 1)")
 
 
+@register_rule("static")
 @dataclass(frozen=True, kw_only=True)
 class Static(Rule):
     """The mask of the first step stays: SPDF (arXiv 2303.10464), MediSwift (arXiv 2403.00952).
@@ -108,8 +68,8 @@ class _Periodic(Rule):
     """Updates every ``every`` steps, while start <= step < stop (None: without end)."""
 
     every: int = 100
-    start: int = 0
-    stop: int | None = None
+    start: int = steps(0, fraction=0.0)
+    stop: int | None = steps(None, fraction=0.75)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -141,7 +101,7 @@ class _Periodic(Rule):
 @dataclass(frozen=True, kw_only=True)
 class _Exchange(_Periodic):
     drop_fraction: float = 0.3
-    drop_schedule: str = "constant"
+    drop_schedule: str = setting("constant", type=str, configured="cosine")
     protect_rows: bool = False  # type: ignore[misc]
     grown_moments: str = "zero"  # type: ignore[misc]
 
@@ -149,7 +109,7 @@ class _Exchange(_Periodic):
         super().__post_init__()
         if not 0.0 < self.drop_fraction < 1.0:
             raise self._refuse(f"drop_fraction={self.drop_fraction} must lie in (0, 1)")
-        check_choice(f"{self.name}: drop_schedule", self.drop_schedule, DROP_SCHEDULES)
+        check_choice(f"{self.name}: drop_schedule", self.drop_schedule, DROP)
         check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
         if self.drop_schedule != "constant" and self.stop is None:
             raise self._refuse(f"drop_schedule={self.drop_schedule} falls until stop; set stop")
@@ -158,6 +118,7 @@ class _Exchange(_Periodic):
         return self.drop_fraction * DROP[self.drop_schedule](step / self.stop if self.stop else 0.0)
 
 
+@register_rule("set")
 @dataclass(frozen=True, kw_only=True)
 class SET(_Exchange):
     """Sparse evolutionary training (Mocanu et al. 2018, arXiv 1707.04780): drop the smallest, grow at random.
@@ -178,6 +139,7 @@ class SET(_Exchange):
     """
 
 
+@register_rule("rigl")
 @dataclass(frozen=True, kw_only=True)
 class RigL(_Exchange):
     """Rigging the lottery (Evci et al. 2020, arXiv 1911.11134): drop the smallest, grow where the gradient is largest.
@@ -216,6 +178,7 @@ class RigL(_Exchange):
             raise self._refuse(f"grown_scale={self.grown_scale} must be at least 0 and finite")
 
 
+@register_rule("gmp")
 @dataclass(frozen=True, kw_only=True)
 class GMP(_Periodic):
     """Gradual magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878): from ``initial_sparsity`` down to ``sparsity``.
@@ -251,7 +214,7 @@ class GMP(_Periodic):
         check_sparsity(self.initial_sparsity, f"{self.name}: initial_sparsity")
         if self.sparsity is not None and self.initial_sparsity > self.sparsity:
             raise self._refuse(f"initial_sparsity={self.initial_sparsity} is above sparsity={self.sparsity}")
-        check_choice(f"{self.name}: curve", self.curve, CURVES)
+        check_choice(f"{self.name}: curve", self.curve, PROGRESS)
 
     def due(self, step: int) -> bool:
         assert self.stop is not None
@@ -263,15 +226,21 @@ class GMP(_Periodic):
         regular = [step for step in range(self.start, min(end, self.stop) + 1, self.every) if step > 0]
         return regular if not self.start <= self.stop <= end or self.stop in regular[-1:] else [*regular, self.stop]
 
-    def layer_sparsity(self, reference: float, step: int) -> float:
+    def layer_density(self, allocated: float, step: int) -> float:
         assert self.stop is not None
         if step >= self.stop:
-            return reference
-        # Between two updates the target is that of the one before.
+            return allocated
+        # Between two updates the target is that of the earlier one.
         updated = self.start + max(0, step - self.start) // self.every * self.every
         progress = PROGRESS[self.curve]((updated - self.start) / (self.stop - self.start))
-        initial = min(self.initial_sparsity, reference)
-        return initial + (reference - initial) * progress
+        initial = self._initial(allocated)
+        return initial + (allocated - initial) * progress
+
+    def densities(self, allocated: float) -> Iterable[float]:
+        return self._initial(allocated), allocated
+
+    def _initial(self, allocated: float) -> float:
+        return max(1.0 - self.initial_sparsity, allocated)
 
     def check(self, total_steps: int) -> None:
         assert self.stop is not None
@@ -279,6 +248,11 @@ class GMP(_Periodic):
             raise self._refuse(f"stop={self.stop} lies after the end of training, at step {total_steps}")
 
 
+def _phases_in_steps(phases: Sequence[Phase], total_steps: int | None) -> tuple[tuple[Any, float], ...]:
+    return tuple((in_steps(phase.at, total_steps), phase.sparsity) for phase in phases)
+
+
+@register_rule("vspdf")
 @dataclass(frozen=True, kw_only=True)
 class VariableSparsity(Rule):
     """A sparsity that changes at given steps, usually downwards: 90 % → 50 % → dense (variable SPDF).
@@ -298,12 +272,14 @@ class VariableSparsity(Rule):
     """
 
     resizes: ClassVar[bool] = True
-    phases: Sequence[tuple[int, float]] = ()
+    needs_sparsity: ClassVar[bool] = True
+    phases: Sequence[tuple[int, float]] = setting((), type=list[Phase], configured=(), convert=_phases_in_steps)
     grow: str = "random"
     protect_rows: bool = False  # type: ignore[misc]
     grown_moments: str = "zero"  # type: ignore[misc]
 
     def __post_init__(self) -> None:
+        check_choice(f"{self.name}: grow", self.grow, GROWTH)
         super().__post_init__()
         if not self.sparsity:
             raise self._refuse(f"sparsity={self.sparsity} at the start must be above 0")
@@ -312,10 +288,9 @@ class VariableSparsity(Rule):
         before = -1
         for step, sparsity in self.phases:
             if step <= before:
-                raise self._refuse(f"phases: step {step} must be above {before}")
+                raise self._refuse(f"phases: {step} follows {before}; phases must begin one after the other")
             check_sparsity(sparsity, f"{self.name}: sparsity of the phase at step {step}")
             before = step
-        check_choice(f"{self.name}: grow", self.grow, GROWTH)
         check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
 
     @property
@@ -328,73 +303,24 @@ class VariableSparsity(Rule):
     def updates(self, end: int) -> Sequence[int]:
         return [at for at, _ in self.phases if 0 < at <= end]
 
-    def layer_sparsity(self, reference: float, step: int) -> float:
+    def layer_density(self, allocated: float, step: int) -> float:
         assert self.sparsity is not None
         now = self.sparsity
         for at, sparsity in self.phases:
             if at <= step:
                 now = sparsity
-        return reference if now == self.sparsity else reference * now / self.sparsity
+        return self._scaled(allocated, now)
+
+    def densities(self, allocated: float) -> Iterable[float]:
+        assert self.sparsity is not None
+        return [self._scaled(allocated, sparsity) for sparsity in (self.sparsity, *(now for _, now in self.phases))]
+
+    def _scaled(self, allocated: float, sparsity: float) -> float:
+        """Return the density of a layer when the sparsity of the whole is ``sparsity``."""
+        assert self.sparsity is not None
+        return allocated if sparsity == self.sparsity else 1.0 - (1.0 - allocated) * sparsity / self.sparsity
 
     def check(self, total_steps: int) -> None:
         last = self.phases[-1][0]
         if last >= total_steps:
             raise self._refuse(f"the phase at step {last} lies after the end of training, at step {total_steps}")
-
-
-def make_rule(plan: SparsityConfig, total_steps: int) -> Rule:
-    """Return the rule that ``plan.evolution`` describes for a training of ``total_steps``.
-
-    Fractions of training become steps, rounded to the nearest.
-
-    Raises:
-        UserError: no update would ever happen, or one after the end; the message names the field.
-    """
-    settings = plan.evolution
-    window = {
-        "every": settings.every,
-        "start": round(settings.start * total_steps),
-        "stop": round(settings.stop * total_steps),
-    }
-    exchange = {
-        "drop_fraction": settings.drop_fraction,
-        "drop_schedule": settings.drop_schedule,
-        "protect_rows": settings.protect_rows,
-        "grown_moments": settings.grown_moments,
-    }
-    if settings.rule != "static" and not plan.is_sparse:
-        raise UserError(
-            f"sparsity.evolution.rule={settings.rule}: sparsity.sparsity=0 leaves no mask that could change"
-        )
-    rule: Rule
-    try:
-        if settings.rule == "set":
-            rule = SET(**window, **exchange)  # type: ignore[arg-type]
-        elif settings.rule == "rigl":
-            rule = RigL(
-                **window,  # type: ignore[arg-type]
-                **exchange,  # type: ignore[arg-type]
-                accumulation=settings.accumulation,
-                grown_scale=settings.grown_scale,
-            )
-        elif settings.rule == "gmp":
-            rule = GMP(
-                **window,
-                initial_sparsity=settings.initial_sparsity,
-                curve=settings.curve,
-                protect_rows=settings.protect_rows,
-            )
-        elif settings.rule == "vspdf":
-            rule = VariableSparsity(
-                sparsity=plan.sparsity,
-                phases=tuple((round(phase.at * total_steps), phase.sparsity) for phase in settings.phases),
-                grow=settings.grow,
-                protect_rows=settings.protect_rows,
-                grown_moments=settings.grown_moments,
-            )
-        else:
-            rule = Static()
-        rule.check(total_steps)
-    except UserError as error:
-        raise UserError(f"sparsity.evolution: {error}") from None
-    return rule

@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.managed import Managed
-from sparsetrain.sparsity.evolution.rules import Rule
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.config import MOMENTS
+from sparsetrain.sparsity.evolution.base import MOMENTS
 from sparsetrain.sparsity.evolution.optimizers import _ELEMENTWISE as _ELEMENTWISE
 from sparsetrain.sparsity.evolution.optimizers import check_optimizer as check_optimizer
 from sparsetrain.sparsity.evolution.optimizers import innermost

@@ -3,16 +3,67 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.config import SparsityConfig, SparsityGroup
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.layers.names import default_reason
 from sparsetrain.sparsity.patterns.select import largest_remainder
+from sparsetrain.sparsity.patterns.spec import PatternSpec
 
 __all__ = ["SparsityConfig", "SparsityGroup", "allocate", "allocate_densities", "matches"]
 
 Shape = tuple[int, int]
+Groups = Mapping[str, SparsityGroup | None]
+"""The layers that take part by name, each with the group that gives its sparsity, or None."""
+
+
+@dataclass(frozen=True)
+class LayerAllocation:
+    """How dense a layer is and in what pattern.
+
+    Args:
+        density: the allocated density, in (0, 1).
+        start: the density at step 0, in (0, 1]; masks that evolve may begin denser than what is allocated.
+        spec: the kind of pattern.
+    """
+
+    density: float
+    start: float
+    spec: PatternSpec
+
+
+def allocate_layers(
+    shapes: Mapping[str, Shape],
+    config: SparsityConfig,
+    rule: Rule | None = None,
+    *,
+    groups: Groups | None = None,
+) -> dict[str, LayerAllocation]:
+    """Return the allocation of each layer that is sparse at some time; layers that are always dense are left out.
+
+    Args:
+        shapes: qualified name -> (out_features, in_features) of every linear layer of the model.
+        rule: how masks evolve; None takes the rule of ``config.evolution``.
+        groups: as `match_groups` returns them; None decides by the names alone.
+
+    Raises:
+        UserError: as `allocate_densities`.
+    """
+    groups = match_groups(shapes, config) if groups is None else groups
+    densities = {
+        name: density for name, density in _densities(shapes, config, groups, None, None).items() if density < 1.0
+    }
+    if rule is None and densities:
+        rule = config.evolution.build(None, config.sparsity)  # with fractions of the training, which begins at 0
+    found = {}
+    for name, density in densities.items():
+        group = groups[name]
+        start = density if rule is None else rule.layer_density(density, 0)
+        found[name] = LayerAllocation(density, start, config.spec(None if group is None else group.pattern))
+    return found
 
 
 def matches(name: str, globs: Iterable[str]) -> bool:
@@ -21,19 +72,19 @@ def matches(name: str, globs: Iterable[str]) -> bool:
 
 
 def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
-    """Return the sparsity that the plan's names and groups give each layer; layers that stay dense are left out.
+    """Return the sparsity that names and groups give each layer; layers that stay dense are left out.
 
     Raises:
         UserError: an ``include`` glob that matches no layer; a group that no layer takes its sparsity from, which is
             a misspelt glob or one shadowed by an earlier group; or nothing to make sparse although ``sparsity`` is
             above 0.
     """
-    chosen = choose(names, config)
-    sparsities = {name: config.sparsity if group is None else group.sparsity for name, group in chosen.items()}
+    groups = match_groups(names, config)
+    sparsities = {name: config.sparsity if group is None else group.sparsity for name, group in groups.items()}
     return {name: sparsity for name, sparsity in sparsities.items() if sparsity > 0.0}
 
 
-def choose(
+def match_groups(
     names: Iterable[str], config: SparsityConfig, kept: Collection[str] | None = None
 ) -> dict[str, SparsityGroup | None]:
     """Return the layers that take part and the group of each, None where none matches.
@@ -94,31 +145,40 @@ def allocate_densities(
 
     Args:
         shapes: qualified name -> (out_features, in_features) of every linear layer of the model.
-        config: the plan.
-        budget: in place of the plan's sparsity or nnz, the total cost of all layers that take part, in units of
+        config: which layers take part, and how sparse they are.
+        budget: in place of the sparsity or nnz of ``config``, the total cost of all layers that take part, in units of
             ``weights``; met from below, to within the cost of one weight.
         weights: the cost of one nonzero of each layer, for example its training FLOPs per token (6 for a layer that is
             used once a token); 1 for all by default.
-        kept: as `choose` takes it.
+        kept: as `match_groups` takes it.
 
     Raises:
         UserError: as `allocate`; a budget that is too small for one weight a layer, or larger than dense layers cost.
     """
-    chosen = choose(shapes, config, kept)
-    numel = {name: shapes[name][0] * shapes[name][1] for name in chosen}
-    fixed = {name: 1.0 - group.sparsity for name, group in chosen.items() if group is not None}
-    free = [name for name in chosen if name not in fixed]
-    price = {name: 1.0 if weights is None else float(weights[name]) for name in chosen}
+    return _densities(shapes, config, match_groups(shapes, config, kept), budget, weights)
+
+
+def _densities(
+    shapes: Mapping[str, Shape],
+    config: SparsityConfig,
+    groups: Groups,
+    budget: float | None,
+    weights: Mapping[str, float] | None,
+) -> dict[str, float]:
+    numel = {name: shapes[name][0] * shapes[name][1] for name in groups}
+    fixed = {name: 1.0 - group.sparsity for name, group in groups.items() if group is not None}
+    free = [name for name in groups if name not in fixed]
+    price = {name: 1.0 if weights is None else float(weights[name]) for name in groups}
     total = budget if budget is not None else config.nnz
     if total is None:
         if config.allocation == "uniform" or config.sparsity == 0.0 or not free:
-            return {name: fixed.get(name, 1.0 - config.sparsity) for name in chosen}
+            return {name: fixed.get(name, 1.0 - config.sparsity) for name in groups}
         total = round((1.0 - config.sparsity) * sum(numel[name] for name in free))
-        price = dict.fromkeys(chosen, 1.0)
+        price = dict.fromkeys(groups, 1.0)
     else:
         total -= sum(round(density * numel[name]) * price[name] for name, density in fixed.items())
     counts = _fill({name: shapes[name] for name in free}, config.allocation, total, price)
-    return {name: fixed[name] if name in fixed else counts[name] / numel[name] for name in chosen}
+    return {name: fixed[name] if name in fixed else counts[name] / numel[name] for name in groups}
 
 
 def _fill(shapes: Mapping[str, Shape], allocation: str, total: float, price: Mapping[str, float]) -> dict[str, int]:

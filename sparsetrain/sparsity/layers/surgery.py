@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -11,7 +10,8 @@ from torch import Tensor, nn
 from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.sparsity.config import SparsityConfig
-from sparsetrain.sparsity.layers.allocation import allocate_densities, choose
+from sparsetrain.sparsity.evolution.base import Rule
+from sparsetrain.sparsity.layers.allocation import LayerAllocation, allocate_layers, match_groups
 from sparsetrain.sparsity.layers.experts import (
     LAYERS,
     experts_of,
@@ -43,7 +43,6 @@ from sparsetrain.sparsity.layers.replaced import note_successors
 from sparsetrain.sparsity.layers.summary import large_dense, warn_of_dense
 from sparsetrain.sparsity.patterns.draw import full_pattern, given_pattern, make_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
-from sparsetrain.sparsity.patterns.spec import PatternSpec
 
 __all__ = ["densify", "is_conv1d", "sparse_layers", "sparsify"]
 
@@ -123,47 +122,11 @@ def sparsify(
     if plan.seed is None and seed is None:
         warn_of_own_draws("sparsify")
     base_seed = seeds.resolve_seed(plan.seed if plan.seed is not None else seed)
-    kept = kept_by_default(model, linears)
-    check_replaceable(model, linears, planned_names(model, linears, plan, kept))
-    layers = plan_layers(shapes_of(linears), plan, kept)
-    replace_linears(model, linears, draw_patterns(linears, layers, base_seed), plan.backend)
-    if layers:
+    allocated = allocate_model(model, linears, plan)
+    replace_linears(model, linears, draw_patterns(linears, allocated, base_seed), plan.backend)
+    if allocated:
         warn_of_dense(model, plan, "sparsify", stacklevel=3)
     return model
-
-
-@dataclass(frozen=True)
-class LayerPlan:
-    """What a plan means for one layer: the density it is allocated, that of step 0, and the kind of pattern."""
-
-    density: float
-    start: float
-    spec: PatternSpec
-
-
-def plan_layers(
-    shapes: Mapping[str, tuple[int, int]], plan: SparsityConfig, kept: Collection[str] | None = None
-) -> dict[str, LayerPlan]:
-    """Return the layers of a plan that are sparse at some time; those that stay dense throughout are left out.
-
-    Args:
-        kept: as `sparsetrain.sparsity.layers.allocation.choose` takes it.
-
-    Raises:
-        UserError: as `sparsetrain.sparsity.layers.allocation.allocate_densities`.
-    """
-    groups = choose(shapes, plan, kept)
-    evolution, layers = plan.evolution, {}
-    for name, density in allocate_densities(shapes, plan, kept=kept).items():
-        if density < 1.0:
-            start = density
-            if evolution.rule == "gmp":  # begins less sparse than what it is allocated, usually dense
-                start = max(density, 1.0 - evolution.initial_sparsity)
-            elif evolution.rule == "vspdf" and evolution.phases[0].at == 0.0:
-                start = 1.0 - (1.0 - density) * evolution.phases[0].sparsity / plan.sparsity
-            group = groups[name]
-            layers[name] = LayerPlan(density, start, plan.spec(group.pattern if group is not None else None))
-    return layers
 
 
 def shapes_of(layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
@@ -206,24 +169,30 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[st
     return {name for name in layers if default_reason(name, others) is not None} | tied_heads(model, layers)
 
 
-def planned_names(
-    model: nn.Module, layers: Collection[str], plan: SparsityConfig, kept: Collection[str] | None
-) -> list[str]:
-    """Return the layers that a plan takes and does not leave dense by a group of sparsity 0.
+def allocate_model(
+    model: nn.Module, layers: Mapping[str, nn.Module], config: SparsityConfig, rule: Rule | None = None
+) -> dict[str, LayerAllocation]:
+    """Return the allocation of those of a model's ``layers``, dense or sparse, that are sparse at some time.
+
+    Args:
+        layers: by qualified name. rule: as `allocate_layers` takes it.
 
     Raises:
-        UserError: as `sparsetrain.sparsity.layers.allocation.choose`; the line also names large matrices of the
-            model that are no linear layers.
+        UserError: as `allocate_layers`, where the line also names large matrices that are no linear layers; or a dense
+            layer that a sparse one cannot replace, see `check_replaceable`.
     """
-    if not plan.is_sparse:
-        return []
+    if not config.is_sparse:
+        return {}
     try:
-        chosen = choose(layers, plan, kept)
+        groups = match_groups(layers, config, kept_by_default(model, layers))
     except UserError as error:
-        others = large_dense(model, plan)
+        others = large_dense(model, config)
         raise UserError(f"{error}; no linear layers are {'; '.join(others)}" if others else str(error)) from None
-    free = plan.sparsity > 0.0 or plan.nnz is not None
-    return [name for name, group in chosen.items() if (free if group is None else group.sparsity > 0.0)]
+    free = config.sparsity > 0.0 or config.nnz is not None
+    sparse = [name for name, group in groups.items() if (free if group is None else group.sparsity > 0.0)]
+    # Before shapes are read, which a layer may not have yet.
+    check_replaceable(model, layers, [name for name in sparse if not isinstance(layers[name], SparseLinear)])
+    return allocate_layers(shapes_of(layers), config, rule, groups=groups)
 
 
 def check_replaceable(model: nn.Module, linears: Mapping[str, nn.Module], names: Collection[str]) -> None:
@@ -245,13 +214,15 @@ def check_replaceable(model: nn.Module, linears: Mapping[str, nn.Module], names:
 
 
 def draw_patterns(
-    linears: Mapping[str, nn.Module], layers: Mapping[str, LayerPlan], seed: int
+    linears: Mapping[str, nn.Module], allocated: Mapping[str, LayerAllocation], seed: int
 ) -> dict[str, SparsityPattern]:
-    """Return the masks of step 0 of some layers, each a function of the seed and the name (and of its weights, where
-    those are ranked)."""
+    """Return the masks of step 0 of the allocated layers by name.
+
+    Each is a function of the seed and the name, and of the weights if the kind of pattern ranks them.
+    """
     patterns = {}
-    shapes = shapes_of({name: linears[name] for name in layers})
-    for name, layer in layers.items():
+    shapes = shapes_of({name: linears[name] for name in allocated})
+    for name, layer in allocated.items():
         weight: Tensor | None = None
         if layer.spec.name == "magnitude":
             weight = matrix_of(linears[name])
