@@ -180,6 +180,6 @@ def test_a_typed_path_is_that_path(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for text in ("a/b", "a[1].txt", "1.10", " a ", "日本", "*.txt", "."):
         assert typed_path(text, "x") == Path(text)
     assert typed_path("~/a", "x") == tmp_path / "a"
-    for text, said in (("", "empty"), ("~nosuchuser", "no user"), ("a\0", "null byte"), ("x" * 300, "too long")):
+    for text, said in (("", "empty"), ("~nosuchuser", "no such user"), ("a\0", "null byte"), ("x" * 300, "too long")):
         with pytest.raises(UserError, match=rf"^x\b.*{said}"):
             typed_path(text, "x")

@@ -92,7 +92,7 @@ def test_a_budget_that_cannot_be_is_one_line(shell: Any, words: list[str], said:
     ("stages", "said"),
     [
         ("[{name: a, run: pretrain}, {name: b, run: finetune, from: c}]", "stages[1].from=c names no stage"),
-        ("[{name: a, run: pretrain, from: b}, {name: b, run: pretrain, from: a}]", "a from b from a is a circle"),
+        ("[{name: a, run: pretrain, from: b}, {name: b, run: pretrain, from: a}]", "a from b from a is a cycle"),
     ],
 )
 def test_stages_that_cannot_be_are_one_line(shell: Any, stages: str, said: str) -> None:

@@ -109,7 +109,7 @@ def test_identity_depends_on_content_not_on_place(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x", "id": ["a"]}\n', r"line 1: the id is list, neither text nor a whole number"),
         ("a.jsonl", b'{"text": "x", "id": 1.5}\n', r"line 1: the id is float"),
         ("a.jsonl", b'{"text": "x", "id": true}\n', r"line 1: the id is bool"),
-        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", r"line 2: .*nests more than 100"),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"\n", r"line 2: .*nests values more than 100"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x", "n": ' + b"9" * 5000 + b"}\n", r"line 2: .*5000 digits"),
         ("a.jsonl", b'{"text": "x", "text": "y"}\n', r"line 1: .*'text' occurs twice"),
         ("a.jsonl", b'{"t\\n\\u0007": "x"}\n', r"no field text_field='text'; it has t\ufffd\ufffd$"),
@@ -188,7 +188,7 @@ def test_a_path_that_is_none_is_one_line(path: str) -> None:
 def test_a_pipe_is_no_file_of_text(tmp_path: Path) -> None:
     """Reading it would wait for ever."""
     os.mkfifo(tmp_path / "a.txt")
-    with pytest.raises(UserError, match="not a regular file"):
+    with pytest.raises(UserError, match="no regular file"):
         LocalFiles(str(tmp_path / "a.txt"))
 
 

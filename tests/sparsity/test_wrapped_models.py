@@ -113,12 +113,12 @@ def test_a_layer_with_a_wrapper_of_its_own_is_refused_and_nothing_is_changed() -
     for wrap in (compiled, checkpoint_wrapper):
         model = Model()
         model.blocks[1][2] = wrap(model.blocks[1][2])
-        with pytest.raises(UserError, match=r"blocks\.1\.2 is wrapped"):
+        with pytest.raises(UserError, match=r"blocks\.1\.2: it is wrapped"):
             sparsify(model, 0.6, seed=0)
         assert not masks(model)
         sparse = sparsify(Model(), 0.6, seed=0)
         sparse.blocks[1][2] = wrap(sparse.blocks[1][2])
-        with pytest.raises(UserError, match=r"blocks\.1\.2 is wrapped"):
+        with pytest.raises(UserError, match=r"blocks\.1\.2: it is wrapped"):
             densify(sparse)
         assert len(masks(sparse)) == 4
 
