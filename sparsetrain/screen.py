@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def printable(line: object) -> str:
-    """Return ``line`` with control characters made visible, so that none is obeyed by a terminal."""
+    """Return ``line`` with control characters replaced by a visible mark, so that a terminal cannot interpret them."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
 
 

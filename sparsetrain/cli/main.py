@@ -87,7 +87,7 @@ def _run(given: list[str]) -> int:
 
 
 def _load_plugins(given: list[str]) -> list[str]:
-    """Import the plugins and return the arguments without ``--plugin``."""
+    """Import the plugins that ``--plugin`` names; return the other arguments."""
     rest, named_plugins = [], []
     left = list(given)
     while left:

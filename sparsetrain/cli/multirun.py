@@ -200,7 +200,7 @@ class Job:
 
     def _run(self, tree: Any) -> int:
         try:
-            with notices_on_stderr():  # a process of a launcher has not gone through `main`
+            with notices_on_stderr():  # `main` does not run in a launcher's process
                 return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
         except UserError as error:
             print(f"sparsetrain: {self.arguments.said(error)}", file=sys.stderr, flush=True)

@@ -1,9 +1,9 @@
 """Warnings on the command line: one line each on stderr.
 
-The library warns in two ways. `warnings.warn` says what a caller should change in the code: an optimizer that was built
-too early, a mask without a seed. A logger below ``sparsetrain`` says what a running program met and got past: a damaged
-checkpoint, scarce memory. In Python the first names the caller's line and can be filtered by category, and the second
-goes where `logging` is configured to write, or to stderr. Here both are shown alike.
+The library warns in two ways. `warnings.warn` tells a caller to change the code: an optimizer that was built too early,
+a mask without a seed. A logger below ``sparsetrain`` reports a problem that the program survived: a damaged checkpoint,
+scarce memory. In Python, the former gives the caller's line and can be filtered by category; the latter goes where
+`logging` is configured to write, or to stderr. The command line shows both in the same way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIBRARY = logging.getLogger("sparsetrain")
 
 
 class _Stderr(logging.Handler):
-    """Prints ``warning: ...`` to what stderr is at that moment, which a progress bar may have replaced."""
+    """Prints ``warning: ...`` to the current stderr, which a progress bar may have replaced."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = " ".join(record.getMessage().split("\n"))
@@ -30,9 +30,9 @@ class _Stderr(logging.Handler):
 
 @contextmanager
 def notices_on_stderr() -> Iterator[None]:
-    """Show warnings of the library's loggers, and of Python's `warnings`, on stderr; inside another such, do nothing.
+    """Show warnings of the library's loggers and of `warnings` on stderr; a nested call has no effect.
 
-    They do not go on to the root logger, where Hydra's own handler would show them again.
+    The warnings do not reach the root logger, where Hydra's own handler would show them again.
     """
     if any(isinstance(handler, _Stderr) for handler in _LIBRARY.handlers):
         yield

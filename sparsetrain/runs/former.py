@@ -74,21 +74,21 @@ def stages_of_pipeline(values: Values, renamed: Callable[[Mapping[str, Any]], Va
 
 
 def without_other_rules(values: Values) -> Values:
-    """Return settings in which a section of evolution has no settings of rules other than its own.
+    """Return settings in which a section of evolution has only the settings of its own rule.
 
-    A section had the settings of all rules, at first.
+    Earlier versions recorded the settings of all rules in that section.
     """
     found = _of_its_rule(values)
     pipeline = found.get("pipeline")
     stages = pipeline.get("stages") if isinstance(pipeline, Mapping) else None
     if isinstance(pipeline, Mapping) and isinstance(stages, list):
-        # A stage that names no rule has that of the pipeline.
+        # A stage without a rule uses the rule of the pipeline.
         return {**found, "pipeline": {**pipeline, "stages": [_of_its_rule(stage, named=True) for stage in stages]}}
     return found
 
 
 def _of_its_rule(values: Any, named: bool = False) -> Any:
-    """Return settings without those of other rules; ``named`` leaves a section that names no rule as it is."""
+    """Return settings without those of other rules; with ``named``, keep a section that names no rule unchanged."""
     sparsity = values.get("sparsity") if isinstance(values, Mapping) else None
     evolution = sparsity.get("evolution") if isinstance(sparsity, Mapping) else None
     if not isinstance(sparsity, Mapping) or not isinstance(evolution, Mapping):
