@@ -1,4 +1,4 @@
-"""The table of the page's sections, which `register_section` fills."""
+"""The sections of the page by name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.errors import UserError
+from sparsetrain.registry import Registry
 from sparsetrain.report.schema import Report
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -25,10 +26,12 @@ class Section:
     content: Content
 
 
-_SECTIONS: dict[str, Section] = {}
+SECTIONS: Registry[Section] = Registry("report section", "section")
 
 
-def register_section(title: str, position: float, template: str | Path) -> Callable[[Content], Content]:
+def register_section(
+    name: str, title: str, position: float, template: str | Path, *, replace: bool = False
+) -> Callable[[Content], Content]:
     """Return a decorator that adds a section to the page of every report.
 
     The decorated function takes a `Report` and returns the variables of the template, by name. The template also has
@@ -37,21 +40,21 @@ def register_section(title: str, position: float, template: str | Path) -> Calla
     section whose template renders to nothing is left out, heading included.
 
     Args:
-        title: the heading, unique in the page.
-        position: sections stand in the order of this number. The library's own stand at 10, 20, ..., 80.
+        name: of the section in the registry.
+        title: the heading in the page.
+        position: sections are ordered by this number. The library's own have 10, 20, ..., 80.
         template: a Jinja template, as a path or relative to the ``templates`` of this package.
+        replace: take the place of another section of that name.
 
     Raises:
-        UserError: another section has the title, or there is no such template.
+        UserError: another section has the name, or there is no such template.
     """
     place = TEMPLATES / template
     if not place.is_file():
-        raise UserError(f"template={str(template)!r} of the section {title!r} must be a file")
+        raise UserError(f"template={str(template)!r} of the report section {name!r} must be a file")
 
     def register(content: Content) -> Content:
-        if title in _SECTIONS:
-            raise UserError(f"title={title!r} is the title of another section of the page")
-        _SECTIONS[title] = Section(title, position, place, content)
+        SECTIONS.register(name, Section(title, position, place, content), replace=replace)
         return content
 
     return register
@@ -59,4 +62,4 @@ def register_section(title: str, position: float, template: str | Path) -> Calla
 
 def sections() -> list[Section]:
     """Return the registered sections in the order in which the page shows them."""
-    return sorted(_SECTIONS.values(), key=lambda section: section.position)
+    return sorted((SECTIONS[name] for name in SECTIONS), key=lambda section: section.position)

@@ -20,42 +20,42 @@ _ALWAYS_LIMITS = (
 _GROUPS = ("machine", "data", "task", "model", "settings")
 
 
-@register_section("What was found", 10, "sections/found.html.j2")
+@register_section("found", "What was found", 10, "sections/found.html.j2")
 def found(report: Report) -> Mapping[str, Any]:
     return {"findings": findings(report), "cautions": cautions(report), "sheet": tables.results(report)}
 
 
-@register_section("Training curves", 20, "sections/curves.html.j2")
+@register_section("curves", "Training curves", 20, "sections/curves.html.j2")
 def curves(report: Report) -> Mapping[str, Any]:
     return {}
 
 
-@register_section("Cost", 30, "sections/cost.html.j2")
+@register_section("cost", "Cost", 30, "sections/cost.html.j2")
 def cost(report: Report) -> Mapping[str, Any]:
     return {"sheet": tables.cost(report)}
 
 
-@register_section("FLOPs by term", 40, "sections/flops.html.j2")
+@register_section("flops", "FLOPs by term", 40, "sections/flops.html.j2")
 def flops(report: Report) -> Mapping[str, Any]:
     return {"sheet": tables.flops(report)}
 
 
-@register_section("Masks", 50, "sections/masks.html.j2")
+@register_section("masks", "Masks", 50, "sections/masks.html.j2")
 def masks(report: Report) -> Mapping[str, Any]:
     return {"sheet": tables.masks(report)}
 
 
-@register_section("Memory", 60, "sections/memory.html.j2")
+@register_section("memory", "Memory", 60, "sections/memory.html.j2")
 def memory(report: Report) -> Mapping[str, Any]:
     return {"sheet": tables.memory(report)}
 
 
-@register_section("What this does not show", 70, "sections/limits.html.j2")
+@register_section("limits", "What this does not show", 70, "sections/limits.html.j2")
 def limits(report: Report) -> Mapping[str, Any]:
     return {"limits": [*report.get("limits", []), *_ALWAYS_LIMITS]}
 
 
-@register_section("What was run", 80, "sections/provenance.html.j2")
+@register_section("provenance", "What was run", 80, "sections/provenance.html.j2")
 def provenance(report: Report) -> Mapping[str, Any]:
     """Return the command and the run in a line each, and every group that the report has."""
     run = {"commit": report["commit"] or "not known"}

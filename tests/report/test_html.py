@@ -187,7 +187,7 @@ TOY = """
 from pathlib import Path
 from sparsetrain.report import register_section
 
-@register_section("Energy", 45, Path(__file__).with_name("energy.html.j2"))
+@register_section("energy", "Energy", 45, Path(__file__).with_name("energy.html.j2"))
 def energy(report):
     return {"joules": 300 * report["seconds"], "note": "<at 300 W>" if report["commit"] else ""}
 """
@@ -199,7 +199,7 @@ TOY_TEMPLATE = """{% from "macros.html.j2" import bullets %}
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The template of a section that is added in two files."""
-    monkeypatch.setattr(registry, "_SECTIONS", dict(registry._SECTIONS))
+    monkeypatch.setattr(registry.SECTIONS, "_things", dict(registry.SECTIONS._things))
     (tmp_path / "energy.py").write_text(TOY)
     (tmp_path / "energy.html.j2").write_text(TOY_TEMPLATE)
     spec = importlib.util.spec_from_file_location("energy", tmp_path / "energy.py")
@@ -219,10 +219,10 @@ def test_a_section_is_added_in_two_files(content: dict[str, Any], toy: Path) -> 
 
 
 def test_a_section_that_cannot_be_added_is_refused(toy: Path) -> None:
-    with pytest.raises(UserError, match="title='Energy' is the title of another section"):
-        register_section("Energy", 1, toy)(dict)
-    with pytest.raises(UserError, match=r"template='none.j2' of the section 'Mass' must be a file"):
-        register_section("Mass", 1, "none.j2")
+    with pytest.raises(UserError, match="report section name 'energy' is taken; registered are found, curves, cost"):
+        register_section("energy", "Energy again", 1, toy)(dict)
+    with pytest.raises(UserError, match=r"template='none.j2' of the report section 'mass' must be a file"):
+        register_section("mass", "Mass", 1, "none.j2")
 
 
 def test_a_variable_that_is_not_there_is_an_error(content: dict[str, Any], toy: Path) -> None:
