@@ -22,19 +22,20 @@ print(*sorted({path for path in opened if not path.isdigit()}), sep="\\n")
 """
 
 _USE = """
-import warnings
+import logging
 
-with warnings.catch_warnings(record=True) as at_import:
-    warnings.simplefilter("always")
-    import sparsetrain, torch
+said = []
+handler = logging.Handler()
+handler.emit = lambda record: said.append(record.getMessage())
+logging.getLogger("sparsetrain").addHandler(handler)
+
+import sparsetrain, torch
 
 layer = sparsetrain.SparseLinear(64, 64, density=0.5, seed=0)
-with warnings.catch_warnings(record=True) as at_use:
-    warnings.simplefilter("always")
-    layer(torch.zeros(8, 64))
-    layer(torch.zeros(8, 64))
-print([str(warning.message) for warning in at_import if "crossover" in str(warning.message)])
-print(*(str(warning.message) for warning in at_use if "crossover" in str(warning.message)), sep="\\n")
+print(len(said))
+layer(torch.zeros(8, 64))
+layer(torch.zeros(8, 64))
+print(*said, sep="\\n")
 """
 
 
@@ -58,6 +59,6 @@ def test_a_damaged_crossover_table_is_warned_of_at_the_first_use_of_auto(tmp_pat
     table = tmp_path / "cache" / f"crossover-{machine_key()}.json"
     table.write_text('{"backends": {')
     at_import, *at_use = run(_USE, tmp_path).stdout.splitlines()
-    assert at_import == "[]"
+    assert at_import == "0"
     assert len(at_use) == 1
     assert str(table) in at_use[0]
