@@ -22,17 +22,19 @@ Copies in scratch have rows of ``pitch(D)`` floats, zero behind D; see `forward_
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from sparsetrain.kernels.compile import Kernel, part
+from sparsetrain.kernels.arguments import Array, Int, Team, computed, float32, step
+from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.elementwise import exp2, larger, mul, sub
 from sparsetrain.kernels.gemm import ROWS_TO_LANE, TERMS_FROM_ROW, TERMS_TO_ROW, WHOLE, WIDTH, multiply_add
+from sparsetrain.kernels.kernel import Kernel
 from sparsetrain.kernels.lanes import load_head, store_head, sum_lanes, transpose16
 from sparsetrain.kernels.simd import add, element, fma, load, splat, store
-from sparsetrain.kernels.tiles import Array, Int, clear
-from sparsetrain.kernels.words import floats, number, share
+from sparsetrain.kernels.tiles import clear
+from sparsetrain.kernels.words import share
 
 BLOCK = 64  # queries, and keys; a multiple of WIDTH
 # Rows an odd number of cache lines apart: at a power of two they would share a few sets of L1.
@@ -144,22 +146,32 @@ def _scores(
 
 
 @Kernel
-def forward(words: Any) -> None:
+def forward(
+    team: Team,
+    x: Annotated[Array, float32["batch", "tokens", "heads + 2 * kv_heads", "d"]],
+    x_batch: Annotated[Int, step["x", 0]],
+    x_token: Annotated[Int, step["x", 1]],
+    x_head: Annotated[Int, step["x", 2]],
+    y: Annotated[Array, float32["batch * tokens * heads * d"]],
+    logs: Annotated[Array, float32["batch * heads * tokens"]],
+    numbers: Annotated[Array, float32["1 + heads"]],
+    batch: Int,
+    tokens: Int,
+    heads: Int,
+    kv_heads: Int,
+    d: Int,
+    s: Annotated[Array, float32["threads * forward_scratch(tokens, d)"]],
+    scratch: Annotated[Int, computed["forward_scratch(tokens, d)"]],
+) -> None:
     """Write y ``[B, T, H D]`` and the logarithms L ``[B, H, T]``.
 
-    Words: qkv and the distances of its sequences, tokens and heads; y, L, numbers float32 ``[1 + H]`` (scale, slopes);
-    B, T, H, K, D; scratch ``[threads, forward_scratch]`` and its row.
+    Args:
+        x: queries, keys and values. numbers: the scale, and the slope of each head. s: scratch.
     """
-    x, x_batch, x_token, x_head = floats(words, 4), number(words, 5), number(words, 6), number(words, 7)
-    y, logs, numbers = floats(words, 8), floats(words, 9), floats(words, 10)
-    batch, tokens, heads, kv_heads, d = (
-        number(words, 11), number(words, 12), number(words, 13), number(words, 14), number(words, 15),
-    )  # fmt: skip
-    s, scratch = floats(words, 16), number(words, 17)
     wide = _padded(d)
     width = _pitch(wide)
     factor = element(numbers, 0) * _LOG2_E
-    first, last, index = share(words, batch * heads)
+    first, last, index = share(team, batch * heads)
     k = index * scratch
     v = k + tokens * width
     q, o = v + tokens * width, v + (tokens + BLOCK) * width
@@ -232,22 +244,34 @@ def _weights(s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int,
 
 
 @Kernel
-def backward(words: Any) -> None:
+def backward(
+    team: Team,
+    x: Annotated[Array, float32["batch", "tokens", "heads + 2 * kv_heads", "d"]],
+    x_batch: Annotated[Int, step["x", 0]],
+    x_token: Annotated[Int, step["x", 1]],
+    x_head: Annotated[Int, step["x", 2]],
+    y: Annotated[Array, float32["batch * tokens * heads * d"]],
+    dy: Annotated[Array, float32["batch * tokens * heads * d"]],
+    logs: Annotated[Array, float32["batch * heads * tokens"]],
+    numbers: Annotated[Array, float32["1 + heads"]],
+    batch: Int,
+    tokens: Int,
+    heads: Int,
+    kv_heads: Int,
+    d: Int,
+    s: Annotated[Array, float32["threads * backward_scratch(tokens, d)"]],
+    scratch: Annotated[Int, computed["backward_scratch(tokens, d)"]],
+    dx: Annotated[Array, float32["batch * tokens * (heads + 2 * kv_heads) * d"]],
+) -> None:
     """Write the gradient of the fused activations, contiguous ``[B, T, H + 2 K, D]``.
 
-    Words: qkv and the distances of its sequences, tokens and heads; y, dy ``[B, T, H D]`` contiguous, L, numbers as
-    for `forward`; B, T, H, K, D; scratch ``[threads, backward_scratch]`` and its row; the gradient.
+    Args:
+        x, y, logs, numbers: as `forward` took and wrote them. dy: the gradient of y. s: scratch.
     """
-    x, x_batch, x_token, x_head = floats(words, 4), number(words, 5), number(words, 6), number(words, 7)
-    y, dy, logs, numbers = floats(words, 8), floats(words, 9), floats(words, 10), floats(words, 11)
-    batch, tokens, heads, kv_heads, d = (
-        number(words, 12), number(words, 13), number(words, 14), number(words, 15), number(words, 16),
-    )  # fmt: skip
-    s, scratch, dx = floats(words, 17), number(words, 18), floats(words, 19)
     wide = _padded(d)
     width = _pitch(wide)
     scale = element(numbers, 0)
-    first, last, index = share(words, batch * kv_heads)
+    first, last, index = share(team, batch * kv_heads)
     shared, all_heads = heads // kv_heads, heads + 2 * kv_heads
     k = index * scratch
     v, dk, dv = k + tokens * width, k + 2 * tokens * width, k + 3 * tokens * width

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.tiles import Array
+from sparsetrain.kernels.arguments import Array, Buffer
 
 # The sides of a block that the kernels take.
 MIN_BLOCK, MAX_BLOCK = 4, 64
@@ -37,6 +39,19 @@ class Blocks:
     ends: Array
     index: Array
     order: Array | None
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What a kernel takes of the blocks of its matrix, by keyword."""
+        own = {"height": self.height, "width": self.width, "panels": self.panels}
+        return {**own, "ends": Buffer(self.ends), "blocks": Buffer(self.index), "stored": len(self.index)}
+
+    @functools.cached_property
+    def turned_arguments(self) -> dict[str, Any]:
+        """What a kernel takes of these blocks as those of the transpose, by keyword."""
+        index = Buffer(self.index)
+        order = index if self.order is None else Buffer(self.order)
+        return {"t_panels": self.panels, "t_ends": Buffer(self.ends), "t_blocks": index, "t_order": order}
 
 
 def panel_width(height: int) -> int:

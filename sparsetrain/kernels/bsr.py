@@ -11,11 +11,24 @@ from 4 to 64; their values are stored block after block, each row-major.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.compile import Kernel, part
+from sparsetrain.kernels.arguments import (
+    Array,
+    Int,
+    Team,
+    bfloat16,
+    computed,
+    element_type,
+    float32,
+    int32,
+    int64,
+    step,
+)
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.kernel import Kernel
 from sparsetrain.kernels.register_blocks import (
     four_rows,
     four_rows_of_24,
@@ -26,8 +39,8 @@ from sparsetrain.kernels.register_blocks import (
     two_by_four,
 )
 from sparsetrain.kernels.simd import NATIVE_LANES, element
-from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, cut, pack, tiles, unpack
-from sparsetrain.kernels.words import floats, ints, longs, number, share, sharers, shorts
+from sparsetrain.kernels.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.words import share, sharers
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2. Where there is one panel of
 # columns, outputs are done after it, and are unpacked by 16 KB while they are in L1.
@@ -38,32 +51,35 @@ RUN = 64
 STRIP = 16
 
 
-@Kernel
-def multiply(words: Any) -> None:
-    """Write ``X W^T``; see `_multiply` for the words."""
-    _multiply(words, floats(words, 4), floats(words, 5))
-
-
-@Kernel
-def multiply_bfloat16(words: Any) -> None:
-    """The same for X and Y in bfloat16, passed as uint16."""
-    _multiply(words, shorts(words, 4), shorts(words, 5))
-
-
-@part
-def _multiply(words: Any, x: Array, y: Array) -> None:
+def _multiply(
+    team: Team,
+    x: Annotated[Array, element_type["tokens", "columns"]],
+    y: Annotated[Array, element_type["tokens", "rows"]],
+    x_step: Annotated[Int, step["x"]],
+    y_step: Annotated[Int, step["y"]],
+    tokens: Int,
+    columns: Int,
+    rows: Int,
+    packed: Annotated[Array, float32["threads * columns * TILE"]],
+    height: Int,
+    width: Int,
+    panels: Int,
+    ends: Annotated[Array, int32["rows // height * panels + 1"]],
+    blocks: Annotated[Array, int32["stored"]],
+    stored: Int,
+    values: Annotated[Array, float32["stored * height * width"]],
+    scratch: Annotated[Array, float32["threads * PANEL * TILE"]],
+    pieces: Int,
+) -> None:
     """Write ``Y = X W^T``.
 
-    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; a packed
-    tile of x, scratch ``[parts, columns, 64]``; height, width, panels, ends and index of the blocks; values; scratch
-    ``[parts, 512, 64]``; pieces of a tile.
+    Args:
+        packed: scratch for a packed tile of x. scratch: for a panel of a tile of y, feature-major.
+        height, width: of a block. panels, ends, blocks, stored: which blocks there are, see `blocks.Blocks`.
+        pieces: into which a tile is cut.
     """
-    x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed = number(words, 9), number(words, 10), floats(words, 11)
-    height, width, panels = number(words, 12), number(words, 13), number(words, 14)
-    ends, blocks, values, scratch = ints(words, 15), ints(words, 16), floats(words, 17), floats(words, 18)
-    pieces, step = number(words, 19), max(1, 16 // height)
-    first, last, index = share(words, tiles(tokens) * pieces)
+    at_least = max(1, 16 // height)
+    first, last, index = share(team, tiles(tokens) * pieces)
     base, made = index * columns * TILE, index * PANEL * TILE
     while first < last:
         token, piece = first // pieces * TILE, first % pieces
@@ -73,9 +89,13 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
         pack(x, token * x_step, x_step, present, columns, packed, base)
         _tile(
             *(packed, base, present, height, width, panels, ends, blocks, blocks, False, values),
-            *(cut(rows // height, piece, pieces, step), cut(rows // height, after, pieces, step)),
+            *(cut(rows // height, piece, pieces, at_least), cut(rows // height, after, pieces, at_least)),
             *(scratch, made, y, token * y_step, y_step),
         )
+
+
+multiply = Kernel(_multiply, "multiply", float32)
+multiply_bfloat16 = Kernel(_multiply, "multiply_bfloat16", bfloat16)
 
 
 @part
@@ -148,45 +168,60 @@ def _tile(
         unpack(y, made, present, (bottom - top) * height, target, to_target + top * height, step)
 
 
-@Kernel
-def gradients(words: Any) -> None:
-    """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
-    _gradients(words, floats(words, 4), floats(words, 5), floats(words, 6))
-
-
-@Kernel
-def gradients_bfloat16(words: Any) -> None:
-    """The same for G, dX and X in bfloat16, passed as uint16."""
-    _gradients(words, shorts(words, 4), shorts(words, 5), shorts(words, 6))
-
-
-@part
-def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
-    """Write the gradient of the input and ``G^T X`` at the blocks of W, two tiles of tokens at a time.
+def _gradients(
+    team: Team,
+    g: Annotated[Array, element_type["tokens", "rows"]],
+    dx: Annotated[Array, element_type["tokens * need_dx", "columns * need_dx"]],
+    x: Annotated[Array, element_type["tokens * need_values", "columns * need_values"]],
+    g_step: Annotated[Int, step["g"]],
+    dx_step: Annotated[Int, step["dx"]],
+    x_step: Annotated[Int, step["x"]],
+    tokens: Int,
+    columns: Int,
+    rows: Int,
+    need_dx: Int,
+    need_values: Int,
+    g_packed: Annotated[Array, float32["threads * 2 * rows * TILE"]],
+    height: Int,
+    width: Int,
+    t_panels: Int,
+    t_ends: Annotated[Array, int32["(columns // width * t_panels + 1) * need_dx"]],
+    t_blocks: Annotated[Array, int32["stored * need_dx"]],
+    t_order: Annotated[Array, int32["stored * need_dx"]],
+    stored: Int,
+    values: Annotated[Array, float32["nonzeros"]],
+    scratch: Annotated[Array, float32["threads * PANEL * TILE"]],
+    x_packed: Annotated[Array, float32["threads * 2 * columns * TILE * need_values"]],
+    panels: Int,
+    ends: Annotated[Array, int32["rows // height * panels + 1"]],
+    blocks: Annotated[Array, int32["stored"]],
+    nonzeros: Annotated[Int, computed["stored * height * width"]],
+    sums: Annotated[Array, float32["threads * nonzeros * need_values"]],
+    pieces: Int,
+    sharing: Annotated[Array, int64["1"]],
+) -> None:
+    """Write ``dX = G W`` and each thread's share of ``G^T X`` at the blocks of W, two tiles of tokens at a time.
 
     Both products read a tile of G while it is in L2; neither G nor X is ever packed as a whole.
 
-    Words: g ``[tokens, rows]``, dx and x ``[tokens, columns]``, the distances of their rows, tokens, columns, rows;
-    need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, 2, rows, 64]``; height and width of
-    the blocks of W; panels, ends, index and order of the blocks of the transpose; values; scratch ``[parts, 512, 64]``;
-    packed x, scratch ``[parts, 2, columns, 64]``; panels, ends and index of the blocks of W; nnz; sums
-    ``[parts, nnz]``; pieces of two tiles; int64 ``[1]``, to which the number of parts is written.
+    Args:
+        need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
+        height, width: of the blocks of W. panels, ends, blocks, stored: which blocks W has, see `blocks.Blocks`.
+        t_panels, t_ends, t_blocks, t_order: which blocks the transpose of W has.
+        scratch: for a panel of a tile of dX, feature-major.
+        sums: the gradient of the values by thread.
+        pieces: into which two tiles are cut.
+        sharing: receives the number of threads that wrote sums.
     """
-    g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
-    columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
-    g_packed, height, width = floats(words, 15), number(words, 16), number(words, 17)
-    t_panels, t_ends, t_index, t_order = number(words, 18), ints(words, 19), ints(words, 20), ints(words, 21)
-    values, scratch, x_packed = floats(words, 22), floats(words, 23), floats(words, 24)
-    panels, ends, index, nnz = number(words, 25), ints(words, 26), ints(words, 27), number(words, 28)
-    sums, pieces, lent, step = floats(words, 29), number(words, 30), longs(words, 31), max(1, 16 // width)
-    first, last, part_index = share(words, (tiles(tokens) + 1) // 2 * pieces)
+    at_least = max(1, 16 // width)
+    first, last, thread = share(team, (tiles(tokens) + 1) // 2 * pieces)
     g_tile, x_tile = rows * TILE, columns * TILE
-    g_base, x_base = 2 * part_index * g_tile, 2 * part_index * x_tile
-    made, own = part_index * PANEL * TILE, part_index * nnz
-    if part_index == 0:
-        lent[0] = sharers(words)
+    g_base, x_base = 2 * thread * g_tile, 2 * thread * x_tile
+    made, own = thread * PANEL * TILE, thread * nonzeros
+    if thread == 0:
+        sharing[0] = sharers(team)
     if need_values:
-        clear(sums, own, own + nnz)
+        clear(sums, own, own + nonzeros)
     while first < last:
         pair, piece = first // pieces, first % pieces
         after = min(pieces, piece + last - first)
@@ -199,8 +234,8 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
             pack(g, token * g_step, g_step, present, rows, g_packed, at)
             if need_dx:
                 _tile(
-                    *(g_packed, at, present, width, height, t_panels, t_ends, t_index, t_order, True, values),
-                    *(cut(columns // width, piece, pieces, step), cut(columns // width, after, pieces, step)),
+                    *(g_packed, at, present, width, height, t_panels, t_ends, t_blocks, t_order, True, values),
+                    *(cut(columns // width, piece, pieces, at_least), cut(columns // width, after, pieces, at_least)),
                     *(scratch, made, dx, token * dx_step, dx_step),
                 )
         if need_values:
@@ -210,9 +245,13 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
                 pack(x, token * x_step, x_step, present, columns, x_packed, x_base + half * x_tile)
             _sums(
                 *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
-                *(height, width, panels, ends, index),
+                *(height, width, panels, ends, blocks),
                 *(cut(rows // height, piece, pieces, 1), cut(rows // height, after, pieces, 1), sums, own),
             )
+
+
+gradients = Kernel(_gradients, "gradients", float32)
+gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
 @part
@@ -272,13 +311,21 @@ def _sums(
 
 
 @Kernel
-def add_parts(words: Any) -> None:
-    """Add up the parts of a gradient, in their order.
+def add_shares(
+    team: Team,
+    sums: Annotated[Array, float32["nonzeros * shares"]],
+    sharing: Annotated[Array, int64["1"]],
+    nonzeros: Int,
+    target: Annotated[Array, float32["nonzeros"]],
+    shares: Int,
+) -> None:
+    """Add up the threads' shares of a gradient, in their order.
 
-    Words: sums ``[parts, nnz]``, number of parts int64 ``[1]``, nnz, target float32 ``[nnz]``.
+    Args:
+        sums: ``[shares, nonzeros]``. sharing: the number of shares that were written, at most ``shares``.
     """
-    sums, count, nnz, target = floats(words, 4), longs(words, 5)[0], number(words, 6), floats(words, 7)
-    first, last, _ = share(words, nnz)
+    count = sharing[0]
+    first, last, _ = share(team, nonzeros)
     copy(sums, first, target, first, last - first)
     for more in range(1, count):
-        add_to(sums, more * nnz + first, target, first, last - first)
+        add_to(sums, more * nonzeros + first, target, first, last - first)

@@ -14,15 +14,28 @@ of a result are always the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.compile import Kernel, part
+from sparsetrain.kernels.arguments import (
+    Array,
+    Int,
+    Team,
+    bfloat16,
+    element_type,
+    float32,
+    int32,
+    int64,
+    step,
+    uint16,
+)
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.kernel import Kernel
 from sparsetrain.kernels.register_rows import TOGETHER, row_of_16, row_of_64, sums_of_row
 from sparsetrain.kernels.simd import element
-from sparsetrain.kernels.tiles import TILE, Array, Int, add_to, clear, copy, cut, pack, tiles, unpack
-from sparsetrain.kernels.words import floats, ints, longs, number, share, sharers, shorts
+from sparsetrain.kernels.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.words import share, sharers
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
 PANEL = 512
@@ -31,14 +44,19 @@ STEP = 16
 
 
 @Kernel
-def gather_runs(words: Any) -> None:
-    """Bring values into the order of the layout of their own matrix.
-
-    Words: values float32 ``[nnz]``, row_ptr int64 ``[rows + 1]``, ends, chunks, rows, target float32 ``[stored]``.
-    """
-    values, row_ptr, ends = floats(words, 4), longs(words, 5), ints(words, 6)
-    chunks, rows, target = number(words, 7), number(words, 8), floats(words, 9)
-    first, last, _ = share(words, rows)
+def reorder_runs(
+    team: Team,
+    values: Annotated[Array, float32["nonzeros"]],
+    row_ptr: Annotated[Array, int64["rows + 1"]],
+    ends: Annotated[Array, int32["chunks + 1"]],
+    chunks: Int,
+    rows: Int,
+    nonzeros: Int,
+    stored: Int,
+    target: Annotated[Array, float32["stored"]],
+) -> None:
+    """Bring values into the order of the layout of their own matrix."""
+    first, last, _ = share(team, rows)
     for row in range(first, last):
         at, stop = row_ptr[row], row_ptr[row + 1]
         for chunk in range(row, chunks, rows):
@@ -50,43 +68,48 @@ def gather_runs(words: Any) -> None:
 
 
 @Kernel
-def gather(words: Any) -> None:
-    """Bring values into the order of a layout with ``order``.
-
-    Words: values float32 ``[nnz]``, order int32 ``[stored]``, stored, target float32 ``[stored]``.
-    """
-    values, order, target = floats(words, 4), ints(words, 5), floats(words, 7)
-    first, last, _ = share(words, number(words, 6))
+def reorder(
+    team: Team,
+    values: Annotated[Array, float32["nonzeros"]],
+    order: Annotated[Array, int32["stored"]],
+    stored: Int,
+    nonzeros: Int,
+    target: Annotated[Array, float32["stored"]],
+) -> None:
+    """Bring values into the order of a layout with ``order``; a blank, whose order is -1, is zero."""
+    first, last, _ = share(team, stored)
     for place in range(first, last):
         at = np.int64(element(order, place))
         target[place] = element(values, at) if at >= 0 else np.float32(0.0)
 
 
-@Kernel
-def multiply(words: Any) -> None:
-    """Write ``X W^T`` for the layout of W; see `_multiply` for the words."""
-    _multiply(words, floats(words, 4), floats(words, 5))
+def _multiply(
+    team: Team,
+    x: Annotated[Array, element_type["tokens", "columns"]],
+    y: Annotated[Array, element_type["tokens", "rows"]],
+    x_step: Annotated[Int, step["x"]],
+    y_step: Annotated[Int, step["y"]],
+    tokens: Int,
+    columns: Int,
+    rows: Int,
+    packed: Annotated[Array, float32["threads * (columns + 1) * TILE"]],
+    width: Int,
+    chunks: Int,
+    ends: Annotated[Array, int32["chunks + 1"]],
+    offsets: Annotated[Array, uint16["stored"]],
+    stored: Int,
+    values: Annotated[Array, float32["stored"]],
+    scratch: Annotated[Array, float32["threads * rows * TILE"]],
+    pieces: Int,
+) -> None:
+    """Write ``Y = X W^T`` for the layout of W.
 
-
-@Kernel
-def multiply_bfloat16(words: Any) -> None:
-    """The same for X and Y in bfloat16, passed as uint16."""
-    _multiply(words, shorts(words, 4), shorts(words, 5))
-
-
-@part
-def _multiply(words: Any, x: Array, y: Array) -> None:
-    """Write ``Y = X W^T``.
-
-    Words: x ``[tokens, columns]``, y ``[tokens, rows]``, the distances of their rows, tokens, columns, rows; a packed
-    tile of x, scratch ``[parts, columns + 1, 64]``; width, chunks, ends, offsets and values of the layout; scratch
-    ``[parts, rows, 64]``; pieces of a tile.
+    Args:
+        packed: scratch for a packed tile of x. scratch: for a tile of y, feature-major.
+        width, chunks, ends, offsets, stored: of the layout. values: in its order.
+        pieces: into which a tile is cut.
     """
-    x_step, y_step, tokens = number(words, 6), number(words, 7), number(words, 8)
-    columns, rows, packed = number(words, 9), number(words, 10), floats(words, 11)
-    width, chunks, ends, offsets = number(words, 12), number(words, 13), ints(words, 14), shorts(words, 15)
-    values, scratch, pieces = floats(words, 16), floats(words, 17), number(words, 18)
-    first, last, index = share(words, tiles(tokens) * pieces)
+    first, last, index = share(team, tiles(tokens) * pieces)
     base, made = index * (columns + 1) * TILE, index * rows * TILE
     while first < last:
         tile, piece = first // pieces, first % pieces
@@ -97,6 +120,10 @@ def _multiply(words: Any, x: Array, y: Array) -> None:
         _tile(packed, base, present, width, chunks, ends, offsets, values, rows, begin, stop, scratch, made)
         unpack(scratch, made + begin * TILE, present, stop - begin, y, tile * TILE * y_step + begin, y_step)
         first += after - piece
+
+
+multiply = Kernel(_multiply, "multiply", float32)
+multiply_bfloat16 = Kernel(_multiply, "multiply_bfloat16", bfloat16)
 
 
 @part
@@ -141,43 +168,54 @@ def _tile(
                         row_of_16(x, at + 16, offsets, values, start, end, y, to + 16, block == 0)
 
 
-@Kernel
-def gradients(words: Any) -> None:
-    """Write the gradient of the input and each part's share of that of the values; see `_gradients` for the words."""
-    _gradients(words, floats(words, 4), floats(words, 5), floats(words, 6))
-
-
-@Kernel
-def gradients_bfloat16(words: Any) -> None:
-    """The same for G, dX and X in bfloat16, passed as uint16."""
-    _gradients(words, shorts(words, 4), shorts(words, 5), shorts(words, 6))
-
-
-@part
-def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
-    """Write ``dX = G W`` and ``G^T X`` at the nonzeros of W, ``TOGETHER`` tiles of tokens at a time.
+def _gradients(
+    team: Team,
+    g: Annotated[Array, element_type["tokens", "rows"]],
+    dx: Annotated[Array, element_type["tokens * need_dx", "columns * need_dx"]],
+    x: Annotated[Array, element_type["tokens * need_values", "columns * need_values"]],
+    g_step: Annotated[Int, step["g"]],
+    dx_step: Annotated[Int, step["dx"]],
+    x_step: Annotated[Int, step["x"]],
+    tokens: Int,
+    columns: Int,
+    rows: Int,
+    need_dx: Int,
+    need_values: Int,
+    g_packed: Annotated[Array, float32["threads * TOGETHER * (rows + 1) * TILE"]],
+    t_width: Int,
+    t_chunks: Int,
+    t_ends: Annotated[Array, int32["(t_chunks + 1) * need_dx"]],
+    t_offsets: Annotated[Array, uint16["t_stored * need_dx"]],
+    t_stored: Int,
+    t_values: Annotated[Array, float32["t_stored * need_dx"]],
+    scratch: Annotated[Array, float32["threads * TOGETHER * (columns + 1) * TILE"]],
+    width: Int,
+    chunks: Int,
+    ends: Annotated[Array, int32["chunks + 1"]],
+    offsets: Annotated[Array, uint16["stored"]],
+    stored: Int,
+    sums: Annotated[Array, float32["threads * stored * need_values"]],
+    pieces: Int,
+    sharing: Annotated[Array, int64["1"]],
+) -> None:
+    """Write ``dX = G W`` and each thread's share of ``G^T X`` at the nonzeros of W, ``TOGETHER`` tiles at a time.
 
     Both products read a tile of G while it is in L2; neither G nor X is ever packed as a whole.
 
-    Words: g ``[tokens, rows]``, dx and x ``[tokens, columns]``, the distances of their rows, tokens, columns, rows;
-    need of dx, 0 or 1; need of the values' gradient; packed g, scratch ``[parts, TOGETHER, rows + 1, 64]``; width,
-    chunks, ends, offsets and values of the layout of the transpose of W; a tile of dx and then packed x, scratch
-    ``[parts, TOGETHER, columns + 1, 64]``; width, chunks, ends, offsets and stored of the layout of W; sums
-    ``[parts, stored]``, in the order of that layout; pieces of ``TOGETHER`` tiles; int64 ``[1]``, to which the number
-    of parts is written.
+    Args:
+        need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
+        t_width, t_chunks, t_ends, t_offsets, t_stored, t_values: of the layout of the transpose of W.
+        width, chunks, ends, offsets, stored: of the layout of W.
+        scratch: for a tile of dX, and then for the packed tiles of x.
+        sums: the gradient of the values by thread, in the order of the layout of W.
+        pieces: into which ``TOGETHER`` tiles are cut.
+        sharing: receives the number of threads that wrote sums.
     """
-    g_step, dx_step, x_step, tokens = number(words, 7), number(words, 8), number(words, 9), number(words, 10)
-    columns, rows, need_dx, need_values = number(words, 11), number(words, 12), number(words, 13), number(words, 14)
-    g_packed, t_width, t_chunks = floats(words, 15), number(words, 16), number(words, 17)
-    t_ends, t_offsets, t_values = ints(words, 18), shorts(words, 19), floats(words, 20)
-    scratch, width, chunks = floats(words, 21), number(words, 22), number(words, 23)
-    ends, offsets, stored, sums = ints(words, 24), shorts(words, 25), number(words, 26), floats(words, 27)
-    pieces, lent = number(words, 28), longs(words, 29)
-    first, last, index = share(words, (tiles(tokens) + TOGETHER - 1) // TOGETHER * pieces)
+    first, last, index = share(team, (tiles(tokens) + TOGETHER - 1) // TOGETHER * pieces)
     g_tile, x_tile, own = (rows + 1) * TILE, (columns + 1) * TILE, index * stored
     g_base, x_base = index * TOGETHER * g_tile, index * TOGETHER * x_tile
     if index == 0:
-        lent[0] = sharers(words)
+        sharing[0] = sharers(team)
     if need_values:
         clear(sums, own, own + stored)
     while first < last:
@@ -204,6 +242,10 @@ def _gradients(words: Any, g: Array, dx: Array, x: Array) -> None:
                 *(rows, cut(rows, piece, pieces, 1), cut(rows, after, pieces, 1)),
                 *(width, chunks, ends, offsets, sums, own),
             )
+
+
+gradients = Kernel(_gradients, "gradients", float32)
+gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
 @part
@@ -239,15 +281,26 @@ def _sums(
 
 
 @Kernel
-def add_parts(words: Any) -> None:
-    """Add up the parts of a gradient and bring it into the order of the pattern.
+def add_shares(
+    team: Team,
+    sums: Annotated[Array, float32["stored * shares"]],
+    sharing: Annotated[Array, int64["1"]],
+    stored: Int,
+    row_ptr: Annotated[Array, int64["rows + 1"]],
+    ends: Annotated[Array, int32["chunks + 1"]],
+    chunks: Int,
+    rows: Int,
+    target: Annotated[Array, float32["nonzeros"]],
+    nonzeros: Int,
+    shares: Int,
+) -> None:
+    """Add up the threads' shares of a gradient, and bring it into the order of the pattern.
 
-    Words: sums ``[parts, stored]``, number of parts int64 ``[1]``, stored, row_ptr int64 ``[rows + 1]``, ends, chunks,
-    rows, target float32 ``[nnz]``.
+    Args:
+        sums: ``[shares, stored]``. sharing: the number of shares that were written, at most ``shares``.
     """
-    sums, count, stored, row_ptr = floats(words, 4), longs(words, 5)[0], number(words, 6), longs(words, 7)
-    ends, chunks, rows, target = ints(words, 8), number(words, 9), number(words, 10), floats(words, 11)
-    first, last, _ = share(words, rows)
+    count = sharing[0]
+    first, last, _ = share(team, rows)
     for row in range(first, last):
         to, end = row_ptr[row], row_ptr[row + 1]
         for chunk in range(row, chunks, rows):

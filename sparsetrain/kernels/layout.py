@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from sparsetrain.kernels.arguments import Array, Buffer
 from sparsetrain.kernels.compile import compiled
-from sparsetrain.kernels.tiles import TILE, Array
+from sparsetrain.kernels.tiles import TILE
 
 GROUP = 4  # nonzeros that share one load of positions, and of values
 _REACH = 65535 // TILE  # columns that a 16-bit offset can tell apart
@@ -52,12 +54,35 @@ class Layout:
         return len(self.ends) - 1
 
     @functools.cached_property
-    def words(self) -> tuple[int, int, int, int]:
-        """Width, chunks and the addresses of ends and offsets: what kernels read of a layout, looked up once.
+    def arguments(self) -> dict[str, Any]:
+        """What a kernel takes of the layout of its matrix, by keyword."""
+        return self._arguments("")
 
-        An address keeps nothing alive: whoever passes it on holds the layout until the kernel returns.
-        """
-        return self.width, self.chunks, self.ends.ctypes.data, self.offsets.ctypes.data
+    @functools.cached_property
+    def turned_arguments(self) -> dict[str, Any]:
+        """What a kernel takes of this layout as that of the transpose, by keyword."""
+        return self._arguments("t_")
+
+    def _arguments(self, prefix: str) -> dict[str, Any]:
+        own = {"width": self.width, "chunks": self.chunks, "ends": Buffer(self.ends), "offsets": Buffer(self.offsets)}
+        return {prefix + name: value for name, value in {**own, "stored": self.stored}.items()}
+
+    @functools.cached_property
+    def runs(self) -> dict[str, Any]:
+        """What a kernel takes to go through the rows of the matrix, run by run, by keyword."""
+        assert self.row_ptr is not None
+        own = self.arguments
+        return {
+            "row_ptr": Buffer(self.row_ptr),
+            "rows": self.rows,
+            **{name: own[name] for name in ("ends", "chunks", "stored")},
+        }
+
+    @functools.cached_property
+    def places(self) -> Buffer:
+        """`order` as kernels take it."""
+        assert self.order is not None
+        return Buffer(self.order)
 
 
 def block_width(density: float) -> int:

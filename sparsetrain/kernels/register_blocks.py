@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrain.kernels.arguments import Array, Int
 from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.lanes import add_sums4, add_sums_2x4, add_sums_head
 from sparsetrain.kernels.simd import (
@@ -24,7 +25,7 @@ from sparsetrain.kernels.simd import (
     splat8,
     store,
 )
-from sparsetrain.kernels.tiles import TILE, Array, Int, store_tile
+from sparsetrain.kernels.tiles import TILE, store_tile
 
 
 @part

@@ -6,71 +6,76 @@ Numba looks at every other index to see whether it is negative.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.compile import Kernel, part
+from sparsetrain.kernels.arguments import Array, Int, Team, bits16, bits32, element_type, int32, int64
+from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.kernel import Kernel
 from sparsetrain.kernels.simd import element
-from sparsetrain.kernels.tiles import Array, Int
-from sparsetrain.kernels.words import floats, ints, longs, number, share, shorts
+from sparsetrain.kernels.words import share
 
 
-@Kernel
-def spread(words: Any) -> None:
-    """Write values to their places in a dense matrix and zeros everywhere else; see `_spread` for the words."""
-    _spread(words, floats(words, 4), floats(words, 5))
+def _scatter(
+    team: Team,
+    values: Annotated[Array, element_type["blocks * bh * bw"]],
+    dense: Annotated[Array, element_type["rows * bh * columns"]],
+    row_ptr: Annotated[Array, int64["rows + 1"]],
+    col: Annotated[Array, int32["blocks"]],
+    rows: Int,
+    columns: Int,
+    bh: Int,
+    bw: Int,
+    blocks: Int,
+) -> None:
+    """Write values to their places in a dense matrix ``[rows * bh, columns]``, and zeros everywhere else.
 
-
-@Kernel
-def spread16(words: Any) -> None:
-    """The same for elements of 16 bits."""
-    _spread(words, shorts(words, 4), shorts(words, 5))
-
-
-@Kernel
-def collect(words: Any) -> None:
-    """Read a dense matrix at the places of the values; see `_collect` for the words."""
-    _collect(words, floats(words, 4), floats(words, 5))
-
-
-@Kernel
-def collect16(words: Any) -> None:
-    """The same for elements of 16 bits."""
-    _collect(words, shorts(words, 4), shorts(words, 5))
-
-
-@part
-def _spread(words: Any, values: Array, dense: Array) -> None:
-    """Words: values ``[nnz]``, dense ``[rows, columns]``, row_ptr int64, col int32, block rows, columns, bh, bw."""
-    row_ptr, col, rows, columns = longs(words, 6), ints(words, 7), number(words, 8), number(words, 9)
-    bh, bw = number(words, 10), number(words, 11)
-    first, last, _ = share(words, rows * bh)
+    Args:
+        row_ptr, col: the indices of a pattern with ``rows`` rows of blocks ``bh x bw``.
+    """
+    first, last, _ = share(team, rows * bh)
     for row in range(first, last):
         start, end, to, line = row_ptr[row // bh], row_ptr[row // bh + 1], row * columns, row % bh
         dense[to : to + columns] = 0
         if bw == 1:
-            for unit in range(start, end):
-                dense[np.uint64(to + element(col, unit))] = element(values, unit * bh + line)
+            for block in range(start, end):
+                dense[np.uint64(to + element(col, block))] = element(values, block * bh + line)
         else:
-            for unit in range(start, end):
-                _move(values, (unit * bh + line) * bw, dense, to + element(col, unit) * bw, bw)
+            for block in range(start, end):
+                _move(values, (block * bh + line) * bw, dense, to + element(col, block) * bw, bw)
 
 
-@part
-def _collect(words: Any, dense: Array, values: Array) -> None:
-    """Words: dense ``[rows, columns]``, values ``[nnz]``, row_ptr int64, col int32, block rows, columns, bh, bw."""
-    row_ptr, col, rows, columns = longs(words, 6), ints(words, 7), number(words, 8), number(words, 9)
-    bh, bw = number(words, 10), number(words, 11)
-    first, last, _ = share(words, rows * bh)
+scatter = Kernel(_scatter, "scatter", bits32)
+scatter16 = Kernel(_scatter, "scatter16", bits16)
+
+
+def _gather(
+    team: Team,
+    dense: Annotated[Array, element_type["rows * bh * columns"]],
+    values: Annotated[Array, element_type["blocks * bh * bw"]],
+    row_ptr: Annotated[Array, int64["rows + 1"]],
+    col: Annotated[Array, int32["blocks"]],
+    rows: Int,
+    columns: Int,
+    bh: Int,
+    bw: Int,
+    blocks: Int,
+) -> None:
+    """Read a dense matrix ``[rows * bh, columns]`` at the places of the values; arguments as for `_scatter`."""
+    first, last, _ = share(team, rows * bh)
     for row in range(first, last):
         start, end, at, line = row_ptr[row // bh], row_ptr[row // bh + 1], row * columns, row % bh
         if bw == 1:
-            for unit in range(start, end):
-                values[np.uint64(unit * bh + line)] = element(dense, at + element(col, unit))
+            for block in range(start, end):
+                values[np.uint64(block * bh + line)] = element(dense, at + element(col, block))
         else:
-            for unit in range(start, end):
-                _move(dense, at + element(col, unit) * bw, values, (unit * bh + line) * bw, bw)
+            for block in range(start, end):
+                _move(dense, at + element(col, block) * bw, values, (block * bh + line) * bw, bw)
+
+
+gather = Kernel(_gather, "gather", bits32)
+gather16 = Kernel(_gather, "gather16", bits16)
 
 
 @part

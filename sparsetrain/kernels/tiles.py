@@ -13,13 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from sparsetrain.kernels.arguments import Array, Int
 from sparsetrain.kernels.compile import part
 from sparsetrain.kernels.lanes import load_head, store_head, transpose16
 from sparsetrain.kernels.simd import add, get, load, put, splat, store
 
 TILE = 64
-Array = Any  # numpy.ndarray; inside a kernel, Numba's array
-Int = Any  # int; inside a kernel, int64
 
 
 @part

@@ -1,4 +1,4 @@
-"""How a kernel reads its list of words: arrays of unknown length, numbers, and which part of the work is its own."""
+"""How compiled code reads its list of words: arrays of unknown length, integers, and which share of the work it has."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from numba.core import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from sparsetrain.kernels.arguments import Int, Team
 from sparsetrain.kernels.compile import part
 
 _I64 = ir.IntType(64)
@@ -71,15 +72,15 @@ def _ask(typing: Any, address: Any) -> Any:
 
 
 @part
-def share(words: Any, total: int) -> tuple[int, int, int]:
-    """Return this thread's part of ``total`` pieces of work (from the first to before the second) and its index."""
-    index, parts = number(words, 2), sharers(words)
-    if number(words, 0) != 0:
-        index = _ask(number(words, 0))
-    return total * index // parts, total * (index + 1) // parts, index
+def share(team: Team, total: Int) -> tuple[int, int, int]:
+    """Return this thread's share of ``total`` pieces of work, from the first to before the second, and its index."""
+    index, threads = number(team, 2), sharers(team)
+    if number(team, 0) != 0:
+        index = _ask(number(team, 0))
+    return total * index // threads, total * (index + 1) // threads, index
 
 
 @part
-def sharers(words: Any) -> int:
-    """Return how many parts the work has: a runtime may lend fewer threads than were asked for."""
-    return _ask(number(words, 1)) if number(words, 0) != 0 else number(words, 3)
+def sharers(team: Team) -> int:
+    """Return how many threads share the work: a runtime may lend fewer than were asked for."""
+    return _ask(number(team, 1)) if number(team, 0) != 0 else number(team, 3)

@@ -23,9 +23,9 @@ def _kernels() -> ModuleType:
     return attention
 
 
-def _scratch(threads: int, each: int) -> Any:
+def _scratch(threads: int, each: int) -> Tensor:
     # Explicit, because torch's default dtype and device may differ: kernels compute in float32 on a CPU.
-    return torch.empty(threads, each, dtype=torch.float32, device="cpu").numpy()
+    return torch.empty(threads, each, dtype=torch.float32, device="cpu")
 
 
 def suits(dtype: torch.dtype, device: torch.device) -> bool:
@@ -66,8 +66,8 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _numbers(slopes: Tensor, scale: float) -> Any:
-    return torch.cat((slopes.new_full((1,), scale), slopes.detach())).numpy()
+def _numbers(slopes: Tensor, scale: float) -> Tensor:
+    return torch.cat((slopes.new_full((1,), scale), slopes.detach()))
 
 
 @torch.library.custom_op("sparsetrain::attention", mutates_args=())
@@ -77,19 +77,18 @@ def _attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) -> tupl
     batch, tokens, _, d = x.shape
     y, logs = x.new_empty(batch, tokens, heads * d), x.new_empty(batch, heads, tokens)
     threads = max(1, min(torch.get_num_threads(), batch * heads))
-    each = kernels.forward_scratch(tokens, d)
     kernels.forward(
         threads,
-        *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.numpy(), logs.numpy(), _numbers(slopes, scale)),
-        *(
-            batch,
-            tokens,
-            heads,
-            kv_heads,
-            d,
-            _scratch(threads, each),
-            each,
-        ),
+        x=x,
+        y=y,
+        logs=logs,
+        numbers=_numbers(slopes, scale),
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        d=d,
+        s=_scratch(threads, kernels.forward_scratch(tokens, d)),
     )
     return y, logs
 
@@ -110,22 +109,21 @@ def _attention_backward(
     batch, tokens, _, d = x.shape
     # One thread handles all query heads that share a key head, so it computes the whole gradient of those keys.
     threads = max(1, min(torch.get_num_threads(), batch * kv_heads))
-    each = kernels.backward_scratch(tokens, d)
     grad = torch.empty_like(x, memory_format=torch.contiguous_format)
     kernels.backward(
         threads,
-        *(x.numpy(), x.stride(0), x.stride(1), x.stride(2), y.detach().contiguous().numpy()),
-        *(g.detach().contiguous().numpy(), logs.detach().contiguous().numpy(), _numbers(slopes, scale)),
-        *(
-            batch,
-            tokens,
-            heads,
-            kv_heads,
-            d,
-            _scratch(threads, each),
-            each,
-            grad.numpy(),
-        ),
+        x=x,
+        y=y.detach().contiguous(),
+        dy=g.detach().contiguous(),
+        logs=logs.detach().contiguous(),
+        numbers=_numbers(slopes, scale),
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        d=d,
+        s=_scratch(threads, kernels.backward_scratch(tokens, d)),
+        dx=grad,
     )
     return grad
 

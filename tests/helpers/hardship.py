@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetrain.kernels import compile as compiling
+from sparsetrain.kernels import threads as running
 from sparsetrain.sparsity.backends import cpu as cpu_backend
 
 
@@ -43,7 +43,7 @@ def work_for_every_thread() -> Iterator[None]:
 def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> list[int]:
     """Make the runtime lend fewer threads than it is asked for; return a list of how many it will have been asked."""
     asked_for: list[int] = []
-    runtime = compiling.openmp()
+    runtime = running.openmp()
     assert runtime is not None
     run, *addresses = runtime
 
@@ -51,5 +51,5 @@ def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> list[int]:
         asked_for.append(asked)
         run(address, block, min(asked, threads), flags)
 
-    patch.setattr(compiling, "openmp", lambda: (scarce, *addresses))
+    patch.setattr(running, "openmp", lambda: (scarce, *addresses))
     return asked_for

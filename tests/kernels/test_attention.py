@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import numpy as np
 import pytest
@@ -17,32 +17,46 @@ from torch import Tensor
 
 from sparsetrain.kernels import attention, gemm, simd
 from sparsetrain.kernels import compile as compiling
-from sparsetrain.kernels.compile import Kernel
+from sparsetrain.kernels.arguments import Array, Int, Team, float32, step
 from sparsetrain.kernels.elementwise import exp2, larger, mul, sub
+from sparsetrain.kernels.kernel import Kernel
 from sparsetrain.kernels.simd import load, store
-from sparsetrain.kernels.words import floats, number
 
 multiply_add = gemm.multiply_add
 
 
 @Kernel
-def _multiply_add(words: Any) -> None:
-    multiply_add(
-        *(floats(words, 4), 0, number(words, 5), floats(words, 6), 0, number(words, 7), number(words, 8)),
-        *(floats(words, 9), 0, number(words, 10), number(words, 11), number(words, 12), number(words, 13)),
-        number(words, 14),
-    )
+def _multiply_add(
+    team: Team,
+    c: Annotated[Array, float32["rows", "lanes"]],
+    c_step: Annotated[Int, step["c"]],
+    a: Annotated[Array, float32["rows * terms"]],
+    a_row: Int,
+    a_step: Int,
+    b: Annotated[Array, float32["terms", "lanes"]],
+    b_step: Annotated[Int, step["b"]],
+    rows: Int,
+    lanes: Int,
+    terms: Int,
+    edge: Int,
+) -> None:
+    multiply_add(c, 0, c_step, a, 0, a_row, a_step, b, 0, b_step, rows, lanes, terms, edge)
 
 
 @Kernel
-def _elementwise(words: Any) -> None:
-    x, y, out = floats(words, 4), floats(words, 5), floats(words, 6)
-    for place in range(0, number(words, 7), 16):
+def _elementwise(
+    team: Team,
+    x: Annotated[Array, float32["count"]],
+    y: Annotated[Array, float32["count"]],
+    out: Annotated[Array, float32["4 * count"]],
+    count: Int,
+) -> None:
+    for place in range(0, count, 16):
         a, b = load(x, place), load(y, place)
         store(out, place, exp2(a))
-        store(out, number(words, 7) + place, sub(a, b))
-        store(out, 2 * number(words, 7) + place, mul(a, b))
-        store(out, 3 * number(words, 7) + place, larger(a, b))
+        store(out, count + place, sub(a, b))
+        store(out, 2 * count + place, mul(a, b))
+        store(out, 3 * count + place, larger(a, b))
 
 
 @pytest.mark.parametrize("edge", [gemm.WHOLE, gemm.ROWS_TO_LANE, gemm.TERMS_TO_ROW, gemm.TERMS_FROM_ROW])
@@ -61,8 +75,8 @@ def test_small_products_match_numpy(rows: int, lanes: int, terms: int, edge: int
     out = np.full((rows + 1, lanes + 16), np.nan, np.float32)
     out[:rows, :lanes] = c
     stored = np.ascontiguousarray(a.T) if turned else a
-    steps = (1, rows) if turned else (terms, 1)
-    _multiply_add(1, out, lanes + 16, stored, *steps, np.ascontiguousarray(b), lanes, rows, lanes, terms, edge)
+    a_row, a_step = (1, rows) if turned else (terms, 1)
+    _multiply_add(1, c=out, a=stored, a_row=a_row, a_step=a_step, b=b, rows=rows, lanes=lanes, terms=terms, edge=edge)
     seen = np.ones(c.shape, bool)
     if edge == gemm.ROWS_TO_LANE:
         seen = np.arange(rows)[:, None] < (np.arange(lanes) // gemm.WIDTH + 1) * gemm.WIDTH
@@ -104,7 +118,7 @@ def _apply(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     padded = np.zeros((2, size), np.float32)
     padded[:, : len(x)] = x, y
     out = np.empty((4, size), np.float32)
-    _elementwise(1, padded[0], padded[1], out, size)
+    _elementwise(1, x=padded[0], y=padded[1], out=out, count=size)
     return out[:, : len(x)]
 
 
@@ -117,19 +131,12 @@ def run(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, g: Tensor, thr
     batch, tokens, all_heads, d = qkv.shape
     heads = all_heads - 2 * kv_heads
     y, logs, grad = poisoned(batch, tokens, heads * d), poisoned(batch, heads, tokens), poisoned(*qkv.shape)
-    numbers = torch.cat((torch.tensor([scale]), slopes)).numpy()
-    x = (qkv.numpy(), qkv.stride(0), qkv.stride(1), qkv.stride(2))
-    shape = (batch, tokens, heads, kv_heads, d)
-    each = attention.forward_scratch(tokens, d)
-    attention.forward(threads, *x, y.numpy(), logs.numpy(), numbers, *shape, _scratch(threads, each), each)
-    each = attention.backward_scratch(tokens, d)
-    inputs = (y.numpy(), g.numpy(), logs.numpy(), numbers)
-    attention.backward(threads, *x, *inputs, *shape, _scratch(threads, each), each, grad.numpy())
+    shape = {"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "d": d}
+    shared = {"x": qkv, "y": y, "logs": logs, "numbers": torch.cat((torch.tensor([scale]), slopes)), **shape}
+    attention.forward(threads, s=poisoned(threads, attention.forward_scratch(tokens, d)), **shared)
+    scratch = poisoned(threads, attention.backward_scratch(tokens, d))
+    attention.backward(threads, dy=g, s=scratch, dx=grad, **shared)
     return y, grad
-
-
-def _scratch(threads: int, each: int) -> np.ndarray:
-    return poisoned(threads, each).numpy()
 
 
 def check(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, threads: int = 1) -> None:

@@ -61,32 +61,36 @@ def products(
     matrix: Matrix, x: Array, g: Array, threads: int = 1, pieces: int = 1, poison: float = np.nan
 ) -> tuple[Array, Array, Array]:
     """Return ``x @ W.T``, ``g @ W`` and the gradient of the values; everything is filled with ``poison`` before."""
-    (rows, columns), (height, width) = matrix.shape, matrix.block
+    rows, columns = matrix.shape
     plain = build_blocks(matrix.row_ptr, matrix.col, matrix.shape, matrix.block)
     turned = build_turned(matrix.row_ptr, matrix.col, matrix.shape, matrix.block)
     tokens, nnz, wide = len(x), len(matrix.values), x.dtype == np.float32
-    x_step, g_step = (array.strides[0] // array.itemsize for array in (x, g))
 
     def empty(*shape: int, dtype: Any = np.float32) -> Array:
         return np.full(shape, poison if dtype == np.float32 else 0x7FC0, dtype)
 
     y, dx = empty(tokens, rows, dtype=x.dtype), empty(tokens, columns, dtype=g.dtype)
-    scratch = empty(threads, bsr.PANEL, TILE)
+    shared = {"tokens": tokens, "columns": columns, "rows": rows, "values": matrix.values}
+    shared |= {"scratch": empty(threads, bsr.PANEL, TILE), "pieces": pieces, **plain.arguments}
     multiply = bsr.multiply if wide else bsr.multiply_bfloat16
-    multiply(
-        threads,
-        *(x, y, x_step, rows, tokens, columns, rows, empty(threads, columns, TILE)),
-        *(height, width, plain.panels, plain.ends, plain.index, matrix.values, scratch, pieces),
-    )
-    sums, gradient, lent = empty(threads, nnz), empty(nnz), np.full(1, 1 << 40, np.int64)
+    multiply(threads, x=x, y=y, packed=empty(threads, columns, TILE), **shared)
+    sums, gradient, sharing = empty(threads, nnz), empty(nnz), np.full(1, 1 << 40, np.int64)
     gradients = bsr.gradients if wide else bsr.gradients_bfloat16
     gradients(
         threads,
-        *(g, dx, x, g_step, columns, x_step, tokens, columns, rows, 1, 1, empty(threads, 2, rows, TILE)),
-        *(height, width, turned.panels, turned.ends, turned.index, turned.order, matrix.values, scratch),
-        *(empty(threads, 2, columns, TILE), plain.panels, plain.ends, plain.index, nnz, sums, pieces, lent),
+        g=g,
+        dx=dx,
+        x=x,
+        need_dx=1,
+        need_values=1,
+        g_packed=empty(threads, 2, rows, TILE),
+        x_packed=empty(threads, 2, columns, TILE),
+        sums=sums,
+        sharing=sharing,
+        **turned.turned_arguments,
+        **shared,
     )
-    bsr.add_parts(threads, sums, lent, nnz, gradient)
+    bsr.add_shares(threads, sums=sums, shares=threads, sharing=sharing, nonzeros=nnz, target=gradient)
     return y, dx, gradient
 
 

@@ -13,12 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 
 from sparsetrain.kernels import compile as compiling
 from sparsetrain.kernels import csr, simd
-from sparsetrain.kernels.compile import Kernel, fingerprint
+from sparsetrain.kernels import threads as running
+from sparsetrain.kernels.compile import fingerprint
+from sparsetrain.kernels.kernel import Kernel
 
 FOLDER = Path(compiling.__file__).parent
 
@@ -58,7 +61,7 @@ for layer.backend in ("csr", "masked"):
 seconds = time.perf_counter() - started
 torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 from sparsetrain.kernels import csr
-hits = [bool(kernel.compiled.cache_hits) for kernel in (csr.gather_runs, csr.gather, csr.multiply, csr.gradients)]
+hits = [bool(kernel.compiled.cache_hits) for kernel in (csr.reorder_runs, csr.reorder, csr.multiply, csr.gradients)]
 print(all(hits), seconds)
 if len(sys.argv) > 1:
     from llvmlite import binding
@@ -154,7 +157,7 @@ def test_products_are_right_with_the_lanes_of_another_kind_of_processor(tmp_path
     assert run.returncode == 0, run.stderr
 
 
-_GATHER = """
+_REORDER = """
 import sys, time
 from pathlib import Path
 import numpy as np
@@ -164,7 +167,8 @@ ready.touch()
 while len(list(folder.glob("ready*"))) < 2:
     time.sleep(0.001)
 target = np.empty(3, np.float32)
-csr.gather(1, np.float32([1, 2, 3]), np.int32([2, 0, 1]), 3, target)
+order = np.int32([2, 0, 1])
+csr.reorder(1, values=np.float32([1, 2, 3]), nonzeros=3, order=order, stored=3, target=target)
 print(*target)
 """
 
@@ -175,7 +179,7 @@ def test_processes_that_compile_at_once_leave_what_another_reads(
     kernels = tmp_path / "kernels"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", _GATHER, str(tmp_path / f"ready{number}")],
+            [sys.executable, "-c", _REORDER, str(tmp_path / f"ready{number}")],
             env=separate(kernels),
             stdout=subprocess.PIPE,
             text=True,
@@ -184,20 +188,20 @@ def test_processes_that_compile_at_once_leave_what_another_reads(
     ]
     assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0 1.0 2.0\n"] * 2
     monkeypatch.setattr(compiling, "compiled_directory", lambda: kernels / fingerprint())
-    assert Kernel(csr.gather.__wrapped__).compiled.cache_hits  # type: ignore[attr-defined]
+    assert Kernel(csr.reorder.function).compiled.cache_hits
 
 
 def test_of_two_threads_one_compiles_and_the_other_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_cfunc, directories = compiling.numba.cfunc, []
+    true_cfunc, directories = numba.cfunc, []
 
     def cfunc(*arguments: Any, **options: Any) -> Any:
-        directories.append(compiling.numba.config.CACHE_DIR)
+        directories.append(numba.config.CACHE_DIR)
         time.sleep(0.1)  # time enough for the other to come in
         return true_cfunc(*arguments, **options)
 
     monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path)
-    monkeypatch.setattr(compiling.numba, "cfunc", cfunc)
-    kernel = Kernel(csr.gather.__wrapped__)  # type: ignore[attr-defined]
+    monkeypatch.setattr(numba, "cfunc", cfunc)
+    kernel = Kernel(csr.reorder.function)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: kernel.compiled, range(2))
     assert one is other
@@ -207,13 +211,13 @@ def test_of_two_threads_one_compiles_and_the_other_waits(tmp_path: Path, monkeyp
 def test_the_directory_of_the_cache_is_changed_by_one_thread_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before, seen = compiling.numba.config.CACHE_DIR, []
+    before, seen = numba.config.CACHE_DIR, []
 
     def declare(name: str) -> None:
-        with compiling._numba_cache() as writable:
-            seen.append((name, writable, compiling.numba.config.CACHE_DIR))
+        with compiling.numba_cache() as writable:
+            seen.append((name, writable, numba.config.CACHE_DIR))
             time.sleep(0.05)
-            seen.append((name, writable, compiling.numba.config.CACHE_DIR))
+            seen.append((name, writable, numba.config.CACHE_DIR))
 
     monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path)
     with ThreadPoolExecutor(2) as pool:
@@ -221,13 +225,13 @@ def test_the_directory_of_the_cache_is_changed_by_one_thread_at_a_time(
     assert seen[0] == seen[1] != seen[2] == seen[3]
     assert all(entry[1:] == (True, str(tmp_path)) for entry in seen)
     # Another thread that read the setting of the first would put that one back.
-    assert before == compiling.numba.config.CACHE_DIR
+    assert before == numba.config.CACHE_DIR
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path / "file" / "below")
-    with compiling._numba_cache() as writable:
+    with compiling.numba_cache() as writable:
         assert not writable
 
 
@@ -241,7 +245,8 @@ def runner() -> tuple[Runner, np.ndarray]:
 
     def run(threads: int) -> np.ndarray:
         target = np.full(len(order), np.nan, np.float32)
-        csr.gather(threads, values, order, len(order), target)
+        count = len(order)
+        csr.reorder(threads, values=values, nonzeros=count, order=order, stored=count, target=target)
         return target
 
     return run, values[order]
@@ -257,7 +262,7 @@ def test_any_number_of_threads_does_all_of_the_work(threads: int, runner: tuple[
 def test_plain_threads_do_where_there_is_no_openmp(
     threads: int, runner: tuple[Runner, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling, "openmp", lambda: None)
+    monkeypatch.setattr(running, "openmp", lambda: None)
     run, expected = runner
     np.testing.assert_array_equal(run(threads), expected)
 
@@ -290,4 +295,4 @@ def test_torchs_own_openmp_is_found() -> None:
     import torch
 
     assert torch.get_num_threads() >= 1
-    assert compiling.openmp() is not None
+    assert running.openmp() is not None

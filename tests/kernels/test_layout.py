@@ -40,14 +40,14 @@ def test_both_orders_hold_every_value_once(
     dense = np.where(draw.random(shape) < density, draw.uniform(1.0, 2.0, shape), 0.0).astype(np.float32)
     matrix = scipy.sparse.csr_array(dense)
     row_ptr, col = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32)
-    rows, columns = shape
+    columns = shape[1]
     own = build_layout(row_ptr, col, columns, width)
     values = np.full(own.stored, np.nan, np.float32)
-    csr.gather_runs(threads, matrix.data, row_ptr, own.ends, own.chunks, rows, values)
+    csr.reorder_runs(threads, values=matrix.data, nonzeros=len(col), target=values, **own.runs)
     np.testing.assert_array_equal(decoded(own, values), dense)
     turned = build_transposed(row_ptr, col, columns, width)
     values = np.full(turned.stored, np.nan, np.float32)
-    csr.gather(threads, matrix.data, turned.order, turned.stored, values)
+    csr.reorder(threads, values=matrix.data, nonzeros=len(col), order=turned.order, stored=turned.stored, target=values)
     np.testing.assert_array_equal(decoded(turned, values), matrix.T.toarray())
 
 

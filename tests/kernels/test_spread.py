@@ -51,14 +51,16 @@ def test_every_bit_arrives_where_numpy_puts_it(
     # Any bits at all, NaNs with a message among them.
     values, full = draw.integers(0, 1 << 16, pattern.nnz).astype(kind), np.full(pattern.shape, 0xABCD, kind)
     values[::3] ^= kind(0x7FC00000 if wide else 0x7FC0)
-    at, indices = places(pattern), (pattern.row_ptr, pattern.col, len(pattern.row_ptr) - 1, pattern.shape[1], *block)
+    at, (bh, bw) = places(pattern), block
+    indices = {"row_ptr": pattern.row_ptr, "col": pattern.col, "blocks": len(pattern.col), "bh": bh, "bw": bw}
+    indices |= {"rows": len(pattern.row_ptr) - 1, "columns": pattern.shape[1]}
     dense, read = full.copy(), np.full(pattern.nnz, 0xABCD, kind)
-    (spread.spread if wide else spread.spread16)(threads, values, dense, *indices)
+    (spread.scatter if wide else spread.scatter16)(threads, values=values, dense=dense, **indices)
     expected = np.zeros(pattern.shape, kind)
     expected[at] = values
     np.testing.assert_array_equal(dense, expected)
     other = draw.integers(0, 1 << 16, pattern.shape).astype(kind)
-    (spread.collect if wide else spread.collect16)(threads, other, read, *indices)
+    (spread.gather if wide else spread.gather16)(threads, dense=other, values=read, **indices)
     np.testing.assert_array_equal(read, other[at])
 
 
@@ -70,13 +72,13 @@ def test_a_large_matrix_is_computed_as_by_the_pattern_itself(
     called: list[tuple[str, int]] = []
 
     def recorded(name: str) -> Callable[..., None]:
-        def call(threads: int, *arguments: Any) -> None:
+        def call(threads: int, **arguments: Any) -> None:
             called.append((name, threads))
-            getattr(spread, name)(threads, *arguments)
+            getattr(spread, name)(threads, **arguments)
 
         return call
 
-    names = ("spread", "spread16", "collect", "collect16")
+    names = ("scatter", "scatter16", "gather", "gather16")
     kernels = SimpleNamespace(**{name: recorded(name) for name in names})
     monkeypatch.setattr(masked_backend, "_kernels", lambda: kernels)
     torch.set_num_threads(2)
@@ -89,14 +91,14 @@ def test_a_large_matrix_is_computed_as_by_the_pattern_itself(
     for mine, other in zip(found, expected, strict=True):
         assert torch.equal(mine, other)
     kind = {torch.float64: None, torch.float32: ""}.get(dtype, "16")
-    expected_calls = [] if kind is None else [(f"{name}{kind}", 2) for name in ("spread", "spread", "collect")]
+    expected_calls = [] if kind is None else [(f"{name}{kind}", 2) for name in ("scatter", "scatter", "gather")]
     assert called == expected_calls
 
 
 def test_what_is_read_from_need_not_be_contiguous() -> None:
     pattern = pattern_of(192, 128, (1, 1), 0.3)
     dense = torch.randn(128, 192).t()
-    assert torch.equal(masked_backend._collect(dense, pattern), pattern.gather(dense))
+    assert torch.equal(masked_backend._gathered(dense, pattern), pattern.gather(dense))
 
 
 def test_a_large_masked_layer_holds_no_index_beside_its_pattern() -> None:

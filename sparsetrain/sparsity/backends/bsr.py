@@ -52,17 +52,22 @@ class BsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        bsr, threads, rows = _kernels().bsr, workers(x.shape[0], pattern), with_whole_rows(x)
+        bsr, threads = _kernels().bsr, workers(x.shape[0], pattern)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
-        blocks = _blocks(pattern)
         multiply = bsr.multiply if x.dtype == torch.float32 else bsr.multiply_bfloat16
         multiply(
             threads,
-            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
-            *(scratch(threads, in_features, TILE), blocks.height, blocks.width, blocks.panels, blocks.ends),
-            *(blocks.index, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
-            pieces(tokens, 1, threads),
+            x=with_whole_rows(x),
+            y=y,
+            tokens=tokens,
+            columns=in_features,
+            rows=out_features,
+            packed=scratch(threads, in_features, TILE),
+            values=in_float32(values),
+            scratch=scratch(threads, bsr.PANEL, TILE),
+            pieces=pieces(tokens, 1, threads),
+            **_blocks(pattern).arguments,
         )
         return y, x.new_empty(0)
 
@@ -77,30 +82,42 @@ class BsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         bsr, threads, rows = _kernels().bsr, workers(g.shape[0], pattern), with_whole_rows(g)
-        inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
-        tokens, (out_features, in_features) = g.shape[0], pattern.shape
+        tokens, (out_features, in_features), nonzeros = g.shape[0], pattern.shape, pattern.nnz
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         blocks = _blocks(pattern)
         # Without a gradient of the input the list of the transpose is not read, and so not built.
         turned = _turned(pattern) if need_x else blocks
-        order = turned.index if turned.order is None else turned.order
-        sums = scratch(threads, pattern.nnz) if need_values else scratch(0)
-        lent = torch.empty(1, dtype=torch.int64, device="cpu")
+        sums = scratch(threads, nonzeros) if need_values else scratch(0)
+        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
         gradients = bsr.gradients if g.dtype == torch.float32 else bsr.gradients_bfloat16
         gradients(
             threads,
-            *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
-            *(int(need_x), int(need_values), scratch(threads, 2, out_features, TILE), blocks.height, blocks.width),
-            *(turned.panels, turned.ends, turned.index, order, in_float32(values), scratch(threads, bsr.PANEL, TILE)),
-            *(scratch(threads, 2 * int(need_values), in_features, TILE), blocks.panels, blocks.ends),
-            *(blocks.index, pattern.nnz, sums, pieces(tokens, 2, threads), lent),
+            g=rows,
+            dx=grad_x if need_x else rows,
+            x=with_whole_rows(x.to(g.dtype)) if need_values else rows,
+            tokens=tokens,
+            columns=in_features,
+            rows=out_features,
+            need_dx=int(need_x),
+            need_values=int(need_values),
+            g_packed=scratch(threads, 2, out_features, TILE),
+            values=in_float32(values),
+            scratch=scratch(threads, bsr.PANEL, TILE),
+            x_packed=scratch(threads, 2 * int(need_values), in_features, TILE),
+            sums=sums,
+            pieces=pieces(tokens, 2, threads),
+            sharing=sharing,
+            **turned.turned_arguments,
+            **blocks.arguments,
         )
         if not need_values:
             return grad_x, values.new_empty(0)
         if threads == 1:
             return grad_x, sums[0].to(values.dtype)
-        grad_values = scratch(pattern.nnz)
-        bsr.add_parts(enough(threads, pattern.nnz), sums, lent, pattern.nnz, grad_values)
+        grad_values = scratch(nonzeros)
+        bsr.add_shares(
+            enough(threads, nonzeros), sums=sums, shares=threads, sharing=sharing, nonzeros=nonzeros, target=grad_values
+        )
         return grad_x, grad_values.to(values.dtype)
 
 

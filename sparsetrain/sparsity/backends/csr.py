@@ -49,19 +49,26 @@ class CsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        csr, threads, rows = _kernels().csr, workers(x.shape[0], pattern), with_whole_rows(x)
+        csr, threads = _kernels().csr, workers(x.shape[0], pattern)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
         layout = _layout(pattern)
-        ordered, plain = scratch(layout.stored), in_float32(values)
-        few = enough(threads, pattern.nnz)
-        csr.gather_runs(few, plain, layout.row_ptr, layout.ends, layout.chunks, out_features, ordered)
+        ordered, nonzeros = scratch(layout.stored), pattern.nnz
+        few = enough(threads, nonzeros)
+        csr.reorder_runs(few, values=in_float32(values), nonzeros=nonzeros, target=ordered, **layout.runs)
         multiply = csr.multiply if x.dtype == torch.float32 else csr.multiply_bfloat16
         multiply(
             threads,
-            *(rows, y, rows.stride(0), out_features, tokens, in_features, out_features),
-            *(scratch(threads, in_features + 1, TILE), *layout.words, ordered, scratch(threads, out_features, TILE)),
-            pieces(tokens, 1, threads),
+            x=with_whole_rows(x),
+            y=y,
+            tokens=tokens,
+            columns=in_features,
+            rows=out_features,
+            packed=scratch(threads, in_features + 1, TILE),
+            values=ordered,
+            scratch=scratch(threads, out_features, TILE),
+            pieces=pieces(tokens, 1, threads),
+            **layout.arguments,
         )
         return y, x.new_empty(0)
 
@@ -76,32 +83,55 @@ class CsrBackend(CpuBackend):
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
         csr, threads, rows = _kernels().csr, workers(g.shape[0], pattern), with_whole_rows(g)
-        inputs = with_whole_rows(x.to(g.dtype)) if need_values else rows
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         layout = turned = _layout(pattern)
         ordered = sums = scratch(0)
         if need_x:
             turned = _turned(pattern)
-            ordered, plain = scratch(turned.stored), in_float32(values)
-            csr.gather(enough(threads, turned.stored), plain, turned.order, turned.stored, ordered)
+            ordered, stored = scratch(turned.stored), turned.stored
+            csr.reorder(
+                enough(threads, stored),
+                values=in_float32(values),
+                nonzeros=pattern.nnz,
+                order=turned.places,
+                stored=stored,
+                target=ordered,
+            )
         if need_values:
             sums = scratch(threads, layout.stored)
-        lent = torch.empty(1, dtype=torch.int64, device="cpu")
+        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
         gradients = csr.gradients if g.dtype == torch.float32 else csr.gradients_bfloat16
         gradients(
             threads,
-            *(rows, grad_x, inputs, rows.stride(0), in_features, inputs.stride(0), tokens, in_features, out_features),
-            *(int(need_x), int(need_values), scratch(threads, csr.TOGETHER, out_features + 1, TILE)),
-            *(*turned.words, ordered, scratch(threads, csr.TOGETHER, in_features + 1, TILE)),
-            *(*layout.words, layout.stored, sums, pieces(tokens, csr.TOGETHER, threads), lent),
+            g=rows,
+            dx=grad_x if need_x else rows,
+            x=with_whole_rows(x.to(g.dtype)) if need_values else rows,
+            tokens=tokens,
+            columns=in_features,
+            rows=out_features,
+            need_dx=int(need_x),
+            need_values=int(need_values),
+            g_packed=scratch(threads, csr.TOGETHER, out_features + 1, TILE),
+            t_values=ordered,
+            scratch=scratch(threads, csr.TOGETHER, in_features + 1, TILE),
+            sums=sums,
+            pieces=pieces(tokens, csr.TOGETHER, threads),
+            sharing=sharing,
+            **turned.turned_arguments,
+            **layout.arguments,
         )
         if not need_values:
             return grad_x, values.new_empty(0)
-        grad_values = scratch(pattern.nnz)
-        csr.add_parts(
-            enough(threads, pattern.nnz),
-            *(sums, lent, layout.stored, layout.row_ptr, layout.ends, layout.chunks, out_features, grad_values),
+        grad_values, nonzeros = scratch(pattern.nnz), pattern.nnz
+        csr.add_shares(
+            enough(threads, nonzeros),
+            sums=sums,
+            shares=threads,
+            sharing=sharing,
+            target=grad_values,
+            nonzeros=nonzeros,
+            **layout.runs,
         )
         return grad_x, grad_values.to(values.dtype)
 

@@ -33,16 +33,16 @@ class MaskedBackend(Backend):
     name = "masked"
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return F.linear(x, _spread(values, pattern))
+        return F.linear(x, _scattered(values, pattern))
 
     def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return g @ _spread(values, pattern)
+        return g @ _scattered(values, pattern)
 
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
-        return _collect(g.t() @ x, pattern)
+        return _gathered(g.t() @ x, pattern)
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        dense = _spread(values, pattern)
+        dense = _scattered(values, pattern)
         return F.linear(x, dense), dense if keep else x.new_empty(0)
 
     def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -70,29 +70,38 @@ def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
     return on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL
 
 
-def _spread(values: Tensor, pattern: SparsityPattern) -> Tensor:
+def _scattered(values: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return what `SparsityPattern.scatter` does, without a graph."""
     if _by_kernel(values, pattern):
-        return _moved("spread", values, values.new_empty(pattern.shape), pattern)
+        return _moved("scatter", "values", values, values.new_empty(pattern.shape), pattern)
     pattern.keep_positions()
     return pattern.scatter(values)
 
 
-def _collect(dense: Tensor, pattern: SparsityPattern) -> Tensor:
+def _gathered(dense: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return what `SparsityPattern.gather` does, without a graph."""
     if _by_kernel(dense, pattern):
-        return _moved("collect", dense, dense.new_empty(pattern.nnz), pattern)
+        return _moved("gather", "dense", dense, dense.new_empty(pattern.nnz), pattern)
     pattern.keep_positions()
     return pattern.gather(dense)
 
 
-def _moved(name: str, source: Tensor, target: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Return ``target`` after a kernel has filled it from ``source``, of the same type."""
-    rows, columns = pattern.shape
-    kernel = getattr(_kernels(), name if source.itemsize == 4 else f"{name}16")
+def _moved(name: str, source: str, given: Tensor, target: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return ``target`` after the kernel ``name`` has filled it from ``given``, its argument ``source``."""
+    (rows, columns), (bh, bw) = pattern.shape, pattern.block
+    row_ptr, col = _indices(pattern)
+    kernel = getattr(_kernels(), name if given.itemsize == 4 else f"{name}16")
+    arrays = {source: given.contiguous(), "dense" if source == "values" else "values": target}
     kernel(
         enough(torch.get_num_threads(), rows * columns),
-        *(source.contiguous(), target, *_indices(pattern), rows // pattern.block[0], columns, *pattern.block),
+        row_ptr=row_ptr,
+        col=col,
+        rows=rows // bh,
+        columns=columns,
+        bh=bh,
+        bw=bw,
+        blocks=len(col),
+        **arrays,
     )
     return target
 

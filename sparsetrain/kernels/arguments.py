@@ -1,0 +1,223 @@
+"""What a kernel takes: declared once, in the signature of its function, and checked before every call.
+
+```python
+def scale(team: Team, x: Annotated[Array, float32["rows", "columns"]], x_step: Annotated[Int, step["x"]],
+          sums: Annotated[Array, float32["threads * columns"]], rows: Int, columns: Int) -> None: ...
+```
+
+An array is declared with the type of its elements and either of two sizes, whose entries are Python expressions over
+the integers of the same signature, ``threads``, and what the kernel's module defines:
+
+    float32["rows + 1"]             contiguous, of any shape, with at least so many elements
+    float32["rows", "columns"]      of as many dimensions, each at least so long; the last one is contiguous, the
+                                    others may have any strides
+
+An integer is given by the caller, unless it is declared as ``step["x"]``, which is the distance between the rows of x
+in elements (``step["x", 1]``: along dimension 1), or as ``computed["expression"]``.
+
+From the signature follow the keywords of a call, what is checked before it (`checks`), and the order of the words that
+the compiled code reads (`words`). Whatever bounds an access to an array belongs into its size. The values of index
+arrays are not checked: patterns do that once, when they are built.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import CodeType
+from typing import Annotated, Any, get_args, get_type_hints
+
+import numpy as np
+
+_INTEGER = "an integer that the caller gives"
+
+Array = Any  # torch.Tensor, numpy.ndarray or Buffer; inside a kernel, Numba's array
+Int = Annotated[Any, _INTEGER]  # int; inside a kernel, int64
+Team = Any  # inside a kernel, the address of its words: `words.share` and `words.sharers` read it
+
+# The first words of every list: two functions of the OpenMP runtime, or thread and threads where there is none.
+HEADER = 4
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The type of an array's elements.
+
+    Args:
+        name: as messages call it.
+        reader: the function of `words` by which the compiled code reads such an array.
+        itemsize: bytes of an element.
+        dtypes: names of the torch and numpy types that are taken; none for all of that size.
+    """
+
+    name: str
+    reader: str
+    itemsize: int
+    dtypes: tuple[str, ...]
+
+    def __getitem__(self, sizes: str | tuple[str, ...]) -> ArrayOf:
+        return ArrayOf(self, (sizes,) if isinstance(sizes, str) else sizes)
+
+    def takes(self, dtype: Any) -> bool:
+        """Return whether elements of a torch or numpy type may be read as this type."""
+        if self.dtypes:
+            return str(dtype).removeprefix("torch.") in self.dtypes  # a foreign byte order has another name: >f4
+        return dtype.itemsize == self.itemsize
+
+
+float32 = Elements("float32", "floats", 4, ("float32",))
+bfloat16 = Elements("bfloat16 (or its bits as uint16)", "shorts", 2, ("bfloat16", "uint16"))
+uint16 = Elements("uint16", "shorts", 2, ("uint16",))
+int32 = Elements("int32", "ints", 4, ("int32",))
+int64 = Elements("int64", "longs", 8, ("int64",))
+# For kernels that move elements and do not compute with them.
+bits32 = Elements("a type of 32 bits", "floats", 4, ())
+bits16 = Elements("a type of 16 bits", "shorts", 2, ())
+# Stands in a signature for the type that `Kernel(function, element_type=...)` names.
+element_type = Elements("element_type", "", 0, ())
+
+
+@dataclass(frozen=True)
+class ArrayOf:
+    """The declaration of an array: the type of its elements and its sizes."""
+
+    elements: Elements
+    sizes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Computed:
+    """The declaration of an integer that follows from others."""
+
+    expression: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """The declaration of an integer that is the stride of an array, in elements."""
+
+    array: str
+    dimension: int = 0
+
+
+class _Computed:
+    def __getitem__(self, expression: str) -> Computed:
+        return Computed(expression)
+
+
+class _Step:
+    def __getitem__(self, of: str | tuple[str, int]) -> Step:
+        return Step(of) if isinstance(of, str) else Step(*of)
+
+
+computed, step = _Computed(), _Step()
+
+
+class Buffer:
+    """A contiguous numpy array whose address, type and length are looked up once, for one that many calls take."""
+
+    __slots__ = ("address", "array", "dtype", "size")
+
+    def __init__(self, array: np.ndarray) -> None:
+        if not array.flags.c_contiguous:
+            raise ValueError(f"a buffer is contiguous; given is an array with strides {array.strides}")
+        self.array, self.address = array, array.ctypes.data
+        self.dtype, self.size = array.dtype.str, array.size
+
+
+class Declaration:
+    """The arguments of one kernel, read from the signature of its function.
+
+    Args:
+        kernel: its name, for messages.
+        function: its first parameter is the `Team`.
+        chosen: what `element_type` stands for.
+
+    Attributes:
+        order: all arguments, in the order of their words.
+        arrays, integers: the declarations by name; an integer that the caller gives has None.
+        given: the keywords of a call.
+        open: the arrays whose type is ``chosen``.
+        names: what expressions may name beside the arguments: the globals of the kernel's module.
+        expressions: the compiled form of each expression.
+
+    Raises:
+        TypeError: a parameter without a declaration, or an expression that names what is not there.
+    """
+
+    def __init__(self, kernel: str, function: Callable[..., None], chosen: Elements | None = None) -> None:
+        hints = get_type_hints(function, include_extras=True)
+        self.kernel, self.names, self._code = kernel, function.__globals__, function.__code__
+        self.order = tuple(inspect.signature(function).parameters)[1:]
+        self.arrays: dict[str, ArrayOf] = {}
+        self.integers: dict[str, Computed | Step | None] = {}
+        self.open: list[str] = []
+        for name in self.order:
+            declared = (get_args(hints.get(name)) or (None,))[-1]
+            if isinstance(declared, ArrayOf) and declared.elements is element_type:
+                if chosen is None:
+                    raise TypeError(f"kernel {kernel}: {name} has an open type: give element_type")
+                declared = ArrayOf(chosen, declared.sizes)
+                self.open.append(name)
+            if isinstance(declared, ArrayOf):
+                self.arrays[name] = declared
+            elif declared is _INTEGER:
+                self.integers[name] = None
+            elif isinstance(declared, Computed | Step):
+                self.integers[name] = declared
+            else:
+                raise TypeError(f"kernel {kernel}: {name} is declared neither as an array with a size nor as Int")
+        self.given = tuple(name for name in self.order if self.integers.get(name) is None)
+        self.expressions = self._compiled()
+
+    def _compiled(self) -> dict[str, CodeType]:
+        texts = [size for array in self.arrays.values() for size in array.sizes]
+        for declared in self.integers.values():
+            if isinstance(declared, Computed):
+                texts.append(declared.expression)
+            if isinstance(declared, Step) and declared.dimension >= len(self._sizes(declared.array)) - 1:
+                raise TypeError(f"kernel {self.kernel}: {declared} is no stride of an array with several sizes")
+        codes = {text: compile(text, f"<{self.kernel}>", "eval") for text in texts}
+        known = {*self.integers, *self.names, "threads", "min", "max"}
+        for text, code in codes.items():
+            if unknown := set(code.co_names) - known:
+                raise TypeError(f"kernel {self.kernel}: {text!r} names {min(unknown)}, which is none of its integers")
+        return codes
+
+    def _sizes(self, array: str) -> tuple[str, ...]:
+        return self.arrays[array].sizes if array in self.arrays else ()
+
+    def value(self, expression: str, integers: Mapping[str, int]) -> int:
+        """Return what an expression comes to."""
+        return eval(self.expressions[expression], self.names, dict(integers))
+
+    def entry(self, body: Callable[..., None], readers: Mapping[str, Any], part: Callable[[Any], Any]) -> Any:
+        """Return the function of the words alone that calls ``body`` with the arguments that it reads from them.
+
+        Arrays of an open type are read outside a ``part``, which reads the rest: what LLVM makes of a kernel depends on
+        what is inlined when, and this is how the kernels were measured.
+
+        Args:
+            body: the kernel's function, compiled so that it is inlined before LLVM sees it.
+            readers: the functions of `words`.
+        """
+        reads = {
+            name: f"{self.arrays[name].elements.reader if name in self.arrays else 'number'}(words, {place})"
+            for place, name in enumerate(self.order, HEADER)
+        }
+        outside = {name: reads.pop(name) for name in self.open}
+        inside = ", ".join(["words", *(reads.get(name, name) for name in self.order)])
+        if not outside:
+            return self._made(f"(words): body({inside})", {**readers, "body": body})
+        middle = self._made(f"({', '.join(['words', *outside])}): body({inside})", {**readers, "body": body})
+        call = f"(words): middle({', '.join(['words', *outside.values()])})"
+        return self._made(call, {**readers, "middle": part(middle)})
+
+    def _made(self, rest: str, names: dict[str, Any]) -> Any:
+        """Return ``def <kernel><rest>``, in the place of the kernel's function, by which Numba's cache knows it."""
+        name = self.kernel.rsplit(".", 1)[-1]
+        blank_lines = "\n" * (self._code.co_firstlineno - 1)
+        found = {**names, "__name__": self.names["__name__"]}
+        exec(compile(f"{blank_lines}def {name}{rest}", self._code.co_filename, "exec"), found)
+        return found[name]

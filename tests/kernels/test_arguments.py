@@ -1,0 +1,248 @@
+"""What kernels are called with: anything but what they declare raises, before any memory is touched."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsetrain import kernels
+from sparsetrain.kernels import kernel as kernel_module
+from sparsetrain.kernels.arguments import (
+    Array,
+    Buffer,
+    Computed,
+    Declaration,
+    Int,
+    Step,
+    Team,
+    computed,
+    element_type,
+    float32,
+    int32,
+    step,
+)
+from sparsetrain.kernels.checks import ArgumentError, in_words, straight
+from sparsetrain.kernels.kernel import Kernel
+from sparsetrain.kernels.words import share
+
+THREADS = 2
+DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "uint16": np.uint16, "int32": np.int32, "int64": np.int64}
+
+
+def all_kernels() -> dict[str, Kernel]:
+    found = {}
+    for module in pkgutil.walk_packages(kernels.__path__, "sparsetrain.kernels."):
+        if "triton" not in module.name:
+            things = vars(importlib.import_module(module.name)).values()
+            found |= {thing.declaration.kernel: thing for thing in things if isinstance(thing, Kernel)}
+    return found
+
+
+KERNELS = all_kernels()
+
+
+def arguments_of(declaration: Declaration) -> dict[str, Any]:
+    """Return arguments that a kernel takes, each array just large enough, from its declaration alone."""
+    # Different ones, so that an exchange of two is seen; a flag of what is needed is 1.
+    integers = [name for name, declared in declaration.integers.items() if declared is None]
+    given: dict[str, Any] = {name: 1 if "need" in name else 2 + at for at, name in enumerate(integers)}
+    known = {"threads": THREADS, **given}
+    for name, declared in declaration.integers.items():
+        if isinstance(declared, Computed):
+            known[name] = declaration.value(declared.expression, known)
+    for name, declared in declaration.arrays.items():
+        shape = [declaration.value(size, known) for size in declared.sizes]
+        kinds = declared.elements.dtypes
+        dtype = DTYPES[kinds[0]] if kinds else (np.float32 if declared.elements.itemsize == 4 else np.uint16)
+        given[name] = np.full(shape, 7, dtype)
+    return given
+
+
+def same_memory(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array)
+
+
+def apart(array: np.ndarray) -> np.ndarray:
+    """Return an equal array whose last dimension is not contiguous."""
+    return np.repeat(array, 2, axis=-1)[..., ::2]
+
+
+def shorter(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the array without the last index of each dimension."""
+    for axis, size in enumerate(array.shape):
+        yield array[tuple(slice(0, size - 1) if at == axis else slice(None) for at in range(array.ndim))]
+
+
+def mistakes(declaration: Declaration, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield arguments with one mistake each, what it is, and what the message must say."""
+    for name in given:
+        yield f"no {name}", {key: value for key, value in given.items() if key != name}, f"lacks the argument '{name}'"
+        yield f"None for {name}", {**given, name: None}, f"{name} must be .*; given is NoneType"
+    yield "an argument more", {**given, "unheard_of": 1}, "has no argument 'unheard_of'"
+    for name in declaration.arrays:
+        array = given[name]
+        strange = array.astype(np.float64 if array.dtype != np.float64 else np.float32)
+        yield f"{name} of another type", {**given, name: strange}, f"{name} must be an array of .*; given is .*float64"
+        if not np.array_equal(array.shape, [1]):
+            yield f"{name} with gaps", {**given, name: apart(array)}, f"{name} must be contiguous"
+        for short in shorter(array):
+            yield f"{name} too short", {**given, name: np.ascontiguousarray(short)}, f"{name} must be .* or larger|more"
+        on_gpu = torch.empty(array.shape, dtype=same_memory(array).dtype, device="meta")
+        yield f"{name} elsewhere", {**given, name: on_gpu}, f"{name} must be on the CPU; given is an array on meta"
+        wrong = [other for other in declaration.given if type(given[other]) is not np.ndarray]
+        wrong += [other for other in declaration.arrays if given[other].dtype != array.dtype]
+        for other in wrong:
+            yield f"{name} and {other} exchanged", {**given, name: given[other], other: array}, "must be"
+    for name in given:
+        if isinstance(given[name], int):
+            yield f"{name} is no integer", {**given, name: 2.0}, f"{name} must be an integer; given is float"
+            yield f"{name} is too large", {**given, name: 2**63}, f"{name} must be an integer of 64 bits"
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_mistake_raises_in_words_and_nothing_is_touched(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = KERNELS[name]
+    given = arguments_of(kernel.declaration)
+    ran: list[Any] = []
+    monkeypatch.setattr(kernel, "_entry", (0, lambda words: None))
+    monkeypatch.setattr(kernel_module, "run", lambda *call: ran.append(call))  # an unseen mistake is then no crash
+    kernel(THREADS, **given)
+    assert len(ran) == 1
+    ran.clear()
+    kinds: list[Callable[[Any], Any]] = [lambda value: value, same_memory]
+    for what, wrong, message in mistakes(kernel.declaration, given):
+        for kind in kinds:
+            called = {key: kind(one) if isinstance(one, np.ndarray) else one for key, one in wrong.items()}
+            with pytest.raises(ArgumentError, match=message) as error:
+                kernel(THREADS, **called)
+            assert f"kernel {name}" in str(error.value), what
+            assert "\n" not in str(error.value)
+    assert not ran
+    assert all((value == 7).all() for value in given.values() if isinstance(value, np.ndarray))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_straight_check_returns_the_words_of_the_other_for_tensors_and_buffers(name: str) -> None:
+    declaration = KERNELS[name].declaration
+    given = arguments_of(declaration)
+    expected = in_words(declaration, THREADS, given)
+    check = straight(declaration)
+    tensors = {key: same_memory(one) if isinstance(one, np.ndarray) else one for key, one in given.items()}
+    bfloat16 = [key for key, array in declaration.arrays.items() if array.elements.dtypes[:1] == ("bfloat16",)]
+    for key in bfloat16:
+        tensors[key] = tensors[key].view(torch.bfloat16)
+    assert check(THREADS, **tensors) == in_words(declaration, THREADS, tensors) == expected
+    flat = [key for key, array in declaration.arrays.items() if len(array.sizes) == 1]
+    buffers = {key: Buffer(given[key]) for key in flat}
+    assert check(THREADS, **{**tensors, **buffers}) == expected
+    for what, wrong, _ in mistakes(declaration, given):
+        if wrong.keys() == given.keys():
+            called = {
+                key: same_memory(one) if isinstance(one, np.ndarray) and key not in bfloat16 else one
+                for key, one in {**tensors, **{key: one for key, one in wrong.items() if one is not given[key]}}.items()
+            }
+            try:
+                assert check(THREADS, **called) is None, what
+            except OverflowError:
+                assert "too large" in what
+
+
+def test_there_are_kernels_to_test() -> None:
+    assert {"csr.multiply", "bsr.gradients_bfloat16", "attention.backward", "spread.gather16"} <= KERNELS.keys()
+
+
+@Kernel
+def _scaled(
+    team: Team,
+    x: Annotated[Array, float32["rows", "columns"]],
+    x_step: Annotated[Int, step["x"]],
+    out: Annotated[Array, float32["rows * columns"]],
+    rows: Int,
+    columns: Int,
+    twice: Annotated[Int, computed["2 * columns + threads"]],
+) -> None:
+    """Write the rows of x times ``twice``."""
+    first, last, _ = share(team, rows)
+    for row in range(first, last):
+        for column in range(columns):
+            out[row * columns + column] = twice * x[row * x_step + column]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_steps_and_computed_integers_are_those_of_the_arrays(threads: int) -> None:
+    wide = np.arange(60, dtype=np.float32).reshape(6, 10)
+    for x in (wide[1::2, 2:7], torch.from_numpy(wide)[1::2, 2:7], wide[3:, 3:8]):
+        out = np.full(15, np.nan, np.float32)
+        _scaled(threads, x=x, out=out, rows=3, columns=5)
+        np.testing.assert_array_equal(out.reshape(3, 5), (10 + threads) * np.asarray(x))
+
+
+def test_a_matrix_that_is_larger_than_needed_is_taken() -> None:
+    x, out = torch.ones(9, 9), torch.full((20,), -1.0)
+    _scaled(1, x=x, out=out, rows=2, columns=3)
+    assert out.tolist() == [7.0] * 6 + [-1.0] * 14
+
+
+_FLIPPED, _POSITIVE = np.ones((5, 5), np.float32)[::-1], "an array whose strides are not negative"
+
+
+def test_a_message_says_what_was_needed_and_what_was_given() -> None:
+    given = {"x": torch.ones(3, 5), "out": torch.ones(15), "rows": 3, "columns": 5}
+    for wrong, message in (
+        ({"out": torch.ones(14)}, "out must be an array of rows * columns = 15 elements or more; given is one of 14"),
+        ({"x": torch.ones(3, 4)}, "x must be of shape [rows, columns] = [3, 5] or larger; given is [3, 4]"),
+        ({"x": torch.ones(15)}, "x must be of shape [rows, columns]; given is [15]"),
+        ({"rows": torch.tensor(3)}, "rows must be an integer; given is torch.Tensor"),
+        (
+            {"x": np.ones((5, 5), np.float32)[::-1]},
+            f"x must be {_POSITIVE}; given is shape [5, 5] with strides [-5, 1]",
+        ),
+        ({"out": np.zeros(15, ">f4")}, "out must be an array of float32; given is one of >f4"),
+    ):
+        with pytest.raises(ArgumentError) as error:
+            _scaled(1, **{**given, **wrong})
+        assert str(error.value) == f"kernel test_arguments._scaled: {message}"
+    with pytest.raises(
+        ArgumentError, match=r"has no argument 'colums' \(did you mean 'columns'\?\); it takes x, out, rows"
+    ):
+        _scaled(1, **given, colums=5)
+
+
+def _undeclared(team: Team, x: Array) -> None: ...
+def _unannotated(team: Team, x) -> None: ...  # type: ignore[no-untyped-def]
+def _unknown(team: Team, x: Annotated[Array, float32["rows + 1"]]) -> None: ...
+def _stepless(team: Team, x: Annotated[Array, float32["1"]], x_step: Annotated[Int, step["x"]]) -> None: ...
+def _open(team: Team, x: Annotated[Array, element_type["1"]]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (_undeclared, "x is declared neither as an array with a size nor as Int"),
+        (_unannotated, "x is declared neither"),
+        (_unknown, r"'rows \+ 1' names rows, which is none of its integers"),
+        (_stepless, "is no stride of an array with several sizes"),
+        (_open, "x has an open type: give element_type"),
+    ],
+)
+def test_a_signature_that_declares_too_little_is_refused(function: Callable[..., None], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Kernel(function)
+
+
+def test_declarations_are_what_the_signature_says() -> None:
+    declaration = Kernel(_open, "opened", int32).declaration
+    assert (declaration.kernel, declaration.arrays["x"]) == ("test_arguments.opened", int32["1"])
+    assert _scaled.declaration.given == ("x", "out", "rows", "columns")
+    assert _scaled.declaration.integers["x_step"] == Step("x", 0)
+
+
+def test_a_buffer_is_contiguous() -> None:
+    with pytest.raises(ValueError, match="a buffer is contiguous"):
+        Buffer(np.zeros((4, 4), np.float32)[:, ::2])
