@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import SparseLinear, SparsityPattern, TopologyUpdate, apply_update
+from sparsetrain.sparsity import SET, SparseLinear, SparsityPattern, TopologyUpdate, apply_update
 from sparsetrain.sparsity.evolution.exchange import (
     choose_grown,
     choose_kept,
     draw_grown,
     exchange_counts,
-    unit_magnitudes,
+    stored_scores,
 )
 from sparsetrain.sparsity.evolution.topology import (
     _ELEMENTWISE,
@@ -29,6 +29,8 @@ from sparsetrain.sparsity.evolution.topology import (
 )
 from sparsetrain.sparsity.patterns.draw import block_pattern, random_pattern
 from sparsetrain.sparsity.patterns.select import bands
+
+RULE = SET()
 
 
 def patterns(seed: int, block: tuple[int, int], densities: tuple[float, float]) -> list[SparsityPattern]:
@@ -83,7 +85,7 @@ def in_grid(pattern: SparsityPattern, kept: Tensor) -> Tensor:
 def keep(magnitudes: Tensor, counts: Any, protect_rows: bool = False) -> Tensor:
     """Return what is kept of a matrix of magnitudes, -1 where nothing is stored, as bool [U, V]."""
     pattern = SparsityPattern.from_mask(magnitudes >= 0)
-    return in_grid(pattern, choose_kept(pattern.gather(magnitudes), pattern, counts, protect_rows))
+    return in_grid(pattern, choose_kept(pattern.gather(magnitudes), pattern, counts, SET(protect_rows=protect_rows)))
 
 
 def test_kept_and_grown_match_an_exhaustive_search_with_ties() -> None:
@@ -100,7 +102,7 @@ def test_kept_and_grown_match_an_exhaustive_search_with_ties() -> None:
     assert keep(magnitudes, counts).tolist() == [[True, False, False], [True, False, True]]
     gradient = torch.tensor([[9.0, -9.0, -0.5], [9.0, 0.5, 9.0]])
     # Only empty positions grow; of two equal scores the first.
-    assert choose_grown(gradient, pattern, counts).tolist() == [2]
+    assert choose_grown(gradient, pattern, counts, RULE).tolist() == [2]
 
 
 def test_a_grown_zero_is_weak_but_never_confused_with_an_empty_position() -> None:
@@ -137,7 +139,7 @@ def test_counts_add_up_in_every_band(
     goal = max(1, round(48 * target))
     counts = exchange_counts(pattern, goal, bands((6, 8), parts), drop)
     assert sum(kept + grown for _, kept, grown in counts) == goal
-    chosen = choose_kept(torch.rand(pattern.nnz), pattern, counts)
+    chosen = choose_kept(torch.rand(pattern.nnz), pattern, counts, RULE)
     kept = in_grid(pattern, chosen)
     places = draw_grown(pattern, counts, seeds.generator(seed, "grow"))
     grown = torch.zeros(48, dtype=torch.bool).index_fill(0, places, True).view(6, 8)
@@ -184,11 +186,11 @@ def test_runs_of_rows_choose_what_a_sort_of_the_whole_matrix_does(
         chosen = torch.zeros_like(active[part])
         chosen[tuple(empty[order].t())] = True
         drawn[part] = chosen
-    assert torch.equal(in_grid(pattern, choose_kept(values, pattern, counts)), kept)
-    places = choose_grown(gradient.clone(), pattern, counts)
+    assert torch.equal(in_grid(pattern, choose_kept(values, pattern, counts, RULE)), kept)
+    places = choose_grown(gradient, pattern, counts, RULE)
     assert places.tolist() == grown.view(-1).nonzero()[:, 0].tolist()
     assert draw_grown(pattern, counts, seeds.generator(7)).tolist() == drawn.view(-1).nonzero()[:, 0].tolist()
-    exchange = TopologyUpdate.exchange(pattern, choose_kept(values, pattern, counts), places)
+    exchange = TopologyUpdate.exchange(pattern, choose_kept(values, pattern, counts, RULE), places)
     after = exchange.pattern
     assert torch.equal(after.mask(), kept | grown)
     # Indices that are trusted are those that would be made and checked.
@@ -206,7 +208,7 @@ def test_units_of_blocks_have_the_sum_of_their_magnitudes() -> None:
     pattern = block_pattern((4, 6), 0.5, seeds.generator(0), (2, 3))
     values = torch.randn(pattern.nnz)
     dense = pattern.scatter(values).abs().view(2, 2, 2, 3).sum((1, 3))
-    torch.testing.assert_close(unit_magnitudes(values, pattern.block), dense[active_units(pattern)])
+    torch.testing.assert_close(stored_scores(values, None, pattern.block, RULE), dense[active_units(pattern)])
 
 
 # Optimizers.

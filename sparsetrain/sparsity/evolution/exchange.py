@@ -6,11 +6,14 @@ matrix [R, C]; a *band* is a part of the grid within which units are ranked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from sparsetrain.errors import NotFiniteError, UserError
+from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.topology import active_units, count_true, grid_of, rows_in, stored_in
 from sparsetrain.sparsity.patterns.pattern import Run, SparsityPattern
 from sparsetrain.sparsity.patterns.select import Slices, choose_largest, draw_ranks, split_evenly
@@ -19,19 +22,49 @@ Counts = list[tuple[Slices, int, int]]
 """(band, units kept, units grown) for each band."""
 
 
-def unit_magnitudes(values: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return ``[units]``: the sum of magnitudes of each stored unit, of values ``[nnz]``."""
-    magnitudes = values.detach().abs().to(torch.promote_types(values.dtype, torch.float32))
-    return magnitudes if block == (1, 1) else magnitudes.view(-1, block[0] * block[1]).sum(1)
+def stored_scores(values: Tensor, gradient: Tensor | None, block: tuple[int, int], rule: Rule) -> Tensor:
+    """Return ``[units]``: the sum of a rule's scores over each stored unit.
+
+    Args:
+        values: ``[nnz]``, of whole units. gradient: theirs, ``[nnz]``; None for zeros.
+
+    Raises:
+        UserError: the rule's scores have another shape. NotFiniteError: they are NaN.
+    """
+    values = values.detach()
+    zeros = values.new_zeros(()).expand_as(values)  # without memory of their own
+    scores = _checked(rule.score(values, zeros if gradient is None else gradient), values.shape, rule, "score")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if block == (1, 1) else scores.view(-1, block[0] * block[1]).sum(1)
 
 
-def unit_scores(dense: Tensor, block: tuple[int, int]) -> Tensor:
-    """Return ``[U, V]``: the sum of magnitudes of ``dense`` ``[R, C]`` in each unit."""
-    magnitudes = dense.abs()
+def empty_scores(gradient: Tensor, block: tuple[int, int], rule: Rule) -> Tensor:
+    """Return ``[U, V]``: the sum of a rule's scores over each unit of the grid, for a dense gradient ``[R, C]``.
+
+    Raises:
+        UserError: the rule's scores have another shape. NotFiniteError: they are NaN.
+    """
+    scores = _checked(rule.growth(gradient), gradient.shape, rule, "growth")
     if block == (1, 1):
-        return magnitudes
+        return scores
     bh, bw = block
-    return magnitudes.view(dense.shape[0] // bh, bh, dense.shape[1] // bw, bw).sum((1, 3))
+    return scores.view(gradient.shape[0] // bh, bh, gradient.shape[1] // bw, bw).sum((1, 3))
+
+
+def _checked(scores: Tensor, shape: torch.Size, rule: Rule, method: str) -> Tensor:
+    """Return the scores of a rule, those of its own ``method`` within the finite numbers."""
+    if getattr(type(rule), method) is getattr(Rule, method):
+        return scores
+    if scores.shape != shape:
+        raise UserError(
+            f"{rule.name}: {method}() returned shape {tuple(scores.shape)}; it must be {tuple(shape)}, that of its "
+            "argument"
+        )
+    if bool(scores.isnan().any()):
+        raise NotFiniteError(f"{rule.name}: {method}() returned NaN")
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    limits = torch.finfo(scores.dtype)
+    return scores.clamp(limits.min, limits.max)  # infinities mark other things
 
 
 def units_of(dense: Tensor, places: Tensor, block: tuple[int, int]) -> Tensor:
@@ -90,24 +123,22 @@ def _in_order(found: list[Tensor], pattern: SparsityPattern, counts: Counts) -> 
     return places if len(counts) == 1 else places.sort().values
 
 
-def choose_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts) -> Tensor:
+def choose_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
     """Return the places, int64, increasing, of the empty units to grow in the grid: as many as each band grows.
 
-    They are those with the largest sums of magnitudes of ``dense`` ``[R, C]``, which is finite; of equal ones the
-    first. ``dense`` is overwritten where units are stored.
+    They have the highest scores, see `Rule.growth`; of equal scores the first in row-major order.
+
+    Args:
+        dense: the gradient ``[R, C]``, which is finite.
+
+    Raises:
+        UserError, NotFiniteError: as `empty_scores`.
     """
-    (bh, bw), columns = pattern.block, grid_of(pattern)[1]
-
-    def of_run(run: Run) -> Tensor:
-        return dense[run.rows.start * bh : run.rows.stop * bh]
-
-    # A mark that takes no memory of its own and is seen in the sum of a block.
-    for run in pattern.runs():
-        corners = of_run(run).view(rows_in(run), bh, columns, bw)[:, 0, :, 0]
-        corners.masked_fill_(stored_in(pattern, run), torch.nan)
+    bh, columns = pattern.block[0], grid_of(pattern)[1]
 
     def scores(run: Run, part: Slices) -> Tensor:
-        return unit_scores(of_run(run), pattern.block)[:, part[1]].reshape(-1).nan_to_num_(-1.0, torch.inf)
+        found = empty_scores(dense[run.rows.start * bh : run.rows.stop * bh], pattern.block, rule)
+        return found.masked_fill(stored_in(pattern, run), -torch.inf)[:, part[1]].reshape(-1)
 
     grown = []
     for part, _, count in counts:
@@ -144,31 +175,41 @@ def draw_grown(pattern: SparsityPattern, counts: Counts, generator: torch.Genera
     return _in_order(grown, pattern, counts)
 
 
-def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, protect_rows: bool = False) -> Tensor:
-    """Return bool ``[units]``: the stored units of largest magnitude, as many as each band keeps.
+def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
+    """Return bool ``[units]``: the stored units with the highest scores, as many as each band keeps.
 
-    Of equal magnitudes the first in row-major order is dropped first. Only stored units are ranked, so a weight that
-    grew and is still exactly zero is the weakest, but never confused with one that does not exist.
+    Of equal scores the first in row-major order is dropped first. Only stored units are ranked, so a weight that grew
+    and is still exactly zero has the lowest magnitude, but is never confused with one that does not exist.
 
     Args:
-        values: ``[nnz]``.
-        protect_rows: keep the strongest unit of each row, in bands that keep at least as many as they have such units.
+        values: ``[nnz]``; their gradient, where there is one, is that of the step.
+        rule: its `Rule.score` ranks. If it protects rows, the best unit of each row stays, in bands that keep at least
+            as many units as they have rows with units.
+
+    Raises:
+        UserError, NotFiniteError: as `stored_scores`.
     """
+
+    def scores(members: slice | Tensor) -> Tensor:
+        gradient = None if gradients is None else gradients[members].reshape(-1)
+        return stored_scores(units[members].reshape(-1), gradient, pattern.block, rule)
+
     size = pattern.block[0] * pattern.block[1]
-    strongest = _strongest(values, pattern) if protect_rows else None
     units = values.detach().reshape(-1, size)
+    gradients = None if values.grad is None else values.grad.reshape(-1, size)
+    best = _best_of_rows(scores, pattern) if rule.protect_rows else None
     kept = torch.ones(len(units), dtype=torch.bool, device=pattern.device)
 
     def weakness(run: Run, part: Slices, guard: Tensor | None) -> Tensor:
         members = _members(pattern, run, part)
-        found = unit_magnitudes(units[members].reshape(-1), pattern.block).neg()
+        found = scores(members).neg()
         return found if guard is None else found.masked_fill_(guard[members], -torch.inf)
 
     for part, count, _ in counts:
         runs = pattern.runs(part[0], pattern.col.numel())
         total = band_units(pattern, [part])[0]
-        guarded = 0 if strongest is None else sum(count_true(strongest[_members(pattern, run, part)]) for run in runs)
-        guard = strongest if 0 < guarded <= count else None
+        guarded = 0 if best is None else sum(count_true(best[_members(pattern, run, part)]) for run in runs)
+        guard = best if 0 < guarded <= count else None
         # What goes is chosen, not what stays: that decides which of two equal ones is dropped.
         if count < total:
             parts = [partial(weakness, run, part, guard) for run in runs]
@@ -186,15 +227,16 @@ def _members(pattern: SparsityPattern, run: Run, part: Slices) -> slice | Tensor
     return ((column >= part[1].start) & (column < part[1].stop)).nonzero()[:, 0].add_(run.units.start)
 
 
-def _strongest(values: Tensor, pattern: SparsityPattern) -> Tensor:
-    """Return bool ``[units]``: the one of largest magnitude in each row of units, of equal ones the first."""
-    size = pattern.block[0] * pattern.block[1]
-    units = values.detach().reshape(-1, size)
-    strongest = torch.empty(len(units), dtype=torch.bool, device=pattern.device)
+def _best_of_rows(scores: Callable[[slice], Tensor], pattern: SparsityPattern) -> Tensor:
+    """Return bool ``[units]``: the unit with the highest score in each row of units, of equal scores the first.
+
+    Args:
+        scores: maps a slice of the stored units to their scores.
+    """
+    best = torch.empty(pattern.col.numel(), dtype=torch.bool, device=pattern.device)
     for run in pattern.runs():
-        stored = stored_in(pattern, run)
-        magnitudes = unit_magnitudes(units[run.units].reshape(-1), pattern.block)
-        best = magnitudes.new_full(stored.shape, -1.0).masked_scatter_(stored, magnitudes).max(1)
-        first = torch.zeros_like(stored).scatter_(1, best.indices[:, None], (best.values >= 0)[:, None])
-        strongest[run.units] = first[stored]
-    return strongest
+        stored, found = stored_in(pattern, run), scores(run.units)
+        highest = found.new_full(stored.shape, -torch.inf).masked_scatter_(stored, found).max(1)
+        first = torch.zeros_like(stored).scatter_(1, highest.indices[:, None], stored.any(1, keepdim=True))
+        best[run.units] = first[stored]
+    return best

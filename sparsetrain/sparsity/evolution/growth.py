@@ -66,7 +66,7 @@ class Growth:
         if not all_finite(dense):
             return None
         pattern = entry.layer.pattern
-        units = choose_grown(dense, pattern, self._counts(entry, step))
+        units = choose_grown(dense, pattern, self._counts(entry, step), self.rule)
         gradient = units_of(dense, units, pattern.block) if self.rule.grown_scale > 0.0 else None
         # All layers keep theirs until the step ends.
         return Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)

@@ -345,5 +345,8 @@ class MaskManager(ManagedMasks):
             grown = draw_grown(pattern, counts, seeds.generator(self.seed, "grow", entry.name, step))
         else:
             grown = found.units
-        kept = choose_kept(layer.values, pattern, counts, self.rule.protect_rows)
+        try:
+            kept = choose_kept(layer.values, pattern, counts, self.rule)
+        except UserError as error:
+            raise type(error)(f"layer '{entry.name}' at step {step}: {error}") from None
         return TopologyUpdate.exchange(pattern, kept, grown)
