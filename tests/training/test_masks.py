@@ -209,7 +209,8 @@ def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> FlopLedge
 
 def plan_of(name: str) -> SparsityConfig:
     settings = dict(RULES[name])
-    settings["phases"] = [Phase(**phase) for phase in settings.get("phases", [])]
+    if "phases" in settings:
+        settings["phases"] = [Phase(**phase) for phase in settings["phases"]]
     return SparsityConfig(sparsity=0.75, evolution=EvolutionConfig(**settings))
 
 
