@@ -12,8 +12,10 @@ import math
 import re
 import shlex
 import statistics
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -162,10 +164,12 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     """The blocks of a page, one after the other in one scope."""
     monkeypatch.chdir(tmp_path)
     write_files(page)
-    scope: dict[str, Any] = {"__name__": "page"}
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
+    scope: dict[str, Any] = module.__dict__
     for block in blocks(page):
         if block.language == "python" and not block.file:
-            exec(compile(block.code, str(page), "exec"), scope)
+            exec(compile(block.code, str(page), "exec", dont_inherit=True), scope)
     if page.name == "engineer.md":
         assert scope["manager"].watch()["itop_rate"] == pytest.approx(0.3, abs=0.02)
         grouped = sum(len(group["params"]) for group in scope["groups"])
