@@ -1,147 +1,138 @@
-"""What a value that was read from a file must be, said by a type.
+"""What a value that was read from a file must be, said by a type and checked by msgspec.
 
     class Cell(TypedDict):
-        density: Annotated[float, Range(0.0, 1.0)]
+        density: Fraction
         tokens: Count
         note: NotRequired[str | None]
 
     check(json.loads(text), dict[str, Cell], "table.json")
 
-The types are those of the annotations that mypy reads, so that a shape is written once.
+The types are those of the annotations that mypy reads, so that a field is declared once.
 """
 
 from __future__ import annotations
 
-import math
+import re
 import reprlib
-import types
-import typing
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NotRequired
+import sys
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from sparsetrain.errors import UserError
 
 INT64 = 2**63 - 1
+_LARGEST = sys.float_info.max
 
+Count = Annotated[int, Meta(ge=0, le=INT64)]
+Positive = Annotated[int, Meta(ge=1, le=INT64)]
+Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Meta(ge=0.0, le=_LARGEST)]
 
-@dataclass(frozen=True)
-class Range:
-    """The numbers from ``low`` to ``high``, both included; ``finite`` refuses NaN and infinity."""
+_WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
+_WORDS["null"] = "null"
+_MAPPING = "a mapping"
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
+_BOUNDED = re.compile(r"Expected `(int|float)` ([<>]=?) (\S+)")
+_MISSING = re.compile(r"Object missing required field `(\w+)`")
+_STEP = re.compile(r"\.(\w+)|\[(\d+|\.\.\.)\]")
 
-    low: float = -math.inf
-    high: float = math.inf
-    finite: bool = True
-
-    def __str__(self) -> str:
-        if self.high < math.inf:
-            return f" in [{self.low:g}, {self.high:g}]"
-        return f" of at least {self.low:g}" if self.low > -math.inf else ""
-
-    def holds(self, value: float) -> bool:
-        if not math.isfinite(value):
-            return not self.finite
-        return self.low <= value <= self.high
-
-
-Count = Annotated[int, Range(0, INT64)]
-Positive = Annotated[int, Range(1, INT64)]
-Fraction = Annotated[float, Range(0.0, 1.0)]
-AnyFloat = Annotated[float, Range(finite=False)]
+_Place = tuple[list[str | int], Any]
 
 
 def check(value: Any, shape: Any, where: str) -> Any:
     """Return ``value`` if it has the shape, as it is.
 
-    Shapes are ``Any``, ``None``, ``str``, ``bool``, ``int`` (no bool, of 64 bits), ``float`` (finite, or an int),
-    ``list``, ``dict``, ``list[shape]``, ``tuple[shape, shape]`` (a list of that length), ``dict[str, shape]``,
-    ``Literal``, unions, ``Annotated[shape, Range(low, high)]``, and a ``TypedDict``, of which the keys without
-    ``NotRequired`` must be there and further ones may be.
+    Shapes are the types that `msgspec.convert` knows. An int is a float too, and a bool is neither; further keys of a
+    ``TypedDict`` are allowed. A plain ``float`` may be infinite or NaN; a bounded one may not.
 
     Raises:
-        UserError: another shape; ``where`` and the path of the field begin the line.
+        UserError: another shape; the line begins with ``where`` and the path of the field.
     """
-    found = _differs(value, shape, "")
-    if found is not None:
-        path, inner, allowed = found
-        name = path.removeprefix(".")
-        at = f"{where}: {name}={reprlib.repr(inner)}" if name else f"{where} holds {reprlib.repr(inner)}, which"
-        raise UserError(f"{at} {allowed}")
+    try:
+        msgspec.convert(value, shape)
+    except msgspec.ValidationError as error:
+        raise refused(error, value, shape, where) from None
     return value
 
 
-_Difference = tuple[str, Any, str] | None
-_WORDS = {str: "text", bool: "true or false", list: "a list", dict: "a mapping", type(None): "null"}
+def refused(
+    error: msgspec.ValidationError, document: Any, shape: Any, where: str = "", place: str = "", mapping: str = _MAPPING
+) -> UserError:
+    """Return the error of msgspec in words: which field of ``document`` has which value, and what is allowed.
+
+    Args:
+        where: the file of the document; begins the line.
+        place: the path of the document in it; begins the path of the field.
+        mapping: what a mapping is called, for example ``"a section of settings"``.
+    """
+    said, _, at = str(error).partition(" - at ")
+    keys, value = _place(document, shape, at)
+    name = place + "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    name = name.removeprefix(".")
+    prefix = f"{where}: " if where else ""
+    if found := _MISSING.match(said):
+        return UserError(f"{prefix}{name}{'.' if name else ''}{found[1]} is missing")
+    allowed = "a mapping whose names are text" if at.startswith("`key`") else _allowed(said, mapping)
+    if not name:
+        return UserError(f"{where} holds {reprlib.repr(value)}, which must be {allowed}")
+    return UserError(f"{prefix}{name}={reprlib.repr(value)} must be {allowed}")
 
 
-def _differs(value: Any, shape: Any, path: str, bounds: Range | None = None) -> _Difference:
-    """Return the path of the first value that differs, the value, and what it must be."""
-    if shape is Any or shape is object:
-        return None
-    origin, arguments = typing.get_origin(shape), typing.get_args(shape)
-    if origin is Annotated:
-        return _differs(value, arguments[0], path, arguments[1])
-    if origin is NotRequired:
-        return _differs(value, arguments[0], path)
-    if origin is Literal:
-        fits = any(type(value) is type(option) and value == option for option in arguments)
-        return None if fits else (path, value, f"must be one of {', '.join(map(str, arguments))}")
-    if origin in (typing.Union, types.UnionType):
-        return _differs_from_all(value, arguments, path)
-    if typing.is_typeddict(shape):
-        return _differs_in_field(value, shape, path)
-    if origin in (list, tuple, dict):
-        return _differs_inside(value, origin, arguments, path)
-    if shape in (int, float):
-        return _differs_as_number(value, shape, path, bounds or Range())
-    kind = type(None) if shape is None else shape
-    return None if isinstance(value, kind) else (path, value, f"must be {_WORDS[kind]}")
+def _allowed(said: str, mapping: str) -> str:
+    words = _WORDS | {"object": mapping}
+    if found := _BOUNDED.match(said):
+        kind, sign, bound = found.groups()
+        if kind == "float":
+            bound = f"{float(bound):g}"
+        if bound == f"{_LARGEST:g}":
+            return "a finite number"
+        return f"{words[kind]} {'of ' if '=' in sign else ''}{_BOUNDS[sign]} {bound}"
+    if found := re.match(r"Expected `(\w+)` of length (?:([<>]=?) )?(\d+)", said):
+        return f"{words[found[1]]} of length {_BOUNDS[found[2]] + ' ' if found[2] else ''}{found[3]}"
+    if found := re.match(r"Expected `str` matching regex '\^?(.*?)(\\\\Z)?'", said):
+        return f"text of the form {found[1]}"
+    if found := re.match(r"Expected `([\w |]+)`", said):
+        return " or ".join(words[kind] for kind in found[1].split(" | "))
+    if said == "Number out of range":
+        return f"a number of at most {_LARGEST:g}"
+    return f"something else: {said}"
 
 
-def _differs_from_all(value: Any, shapes: tuple[Any, ...], path: str) -> _Difference:
-    """Return the difference that lies deepest: that of the alternative which was meant."""
-    found = []
-    for shape in shapes:
-        difference = _differs(value, shape, path)
-        if difference is None:
-            return None
-        found.append(difference)
-    inside = [difference for difference in found if difference[0] != path]
-    if inside:
-        return inside[0]
-    return path, value, "must be " + " or ".join(difference[2].removeprefix("must be ") for difference in found)
+def _place(document: Any, shape: Any, at: str) -> _Place:
+    """Return the keys that lead to the refused value, and the value. msgspec gives ``$.cells[...][0]``."""
+    keys: list[str | int] = []
+    value = document
+    for name, index in _STEP.findall(at):
+        key = name or (_refused_key(document, shape, keys, value, at) if index == "..." else int(index))
+        if index == "...":  # without the entries beside it, which may be refused for the same reason further down
+            document = _with(document, keys, {key: value[key]})
+        keys.append(key)
+        value = value[key]
+    return keys, value
 
 
-def _differs_in_field(value: Any, shape: Any, path: str) -> _Difference:
-    if not isinstance(value, dict):
-        return path, value, "must be a mapping"
-    for name, kind in typing.get_type_hints(shape, include_extras=True).items():
-        if name in value:
-            if (difference := _differs(value[name], kind, f"{path}.{name}")) is not None:
-                return difference
-        elif typing.get_origin(kind) is not NotRequired:
-            return path, value, f"must have {name!r}"
-    return None
+def _refused_key(document: Any, shape: Any, keys: list[str | int], mapping: Mapping[str, Any], at: str) -> str:
+    """Return the key of the first refused entry of ``mapping``: msgspec names no key of a dict."""
+    entries = list(mapping.items())
+
+    def refused(count: int) -> bool:
+        try:
+            msgspec.convert(_with(document, keys, dict(entries[:count])), shape)
+        except msgspec.ValidationError as error:
+            return str(error).endswith(at)
+        return False
+
+    return entries[bisect_left(range(1, len(entries) + 1), True, key=refused)][0]
 
 
-def _differs_inside(value: Any, kind: Any, arguments: tuple[Any, ...], path: str) -> _Difference:
-    if kind is dict:
-        if not isinstance(value, dict):
-            return path, value, "must be a mapping"
-        pairs = [(f"{path}.{name}", inner, arguments[1]) for name, inner in value.items()]
-    elif not isinstance(value, list):
-        return path, value, "must be a list"
-    elif kind is tuple and len(value) != len(arguments):
-        return path, value, f"must be a list of {len(arguments)}"
-    else:
-        shapes = arguments if kind is tuple else arguments * len(value)
-        pairs = [(f"{path}[{number}]", *pair) for number, pair in enumerate(zip(value, shapes, strict=True))]
-    return next((found for place, inner, shape in pairs if (found := _differs(inner, shape, place)) is not None), None)
-
-
-def _differs_as_number(value: Any, kind: type, path: str, bounds: Range) -> _Difference:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    name = "a whole number" if kind is int else "a number" if not bounds.finite else "a finite number"
-    fits = whole if kind is int else whole or isinstance(value, float)
-    if fits and whole and not -INT64 <= value <= INT64 and kind is int:
-        fits = False
-    return None if fits and bounds.holds(value) else (path, value, f"must be {name}{bounds}")
+def _with(document: Any, keys: list[str | int], value: Any) -> Any:
+    """Return ``document`` with another value at the place that ``keys`` lead to."""
+    if not keys:
+        return value
+    changed = dict(document) if isinstance(document, Mapping) else list(document)
+    changed[keys[0]] = _with(document[keys[0]], keys[1:], value)  # type: ignore[index]
+    return changed

@@ -6,15 +6,17 @@ import csv
 import io
 import json
 import os
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import pytest
 import yaml
+from msgspec import Meta
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import MAX_BYTES, MAX_DEPTH, json_lines, read_csv, read_json, read_json_lines, read_yaml
-from sparsetrain.shapes import Count, Fraction, Range, check
+from sparsetrain.shapes import Count, Fraction, NonNegative, check
 
 
 def refused(path: Path, content: bytes | str, read: Any, *words: str) -> None:
@@ -192,8 +194,13 @@ class Part(TypedDict):
 
     name: str
     share: Fraction
-    kind: NotRequired[Literal["one", "two"]]
-    loss: NotRequired[Annotated[float, Range(0, finite=False)] | None]
+    kind: NotRequired[Annotated[str, Meta(pattern=r"^(one|two)\Z")]]
+    loss: NotRequired[float | None]
+    seconds: NotRequired[NonNegative | None]
+
+
+NESTED, LISTS = dict[str, dict[str, int]], dict[str, dict[str, list[int]]]
+PAIRS = dict[str, dict[str, tuple[int, float]]]
 
 
 @pytest.mark.parametrize(
@@ -202,17 +209,28 @@ class Part(TypedDict):
         ([1], dict, "f holds [1], which must be a mapping"),
         (None, dict[str, int], "f holds None, which must be a mapping"),
         ({"a": {"b": True}}, dict[str, dict[str, int]], "f: a.b=True must be a whole number"),
-        ({"a": 2**63}, dict[str, int], f"f: a={2**63} must be a whole number"),
-        ({"a": -1}, dict[str, Count], "f: a=-1 must be a whole number in [0, 9.22337e+18]"),
-        ([1.5, float("nan")], list[float], "f: [1]=nan must be a finite number"),
+        ({"a": 2**63}, dict[str, Count], f"f: a={2**63} must be a whole number of at most {2**63 - 1}"),
+        ({"a": -1}, dict[str, Count], "f: a=-1 must be a whole number of at least 0"),
+        ([1.5, float("nan")], list[Fraction | None], "f: [0]=1.5 must be a number of at most 1"),
+        ([0.5, float("nan")], list[Fraction], "f: [1]=nan must be a number of at least 0"),
+        ({"a": 1, "b": float("inf")}, dict[str, NonNegative], "f: b=inf must be a finite number"),
         ([0, "x"], tuple[int, int], "f: [1]='x' must be a whole number"),
-        ([0], tuple[int, int], "f holds [0], which must be a list of 2"),
+        ([0], tuple[int, int], "f holds [0], which must be a list of length 2"),
+        ([0], Annotated[list[int], Meta(min_length=2)], "f holds [0], which must be a list of length at least 2"),
+        (0.0, Annotated[float, Meta(gt=0.0)], "f holds 0.0, which must be a number above 0"),
         ("x", int | None, "f holds 'x', which must be a whole number or null"),
-        ({"share": 0.5}, Part, "f holds {'share': 0.5}, which must have 'name'"),
-        ({"name": "x", "share": 2}, Part, "f: share=2 must be a finite number in [0, 1]"),
-        ([{"name": "x", "share": 1, "kind": "no"}], list[Part], "f: [0].kind='no' must be one of one, two"),
-        ({"name": "x", "share": 1, "loss": -1}, Part, "f: loss=-1 must be a number of at least 0 or null"),
+        ({"share": 0.5}, Part, "f: name is missing"),
+        ([{"share": 0.5}], list[Part], "f: [0].name is missing"),
+        ({"name": "x", "share": 2}, Part, "f: share=2 must be a number of at most 1"),
+        ([{"name": "x", "share": 1, "kind": "no"}], list[Part], "f: [0].kind='no' must be text of the form (one|two)"),
+        ({"name": "x", "share": 1, "seconds": -1}, Part, "f: seconds=-1 must be a number of at least 0"),
         ({"a": ["x"]}, dict[str, list[int] | None], "f: a[0]='x' must be a whole number"),
+        ({1: 2}, dict[str, int], "f holds {1: 2}, which must be a mapping whose names are text"),
+        ({"a": {1: 2}}, dict[str, dict[str, int]], "f: a={1: 2} must be a mapping whose names are text"),
+        ({"good": {"a": 1}, "bad": {"b": "x", "c": "y"}, "z": {"b": 0}}, NESTED, "f: bad.b='x' must be a whole number"),
+        ({"a": {"k.1": [0, "x"], "l": [""]}, "b": {"k.1": [""]}}, LISTS, "f: a.k.1[1]='x' must be a whole number"),
+        ({"pairs": {"a": (1, 2), "b": (1, "x")}, "more": {"a": (1, 2)}}, PAIRS, "f: pairs.b[1]='x' must be a number"),
+        (10**400, float, f"f holds {reprlib.repr(10**400)}, which must be a number of at most 1.79769e+308"),
     ],
 )
 def test_a_shape_names_the_field_and_what_is_allowed(value: Any, shape: Any, line: str) -> None:

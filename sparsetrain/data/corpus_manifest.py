@@ -6,7 +6,9 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
 
 from sparsetrain.data.checksums import digest, sha256_once
 from sparsetrain.errors import UserError
@@ -37,7 +39,7 @@ class _Manifest(TypedDict):
     about_source: dict[str, Any]
     tokenizer_sha256: str
     vocab_size: Positive
-    dtype: Literal["uint16", "uint32"]
+    dtype: Annotated[str, Meta(pattern=r"^uint(16|32)\Z")]
     splits: _Splits
     left_out: dict[str, int]
     versions: dict[str, str]

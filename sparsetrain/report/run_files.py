@@ -9,15 +9,17 @@ import math
 import re
 from typing import Annotated, Any, NotRequired, TypedDict
 
+from msgspec import Meta
+
 from sparsetrain.errors import UserError
-from sparsetrain.shapes import Count, Fraction, Positive, Range
+from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
 # What every table of an experiment begins with, one row a run.
 COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
 
-Seconds = Annotated[float, Range(1e-12, 1e9)]
-Loss = Annotated[float, Range(-1e30, 1e30)]
-Flops = Annotated[float, Range(0)]
+Seconds = Annotated[float, Meta(ge=1e-12, le=1e9)]
+Loss = Annotated[float, Meta(ge=-1e30, le=1e30)]
+Flops = NonNegative
 _WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -86,7 +88,7 @@ class Contender(TypedDict):
     step_seconds: NotRequired[list[Seconds] | None]
     stored_weights: Count
     note: str
-    state_bytes_per_weight: NotRequired[Annotated[float, Range(0)] | None]
+    state_bytes_per_weight: NotRequired[NonNegative | None]
     peak_activation_bytes: NotRequired[Count | None]
 
 
@@ -106,7 +108,7 @@ class Cell(TypedDict):
     tokens: Positive
     in_features: Positive | None
     out_features: Positive | None
-    sparsity: Annotated[float, Range(0.0, 1.0 - 1e-6)] | None
+    sparsity: Annotated[float, Meta(ge=0.0, le=1.0 - 1e-6)] | None
     results: dict[str, Contender]
     profile: NotRequired[Profile]
 

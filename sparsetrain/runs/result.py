@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from sparsetrain.files import write_json
 from sparsetrain.reading import read_json
 from sparsetrain.runs.layout import RESULT
-from sparsetrain.shapes import Count, Fraction, Range
+from sparsetrain.shapes import Count, Fraction, NonNegative
 
 MAX_BYTES = 16 << 20
 
@@ -37,7 +37,7 @@ class Result(TypedDict):
     seed: NotRequired[int | None]
     steps: NotRequired[Count | None]
     tokens: NotRequired[Count | None]
-    seconds: NotRequired[Annotated[float, Range(0)] | None]
+    seconds: NotRequired[NonNegative | None]
     loss_first: NotRequired[float | None]
     loss_last: NotRequired[float | None]
     bits_per_byte: NotRequired[float | None]

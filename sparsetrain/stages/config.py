@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import reprlib
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import msgspec
 
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
@@ -16,6 +18,7 @@ from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import Recorded, settled
+from sparsetrain.shapes import refused
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import backend_names
 from sparsetrain.training.state import DEVICES, LoopConfig
@@ -192,70 +195,46 @@ def identify(verb: str, config: RunConfig, origin: Origin, facts: Mapping[str, s
 def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Return the dataclass ``kind`` from nested plain values.
 
+    Sections are built here, since msgspec ignores unknown keys of a dataclass and cannot choose its class by a value;
+    msgspec checks and converts all other values.
+
     Raises:
-        UserError: a key that ``kind`` does not have, or a value that it refuses.
+        UserError: a key that ``kind`` does not have, or a value that it refuses; the message names the setting.
     """
     kind, values = settled(kind, values)
-    hints = get_type_hints(kind)
-    known = {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
+    hints, known = _hints(kind), {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        if key not in known and not hasattr(kind, "settle"):  # which says itself what it has
+        if key not in known and not hasattr(kind, "settle"):  # such a class checks its own keys
             raise UserError(f"{path}{key} is no setting{nearest(str(key), known)}")
-        arguments[str(key)] = _convert(hints.get(key, Any), value, f"{path}{key}.")
+        arguments[str(key)] = _converted(hints.get(key, Any), value, f"{path}{key}")
     for name, entry in known.items():
         if name not in arguments and entry.default is MISSING and entry.default_factory is MISSING:
             raise UserError(f"{path}{name} is missing")
     return kind(**arguments)
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    """Build what a type hint names a dataclass for, alone, in a list, or optional; leave the rest as it is.
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _converted(hint: Any, value: Any, place: str) -> Any:
+    """Return ``value`` as what a type hint asks for; ``place`` is the name of the setting.
 
     Raises:
-        UserError: a value of another type than the hint's: the line names the setting.
+        UserError: a value of another type than the hint's.
     """
-    arms = [hint, *getattr(hint, "__args__", ())]
-    items = [item for arm in arms if get_origin(arm) is list for item in get_args(arm)]
-    target = next((arm for arm in (*arms, *items) if is_dataclass(arm)), None)
-    if value is None and type(None) in arms:
-        return None
-    if target is None:
-        if not _fits(value, hint):
-            kind = str(getattr(hint, "__name__", hint)) if get_origin(hint) is None else str(hint)
-            raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be {_KINDS.get(kind, kind)}")
-        if float in arms and int not in arms and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        return list(value) if isinstance(value, (list, tuple)) else value
-    assert isinstance(target, type)
-    if target in items:
-        if not isinstance(value, (list, tuple)):
-            raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be a list of sections of settings")
-        return [
-            item if isinstance(item, target) else _section(target, item, f"{path.removesuffix('.')}[{index}].")
-            for index, item in enumerate(value)
-        ]
-    return _section(target, value, path)
-
-
-def _section(kind: type[T], value: Any, path: str) -> T:
-    if not isinstance(value, Mapping):
-        raise UserError(f"{path.removesuffix('.')}={reprlib.repr(value)} must be a section of settings")
-    return build(kind, value, path)
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type; how large a number may be, its section says in better words than a shape would."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin in (Union, UnionType):
-        return any(_fits(value, arm) for arm in arguments)
-    if origin is list:
-        return isinstance(value, (list, tuple)) and all(_fits(item, arguments[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-    return isinstance(value, origin or hint)
+    for arm in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
+        if is_dataclass(arm):
+            assert isinstance(arm, type)
+            if isinstance(value, arm):
+                return value
+            if isinstance(value, Mapping):
+                return build(arm, value, f"{place}.")
+        elif get_origin(arm) is list and is_dataclass(item := get_args(arm)[0]) and isinstance(value, list | tuple):
+            return [_converted(item, inner, f"{place}[{index}]") for index, inner in enumerate(value)]
+    try:
+        return msgspec.convert(value, hint)
+    except msgspec.ValidationError as error:
+        raise refused(error, value, hint, place=place, mapping="a section of settings") from None

@@ -34,7 +34,7 @@ from sparsetrain.runs.provenance import commit, machine
 from sparsetrain.runs.result import RunResult, finish
 from sparsetrain.screen import say
 from sparsetrain.seeds import derive_seed
-from sparsetrain.shapes import AnyFloat, Count
+from sparsetrain.shapes import Count
 from sparsetrain.stages.config import RunConfig, identify, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors, training_workload
 from sparsetrain.stages.stage import Stopwatch, build_model
@@ -54,7 +54,7 @@ class _Row(TypedDict):
     kind: str
     quantity: str
     step: Count
-    rms: AnyFloat
+    rms: float
 
 
 _Trial = tuple[tuple[str, float, int], list[_Row]]

@@ -175,7 +175,7 @@ def test_the_shipped_table_is_that_of_such_a_processor(
 
 def test_a_table_with_a_side_of_zero_is_none() -> None:
     entry = {**vars(TABLE), "sides": [0, *TABLE.sides[1:]]}
-    with pytest.raises(UserError, match="logarithmic scales: positive"):
+    with pytest.raises(UserError, match=r"backends.csr.sides\[0\]=0 must be a whole number of at least 1"):
         from_plain({"backends": {"csr": entry}}, "somewhere.json")
 
 

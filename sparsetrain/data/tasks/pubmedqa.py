@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import reprlib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from sparsetrain.data.medline.held_out import official_test_pmids
 from sparsetrain.data.sources.base import check_text, clean_id
@@ -22,6 +24,7 @@ from sparsetrain.files import typed_path
 from sparsetrain.reading import read_json
 
 LABELS = ("yes", "no", "maybe")
+_Label = Annotated[str, Meta(pattern=rf"^({'|'.join(LABELS)})\Z")]
 QUESTIONS_FILE = "ori_pqal.json"
 TEST_FILE = "test_ground_truth.json"
 _HUB = ("qiaojin/PubMedQA", "pqa_labeled", "train")
@@ -53,7 +56,7 @@ def _read_json(path: Path, shape: Any) -> dict[str, Any]:
 
 def _from_directory(directory: Path) -> tuple[list[Example], frozenset[str]]:
     rows = _read_json(directory / QUESTIONS_FILE, dict[str, dict[str, Any]])
-    test = frozenset(_read_json(directory / TEST_FILE, dict[str, Literal["yes", "no", "maybe"]]))
+    test = frozenset(_read_json(directory / TEST_FILE, dict[str, _Label]))
     if missing := test - rows.keys():
         raise UserError(f"{directory}: {len(missing)} PMIDs of {TEST_FILE} are not in {QUESTIONS_FILE}")
     where = str(directory / QUESTIONS_FILE)

@@ -34,7 +34,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import write_json
 from sparsetrain.machine import machine_key, processor, torch_simd
 from sparsetrain.reading import read_json
-from sparsetrain.shapes import Fraction, check
+from sparsetrain.shapes import Fraction, Positive, check
 from sparsetrain.sparsity.backends.base import BACKENDS
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
@@ -50,9 +50,9 @@ MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
 class _Plain(TypedDict):
     """A `Crossover` in a file."""
 
-    sides: list[int]
-    tokens: list[int]
-    threads: list[int]
+    sides: list[Positive]
+    tokens: list[Positive]
+    threads: list[Positive]
     density: list[list[list[Fraction]]]
 
 
@@ -120,8 +120,6 @@ def _crossover(name: str, entry: _Plain) -> Crossover:
     for axis, places in axes.items():
         if not places:
             raise UserError(f"{name!r:.60}: {axis} is empty")
-        if min(places) <= 0:
-            raise UserError(f"{name!r:.60}: sides and tokens are logarithmic scales: positive, as {axis} must be")
         if any(low >= high for low, high in pairwise(places)):
             raise UserError(f"{name!r:.60}: {axis} must increase")
     threads, sides, tokens = map(len, axes.values())
