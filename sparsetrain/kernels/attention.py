@@ -26,15 +26,15 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Int, Team, computed, float32, step
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.elementwise import exp2, larger, mul, sub
-from sparsetrain.kernels.gemm import ROWS_TO_LANE, TERMS_FROM_ROW, TERMS_TO_ROW, WHOLE, WIDTH, multiply_add
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.lanes import load_head, store_head, sum_lanes, transpose16
-from sparsetrain.kernels.simd import add, element, fma, load, splat, store
-from sparsetrain.kernels.tiles import clear
-from sparsetrain.kernels.words import share
+from sparsetrain.kernels.simd.arguments import Array, Int, Team, computed, float32, step
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
+from sparsetrain.kernels.simd.gemm import ROWS_TO_LANE, TERMS_FROM_ROW, TERMS_TO_ROW, WHOLE, WIDTH, multiply_add
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.lanes import load_head, store_head, sum_lanes, transpose16
+from sparsetrain.kernels.simd.tiles import clear
+from sparsetrain.kernels.simd.vectors import add, element, fma, load, splat, store
+from sparsetrain.kernels.simd.words import share
 
 BLOCK = 64  # queries, and keys; a multiple of WIDTH
 # Rows an odd number of cache lines apart: at a power of two they would share a few sets of L1.

@@ -5,8 +5,8 @@
     dW = G^T X    at the blocks only: three rows by four columns, 128 tokens before their lanes are summed
 
 Four rows share each load of tokens, so the multiply-adds and not the loads are what the processor waits for. Tiles of
-tokens, threads and the order of sums are those of `csr`; a `blocks.Blocks` says where the blocks are. Blocks have sides
-from 4 to 64; their values are stored block after block, each row-major.
+tokens, threads and the order of sums are those of `csr`; a `bsr_layout.Blocks` says where the blocks are. Blocks have
+sides from 4 to 64; their values are stored block after block, each row-major.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import (
+from sparsetrain.kernels.bsr_rows import (
+    four_rows,
+    four_rows_of_24,
+    four_rows_of_64,
+    one_by_few,
+    one_row,
+    three_by_four,
+    two_by_four,
+)
+from sparsetrain.kernels.simd.arguments import (
     Array,
     Int,
     Team,
@@ -27,20 +36,11 @@ from sparsetrain.kernels.arguments import (
     int64,
     step,
 )
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.register_blocks import (
-    four_rows,
-    four_rows_of_24,
-    four_rows_of_64,
-    one_by_few,
-    one_row,
-    three_by_four,
-    two_by_four,
-)
-from sparsetrain.kernels.simd import NATIVE_LANES, element
-from sparsetrain.kernels.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
-from sparsetrain.kernels.words import share, sharers
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.simd.vectors import NATIVE_LANES, element
+from sparsetrain.kernels.simd.words import share, sharers
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2. Where there is one panel of
 # columns, outputs are done after it, and are unpacked by 16 KB while they are in L1.
@@ -75,7 +75,7 @@ def _multiply(
 
     Args:
         packed: scratch for a packed tile of x. scratch: for a panel of a tile of y, feature-major.
-        height, width: of a block. panels, ends, blocks, stored: which blocks there are, see `blocks.Blocks`.
+        height, width: of a block. panels, ends, blocks, stored: which blocks there are, see `bsr_layout.Blocks`.
         pieces: into which a tile is cut.
     """
     at_least = max(1, 16 // height)
@@ -206,7 +206,7 @@ def _gradients(
 
     Args:
         need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
-        height, width: of the blocks of W. panels, ends, blocks, stored: which blocks W has, see `blocks.Blocks`.
+        height, width: of the blocks of W. panels, ends, blocks, stored: which blocks W has, see `bsr_layout.Blocks`.
         t_panels, t_ends, t_blocks, t_order: which blocks the transpose of W has.
         scratch: for a panel of a tile of dX, feature-major.
         sums: the gradient of the values by thread.

@@ -5,8 +5,8 @@
     dX = G W      the same on the layout of W^T
     dW = G^T X    at the nonzeros only: eight of a row at a time, 64 or 128 tokens before their lanes are summed
 
-Columns are cut into blocks of which a tile of tokens stays in L1; a `layout.Layout` holds the nonzeros block by block,
-row by row. A thread takes a range of tiles of tokens; where tiles do not go round evenly, each is cut into as many
+Columns are cut into blocks of which a tile of tokens stays in L1; a `csr_layout.Layout` holds the nonzeros block by
+block, row by row. A thread takes a range of tiles of tokens; where tiles do not go round evenly, each is cut into as many
 pieces as it takes, ranges of rows of what is computed, and two threads may pack the same tile. The gradient of the
 values is summed in the order of tokens inside a part and then in the order of parts: for one number of threads the bits
 of a result are always the same.
@@ -18,7 +18,8 @@ from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import (
+from sparsetrain.kernels.csr_rows import TOGETHER, row_of_16, row_of_64, sums_of_row
+from sparsetrain.kernels.simd.arguments import (
     Array,
     Int,
     Team,
@@ -30,12 +31,11 @@ from sparsetrain.kernels.arguments import (
     step,
     uint16,
 )
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.register_rows import TOGETHER, row_of_16, row_of_64, sums_of_row
-from sparsetrain.kernels.simd import element
-from sparsetrain.kernels.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
-from sparsetrain.kernels.words import share, sharers
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.simd.vectors import element
+from sparsetrain.kernels.simd.words import share, sharers
 
 # Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
 PANEL = 512

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsetrain.kernels import threads as running
+from sparsetrain.kernels.simd import threads as running
 from sparsetrain.sparsity.backends import cpu as cpu_backend
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sparsetrain import kernels
-from sparsetrain.kernels import kernel as kernel_module
-from sparsetrain.kernels.arguments import (
+from sparsetrain.kernels.simd import kernel as kernel_module
+from sparsetrain.kernels.simd.arguments import (
     Array,
     Buffer,
     Computed,
@@ -27,9 +27,9 @@ from sparsetrain.kernels.arguments import (
     int32,
     step,
 )
-from sparsetrain.kernels.checks import ArgumentError, in_words, straight
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.words import share
+from sparsetrain.kernels.simd.checks import ArgumentError, in_words, straight
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.words import share
 
 THREADS = 2
 DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "uint16": np.uint16, "int32": np.int32, "int64": np.int64}
@@ -154,7 +154,7 @@ def test_the_straight_check_returns_the_words_of_the_other_for_tensors_and_buffe
 
 
 def test_there_are_kernels_to_test() -> None:
-    assert {"csr.multiply", "bsr.gradients_bfloat16", "attention.backward", "spread.gather16"} <= KERNELS.keys()
+    assert {"csr.multiply", "bsr.gradients_bfloat16", "attention.backward", "scatter.gather16"} <= KERNELS.keys()
 
 
 @Kernel

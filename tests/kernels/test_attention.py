@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sparsetrain.kernels import attention, gemm, simd
-from sparsetrain.kernels import compile as compiling
-from sparsetrain.kernels.arguments import Array, Int, Team, float32, step
-from sparsetrain.kernels.elementwise import exp2, larger, mul, sub
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.simd import load, store
+from sparsetrain.kernels import attention
+from sparsetrain.kernels.simd import compile as compiling
+from sparsetrain.kernels.simd import gemm, vectors
+from sparsetrain.kernels.simd.arguments import Array, Int, Team, float32, step
+from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.vectors import load, store
 
 multiply_add = gemm.multiply_add
 
@@ -245,12 +246,12 @@ def test_scratch_grows_with_tokens_only() -> None:
 
 
 _WIDE = """
-from sparsetrain.kernels import simd
-simd.NATIVE_LANES = int(__import__("sys").argv[1])
+from sparsetrain.kernels.simd import vectors
+vectors.NATIVE_LANES = int(__import__("sys").argv[1])
 import sys; sys.path.insert(0, sys.argv[2])
 import torch; import test_attention as tests
-from sparsetrain.kernels import gemm
-assert gemm.WIDTH == max(16, 2 * simd.NATIVE_LANES)
+from sparsetrain.kernels.simd import gemm
+assert gemm.WIDTH == max(16, 2 * vectors.NATIVE_LANES)
 torch.manual_seed(0)
 for tokens, d in ((1, 16), (33, 48), (130, 80)):
     tests.check(torch.randn(1, tokens, 4, d), 1, d**-0.5, torch.tensor([0.5, 0.1]))
@@ -260,7 +261,7 @@ for tokens, d in ((1, 16), (33, 48), (130, 80)):
 @pytest.mark.slow
 @pytest.mark.parametrize("lanes", [8, 16])  # 16 are AVX-512's; that lanes become SSE2 alone is shown in test_compile.py
 def test_right_for_other_processors(lanes: int, tmp_path: Path) -> None:
-    if lanes == simd.NATIVE_LANES:
+    if lanes == vectors.NATIVE_LANES:
         pytest.skip("what this processor has, and every other test runs on")
     env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
     env[compiling.CACHE] = str(tmp_path)

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import bsr
-from sparsetrain.kernels.blocks import build_blocks, build_turned
-from sparsetrain.kernels.tiles import TILE
+from sparsetrain.kernels.bsr_layout import build_blocks, build_turned
+from sparsetrain.kernels.simd.tiles import TILE
 
 Array = Any
 BLOCKS = [(16, 16), (4, 4), (8, 8), (32, 32), (64, 64), (4, 16), (16, 4), (64, 4), (5, 7), (6, 9), (33, 13), (4, 63)]

@@ -17,20 +17,22 @@ import numba
 import numpy as np
 import pytest
 
-from sparsetrain.kernels import compile as compiling
-from sparsetrain.kernels import csr, simd
-from sparsetrain.kernels import threads as running
-from sparsetrain.kernels.compile import fingerprint
-from sparsetrain.kernels.kernel import Kernel
+from sparsetrain import kernels
+from sparsetrain.kernels import csr
+from sparsetrain.kernels.simd import compile as compiling
+from sparsetrain.kernels.simd import threads as running
+from sparsetrain.kernels.simd import vectors
+from sparsetrain.kernels.simd.compile import fingerprint
+from sparsetrain.kernels.simd.kernel import Kernel
 
-FOLDER = Path(compiling.__file__).parent
+FOLDER = Path(kernels.__file__).parent
 
 
 def test_a_change_in_any_kernel_file_makes_another_cache(tmp_path: Path) -> None:
     copy = tmp_path / "kernels"
     shutil.copytree(FOLDER, copy)
     assert fingerprint(copy) == fingerprint()
-    for name in ("simd.py", "tiles.py", "csr.py"):
+    for name in ("simd/vectors.py", "simd/tiles.py", "csr.py"):
         before = fingerprint(copy)
         text = (copy / name).read_text()
         (copy / name).write_text(text + "# changed\n")
@@ -123,8 +125,8 @@ features, kind = machine.target_features(), sys.argv[1]
 chosen = features.replace("+avx512f", "-avx512f") if kind == "8" else f"{features},+avx512f"
 machine.target_features = lambda: chosen
 machine.target_name = lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
-from sparsetrain.kernels import simd
-assert simd.NATIVE_LANES == int(kind.split()[0]) and simd.PATH_LANES == (16 if kind == "16" else 8)
+from sparsetrain.kernels.simd import vectors
+assert vectors.NATIVE_LANES == int(kind.split()[0]) and vectors.PATH_LANES == (16 if kind == "16" else 8)
 import torch
 from sparsetrain import SparseLinear
 from sparsetrain.sparsity import block_pattern
@@ -145,7 +147,7 @@ for backend, layer in layers.items():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 """
 
-_KIND = f"{simd.NATIVE_LANES}" + (" halved" if simd.PATH_LANES < simd.NATIVE_LANES else "")
+_KIND = f"{vectors.NATIVE_LANES}" + (" halved" if vectors.PATH_LANES < vectors.NATIVE_LANES else "")
 
 
 @pytest.mark.slow

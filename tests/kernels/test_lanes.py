@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparsetrain.kernels import simd
-from sparsetrain.kernels.lanes import (
+from sparsetrain.kernels.simd import vectors
+from sparsetrain.kernels.simd.lanes import (
     add_sums4,
     add_sums8,
     add_sums_head,
@@ -19,7 +19,7 @@ from sparsetrain.kernels.lanes import (
     sum_lanes,
     transpose16,
 )
-from sparsetrain.kernels.simd import (
+from sparsetrain.kernels.simd.vectors import (
     add,
     element,
     fma,
@@ -187,4 +187,4 @@ def test_vectors_of_other_types_are_refused() -> None:
 
 
 def test_the_native_width_is_one_that_exists() -> None:
-    assert simd.NATIVE_LANES in (8, 16)
+    assert vectors.NATIVE_LANES in (8, 16)

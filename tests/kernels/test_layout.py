@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import csr
-from sparsetrain.kernels.layout import Layout, build_layout, build_transposed
+from sparsetrain.kernels.csr_layout import Layout, build_layout, build_transposed
 
 
 def decoded(layout: Layout, values: np.ndarray) -> np.ndarray:

@@ -26,15 +26,15 @@ _MIN_BLOCK, _MAX_BLOCK = 4, 64  # those of the kernels, known without importing 
 
 class _Kernels(NamedTuple):
     bsr: ModuleType
-    blocks: ModuleType
+    bsr_layout: ModuleType
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     # When the first product is computed: importing the library is not to import a compiler.
-    from sparsetrain.kernels import blocks, bsr
+    from sparsetrain.kernels import bsr, bsr_layout
 
-    return _Kernels(bsr, blocks)
+    return _Kernels(bsr, bsr_layout)
 
 
 class BsrBackend(CpuBackend):
@@ -123,7 +123,7 @@ class BsrBackend(CpuBackend):
 
 def _blocks(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().blocks.build_blocks(
+        return _kernels().bsr_layout.build_blocks(
             pattern.row_ptr.numpy(), pattern.col.numpy().copy(), pattern.shape, pattern.block
         )
 
@@ -132,7 +132,7 @@ def _blocks(pattern: SparsityPattern) -> Any:
 
 def _turned(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().blocks.build_turned(
+        return _kernels().bsr_layout.build_turned(
             pattern.row_ptr.numpy(), pattern.col.numpy().copy(), pattern.shape, pattern.block
         )
 

@@ -24,15 +24,15 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 class _Kernels(NamedTuple):
     csr: ModuleType
-    layout: ModuleType
+    csr_layout: ModuleType
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     # When the first sparse product is computed: importing the library is not to import a compiler.
-    from sparsetrain.kernels import csr, layout
+    from sparsetrain.kernels import csr, csr_layout
 
-    return _Kernels(csr, layout)
+    return _Kernels(csr, csr_layout)
 
 
 class CsrBackend(CpuBackend):
@@ -138,13 +138,13 @@ class CsrBackend(CpuBackend):
 
 def _layout(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().layout.build_layout(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
+        return _kernels().csr_layout.build_layout(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("csr", build)
 
 
 def _turned(pattern: SparsityPattern) -> Any:
     def build() -> Any:
-        return _kernels().layout.build_transposed(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
+        return _kernels().csr_layout.build_transposed(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("csr_transposed", build)

@@ -19,9 +19,9 @@ _SMALL = 1 << 14  # elements of a matrix for which calling a kernel of ours take
 @functools.cache
 def _kernels() -> ModuleType:
     # When the first large matrix is spread: importing the library is not to import a compiler.
-    from sparsetrain.kernels import spread
+    from sparsetrain.kernels import scatter
 
-    return spread
+    return scatter
 
 
 class MaskedBackend(Backend):

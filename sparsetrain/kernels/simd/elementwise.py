@@ -10,7 +10,7 @@ import numpy as np
 from llvmlite import ir
 from numba.extending import intrinsic
 
-from sparsetrain.kernels.simd import FLOAT, I32, Vector
+from sparsetrain.kernels.simd.vectors import FLOAT, I32, Vector
 
 # ln(2)^k / k! up to the seventh power: on [-1/2, 1/2] the first one left out is 5e-9 of the value.
 _COEFFICIENTS = tuple(math.log(2.0) ** power / math.factorial(power) for power in range(8))

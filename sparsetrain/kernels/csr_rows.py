@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Int
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.lanes import add_sums4, add_sums8, sum_lanes
-from sparsetrain.kernels.simd import (
+from sparsetrain.kernels.simd.arguments import Array, Int
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.lanes import add_sums4, add_sums8, sum_lanes
+from sparsetrain.kernels.simd.tiles import TILE, store_tile
+from sparsetrain.kernels.simd.vectors import (
     PATH_LANES,
     add,
     element,
@@ -27,7 +28,6 @@ from sparsetrain.kernels.simd import (
     splat,
     store,
 )
-from sparsetrain.kernels.tiles import TILE, store_tile
 
 # Tiles of tokens that the weight gradient sums over before it adds up lanes. For 16 lanes two, so that they are added
 # up half as often: measured with 48 KB of L1, which two tiles of x just fill. 8 lanes were measured with 32 KB.

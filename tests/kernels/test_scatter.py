@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsetrain.kernels import spread
+from sparsetrain.kernels import scatter
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
 from sparsetrain.sparsity.backends import masked as masked_backend
 from sparsetrain.sparsity.backends.masked import MaskedBackend
@@ -55,12 +55,12 @@ def test_every_bit_arrives_where_numpy_puts_it(
     indices = {"row_ptr": pattern.row_ptr, "col": pattern.col, "blocks": len(pattern.col), "bh": bh, "bw": bw}
     indices |= {"rows": len(pattern.row_ptr) - 1, "columns": pattern.shape[1]}
     dense, read = full.copy(), np.full(pattern.nnz, 0xABCD, kind)
-    (spread.scatter if wide else spread.scatter16)(threads, values=values, dense=dense, **indices)
+    (scatter.scatter if wide else scatter.scatter16)(threads, values=values, dense=dense, **indices)
     expected = np.zeros(pattern.shape, kind)
     expected[at] = values
     np.testing.assert_array_equal(dense, expected)
     other = draw.integers(0, 1 << 16, pattern.shape).astype(kind)
-    (spread.gather if wide else spread.gather16)(threads, dense=other, values=read, **indices)
+    (scatter.gather if wide else scatter.gather16)(threads, dense=other, values=read, **indices)
     np.testing.assert_array_equal(read, other[at])
 
 
@@ -74,7 +74,7 @@ def test_a_large_matrix_is_computed_as_by_the_pattern_itself(
     def recorded(name: str) -> Callable[..., None]:
         def call(threads: int, **arguments: Any) -> None:
             called.append((name, threads))
-            getattr(spread, name)(threads, **arguments)
+            getattr(scatter, name)(threads, **arguments)
 
         return call
 

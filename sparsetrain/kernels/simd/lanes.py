@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from sparsetrain.kernels.simd import (
+from sparsetrain.kernels.simd.vectors import (
     F32X16,
     FLOAT,
     I32,

@@ -10,11 +10,11 @@ from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Int, Team, bits16, bits32, element_type, int32, int64
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.kernel import Kernel
-from sparsetrain.kernels.simd import element
-from sparsetrain.kernels.words import share
+from sparsetrain.kernels.simd.arguments import Array, Int, Team, bits16, bits32, element_type, int32, int64
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.kernel import Kernel
+from sparsetrain.kernels.simd.vectors import element
+from sparsetrain.kernels.simd.words import share
 
 
 def _scatter(

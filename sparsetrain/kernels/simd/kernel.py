@@ -24,11 +24,11 @@ from typing import Any
 
 import numba
 
-from sparsetrain.kernels import words
-from sparsetrain.kernels.arguments import Declaration, Elements
-from sparsetrain.kernels.checks import in_words, straight
-from sparsetrain.kernels.compile import OPTIONS, numba_cache, part
-from sparsetrain.kernels.threads import Entry, entry_at, run
+from sparsetrain.kernels.simd import words
+from sparsetrain.kernels.simd.arguments import Declaration, Elements
+from sparsetrain.kernels.simd.checks import in_words, straight
+from sparsetrain.kernels.simd.compile import OPTIONS, numba_cache, part
+from sparsetrain.kernels.simd.threads import Entry, entry_at, run
 
 
 class Kernel:

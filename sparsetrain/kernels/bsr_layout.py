@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Buffer
+from sparsetrain.kernels.simd.arguments import Array, Buffer
 
 # The sides of a block that the kernels take.
 MIN_BLOCK, MAX_BLOCK = 4, 64

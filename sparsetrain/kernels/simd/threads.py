@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from sparsetrain.kernels.arguments import HEADER
+from sparsetrain.kernels.simd.arguments import HEADER
 
 Entry = Callable[[int], None]  # takes the address of words
 _ENTRY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)

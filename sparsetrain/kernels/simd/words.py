@@ -9,8 +9,8 @@ from numba.core import types
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
-from sparsetrain.kernels.arguments import Int, Team
-from sparsetrain.kernels.compile import part
+from sparsetrain.kernels.simd.arguments import Int, Team
+from sparsetrain.kernels.simd.compile import part
 
 _I64 = ir.IntType(64)
 _UNKNOWN = 1 << 40  # the length that such an array claims; nothing in a kernel asks for it

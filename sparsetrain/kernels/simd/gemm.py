@@ -13,9 +13,9 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from sparsetrain.kernels.arguments import Array, Int
-from sparsetrain.kernels.compile import part, procedure
-from sparsetrain.kernels.simd import FLOAT, I32, I64, NATIVE_LANES, read, shuffle, write
+from sparsetrain.kernels.simd.arguments import Array, Int
+from sparsetrain.kernels.simd.compile import part, procedure
+from sparsetrain.kernels.simd.vectors import FLOAT, I32, I64, NATIVE_LANES, read, shuffle, write
 
 # Two registers' worth: with six rows that makes 12 sums, enough to hide an FMA's latency, and leaves room for B and A.
 WIDTH = max(16, 2 * NATIVE_LANES)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Buffer
-from sparsetrain.kernels.compile import compiled
-from sparsetrain.kernels.tiles import TILE
+from sparsetrain.kernels.simd.arguments import Array, Buffer
+from sparsetrain.kernels.simd.compile import compiled
+from sparsetrain.kernels.simd.tiles import TILE
 
 GROUP = 4  # nonzeros that share one load of positions, and of values
 _REACH = 65535 // TILE  # columns that a 16-bit offset can tell apart

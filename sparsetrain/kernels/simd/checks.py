@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sparsetrain.errors import nearest
-from sparsetrain.kernels.arguments import ArrayOf, Buffer, Computed, Declaration, Elements, Step
+from sparsetrain.kernels.simd.arguments import ArrayOf, Buffer, Computed, Declaration, Elements, Step
 
 
 class ArgumentError(TypeError):

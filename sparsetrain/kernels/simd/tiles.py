@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Int
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.lanes import load_head, store_head, transpose16
-from sparsetrain.kernels.simd import add, get, load, put, splat, store
+from sparsetrain.kernels.simd.arguments import Array, Int
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.lanes import load_head, store_head, transpose16
+from sparsetrain.kernels.simd.vectors import add, get, load, put, splat, store
 
 TILE = 64
 

@@ -35,8 +35,9 @@ def fingerprint(folder: Path | None = None) -> str:
     """Return 16 hexadecimal digits of what compiled code depends on: sources in ``folder``, compiler, processor."""
     built_with = f"{numba.__version__} {llvmlite.__version__} {target_name()} {target_features()}"
     digest = hashlib.blake2b(built_with.encode(), digest_size=8)
-    for path in sorted((folder or Path(__file__).parent).glob("*.py")):
-        digest.update(path.name.encode() + path.read_bytes())
+    folder = folder or Path(__file__).parents[1]
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()
 
 

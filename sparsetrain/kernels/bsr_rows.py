@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.arguments import Array, Int
-from sparsetrain.kernels.compile import part
-from sparsetrain.kernels.lanes import add_sums4, add_sums_2x4, add_sums_head
-from sparsetrain.kernels.simd import (
+from sparsetrain.kernels.simd.arguments import Array, Int
+from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.lanes import add_sums4, add_sums_2x4, add_sums_head
+from sparsetrain.kernels.simd.tiles import TILE, store_tile
+from sparsetrain.kernels.simd.vectors import (
     NATIVE_LANES,
     element,
     fma,
@@ -25,7 +26,6 @@ from sparsetrain.kernels.simd import (
     splat8,
     store,
 )
-from sparsetrain.kernels.tiles import TILE, store_tile
 
 
 @part
