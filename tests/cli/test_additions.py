@@ -1,16 +1,22 @@
-"""Additions that need no change of the library: a schedule shape, a pipeline stage, a phase."""
+"""Additions that need no change of the library: a rule of evolution, a schedule shape, a pipeline stage, a phase."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from runs import assert_same_run, stop_after
+from safetensors.torch import load_file
+from torch import Tensor
 
 import sparsetrain as st
 from sparsetrain.optim import SCHEDULES, SEGMENTS
+from sparsetrain.sparsity.evolution.base import RULES
 
 
 @pytest.fixture
@@ -49,6 +55,67 @@ def test_a_schedule_is_a_segment_and_a_file(shell: Any, square: None, tmp_path: 
     )
     (folder / "fall.yaml").write_text("segments: [{shape: sqare, to: 0.0}]\n")
     assert "did you mean 'square'?" in shell.refused("pretrain", *words, "run_dir=other")
+
+
+@pytest.fixture
+def largest_go() -> Iterator[None]:
+    """A rule of evolution as a single class."""
+
+    @st.register_rule("largest_go")
+    @dataclass(frozen=True, kw_only=True)
+    class LargestGo(st.SET):
+        exponent: float = 1.0
+
+        def score(self, values: Tensor, gradient: Tensor) -> Tensor:
+            return -(values.abs() ** self.exponent)
+
+    yield
+    RULES.unregister("largest_go")
+
+
+def masks_and_weights(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the mask and the dense weight of each sparse layer."""
+    tensors, found = load_file(checkpoint / "model.safetensors"), {}
+    for name in (name.removesuffix(".values") for name in tensors if name.endswith(".values")):
+        row_ptr, col = tensors[f"{name}.row_ptr"].long(), tensors[f"{name}.col"].long()
+        shape = len(row_ptr) - 1, 3 * 4096
+        mask, weight = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+        rows = torch.repeat_interleave(torch.arange(shape[0]), row_ptr.diff())
+        mask[rows, col], weight[rows, col] = True, tensors[f"{name}.values"]
+        found[name] = mask, weight
+    return found
+
+
+def test_a_rule_of_evolution_is_a_class_and_a_file(
+    shell: Any, largest_go: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine" / "sparsity"
+    folder.mkdir(parents=True)
+    own = "sparsity: 0.75\nevolution: {rule: largest_go, exponent: 2.0, every: 2, drop_fraction: 0.5}\n"
+    (folder / "contrary.yaml").write_text(own)
+    words = [*shell.tiny, "--config-dir", str(folder.parent), "sparsity=contrary", "budget.steps=6"]
+    # Weights stay as they are, but for those that go, so that a checkpoint tells what the next update ranked.
+    words += ["optimizer.lr=1e-12", "loop.checkpoint_every=1", "loop.keep_last=6", "sparsity.evolution.stop=1.0"]
+    words += ["sparsity.evolution.drop_schedule=constant"]
+    assert shell.run("pretrain", *words, "run_dir=run")[0] == 0
+    before, after = (masks_and_weights(Path(f"run/checkpoints/step-{step:08d}")) for step in (3, 4))
+    assert len(before) == 8
+    for name, (was, weight) in before.items():
+        now = after[name][0]
+        gone, kept, grown = was & ~now, was & now, now & ~was
+        assert int(gone.sum()) == int(grown.sum()) == int(was.sum()) // 2
+        assert weight[gone].abs().min() >= weight[kept].abs().max()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert shell.run("pretrain", *words, "run_dir=cut")[0] == 143
+    assert shell.run("pretrain", *words, "run_dir=cut")[0] == 0
+    assert_same_run(Path("run"), Path("cut"))
+    other = [*words, "run_dir=other", "sparsity.evolution.exponnt=1.0"]
+    assert "did you mean 'sparsity.evolution.exponent'?" in shell.refused("pretrain", *other)
+    line = shell.refused("pretrain", *words, "run_dir=other", "sparsity.evolution.curve=linear")
+    assert "sparsity.evolution.curve is no setting of rule=largest_go; it has every, start," in line
+    assert "exponent" in line.partition("; it has")[2]
+    assert "rule=largest_go: every=100, start=0.0" in shell.run("pretrain", "--help")[1]
 
 
 def test_a_stage_is_a_line_of_a_file(shell: Any, tmp_path: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
 from sparsetrain import seeds
+from sparsetrain.sparsity import densify
 
 WIDTH = 16
 
@@ -25,3 +28,11 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 def adamw(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+
+
+def dense_gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
+    """Return the gradients of all dense weights, from the densified twin."""
+    twin = densify(copy.deepcopy(model))
+    for x in batches:
+        loss_of(twin, x).backward()
+    return {name: module.weight.grad for name, module in twin.named_modules() if isinstance(module, nn.Linear)}

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from regression import WIDTH, adamw, batch, loss_of, mlp
+from regression import WIDTH, adamw, batch, dense_gradients, loss_of, mlp
 from torch import Tensor, nn
 
 import sparsetrain as st
-from sparsetrain.sparsity import Rule, densify, sparse_layers, sparsify
+from sparsetrain.sparsity import Rule, sparse_layers, sparsify
 
 # At 80 % some outputs of these tiny layers have no weight.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
-
-
-def dense_gradients(model: nn.Module, batches: list[Tensor]) -> dict[str, Tensor]:
-    """Return the gradients of all dense weights, from the densified twin."""
-    twin = densify(copy.deepcopy(model))
-    for x in batches:
-        loss_of(twin, x).backward()
-    return {name: module.weight.grad for name, module in twin.named_modules() if isinstance(module, nn.Linear)}
 
 
 def step_of_nothing(model: nn.Module, manager: st.MaskManager) -> None:
