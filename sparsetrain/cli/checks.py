@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from sparsetrain.cli.compose import compose, defaults, flat, groups, one_line, options, schema_of
 from sparsetrain.cli.overrides import (
+    OPEN,
     SEARCH_PATH,
     added_folders,
     check_enumerable,
@@ -35,6 +36,8 @@ def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[s
     leaves = flat(defaults(verb))
     without = {f"{name}=null": f"~{name}" for name, there in groups(verb).items() if "null" in there}
     given = [without.get(override, override) for override in overrides]
+    # Hydra has a mark for settings that no schema names.
+    given = [f"++{override}" if override.startswith((f"{OPEN}.", f"{OPEN}={{")) else override for override in given]
     for key in keys_of(given):
         check_moved(key)
     return quoted(numbered(verb, given), text_settings(schema_of(verb)), leaves.__contains__, sweep)
@@ -77,7 +80,8 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                 stages = _without_stage_settings(verb, parsed)
             _check_stage_setting(*stage_setting(stages, key))
             continue
-        _check_key(verb, key, tree, known_groups)
+        if not key.startswith(f"{OPEN}."):
+            _check_key(verb, key, tree, known_groups)
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             for value in override.sweep_iterator():
                 _check_type(key, plain_value(value), tree)
@@ -109,7 +113,7 @@ def _without_stage_settings(verb: str, parsed: Iterable[Override]) -> DictConfig
 
 def _check_stage_setting(stage: str, run: str, setting: str) -> None:
     """Raise `UserError` if the verb ``run``, which a pipeline's stage runs, does not have the setting."""
-    if setting in ("name", "run", "from", "once", "arms") or run not in VERBS:
+    if setting in ("name", "run", "from", "once", "arms") or run not in VERBS or setting.startswith(f"{OPEN}."):
         return
     known = known_settings(defaults(run))
     section = defaults(run).get(setting.partition(".")[0])

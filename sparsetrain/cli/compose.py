@@ -222,7 +222,7 @@ def flat(tree: DictConfig, prefix: str = "") -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for key in tree:
         name, value = str(key), tree[key]
-        if OmegaConf.is_dict(value):
+        if OmegaConf.is_dict(value) and len(value) > 0:
             leaves |= flat(value, f"{prefix}{name}.")
         else:
             leaves[f"{prefix}{name}"] = value

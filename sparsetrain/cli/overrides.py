@@ -15,6 +15,7 @@ from sparsetrain.cli.quoting import without_interpolation
 from sparsetrain.errors import UserError
 from sparsetrain.runs.recorded import RENAMED
 
+OPEN = "sparsity.options"  # a section whose settings no schema names
 SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for more directories of configurations
 
 # Renamed settings, sections and groups: {old: new}. A renamed section renames everything in it.

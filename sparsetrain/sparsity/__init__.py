@@ -31,7 +31,7 @@ from sparsetrain.sparsity.patterns.draw import (
     random_pattern,
 )
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
-from sparsetrain.sparsity.patterns.spec import PatternSpec, pattern_nnz
+from sparsetrain.sparsity.patterns.spec import PatternSpec, pattern_nnz, register_pattern
 
 register_backend(MaskedBackend())
 register_backend(CsrBackend())
@@ -79,6 +79,7 @@ __all__ = [
     "random_pattern",
     "register_backend",
     "register_elementwise_optimizer",
+    "register_pattern",
     "register_rule",
     "sparse_layers",
     "sparse_linear",

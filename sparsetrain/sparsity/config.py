@@ -12,11 +12,10 @@ from typing import Any
 from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.sparsity.evolution.base import RULES, Rule, in_steps, settings_of
 from sparsetrain.sparsity.evolution.rules import VariableSparsity
-from sparsetrain.sparsity.patterns.spec import PatternSpec, check_sparsity
+from sparsetrain.sparsity.patterns.spec import PATTERNS, PatternSpec, check_sparsity, evolving_patterns
 
 ALLOCATIONS = ("uniform", "erk")
 DEFAULT_EXCLUDE = ("*head*", "*embed*")  # stands for heads, routers and embeddings; see `SparsityConfig`
-EVOLVING = ("random", "magnitude", "block")  # patterns that a rule other than static keeps
 STATIC = "static"
 # Under static masks the section has these settings of `VariableSparsity`, which is what densities in the phases of the
 # budget make of it.
@@ -29,7 +28,7 @@ class SparsityGroup:
     """The layers whose qualified name matches the glob ``match``, and their sparsity (0 keeps them dense).
 
     Args:
-        pattern: another pattern than the plan's; null takes that of the plan.
+        pattern: another pattern than that of the section; null takes the section's.
     """
 
     match: str
@@ -184,8 +183,9 @@ class SparsityConfig:
     Args:
         sparsity: fraction of zeros over the layers that no group takes, in [0, 1).
         nnz: in place of ``sparsity``: the number of weights of all layers that take part, those of groups included.
-        pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded`` or ``checkerboard``.
-        block, m, fan_out, bands: options of patterns; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
+        pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded``, ``checkerboard``, or one that
+            `register_pattern` has added.
+        block, m, fan_out, bands, options: options of patterns; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
         allocation: ``uniform`` gives every layer the same sparsity; ``erk`` gives a layer of R outputs and C inputs a
             density in proportion to (R + C) / (R C), as in RigL (arXiv 1911.11134).
         groups: layers with a sparsity of their own; the first match wins.
@@ -208,6 +208,7 @@ class SparsityConfig:
     m: int = 4
     fan_out: bool = False
     bands: list[int] = field(default_factory=lambda: [1, 1])
+    options: dict[str, Any] = field(default_factory=dict)
     evolution: EvolutionConfig = field(default_factory=EvolutionConfig)
 
     def __post_init__(self) -> None:
@@ -224,11 +225,11 @@ class SparsityConfig:
         for group in self.groups:
             self.spec(group.pattern)
         patterns = {self.pattern, *(group.pattern or self.pattern for group in self.groups)}
-        if self.evolution.rule != STATIC and not patterns.issubset(EVOLVING):
-            lost = sorted(patterns.difference(EVOLVING))[0]
+        if self.evolution.rule != STATIC and not patterns.issubset(evolving_patterns()):
+            lost = sorted(patterns.difference(evolving_patterns()))[0]
             raise UserError(
                 f"sparsity.pattern={lost!r} would not outlast the first update of rule={self.evolution.rule}; "
-                f"masks that evolve start as one of {', '.join(EVOLVING)}"
+                f"masks that evolve start as one of {', '.join(evolving_patterns())}"
             )
 
     @property
@@ -242,16 +243,17 @@ class SparsityConfig:
         return tuple(self.exclude) == DEFAULT_EXCLUDE
 
     def spec(self, pattern: str | None = None) -> PatternSpec:
-        """Return the pattern of the plan, or of a group that names another, with the options that it has."""
+        """Return the pattern of this section, or of a group that names another, with the options that it has."""
         name = self.pattern if pattern is None else pattern
+        block, bands, options = tuple(self.block), tuple(self.bands), dict(self.options)
+        if pattern is not None and pattern != self.pattern and pattern in PATTERNS:
+            # Options are given once for all patterns; a group's own pattern takes those that it has.
+            kind = PATTERNS[pattern]
+            block = block if kind.in_blocks else (1, 1)
+            bands = bands if kind.in_bands else (1, 1)
+            options = {key: value for key, value in options.items() if key in kind.options}
         try:
-            if pattern is not None and pattern != self.pattern:
-                # The options are the plan's; a group's own pattern takes those that it knows.
-                block = tuple(self.block) if name in ("block", "magnitude") else (1, 1)
-                bands = tuple(self.bands) if name in ("random", "block", "magnitude") else (1, 1)
-            else:
-                block, bands = tuple(self.block), tuple(self.bands)
-            return PatternSpec(name, block, self.m, self.fan_out, bands)  # type: ignore[arg-type]
+            return PatternSpec(name, block, self.m, self.fan_out, bands, options)  # type: ignore[arg-type]
         except UserError as error:
             raise UserError(f"sparsity.{error}") from None
 

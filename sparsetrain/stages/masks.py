@@ -8,8 +8,9 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget
 from sparsetrain.sparsity import EvolutionConfig, MaskManager, Phase, SparsityConfig, Static, make_rule, sparse_layers
-from sparsetrain.sparsity.config import EVOLVING, STATIC
+from sparsetrain.sparsity.config import STATIC
 from sparsetrain.sparsity.evolution.base import RULES
+from sparsetrain.sparsity.patterns.spec import evolving_patterns
 from sparsetrain.stages.config import RunConfig
 
 
@@ -52,10 +53,10 @@ def sparsity_section(config: RunConfig, budget: Budget) -> SparsityConfig:
     if min(sparsities) == most:
         return replace(section, sparsity=most, evolution=EvolutionConfig())
     for pattern in (section.pattern, *(group.pattern for group in section.groups)):
-        if pattern is not None and pattern not in EVOLVING:
+        if pattern is not None and pattern not in evolving_patterns():
             raise UserError(
                 f"budget.phases: density: sparsity.pattern={pattern} would not survive the first change of density; "
-                f"use one of {', '.join(EVOLVING)}"
+                f"use one of {', '.join(evolving_patterns())}"
             )
     phases = [
         Phase(phase.first_step / budget.total_steps, sparsity)

@@ -1,4 +1,4 @@
-"""Additions that need no change of the library: a rule of evolution, a schedule shape, a pipeline stage, a phase."""
+"""Additions that need no change of the library: a rule, a pattern, a schedule shape, a pipeline stage, a phase."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch import Tensor
 import sparsetrain as st
 from sparsetrain.optim import SCHEDULES, SEGMENTS
 from sparsetrain.sparsity.evolution.base import RULES
+from sparsetrain.sparsity.patterns.spec import PATTERNS
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def masks_and_weights(checkpoint: Path) -> dict[str, tuple[Tensor, Tensor]]:
     tensors, found = load_file(checkpoint / "model.safetensors"), {}
     for name in (name.removesuffix(".values") for name in tensors if name.endswith(".values")):
         row_ptr, col = tensors[f"{name}.row_ptr"].long(), tensors[f"{name}.col"].long()
-        shape = len(row_ptr) - 1, 3 * 4096
+        shape = len(row_ptr) - 1, 128
         mask, weight = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
         rows = torch.repeat_interleave(torch.arange(shape[0]), row_ptr.diff())
         mask[rows, col], weight[rows, col] = True, tensors[f"{name}.values"]
@@ -116,6 +117,57 @@ def test_a_rule_of_evolution_is_a_class_and_a_file(
     assert "sparsity.evolution.curve is no setting of rule=largest_go; it has every, start," in line
     assert "exponent" in line.partition("; it has")[2]
     assert "rule=largest_go: every=100, start=0.0" in shell.run("pretrain", "--help")[1]
+
+
+@pytest.fixture
+def first_inputs() -> Iterator[None]:
+    """A pattern as a single function."""
+
+    @st.register_pattern("first_inputs")
+    def first_inputs(
+        spec: Any, shape: tuple[int, int], density: float, generator: Any, weight: Tensor, *, offset: int = 0
+    ) -> Tensor:
+        mask = torch.zeros(shape[1], shape[0], dtype=torch.bool)
+        mask.view(-1)[: round(density * mask.numel())] = True
+        return mask.roll(offset, 0).t()
+
+    yield
+    PATTERNS.unregister("first_inputs")
+
+
+def test_a_pattern_is_a_function_and_a_file(
+    shell: Any, first_inputs: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine" / "sparsity"
+    folder.mkdir(parents=True)
+    (folder / "first.yaml").write_text("sparsity: 0.75\npattern: first_inputs\noptions: {offset: 3}\n")
+    words = [*shell.tiny, "--config-dir", str(folder.parent), "sparsity=first", "budget.steps=4"]
+    assert shell.run("pretrain", *words, "run_dir=run")[0] == 0
+    masks = masks_and_weights(Path("run/checkpoints/step-00000004"))
+    assert len(masks) == 8
+    for name, (mask, _) in masks.items():
+        columns = mask.any(0).nonzero()[:, 0].tolist()
+        assert columns == list(range(3, 3 + len(columns)))
+        assert mask[:, 3 : 3 + len(columns)].all()
+        assert len(columns) == (32 if name.endswith("mlp.down") else 8)  # of 128 and 32 inputs
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert shell.run("pretrain", *words, "run_dir=cut")[0] == 143
+    assert shell.run("pretrain", *words, "run_dir=cut")[0] == 0
+    assert_same_run(Path("run"), Path("cut"))
+    assert shell.run("pretrain", *words, "run_dir=none", "sparsity.options.offset=0")[0] == 0
+    mask, _ = masks_and_weights(Path("none/checkpoints/step-00000004"))["blocks.0.attn.out"]
+    assert mask[:, 0].all()
+    for own, said in (
+        ("sparsity.options.ofset=1", "sparsity.options.ofset is no option of the pattern first_inputs (did you mean"),
+        ("sparsity.pattern=first_input", "did you mean 'first_inputs'?"),
+        ("sparsity.pattern=random", "sparsity.options.offset is no option of the pattern random; it has none"),
+        (
+            "sparsity.evolution.rule=set",
+            "'first_inputs' would not outlast the first update of rule=set",
+        ),
+    ):
+        assert said in shell.refused("pretrain", *words, "run_dir=other", own)
 
 
 def test_a_stage_is_a_line_of_a_file(shell: Any, tmp_path: Path) -> None:

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import scipy.sparse
 import torch
 from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity import PatternSpec, SparsityPattern, pattern_nnz
+from sparsetrain.sparsity import (
+    SET,
+    MaskManager,
+    PatternSpec,
+    SparsityConfig,
+    SparsityPattern,
+    pattern_nnz,
+    register_pattern,
+)
 from sparsetrain.sparsity.patterns.draw import (
     PATTERNS,
     balanced_pattern,
@@ -23,7 +35,8 @@ from sparsetrain.sparsity.patterns.draw import (
     nm_pattern,
     random_pattern,
 )
-from sparsetrain.sparsity.patterns.spec import PATTERN_NAMES
+from sparsetrain.sparsity.patterns.select import top_cells
+from sparsetrain.sparsity.patterns.spec import PatternKind
 
 SPECS = [
     PatternSpec(),
@@ -214,4 +227,66 @@ def test_what_cannot_be_meant_is_one_line(make: object, message: str) -> None:
 
 
 def test_every_name_has_a_test() -> None:
-    assert {spec.name for spec in SPECS} == set(PATTERNS) == set(PATTERN_NAMES)
+    assert {spec.name for spec in SPECS} == set(PATTERNS)
+
+
+# Patterns of one's own.
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = PATTERNS.names()
+    yield
+    for name in set(PATTERNS) - set(before):
+        PATTERNS.unregister(name)
+
+
+def corner(spec: Any, shape: Any, density: float, generator: Any, weight: Any, *, size: int, extra: int = 0) -> Tensor:
+    mask = torch.zeros(shape, dtype=torch.bool)
+    mask[:size, : size + extra] = True
+    return mask
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_pattern_has_its_options_and_its_count() -> None:
+    register_pattern("corner", corner, count=lambda spec, shape, density: spec.options["size"] ** 2)
+    spec = PatternSpec("corner", options={"size": 3})
+    assert pattern_nnz(spec, (8, 8), 0.5) == 9
+    pattern = make_pattern(spec, (8, 8), 0.5, seeds.generator(0))
+    assert pattern.mask().nonzero().tolist() == [[row, column] for row in range(3) for column in range(3)]
+    with pytest.raises(UserError, match=r"'corner' drew 12 weights in a 8x8 matrix; at density=0.5 it must draw 9"):
+        make_pattern(PatternSpec("corner", options={"size": 3, "extra": 1}), (8, 8), 0.5, seeds.generator(0))
+    with pytest.raises(UserError, match=r"options.size is missing: the pattern corner needs it"):
+        PatternSpec("corner")
+    with pytest.raises(UserError, match=r"options.sise is no option of the pattern corner \(did you mean 'size'"):
+        PatternSpec("corner", options={"sise": 3})
+    with pytest.raises(UserError, match=r"block=.* not of corner"):
+        PatternSpec("corner", block=(2, 2), options={"size": 3})
+    with pytest.raises(UserError, match="'corner' is taken; registered are random,"):
+        register_pattern("corner", lambda *_: None)
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_pattern_ranks_the_weights_of_a_layer_and_may_evolve() -> None:
+    @register_pattern("smallest", evolves=True)
+    def smallest(spec: Any, shape: tuple[int, int], density: float, generator: Any, weight: Tensor) -> Tensor:
+        return top_cells(-weight.detach().abs(), round(density * weight.numel()))
+
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    weight = model[0].weight.detach().abs().clone()
+    MaskManager(model, SET(sparsity=0.75, every=1), pattern="smallest", seed=0)
+    mask = model[0].pattern.mask()
+    assert weight[mask].max() < weight[~mask].min()
+    PATTERNS.register("smallest", PatternKind(smallest, PATTERNS["smallest"].count), replace=True)
+    with pytest.raises(UserError, match="pattern='smallest' would not outlast the first update of SET"):
+        MaskManager(torch.nn.Sequential(torch.nn.Linear(64, 8)), SET(sparsity=0.75), pattern="smallest", seed=0)
+
+
+@pytest.mark.usefixtures("registry")
+def test_options_of_a_section_go_to_the_patterns_that_have_them() -> None:
+    register_pattern("corner", corner)
+    section = SparsityConfig(sparsity=0.5, pattern="corner", options={"size": 3})
+    assert section.spec() == PatternSpec("corner", options={"size": 3})
+    assert section.spec("random") == PatternSpec()
+    with pytest.raises(UserError, match=r"^sparsity.options.size is no option of the pattern random; it has none"):
+        SparsityConfig(sparsity=0.5, options={"size": 3})

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.config import EVOLVING, SparsityConfig
+from sparsetrain.sparsity.config import SparsityConfig
 from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.history import Exploration
 from sparsetrain.sparsity.evolution.rules import Static
@@ -24,7 +24,7 @@ from sparsetrain.sparsity.layers.surgery import (
     sparse_layers,
 )
 from sparsetrain.sparsity.patterns.select import Slices, bands
-from sparsetrain.sparsity.patterns.spec import PatternSpec, pattern_nnz
+from sparsetrain.sparsity.patterns.spec import PatternSpec, evolving_patterns, pattern_nnz
 
 
 @dataclass
@@ -179,10 +179,10 @@ def _check_evolution(
         return
     for name, allocation in allocated.items():
         spec = allocation.spec
-        if spec.name not in EVOLVING:
+        if spec.name not in evolving_patterns():
             raise UserError(
                 f"layer '{name}': pattern={spec.name!r} would not outlast the first update of {rule.name}; masks "
-                f"that evolve start as one of {', '.join(EVOLVING)}"
+                f"that evolve start as one of {', '.join(evolving_patterns())}"
             )
         if blocks[name] != spec.block:
             raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparsetrain import seeds, wrappers
 from sparsetrain.errors import UserError, nearest
@@ -223,9 +223,7 @@ def draw_patterns(
     patterns = {}
     shapes = shapes_of({name: linears[name] for name in allocated})
     for name, layer in allocated.items():
-        weight: Tensor | None = None
-        if layer.spec.name == "magnitude":
-            weight = matrix_of(linears[name])
+        weight = matrix_of(linears[name])
         draws = seeds.generator(seed, "mask", name)
         try:
             if layer.start == 1.0:  # nothing to choose yet, but blocks are stored as such

@@ -13,7 +13,19 @@ from sparsetrain.errors import UserError
 from sparsetrain.sparsity.patterns.foreign import is_sparse, pattern_of_sparse
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 from sparsetrain.sparsity.patterns.select import random_cells, split_evenly, top_cells
-from sparsetrain.sparsity.patterns.spec import PatternSpec, block_grid, exact_count, kept_of_m, kept_regions
+from sparsetrain.sparsity.patterns.spec import (
+    PATTERNS,
+    PatternKind,
+    PatternSpec,
+    block_grid,
+    exact_count,
+    kept_of_m,
+    kept_regions,
+    nm_count,
+    pattern_nnz,
+    register_pattern,
+    units_count,
+)
 
 CURVEBALL_ROUNDS = 16  # trades per row, after which a fan-out balanced pattern keeps no trace of how it was begun
 
@@ -224,17 +236,14 @@ def _checkerboard(
     return SparsityPattern.from_mask(_regular(shape, density, lambda r, j, k: j * shape[1] // k + r))
 
 
-Maker = Callable[[PatternSpec, tuple[int, int], float, torch.Generator, Tensor | None], SparsityPattern]
-
-PATTERNS: dict[str, Maker] = {
-    "random": _random,  # uniformly at random
-    "balanced": _balanced,  # the same fan-in in every row
-    "magnitude": _magnitude,  # the largest weights
-    "block": _random,  # blocks, at random
-    "nm": _nm,  # n of every m consecutive inputs
-    "banded": _banded,  # a diagonal band, wrapped around; for measuring kernels
-    "checkerboard": _checkerboard,  # evenly spaced, shifted from row to row; likewise
-}
+PATTERNS.register("random", PatternKind(_random, units_count, evolves=True, in_bands=True))
+register_pattern("balanced", _balanced)
+PATTERNS.register("magnitude", PatternKind(_magnitude, units_count, evolves=True, in_blocks=True, in_bands=True))
+PATTERNS.register("block", PatternKind(_random, units_count, evolves=True, in_blocks=True, in_bands=True))
+register_pattern("nm", _nm, count=nm_count)
+# Regular patterns, for measuring kernels.
+register_pattern("banded", _banded)
+register_pattern("checkerboard", _checkerboard)
 
 
 def make_pattern(
@@ -247,12 +256,20 @@ def make_pattern(
     """Return a pattern of a kind with `pattern_nnz` nonzeros.
 
     Args:
-        kind: a spec, or a name of `PATTERNS` for the spec with default options.
+        kind: a spec, or a registered name for the spec with default options.
         shape: ``(out_features, in_features)``. density: in (0, 1].
-        generator: on the CPU. weight: ``[out_features, in_features]``, for ``magnitude``.
+        generator: on the CPU. weight: ``[out_features, in_features]``, for patterns that rank weights.
 
     Raises:
-        UserError: an unknown name, a density or shape that the pattern cannot have, or no weights to rank.
+        UserError: an unknown name, a density or shape that the pattern cannot have, no weights to rank, or a pattern of
+            another shape or number of nonzeros than its kind has.
     """
     spec = PatternSpec(kind) if isinstance(kind, str) else kind
-    return PATTERNS[spec.name](spec, shape, density, generator, weight)
+    expected = pattern_nnz(spec, shape, density)
+    pattern = given_pattern(PATTERNS[spec.name].make(spec, shape, density, generator, weight, **spec.options))
+    if pattern.shape != shape or pattern.nnz != expected:
+        raise UserError(
+            f"pattern {spec.name!r} drew {pattern.nnz} weights in a {pattern.shape[0]}x{pattern.shape[1]} matrix; at "
+            f"density={density:g} it must draw {expected} in {shape[0]}x{shape[1]}"
+        )
+    return pattern

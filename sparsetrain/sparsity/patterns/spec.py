@@ -1,4 +1,4 @@
-"""What kinds of patterns there are, and how many nonzeros each has.
+"""The kinds of patterns, their options, and how many nonzeros each has.
 
 The number is a function of the spec, the shape and the density alone (`pattern_nnz`), whatever is drawn: SμPar (arXiv
 2405.15743) divides by the density, and comparisons at equal FLOPs count it.
@@ -6,12 +6,115 @@ The number is a function of the spec, the shape and the density alone (`pattern_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.registry import Registry
 from sparsetrain.sparsity.patterns.select import bands, largest_remainder, split_evenly
 
-PATTERN_NAMES = ("random", "balanced", "magnitude", "block", "nm", "banded", "checkerboard")
+Maker = TypeVar("Maker", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class PatternKind:
+    """What is registered under the name of a pattern; see `register_pattern`.
+
+    Args:
+        make: draws a pattern. count: the number of its nonzeros for a spec, a shape and a density.
+        evolves: whether masks of this kind may evolve.
+        in_blocks: whether it has the options ``block`` and ``bands`` of `PatternSpec`; in_bands: whether ``bands``.
+    """
+
+    make: Callable[..., Any]
+    count: Callable[[PatternSpec, tuple[int, int], float], int]
+    evolves: bool = False
+    in_blocks: bool = False
+    in_bands: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keyword-only arguments of ``make`` with their defaults, `inspect.Parameter.empty` where there is none."""
+        arguments = inspect.signature(self.make).parameters.values()
+        return {entry.name: entry.default for entry in arguments if entry.kind is entry.KEYWORD_ONLY}
+
+
+PATTERNS: Registry[PatternKind] = Registry("pattern", "sparsity.pattern")
+"""The kinds of patterns that a configuration can name."""
+
+
+@overload
+def register_pattern(
+    name: str,
+    *,
+    evolves: bool = False,
+    count: Callable[[PatternSpec, tuple[int, int], float], int] | None = None,
+    replace: bool = False,
+) -> Callable[[Maker], Maker]: ...
+
+
+@overload
+def register_pattern(
+    name: str,
+    maker: Maker,
+    *,
+    evolves: bool = False,
+    count: Callable[[PatternSpec, tuple[int, int], float], int] | None = None,
+    replace: bool = False,
+) -> Maker: ...
+
+
+def register_pattern(
+    name: str,
+    maker: Maker | None = None,
+    *,
+    evolves: bool = False,
+    count: Callable[[PatternSpec, tuple[int, int], float], int] | None = None,
+    replace: bool = False,
+) -> Maker | Callable[[Maker], Maker]:
+    """Make a kind of pattern available by name; without ``maker``, return a decorator that does so.
+
+    ``sparsity.pattern=first_inputs`` then chooses it, and the keyword-only arguments of the maker are its options,
+    ``sparsity.options.offset=3``:
+
+    ```python
+    @sparsetrain.register_pattern("first_inputs")
+    def first_inputs(spec, shape, density, generator, weight, *, offset=0):
+        mask = torch.zeros(shape[1], shape[0], dtype=torch.bool)
+        mask.view(-1)[: round(density * mask.numel())] = True
+        return mask.roll(offset, 0).t()
+    ```
+
+    Args:
+        name: the name, see `sparsetrain.registry.Registry.register`.
+        maker: called as ``maker(spec, shape, density, generator, weight, **options)``, with the `PatternSpec`,
+            ``(out_features, in_features)``, the density in (0, 1], a `torch.Generator` on the CPU for all that is
+            random, and the layer's weight ``[out_features, in_features]``, which it must not change, or None where
+            there is no weight. It returns a bool mask ``[out_features, in_features]`` or a
+            `sparsetrain.SparsityPattern`.
+        evolves: whether masks of this kind may evolve; the first update of a rule moves weights out of the pattern.
+        count: maps spec, shape and density to the number of nonzeros; None for ``round(density * R * C)``. A pattern
+            with another number is refused when it is drawn.
+        replace: take the place of another pattern of that name.
+
+    Returns:
+        ``maker``, or the decorator, which returns what it decorates.
+
+    Raises:
+        UserError: the name is malformed or taken.
+    """
+    if maker is None:
+        return lambda decorated: register_pattern(name, decorated, evolves=evolves, count=count, replace=replace)
+    counted = count or (lambda _spec, shape, density: exact_count(shape, density))
+    PATTERNS.register(name, PatternKind(maker, counted, evolves), replace=replace)
+    return maker
+
+
+def evolving_patterns() -> list[str]:
+    """Return the names of the patterns whose masks may evolve."""
+    return [name for name in PATTERNS if PATTERNS[name].evolves]
 
 
 def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
@@ -25,13 +128,15 @@ class PatternSpec:
     """A kind of pattern and its options.
 
     Args:
-        name: one of `PATTERN_NAMES`.
+        name: a registered pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded``,
+            ``checkerboard``, or one of `register_pattern`.
         block: rows and columns of a block, for ``block`` and ``magnitude``. ``block`` may leave a remainder at the
             right and lower edge; ``magnitude`` needs a block that divides the matrix.
         m: for ``nm``: the length of the groups of consecutive inputs of which each keeps ``density * m``.
         fan_out: for ``balanced``: also give each input the same number of outputs.
         bands: rows and columns of equal bands, each of which gets the same share of the weights: ``(n_heads, 1)``
             ranks or draws inside each head of a projection into heads. For ``random``, ``block`` and ``magnitude``.
+        options: by name, those that a registered pattern has of its own.
 
     Raises:
         UserError: an unknown name, or an option that the pattern does not have.
@@ -42,22 +147,32 @@ class PatternSpec:
     m: int = 4
     fan_out: bool = False
     bands: tuple[int, int] = (1, 1)
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        check_choice("pattern", self.name, PATTERN_NAMES)
+        check_choice("pattern", self.name, PATTERNS)
+        kind = PATTERNS[self.name]
         for option in ("block", "bands"):
             value = getattr(self, option)
             if len(value) != 2 or not all(isinstance(side, int) and side >= 1 for side in value):
                 raise UserError(f"{option}={list(value)} must be two whole numbers of at least 1: rows, columns")
             object.__setattr__(self, option, (int(value[0]), int(value[1])))
-        if self.block != (1, 1) and self.name not in ("block", "magnitude"):
+        if self.block != (1, 1) and not kind.in_blocks:
             raise UserError(f"block={list(self.block)} is an option of block and magnitude, not of {self.name}")
         if self.block == (1, 1) and self.name == "block":
             raise UserError("block=[1, 1]: the pattern 'block' needs a larger block, for example [16, 16]")
-        if self.bands != (1, 1) and self.name not in ("random", "block", "magnitude"):
+        if self.bands != (1, 1) and not kind.in_bands:
             raise UserError(f"bands={list(self.bands)} are an option of random, block, magnitude, not of {self.name}")
         if self.m < 1:
             raise UserError(f"m={self.m} must be at least 1")
+        for option in self.options:
+            if option not in kind.options:
+                has = f"it has {', '.join(kind.options)}" if kind.options else "it has none"
+                hint = nearest(str(option), kind.options)
+                raise UserError(f"options.{option} is no option of the pattern {self.name}{hint}; {has}")
+        for option, default in kind.options.items():
+            if default is inspect.Parameter.empty and option not in self.options:
+                raise UserError(f"options.{option} is missing: the pattern {self.name} needs it")
 
 
 def _check_density(density: float) -> None:
@@ -130,6 +245,18 @@ def _blocks_kept(spec: PatternSpec, shape: tuple[int, int], density: float, grid
     return kept
 
 
+def units_count(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return the number of nonzeros of a pattern that comes in blocks or bands."""
+    if spec.block == (1, 1) and spec.bands == (1, 1):
+        return exact_count(shape, density)
+    return sum(region.kept * region.size for region in kept_regions(spec, shape, density))
+
+
+def nm_count(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
+    """Return the number of nonzeros of an n:m pattern."""
+    return kept_of_m(spec, shape, density) * shape[0] * (shape[1] // spec.m)
+
+
 def kept_of_m(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
     """Return n of an n:m pattern."""
     _check_density(density)
@@ -149,13 +276,9 @@ def pattern_nnz(spec: PatternSpec, shape: tuple[int, int], density: float) -> in
     """Return the exact number of nonzeros that `make_pattern` gives, without drawing anything.
 
     It is ``round(density * R * C)`` unless the pattern comes in blocks or groups; then it is the nearest number of
-    whole blocks (with a remainder: for each size of block).
+    whole blocks (with a remainder: for each size of block). A registered pattern may have its own count.
 
     Raises:
         UserError: as `make_pattern`.
     """
-    if spec.name == "nm":
-        return kept_of_m(spec, shape, density) * shape[0] * (shape[1] // spec.m)
-    if spec.block != (1, 1) or spec.bands != (1, 1):
-        return sum(region.kept * region.size for region in kept_regions(spec, shape, density))
-    return exact_count(shape, density)
+    return PATTERNS[spec.name].count(spec, shape, density)
