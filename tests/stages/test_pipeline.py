@@ -17,7 +17,7 @@ from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.report.schema import validate_report
 from sparsetrain.runs.weights import read_weights
-from sparsetrain.sparsity import SparsityConfig
+from sparsetrain.sparsity import EvolutionConfig, SparsityConfig
 from sparsetrain.stages import PipelineConfig, pipeline
 from sparsetrain.stages.stage import train
 from sparsetrain.training.state import Interrupted
@@ -158,6 +158,17 @@ def test_arms_follow_from_the_sparsity_section(configure: Configure) -> None:
     dense, sparse = (config.stage_config(config.stages[0], arm).sparsity for arm in config.arms)
     assert dense == SparsityConfig(seed=3)
     assert sparse == config.sparsity
+
+
+def test_an_arm_or_a_stage_of_another_rule_has_the_settings_of_that_rule() -> None:
+    rules = "pipeline.arms={sparsity.evolution.rule: [set, gmp, static]}"
+    config = load("pipeline", ["model=tiny", "sparsity=rigl", "sparsity.evolution.every=7", rules])
+    found = [config.stage_config(config.stages[0], arm).sparsity.evolution for arm in config.arms]
+    assert found == [EvolutionConfig("set", every=7), EvolutionConfig("gmp", every=7), EvolutionConfig()]
+    stages = "pipeline.stages=[{name: pretrain, sparsity: {evolution: {rule: gmp, curve: linear}}}]"
+    config = load("pipeline", ["model=tiny", "sparsity=rigl", "sparsity.evolution.every=7", stages])
+    *_, sparse = (config.stage_config(config.stages[0], arm).sparsity.evolution for arm in config.arms)
+    assert sparse == EvolutionConfig("gmp", every=7, curve="linear")
 
 
 @pytest.mark.parametrize(
