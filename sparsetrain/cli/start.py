@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sparsetrain import stages
 from sparsetrain.cli.verbs import find, named
-from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare
+from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare_corpora
 from sparsetrain.errors import single_line
 from sparsetrain.screen import say
 from sparsetrain.stages.pipeline_report import overlap_caveat
@@ -54,17 +54,18 @@ def generate(config: stages.GenerateConfig) -> None:
 def data(config: DataVerbConfig) -> None:
     """Prepare a corpus and print how much text it holds."""
     console = Console()
-    corpus = prepare(config.data, progress=True, console=console)
-    for split, counts in corpus.manifest["splits"].items():
-        entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
-        say(console, f"{split}: {', '.join(entries)}")
-    say(console, f"licence: {corpus.manifest['licence']}")
+    corpora = prepare_corpora(config.data, progress=True, console=console)
+    for corpus in corpora.values():
+        for split, counts in corpus.manifest["splits"].items():
+            entries = (f"{counts[key]:,} {key}" for key in ("documents", "tokens", "bytes"))
+            say(console, f"{split}: {', '.join(entries)}")
+        say(console, f"licence: {corpus.manifest['licence']}")
     if config.task is not None:
         task = load_task(config.task)
         say(console, f"task: {task.describe()}")
-        overlap = task.overlap(corpus.train_ids())
+        overlap = task.overlap(corpora.train_ids())
         say(console, f"test documents in the training text: {overlap}")
-        for sentence in overlap_caveat(corpus, [task.name]):
+        for sentence in overlap_caveat(corpora, [task.name]):
             say(console, f"warning: {sentence}")
 
 

@@ -5,7 +5,8 @@ import pkgutil
 
 from sparsetrain.data import medline, sources, tasks
 from sparsetrain.data.config import DataConfig
-from sparsetrain.data.corpus import Corpus, find_prepared, open_corpus, prepare
+from sparsetrain.data.corpora import Corpora, find_corpora, prepare_corpora
+from sparsetrain.data.corpus import Corpus, open_corpus, prepare
 from sparsetrain.data.sources.base import Document, Section, Source
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
 from sparsetrain.data.split import split_of
@@ -24,6 +25,7 @@ __all__ = [
     "SOURCES",
     "TASKS",
     "Batch",
+    "Corpora",
     "Corpus",
     "DataConfig",
     "Document",
@@ -39,11 +41,12 @@ __all__ = [
     "TokenFile",
     "Tokenizer",
     "answer_tokens",
-    "find_prepared",
+    "find_corpora",
     "find_task",
     "load_task",
     "open_corpus",
     "prepare",
+    "prepare_corpora",
     "register_source",
     "register_task",
     "scoring_batches",

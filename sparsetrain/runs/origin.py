@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sparsetrain.data import Corpus, Tokenizer
+from sparsetrain.data import Corpora, Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.files import sha256_of, whole_file, write_text
 from sparsetrain.reading import read_text
@@ -21,7 +21,7 @@ class Origin:
     """The origin of a run, saved in its directory so that the run can be used without the corpus.
 
     Args:
-        corpus: name of the corpus, a hash of its content.
+        corpus: `Corpora.key` of the text, which names its content.
         source: see `source_key`; None for a run from scratch.
         tokenizer: tokenizer of the corpus and the model.
         train_ids: ids of the documents that the weights have seen, to find test documents of a task among them.
@@ -33,12 +33,12 @@ class Origin:
     train_ids: set[str]
 
     @classmethod
-    def of_corpus(cls, corpus: Corpus, init_from: str | None = None) -> Origin:
-        """Return the origin of a run on ``corpus``, from scratch or from the weights of another run."""
-        seen = corpus.train_ids()
+    def of_corpora(cls, corpora: Corpora, init_from: str | None = None) -> Origin:
+        """Return the origin of a run on ``corpora``, from scratch or from the weights of another run."""
+        seen = corpora.train_ids()
         if init_from is not None:
             seen |= cls.of_run(init_from).train_ids
-        return cls(corpus.directory.name, source_key(init_from), corpus.tokenizer, seen)
+        return cls(corpora.key, source_key(init_from), corpora.tokenizer, seen)
 
     @classmethod
     def of_run(cls, init_from: str) -> Origin:

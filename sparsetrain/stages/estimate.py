@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from rich.console import Console
 
-from sparsetrain.data import Corpus, DataConfig, prepare
+from sparsetrain.data import Corpora, DataConfig, prepare_corpora
 from sparsetrain.errors import UserError
 from sparsetrain.report.text import duration, si
 from sparsetrain.runs.layout import RESULT
@@ -143,9 +143,9 @@ def _rate(finished: Iterable[PlannedRun], left: Sequence[RunConfig]) -> tuple[fl
     return (0.0 if widest is None else _STEP_SHARE * _product_rate(widest)), 0
 
 
-def _prepared(config: DataConfig, console: Console | None) -> tuple[str, Corpus | None]:
-    corpus = prepare(config, progress=True, console=console)
-    return corpus.directory.name, corpus
+def _prepared(config: DataConfig, console: Console | None) -> tuple[str, Corpora | None]:
+    corpora = prepare_corpora(config, progress=True, console=console)
+    return corpora.key, corpora
 
 
 def _product_rate(config: RunConfig) -> float:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsetrain.data import Corpus, prepare
+from sparsetrain.data import Corpora, prepare_corpora
 from sparsetrain.files import write_json
 from sparsetrain.optim import RunSchedule
 from sparsetrain.report.html import write_html
@@ -63,8 +63,8 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
         Diverged: all arms diverged. If only some did, the report and the result name them.
     """
     console = console or Console()
-    corpus = prepare(config.data, progress=True, console=console)
-    origin = Origin.of_corpus(corpus)
+    corpora = prepare_corpora(config.data, progress=True, console=console)
+    origin = Origin.of_corpora(corpora)
     # A pipeline without a stage on a task needs no task.
     tasked = any(entry.run != "pretrain" for entry in config.stages)
     run = identify("pipeline", config, origin, task_facts(available_task(config.task) if tasked else None))
@@ -74,13 +74,13 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
             skipped(done, console)
             show_report(directory, console)
             return done
-        check_stages(config, corpus, directory, console)
+        check_stages(config, corpora, directory, console)
         runs = _run_stages(config, directory, console)
         arms = [ArmRuns(arm, config.of_arm(arm), runs.get(arm, {})) for arm in config.arms]
         once = runs.get(None, {})
         if not any(arm.is_complete for arm in arms):
             raise Diverged(f"every arm of the pipeline in {directory} diverged: {_why(arms)}")
-        content = report(config, corpus, arms, once)
+        content = report(config, corpora, arms, once)
         validate_report(content)
         write_json(directory / REPORT, content)
         write_html(content, directory / PAGE)  # type: ignore[arg-type]
@@ -97,14 +97,14 @@ def _why(arms: list[ArmRuns]) -> str:
     return str(next(broken).values.get("message"))
 
 
-def stage_of(config: RunConfig, console: Console | None = None, corpus: Corpus | None = None) -> Stage[RunConfig]:
+def stage_of(config: RunConfig, console: Console | None = None, corpora: Corpora | None = None) -> Stage[RunConfig]:
     """Return the stage that a configuration describes."""
     if isinstance(config, PromptConfig):
         return Prompting(config, console)  # type: ignore[return-value]
     if isinstance(config, FinetuneConfig):
         return Finetuning(config, console)  # type: ignore[return-value]
     assert isinstance(config, PretrainConfig)
-    return Pretraining(config, console, corpus)
+    return Pretraining(config, console, corpora)
 
 
 def stage_directory(directory: Path, arm: Arm | None, entry: StageEntry) -> Path:
@@ -139,17 +139,17 @@ def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, direc
     return settings
 
 
-def check_stages(config: PipelineConfig, corpus: Corpus, directory: Path, console: Console) -> None:
+def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, console: Console) -> None:
     """Raise `UserError` before the first stage trains if the task, the schedule or the memory of any stage is wrong."""
     device = resolve_device(config.device)
-    origin = Origin.of_corpus(corpus)
+    origin = Origin.of_corpora(corpora)
     for arm, entry, settings in planned_stages(config, directory):
         if finished(stage_directory(directory, arm, entry)) is not None:
             continue
         own_text = isinstance(settings, PretrainConfig) and "data" in entry.settings
         if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
             continue  # its text needs the tokenizer of a run that does not exist yet
-        stage = stage_of(settings, console, None if own_text else corpus)
+        stage = stage_of(settings, console, None if own_text else corpora)
         stage.prepare(origin)
         RunSchedule(settings.schedule, stage.budget)  # raises if the schedule does not fit the length
         check_memory(*stage.workload(f"pipeline.stages.{entry.name}."), device, config.force)

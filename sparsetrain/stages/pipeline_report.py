@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol
 
-from sparsetrain.data import SOURCES, TASKS, Corpus
+from sparsetrain.data import SOURCES, TASKS, Corpora
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
@@ -37,7 +37,7 @@ class Runs(Protocol):
 
 
 def report(
-    config: PipelineConfig, corpus: Corpus, arms: Sequence[Runs], once: Mapping[str, RunResult]
+    config: PipelineConfig, corpora: Corpora, arms: Sequence[Runs], once: Mapping[str, RunResult]
 ) -> dict[str, Any]:
     """Return the content of ``report.json``; at least one arm must be complete."""
     every = [run for runs in arms for run in runs.runs.values()] + [run for run in once.values() if run.complete]
@@ -62,10 +62,10 @@ def report(
         "task": {} if main is None else {"name": main["task"], "n_train": main["n_train"], "n_test": main["n_test"]},
         "model": shown["model"],
         "data": {
-            key: corpus.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
+            key: corpora.only.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
         },
         "settings": _settings(config),
-        "limits": _limits(config, corpus, shown, {run["task"] for run in scored}, scratch is not None),
+        "limits": _limits(config, corpora, shown, {run["task"] for run in scored}, scratch is not None),
         **({"once": {name: result_of(run) for name, run in once.items()}} if once else {}),
     }
 
@@ -146,11 +146,11 @@ def _stage_settings(settings: RunConfig) -> Row:
     }
 
 
-def overlap_caveat(corpus: Corpus, tasks: Iterable[str]) -> list[str]:
+def overlap_caveat(corpora: Corpora, tasks: Iterable[str]) -> list[str]:
     """Return a warning if the ids of the corpus differ in kind from those of tasks, so that an overlap of 0 is void."""
-    source = corpus.manifest["source"]
-    ids = SOURCES[source].ids if source in SOURCES else None
-    if all(ids is not None and name in TASKS and TASKS[name].ids == ids for name in tasks):
+    sources = {corpus.manifest["source"] for corpus in corpora.values()}
+    kinds = {SOURCES[name].ids if name in SOURCES else None for name in sources}
+    if all(name in TASKS and TASKS[name].ids is not None and kinds == {TASKS[name].ids} for name in tasks):
         return []
     return [
         "Documents of the task and of this corpus have different kinds of ids, so the overlap between the test "
@@ -158,12 +158,12 @@ def overlap_caveat(corpus: Corpus, tasks: Iterable[str]) -> list[str]:
     ]
 
 
-def _limits(config: PipelineConfig, corpus: Corpus, first: RunResult, tasks: Set[str], scratch: bool) -> list[str]:
+def _limits(config: PipelineConfig, corpora: Corpora, first: RunResult, tasks: Set[str], scratch: bool) -> list[str]:
     """Return sentences about the limits of the report's results, for this configuration."""
     stored = (first.values.get("bytes") or {}).get("parameters", 0) // 4
     tokens = first.values.get("tokens") or 0
     limits = [
-        *overlap_caveat(corpus, tasks),
+        *overlap_caveat(corpora, tasks),
         f"One seed ({config.seed}) of initialisation, masks and sample order.",
         f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
         "the papers. Only signs and rough ratios can be expected to carry over.",

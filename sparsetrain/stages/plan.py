@@ -12,7 +12,7 @@ from pathlib import Path
 from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops_per_token
 from sparsetrain.cost.footprint import Footprint, Workload
 from sparsetrain.cost.ledger import FlopLedger
-from sparsetrain.data import Corpus, Task, TaskConfig
+from sparsetrain.data import Corpora, Task, TaskConfig
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
@@ -155,8 +155,8 @@ def plan_of(config: RunConfig, inputs: Inputs | None = None) -> Plan:
 
 
 def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
-    name, corpus = inputs.corpus(config.data)
-    origin = None if corpus is None else inputs.origin(corpus, None)
+    name, corpora = inputs.corpora(config.data)
+    origin = None if corpora is None else inputs.origin(corpora, None)
     tasked = any(entry.run != "pretrain" for entry in config.stages)
     task, notes = _task_and_notes(inputs, config.task, config) if tasked else (None, [])
     known = task if isinstance(task, Task) else None
@@ -197,21 +197,21 @@ def plan_text(
     Raises:
         UserError: the run itself would refuse the input.
     """
-    text, corpus = "", None
+    text, corpora = "", None
     if own_text and start is not None and config.data.tokenizer_path is None:
         notes = [f"The text needs the tokenizer of {start.directory}, which does not exist yet."]
     else:
-        text, corpus = inputs.corpus(config.data)
-        notes = [] if corpus is not None else [_unprepared(config)]
+        text, corpora = inputs.corpora(config.data)
+        notes = [] if corpora is not None else [_unprepared(config)]
     seen = None if start is not None else config.init_from
-    origin = None if corpus is None else inputs.origin(corpus, seen)
+    origin = None if corpora is None else inputs.origin(corpora, seen)
     facts = {"corpus": text} | ({"source": source_key(config.init_from)} if start is None else {})
     directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
     run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
-    model = model_config(config.model, _vocabulary(config, corpus, start))
-    if corpus is None and config.budget.epochs is not None:
+    model = model_config(config.model, _vocabulary(config, corpora, start))
+    if corpora is None and config.budget.epochs is not None:
         return run
-    samples = None if corpus is None else samples_per_epoch(corpus, config)
+    samples = None if corpora is None else samples_per_epoch(corpora, config)
     budget = budget_of(config, model, samples)
     if samples is not None:
         for context in budget.contexts:
@@ -232,7 +232,7 @@ def plan_text(
         for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True)
     ]
     dense = sum(training_flops_per_token(model, 1.0, phase.context).total * phase.tokens for phase in budget.phases)
-    validation = len(corpus.validation) if corpus is not None else _UNKNOWN
+    validation = len(corpora.only.validation) if corpora is not None else _UNKNOWN
     workload = workload_of(config, model, budget, section, validation)
     return _with(run, phases, workload, dense, densities(budget.total_steps), config)
 
@@ -263,8 +263,8 @@ def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun |
         origin = stage.origin()
         facts = dict(origin.facts)
     else:
-        text, corpus = inputs.corpus(config.data)
-        origin = None if corpus is None else inputs.origin(corpus, None)
+        text, corpora = inputs.corpora(config.data)
+        origin = None if corpora is None else inputs.origin(corpora, None)
         facts = {"corpus": text, "source": None}
         notes += [_unprepared(config)] if origin is None else []
     run = Recorded(stage.kind, type(config), as_plain(config), {**facts, **task_facts(stage.known)})
@@ -346,9 +346,9 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
 
 
-def _vocabulary(config: RunConfig, corpus: Corpus | None, start: PlannedRun | None) -> int:
-    if corpus is not None:
-        return corpus.tokenizer.vocab_size
+def _vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None) -> int:
+    if corpora is not None:
+        return corpora.tokenizer.vocab_size
     if config.data.tokenizer_path is not None:
         return Tokenizer.load(config.data.tokenizer_path).vocab_size
     if start is not None and start.origin is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sparsetrain.data import Corpus, DataConfig, PackedSamples, Task, TaskConfig, find_prepared, find_task
+from sparsetrain.data import Corpora, DataConfig, PackedSamples, Task, TaskConfig, find_corpora, find_task
 from sparsetrain.errors import UserError
 from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.origin import Origin
@@ -12,26 +12,26 @@ from sparsetrain.stages.config import RunConfig
 
 MOST_RATES = 100_000  # learning rates of a phase to evaluate when looking for the lowest and highest
 
-Find = Callable[[DataConfig], tuple[str, Corpus | None]]
-"""Returns the name of a corpus and, if it is prepared, the corpus."""
+Find = Callable[[DataConfig], tuple[str, Corpora | None]]
+"""Returns the key of the corpora of a run and, if they are prepared, the corpora."""
 
 
 class Inputs:
     """A cache of corpora, tasks, origins and learning rates. It also remembers errors and raises them again.
 
     Args:
-        find: returns a corpus; by default only one that is already prepared.
+        find: returns the corpora; by default only prepared ones.
     """
 
-    def __init__(self, find: Find = find_prepared) -> None:
+    def __init__(self, find: Find = find_corpora) -> None:
         self._find = find
-        self._corpora: dict[str, tuple[str, Corpus | None] | UserError] = {}
+        self._corpora: dict[str, tuple[str, Corpora | None] | UserError] = {}
         self._tasks: dict[str, Task | UserError | None] = {}
         self._origins: dict[tuple[str, str | None], Origin] = {}
         self._factors: dict[str, list[tuple[float, float]]] = {}
 
-    def corpus(self, config: DataConfig) -> tuple[str, Corpus | None]:
-        """Return the name of a corpus and, if it is prepared, the corpus.
+    def corpora(self, config: DataConfig) -> tuple[str, Corpora | None]:
+        """Return the key of the corpora of a run and, if they are prepared, the corpora.
 
         Raises:
             UserError: the text cannot be read.
@@ -47,11 +47,11 @@ class Inputs:
             raise found
         return found
 
-    def origin(self, corpus: Corpus, init_from: str | None) -> Origin:
-        """Return `Origin.of_corpus` for a corpus and a run to start from."""
-        key = (corpus.directory.name, init_from)
+    def origin(self, corpora: Corpora, init_from: str | None) -> Origin:
+        """Return `Origin.of_corpora` for a text and a run to start from."""
+        key = (corpora.key, init_from)
         if key not in self._origins:
-            self._origins[key] = Origin.of_corpus(corpus, init_from)
+            self._origins[key] = Origin.of_corpora(corpora, init_from)
         return self._origins[key]
 
     def task(self, config: TaskConfig) -> Task | UserError | None:
@@ -82,6 +82,6 @@ class Inputs:
         return [(config.optimizer.lr * low, config.optimizer.lr * high) for low, high in self._factors[key]]
 
 
-def samples_per_epoch(corpus: Corpus, config: RunConfig) -> Callable[[int], int]:
+def samples_per_epoch(corpora: Corpora, config: RunConfig) -> Callable[[int], int]:
     """Return a function from a context to the samples per epoch; it raises `UserError` if the text is too short."""
-    return lambda context: PackedSamples(corpus.train, context, config.samples_seed, "pretrain").samples_per_epoch
+    return lambda context: PackedSamples(corpora.only.train, context, config.samples_seed, "pretrain").samples_per_epoch

@@ -14,7 +14,7 @@ from rich.console import Console
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.ledger import FlopLedger, planned_flops
 from sparsetrain.cost.memory import state_bytes
-from sparsetrain.data import Batch, Corpus, PackedSamples, prepare, sequential_windows
+from sparsetrain.data import Batch, Corpora, PackedSamples, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim.budget import Budget, SamplesPerEpoch
@@ -64,31 +64,31 @@ class Pretraining(Stage[RunConfig]):
     """Training on text, from scratch or from the weights of ``init_from``.
 
     Args:
-        corpus: the prepared text, if it is already loaded.
+        corpora: the prepared text, if it is already loaded.
     """
 
     kind: ClassVar[str] = "pretrain"
 
-    def __init__(self, config: RunConfig, console: Console | None = None, corpus: Corpus | None = None) -> None:
+    def __init__(self, config: RunConfig, console: Console | None = None, corpora: Corpora | None = None) -> None:
         super().__init__(config, console)
-        self._corpus = corpus
+        self._corpora = corpora
 
     @property
-    def corpus(self) -> Corpus:
-        if self._corpus is None:
-            self._corpus = prepare(self.config.data, progress=True, console=self.console)
-        return self._corpus
+    def corpora(self) -> Corpora:
+        if self._corpora is None:
+            self._corpora = prepare_corpora(self.config.data, progress=True, console=self.console)
+        return self._corpora
 
     @property
     def title(self) -> str:
         return f"pretrain s={starts_sparse(self.config):g}"
 
     def origin(self) -> Origin:
-        return Origin.of_corpus(self.corpus, self.config.init_from)
+        return Origin.of_corpora(self.corpora, self.config.init_from)
 
     def prepare(self, origin: Origin | None = None) -> None:
         config = self.config
-        self.model = model_config(config.model, self.corpus.tokenizer.vocab_size)
+        self.model = model_config(config.model, self.corpora.tokenizer.vocab_size)
         self.budget = budget_of(config, self.model, lambda context: self._stream(0, context).samples_per_epoch)
         self.sparsity = sparsity_section(config, self.budget)
         for stream, context in enumerate(self.budget.contexts):
@@ -97,13 +97,13 @@ class Pretraining(Stage[RunConfig]):
     def _stream(self, stream: int, context: int) -> PackedSamples:
         # A run without phases has one stream, and it must keep its name: samples are drawn from it.
         name = self.kind if stream == 0 else f"{self.kind}-{stream}"
-        return PackedSamples(self.corpus.train, context, self.config.samples_seed, name)
+        return PackedSamples(self.corpora.only.train, context, self.config.samples_seed, name)
 
     def samples(self) -> Sequence[Samples]:
         return [self._stream(stream, context) for stream, context in enumerate(self.budget.contexts)]
 
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
-        workload = workload_of(self.config, self.model, self.budget, self.sparsity, len(self.corpus.validation))
+        workload = workload_of(self.config, self.model, self.budget, self.sparsity, len(self.corpora.only.validation))
         largest, model = self.budget.largest, self.model
         if len(self.budget.phases) == 1:
             size = f"{prefix}budget.batch_size={largest.batch_size}, data.context={largest.context}"
@@ -126,16 +126,16 @@ class Pretraining(Stage[RunConfig]):
     def build(self, device: torch.device) -> Subject:
         config = self.config
         if config.init_from is None:
-            model = build_model(config, self.corpus.tokenizer.vocab_size, device, self.sparsity)
+            model = build_model(config, self.corpora.tokenizer.vocab_size, device, self.sparsity)
         else:
             start = Path(config.init_from)
-            model = restored_model(config, read_weights(start), self.corpus.tokenizer.vocab_size, device, start)
+            model = restored_model(config, read_weights(start), self.corpora.tokenizer.vocab_size, device, start)
             # The checkpoint decided the densities, so initial values and learning rates must be computed for them.
             model.parameterize(config.parameterization, reinitialise=False)
         return Subject(model, model, mask_manager(config, model, self.budget))
 
     def entries(self) -> dict[str, Any]:
-        return {"corpus": self.corpus.directory.name, "backend": backends(self.training.network)}
+        return {"corpus": self.corpora.key, "backend": backends(self.training.network)}
 
     def begin(self, training: Training) -> None:
         super().begin(training)
@@ -154,14 +154,14 @@ class Pretraining(Stage[RunConfig]):
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
         phase, model = self.budget.before(step), self.training.network
         limit = FINAL_EVALUATION if final else self.config.loop.eval_sequences
-        windows = sequential_windows(self.corpus.validation, phase.context, limit)
+        windows = sequential_windows(self.corpora.only.validation, phase.context, limit)
 
         def losses(batch: Batch) -> torch.Tensor:
             batch = batch.to(self.training.device)
             with self.training.autocasting():
                 return model.token_losses(batch.tokens, batch.targets)
 
-        score = score_text(model, losses, windows.split(phase.batch_size), self.corpus.tokenizer.token_bytes)
+        score = score_text(model, losses, windows.split(phase.batch_size), self.corpora.tokenizer.token_bytes)
         numbers = {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
         return {**numbers, "context": phase.context} if len(self.budget.contexts) > 1 else numbers
 

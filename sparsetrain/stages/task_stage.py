@@ -23,7 +23,7 @@ from sparsetrain.data import (
     Tokenizer,
     answer_tokens,
     load_task,
-    prepare,
+    prepare_corpora,
     scoring_batches,
 )
 from sparsetrain.errors import UserError
@@ -89,7 +89,7 @@ class TaskStage(Stage[C]):
 
     def origin(self) -> Origin:
         if self.config.init_from is None:
-            return Origin.of_corpus(prepare(self.config.data, progress=True, console=self.console))
+            return Origin.of_corpora(prepare_corpora(self.config.data, progress=True, console=self.console))
         return Origin.of_run(self.config.init_from)
 
     def facts(self) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from sparsetrain.data import Corpus, PackedSamples, prepare
+from sparsetrain.data import Corpora, PackedSamples, prepare_corpora
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import file_errors, write_text
 from sparsetrain.optim import build_optimizer
@@ -163,14 +163,14 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
         UserError: the input cannot be used.
     """
     console = console or Console()
-    corpus = prepare(config.data, progress=True, console=console)
-    origin = Origin.of_corpus(corpus)
+    corpora = prepare_corpora(config.data, progress=True, console=console)
+    origin = Origin.of_corpora(corpora)
     directory = _directory(config, origin)
     with claimed(directory, identify("coord-check", config, origin), origin) as done:
         if done is None:
-            _check_memory(config, corpus.tokenizer.vocab_size)
+            _check_memory(config, corpora.tokenizer.vocab_size)
         with memory_errors("this check"):
-            rows = _read_all(config, corpus, directory, console)
+            rows = _read_all(config, corpora, directory, console)
         found = spreads(rows)
         axis = "density" if config.check.axis == "sparsity" else config.check.axis
         print_sheets(coordinates_sheets(found, axis), console)
@@ -248,7 +248,7 @@ def _directory(config: CoordinatesConfig, origin: Origin) -> Path:
     return run_place(Path(config.runs_dir), f"coord-check-{config.check.axis}-", run, origin)
 
 
-def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, console: Console) -> list[Coordinate]:
+def _read_all(config: CoordinatesConfig, corpora: Corpora, directory: Path, console: Console) -> list[Coordinate]:
     """Return the coordinates of all trials; those of trials that finished earlier are read from the directory."""
     path = directory / TRIALS
     have = _finished_trials(path)
@@ -263,7 +263,7 @@ def _read_all(config: CoordinatesConfig, corpus: Corpus, directory: Path, consol
     for number, key in enumerate(wanted):
         trial_rows = have.get(key)
         if trial_rows is None:
-            trial_rows = _read_one(config, corpus, *key)
+            trial_rows = _read_one(config, corpora, *key)
             with file_errors(directory), path.open("a", encoding="utf-8") as stream:
                 # One write per trial, so that a kill leaves whole lines and at most one partial last line.
                 stream.write(json.dumps([list(key), [asdict(row) for row in trial_rows]]) + "\n")
@@ -292,15 +292,15 @@ def _finished_trials(path: Path) -> dict[tuple[str, float, int], list[Coordinate
     }
 
 
-def _read_one(config: CoordinatesConfig, corpus: Corpus, scheme: str, value: float, seed: int) -> list[Coordinate]:
+def _read_one(config: CoordinatesConfig, corpora: Corpora, scheme: str, value: float, seed: int) -> list[Coordinate]:
     point = replace(config.point(value, seed), parameterization=config.rules(scheme))
     device = resolve_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    model = build_model(point, corpus.tokenizer.vocab_size, device)
+    model = build_model(point, corpora.tokenizer.vocab_size, device)
     opt, batch = config.optimizer, config.budget.batch_size
     groups = param_groups(model, point.parameterization, opt.lr, opt.weight_decay, opt.eps)
-    samples = PackedSamples(corpus.train, config.data.context, derive_seed(seed, "coord-check"), "pretrain")
+    samples = PackedSamples(corpora.only.train, config.data.context, derive_seed(seed, "coord-check"), "pretrain")
 
     def loss(step: int) -> Tensor:
         # Not `model.loss`: it never calls the head as a module, so no hook would see the logits.

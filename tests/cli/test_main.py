@@ -197,7 +197,7 @@ def test_ctrl_c_outside_of_the_loop_is_one_line(shell: Shell, monkeypatch: pytes
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["sparsetrain.stages.pretrain"], "prepare", interrupted)
+    monkeypatch.setattr(sys.modules["sparsetrain.stages.pretrain"], "prepare_corpora", interrupted)
     status, _, err = shell.run("pretrain", *shell.tiny)
     assert (status, err.count("\n")) == (130, 1)
     assert "interrupted" in err

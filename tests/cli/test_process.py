@@ -132,9 +132,9 @@ def test_what_the_system_refuses_anywhere_is_one_line(shell: Shell, monkeypatch:
         def refuse(*_: object, number: int = number, **__: object) -> None:
             raise OSError(number, os.strerror(number), "a[/b]")
 
-        monkeypatch.setattr(found, "prepare", refuse)
+        monkeypatch.setattr(found, "prepare_corpora", refuse)
         assert words in shell.refused("pretrain", *shell.tiny)
-    monkeypatch.setattr(found, "prepare", lambda *_, **__: Path("/proc/self/mem").read_bytes())
+    monkeypatch.setattr(found, "prepare_corpora", lambda *_, **__: Path("/proc/self/mem").read_bytes())
     with pytest.raises(OSError, match="Input/output"):  # a defect of the program or machine
         main(["pretrain", *shell.tiny])
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from sparsetrain.cli.resolve import load
 from sparsetrain.cost.flops import training_flops_per_token
-from sparsetrain.data import prepare
+from sparsetrain.data import prepare_corpora
 from sparsetrain.stages import estimate, pretrain
 from sparsetrain.stages.config import model_config
 from sparsetrain.stages.estimate import sweep_cost
@@ -31,7 +31,7 @@ def test_cost_counts_what_is_done_and_adds_the_formula_for_the_rest(
     configs = [tiny(notes, f"sparsity.sparsity={sparsity}") for sparsity in (0.0, 0.5, 0.75)]
     prepared: list[Any] = []
     monkeypatch.setattr(
-        estimate, "prepare", lambda *words, **more: (prepared.append(words), prepare(*words, **more))[1]
+        estimate, "prepare_corpora", lambda *words, **more: (prepared.append(words), prepare_corpora(*words, **more))[1]
     )
     before = sweep_cost([*configs, None], screen)
     assert len(prepared) == 1  # three points share one text
