@@ -47,7 +47,7 @@ from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_
         (["finetune", "task=pubmedqa", "task.path=nowhere"], ["task.path=nowhere", "ori_pqal.json"]),
         (["prompt"], ["init_from is missing"]),
         (["generate"], ["init_from is missing"]),
-        (["generate", "init_from=nowhere"], ["nowhere", "no run directory"]),
+        (["generate", "init_from=nowhere"], ["nowhere", "not a run directory"]),
         (["report"], ["required", "PATH"]),
         (["report", "a", "--uot", "b"], ["--uot", "did you mean '--out'?"]),
         (["report", "nowhere"], ["nowhere", "holds no run"]),
