@@ -65,6 +65,9 @@ def load() -> None:
     for plugin in os.environ.get(VARIABLE, "").split(os.pathsep):
         if plugin:
             _load(plugin, partial(_import, plugin))
+    if GROUP in _loaded:
+        return  # to look for installed packages takes milliseconds
+    _loaded.add(GROUP)
     for entry in metadata.entry_points(group=GROUP):
         try:
             _load(f"{entry.name} = {entry.value}", entry.load)

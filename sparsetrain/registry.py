@@ -79,9 +79,8 @@ class Registry(Generic[T]):
             name: the name that a configuration gives.
             prefix: what precedes the key in that configuration, such as ``"stages[2]."``.
         """
-        if name not in self._things:
-            plugins.load()  # a plugin may register it; a process that a launcher started has not imported any yet
-        check_choice(prefix + self.field, name, self._things)
+        if name not in self:
+            check_choice(prefix + self.field, name, self._things)
 
     def names(self) -> tuple[str, ...]:
         """Return the registered names."""
@@ -99,6 +98,14 @@ class Registry(Generic[T]):
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
+        """Whether ``name`` is registered, after plugins were loaded if need be.
+
+        A process that a launcher started has loaded none before.
+        """
+        if not isinstance(name, str):
+            return False
+        if name not in self._things:
+            plugins.load()
         return name in self._things
 
     def __iter__(self) -> Iterator[str]:

@@ -37,6 +37,9 @@ _UNKNOWN = (
 )
 
 
+_WITH_ALTERNATIVES: dict[str, type] = {}  # sections whose class follows from one of their settings, by name
+
+
 def config_directory() -> Path:
     """Return the directory of the configuration files: ``sparsetrain/conf`` if installed, ``conf`` in a checkout."""
     package = Path(sparsetrain.__file__).parent
@@ -59,6 +62,8 @@ def _schema(kind: type, rules: Any) -> type:
     hints = get_type_hints(kind)
     members: list[tuple[str, Any, Any]] = []
     known = {entry.name for entry in dataclasses.fields(kind)}
+    if alternatives(kind):
+        _WITH_ALTERNATIVES[kind.__name__] = kind
     for name, hint in union(kind).items():
         if name not in known:
             members.append((name, hint | None, dataclasses.field(default=None)))
@@ -238,6 +243,10 @@ def refused(error: BaseException) -> UserError:
         if new is not None:
             place = re.match(r"In '[^']*': ", line)
             return UserError(f"{place[0] if place else ''}{new}")
+    unknown = re.search(r"Key '[^']*' not in '(\w+)'", line)
+    if unknown and unknown[1] in _WITH_ALTERNATIVES:
+        known = ", ".join(alternatives(_WITH_ALTERNATIVES[unknown[1]]))
+        return UserError(f"{line}: none of {known} has this setting; --plugin FILE.py loads others")
     return UserError(line + _near(error))
 
 

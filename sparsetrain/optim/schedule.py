@@ -88,7 +88,7 @@ def register_schedule(name: str, curve: Curve | None = None, *, final: float = 0
     if not 0.0 <= final <= 1.0:
         raise UserError(f"schedule {name!r}: final={final} must be a fraction of the peak, between 0 and 1")
     named = NamedSchedule(name, final, final_is_free=True)
-    if name in SCHEDULES and SCHEDULES[name] != named:
+    if name in SCHEDULES.names() and SCHEDULES[name] != named:
         raise UserError(f"schedule name {name!r} is taken; registered are {', '.join(SCHEDULES)}")
     SEGMENTS.register(name, curve)
     SCHEDULES.register(name, named, replace=True)

@@ -140,5 +140,5 @@ def register_source(
         )
     needed = dict(needs or {})
     kind = SourceKind(factory, needed, takes_path or "path" in needed, test_fraction, ids)
-    SOURCES.register(name, kind, replace=name in SOURCES and SOURCES[name] == kind)
+    SOURCES.register(name, kind, replace=name in SOURCES.names() and SOURCES[name] == kind)
     return factory

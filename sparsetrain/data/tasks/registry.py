@@ -130,7 +130,7 @@ def register_task(
     if loader is None:
         return lambda decorated: register_task(name, decorated, takes_path=takes_path, is_local=is_local, ids=ids)
     kind = TaskKind(loader, takes_path, is_local, ids)
-    TASKS.register(name, kind, replace=name in TASKS and TASKS[name] == kind)
+    TASKS.register(name, kind, replace=name in TASKS.names() and TASKS[name] == kind)
     return loader
 
 
