@@ -1,4 +1,4 @@
-"""What a configuration says about sparsity: which layers, how sparse, in what pattern, and how the mask changes."""
+"""The section ``sparsity`` of a configuration: which layers are sparse, how sparse, in what pattern, by what rule."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsetrain.sparsity.evolution.rules import VariableSparsity
 from sparsetrain.sparsity.patterns.spec import PATTERNS, PatternSpec, check_sparsity, evolving_patterns
 
 ALLOCATIONS = ("uniform", "erk")
-DEFAULT_EXCLUDE = ("*head*", "*embed*")  # stands for heads, routers and embeddings; see `SparsityConfig`
+DEFAULT_EXCLUDE = ("*head*", "*embed*")  # means heads, routers and embeddings; see `SparsityConfig`
 STATIC = "static"
 # Under static masks the section has these settings of `VariableSparsity`, which is what densities in the phases of the
 # budget make of it.
@@ -171,21 +171,21 @@ def of_rule(values: Mapping[str, Any]) -> dict[str, Any]:
 class SparsityConfig:
     """Which linear layers are sparse, how sparse, in what pattern, and how the masks change.
 
-    A layer takes part when its qualified name matches a glob of ``include`` and none of ``exclude``; its sparsity is
-    that of the first matching entry of ``groups``, else what ``allocation`` makes of ``sparsity``. Embeddings, norms
-    and biases are no linear layers and stay dense.
+    A layer takes part if its qualified name matches a glob of ``include`` and no glob of ``exclude``. The first
+    matching entry of ``groups`` gives its sparsity; without one, ``allocation`` and ``sparsity`` do. Embeddings, norms
+    and biases are not linear layers and stay dense.
 
-    The default of ``exclude`` means output heads, routers of experts and embeddings, whose names stand in
-    `sparsetrain.sparsity.layers.names`. There, whole parts at the end of a name count: ``score``, ``classifier`` and
-    ``lm_head`` are heads, and the layer ``heads.0.key`` of an attention head is none. A layer whose weight is that of
-    an embedding counts as a head. Any other list of ``exclude`` is taken as globs alone.
+    The default of ``exclude`` means output heads, routers of experts and embeddings, whose names are in
+    `sparsetrain.sparsity.layers.names`. It compares whole components at the end of a name: ``score``, ``classifier``
+    and ``lm_head`` are heads, but the layer ``heads.0.key`` of an attention head is not. A layer that shares the weight
+    of an embedding counts as a head. Any other list is a list of globs.
 
     Args:
         sparsity: fraction of zeros over the layers that no group takes, in [0, 1).
-        nnz: in place of ``sparsity``: the number of weights of all layers that take part, those of groups included.
+        nnz: in place of ``sparsity``: the number of weights of all layers that take part, layers of groups included.
         pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded``, ``checkerboard``, or one that
             `register_pattern` has added.
-        block, m, fan_out, bands, options: options of patterns; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
+        block, m, fan_out, bands, options: options of the pattern; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
         allocation: ``uniform`` gives every layer the same sparsity; ``erk`` gives a layer of R outputs and C inputs a
             density in proportion to (R + C) / (R C), as in RigL (arXiv 1911.11134).
         groups: layers with a sparsity of their own; the first match wins.
@@ -229,7 +229,7 @@ class SparsityConfig:
             lost = sorted(patterns.difference(evolving_patterns()))[0]
             raise UserError(
                 f"sparsity.pattern={lost!r} would not outlast the first update of rule={self.evolution.rule}; "
-                f"masks that evolve start as one of {', '.join(evolving_patterns())}"
+                f"masks that evolve begin as one of {', '.join(evolving_patterns())}"
             )
 
     @property

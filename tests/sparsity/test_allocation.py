@@ -61,7 +61,7 @@ def test_include_and_exclude_are_globs_over_the_whole_name() -> None:
         ),
         (
             lambda: SparsityConfig(groups=groups(("*", 0.5), ("*attn*", 0.9))),
-            r"sparsity group '\*attn\*' applies to no layer \(earlier groups take all that it matches\)",
+            r"sparsity group '\*attn\*' applies to no layer \(earlier groups take all layers that it matches\)",
         ),
         (lambda: SparsityConfig(groups=groups(("lm_head", 0.5))), "sparsity group 'lm_head' applies to no layer; "),
         (

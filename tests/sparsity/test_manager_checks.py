@@ -80,7 +80,7 @@ def adopted(model: nn.Module, sparsity: float = 0.8) -> nn.Module:
         ),
         (
             lambda: st.MaskManager(mlp(), st.SET(), plan=st.SparsityConfig(sparsity=0.5), include=["*"]),
-            "belong into the plan",
+            "with plan=, give include",
         ),
         (
             lambda: st.MaskManager(

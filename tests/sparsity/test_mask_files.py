@@ -106,7 +106,7 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"1": torch.ones(2, 2, dtype=torch.bool)}, r"masks\['1'\] is for no linear layer of the model"),
+        ({"1": torch.ones(2, 2, dtype=torch.bool)}, r"masks\['1'\]: the model has no linear layer of this name"),
         ({"0": torch.ones(16, 24, dtype=torch.bool)}, r"masks\['0'\] has shape \(16, 24\); the layer needs \(24, 16\)"),
         ({"0": torch.zeros(24, 16, dtype=torch.bool)}, "would have no weight at all"),
     ],

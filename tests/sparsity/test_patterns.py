@@ -212,7 +212,7 @@ def test_the_random_pattern_is_what_it_was() -> None:
         (lambda: block_pattern((8, 8), 0.01, seeds.generator(0), (4, 4)), "leaves no block of 4x4 at all"),
         (lambda: nm_pattern((4, 6), 2, 4, seeds.generator(0)), "m=4 does not divide the 6 inputs"),
         (lambda: make_pattern("nm", (4, 8), 0.3, seeds.generator(0)), "multiple of 0.25, such as sparsity=0.75"),
-        (lambda: make_pattern("magnitude", (4, 8), 0.3, seeds.generator(0)), "there are none here"),
+        (lambda: make_pattern("magnitude", (4, 8), 0.3, seeds.generator(0)), "no weight was given"),
         (lambda: magnitude_pattern(torch.full((2, 2), torch.nan), 0.5), "not a number"),
         (lambda: magnitude_pattern(torch.ones(4, 5), 0.5, block=(2, 2)), "block 2x2 does not divide"),
         (lambda: given_pattern([[True]]), "mask is a list"),

@@ -1,7 +1,7 @@
-"""Which units of a layer go at an update, and which ones come, by runs of rows that need little memory.
+"""Selection of the units of a layer that an update drops and grows, by runs of rows that need little memory.
 
 Legend: a *unit* is a block of the pattern, a single weight for the block (1, 1); [U, V] is the grid of units of a
-matrix [R, C]; a *band* is a part of the grid within which units are ranked.
+matrix [R, C]; a *band* is a rectangle of the grid within which units are ranked.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def exchange_counts(pattern: SparsityPattern, target: int, parts: list[Slices], 
     wanted = present if sum(present) == target else split_evenly(target, len(parts))
     counts = []
     for part, before, after in zip(parts, present, wanted, strict=True):
-        # No more than there is room for: at low sparsity few positions are empty.
+        # At low sparsity few positions are empty, which limits the exchange.
         exchanged = min(int(drop * min(before, after)), _cells_in(part) - max(before, after))
         counts.append((part, min(before, after) - exchanged, max(0, after - before) + exchanged))
     return counts
@@ -111,7 +111,7 @@ def _cells_in(part: Slices) -> int:
 
 
 def _in_grid(places: Tensor, run: Run, part: Slices, columns: int) -> Tensor:
-    """Return the row-major places in the whole grid of places in the part of a run that lies in a band."""
+    """Return the row-major places in the whole grid for ``places`` within a run's rows and a band's columns."""
     width = part[1].stop - part[1].start
     return (places // width + run.rows.start) * columns + (places % width + part[1].start)
 
@@ -164,7 +164,8 @@ def draw_grown(pattern: SparsityPattern, counts: Counts, generator: torch.Genera
                 column = cells % columns - part[1].start
                 inside = (column >= 0) & (column < width)
                 cells = (cells // columns * width + column)[inside]
-            # How many empty places lie before each stored one; rank r is preceded by the stored ones with at most r.
+            # The number of empty places before each stored one. The empty place of rank r lies behind the stored places
+            # that have at most r empty places before them.
             before = cells.sub_(torch.arange(len(cells), device=cells.device))
             end = start + rows_in(run) * width - len(cells)
             ends = torch.tensor([start, end], dtype=ranks.dtype, device="cpu")
@@ -210,7 +211,7 @@ def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: 
         total = band_units(pattern, [part])[0]
         guarded = 0 if best is None else sum(count_true(best[_members(pattern, run, part)]) for run in runs)
         guard = best if 0 < guarded <= count else None
-        # What goes is chosen, not what stays: that decides which of two equal ones is dropped.
+        # The dropped units are selected, and not the kept ones, so that of equal scores the first is dropped.
         if count < total:
             parts = [partial(weakness, run, part, guard) for run in runs]
             for run, goes in zip(runs, choose_largest(parts, total, total - count), strict=True):
@@ -219,7 +220,7 @@ def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: 
 
 
 def _members(pattern: SparsityPattern, run: Run, part: Slices) -> slice | Tensor:
-    """Return which stored units of a run lie in the columns of a band."""
+    """Return the stored units of a run that lie in the columns of a band."""
     columns = grid_of(pattern)[1]
     if part[1] == slice(0, columns):
         return run.units

@@ -1,4 +1,4 @@
-"""Where weights grow by gradients: what it asks of the layers, and what it keeps of the answers."""
+"""Growth by gradients: requests of dense gradients to the layers, and the positions chosen from them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from sparsetrain.sparsity.layers.ranks import Ranks
 
 @dataclass(frozen=True)
 class Grown:
-    """What is left of a dense gradient: the units to grow, and the gradient there if it gives the initial values."""
+    """The result of ranking a dense gradient: the units to grow, and their gradient if it gives initial values."""
 
     units: Tensor  # places in the grid, increasing
     gradient: Tensor | None
 
 
 class Growth:
-    """Asks the layers that a step will update for their dense gradients, and chooses what grows.
+    """Requests dense gradients from the layers that the next step updates, and selects the units that grow.
 
     Args:
-        rule: asks for nothing unless it grows by gradients. ranks: over which the gradients are added up.
+        rule: a rule that does not grow by gradients requests nothing. ranks: the gradients are summed over them.
         counts: how many units a layer keeps and grows in the update at a step.
     """
 
     def __init__(self, rule: Rule, ranks: Ranks, counts: Callable[[Managed, int], Counts]) -> None:
         self.rule, self._ranks, self._counts = rule, ranks, counts
         self._requests: dict[str, DenseGradientRequest[Any]] = {}
-        self._said: set[str] = set()  # layers of which it was said that they could not be ranked
+        self._said: set[str] = set()  # layers with a warning that they had no gradient
 
     def ask(self, layers: Iterable[Managed], step: int) -> None:
-        """Ask for the gradients of the backward passes that lead to the update at ``step``, and for no others."""
+        """Request the gradients of the backward passes that lead to the update at ``step``, and no others."""
         layers = list(layers)
         for entry in layers:
             if self._requests.pop(entry.name, None) is not None:
@@ -52,17 +52,17 @@ class Growth:
 
     @property
     def asking(self) -> bool:
-        """Whether any layer is asked for its gradient."""
+        """Whether any layer has a request."""
         return bool(self._requests)
 
     def _request(self, entry: Managed, step: int) -> DenseGradientRequest[Any]:
         accumulate = self.rule.accumulation == "staggered"
-        if self._ranks.several:  # to be added up in `take`, which all ranks reach, though not all may use the layer
+        if self._ranks.several:  # `take` sums them: all ranks reach it, even ranks that do not use the layer
             return DenseGradientRequest(lambda dense: dense, accumulate, hold=True)
         return DenseGradientRequest(lambda dense: self._choose(entry, step, dense), accumulate)
 
     def _choose(self, entry: Managed, step: int, dense: Tensor) -> Grown | None:
-        """Return what is kept of a dense gradient; None if it is not finite, which a step that counts will refuse."""
+        """Return the units to grow; None if the gradient is not finite, which `take` refuses if the step counts."""
         if not all_finite(dense):
             return None
         pattern = entry.layer.pattern
@@ -72,7 +72,7 @@ class Growth:
         return Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)
 
     def take(self, entry: Managed, step: int) -> Grown | None:
-        """Return what is to grow in a layer: None if it was not asked, or took part in no backward pass.
+        """Return the units to grow in a layer; None without a request, or if the layer took part in no backward pass.
 
         Raises:
             NotFiniteError: the gradient is not finite.

@@ -1,7 +1,7 @@
-"""What a layer's masks have been so far: the first one, and every position that was ever active.
+"""The history of a layer's masks: the first mask, and every position that was ever active.
 
-The in-time over-parameterization rate R_s (Liu et al. 2021, arXiv 2102.02887) is the part of the dense weights that
-were active at some time. Both masks are kept as bits: a 16th of the bytes of the dense weights together.
+The in-time over-parameterization rate R_s (Liu et al. 2021, arXiv 2102.02887) is the fraction of the dense weights that
+were active at some time. Both masks are stored as bits, together a 16th of the bytes of the dense weights.
 """
 
 from __future__ import annotations
@@ -55,12 +55,12 @@ class Exploration:
         self._first_count = self._ever_count = self._overlap_count = active
 
     def begin(self, first: SparsityPattern) -> None:
-        """Note the first mask, if none was noted before."""
+        """Record the first mask; further calls have no effect."""
         if self.first is None:
             self.first = self.ever = pack_bits(first)
 
     def record(self, after: SparsityPattern) -> None:
-        """Note the mask that an update led to."""
+        """Record the mask after an update."""
         assert self.first is not None
         assert self.ever is not None
         now = pack_bits(after)
@@ -98,7 +98,7 @@ class Exploration:
         return {name: tensor.clone() for name, tensor in bits.items()}
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise `UserError` unless `restore` can take the tensors: none, or both, of this layer's size."""
+        """Raise `UserError` unless `restore` accepts the tensors: none, or both in this layer's size."""
         size = -(-self.grid[0] * self.grid[1] // 8)
         for name in ("first", "ever") if tensors else ():
             bits = tensors.get(name)

@@ -29,7 +29,7 @@ from sparsetrain.sparsity.patterns.spec import PatternSpec, evolving_patterns, p
 
 @dataclass
 class Managed:
-    """A layer under management. ``offset`` delays its updates, where layers take turns."""
+    """A managed layer. ``offset`` delays its updates if layers take turns."""
 
     name: str
     layer: SparseLinear
@@ -83,7 +83,7 @@ def allocated_densities(
 def manage_layers(
     model: nn.Module, rule: Rule, config: SparsityConfig | None, globs: Mapping[str, list[str]], seed: int
 ) -> list[Managed]:
-    """Return the layers to manage, after making those dense layers sparse to which ``config`` allocates a density.
+    """Return the layers to manage, after making dense layers sparse if ``config`` allocates a density to them.
 
     Args:
         config: None takes the sparse layers that the model has, by ``globs`` (``include``, ``exclude``), as they are.
@@ -182,7 +182,7 @@ def _check_evolution(
         if spec.name not in evolving_patterns():
             raise UserError(
                 f"layer '{name}': pattern={spec.name!r} would not outlast the first update of {rule.name}; masks "
-                f"that evolve start as one of {', '.join(evolving_patterns())}"
+                f"that evolve begin as one of {', '.join(evolving_patterns())}"
             )
         if blocks[name] != spec.block:
             raise UserError(

@@ -39,7 +39,7 @@ from sparsetrain.sparsity.evolution.topology import TopologyUpdate, apply_update
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.layers.ranks import Ranks, is_sharded
 
-PATIENCE = 1000  # calls without a step of the optimizer, before somebody is told
+PATIENCE = 1000  # calls without a step of the optimizer before a warning
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class MaskUpdate:
 
 
 def _is_cut(layer: SparseLinear) -> bool:
-    """Whether FSDP holds the values of a layer in shards, in whatever way it has put them away."""
+    """Whether FSDP holds the values of a layer in shards, in any of its forms."""
     values = layer._parameters.get("values")
     return values is None or is_sharded(values) or values.numel() != layer.pattern.nnz
 
@@ -68,40 +68,40 @@ class MaskManager(ManagedMasks):
         optimizer = torch.optim.AdamW(model.parameters())
         loss.backward(); optimizer.step(); manager.step(optimizer); optimizer.zero_grad()
 
-    Everything it does is a function of (seed, layer name, step) and of the weights and gradients. An update replaces a
-    layer's pattern and moves values, gradient and every per-weight tensor of the optimizer together; the Parameter
-    object stays, survivors keep their bits and grown weights start at zero (`sparsetrain.sparsity.evolution.topology`).
+    All updates are functions of (seed, layer name, step) and of the weights and gradients. An update replaces a layer's
+    pattern and moves values, gradient and every per-weight tensor of the optimizer together. The Parameter object
+    stays, survivors keep their bits, and grown weights start at zero (`sparsetrain.sparsity.evolution.topology`).
 
-    Under data-parallel training each rank has a manager of its own. Random growth is seeded, so ranks agree without
-    talking; dense gradients are summed over ranks, one layer at a time, in a process group of their own; a hash of all
-    masks is compared at the first step and after every update. All ranks build the manager and call `step`, both
-    being collective calls, and a rank that skips a step makes all skip it. Give the bare model, before it is wrapped.
-    DDP keeps buffers of the parameters' sizes and must be built anew when a size changes, as GMP and variable sparsity
-    make it: ``on_resize`` is called then, and must be given.
+    Under data-parallel training each rank has its own manager. Random growth is seeded, so ranks agree without
+    communication. Dense gradients are summed over ranks, one layer at a time, in a separate process group. A hash of
+    all masks is compared at the first step and after every update. All ranks build the manager and call `step`; both
+    are collective calls. If one rank skips a step, all ranks skip it. Give the bare model, before it is wrapped. DDP
+    keeps buffers of the parameters' sizes and must be built anew when GMP or variable sparsity changes a size:
+    ``on_resize`` is then called, and must be given.
 
-    FSDP, in either version, takes sparse layers whose masks stay: `Static`. Masks cannot change under it, since each
-    rank has a shard of ``values`` in which neither all magnitudes can be ranked nor weights moved from one rank to
-    another: other rules raise at the first `attach` or `step`.
+    FSDP, in either version, takes `Static` masks only. Masks cannot change under it, because each rank has a shard of
+    ``values``: the weights cannot be ranked together, nor moved from one rank to another. Other rules raise at the
+    first `attach` or `step`.
 
-    An update holds, beside what training holds already, about one dense layer in float32 at a time: RigL its dense
-    gradient, SET the permutation of the empty positions that it draws from, GMP the new indices or values while the
-    old ones are still there. What stays is two bits a dense weight, for `watch`, from a layer's first update on.
+    An update needs about the memory of one dense layer in float32 beside that of training: the dense gradient of RigL,
+    the permutation of empty positions that SET draws from, or the new indices or values of GMP beside the old ones.
+    From a layer's first update on, two bits per dense weight are kept for `watch`.
 
     Args:
-        model: changed in place; dense layers that the plan makes sparse keep their weights at the mask's positions.
-        rule: `Static`, `SET`, `RigL`, `GMP` or `VariableSparsity`.
-        plan: which layers, how sparse, in what pattern; its ``evolution`` is not read. Without one, the options below.
+        model: changed in place; dense layers that become sparse keep their weights at the mask's positions.
+        rule: `Static`, `SET`, `RigL`, `GMP`, `VariableSparsity`, or another `Rule`.
+        plan: which layers, how sparse, in what pattern; its ``evolution`` is not read. None takes the next options.
         include, exclude: globs over qualified names, as in `sparsify`.
         pattern: ``random``, ``magnitude``, or any other under `Static`. backend: of the new layers.
-        seed: of masks and growth; None draws from torch's global generator, of rank 0 if there are several ranks.
+        seed: of masks and growth; None draws from torch's global generator, with several ranks that of rank 0.
             ``plan.seed``, when set, wins.
-        total_steps: length of the training, if known: a rule that would act after it is refused.
+        total_steps: length of the training, if known; a rule with updates after it is refused.
         on_resize: called after an update that changed the number of weights of a layer.
 
     Raises:
-        UserError: an already sparse layer whose density is not that of the rule at step 0; no layer at all; a plan
-            beside include, exclude or pattern; a rule that acts after ``total_steps``; a model that FSDP has wrapped
-            already; ranks with different seeds; and as `sparsify`. The model is then unchanged.
+        UserError: an already sparse layer whose density is not that of the rule at step 0; no sparse layer; a plan
+            together with include, exclude or pattern; a rule with updates after ``total_steps``; a model that FSDP has
+            wrapped; ranks with different seeds; or as `sparsify`. The model is then unchanged.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class MaskManager(ManagedMasks):
         self.rule, self.on_resize = rule, on_resize
         self.steps = 0
         if plan is not None and (include is not None or exclude is not None or pattern != "random"):
-            raise UserError("MaskManager: include, exclude and pattern belong into the plan when one is given")
+            raise UserError("MaskManager: with plan=, give include, exclude and pattern in the SparsityConfig")
         globs: dict[str, Any] = {
             key: value for key, value in (("include", include), ("exclude", exclude)) if value is not None
         }
@@ -141,11 +141,11 @@ class MaskManager(ManagedMasks):
         self.seed = self._ranks.share_seed(seeds.resolve_seed(seed), given=seed is not None)
         self._layers = manage_layers(model, rule, plan, globs, self.seed)
         self._growth = self._new_growth()
-        self._optimizers: list[weakref.ref[Optimizer]] = []  # without wrappers, those that were checked
+        self._optimizers: list[weakref.ref[Optimizer]] = []  # the checked ones, without wrappers
         self._asked, self._idle, self._begun = note_steps(), 0, False
         self._watch: StepWatch | None = None
         self._restored = False
-        # Before the first step the model may be given other masks, whose history belongs to another manager.
+        # Until the first step a load may give the model other masks, whose history another manager has.
         self._drawn = None if isinstance(rule, Static) else self.hash()
         self._arm()
 
@@ -155,7 +155,7 @@ class MaskManager(ManagedMasks):
         return Growth(self.rule, self._ranks, lambda entry, step: self._counts(entry, step, self._drop(entry, step)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # What listens to the layers and to the optimizers of this manager does not listen to copies of them.
+        # Requests to the layers and watches of the optimizers do not extend to copies of them.
         return {**self.__dict__, "_growth": None, "_watch": None, "_optimizers": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,27 +166,27 @@ class MaskManager(ManagedMasks):
         self._arm()
 
     def attach(self, optimizer: Optimizer, *others: Optimizer) -> None:
-        """Check that the optimizer's state can follow the masks; `step` does it too, at its first call.
+        """Check that the optimizer's state can follow the masks; the first call of `step` does so too.
 
         Args:
-            optimizer, others: one that holds all managed layers that train, or several that together do. Wrappers that
-                share the state of the optimizer inside (Accelerate's, Lightning's) are looked into.
+            optimizer, others: one or several that together hold all managed layers that train. The optimizer inside a
+                wrapper is used, if the wrapper shares its state (Accelerate, Lightning).
 
         Raises:
-            UserError: an optimizer of unknown kind, or one that does not hold the layers' values; layers that FSDP has
-                sharded; several ranks without ``on_resize``, under a rule that changes sizes.
+            UserError: an optimizer of unknown kind, or layers' values that no optimizer holds; layers that FSDP has
+                sharded; several ranks without ``on_resize`` under a rule that changes sizes.
         """
         self._check((optimizer, *others))
         self._begin_watch((optimizer, *others), before=True)
 
     def step(self, optimizer: Optimizer, *others: Optimizer) -> MaskUpdate | None:
-        """Count an optimizer step that was just done, and update the masks if that is due.
+        """Count an optimizer step that was just done, and update the masks if an update is due.
 
-        Call it between ``optimizer.step()`` and ``optimizer.zero_grad()``, after each step. A call counts one step if
-        the optimizer has taken any since the last call, and none otherwise: after a micro-batch whose gradients were
-        only added up, and after a step that a gradient scaler skipped, nothing is counted and no mask changes. Several
-        optimizers must all have stepped, and several ranks too. Where nothing trains nothing changes: a layer that is
-        frozen (``requires_grad_(False)``) keeps its mask, and follows the rule again once it is not.
+        Call it after each step, between ``optimizer.step()`` and ``optimizer.zero_grad()``. A call counts one step if
+        the optimizer has taken any since the last call. After a micro-batch whose gradients were only accumulated, and
+        after a step that a gradient scaler skipped, nothing is counted and no mask changes. Several optimizers must all
+        have stepped, and so must several ranks. A frozen layer (``requires_grad_(False)``) keeps its mask, and follows
+        the rule again when it trains again.
 
         Args:
             optimizer, others: as in `attach`.
@@ -195,8 +195,9 @@ class MaskManager(ManagedMasks):
             What changed, or None.
 
         Raises:
-            UserError: as `attach`. NotFiniteError: weights or gradients to be ranked that are not finite.
-            RuntimeError: the ranks of a distributed training have arrived at different masks.
+            UserError: as `attach`; or scores of the rule that have another shape.
+            NotFiniteError: weights or gradients to rank are not finite.
+            RuntimeError: the ranks of a distributed training have different masks.
         """
         optimizers = (optimizer, *others)
         if [reference() for reference in self._optimizers] != [innermost(one) for one in optimizers]:
@@ -219,7 +220,7 @@ class MaskManager(ManagedMasks):
             if entry.trains and (counts := self._update(entry, optimizers)) is not None
         ]
         self._arm()
-        # Whatever changed on this rank: a step that is due is due on all.
+        # Also if nothing changed on this rank: an update is due on all ranks at once.
         self._ranks.check_equal(self.hash)
         if not changed:
             return None
@@ -239,14 +240,14 @@ class MaskManager(ManagedMasks):
             return
         if len(whole) < len(self._layers):
             raise UserError(
-                f"{self.rule.name}: FSDP has sharded the layers, and masks cannot change under it; use DDP, or "
+                f"{self.rule.name}: FSDP has sharded the layers, and masks cannot change under FSDP; use DDP, or "
                 "Static masks"
             )
         if self.rule.resizes and self._ranks.several and self.on_resize is None:
             raise UserError(
                 f"{self.rule.name} changes the sizes of weights, for which DDP keeps buffers: give "
-                "MaskManager(on_resize=...) a function that wraps the model anew, or that does nothing where no "
-                "wrapper has buffers (lambda: None)"
+                "MaskManager(on_resize=...) a function that wraps the model anew, or, if no wrapper has buffers, one "
+                "that does nothing (lambda: None)"
             )
         check_optimizer(optimizers, trained)
 
@@ -261,13 +262,13 @@ class MaskManager(ManagedMasks):
         assert self._watch is not None
         took, self._asked = self._watch.took(), note_steps()
         if not isinstance(self.rule, Static):
-            # One number between CPUs, so that ranks count alike whatever each of them has skipped.
+            # One number between CPUs makes all ranks count the same steps, also if some have skipped a step.
             took = self._ranks.all(took)
         self._idle = 0 if took else self._idle + 1
         if self._idle == PATIENCE:
             warnings.warn(
-                f"MaskManager.step was called {PATIENCE} times since the optimizer's last step (step {self.steps}): no "
-                "step is counted, and no mask changes; call it after optimizer.step(), with the optimizer that steps",
+                f"MaskManager.step was called {PATIENCE} times since the optimizer's last step (step {self.steps}), so "
+                "no step is counted and no mask changes; call it after optimizer.step(), with the optimizer that steps",
                 stacklevel=3,
             )
         if not took and self._growth.asking and not self._gradients_finite():
@@ -281,18 +282,18 @@ class MaskManager(ManagedMasks):
         return all(all_finite(gradient) for gradient in gradients if gradient is not None)
 
     def _compare_first_masks(self) -> None:
-        """Compare the masks that ranks begin with, and on the first rank those of this manager with the model's."""
+        """Compare the first masks of all ranks, and on the first rank the masks of this manager and the model."""
         self._begun = True
         shapes = seeds.derive_seed(0, *(f"{entry.name} {entry.shape}" for entry in self._layers))
-        # Ranks with other layers, or with shards of them, train parts of one model: their masks are their own.
+        # Ranks with different layers, or with shards, train parts of one model and have different masks.
         if self._ranks.equal(shapes) and not any(_is_cut(entry.layer) for entry in self._layers):
             self._ranks.check_equal(lambda: f"{seeds.derive_seed(self.seed, self.hash(), self.steps):016x}")
         unknown = self.steps == 0 and not self._restored and self._ranks.first
         if unknown and self._drawn is not None and self._drawn != self.hash():
             warnings.warn(
                 f"{self.rule.name} begins at step 0 with other masks than MaskManager has drawn: if a checkpoint was "
-                "loaded, load the manager's state too (load_state_dict); if it is a new training, build the manager "
-                "after loading",
+                "loaded, load the manager's state too (load_state_dict); in a new training, build the manager after "
+                "loading",
                 stacklevel=3,
             )
 
@@ -308,10 +309,10 @@ class MaskManager(ManagedMasks):
         return exchange_counts(pattern, target, entry.parts, drop)
 
     def _update(self, entry: Managed, optimizers: tuple[Optimizer, ...]) -> tuple[int, int] | None:
-        """Update one layer; return the numbers of weights dropped and grown, None if there was nothing to do."""
+        """Update one layer; return the numbers of weights dropped and grown, None if nothing changed."""
         found = self._growth.take(entry, self.steps)
         layer, step = entry.layer, self.steps
-        # Without a gradient (the layer took no part in the step) nothing is exchanged, but its size still follows.
+        # A layer without a gradient, which took no part in the step, exchanges nothing, but its size follows the rule.
         drop = 0.0 if self.rule.needs_gradient and found is None else self._drop(entry, step)
         counts = self._counts(entry, step, drop)
         update = self._next(entry, counts, found)
@@ -330,9 +331,9 @@ class MaskManager(ManagedMasks):
         return before - (layer.values.numel() - grown), grown
 
     def _next(self, entry: Managed, counts: Counts, found: Grown | None) -> TopologyUpdate | None:
-        """Return the update of a layer, None if there is nothing to do.
+        """Return the update of a layer, None if nothing changes.
 
-        The old pattern is not held beyond: its indices are freed when the layer is given the new ones.
+        It does not hold the old pattern, whose indices are freed when the layer gets the new ones.
         """
         layer, pattern, step = entry.layer, entry.layer.pattern, self.steps
         if sum(grown for _, _, grown in counts) == 0 and sum(kept for _, kept, _ in counts) == pattern.col.numel():

@@ -1,8 +1,8 @@
 """Which torch optimizer holds a weight and its state, and whether it has taken a step.
 
-What a training loop calls its optimizer may be a wrapper: Accelerate's and Lightning's share the groups and the state
-of the optimizer inside, and their ``step`` does nothing while gradients are accumulated. Here the optimizer inside
-counts.
+The optimizer of a training loop may be a wrapper: those of Accelerate and Lightning share the groups and the state of
+the optimizer inside, and their ``step`` does nothing while gradients are accumulated. This module looks at the
+optimizer inside.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from sparsetrain.errors import UserError
 
-# Their state is one number a weight, and numbers a tensor: moving the entries of the state with those of the
-# parameter gives the optimizer of the new weights. (Adafactor factors matrices only; values are a vector.)
+# Optimizers whose state has one number per weight, or one per parameter: moved with the entries of the parameter, it is
+# the state of the new weights. (Adafactor factors matrices only, and values are a vector.)
 _ELEMENTWISE: set[type[Optimizer]] = {
     getattr(torch.optim, name)
     for name in (
@@ -29,21 +29,21 @@ _ELEMENTWISE: set[type[Optimizer]] = {
     )
     if hasattr(torch.optim, name)
 }
-# By name, since importing it imports torch.distributed. Each rank has the state of some weights only.
+# Each rank has the state of some weights only. The class is known by its name, because importing it imports
+# torch.distributed.
 _SHARDED = "ZeroRedundancyOptimizer"
 
 
 def register_elementwise_optimizer(kind: type[Optimizer]) -> None:
     """Declare that the state of an optimizer class is one number per weight (or one per parameter), as Adam's is.
 
-    A `MaskManager` refuses optimizers that it does not know: it could not move their state when a mask changes. Do
-    not register
+    A `MaskManager` refuses other optimizers, because it could not move their state when a mask changes. Do not register
 
     - an optimizer whose state is factored, rotated or quantised in blocks (Shampoo, SOAP, GaLore, 8-bit Adam): an
       entry of that state belongs to several weights;
-    - an optimizer whose state is not in ``optimizer.state[parameter]`` of this process: one that shards it over ranks
-      (``ZeroRedundancyOptimizer``, which is refused even if it is registered) or keeps master copies of the weights;
-    - a wrapper around another optimizer: the optimizer inside is found without it.
+    - an optimizer whose state is not in ``optimizer.state[parameter]`` of this process, because it shards the state
+      over ranks (``ZeroRedundancyOptimizer`` is refused even if registered) or keeps master copies of the weights;
+    - a wrapper around another optimizer, since the optimizer inside is found.
     """
     _ELEMENTWISE.add(kind)
 
@@ -61,19 +61,19 @@ def _inside(optimizer: Optimizer) -> dict[str, Optimizer]:
 
 
 def innermost(optimizer: Optimizer) -> Optimizer:
-    """Return the optimizer that updates the weights: ``optimizer``, or what it is a wrapper around.
+    """Return the optimizer that updates the weights: ``optimizer``, or the one inside the wrapper ``optimizer``.
 
     Raises:
-        UserError: no optimizer, one that is sharded over ranks, or a wrapper around several.
+        UserError: not an optimizer, one that is sharded over ranks, or a wrapper around several.
     """
     outer = optimizer
     while True:
         if not isinstance(optimizer, Optimizer):
-            raise UserError(f"{type(optimizer).__name__} is no torch.optim.Optimizer; give the optimizer itself")
+            raise UserError(f"{type(optimizer).__name__} is not a torch.optim.Optimizer; give the optimizer itself")
         if any(kind.__name__ == _SHARDED for kind in type(optimizer).__mro__):
             raise UserError(
-                f"{_SHARDED} keeps the state of each weight on one rank only, where a mask that changes cannot reach "
-                "it; give every rank a plain optimizer (AdamW, …)"
+                f"{_SHARDED} keeps the state of each weight on one rank only, so the state cannot follow a mask that "
+                "changes; give every rank a plain optimizer (AdamW, …)"
             )
         inside = _inside(optimizer)
         if not inside:
@@ -81,31 +81,31 @@ def innermost(optimizer: Optimizer) -> Optimizer:
         if len(inside) > 1:
             names = ", ".join(f"optimizer.{name.lstrip('_')}" for name in inside)
             raise UserError(
-                f"optimizer {type(outer).__name__} wraps several optimizers; give them instead of it, for example "
+                f"optimizer {type(outer).__name__} wraps several optimizers; give these instead, for example "
                 f"step({names})"
             )
         optimizer = next(iter(inside.values()))
 
 
 def _check_wrappers(optimizer: Optimizer, parameter: nn.Parameter) -> None:
-    """Raise `UserError` if a wrapper has a state of its own for ``parameter`` that no update would move."""
+    """Raise `UserError` if a wrapper has its own state for ``parameter``, which no update would move."""
     while inside := _inside(optimizer):
         name, inner = next(iter(inside.items()))
         own = optimizer.state.get(parameter)
         if own and own is not inner.state.get(parameter):
             raise UserError(
                 f"optimizer {type(optimizer).__name__} wraps {type(inner).__name__} and keeps a state of its own "
-                f"({', '.join(map(str, own))}), which cannot follow a mask; give the inner one (optimizer."
+                f"({', '.join(map(str, own))}), which cannot follow a mask; give the inner optimizer (optimizer."
                 f"{name.lstrip('_')}) if that state may be lost, or another optimizer"
             )
         optimizer = inner
 
 
 def holder(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Optimizer | None:
-    """Return the optimizer, one without wrappers, that holds ``parameter``; None if none does.
+    """Return the optimizer without wrappers that holds ``parameter``, or None.
 
     Raises:
-        UserError: as `innermost`; or a wrapper that keeps a state of its own for it.
+        UserError: as `innermost`; or a wrapper that keeps its own state for the parameter.
     """
     for optimizer in optimizers:
         inner = innermost(optimizer)
@@ -118,8 +118,8 @@ def holder(optimizers: Iterable[Optimizer], parameter: nn.Parameter) -> Optimize
 def check_optimizer(optimizer: Optimizer | Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raise `UserError` if the state of an optimizer, or of several, could not follow a change of ``parameters``.
 
-    That is so for an optimizer of unknown kind, and where none holds a parameter, because it was built before the
-    layers were made sparse, or because another optimizer holds it.
+    The reason is an optimizer of unknown kind, or a parameter that no optimizer holds: the optimizer was built before
+    the layers were made sparse, or another optimizer holds it.
     """
     several = [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
     kinds = tuple(_ELEMENTWISE)
@@ -128,7 +128,7 @@ def check_optimizer(optimizer: Optimizer | Sequence[Optimizer], parameters: Mapp
             known = ", ".join(sorted(kind.__name__ for kind in _ELEMENTWISE))
             raise UserError(
                 f"optimizer {type(inner).__name__} is not known to keep one number per weight; known are {known}; "
-                "register_elementwise_optimizer(kind) adds one, and of a wrapper give the optimizer inside"
+                "register_elementwise_optimizer(kind) adds one; instead of a wrapper give the optimizer inside"
             )
     for name, parameter in parameters.items():
         if holder(several, parameter) is None:
@@ -138,9 +138,9 @@ def check_optimizer(optimizer: Optimizer | Sequence[Optimizer], parameters: Mapp
 def _not_held(name: str, count: int) -> str:
     who = "the optimizer does not hold" if count == 1 else f"none of the {count} optimizers holds"
     return (
-        f"{who} {name}: build MaskManager(model, rule) first, and the optimizer from the parameters that the model "
-        "then has; where several optimizers hold the layers, give all of them: step(one, another); a layer that is "
-        "not trained is frozen by requires_grad_(False)"
+        f"{who} {name}: build MaskManager(model, rule) first, and then the optimizer from the model's parameters; if "
+        "several optimizers hold the layers, give all of them, step(one, another); freeze a layer that is not trained "
+        "by requires_grad_(False)"
     )
 
 
@@ -159,7 +159,7 @@ def _holds_any(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool
 # ------------------------------------------------------------------------------------------------------------ steps
 
 _clock = itertools.count(1)
-# When each optimizer took its last step, by that clock, and what a gradient scaler had found then.
+# The time of each optimizer's last step by that clock, and whether a gradient scaler had found infinities.
 _last_step: weakref.WeakKeyDictionary[Optimizer, tuple[int, Tensor | None]] = weakref.WeakKeyDictionary()
 _noting = False
 
@@ -170,7 +170,7 @@ def _note_step(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
 
 
 def note_steps() -> int:
-    """Note the steps of all optimizers from now on, and return the time."""
+    """Record the steps of all optimizers from now on, and return the time."""
     global _noting
     if not _noting:
         register_optimizer_step_post_hook(_note_step)
@@ -179,16 +179,17 @@ def note_steps() -> int:
 
 
 class StepWatch:
-    """Says whether optimizers have taken a step since it was asked last.
+    """Detects whether optimizers have taken a step since the last call of `took`.
 
-    A hook that torch calls after each ``step`` tells it. It does not fire inside ``torch.compile``: then the versions
-    of what the step writes tell it, those of the state, or of the weights where an optimizer has no state. A fused
-    optimizer under a gradient scaler runs its step although it changes nothing: what the scaler found decides.
+    Torch calls a hook after each ``step``. The hook does not run inside ``torch.compile``; there the versions of the
+    tensors that a step writes are compared: the state, or the weights of an optimizer without a state. A fused
+    optimizer under a gradient scaler runs its step even if the gradients are infinite and nothing changes; the scaler's
+    finding then decides.
 
     Args:
-        optimizers: without wrappers. parameters: theirs that are watched.
-        since: steps that were taken after this time (`note_steps`) count at the first call of `took`.
-        before: whether this is built before the steps that it is asked about, and not between a step and the question.
+        optimizers: without wrappers. parameters: the watched ones among their parameters.
+        since: steps after this time (`note_steps`) count at the first call of `took`.
+        before: whether the watch is built before the first step to detect, and not between a step and `took`.
     """
 
     def __init__(
@@ -196,22 +197,22 @@ class StepWatch:
     ) -> None:
         watched = list(parameters)
         pairs = [(optimizer, [p for p in watched if _holds_any(optimizer, [p])]) for optimizer in optimizers]
-        # An optimizer of other weights says nothing about these.
+        # An optimizer of other weights tells nothing about the watched ones.
         pairs = [pair for pair in pairs if pair[1]] or pairs
         self._watched = [(weakref.ref(optimizer), parameters) for optimizer, parameters in pairs]
         self._since = since
         self._versions = [_versions(*pair) if before else None for pair in pairs]
 
     def took(self) -> bool:
-        """Whether all of the optimizers have taken a step since the last call.
+        """Whether all optimizers have taken a step since the last call.
 
-        All, since the weights of one that a scaler holds back while others step must not be ranked.
+        If a scaler skips the step of one optimizer, its weights must not be ranked.
         """
         since, self._since = self._since, next(_clock)
         answers = []
         for index, (reference, parameters) in enumerate(self._watched):
             optimizer = reference()
-            if optimizer is None:  # it stepped, if ever, before it was replaced by another one
+            if optimizer is None:  # the optimizer was replaced, and any step of it was earlier
                 answers.append(False)
                 continue
             tick, found_inf = _last_step.get(optimizer, (0, None))
@@ -225,7 +226,7 @@ class StepWatch:
         return all(answers)
 
     def renew(self) -> None:
-        """Take the tensors as they are now for unchanged, after an update has replaced them."""
+        """Take the present tensors as unchanged, after an update has replaced them."""
         for index, (reference, parameters) in enumerate(self._watched):
             optimizer = reference()
             if optimizer is not None and self._versions[index] is not None:
@@ -236,7 +237,7 @@ _Versions: TypeAlias = dict[tuple[int, str], tuple[int, int]]
 
 
 def _versions(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> _Versions:
-    """Return identity and version of the state's tensors, and of each parameter that has none."""
+    """Return identity and version of the state's tensors, and of each parameter without a state."""
     found = {}
     for parameter in parameters:
         state = {key: value for key, value in optimizer.state.get(parameter, {}).items() if isinstance(value, Tensor)}
@@ -246,15 +247,15 @@ def _versions(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> _Vers
 
 
 def _stepped(before: _Versions | None, after: _Versions, hooked: bool) -> bool:
-    """Whether a step that no hook saw explains ``after``; ``hooked``: whether one of the optimizer's was ever seen."""
+    """Whether ``after`` shows a step that the hook missed; ``hooked``: whether the hook has seen any step."""
     if before is None:
-        # The first question. Only a compiled step leaves a state without having been seen.
+        # At the first call, only a compiled step leaves a state although the hook saw none.
         return not hooked and any(key for _, key in after)
     for place, (identity, version) in after.items():
         if place not in before:
             if not hooked:
                 return True
-        # Others write into weights too; into an optimizer's state nobody else does. (Loading replaces its tensors.)
+        # Other code writes into weights too, but only a step writes into the state. (Loading replaces its tensors.)
         elif before[place][0] == identity and before[place][1] != version and (place[1] or not hooked):
             return True
     return False

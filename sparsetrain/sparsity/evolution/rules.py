@@ -28,14 +28,14 @@ PROGRESS: dict[str, Callable[[float], float]] = {
     "cosine": lambda x: (1.0 - math.cos(math.pi * x)) / 2.0,
     "step": lambda x: math.floor(x * STAIRS + 1e-9) / STAIRS,
 }
-"""What part of the way from the initial to the final sparsity is done after the part x of the time."""
+"""The fraction of the way from the initial to the final sparsity after the fraction x of the time."""
 
 DROP: dict[str, Callable[[float], float]] = {
     "constant": lambda x: 1.0,
     "linear": lambda x: 1.0 - x,
     "cosine": lambda x: (1.0 + math.cos(math.pi * x)) / 2.0,  # RigL, section 3 (2)
 }
-"""What part of the drop fraction is left after the part x of the time until ``stop``."""
+"""The factor of the drop fraction after the fraction x of the time until ``stop``."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Phase:
 class Static(Rule):
     """The mask of the first step stays: SPDF (arXiv 2303.10464), MediSwift (arXiv 2403.00952).
 
-    The one rule under which SμPar (arXiv 2405.15743) claims that hyperparameters transfer across sparsity.
+    SμPar (arXiv 2405.15743) claims that hyperparameters transfer across sparsity for random static masks only.
     """
 
     def updates(self, end: int) -> Sequence[int]:
@@ -65,7 +65,7 @@ class Static(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Periodic(Rule):
-    """Updates every ``every`` steps, while start <= step < stop (None: without end)."""
+    """Updates come every ``every`` steps while start <= step < stop; ``stop=None`` is no end."""
 
     every: int = 100
     start: int = steps(0, fraction=0.0)
@@ -123,18 +123,18 @@ class _Exchange(_Periodic):
 class SET(_Exchange):
     """Sparse evolutionary training (Mocanu et al. 2018, arXiv 1707.04780): drop the smallest, grow at random.
 
-    An update takes ``floor(drop * nnz)`` weights of smallest magnitude from each layer and grows as many at positions
-    drawn uniformly among those that were empty before the update, so that what was just dropped does not come back at
-    once. Of equal magnitudes the first in row-major order is dropped. The density never changes.
+    An update removes ``floor(drop * nnz)`` weights of smallest magnitude from each layer and grows as many at positions
+    drawn uniformly among the positions that were empty before the update, so a dropped weight does not return at once.
+    Of equal magnitudes the first in row-major order is dropped. The density never changes.
 
     Args:
         sparsity: of the layers. every, start, stop: in steps; no update at ``stop`` itself.
         drop_fraction: zeta of the paper. drop_schedule: ``constant``, ``linear`` or ``cosine`` down to 0 at ``stop``.
-        protect_rows: never drop the largest weight of an output, as long as the others suffice. Without it an output
+        protect_rows: never drop the largest weight of an output while the other weights suffice. Otherwise an output
             may lose its last weight; reports count these dead rows.
-        grown_moments: what the optimizer's state of a grown weight starts with: ``zero``, or ``mean``, the mean over
-            the layer's surviving weights. From zero, the first step of a grown weight under AdamW is 3.2 learning rates
-            at beta2 = 0.999 and 0.45 at 0.95, for beta1 = 0.9; see
+        grown_moments: the initial optimizer state of a grown weight: ``zero``, or ``mean``, the mean over the layer's
+            surviving weights. From zero, the first step of a grown weight under AdamW is 3.2 learning rates at
+            beta2 = 0.999 and 0.45 at 0.95, for beta1 = 0.9; see
             `sparsetrain.sparsity.evolution.topology.apply_update`.
     """
 
@@ -144,27 +144,27 @@ class SET(_Exchange):
 class RigL(_Exchange):
     """Rigging the lottery (Evci et al. 2020, arXiv 1911.11134): drop the smallest, grow where the gradient is largest.
 
-    As `SET`, but what grows are the empty positions with the largest absolute gradient of the loss, had they been
-    weights of value zero. That dense gradient exists for one layer at a time, at update steps only. Of equal gradients
-    the first in row-major order grows. A layer that took no part in a step keeps its mask at it.
+    As `SET`, but the empty positions grow whose gradient of the loss would be largest if they were weights of value
+    zero. This dense gradient exists for one layer at a time, at update steps only. Of equal gradients the first in
+    row-major order grows. A layer without a gradient in an update step keeps its mask.
 
-    Two readings of Algorithm 1 are fixed here. It skips the optimizer's step when it updates the mask; here the mask is
-    updated after that step, from the gradient that the step used. And it lets a weight that was just dropped come back,
-    which in the published code keeps its value, so that it has not been dropped at all; here only positions that were
+    Two points differ from Algorithm 1. It skips the optimizer's step when it updates the mask; here the mask is updated
+    after that step, from the gradient that the step used. Algorithm 1 also lets a weight that was just dropped return,
+    and the published code then keeps its value, so the weight was not dropped at all. Here only positions that were
     empty before the update grow, and every update exchanges exactly ``floor(drop * nnz)`` weights.
 
-    **SμPar is not claimed to transfer here.** Its argument (arXiv 2405.15743) needs weights that stay normal and masks
-    that are random: those of RigL are neither, and its authors found no stable optimum. Learning rates keep the
+    **SμPar is not claimed to transfer here.** Its argument (arXiv 2405.15743) needs normally distributed weights and
+    random masks. RigL gives neither, and the authors of SμPar found no stable optimum. Learning rates keep the
     multipliers of the density at the start. In experiments/dynamic_masks_caveat the best rate falls as sparsity rises:
     at 93.75 % it is 1.48 doublings (95 %: 1.34 to 1.61, three seeds) below that of static masks.
 
     Args:
         sparsity, every, start, stop, drop_fraction, drop_schedule, protect_rows, grown_moments: as in `SET`.
-        accumulation: with several backward passes a step: ``last`` ranks the gradient of the last one; ``staggered``
-            that of all, and spreads the layers' updates over the steps of a period, so that still only one dense
-            gradient exists at a time.
-        grown_scale: 0 starts grown weights at zero, as in the paper. c starts them at ``-c r g / rms(g)``, where g is
-            their gradient and r the root mean square of the layer's surviving weights.
+        accumulation: with several backward passes per step, ``last`` ranks the gradient of the last pass. ``staggered``
+            ranks the sum of all passes, and spreads the layers' updates over the steps of a period, so that still only
+            one dense gradient exists at a time.
+        grown_scale: 0 starts grown weights at zero, as in the paper. A number c starts them at ``-c r g / rms(g)``,
+            where g is their gradient and r the root mean square of the layer's surviving weights.
     """
 
     grows: ClassVar[str] = "gradient"
@@ -183,21 +183,21 @@ class RigL(_Exchange):
 class GMP(_Periodic):
     """Gradual magnitude pruning (Zhu and Gupta 2017, arXiv 1710.01878): from ``initial_sparsity`` down to ``sparsity``.
 
-    After t steps a layer that is allocated s_f is ``s_i + (s_f - s_i) p(x)`` sparse with ``x = (t - start) / (stop -
-    start)`` and, for ``cubic``, ``p = 1 - (1 - x)^3``. Updates come every ``every`` steps from ``start`` and at
-    ``stop``, after which the layer has its target to the element. The smallest magnitudes go, of equal ones the first
-    in row-major order; what is gone does not come back.
+    After t steps a layer with the allocated density d_f has the density ``d_i + (d_f - d_i) p(x)``, where d_i is ``1 -
+    initial_sparsity``, ``x = (t - start) / (stop - start)``, and ``p = 1 - (1 - x)^3`` for ``cubic``. Updates come
+    every ``every`` steps from ``start`` on, and at ``stop``, after which the layer has exactly its allocated number of
+    weights. The smallest magnitudes go, of equal magnitudes the first in row-major order, and no weight returns.
 
-    **SμPar is not claimed to transfer here.** Magnitude masks change the distribution of the weights that are left,
-    and its authors found no stable optimum (arXiv 2405.15743). Learning rates and weight decays keep the multipliers of
-    the density at the *start*, usually those of a dense model, also when the model has become sparse. In
+    **SμPar is not claimed to transfer here.** Magnitude masks change the distribution of the remaining weights, and the
+    authors of SμPar found no stable optimum (arXiv 2405.15743). Learning rates and weight decays keep the multipliers
+    of the density at the *start*, usually that of a dense model, after the model has become sparse. In
     experiments/dynamic_masks_caveat the best rate at 93.75 % is 0.58 doublings (95 %: 0.37 to 0.78, three seeds) above
     that of static masks.
 
     Args:
-        sparsity: at the end; None takes the sparsity of the plan.
-        every, start, stop: in steps; ``stop`` is needed.
-        initial_sparsity: 0 begins dense, with every weight stored in a `SparseLinear`.
+        sparsity: at the end; None takes that of the section ``sparsity``, or of ``plan``.
+        every, start, stop: in steps; ``stop`` must be given.
+        initial_sparsity: at the start; at 0 the layers begin dense, with all weights stored in `SparseLinear`.
         curve: ``cubic``, ``linear``, ``cosine`` or ``step`` (four equal stairs).
         protect_rows: as in `SET`.
     """
@@ -257,17 +257,17 @@ def _phases_in_steps(phases: Sequence[Phase], total_steps: int | None) -> tuple[
 class VariableSparsity(Rule):
     """A sparsity that changes at given steps, usually downwards: 90 % → 50 % → dense (variable SPDF).
 
-    New weights start at zero with fresh moments, at positions drawn at random or, with ``grow="gradient"``, where the
-    gradient is largest. A rising sparsity drops the smallest magnitudes. A layer whose group has a sparsity of its own
-    keeps its ratio to the others: it is ``own * s(t) / s(0)`` sparse.
+    New weights start at zero with fresh moments, at positions drawn at random or, with ``grow="gradient"``, at the
+    largest gradients. A rising sparsity drops the smallest magnitudes. A layer with another sparsity, from a group or
+    from ERK, keeps its ratio to the whole: its sparsity is ``own * s(t) / s(0)``.
 
     Learning rates keep the SμPar multipliers of the density at the start; SμPar makes no claim about other densities
     within one run.
 
     Args:
-        sparsity: at the start, and what layers are allocated their own by.
-        phases: ``(step, sparsity)`` pairs in order; from that step on the sparsity holds. One at step 0 is what the
-            training begins with, in place of ``sparsity``: so masks may begin dense.
+        sparsity: at the start; layers are allocated by it.
+        phases: ``(step, sparsity)`` pairs in order; each sparsity holds from its step on. A phase at step 0 replaces
+            ``sparsity`` at the start, so masks may begin dense.
         grow: ``random`` or ``gradient``. grown_moments: as in `SET`.
     """
 

@@ -1,4 +1,4 @@
-"""What managed masks are at this moment: reports, numbers for metrics, a hash, and the state for a checkpoint."""
+"""The present state of managed masks: reports, numbers for metrics, a hash, and the state for a checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayerReport:
     """One layer's mask at this moment.
 
     Args:
-        density, target_density: what it has and what the rule asks for; equal unless something is wrong.
+        density, target_density: the present density and that of the rule; they differ only after an error.
         itop_rate: R_s, the fraction of its weights that were active at some time.
         overlap: the fraction of its first mask that is active now. dead_rows: outputs without a weight.
     """
@@ -44,7 +44,7 @@ class ManagedMasks(ABC):
     """The half of `sparsetrain.sparsity.evolution.manager.MaskManager` that changes no mask.
 
     Attributes:
-        rule: how masks change. steps: how many were counted. seed: of masks and growth.
+        rule: how masks change. steps: the number of counted steps. seed: of masks and growth.
     """
 
     rule: Rule
@@ -118,11 +118,11 @@ class ManagedMasks(ABC):
         return numbers
 
     def hash(self) -> str:
-        """Return a hexadecimal digest of all masks: equal on two ranks, or before and after a resume, iff they are."""
+        """Return a hexadecimal digest of all masks; two ranks, or two runs, have the same one iff their masks agree."""
         digest = hashlib.blake2b(digest_size=16)
         for entry in self._layers:
             pattern = entry.layer.pattern
-            pattern.doubt()  # what is compared is what the next product computes with
+            pattern.doubt()  # so that the next product checks what was compared here
             digest.update(f"{entry.name} {pattern.shape} {pattern.block}".encode())
             for indices in (pattern.row_ptr, pattern.col):
                 digest.update(indices.cpu().numpy().data)
@@ -131,45 +131,45 @@ class ManagedMasks(ABC):
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint must hold beside the model's and the optimizer's state.
+        """Return the state that a checkpoint must hold beside those of the model and the optimizer.
 
-        Numbers, strings and uint8 tensors in nested dictionaries, of the same keys at every step: it goes through
-        ``torch.save`` and ``torch.load(weights_only=True)``, and through ``torch.distributed.checkpoint``. The masks
-        themselves are buffers of the model. Names are those of the bare model, whatever it was wrapped in.
+        The state consists of numbers, strings and uint8 tensors in nested dictionaries, with the same keys at every
+        step. ``torch.save``, ``torch.load(weights_only=True)`` and ``torch.distributed.checkpoint`` can handle it. The
+        masks themselves are buffers of the model. Names are those of the bare model, without wrappers.
         """
         history = {entry.name: entry.history.snapshot(entry.layer.pattern) for entry in self._layers}
         state = {"rule": self.rule.name, "steps": self.steps, "seed": self.seed, "hash": self.hash()}
         return {**state, "history": history}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`. The model's own state, with its masks, is loaded first.
+        """Restore `state_dict`. Load the model's own state, with its masks, first.
 
         Raises:
-            UserError: no such state, one of another rule or other layers, or masks that are not those it was saved
-                with. Nothing is changed then.
+            UserError: the state is malformed, or has another rule, other layers or other masks. Nothing is then
+                changed.
         """
         history = state_dict.get("history")
         if not isinstance(history, Mapping) or not all(isinstance(bits, Mapping) for bits in history.values()):
-            raise UserError("the state of the masks has no history: it is not what state_dict() returned")
+            raise UserError("the state of the masks has no history, so state_dict() did not return it")
         names = [entry.name for entry in self._layers]
         if set(history) != set(names):
             other = sorted(set(history) ^ set(names))[0]
             where = "the model has no such managed layer" if other in history else "the state has no such layer"
-            raise UserError(f"the state of the masks is of other layers: '{other}': {where}")
+            raise UserError(f"the state of the masks has other layers: '{other}': {where}")
         self._restore(state_dict, history)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return what `state_dict` does as a JSON object, and uint8 tensors by name; none for masks never changed."""
+        """Return `state_dict` as a JSON object and uint8 tensors by name; masks that never changed have no tensors."""
         tensors = {
             f"{entry.name}.{key}": tensor for entry in self._layers for key, tensor in entry.history.tensors().items()
         }
         return {"rule": self.rule.name, "steps": self.steps, "seed": str(self.seed), "hash": self.hash()}, tensors
 
     def load_state(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from `state`, after the model's own state was loaded.
+        """Restore `state`, after the model's own state was loaded.
 
         Raises:
-            UserError: the state of another rule, or masks that are not those it was saved with.
+            UserError: the state has another rule or other masks.
         """
         history = {}
         for entry in self._layers:
@@ -185,7 +185,7 @@ class ManagedMasks(ABC):
             raise UserError(f"the masks were saved under {state['rule']} and cannot go on under {self.rule.name}")
         if state["hash"] != self.hash():
             raise UserError(
-                "the model's masks are not those that the manager's state was saved with: load both together, the "
+                "the model's masks differ from those that the manager's state was saved with: load both together, the "
                 "model first"
             )
         try:

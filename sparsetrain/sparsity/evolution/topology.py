@@ -1,4 +1,4 @@
-"""One change of a layer's mask: which weights stay, which grow, and how everything that belongs to them follows.
+"""One change of a layer's mask: values, gradient and optimizer state follow the weights that stay.
 
 Legend: a *unit* is a block of the pattern, a single weight for the block (1, 1); [U, V] is the grid of units of a
 matrix [R, C].
@@ -26,12 +26,12 @@ GROWN = -1
 
 @dataclass(frozen=True)
 class TopologyUpdate:
-    """A new pattern, and where each of its values comes from: what survives keeps its order.
+    """A new pattern, and the origin of each of its values; survivors keep their order.
 
     Args:
-        pattern: the new one.
-        kept: bool ``[units]`` of the old pattern. fresh: bool ``[units]`` of the new one, true for those that grew;
-            None if there are none.
+        pattern: the new pattern.
+        kept: bool ``[units]`` of the old pattern. fresh: bool ``[units]`` of the new pattern, true for grown units;
+            None if no unit grew.
         runs: slices of old and of new units with the same survivors.
     """
 
@@ -42,7 +42,7 @@ class TopologyUpdate:
 
     @classmethod
     def between(cls, old: SparsityPattern, new: SparsityPattern) -> TopologyUpdate:
-        """Return the update that leads from one pattern to another of the same shape and block.
+        """Return the update from one pattern to another of the same shape and block.
 
         Raises:
             UserError: the patterns differ in shape or block.
@@ -68,7 +68,7 @@ class TopologyUpdate:
         """Return the update that keeps some units and grows others.
 
         Args:
-            kept: bool ``[units]`` of ``old``; belongs to the update from now on.
+            kept: bool ``[units]`` of ``old``; the update owns it afterwards.
             grown: int64 or int32, increasing: row-major places in the grid of units that ``old`` does not store.
         """
         rows, columns = grid_of(old)
@@ -84,7 +84,7 @@ class TopologyUpdate:
             cells = old.cells(run)[kept[run.units]]
             if fresh is not None:
                 born = grown[ends[index] : ends[index + 1]].to(torch.int64) - run.rows.start * columns
-                # Both are sorted: what grew goes behind the survivors before it, and those that grew before.
+                # Both are sorted: a grown unit stands behind all survivors and grown units at smaller places.
                 place = torch.searchsorted(cells, born).add_(torch.arange(len(born), device=born.device))
                 here = fresh[done : done + len(cells) + len(born)]
                 here[place] = True
@@ -100,7 +100,7 @@ class TopologyUpdate:
 
     @property
     def grown(self) -> Tensor:
-        """Bool ``[nnz]`` of the new pattern: the values that are new."""
+        """Bool ``[nnz]`` of the new pattern: true for grown values."""
         size = self.pattern.block[0] * self.pattern.block[1]
         if self.fresh is None:
             return torch.zeros(self.pattern.nnz, dtype=torch.bool, device=self.pattern.device)
@@ -108,13 +108,13 @@ class TopologyUpdate:
 
     @property
     def grown_count(self) -> int:
-        """Number of values that are new."""
+        """Number of grown values."""
         size = self.pattern.block[0] * self.pattern.block[1]
         return 0 if self.fresh is None else count_true(self.fresh) * size
 
     @property
     def source(self) -> Tensor:
-        """Int64 ``[nnz]`` of the new pattern: the place of each value in the old vector, or -1 for one that grew."""
+        """Int64 ``[nnz]`` of the new pattern: the place of each value in the old vector, -1 for a grown value."""
         size = self.pattern.block[0] * self.pattern.block[1]
         source = torch.full((self.pattern.nnz,), GROWN, dtype=torch.int64, device=self.pattern.device)
         survivors = self.kept.nonzero() * size + torch.arange(size, device=source.device)
@@ -168,7 +168,7 @@ def active_units(pattern: SparsityPattern) -> Tensor:
 
 def count_true(mask: Tensor) -> int:
     """Return how many entries of a bool tensor are true."""
-    # The sum of a bool tensor is taken of a copy in int64, eight times its size.
+    # The sum of a bool tensor would make a copy in int64, eight times its size.
     return int(torch.count_nonzero(mask))
 
 
@@ -179,25 +179,25 @@ def apply_update(
     grown: Tensor | None = None,
     grown_moments: str = "zero",
 ) -> None:
-    """Give a layer its new pattern; values, gradient and optimizer state move alike.
+    """Give a layer its new pattern; values, gradient and optimizer state move together.
 
-    The Parameter object stays. What survives keeps its bits; what grew starts at zero (or at ``grown``), with a zero
+    The Parameter object stays. Survivors keep their bits. Grown weights start at zero (or at ``grown``), with a zero
     gradient.
 
-    In every tensor of the optimizer that has one entry per weight, what grew starts at zero, or, with
-    ``grown_moments="mean"``, at the mean of the survivors' entries. The first step of a weight whose moments are zero
-    is larger than the learning rate where beta2 is large: an optimizer that has done many steps corrects no bias any
-    more, so the weight moves by ``(1 - beta1) / sqrt(1 - beta2)`` learning rates under Adam and AdamW, whatever its
-    gradient: by 3.2 at betas of 0.9 and 0.999, by 0.45 at 0.9 and 0.95.
+    In every tensor of the optimizer with one entry per weight, grown entries start at zero, or, with
+    ``grown_moments="mean"``, at the mean of the survivors' entries. The first step of a weight with zero moments is
+    larger than the learning rate if beta2 is large: after many steps the optimizer corrects no bias any more, so under
+    Adam and AdamW the weight moves by ``(1 - beta1) / sqrt(1 - beta2)`` learning rates for any gradient. That is 3.2 at
+    betas of 0.9 and 0.999, and 0.45 at 0.9 and 0.95.
 
     Args:
         layer: changed in place. update: from its present pattern.
-        optimizer: whose state follows, or a wrapper around it.
-        grown: initial values ``[number that grew]``, zeros if None.
+        optimizer: the optimizer whose state follows, or a wrapper around it.
+        grown: initial values ``[number of grown weights]``, zeros if None.
         grown_moments: ``zero`` or ``mean``.
 
     Raises:
-        UserError: a tensor of the optimizer that has neither one entry per weight nor one for all; nothing is changed.
+        UserError: a tensor of the optimizer has neither one entry per weight nor a single entry; nothing is changed.
     """
     check_choice("grown_moments", grown_moments, MOMENTS)
     parameter = layer.values
@@ -209,7 +209,7 @@ def apply_update(
                 f"optimizer state '{key}' has shape {tuple(tensor.shape)}, which cannot follow {parameter.numel()} "
                 "weights to other positions"
             )
-    # One tensor after the other: each is freed before the next one is made.
+    # One tensor after the other, so that each old one is freed before the next new one is made.
     layer.move_topology(update.pattern, update.carry)
     if grown is not None:
         parameter.data[update.grown] = grown.to(parameter)

@@ -75,9 +75,8 @@ def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
     """Return the sparsity that names and groups give each layer; layers that stay dense are left out.
 
     Raises:
-        UserError: an ``include`` glob that matches no layer; a group that no layer takes its sparsity from, which is
-            a misspelt glob or one shadowed by an earlier group; or nothing to make sparse although ``sparsity`` is
-            above 0.
+        UserError: an ``include`` glob that matches no layer; a group without layers, whose glob is misspelt or shadowed
+            by an earlier group; or nothing to make sparse although ``sparsity`` is above 0.
     """
     groups = match_groups(names, config)
     sparsities = {name: config.sparsity if group is None else group.sparsity for name, group in groups.items()}
@@ -87,10 +86,10 @@ def allocate(names: Iterable[str], config: SparsityConfig) -> dict[str, float]:
 def match_groups(
     names: Iterable[str], config: SparsityConfig, kept: Collection[str] | None = None
 ) -> dict[str, SparsityGroup | None]:
-    """Return the layers that take part and the group of each, None where none matches.
+    """Return the layers that take part and the group of each, None for a layer without a group.
 
     Args:
-        kept: the layers that the default of ``exclude`` leaves out; None decides by the names alone.
+        kept: the layers that the default of ``exclude`` keeps dense; None decides by the names alone.
 
     Raises:
         UserError: as `allocate`.
@@ -118,13 +117,13 @@ def match_groups(
     for index, group in enumerate(config.groups):
         if index not in used:
             shadowed = any(fnmatchcase(name, group.match) for name in candidates)
-            why = " (earlier groups take all that it matches)" if shadowed else ""
+            why = " (earlier groups take all layers that it matches)" if shadowed else ""
             raise UserError(f"sparsity group '{group.match}' applies to no layer{why}; layers: {_some(candidates)}")
     if (config.sparsity > 0.0 or config.nnz is not None) and not candidates:
         said = f"sparsity={config.sparsity}" if config.nnz is None else f"nnz={config.nnz}"
         line = f"{said}: no linear layer matches include={config.include} and not exclude={config.exclude}"
         heads = [name for name in names if matches(name, config.include)] if config.excludes_by_default else []
-        # The default speaks of more names than it shows.
+        # The default of exclude means more names than its globs show.
         raise UserError(f"{line}; exclude=[] takes {_some(heads)}, which stay dense by default" if heads else line)
     return result
 
@@ -137,11 +136,11 @@ def allocate_densities(
     weights: Mapping[str, float] | None = None,
     kept: Collection[str] | None = None,
 ) -> dict[str, float]:
-    """Return the density of each layer that takes part; 1 where it stays dense.
+    """Return the density of each layer that takes part; 1 for a layer that stays dense.
 
-    ``round(density * R * C)`` of these densities is the intended number of weights to the element. Under ``uniform``
-    with a sparsity that is each layer's own rounding; otherwise the total of the layers without a group of their own is
-    exact: ``round((1 - sparsity) * elements)``, or what is left of a budget, whatever ERK had to clip.
+    ``round(density * R * C)`` is the exact number of weights of a layer. Under ``uniform`` with a sparsity, each layer
+    is rounded on its own. Otherwise the total of the layers without a group is exact: ``round((1 - sparsity) *
+    elements)``, or the rest of a budget, also where ERK clips layers at density 1.
 
     Args:
         shapes: qualified name -> (out_features, in_features) of every linear layer of the model.
@@ -149,11 +148,11 @@ def allocate_densities(
         budget: in place of the sparsity or nnz of ``config``, the total cost of all layers that take part, in units of
             ``weights``; met from below, to within the cost of one weight.
         weights: the cost of one nonzero of each layer, for example its training FLOPs per token (6 for a layer that is
-            used once a token); 1 for all by default.
+            used once per token); 1 by default.
         kept: as `match_groups` takes it.
 
     Raises:
-        UserError: as `allocate`; a budget that is too small for one weight a layer, or larger than dense layers cost.
+        UserError: as `allocate`; a budget below one weight per layer, or above the cost of dense layers.
     """
     return _densities(shapes, config, match_groups(shapes, config, kept), budget, weights)
 
@@ -192,7 +191,7 @@ def _fill(shapes: Mapping[str, Shape], allocation: str, total: float, price: Map
             f"(one weight a layer) and {most:g} (all dense)"
         )
     raw = {name: sum(shapes[name]) / numel[name] if allocation == "erk" else 1.0 for name in names}
-    # Layers whose share would exceed the layer are dense, and the others share what is left (RigL, appendix B).
+    # Layers whose share would exceed the layer are dense, and the others share the rest (RigL, appendix B).
     full: set[str] = set()
     while True:
         left = total - sum(numel[name] * price[name] for name in full)
@@ -202,7 +201,7 @@ def _fill(shapes: Mapping[str, Shape], allocation: str, total: float, price: Map
         if not over:
             break
         full |= over
-    # At least one weight each: nnz 0 is no layer.
+    # Each layer gets at least one weight.
     shares = [float(numel[n]) if n in full else max(1.0, scale * raw[n] * numel[n]) for n in names]
     limits = [numel[name] for name in names]
     if len(set(price.values())) <= 1:
@@ -210,7 +209,7 @@ def _fill(shapes: Mapping[str, Shape], allocation: str, total: float, price: Map
         return dict(zip(names, _exact(shares, count, limits), strict=True))
     counts = {name: min(int(share), limit) for name, share, limit in zip(names, shares, limits, strict=True)}
     spent = sum(counts[name] * price[name] for name in names)
-    # What rounding down left over buys single weights, the dearest layers first, so that less than one weight remains.
+    # The remainder of rounding down buys single weights, in the most expensive layers first.
     for name in sorted(names, key=lambda name: (-price[name], name)):
         while spent + price[name] <= total + 1e-9 * total and counts[name] < numel[name]:
             counts[name] += 1
@@ -219,7 +218,7 @@ def _fill(shapes: Mapping[str, Shape], allocation: str, total: float, price: Map
 
 
 def _exact(shares: list[float], total: int, limits: list[int]) -> list[int]:
-    """Return `largest_remainder`, after taking from the largest layers what the minimum of one weight gave away."""
+    """Return `largest_remainder`, after the largest layers have paid for the minimum of one weight per layer."""
     while sum(min(int(share), limit) for share, limit in zip(shares, limits, strict=True)) > total:
         largest = max(range(len(shares)), key=lambda index: shares[index])
         shares[largest] -= 1.0

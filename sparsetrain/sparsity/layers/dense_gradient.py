@@ -80,13 +80,13 @@ class DenseGradientRequest(Generic[Result]):
             else:
                 if self._dense is None:
                     self._dense = torch.zeros(g.shape[1], x.shape[1], dtype=dtype, device=g.device)
-                # By rows, so that there is one dense matrix and not a second one to be added to it.
-                for part in row_slices(*self._dense.shape):
-                    self._dense[part] += g[:, part].t() @ x
+                # Added by rows, so that no second dense matrix exists.
+                for rows in row_slices(*self._dense.shape):
+                    self._dense[rows] += g[:, rows].t() @ x
             self._end(node)
 
     def add_dense(self, gradient: Tensor, node: Any = None) -> None:
-        """Take the gradient ``[M, K]`` of one use of the dense matrix."""
+        """Add the gradient ``[M, K]`` of one use of the dense matrix."""
         with torch.no_grad():
             self._begin(node)
             if self._dense is None:

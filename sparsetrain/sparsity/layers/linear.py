@@ -23,7 +23,7 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
 class _Moves:
-    """How often the masks of a layer have moved; copies of the layer look at this one too."""
+    """How many times the masks of a layer have moved; copies of the layer share the counter."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -39,12 +39,12 @@ class SparseLinear(nn.Module):
     buffers ``row_ptr`` (int64) and ``col`` (int32) own the topology, travel in the ``state_dict`` and are adopted by
     ``load_state_dict``, which resizes ``values``; the Parameter object itself survives every change of topology.
 
-    ``values`` has one dimension: code that decays only parameters with ``ndim >= 2`` gives it no weight decay. Group
-    by role instead (`sparsetrain.param_groups`), or by name.
+    ``values`` has one dimension, so code that decays only parameters with ``ndim >= 2`` gives it no weight decay. Group
+    parameters by role instead (`sparsetrain.param_groups`), or by name.
 
     Args:
         in_features, out_features: K and M of the dense matrix ``[M, K]``.
-        density: fraction of nonzeros in (0, 1], drawn at random with an exact count. Give this or ``pattern``.
+        density: fraction of nonzeros in (0, 1], drawn at random with an exact count. Give either density or pattern.
         pattern: the positions, of shape ``(out_features, in_features)``.
         bias: whether to add a bias ``[M]``.
         backend: ``auto`` or a registered backend; can be assigned later.
@@ -102,7 +102,7 @@ class SparseLinear(nn.Module):
                 "have no weight: they are constant",
                 stacklevel=2,
             )
-        # A pattern of its own: no two layers share the memory of their buffers, which safetensors would refuse to save.
+        # The layer gets a pattern of its own: safetensors refuses to save buffers that share memory.
         pattern = SparsityPattern(pattern.shape, pattern.row_ptr.to(device), pattern.col.to(device), pattern.block)
         self.register_buffer("row_ptr", pattern.row_ptr)
         self.register_buffer("col", pattern.col)
@@ -113,7 +113,7 @@ class SparseLinear(nn.Module):
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int | None = None) -> None:
-        """Draw values and bias uniformly as ``nn.Linear`` does, with fan_in counted in live inputs (density * K)."""
+        """Draw values and bias uniformly as ``nn.Linear`` does, with ``density * K`` as fan_in."""
         draws = seeds.generator(seeds.resolve_seed(seed), "init")
         bound = 1.0 / math.sqrt(max(1.0, self.pattern.density * self.in_features))
         with torch.no_grad():
@@ -133,26 +133,26 @@ class SparseLinear(nn.Module):
 
     @property
     def pattern(self) -> SparsityPattern:
-        """The topology as a `SparsityPattern`: a cached view of the buffers, whoever has written into them.
+        """The topology as a `SparsityPattern`: a cached view of the buffers, which notices writes into them.
 
         Raises:
             UserError: the buffers hold no valid indices; the message names the layer.
         """
         pattern = self._current()
-        if torch.compiler.is_compiling() or pattern.untouched:  # a compiled product looks when it runs
+        if torch.compiler.is_compiling() or pattern.untouched:  # a compiled product checks when it runs
             return pattern
         pattern.refresh()
         return pattern
 
     def _current(self) -> SparsityPattern:
-        """Return the view of the tensors that are the buffers now; what they hold may have been written over."""
+        """Return the view of the tensors that are the buffers now, without a check of their content."""
         pattern, buffers = self._pattern, self._buffers  # attributes of modules are slow to look up
         if pattern.row_ptr is buffers["row_ptr"] and pattern.col is buffers["col"]:
             return pattern
-        # Something has replaced the buffers: a device move, a load.
+        # The buffers were replaced, by a device move or a load.
         sizes = self.row_ptr.shape == pattern.row_ptr.shape and self.col.shape == pattern.col.shape
         try:
-            # While FSDP holds the values in shards their number says nothing.
+            # While FSDP holds the values in shards, their number does not tell the block.
             block = pattern.block if sizes else _block_of(self.row_ptr, self.col, self.values.numel(), *self._shape)
             self._replace_pattern(SparsityPattern.over(self._shape, self.row_ptr, self.col, block))
         except UserError as error:
@@ -161,7 +161,7 @@ class SparseLinear(nn.Module):
 
     @property
     def label(self) -> str:
-        """What messages call the layer: its name in the model that it was put into, or else its sizes."""
+        """The name of the layer in messages: its name in the model, or its sizes if it is in none."""
         return self._label or f"SparseLinear({self.in_features}, {self.out_features})"
 
     @label.setter
@@ -173,7 +173,7 @@ class SparseLinear(nn.Module):
         pattern.__dict__.update(owner=self.label, copied=self._copied, request=self._request)
 
     def request_dense_gradient(self, request: DenseGradientRequest[Any] | None) -> None:
-        """Hand the dense gradients of the backward passes from now on to ``request``; None for nobody."""
+        """Give the dense gradients of the following backward passes to ``request``; None ends it."""
         self._request = request
         self._mark(self._pattern)
 
@@ -208,7 +208,7 @@ class SparseLinear(nn.Module):
         Args:
             pattern: of the layer's shape, on its device. carry: from ``[old nnz]`` to a new tensor ``[nnz]``.
         """
-        # In this order, one at a time: what is replaced is freed before the next one is made.
+        # One tensor after the other, so that each old one is freed before the next new one is made.
         self._moves.count += 1
         self._replace_pattern(pattern)
         gradient, self.values.grad = self.values.grad, None
@@ -220,12 +220,12 @@ class SparseLinear(nn.Module):
         # The view and the buffers are the same tensors.
         self._pattern, self.row_ptr, self.col = pattern, pattern.row_ptr, pattern.col
         self._mark(pattern)
-        layout_id(pattern)  # now, since a compiler that traces the forward pass cannot register it
+        layout_id(pattern)  # registered here, because a compiler that traces the forward pass cannot register it
 
     def _replace_values(self, new: Tensor) -> None:
         if new.shape != self.values.shape:
-            # A graph that is still alive, such as that of the last step's loss, holds an accumulator of the old size,
-            # and autograd would go on using it. A tensor whose type has changed meanwhile gets another one.
+            # A graph that is still alive, such as that of the last step's loss, holds a gradient accumulator of the old
+            # size, which autograd would reuse. After a change of dtype autograd makes a new accumulator.
             other = torch.float64 if new.dtype != torch.float64 else torch.float32
             self.values.data = torch.empty(0, dtype=other, device=new.device)
         self.values.data = new
@@ -288,25 +288,25 @@ class SparseLinear(nn.Module):
         return sparse_linear(x, self.values, self._current(), self.bias, self.backend)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        # What is saved is what the layer computes with from now on, also where torch recorded no write. Nothing is
-        # refused here: the tensors of a state are what a damaged layer is repaired through.
+        # From now on the layer computes with what is saved here, even if torch recorded no write. Nothing is refused,
+        # because a damaged layer is repaired through the tensors of its state.
         self._current().doubt()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Who asked this layer for its gradient has not asked a copy.
+        # A request for this layer's gradient is no request for a copy's.
         return {key: value for key, value in self.__dict__.items() if key != "_request"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # Only where the masks of the original move can an average of copies go wrong.
+        # An average of copies can go wrong only if the masks of the original move.
         self._copied, self._moves = state.get("_evolves", False), _Moves()
         if self._copied:
             self._origin = state["_moves"], state["_moves"].count, self.values._version
         self._mark(self._pattern)
 
     def forget_origin(self, evolves: bool = False) -> None:
-        """Say that a layer goes its own way: it is not compared with the layer that it was copied from.
+        """Stop comparing the layer with the one that it was copied from.
 
         Args:
             evolves: whether its own masks move from now on.
@@ -320,7 +320,7 @@ class SparseLinear(nn.Module):
         if self._pattern.trained:
             self.forget_origin()
             return
-        self._current().refresh()  # masks that were written over are refused, whatever the weights are
+        self._current().refresh()  # refuses masks that were modified in place
         moves, count, version = self._origin
         if moves.count != count and self.values._version != version:
             self._origin = None
@@ -351,24 +351,24 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        if self._origin is not None:  # positions and weights that belong together
+        if self._origin is not None:  # the loaded positions and weights belong together
             self._origin = self._origin[0], self._origin[0].count, self.values._version
 
     def _adopt(self, found: dict[str, Tensor]) -> None:
         if len(found) < 3:
-            # Values of one topology under the indices of another would be read as another matrix.
+            # Values over the indices of another topology would be another matrix.
             raise UserError(f"the state has {', '.join(found)}; row_ptr, col and values belong together")
         row_ptr, col, values = found["row_ptr"], found["col"], found["values"]
         if values.ndim != 1:
             raise UserError(f"values have shape {tuple(values.shape)}; one dimension is needed")
         block = _block_of(row_ptr, col, values.numel(), *self._shape)
         pattern = SparsityPattern((self.out_features, self.in_features), row_ptr, col, block)
-        # Compared with the buffers, not with the view: after `to_empty` there is no valid one.
+        # The comparison is with the buffers, because after `to_empty` there is no valid view.
         same = values.shape == self.values.shape and all(
             torch.equal(new.cpu(), old.cpu()) for new, old in ((pattern.row_ptr, self.row_ptr), (pattern.col, self.col))
         )
         if same:
-            # A state that was read into the layer's own tensors has changed them already.
+            # A distributed checkpoint reads into the layer's own tensors, so the buffers may already be the new ones.
             self._current().refresh(accept=True)
             return
         if self.strict_topology:
@@ -379,7 +379,7 @@ class SparseLinear(nn.Module):
         self.set_topology(pattern, values)
 
     def extra_repr(self) -> str:
-        nnz = self._pattern.nnz  # as it was checked: to be shown, a layer need not be sound
+        nnz = self._pattern.nnz  # of the checked indices, so that a damaged layer can be shown
         density = nnz / (self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4g}, nnz={nnz}, "

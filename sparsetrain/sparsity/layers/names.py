@@ -1,7 +1,7 @@
-"""Names by which other people's models call their heads and routers: one table, for masks and for roles.
+"""Usual names of heads and routers in models of others: one table, for masks and for roles.
 
-A name counts only where it stands at the end, as whole parts between dots: ``model.lm_head`` is a head, the layer
-``heads.0.key`` of an attention head and ``my_header.fc`` are none.
+A name must match whole components at the end of a qualified name: ``model.lm_head`` is a head, while the layer
+``heads.0.key`` of an attention head and ``my_header.fc`` are not.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ HEAD_NAMES: tuple[str, ...] = (
     *("cls_head", "score_head", "value_head", "v_head", "policy_head", "reward_head", "regression_head"),
     *("token_head", "prediction_head", "vocab_projector", "predictions.decoder", "seq_relationship"),
 )
-# Of those, the ones that also name an inner layer: inside a numbered block they are none.
+# Of these, the names that inner layers also have; inside a numbered block they are not heads.
 _AMBIGUOUS = ("output", "score", "output_layer", "output_projection", "logits")
 # The layers of a head of several layers, beside numbers: `lm_head.dense`, `classifier.out_proj`, `v_head.summary`.
 _PARTS_OF_HEADS = ("dense", "decoder", "out_proj", "linear", "fc", "proj", "summary")
 
-# Layers that choose the experts of a token. A gate counts where it stands beside `experts`: in a gated MLP, `gate` is
-# a matrix like the others.
+# Layers that route tokens to experts. A gate is a router if `experts` is beside it; in a gated MLP, `gate` is a matrix
+# like the others.
 ROUTER_NAMES: tuple[str, ...] = (
     *("router", "router.classifier", "router.layer", "router.proj", "router.weight", "gate.wg"),
     *("shared_expert_gate", "gating_network"),
@@ -30,7 +30,7 @@ GATE_NAMES: tuple[str, ...] = ("gate", "gating", "gate.weight")
 
 
 def ends_with(name: str, ends: Iterable[str]) -> bool:
-    """Whether the last parts of a dotted name are one of ``ends``, which may have dots themselves."""
+    """Whether the last components of a dotted name are one of ``ends``, which may have dots themselves."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
 
 
@@ -52,10 +52,10 @@ def is_part_of_head(name: str) -> bool:
 
 
 def is_router(name: str, others: Collection[str] = ()) -> bool:
-    """Whether a module of that name chooses experts.
+    """Whether a module of that name routes tokens to experts.
 
     Args:
-        others: names of the model's other modules or parameters, among which a gate's experts are looked for.
+        others: names of the model's other modules or parameters; a gate is a router if its experts are among them.
     """
     if ends_with(name, ROUTER_NAMES):
         return True

@@ -89,7 +89,7 @@ def _(
     need_values: bool,
 ) -> tuple[Tensor, Tensor]:
     return (
-        # Contiguous whatever the strides of x are: that is how a backend writes it.
+        # A backend writes contiguous rows, for any strides of x.
         g.new_empty(g.shape[0], shape[1]) if need_x else g.new_empty(0),
         values.new_empty(values.shape) if need_values else values.new_empty(0),
     )
@@ -97,7 +97,7 @@ def _(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, values, row_ptr, col, *rest, _keep = inputs
-    # Else autograd makes zeros of the size of `kept`, as its gradient.
+    # Otherwise autograd allocates zeros of the size of `kept` as its gradient.
     ctx.set_materialize_grads(False)
     x = x if ctx.needs_input_grad[1] else x.new_empty(0)
     ctx.save_for_backward(x, values.detach(), output[1], row_ptr, col)
@@ -114,7 +114,7 @@ def _backward(ctx: Any, g: Tensor | None, _kept: Tensor | None) -> tuple[Tensor 
 
 
 def refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
-    """Raise: what a custom op's backward pass computes cannot be differentiated again."""
+    """Raise `RuntimeError`: the backward pass of a custom op cannot be differentiated."""
     raise RuntimeError("a sparse layer has no second derivative: call backward without create_graph=True")
 
 
@@ -123,10 +123,10 @@ _sparse_linear_backward.register_autograd(refuse_double_backward)
 
 
 class _Direct(torch.autograd.Function):
-    """`_sparse_linear` without its custom op, which spends some half a millisecond a step on itself.
+    """`_sparse_linear` without the custom op, whose own overhead is about half a millisecond per step.
 
-    Takes and returns any number of leading dimensions: views made outside would be nodes of the graph, which cost
-    something beside a small layer.
+    Input and output have any number of leading dimensions. Views made outside of this function would be nodes of the
+    graph, whose cost shows beside a small layer.
     """
 
     @staticmethod
@@ -137,9 +137,9 @@ class _Direct(torch.autograd.Function):
         given = x if ctx.needs_input_grad[1] else None
         if pattern.request is not None and given is not None:
             pattern.request.opened(ctx)
-        # Detached: a topology that is set before the backward pass gives the parameter other values, not this tensor.
+        # A topology that is set before the backward pass replaces the parameter's data, and not this detached tensor.
         ctx.save_for_backward(given, values.detach(), kept)
-        # Not a view in autograd's eyes: those that a function makes may not be changed in place.
+        # Autograd must not see a view: views that a function returns cannot be changed in place.
         return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
@@ -157,8 +157,8 @@ class _Direct(torch.autograd.Function):
         g = _rows(g).contiguous()
         x = g.new_empty(0) if x is None else _rows(x)
         if torch.is_grad_enabled():
-            # For create_graph: the custom op is what refuses, in words, to be differentiated, also where only the input
-            # or the values lead back to it.
+            # Under create_graph the custom op raises when it is differentiated, even if only the input or the values
+            # lead back to it.
             place = _place(pattern, ctx.backend)
             g = g if g.requires_grad else g.detach().requires_grad_()
             grads = _sparse_linear_backward(g, x.detach(), values, kept, *place, need_x, need_values)
@@ -180,12 +180,15 @@ def _rows(tensor: Tensor) -> Tensor:
 
 
 def _place(pattern: SparsityPattern, backend: str) -> tuple[Any, ...]:
-    """Return what the custom ops take in place of a pattern and a backend."""
+    """Return the arguments by which the custom ops get a pattern and a backend."""
     return pattern.row_ptr, pattern.col, list(pattern.shape), list(pattern.block), backend, layout_id(pattern)
 
 
 def _dispatched(*tensors: Tensor) -> bool:
-    """Whether somebody is to see a custom op: a compiler, a tracer, a counter, a tensor that is not only one."""
+    """Whether the call must go through the registered op.
+
+    That is so while a compiler, a tracer or a dispatch mode is active, or if an argument is a Tensor subclass.
+    """
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -220,21 +223,21 @@ def sparse_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
-    chosen = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device)
+    name = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
     if traced:
-        y, _ = _sparse_linear(_rows(x), values, *_place(pattern, chosen), keep)
+        y, _ = _sparse_linear(_rows(x), values, *_place(pattern, name), keep)
     elif keep:
-        y = _Direct.apply(x, values, pattern, chosen)
+        y = _Direct.apply(x, values, pattern, name)
     else:
         if pattern.request is not None:
             pattern.request.passed()
-        y, _ = BACKENDS[chosen].forward(_rows(x), values, pattern, keep=False)
+        y, _ = BACKENDS[name].forward(_rows(x), values, pattern, keep=False)
     if y.ndim != x.ndim:
         y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
 
 
 def _autocast(tensor: Tensor) -> Tensor:
-    # float64 stays what it is, as in torch's own casts.
+    # float64 is not cast, as in torch's own autocast.
     return tensor if tensor.dtype == torch.float64 else tensor.to(torch.get_autocast_dtype(tensor.device.type))

@@ -1,4 +1,4 @@
-"""What the processes of a distributed training must agree on; nothing at all in a single one."""
+"""Agreement between the processes of a distributed training; a single process has nothing to agree on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def is_sharded(parameter: Tensor) -> bool:
 
 
 def warn_of_own_draws(action: str) -> None:
-    """Warn that ``action`` draws without a seed in one of several processes, each of which would draw its own masks."""
+    """Warn that ``action`` draws masks without a seed in several processes, which would each draw other masks."""
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         warnings.warn(
             f"{action} draws masks without a seed, and each of {dist.get_world_size()} ranks draws its own: give "
@@ -30,9 +30,9 @@ def warn_of_own_draws(action: str) -> None:
 class Ranks:
     """The processes that train one model together, if there are several when this is built.
 
-    Building it, and every method, is a collective call: all ranks make it, at the same place of the program, or none
-    does. So no method is called inside a backward pass, nor where it depends on what happened on this rank. The
-    calls go through process groups of their own, since calls in one group must come in the same order everywhere.
+    The constructor and every method are collective calls: either all ranks make them, at the same place of the program,
+    or no rank does. They must not be made inside a backward pass or depend on events on one rank. The calls use process
+    groups of their own, because the calls in one group must come in the same order on all ranks.
     """
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ranks:
@@ -75,10 +75,10 @@ class Ranks:
             dist.all_reduce(tensor, group=self._group)
 
     def share_seed(self, seed: int, given: bool) -> int:
-        """Return the seed of rank 0, where it was drawn, or the one that was given to all.
+        """Return the seed that all ranks were given, or the one that rank 0 has drawn.
 
         Raises:
-            UserError: ranks were given different seeds, or only some were given one; on all of them.
+            UserError: ranks were given different seeds, or only some ranks were given one. All ranks raise.
         """
         if self._group is None:
             return seed
@@ -88,13 +88,13 @@ class Ranks:
             rank = next(index for index, entry in enumerate(everywhere) if entry != everywhere[0])
             shown = [str(everywhere[index][0]) if everywhere[index][1] else "None" for index in (0, rank)]
             raise UserError(
-                f"seed={shown[1]} on rank {rank} and seed={shown[0]} on rank 0: masks and growth would differ from "
-                "those of other ranks; give all ranks the same seed, or none"
+                f"seed={shown[1]} on rank {rank} and seed={shown[0]} on rank 0: masks and growth would differ between "
+                "ranks; give all ranks the same seed, or no rank a seed"
             )
         return everywhere[0][0]
 
     def check_equal(self, make_digest: Callable[[], str]) -> None:
-        """Raise RuntimeError unless all ranks make the same hexadecimal digest; a single process makes none."""
+        """Raise `RuntimeError` unless all ranks make the same hexadecimal digest; a single process skips it."""
         if self._group is None:
             return
         low, high = self._ends(int(make_digest()[:15], 16))  # 60 bits

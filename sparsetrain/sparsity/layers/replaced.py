@@ -1,4 +1,4 @@
-"""Notices an optimizer that was built before layers were replaced: it goes on stepping, and trains nothing of them."""
+"""Detects an optimizer that was built before layers were replaced: its steps do not train the new layers."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from sparsetrain.errors import UserError
 
 
 class StaleOptimizerWarning(UserError, UserWarning):
-    """An optimizer steps that holds parameters which `sparsify` or `densify` replaced, and not those in their place.
+    """An optimizer holds parameters that `sparsify` or `densify` replaced, and not their successors.
 
-    It is given as a warning. Where warnings are made errors, it is caught as any other refusal of the library.
+    It is a warning. If warnings are turned into errors, it is caught like the other errors of the library.
     """
 
 
-# old parameter -> its name, and the parameters in its place. None of them is kept alive.
+# old parameter -> its name, and its successors. No parameter is kept alive.
 _successors = WeakTensorKeyDictionary()
-# optimizer -> how many replacements there had been when it was found to be as it should, or was warned of.
+# optimizer -> the number of replacements at its last check that found nothing, or that warned.
 _judged: weakref.WeakKeyDictionary[Optimizer, int] = weakref.WeakKeyDictionary()
 _replacements = 0
 
 
 def note_replacement(name: str, old: nn.Module, new: nn.Module) -> None:
-    """Note that ``new`` stands where ``old`` stood: from now on optimizers are asked which of the two they hold."""
+    """Record that ``new`` replaced ``old``; from now on optimizers are checked for which of the two they hold."""
     former = list(old.parameters())
     for key, parameter in old._parameters.items():
         successor = new._parameters.get(key)
         if successor is None and key in ("weight", "values"):
             successor = new._parameters.get("values" if key == "weight" else "weight")
-        # Otherwise a matrix of several, each of which has a layer of its own now.
+        # Otherwise the old matrix was cut into several layers.
         successors = [successor] if successor is not None else list(new.parameters())
         if parameter is not None and all(parameter is not one for one in successors):
             note_successors(
@@ -46,13 +46,13 @@ def note_replacement(name: str, old: nn.Module, new: nn.Module) -> None:
 
 
 def note_successors(name: str, parameter: nn.Parameter, successors: Iterable[nn.Parameter]) -> None:
-    """Note that other parameters stand where one, called ``name``, stood."""
+    """Record the parameters that replaced the parameter called ``name``."""
     global _replacements
     if _replacements == 0:
         register_optimizer_step_pre_hook(_judge)
     _replacements += 1
     _successors[parameter] = name, tuple(weakref.ref(one) for one in successors)
-    parameter.grad = None  # of a step before; what trains it from now on gives it another
+    parameter.grad = None  # a gradient from now on shows that the old parameter is still trained
 
 
 def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
@@ -66,7 +66,7 @@ def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         successors = [one for reference in references if (one := reference()) is not None]
         if not successors or any(id(one) in held for one in successors):
             continue
-        # Sure only while the one is trained and the other is not: somebody may train both models.
+        # The case is certain only if the successor is trained and the old one is not: a user may train both models.
         if parameter.grad is None and any(one.grad is not None for one in successors):
             lost.append(name)
         else:
@@ -77,7 +77,7 @@ def _judge(optimizer: Optimizer, _args: object, _kwargs: object) -> None:
         warnings.warn(
             StaleOptimizerWarning(
                 f"the optimizer {type(optimizer).__name__} was built before layers were replaced (sparsify, densify, "
-                f"MaskManager): it holds the old {', '.join(lost[:3])}{more}, and trains nothing in their place; build "
+                f"MaskManager): it holds the old {', '.join(lost[:3])}{more}, and does not train the new ones; build "
                 "the optimizer afterwards"
             ),
             stacklevel=3,

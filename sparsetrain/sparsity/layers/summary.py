@@ -175,23 +175,23 @@ def _summarise(model: nn.Module, count: bool) -> Summary:
 
 
 def warn_of_dense(model: nn.Module, plan: SparsityConfig, caller: str, stacklevel: int) -> None:
-    """Warn once of large matrices that stay dense although the plan does not leave them out.
+    """Warn once of large matrices that stay dense although ``plan`` does not exclude them.
 
     Args:
-        plan: whose ``include``, ``exclude`` and groups of sparsity 0 say what the user left out.
-        caller: which call it is that warns.
+        plan: its ``include``, ``exclude`` and groups of sparsity 0 tell what the user excluded.
+        caller: the name of the function that warns.
     """
     said = large_dense(model, plan)
     if said:
         warnings.warn(
-            f"{caller}: these matrices stay dense: {'; '.join(said)}; exclude them to say that you know, and see "
+            f"{caller}: these matrices stay dense: {'; '.join(said)}; exclude them to silence this warning, and see "
             "sparsetrain.summary(model)",
             stacklevel=stacklevel,
         )
 
 
 def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
-    """Return a phrase for each kind of large matrix that stays dense although a plan does not leave it out."""
+    """Return a phrase for each kind of large matrix that stays dense although ``plan`` does not exclude it."""
     left_out = [*(() if plan.excludes_by_default else plan.exclude), *(g.match for g in plan.groups if g.sparsity == 0)]
     groups: dict[tuple[str, str], list[SummaryRow]] = {}
     for row in _summarise(model, count=False).rows:
@@ -201,7 +201,7 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
         names = (row.name, row.module, f"{row.module}.weight")
         if not any(matches(name, plan.include) for name in names) or any(matches(name, left_out) for name in names):
             continue
-        # The same matrix of every block is one thing to say.
+        # The same matrix of all blocks makes one phrase.
         groups.setdefault((re.sub(r"\b\d+\b", "*", row.name), row.reason), []).append(row)
     said = []
     for (_, reason), rows in groups.items():
@@ -215,7 +215,7 @@ def large_dense(model: nn.Module, plan: SparsityConfig) -> list[str]:
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Tensor]]:
     """Yield (module name, module, parameter's own name, parameter) of all matrices; a shared one for each holder.
 
-    Biases are none, also where experts have one each.
+    Biases are no matrices, even if each expert has one.
     """
     for name, module in wrappers.named_modules(model):
         for leaf, parameter in module._parameters.items():

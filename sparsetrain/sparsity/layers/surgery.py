@@ -70,26 +70,26 @@ def sparsify(
 ) -> Model:
     """Replace linear layers by `SparseLinear`, keeping the weights at the positions that stay.
 
-    By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced but heads, routers and embeddings, which
+    By default every ``nn.Linear`` and Hugging Face ``Conv1D`` is replaced, except heads, routers and embeddings, which
     `SparsityConfig` defines. The input projections of ``nn.MultiheadAttention`` become the layers ``q_proj``,
     ``k_proj`` and ``v_proj`` (`SparseMultiheadAttention`). Experts in one tensor ``NAME`` ``[experts, out, in]`` become
-    the layers ``NAME_layers.0`` and so on, and ``NAME`` is read from them. One warning names what else stays dense and
-    holds more than 1 % of the weights; `summary` lists everything.
+    the layers ``NAME_layers.0`` and so on, and ``NAME`` is read from them. One warning names other matrices that stay
+    dense and hold more than 1 % of the weights; `summary` lists everything.
 
-    Each layer's mask is a function of the seed and its qualified name, so that no two layers share one;
-    ``torch.compile`` and other wrappers are no part of a name. A plan whose masks evolve gives the masks of step 0;
-    `MaskManager` changes them.
+    Each layer's mask is a function of the seed and the layer's qualified name, so no two layers share a mask.
+    ``torch.compile`` and other wrappers are not part of a name. If masks evolve, these are the masks of step 0, which
+    `MaskManager` changes.
 
     Args:
         model: changed in place.
-        sparsity: fraction of zeros in [0, 1). Give this with the options beside it, or ``plan`` or ``masks`` alone.
+        sparsity: fraction of zeros in [0, 1). Give it with the next four options, or give ``plan`` or ``masks`` alone.
         include, exclude: globs over qualified names.
         pattern: ``magnitude`` keeps the largest weights of the model; the others are listed in `SparsityConfig`.
-        backend: as in `SparsityConfig`; with a plan, its own counts.
+        backend: as in `SparsityConfig`; ``plan`` has a backend of its own.
         seed: None draws from torch's global generator. ``plan.seed``, when set, wins.
-        plan: several groups with a sparsity of their own, and every other option.
-        masks: qualified name -> mask ``[out_features, in_features]`` of each layer to replace: anything that
-            `given_pattern` takes, for example what `load_masks` returns.
+        plan: the whole section, with groups of layers and all options.
+        masks: qualified name -> mask ``[out_features, in_features]`` of each layer to replace, in any form that
+            `given_pattern` takes; `load_masks` returns such masks.
 
     Returns:
         ``model``.
@@ -97,17 +97,17 @@ def sparsify(
     Raises:
         UserError: bad sparsity, globs that match nothing, a layer left without weights, a mask of another shape or for
             no layer, a model that is itself a linear layer or is inside DDP or FSDP, or a layer that a sparse one
-            cannot replace, by name: its weight is shared, computed, quantized, on the meta device or has no size yet,
-            or its class has a forward of its own. The model is then unchanged.
+            cannot replace: its weight is shared, computed, quantized, on the meta device or without a size, or its
+            class has its own forward. The model is then unchanged.
     """
     options = include is not None or exclude is not None or pattern != "random"
     if masks is not None:
         if sparsity is not None or plan is not None or options:
-            raise UserError("sparsify: masks say which layers are sparse, and how; give them without sparsity or plan")
+            raise UserError("sparsify: masks say which layers are sparse; give them without sparsity, plan or options")
     elif (sparsity is None) == (plan is None):
         raise UserError("sparsify: give exactly one of sparsity and plan, or masks alone")
     elif plan is not None and (options or backend != "auto"):
-        raise UserError("sparsify: include, exclude, pattern and backend belong into the plan when one is given")
+        raise UserError("sparsify: with plan=, give include, exclude, pattern and backend in the SparsityConfig")
     linears = linear_layers(model)
     if masks is not None:
         _check_masks(masks, linears)
@@ -158,12 +158,12 @@ def matrix_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the dense ones among `matrix_layers`."""
+    """Return the dense layers of `matrix_layers`."""
     return {name: layer for name, layer in matrix_layers(model).items() if not isinstance(layer, SparseLinear)}
 
 
 def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of the layers that stay dense unless the user's own globs say otherwise."""
+    """Return the names of the layers that stay dense under the default of ``exclude``."""
     others = [name for name, _ in wrappers.named_modules(model)]
     others += [name for name, _ in wrappers.named_parameters(model)]
     return {name for name in layers if default_reason(name, others) is not None} | tied_heads(model, layers)
@@ -172,7 +172,7 @@ def kept_by_default(model: nn.Module, layers: Mapping[str, nn.Module]) -> set[st
 def allocate_model(
     model: nn.Module, layers: Mapping[str, nn.Module], config: SparsityConfig, rule: Rule | None = None
 ) -> dict[str, LayerAllocation]:
-    """Return the allocation of those of a model's ``layers``, dense or sparse, that are sparse at some time.
+    """Return the allocation of the ``layers`` of a model, dense or sparse, that are sparse at some time.
 
     Args:
         layers: by qualified name. rule: as `allocate_layers` takes it.
@@ -190,7 +190,7 @@ def allocate_model(
         raise UserError(f"{error}; no linear layers are {'; '.join(others)}" if others else str(error)) from None
     free = config.sparsity > 0.0 or config.nnz is not None
     sparse = [name for name, group in groups.items() if (free if group is None else group.sparsity > 0.0)]
-    # Before shapes are read, which a layer may not have yet.
+    # The check precedes the shapes, because a refused layer may have no shape yet.
     check_replaceable(model, layers, [name for name in sparse if not isinstance(layers[name], SparseLinear)])
     return allocate_layers(shapes_of(layers), config, rule, groups=groups)
 
@@ -226,7 +226,7 @@ def draw_patterns(
         weight = matrix_of(linears[name])
         draws = seeds.generator(seed, "mask", name)
         try:
-            if layer.start == 1.0:  # nothing to choose yet, but blocks are stored as such
+            if layer.start == 1.0:  # nothing to draw, but the pattern stores blocks
                 patterns[name] = full_pattern(shapes[name], layer.spec.block)
             else:
                 patterns[name] = make_pattern(layer.spec, shapes[name], layer.start, draws, weight)
@@ -238,7 +238,7 @@ def draw_patterns(
 def replace_linears(
     model: nn.Module, linears: Mapping[str, nn.Module], patterns: Mapping[str, SparsityPattern], backend: str
 ) -> dict[str, SparseLinear]:
-    """Put sparse layers in the place of those that ``patterns`` names, all or none; return them by name.
+    """Replace the layers that ``patterns`` names by sparse ones, all or none; return the sparse layers by name.
 
     Call `check_replaceable` first.
     """
@@ -259,7 +259,7 @@ def replace_linears(
 
 
 def _split(model: nn.Module, holder: str, parts: Mapping[str, Rows], layers: Mapping[str, SparseLinear]) -> None:
-    """Make layers of the parts of a module's larger matrices: the sparse ones, and dense ones of what stays dense."""
+    """Turn the parts of a module's larger matrices into layers: those in ``layers``, or else dense copies."""
     module = wrappers.find_module(model, holder)
     if isinstance(module, nn.MultiheadAttention):
         made = {part.child: layers[name] if name in layers else part.copy() for name, part in parts.items()}
@@ -281,7 +281,7 @@ def _check_masks(masks: Mapping[str, Any], linears: Mapping[str, nn.Module]) -> 
     shapes = shapes_of(linears)
     for name, mask in masks.items():
         if name not in linears:
-            raise UserError(f"masks['{name}'] is for no linear layer of the model{nearest(name, linears)}")
+            raise UserError(f"masks['{name}']: the model has no linear layer of this name{nearest(name, linears)}")
         if tuple(mask.shape) != shapes[name]:
             raise UserError(f"masks['{name}'] has shape {tuple(mask.shape)}; the layer needs {shapes[name]}")
 
@@ -290,13 +290,13 @@ def densify(model: Model) -> Model:
     """Replace every `SparseLinear` by a dense layer in place, zeros where the mask was; returns ``model``.
 
     Each layer gets the class that `sparsify` found there: a Conv1D, a subclass of ``nn.Linear``, or an
-    ``nn.MultiheadAttention`` or a tensor of experts around it. All of the dense weights train afterwards. The weights
-    are new objects: build the optimizer after this.
+    ``nn.MultiheadAttention`` or a tensor of experts around it. All dense weights train afterwards. The weights are new
+    objects, so build the optimizer afterwards.
 
     Raises:
         UserError: the model is itself a sparse layer, or it is inside DDP or FSDP. The model is then unchanged.
     """
-    # With duplicates: a layer that the model uses in two places stays one layer.
+    # Duplicates are included, so that a layer that the model uses in two places stays one layer.
     everything = list(wrappers.named_modules(model, remove_duplicate=False))
     sparse = [(name, layer) for name, layer in everything if isinstance(layer, SparseLinear)]
     attention = [(name, module) for name, module in everything if isinstance(module, SparseMultiheadAttention)]

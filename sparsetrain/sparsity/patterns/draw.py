@@ -1,4 +1,4 @@
-"""Which positions of a matrix hold weights at the start of training: the makers of each kind of pattern."""
+"""Makers of patterns: they draw the positions of a matrix that hold weights at the start of training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsetrain.sparsity.patterns.spec import (
     units_count,
 )
 
-CURVEBALL_ROUNDS = 16  # trades per row, after which a fan-out balanced pattern keeps no trace of how it was begun
+CURVEBALL_ROUNDS = 16  # trades per row, enough to mix a pattern with balanced fan-out
 
 
 def random_pattern(
@@ -35,8 +35,8 @@ def random_pattern(
 ) -> SparsityPattern:
     """Return a uniformly random pattern with exactly ``round(density * R * C)`` nonzeros.
 
-    The count is exact, not Bernoulli: SμPar (arXiv 2405.15743) divides by the density, and at small widths the
-    density that a coin throws differs from the one that was asked for.
+    The count is exact, and positions are not independent Bernoulli draws: SμPar (arXiv 2405.15743) divides by the
+    density, and at small widths the density of independent draws differs from the requested one.
 
     Raises:
         UserError: density outside (0, 1], or so small that no weight is left.
@@ -53,7 +53,7 @@ def block_pattern(
 ) -> SparsityPattern:
     """Return a pattern of randomly placed blocks.
 
-    Where the block divides the matrix, the pattern stores blocks. Otherwise blocks at the right and lower edge are cut
+    If the block divides the matrix, the pattern stores blocks. Otherwise blocks at the right and lower edge are cut
     off, each size of block keeps its share, and the pattern stores single weights.
 
     Raises:
@@ -65,7 +65,7 @@ def block_pattern(
 def magnitude_pattern(
     weight: Tensor, density: float, block: tuple[int, int] = (1, 1), bands: tuple[int, int] = (1, 1)
 ) -> SparsityPattern:
-    """Return the pattern of the largest magnitudes of ``weight`` ``[R, C]``; of blocks, by the sum of magnitudes.
+    """Return the pattern of the largest magnitudes of ``weight`` ``[R, C]``; blocks rank by the sum of magnitudes.
 
     Args:
         bands: rank inside each band on its own, for example each head.
@@ -84,23 +84,22 @@ def balanced_pattern(
     """Return a random pattern with the same fan-in in every row: counts differ by at most one, the total is exact.
 
     Args:
-        fan_out: give the columns counts that differ by at most one, too.
+        fan_out: make the counts of columns differ by at most one too.
     """
     return make_pattern(PatternSpec("balanced", fan_out=fan_out), shape, density, generator)
 
 
 def nm_pattern(shape: tuple[int, int], n: int, m: int, generator: torch.Generator) -> SparsityPattern:
-    """Return a random n:m pattern: of every ``m`` consecutive inputs of an output, ``n`` have a weight."""
+    """Return a random n:m pattern: every ``m`` consecutive inputs of an output have ``n`` weights."""
     return make_pattern(PatternSpec("nm", m=m), shape, n / m, generator)
 
 
 def given_pattern(mask: Any, block: tuple[int, int] = (1, 1)) -> SparsityPattern:
-    """Return a mask of the user's own as a pattern.
+    """Return a given mask as a pattern.
 
     Args:
         mask: bool ``[out_features, in_features]`` as a tensor or an array, a `SparsityPattern`, or a sparse matrix of
-            scipy or torch, of which the entries other than zero count. Indices are checked before any code follows
-            them.
+            scipy or torch, whose nonzero entries count. Indices are checked before they are used.
 
     Raises:
         UserError: another type or dtype, blocks that are only partly true, or indices outside of the matrix.
@@ -121,7 +120,7 @@ def given_pattern(mask: Any, block: tuple[int, int] = (1, 1)) -> SparsityPattern
 
 
 def full_pattern(shape: tuple[int, int], block: tuple[int, int] = (1, 1)) -> SparsityPattern:
-    """Return the pattern without a zero, in blocks where they divide the matrix: where gradual pruning begins."""
+    """Return the pattern of all positions, with which gradual pruning begins, in blocks if they divide the matrix."""
     return _unit_pattern(shape, torch.ones(block_grid(shape, block), dtype=torch.bool, device="cpu"), block)
 
 
@@ -139,7 +138,7 @@ def _random(
     spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
 ) -> SparsityPattern:
     regions = kept_regions(spec, shape, density)
-    # On the CPU whatever torch's default device is: so is the generator.
+    # The generator is on the CPU, whatever torch's default device.
     units = torch.zeros(block_grid(shape, spec.block), dtype=torch.bool, device="cpu")
     for region in regions:
         candidates = torch.ones_like(units[region.place])
@@ -151,7 +150,7 @@ def _magnitude(
     spec: PatternSpec, shape: tuple[int, int], density: float, generator: torch.Generator, weight: Tensor | None
 ) -> SparsityPattern:
     if weight is None:
-        raise UserError("pattern 'magnitude' ranks weights; there are none here: sparsify a model that has them")
+        raise UserError("pattern 'magnitude' ranks weights, and no weight was given: sparsify a model that has weights")
     if tuple(weight.shape) != shape:
         raise UserError(f"weight has shape {tuple(weight.shape)}; the pattern needs {shape}")
     (rows, columns), (bh, bw) = shape, spec.block
@@ -177,8 +176,8 @@ def _balanced(
     if not spec.fan_out:
         order = torch.rand(rows, columns, generator=generator, device="cpu").topk(int(counts.max())).indices
         return SparsityPattern.from_mask(mask.scatter_(1, order, torch.arange(order.shape[1]) < counts[:, None]))
-    # Deal a shuffled deck of columns round and round: no row gets a column twice, and columns stay within one of each
-    # other. Then trade between rows, which keeps both sums, until the order of dealing has left no trace.
+    # Deal a shuffled deck of columns repeatedly: no row gets a column twice, and the counts of columns differ by at
+    # most one. Trades between rows keep the counts of rows and columns and mix the pattern (curveball algorithm).
     deck = torch.randperm(columns, generator=generator, device="cpu")
     row = torch.repeat_interleave(torch.arange(rows, device="cpu"), counts)
     mask[row, deck[torch.arange(len(row), device="cpu") % columns]] = True
@@ -188,7 +187,7 @@ def _balanced(
 
 
 def _trade(mask: Tensor, generator: torch.Generator) -> None:
-    """Pair the rows at random and redistribute in each pair what only one of the two has (Strona et al. 2014)."""
+    """Pair the rows at random and redistribute the columns that one row of a pair has alone (Strona et al. 2014)."""
     pairs = torch.randperm(mask.shape[0], generator=generator, device="cpu")
     pairs = pairs[: len(pairs) // 2 * 2].view(-1, 2)
     one, other = mask[pairs[:, 0]], mask[pairs[:, 1]]

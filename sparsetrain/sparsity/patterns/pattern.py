@@ -26,7 +26,7 @@ from sparsetrain.sparsity.patterns.indices import (
 from sparsetrain.sparsity.patterns.select import row_slices
 
 _REFRESH = threading.Lock()
-_KEPT = ("layout_id",)  # derived, but not from the indices
+_KEPT = ("layout_id",)  # layouts that do not depend on the indices
 
 
 class Run(NamedTuple):
@@ -44,9 +44,9 @@ class SparsityPattern:
     inside a block; for the block ``(1, 1)`` that is the order of CSR. Patterns are immutable: a changed topology is
     a new pattern. Empty rows are legal, since a random mask of a small matrix has some.
 
-    The indices of a layer's pattern are buffers of the layer, into which other code may write (a distributed
-    checkpoint, DDP, an average of models). What is derived from them is therefore built from indices that were
-    checked, never while they differ from those, and `refresh` notices a write.
+    The indices of a layer's pattern are buffers of the layer, and other code may write into them (a distributed
+    checkpoint, DDP, an average of models). Layouts are therefore derived from checked indices only, and `refresh`
+    notices a write.
 
     Args:
         shape: ``(R, C)`` of the dense matrix, i.e. ``(out_features, in_features)`` of a linear layer.
@@ -65,12 +65,11 @@ class SparsityPattern:
     # Derived layouts (flat positions, kernel tilings): computed once, on first use, per pattern.
     _derived: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
     _checked: Checked = field(init=False, repr=False)
-    owner: str = field(default="a sparse layer", init=False, repr=False)  # what messages call its layer
+    owner: str = field(default="a sparse layer", init=False, repr=False)  # the name of its layer in messages
     copied: bool = field(default=False, init=False, repr=False)  # whether its layer is a copy of one whose masks move
-    trained: bool = field(
-        default=False, init=False, repr=False
-    )  # whether such a copy has had a gradient: no average has
-    # A `DenseGradientRequest`, while the dense gradient of its layer is wanted.
+    # Whether such a copy has had a gradient, which an average of models never has.
+    trained: bool = field(default=False, init=False, repr=False)
+    # A `DenseGradientRequest` while the dense gradient of its layer is requested.
     request: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -81,7 +80,7 @@ class SparsityPattern:
             raise UserError(f"row_ptr is on {row_ptr.device} and col on {col.device}; one device is needed")
         if col.is_meta:
             raise UserError("a pattern cannot live on the meta device: its indices are data, not only a shape")
-        # Validated as int64: an index beyond int32 must be reported, not wrapped around.
+        # The check sees int64: an index beyond int32 must be reported, not wrapped around.
         check_indices(self.shape, row_ptr, col, self.block)
         self._hold(row_ptr, col.to(torch.int32))
 
@@ -90,7 +89,7 @@ class SparsityPattern:
         self.__dict__.update(row_ptr=row_ptr, col=col, _checked=Checked(row_ptr, col))
 
     def __getstate__(self) -> dict[str, Any]:
-        # Derived layouts hold identities of this process and are cheap to rebuild: they are not copied.
+        # Derived layouts hold identities of this process and are cheap to rebuild, so they are not copied.
         return {
             **self.__dict__,
             "_derived": {},
@@ -104,7 +103,7 @@ class SparsityPattern:
         if "_checked" not in state:  # written by an earlier version
             self._hold(self.row_ptr, self.col)
             return
-        # No version: whether the copy holds what was checked is found out at its first use.
+        # Without versions the first use of the copy compares its indices with the checked ones.
         checked = Checked.copied(self.col.numel(), state["_checked"])
         self.__dict__["_checked"] = checked
 
@@ -112,9 +111,9 @@ class SparsityPattern:
     def over(
         cls, shape: tuple[int, int], row_ptr: Tensor, col: Tensor, block: tuple[int, int] = (1, 1)
     ) -> SparsityPattern:
-        """Return a pattern that holds the given tensors themselves, not copies, where their types allow it.
+        """Return a pattern that holds the given tensors themselves, and not copies, where their types allow it.
 
-        For tensors that others hold too and may write into, such as the buffers of a layer.
+        It serves tensors that other code also holds and may write into, such as the buffers of a layer.
 
         Raises:
             UserError: as the constructor.
@@ -159,7 +158,7 @@ class SparsityPattern:
     def of_sorted(cls, like: SparsityPattern, row_ptr: Tensor, col: Tensor) -> SparsityPattern:
         """Return a pattern of the shape and block of ``like`` that owns the given indices, without a copy or a check.
 
-        For code that has just made them: sorted, unique, in range, int64 and int32.
+        The caller guarantees that they are sorted, unique and in range, ``row_ptr`` int64 and ``col`` int32.
         """
         pattern = object.__new__(cls)
         pattern.__dict__.update(shape=like.shape, block=like.block, _derived={})
@@ -175,35 +174,35 @@ class SparsityPattern:
 
     @property
     def fit(self) -> tuple[int]:
-        """The shape ``(nnz,)`` of a vector of values, by the indices as they were checked."""
+        """The shape ``(nnz,)`` of a vector of values, according to the checked indices."""
         return (self._checked.units * self.block[0] * self.block[1],)
 
     @property
     def changes(self) -> int:
-        """How often `refresh` found other positions."""
+        """How many times `refresh` has found other positions."""
         return self._checked.changes
 
     def doubt(self) -> None:
-        """Make the next `refresh` read the indices, whatever torch has recorded (writes through ``.data``, NumPy)."""
+        """Make the next `refresh` read the indices: torch does not record writes through ``.data`` or NumPy."""
         self._checked.versions = UNKNOWN
 
     def refresh(self, accept: bool = False) -> bool:
-        """Check the indices again if somebody has written into them; return whether they hold other positions now.
+        """Check the indices again if they were written into; return whether they hold other positions now.
 
-        Layouts that were derived from other positions are forgotten. A write of the same content costs one pass over
-        the indices.
+        Layouts that were derived from other positions are dropped. A write of the same content costs one pass over the
+        indices.
 
         Args:
-            accept: take over other positions in a copied layer, too.
+            accept: also accept other positions in a copied layer.
 
         Raises:
-            UserError: the indices are no longer those of a matrix of this shape, or the layer is a copy, in which
-                nobody but an average of models would change them. It raises again until that is put right.
+            UserError: the indices do not describe a matrix of this shape any more, or the layer is a copy, whose
+                indices only an average of models would change. Each call raises until the indices are repaired.
         """
         if self.untouched:
             return False
         with _REFRESH:
-            # Before the content is read: a write that comes meanwhile is found the next time.
+            # The versions are read before the content, so the next call finds a write that comes in between.
             versions, checked = (self.row_ptr._version, self.col._version), self._checked
             found = fingerprint(self.row_ptr, self.col)
             if found == checked.fingerprint and self.col.numel() == checked.units:
@@ -212,7 +211,7 @@ class SparsityPattern:
             if self.copied and not self.trained and not accept:
                 raise UserError(
                     f"{self.owner}: the masks of this copy of a layer were changed in place, as an average of models "
-                    "does: sparsetrain.AveragedModel averages under masks that move, load_state_dict takes over others"
+                    "does; average with sparsetrain.AveragedModel, or load other masks by load_state_dict"
                 )
             try:
                 if self.row_ptr.dtype != torch.int64 or self.col.dtype != torch.int32:
@@ -222,8 +221,8 @@ class SparsityPattern:
                 check_indices(self.shape, self.row_ptr, self.col, self.block)
             except UserError as error:
                 raise UserError(
-                    f"{self.owner}: somebody has written into its indices, and they are no longer "
-                    f"those of a mask ({error}); indices cannot be averaged or rounded"
+                    f"{self.owner}: its indices were modified in place and do not describe a mask any more ({error}); "
+                    "indices cannot be averaged or rounded"
                 ) from None
             for name in [name for name in self._derived if name not in _KEPT]:
                 self._derived.pop(name, None)
@@ -259,10 +258,10 @@ class SparsityPattern:
     def derived(self, name: str, build: Callable[[], Any]) -> Any:
         """Return the layout called ``name``, built by ``build()`` on first use and kept as long as the pattern.
 
-        ``build`` must copy what it keeps of the indices: a layout is read by compiled code that checks nothing.
+        ``build`` must copy what it keeps of the indices, since compiled code reads layouts without checks.
 
         Raises:
-            UserError: somebody has written into the indices since they were checked; the next use checks them again.
+            UserError: the indices were modified since they were checked; the next use checks them again.
         """
         found = self._derived.get(name)
         if found is None:
@@ -270,8 +269,8 @@ class SparsityPattern:
             if name not in _KEPT and fingerprint(self.row_ptr, self.col) != checked.fingerprint:
                 self.doubt()
                 raise UserError(
-                    f"{self.owner}: somebody has written into its indices while it was in use; "
-                    "the next forward pass takes what they are now"
+                    f"{self.owner}: its indices were modified in place while it was in use; the next forward pass "
+                    "uses the new ones"
                 )
             found = self._derived.setdefault(name, build())
         return found
@@ -282,23 +281,23 @@ class SparsityPattern:
         return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
 
     def runs(self, rows: slice | None = None, units: int | None = None) -> list[Run]:
-        """Return the block rows, or those of ``rows``, in short runs (`row_slices`) for passes that need little memory.
+        """Return all block rows, or ``rows``, in short runs (`row_slices`) for passes that need little memory.
 
         Patterns of equal shape and block have equal runs of rows for equal ``units``.
 
         Args:
-            units: for passes over so many stored blocks; otherwise runs are made for passes over the grid.
+            units: the number of stored blocks that a pass goes over; None for a pass over the whole grid.
         """
         height, columns = self.row_ptr.numel() - 1, self.shape[1] // self.block[1]
         first, last, _ = (rows or slice(None)).indices(height)
         width = columns if units is None else max(1, -(-units // height))
-        parts = row_slices(last - first, width, self.block[0] * self.block[1])
-        if len(parts) == 1 and (first, last) == (0, height):
+        slices = row_slices(last - first, width, self.block[0] * self.block[1])
+        if len(slices) == 1 and (first, last) == (0, height):
             return [Run(slice(0, height), slice(0, self.col.numel()))]
-        ends = self.row_ptr[[first, *(first + part.stop for part in parts)]].tolist()
+        ends = self.row_ptr[[first, *(first + each.stop for each in slices)]].tolist()
         return [
-            Run(slice(first + part.start, first + part.stop), slice(*ends[index : index + 2]))
-            for index, part in enumerate(parts)
+            Run(slice(first + each.start, first + each.stop), slice(*ends[index : index + 2]))
+            for index, each in enumerate(slices)
         ]
 
     def cells(self, run: Run) -> Tensor:
@@ -311,7 +310,7 @@ class SparsityPattern:
     def positions(self) -> Tensor:
         """Return int64 ``[nnz]``: the row-major position in the dense matrix of each value.
 
-        Computed anew unless `keep_positions` was called: kept, they are 8 bytes a nonzero, half of what training needs.
+        They are computed at each call unless `keep_positions` was called. Kept positions take 8 bytes per nonzero.
         """
         kept = self._derived.get("positions")
         return self._positions() if kept is None else kept
@@ -348,7 +347,7 @@ class SparsityPattern:
         return dense.reshape(-1).index_select(0, self.positions())
 
     def transpose(self) -> tuple[SparsityPattern, Tensor]:
-        """Return the transposed matrix's pattern and a permutation, int64 ``[nnz]``: its values are ``values[it]``."""
+        """Return the transposed pattern and int64 ``[nnz]``, the place in this pattern of each of its values."""
         rows, columns = self.shape
         bh, bw = self.block
         order = torch.argsort(self.col.to(torch.int64), stable=True)
@@ -373,7 +372,7 @@ class SparsityPattern:
 
     def equals(self, other: SparsityPattern) -> bool:
         """Whether both store the same positions of the same shape in the same blocks."""
-        self.doubt()  # what is compared is what the next product computes with
+        self.doubt()  # so that the next product checks what was compared here
         other.doubt()
         return (
             self.shape == other.shape

@@ -1,4 +1,4 @@
-"""Which cells of a score matrix come first: exact counts, and ties decided by position alone."""
+"""Selection of the highest scores of a matrix, or of random entries: exact counts, and ties decided by position."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Part = Callable[[], Tensor]
 
 
 def row_slices(rows: int, columns: int, size: int = 1) -> list[slice]:
-    """Cut a ``rows x columns`` matrix of cells with ``size`` numbers each into runs of rows, worked on one by one.
+    """Cut a ``rows x columns`` matrix of entries with ``size`` numbers each into runs of rows.
 
-    What a pass over a layer needs beside its result is then a small part of the layer: a run is a 64th of it, at least
-    2**14 numbers, and a multiple of 8 rows, so that bits of different runs never share a byte.
+    A pass over the runs one by one needs little memory beside its result. A run is a 64th of the matrix, at least 2**14
+    numbers, and a multiple of 8 rows, so that bits of different runs never share a byte.
     """
     step = max(2**14, rows * columns * size // 64) // max(1, columns * size)
     step = max(8, -(-step // 8) * 8)
@@ -28,14 +28,14 @@ def row_slices(rows: int, columns: int, size: int = 1) -> list[slice]:
 def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Tensor]:
     """Yield for each part a bool vector, true at the ``count`` largest scores of all parts together.
 
-    Among equal scores the first ones are taken, on every device: a selection that left ties to the sorting routine
-    would differ between machines. A sort or a partition of all would need the scores and their places several times
-    over; here the scores are counted by their leading bits, until few are left among which to look for the smallest
-    one that is chosen.
+    Among equal scores the first ones are taken on every device; a sorting routine would break ties differently on
+    different machines. A sort or a partition of all scores would hold them and their places several times. Here the
+    scores are counted by their leading bits until few candidates for the smallest selected score are left (radix
+    select).
 
     Args:
-        parts: functions that return scores, real numbers without NaN, as a vector; each is called several times, so
-            that no more than one part exists at a time. total: number of scores. count: 1 to that number.
+        parts: functions that return scores, real numbers without NaN, as a vector. Each is called several times, so
+            that only one part exists at a time. total: number of scores. count: 1 to that number.
     """
     ranked: list[Part] = [partial(_keys_of, part) for part in parts]
     if len(parts) == 1:
@@ -53,28 +53,27 @@ def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Te
 
 
 def _keys_of(part: Part) -> Tensor:
-    """Return signed integers in the order of a part's scores; equal numbers, such as both zeros, have equal ones."""
+    """Return signed integers in the order of a part's scores; equal scores, such as both zeros, have equal integers."""
     scores = part()
     if scores.dtype not in (torch.float32, torch.float64):
         scores = scores.to(torch.float32 if scores.is_floating_point() else torch.float64)
-    # What is added turns -0.0 into 0.0, and makes the copy that is changed below.
+    # The sum turns -0.0 into 0.0, and is the copy that is changed below.
     bits = (scores + 0.0).view(torch.int32 if scores.dtype == torch.float32 else torch.int64)
     # Negative floats are ordered by magnitude.
     return bits.bitwise_xor_((bits >> (8 * bits.element_size() - 1)).bitwise_and_(torch.iinfo(bits.dtype).max))
 
 
 def _threshold(ranked: Sequence[Part], total: int, count: int) -> tuple[int, int, int]:
-    """Return ``least, digits, ties``.
+    """Return ``least, digits, ties``, where the lowest ``digits`` bits of all keys are cut off.
 
-    Chosen is what has a key above ``least``, and the first ``ties`` equal to it, once the lowest ``digits`` bits of
-    keys are cut off.
+    Selected are the keys above ``least`` and the first ``ties`` keys equal to it.
 
     Args:
         ranked: functions that return the keys of each part.
     """
     few = max(2**14, total // 16)
-    bits = left = 0  # of a key, and of them those that are not looked at yet
-    prefix, here = 0, total  # of the keys among which the threshold is, and how many these are
+    bits = left = 0  # bits of a key, and the lower ones that are not counted yet
+    prefix, here = 0, total  # leading bits of the keys that may be the threshold, and their number
     while here > few and (left or not bits):
         counts: Tensor | None = None
         for part in ranked:
@@ -88,7 +87,7 @@ def _threshold(ranked: Sequence[Part], total: int, count: int) -> tuple[int, int
             found = torch.bincount(found.bitwise_and_(2**size - 1), minlength=2**size)
             counts = found if counts is None else counts.add_(found)
         assert counts is not None
-        # The highest bit of the first digit is the sign: what has it set is small.
+        # The highest bit of the first digit is the sign, and negative keys are the small ones.
         first = 2 ** (size - 1) if left == bits else 0
         ordered = counts.roll(first).flip(0)
         above = ordered.cumsum(0)
@@ -111,7 +110,7 @@ def _threshold(ranked: Sequence[Part], total: int, count: int) -> tuple[int, int
 def top_cells(scores: Tensor, count: int) -> Tensor:
     """Return a bool mask, of the shape of ``scores``, of the ``count`` largest.
 
-    Among equal scores those that come first in row-major order are taken.
+    Among equal scores the first ones in row-major order are taken.
 
     Args:
         scores: real numbers of any shape, without NaN. count: 0 to the number of scores.
@@ -143,17 +142,17 @@ def draw_ranks(total: int, count: int, generator: torch.Generator) -> Tensor:
         raise ValueError(f"count={count}: there are only {total} candidates")
     if count == 0:
         return torch.empty(0, dtype=torch.int32, device="cpu")
-    # The permutation is the largest thing here, and the same in either type.
+    # The permutation takes most of the memory; both types give the same one.
     dtype = torch.int32 if total < 2**31 else torch.int64
     ranks = torch.randperm(total, generator=generator, dtype=dtype, device="cpu")[:count].clone()
     return ranks.sort().values
 
 
 def pick_ranked(parts: Iterable[Tensor], ranks: Tensor) -> Iterator[Tensor]:
-    """Yield for each part the places, int64, of those true entries whose number among all of them is in ``ranks``.
+    """Yield for each part the places, int64, of the true entries that ``ranks`` select.
 
     Args:
-        parts: bool vectors. ranks: increasing, on the CPU.
+        parts: bool vectors. ranks: numbers of true entries, counted over all parts; increasing, on the CPU.
     """
     start = 0
     for part in parts:
@@ -167,7 +166,7 @@ def pick_ranked(parts: Iterable[Tensor], ranks: Tensor) -> Iterator[Tensor]:
 def random_cells(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return a bool mask of ``count`` of the true entries of ``candidates`` ``[R, C]``, each subset equally likely.
 
-    The draw is made on the CPU and over positions in row-major order, so that it does not depend on the device.
+    The draw is made on the CPU over positions in row-major order, so it does not depend on the device.
 
     Raises:
         ValueError: fewer candidates than ``count``.
@@ -189,9 +188,9 @@ def split_evenly(total: int, parts: int) -> list[int]:
 
 
 def largest_remainder(shares: list[float], total: int, limits: list[int]) -> list[int]:
-    """Return integers near ``shares`` that add up to exactly ``total``, none above its limit.
+    """Return integers near ``shares`` that add up to ``total`` exactly; each is at most its limit.
 
-    Each share is rounded down and what is missing goes to the largest fractions, the first of equal ones.
+    Each share is rounded down, and the remainder goes to the largest fractions, of equal ones to the first.
 
     Raises:
         ValueError: the limits do not leave room for ``total``.
@@ -210,7 +209,7 @@ def largest_remainder(shares: list[float], total: int, limits: list[int]) -> lis
 def bands(grid: tuple[int, int], parts: tuple[int, int]) -> list[Slices]:
     """Return the slices that cut a ``grid`` into ``parts[0]`` bands of rows times ``parts[1]`` of columns.
 
-    Scores are ranked inside each of them on its own, for example within each attention head.
+    Scores are ranked inside each band on its own, for example within each attention head.
 
     Raises:
         UserError: the parts do not divide the grid.

@@ -1,7 +1,7 @@
 """The kinds of patterns, their options, and how many nonzeros each has.
 
-The number is a function of the spec, the shape and the density alone (`pattern_nnz`), whatever is drawn: SμPar (arXiv
-2405.15743) divides by the density, and comparisons at equal FLOPs count it.
+The number of nonzeros is a function of the spec, the shape and the density alone (`pattern_nnz`), and not of the draw:
+SμPar (arXiv 2405.15743) divides by the density, and comparisons at equal FLOPs count nonzeros.
 """
 
 from __future__ import annotations
@@ -132,11 +132,11 @@ class PatternSpec:
             ``checkerboard``, or one of `register_pattern`.
         block: rows and columns of a block, for ``block`` and ``magnitude``. ``block`` may leave a remainder at the
             right and lower edge; ``magnitude`` needs a block that divides the matrix.
-        m: for ``nm``: the length of the groups of consecutive inputs of which each keeps ``density * m``.
+        m: for ``nm``: the length of the groups of consecutive inputs; each group keeps ``density * m`` weights.
         fan_out: for ``balanced``: also give each input the same number of outputs.
         bands: rows and columns of equal bands, each of which gets the same share of the weights: ``(n_heads, 1)``
             ranks or draws inside each head of a projection into heads. For ``random``, ``block`` and ``magnitude``.
-        options: by name, those that a registered pattern has of its own.
+        options: further options of a registered pattern, by name.
 
     Raises:
         UserError: an unknown name, or an option that the pattern does not have.
@@ -199,7 +199,7 @@ def block_grid(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int
 
 @dataclass(frozen=True)
 class Region:
-    """Blocks of one size: those inside, or those that an edge of the matrix cuts off."""
+    """Blocks of one size: whole blocks, or blocks that an edge of the matrix cuts off."""
 
     place: tuple[slice, slice]
     size: int
@@ -207,9 +207,9 @@ class Region:
 
 
 def kept_regions(spec: PatternSpec, shape: tuple[int, int], density: float) -> list[Region]:
-    """Return the regions of a block pattern and how many blocks each keeps; more than one where there is a remainder.
+    """Return the regions of a block pattern and how many blocks each keeps.
 
-    A share of its own for each size of block makes the number of nonzeros independent of the draw.
+    Each size of block has its own share, so that the number of nonzeros does not depend on the draw.
     """
     _check_density(density)
     if spec.block == (1, 1):
@@ -266,7 +266,7 @@ def kept_of_m(spec: PatternSpec, shape: tuple[int, int], density: float) -> int:
     if n < 1 or abs(n - density * spec.m) > 1e-6:
         near = min(max(n, 1), spec.m)
         raise UserError(
-            f"density={density:g} is no whole number of {spec.m}: the pattern nm with m={spec.m} needs a multiple of "
+            f"density={density:g} is not a multiple of 1/{spec.m}: the pattern nm with m={spec.m} needs a multiple of "
             f"{1 / spec.m:g}, such as sparsity={1 - near / spec.m:g}"
         )
     return n
