@@ -231,7 +231,7 @@ def test_plan_by_groups() -> None:
 
 
 def test_a_sparse_head_is_refused() -> None:
-    with pytest.raises(UserError, match=r"head: its class Head has a forward of its own.*; exclude it"):
+    with pytest.raises(UserError, match=r"head: its class Head has its own forward.*; exclude it"):
         build(plan=SparsityConfig(sparsity=0.5, exclude=[]), tie_embeddings=False)
 
 

@@ -181,7 +181,7 @@ def _integers(layer: nn.Linear) -> None:
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "lazy": (lambda: nn.LazyLinear(8), "its size is not known yet"),
-    "own forward": (lambda: Doubled(8, 8), "its class Doubled has a forward of its own"),
+    "own forward": (lambda: Doubled(8, 8), "its class Doubled has its own forward"),
     "own parameter": (WithScale, "holds more than weight and bias"),
     "replaced forward": (changed(_half), "its forward was replaced on the object"),
     "compiled alone": (changed(lambda layer: layer.compile(backend="eager")), "its forward was replaced"),

@@ -97,8 +97,8 @@ def test_a_header_that_announces_something_else_is_one_line(header: str, message
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"a.col": b"hello"}, "is no array"),
-        ({"a.col": b"\x93NUMPY\x09\x00" + bytes(9)}, "is no array"),
+        ({"a.col": b"hello"}, "is not an array"),
+        ({"a.col": b"\x93NUMPY\x09\x00" + bytes(9)}, "is not an array"),
         ({"a.col": ["0", "1"]}, "holds text"),
         ({"a.block": [1]}, r"block is torch.int64 \[1\]; two whole numbers are needed"),
         ({"a.block": [3, 1]}, "block 3x1 does not divide"),
@@ -171,7 +171,7 @@ def test_a_file_of_scipy_equals_the_matrix(form: str, container: str, tmp_path: 
 
 def test_an_archive_that_is_none_of_numpys_is_one_line(tmp_path: Path) -> None:
     """Members without a suffix, two of one name, more bytes than the file can stand for, a flipped bit."""
-    with pytest.raises(UserError, match=r"the member 'a\.txt' is no array"):
+    with pytest.raises(UserError, match=r"the member 'a\.txt' is not an array"):
         load_masks(archive(tmp_path / "m.npz", {"a": b"x"}, ".txt"))
     with pytest.raises(UserError, match=r"its arrays have 80\d{6} bytes; of a file of this size at most"):
         load_masks(archive(tmp_path / "m.npz", {"a": np.zeros(80_000_000, dtype=bool)}))

@@ -61,7 +61,7 @@ class AveragedModel(nn.Module):
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Take the present weights of ``model`` into the average; buffers are taken over as they are.
+        """Add the present weights of ``model`` to the average; buffers are copied.
 
         The first update replaces the weights that the average was built with.
 
@@ -69,13 +69,13 @@ class AveragedModel(nn.Module):
             UserError: a model with other parameters, or other sizes of them.
         """
         count = int(self.n_averaged)
-        # The share of what is new: 1 at the first update, then 1 - decay, or 1 / (n + 1).
+        # The share of the new weights: 1 at the first update, then 1 - decay, or 1 / (n + 1).
         share = 1.0 if count == 0 else 1.0 / (count + 1) if self.decay is None else 1.0 - self.decay
         sources = {name: module for name, module in named_modules(model) if isinstance(module, SparseLinear)}
         given, mine = dict(named_parameters(model)), dict(named_parameters(self.module))
         if given.keys() != mine.keys():
             name = sorted(given.keys() ^ mine.keys())[0]
-            raise UserError(f"AveragedModel: parameter '{name}' is in one of the average and the model only")
+            raise UserError(f"AveragedModel: parameter '{name}' is in the average or in the model, but not in both")
         for name, average in mine.items():
             layer, _, leaf = name.rpartition(".")
             new: Tensor = given[name]
@@ -99,7 +99,7 @@ class AveragedModel(nn.Module):
         self.n_averaged += 1
 
     def _at_union(self, name: str, source: SparseLinear) -> Tensor:
-        """Give a layer of the average the positions of ``source`` too; return the values of ``source`` there."""
+        """Add the positions of ``source`` to a layer of the average; return the values of ``source`` there."""
         layer = self.module.get_submodule(name)
         assert isinstance(layer, SparseLinear)
         now, new = layer.pattern, source.pattern.to(layer.pattern.device)

@@ -24,7 +24,7 @@ def _current_pass() -> int:
 
 
 class DenseGradientRequest(Generic[Result]):
-    """A wish for ``g.T @ x``, ``[M, K]``, of one layer, hung on its pattern; `digest` keeps what is needed of it.
+    """A request for ``g.T @ x``, ``[M, K]``, of one layer, attached to its pattern; `digest` turns it into the result.
 
     A layer stores the gradient of its nonzeros only. While a request hangs on a layer, the backward pass of its product
     (of its dense matrix, where something reads that instead) hands the dense one over. So it does not matter who calls
@@ -47,13 +47,13 @@ class DenseGradientRequest(Generic[Result]):
         self._dense: Tensor | None = None
         self._result: Result | None = None
         self._pass = _OUTSIDE  # the backward pass that the gradient is of
-        # Uses whose gradient is still to come: nodes of graphs that are alive, calls of the custom op, and calls
-        # without a graph, which reentrant checkpointing repeats inside the backward pass.
+        # Uses whose gradient has not come yet: nodes of live graphs, calls of the custom op, and calls without a graph,
+        # which reentrant checkpointing repeats inside the backward pass.
         self._nodes: weakref.WeakSet[Any] = weakref.WeakSet()
         self._calls = self._plain = 0
 
     def opened(self, node: Any = None) -> None:
-        """Note a use that will have a gradient: the node of its graph, None for a call of a custom op."""
+        """Record a use that will have a gradient, by the node of its graph; None is a call of the custom op."""
         born = _current_pass()
         if node is not None:
             node.born = born
@@ -65,12 +65,12 @@ class DenseGradientRequest(Generic[Result]):
             self._nodes.add(node)
 
     def passed(self) -> None:
-        """Note a use without a graph."""
+        """Record a use without a graph."""
         if _current_pass() == _OUTSIDE:
             self._plain += 1
 
     def add(self, g: Tensor, x: Tensor, node: Any = None) -> None:
-        """Take the gradient of one use from the product's two factors: g ``[N, M]`` and x ``[N, K]``."""
+        """Add the gradient of one use, given by the product's two factors: g ``[N, M]`` and x ``[N, K]``."""
         dtype = torch.promote_types(g.dtype, torch.float32)
         with torch.no_grad():
             g, x = g.detach(), x.detach().to(g.dtype)
@@ -98,7 +98,7 @@ class DenseGradientRequest(Generic[Result]):
 
     def _begin(self, node: Any) -> None:
         born = getattr(node, "born", _OUTSIDE)
-        # Reentrant checkpointing runs each segment in a pass of its own, inside the one in which it was computed again.
+        # Reentrant checkpointing runs each segment in a separate pass, inside the pass that computes it again.
         now = _current_pass() if born == _OUTSIDE else born
         if now != self._pass:
             self._pass = now

@@ -1,4 +1,4 @@
-"""The dense matrix of a sparse layer, for code that reads it in place of calling the product."""
+"""The dense matrix of a sparse layer, for code that reads it instead of calling the product."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _dense_matrix_backward.register_autograd(refuse_double_backward)
 
 
 class _DenseMatrix(torch.autograd.Function):
-    """`SparsityPattern.scatter` that hands its gradient to a request."""
+    """`SparsityPattern.scatter` that gives its gradient to a request."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, pattern: SparsityPattern) -> Tensor:

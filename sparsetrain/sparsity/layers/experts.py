@@ -1,4 +1,4 @@
-"""Experts that a module holds as one tensor ``[experts, out, in]``, with each expert's matrix as a layer of its own."""
+"""Experts that a module holds as one tensor ``[experts, out, in]``: the matrix of each expert becomes a layer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 from sparsetrain.sparsity.layers.foreign import Rows
 from sparsetrain.sparsity.layers.linear import SparseLinear
 
-LAYERS = "_layers"  # behind the name of the tensor: the name of the list of layers
+LAYERS = "_layers"  # suffix of the tensor's name that makes the name of the list of layers
 _SIZES = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.__len__),
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout")),
@@ -21,7 +21,7 @@ _SIZES = {
 
 
 class _Lazy(Tensor):
-    """A dense tensor made of layers when a function needs its entries."""
+    """A dense tensor that layers compute when a function needs its entries."""
 
     _dense: Callable[[], Tensor]
 
@@ -51,7 +51,7 @@ class _Lazy(Tensor):
     def __torch_dispatch__(  # type: ignore[override]  # torch itself leaves the defaults out in the stub
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Compute with the dense tensor, where a call comes past ``__torch_function__``."""
+        """Compute with the dense tensor if a call has bypassed ``__torch_function__``."""
         args, kwargs = tree_map(lambda x: x.dense() if isinstance(x, _Lazy) else x, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -108,7 +108,7 @@ def _values(layer: nn.Module) -> Tensor:
 def _as_layer_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Callable[[], Any] | None:
-    """Return a call of an expert's layer that computes ``func``, None if it is no such product."""
+    """Return a call of an expert's layer that computes ``func``, None if ``func`` is no such product."""
     if func is Tensor.__getitem__ and isinstance(args[0], StackedExperts):
         return (lambda: _matrix(args[0], int(args[1]))) if _is_integer(args[1]) else None
     if func is F.linear and len(args) > 1 and isinstance(args[1], ExpertMatrix) and not args[1].transposed:
@@ -131,7 +131,7 @@ def _is_integer(index: Any) -> bool:
 
 
 def stacks_of(name: str, module: nn.Module, uses: Mapping[int, int]) -> list[str]:
-    """Return the names of the parameters of a module that stack the matrices of experts, and can be taken apart.
+    """Return the names of the parameters of a module that stack the matrices of experts and can be split.
 
     They have three dimensions, and the module's name or class speaks of experts.
     """
@@ -168,10 +168,10 @@ def experts_of(name: str, module: nn.Module, leaf: str) -> dict[str, Rows]:
 
 
 def split_experts(module: nn.Module, leaf: str, layers: list[nn.Module]) -> None:
-    """Put one layer for each expert in the place of a stack of matrices; the module stays the same object."""
+    """Replace a stack of matrices by one layer for each expert; the module stays the same object."""
     kind = type(module)
     base, leaves = getattr(kind, "_stacked", (kind, ()))
-    # None, as for a bias that is not there: the tensor keeps its place in the order of parameters.
+    # None, as for a missing bias, keeps the tensor's place in the order of parameters.
     module._parameters[leaf] = None
     setattr(module, leaf + LAYERS, nn.ModuleList(layers))
     module.__class__ = _with_stacks(base, (*leaves, leaf))
@@ -183,7 +183,7 @@ def has_split_experts(module: nn.Module) -> bool:
 
 
 def join_experts(module: nn.Module) -> None:
-    """Put the tensors back, with the weights of today; the layers must be dense."""
+    """Restore the tensors with the present weights; the layers must be dense."""
     base, leaves = type(module)._stacked  # type: ignore[attr-defined]
     module.__class__ = base
     for leaf in leaves:
@@ -196,7 +196,7 @@ def join_experts(module: nn.Module) -> None:
 
 
 def _transposed(module: nn.Module) -> bool:
-    """Whether the stacks of a module are ``[experts, in, out]``, as transformers' modules say of themselves."""
+    """Whether the stacks of a module are ``[experts, in, out]``, which modules of transformers tell by an attribute."""
     return bool(getattr(module, "is_transposed", False))
 
 
@@ -204,7 +204,7 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def _with_stacks(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Module]:
-    """Return the subclass of ``base`` whose ``leaves`` are made of layers when they are read."""
+    """Return the subclass of ``base`` whose ``leaves`` are computed from layers when they are read."""
     if (base, leaves) in _CLASSES:
         return _CLASSES[base, leaves]
 

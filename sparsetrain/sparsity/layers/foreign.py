@@ -1,4 +1,4 @@
-"""Linear layers that others wrote: what a sparse layer takes over, what it gives back, and which it cannot replace."""
+"""Linear layers of other libraries: what a sparse layer takes over and gives back, and which it cannot replace."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Rows(nn.Linear):
 
 @dataclass(frozen=True)
 class Origin:
-    """The class of the dense layer that a sparse layer replaced, and the names of attributes that came along."""
+    """The class of the dense layer that a sparse layer replaced, and the names of the attributes taken over."""
 
     cls: type[nn.Module]
     attributes: tuple[str, ...]
@@ -65,12 +65,12 @@ class Origin:
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether ``module`` is Hugging Face's GPT-2 layer, a linear layer with a transposed weight ``[K, M]``."""
-    # By its attributes: transformers is an optional dependency.
+    # Recognised by its attributes, because transformers is an optional dependency.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` is a dense linear layer, also one that cannot become sparse (see `refusal`)."""
+    """Whether ``module`` is a dense linear layer, even one that cannot become sparse (see `refusal`)."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -85,7 +85,7 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def matrix_of(module: nn.Module) -> Tensor | None:
-    """Return the weight ``[out_features, in_features]`` of a linear layer, None where it is no parameter."""
+    """Return the weight ``[out_features, in_features]`` of a linear layer, None if it is not a parameter."""
     weight = module._parameters.get("weight")
     return weight.t() if weight is not None and is_conv1d(module) else weight
 
@@ -100,18 +100,18 @@ def uses_of(model: nn.Module) -> Counter[int]:
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the layers that peft put around a layer of the model."""
+    """Return the names of the adapter layers that peft put around layers of the model."""
     return tuple(name for name, module in wrappers.named_modules(model) if "base_layer" in module._modules)
 
 
 def tied_heads(model: nn.Module, linears: Mapping[str, nn.Module]) -> set[str]:
-    """Return the names of the linear layers whose weight is an embedding's too."""
+    """Return the names of the linear layers that share their weight with an embedding."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding) and "weight" in m._parameters}
     return {name for name, layer in linears.items() if id(layer._parameters.get("weight")) in tables}
 
 
 def refusal(name: str, module: nn.Module, uses: Mapping[int, int], adapters: tuple[str, ...] = ()) -> str | None:
-    """Return why no sparse layer can take the place of a linear layer, None if one can.
+    """Return why a sparse layer cannot replace a linear layer, None if it can.
 
     Args:
         uses: as `uses_of` gives it. adapters: as `adapters_of` gives it.
@@ -137,13 +137,13 @@ def refusal(name: str, module: nn.Module, uses: Mapping[int, int], adapters: tup
 
 
 def _own_behaviour(module: nn.Module, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Return what of a layer a sparse layer would lose."""
+    """Return what a sparse layer would lose of a layer, None if nothing."""
     kind = type(module)
     if "forward" in vars(module) or "_compiled_call_impl" in vars(module):
         return "its forward was replaced on the object (by accelerate, or compiled); make it sparse first"
     plain = kind.forward is nn.Linear.forward or kind.__name__ in _PLAIN_FORWARD or is_conv1d(module)
     if not plain or kind.__call__ is not nn.Module.__call__:
-        return f"its class {kind.__name__} has a forward of its own, which a sparse layer would not compute"
+        return f"its class {kind.__name__} has its own forward, which a sparse layer would not compute"
     extra = sorted({*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"})
     if extra:
         return f"its class {kind.__name__} holds more than weight and bias ({', '.join(extra)})"
@@ -153,7 +153,7 @@ def _own_behaviour(module: nn.Module, weight: Tensor, bias: Tensor | None) -> st
         return "its weight has gradient hooks, which would see another tensor"
     taken = [key for key in others_attributes(module) if hasattr(SparseLinear, key) and not hasattr(nn.Module, key)]
     if taken:
-        return f"its attribute '{taken[0]}' is one that a sparse layer uses itself"
+        return f"a sparse layer uses the name of its attribute '{taken[0]}' itself"
     return None
 
 
@@ -171,7 +171,7 @@ def take_over(old: nn.Module, new: SparseLinear) -> SparseLinear:
 
 
 def give_back(layer: SparseLinear) -> nn.Module:
-    """Return the dense layer of the class that a sparse layer replaced, ``nn.Linear`` for one that replaced none.
+    """Return a dense layer of the class that the sparse layer replaced, or ``nn.Linear`` if it replaced none.
 
     It is exactly zero where the mask was. Hooks, bias, mode, and attributes that others put on either layer are those
     of the sparse layer.
@@ -180,7 +180,7 @@ def give_back(layer: SparseLinear) -> nn.Module:
     linear = layer.to_linear()
     dense: nn.Module = linear
     if origin.cls is not nn.Linear:
-        # Not its constructor, whose arguments are unknown: the state that `nn.Module` needs, and what came along.
+        # Its constructor has unknown arguments, so only the state of `nn.Module` and the taken attributes are set.
         dense = origin.cls.__new__(origin.cls)
         nn.Module.__init__(dense)
         dense.weight = linear.weight
@@ -210,7 +210,7 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def others_attributes(module: nn.Module) -> tuple[str, ...]:
-    """Return the names of what is set on a module beside parameters, buffers, children, hooks, mode and sizes."""
+    """Return the names of attributes of a module beside parameters, buffers, children, hooks, mode and sizes."""
     return tuple(key for key in vars(module) if key not in _STANDARD and key not in (*_SIZES, "training"))
 
 
@@ -223,14 +223,14 @@ def _set_by_others(layer: SparseLinear) -> list[str]:
 def move_hooks(old: nn.Module, new: nn.Module) -> None:
     """Give ``new`` the forward and backward hooks of ``old``, among them a parameterization's multipliers."""
     for key in _HOOKS:
-        # The very dictionaries: the handles that `register_forward_hook` gave out still remove what is in them.
+        # The same dictionary objects: handles of `register_forward_hook` still remove hooks from them.
         setattr(new, key, getattr(old, key))
 
 
 def _move(old: nn.Module, new: nn.Module, weight: str) -> None:
     move_hooks(old, new)
     if "bias" in old._parameters:
-        new._parameters["bias"] = old._parameters["bias"]  # the object itself, which others may hold
+        new._parameters["bias"] = old._parameters["bias"]  # the same object, which other code may hold
     before = old._parameters["values" if weight == "weight" else "weight"]
     after = new._parameters[weight]
     assert before is not None
@@ -241,7 +241,7 @@ def _move(old: nn.Module, new: nn.Module, weight: str) -> None:
 
 
 def check_unwrapped(model: nn.Module, verb: str) -> None:
-    """Refuse to change the parameters of a model whose wrapper goes on using the old ones.
+    """Refuse to change the parameters of a model whose wrapper would keep using the old ones.
 
     Raises:
         UserError: the model, or a part of it, is inside DistributedDataParallel or FSDP.

@@ -17,7 +17,7 @@ _WEIGHTS = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 
 class DenseView(Tensor):
-    """A dense matrix made from sparse layers, whose type tells torch's fused encoder path to keep its hands off."""
+    """A dense matrix made from sparse layers, whose type makes torch's encoder skip its fused path."""
 
 
 class SparseMultiheadAttention(nn.MultiheadAttention):
@@ -34,7 +34,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     v_proj: SparseLinear | nn.Linear
 
     def __init__(self, attention: nn.MultiheadAttention, projections: Mapping[str, nn.Module]) -> None:
-        # Not the constructor of the base class, which would make parameters that this class has as properties.
+        # The constructor of the base class would make parameters that are properties here.
         nn.Module.__init__(self)
         for key in others_attributes(attention):
             setattr(self, key, vars(attention)[key])
@@ -48,7 +48,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         self.training = attention.training
 
     def dense(self) -> nn.MultiheadAttention:
-        """Return the module that this one replaced, with the weights of today; its projections must be dense layers."""
+        """Return the module that this one replaced, with the present weights; the projections must be dense layers."""
         dense = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
         nn.Module.__init__(dense)
         for key in others_attributes(self):
@@ -71,24 +71,24 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        """The three projections as one dense matrix, or None where keys or values have a width of their own."""
+        """The three projections as one dense matrix, or None if keys or values have a different width."""
         if not self._qkv_same_embed_dim:
             return None
         return torch.cat([getattr(self, name).weight for name in PROJECTIONS]).as_subclass(DenseView)
 
     @property
     def q_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        """The dense query projection, where keys or values have a width of their own."""
+        """The dense query projection if keys or values have a different width, else None."""
         return None if self._qkv_same_embed_dim else self.q_proj.weight
 
     @property
     def k_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        """The dense key projection, where keys or values have a width of their own."""
+        """The dense key projection if keys or values have a different width, else None."""
         return None if self._qkv_same_embed_dim else self.k_proj.weight
 
     @property
     def v_proj_weight(self) -> Tensor | None:  # type: ignore[override]
-        """The dense value projection, where keys or values have a width of their own."""
+        """The dense value projection if keys or values have a different width, else None."""
         return None if self._qkv_same_embed_dim else self.v_proj.weight
 
     def forward(
@@ -158,13 +158,13 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             masks.append(_additive(attn_mask, q.dtype).view(shape))
         if padding is not None:
             masks.append(_additive(padding, q.dtype)[:, None, None, :])
-        # The extra positions of keys and values are seen by every query.
+        # Every query sees the extra positions of keys and values.
         padded = [F.pad(mask, (0, length - mask.shape[-1])) for mask in masks]
         return sum(padded[1:], padded[0]) if padded else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a mask to add to scores, of a mask that is true where nothing is seen, or additive already."""
+    """Return a mask to add to scores from a bool mask, true for hidden positions, or from an additive one."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)
@@ -184,7 +184,7 @@ def projections_of(name: str, attention: nn.MultiheadAttention) -> dict[str, Row
 
 
 def can_split(attention: nn.Module, uses: Mapping[int, int]) -> bool:
-    """Whether the input projections of a module can become layers: torch's own class, with parameters of its own."""
+    """Whether the input projections of a module can become layers: it is of torch's class and shares no parameter."""
     if type(attention) is not nn.MultiheadAttention or "forward" in vars(attention) or attention._buffers:
         return False
     names = ("in_proj_weight", *_WEIGHTS)

@@ -1,4 +1,4 @@
-"""What of a model is sparse, how sparse, and which matrices stay dense, and why."""
+"""A summary of a model: which matrices are sparse, how sparse, and why the others stay dense."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """What `summary` found. ``str`` gives a table.
+    """The result of `summary`; ``str`` gives a table.
 
     Args:
         rows: one per matrix, in the order of the model. A matrix that several modules share has a row for each.
@@ -127,7 +127,7 @@ class Summary:
 
 
 def summary(model: nn.Module) -> Summary:
-    """Return what of a model is sparse, how sparse, its share of all weights, and why the rest stays dense.
+    """Return which matrices of a model are sparse, how sparse, their share of all weights, and why others stay dense.
 
     Reasons are ``head``, ``router``, ``embedding`` and ``norm``, which stay dense by default; ``excluded`` for a linear
     layer that could be sparse beside others that are, ``not sparse yet`` where none is; what a sparse layer cannot
@@ -142,7 +142,7 @@ def summary(model: nn.Module) -> Summary:
 
 
 def _summarise(model: nn.Module, count: bool) -> Summary:
-    """Return the summary of a model; without ``count``, dense matrices are taken as full and not looked at."""
+    """Return the summary of a model; without ``count``, dense matrices count as full and are not read."""
     rows: list[SummaryRow] = []
     found = list(_matrices(model))
     sparse = any(isinstance(module, SparseLinear) for _, module, _, _ in found)

@@ -1,4 +1,4 @@
-"""Masks in files: ``.npz`` and safetensors, of one's own or of others.
+"""Masks in files: ``.npz`` and safetensors, written here or by other libraries.
 
 Written are, for each layer NAME, ``NAME.row_ptr``, ``NAME.col``, ``NAME.shape`` and ``NAME.block``: the pattern itself,
 a few bytes a weight. Read are these; a model's ``state_dict`` with sparse layers; boolean matrices; weight matrices, of
@@ -48,7 +48,7 @@ def save_masks(path: Path | str, patterns: Mapping[str, SparsityPattern]) -> Non
                 arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
                 np.savez(stream, **arrays)
         else:
-            # A pattern may share its buffers with a layer or another pattern; the format wants tensors of their own.
+            # A pattern may share its buffers with a layer or another pattern, which the format does not allow.
             safetensors.torch.save_file({name: tensor.clone() for name, tensor in tensors.items()}, temporary)
 
 
@@ -147,7 +147,7 @@ def patterns_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, i
         layer = name.removesuffix(".weight")
         if tensor.ndim == 2 and min(tensor.shape) > 0 and layer not in found:
             mask = tensor if tensor.dtype == torch.bool else tensor != 0
-            # A dense matrix (an embedding, a head) has no mask to speak of.
+            # A dense matrix (an embedding, a head) has no mask.
             if tensor.dtype == torch.bool or not bool(mask.all()):
                 found[layer] = SparsityPattern.from_mask(mask)
     return found

@@ -1,4 +1,4 @@
-"""Sparse matrices that others made, of scipy or torch, as patterns, without a step through unchecked compiled code.
+"""Sparse matrices of scipy or torch as patterns; no unchecked index reaches compiled code.
 
 scipy and torch convert between formats in compiled code that follows the stored indices without looking at them: an
 index outside of the matrix writes into memory that is not the matrix's. So every format is taken apart here, the
@@ -38,7 +38,7 @@ def is_sparse(matrix: Any) -> bool:
 
 
 def pattern_of_sparse(matrix: Any) -> SparsityPattern:
-    """Return the entries other than zero of a sparse matrix of scipy or torch; entries of one place are summed.
+    """Return the nonzero entries of a sparse matrix of scipy or torch; entries at the same place are summed.
 
     Raises:
         UserError: not two dimensions, a side beyond `MAX_MASK_SIDE`, an unknown layout, or indices of no matrix
@@ -56,7 +56,7 @@ def pattern_of_sparse(matrix: Any) -> SparsityPattern:
 
 
 def pattern_of_arrays(layout: str, shape: tuple[int, int], arrays: Mapping[str, Array]) -> SparsityPattern:
-    """Return the entries other than zero of a matrix in a format of scipy's, given by the arrays of that format.
+    """Return the nonzero entries of a matrix in one of scipy's formats, given by the arrays of that format.
 
     Args:
         layout: ``csr``, ``csc``, ``bsr``, ``coo`` or ``dia``.
@@ -86,7 +86,7 @@ def _of_torch(matrix: Tensor) -> SparsityPattern:
         raise UserError(f"mask has {matrix.ndim} dimensions; a matrix [out_features, in_features] is needed")
     shape = (int(matrix.shape[0]), int(matrix.shape[1]))
     if matrix.layout == torch.sparse_coo:
-        # Not `coalesce`, which follows the indices.
+        # `coalesce` would follow unchecked indices.
         places = _array(values._indices())
         if places.ndim != 2 or places.shape[0] != 2:
             raise UserError(f"a sparse tensor with {matrix.sparse_dim()} sparse dimensions is no mask; two are needed")
@@ -131,7 +131,7 @@ def _pair_of(shape: Any) -> tuple[int, int]:
 
 
 def _compressed(shape: tuple[int, int], row: Array, column: Array, value: Array) -> SparsityPattern:
-    """Return the pattern of checked entries in any order, in which a place may come more than once."""
+    """Return the pattern of checked entries in any order; places may repeat."""
     keys = row * shape[1] + column
     falls = keys[1:] <= keys[:-1]
     if falls.any():
@@ -158,7 +158,7 @@ def _within(name: str, indices: Array, end: int) -> Array:
 
 
 def _groups(indptr: Array, groups: int, room: int) -> Array:
-    """Return the group (row or column) of each stored entry; the arrays of entries have ``room`` for them, or more."""
+    """Return the group (row or column) of each stored entry; the arrays of entries have the length ``room``."""
     if indptr.shape != (groups + 1,):
         raise UserError(f"indptr has shape {indptr.shape}; the matrix needs ({groups + 1},)")
     if int(indptr[0]) != 0 or int(indptr[-1]) > room:

@@ -1,4 +1,4 @@
-"""The indices of a pattern: what they must be, and how a write into them by other code is noticed."""
+"""The indices of a pattern: their checks, and the detection of writes by other code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNKNOWN = (-1, -1)  # versions that no tensors have
 
 
 class Checked:
-    """The indices as they were when they were last checked.
+    """The state of the indices at their last check.
 
     Attributes:
         units: stored blocks. versions: of row_ptr and col, which torch raises at every write that it records.
@@ -33,14 +33,14 @@ class Checked:
 
     @classmethod
     def copied(cls, units: int, fingerprint: int) -> Checked:
-        """Return what was checked of indices that are now copies: without versions, so that they are checked again."""
+        """Return the state for copies of checked indices; without versions, so that the copies are checked again."""
         checked = cls.__new__(cls)
         checked.units, checked.versions, checked.changes, checked.fingerprint = units, UNKNOWN, 0, fingerprint
         return checked
 
 
 def fingerprint(row_ptr: Tensor, col: Tensor) -> int:
-    """Return a number of 64 bits or more that two different pairs of indices share by accident only."""
+    """Return a number of 64 bits or more that identifies a pair of index tensors, up to accidental collisions."""
     if row_ptr.is_meta or col.is_meta:
         return 0
     first, second = (_checksum(part.detach()) for part in (row_ptr, col))
@@ -54,20 +54,20 @@ def _checksum(indices: Tensor) -> int:
 
 
 def mixed_sum(indices: Tensor) -> int:
-    """Return a sum over (place, index), each pair mixed to 64 bits; it is made where the indices are, as on a GPU."""
+    """Return a sum over (place, index), each pair mixed to 64 bits; it is computed on the device of the indices."""
     total = torch.zeros((), dtype=torch.int64, device=indices.device)
     start = 0
-    for part in indices.split(_CHUNK):
-        place = torch.arange(start, start + len(part), device=indices.device)
-        mixed = part.to(torch.int64).add_(place.mul_(_ODD)).mul_(_ODDER)
+    for chunk in indices.split(_CHUNK):
+        place = torch.arange(start, start + len(chunk), device=indices.device)
+        mixed = chunk.to(torch.int64).add_(place.mul_(_ODD)).mul_(_ODDER)
         mixed ^= mixed >> 29
         total += mixed.mul_(_ODD).sum()
-        start += len(part)
+        start += len(chunk)
     return int(total) & (2**64 - 1)
 
 
 def recorded(indices: Tensor) -> Tensor:
-    """Return the tensor itself, or a copy into which torch records writes, as it does not for one of inference mode."""
+    """Return the tensor itself, or a copy of an inference tensor, for which torch does not record writes."""
     if not indices.is_inference():
         return indices
     with torch.inference_mode(False):
@@ -75,12 +75,12 @@ def recorded(indices: Tensor) -> Tensor:
 
 
 def as_indices(name: str, given: Any) -> Tensor:
-    """Return a copy of some integers as a contiguous int64 tensor, on the device that they are on."""
+    """Return a copy of integers as a contiguous int64 tensor on their device."""
     # A tensor stays where it is; `as_tensor` would move it to torch's default device.
     indices = given.detach() if isinstance(given, Tensor) else torch.as_tensor(given)
     if indices.dtype == torch.bool or indices.is_floating_point() or indices.is_complex():
         raise UserError(f"{name} has dtype {indices.dtype}; integers are needed")
-    # A copy: a pattern is immutable, whatever happens to the tensor it was made of.
+    # A copy, because the pattern must stay as it is when the given tensor changes.
     return indices.to(torch.int64, copy=True).contiguous()
 
 

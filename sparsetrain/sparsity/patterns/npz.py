@@ -1,4 +1,4 @@
-"""Arrays out of a ``.npz`` file, each checked before memory is allocated for it.
+"""Arrays of a ``.npz`` file, each checked before memory is allocated for it.
 
 ``numpy.load`` believes the header of an array: a shape of 10^12 entries is allocated, whatever the file holds, and a
 header that is no Python literal raises errors of several kinds. Here an array must have exactly the bytes that its
@@ -55,15 +55,15 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
 
 
 def _check_members(members: list[zipfile.ZipInfo], path: Path) -> None:
-    """Refuse what no ``.npz`` has, and what would take much more memory than the file has bytes."""
+    """Refuse members that no ``.npz`` has, and arrays that need much more memory than the file has bytes."""
     names = [member.filename for member in members]
     if len(set(names)) < len(names):
         raise UserError("two members have one name")
     for member in members:
         if not member.filename.endswith(".npy"):
-            raise UserError(f"the member {member.filename!r:.60} is no array")
+            raise UserError(f"the member {member.filename!r:.60} is not an array")
         if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or member.flag_bits & 1:
-            raise UserError(f"the member {member.filename!r:.60} is packed in another way than numpy packs")
+            raise UserError(f"the member {member.filename!r:.60} has a compression that numpy does not use")
     total, most = sum(member.file_size for member in members), FREE_BYTES + EXPANSION * path.stat().st_size
     if total > most:
         raise UserError(f"its arrays have {total} bytes; of a file of this size at most {most} are read")
@@ -84,7 +84,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
     if announced != present:
         raise UserError(f"{name} announces {announced} bytes and has {present}")
     flat = np.frombuffer(content, dtype, offset=start + length)
-    # A copy where numpy's order or the byte order differ; else a view of the bytes that were read.
+    # A copy if numpy's order or the byte order differs, else a view of the bytes.
     return flat.reshape(shape, order="F" if fortran else "C").astype(dtype.newbyteorder("="), order="C")
 
 

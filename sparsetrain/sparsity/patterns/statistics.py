@@ -1,4 +1,4 @@
-"""Numbers that describe a mask: density, how evenly its rows and columns are filled, what is dead."""
+"""Statistics of a mask: density, the distribution of weights over rows and columns, dead rows and columns."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MaskStatistics:
 
     @classmethod
     def of(cls, pattern: SparsityPattern) -> MaskStatistics:
-        """Return the statistics of a pattern, in single weights whatever its block."""
+        """Return the statistics of a pattern; they count single weights, also in blocks."""
         bh, bw = pattern.block
         fan_in = (pattern.row_ptr[1:] - pattern.row_ptr[:-1]) * bw
         fan_out = torch.bincount(pattern.col.to(torch.int64), minlength=pattern.shape[1] // bw) * bh
