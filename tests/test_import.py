@@ -43,8 +43,9 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
     plugin = folder / "plugin.py"  # loaded when a name is unknown, and here none is
     plugin.write_text("raise RuntimeError('a plugin was loaded')")
     env = os.environ | {
-        **{"HOME": str(folder), "SPARSETRAIN_CACHE": str(folder / "cache")},
-        **{"SPARSETRAIN_PLUGINS": str(plugin)},
+        "HOME": str(folder),
+        "SPARSETRAIN_CACHE": str(folder / "cache"),
+        "SPARSETRAIN_PLUGINS": str(plugin),
     }
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300, check=True)

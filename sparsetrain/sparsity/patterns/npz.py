@@ -38,7 +38,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     """Return the arrays of a ``.npz`` file by name, in the byte order of this machine.
 
     Raises:
-        UserError: no such file, a damaged archive, or a member that is no array of numbers or text; one line.
+        UserError: no such file, a damaged archive, or a member that is not an array of numbers or text; one line.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -74,7 +74,7 @@ def _array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray[Any,
     content = archive.read(member)
     version = (content[6], content[7]) if len(content) > 8 and content.startswith(b"\x93NUMPY") else None
     if version not in _HEADER_LENGTH:
-        raise UserError(f"{name} is no array")
+        raise UserError(f"{name} is not an array")
     start = 8 + struct.calcsize(_HEADER_LENGTH[version])
     (length,) = struct.unpack(_HEADER_LENGTH[version], content[8:start])
     if length > min(MAX_HEADER, len(content) - start):

@@ -1,7 +1,7 @@
 """The backend ``triton`` inside layers, autograd and torch's own tools. Run by `test_triton_backend.py`.
 
-One of these by hand: ``TRITON_INTERPRET=1 python -m pytest tests/sparsity/triton_backend_cases.py -k NAME``, or without
-the variable on a GPU.
+To run one by hand: ``TRITON_INTERPRET=1 python -m pytest tests/sparsity/backends/triton_backend_cases.py -k NAME``,
+on a GPU without the variable.
 """
 
 from __future__ import annotations
