@@ -34,6 +34,7 @@ ORDER = [
         "registry",
         "screen",
         "cache",
+        "kernels.simd",
         "kernels",
         "sparsity.patterns",
         "sparsity.evolution.base",

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from sparsetrain.sparsity.backends.auto import FALLBACK, Crossover
+from sparsetrain.sparsity.backends.base import BACKENDS
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.bfloat16)
-BLOCKS = {"csr": (1, 1), "bsr": (16, 16)}  # block size that each backend is measured with
 SIDES, TOKENS = (64, 128, 256, 512, 1024), (16, 64, 256, 2048)
 DENSITIES = (0.05, 0.2, 0.5, 0.9)
 _LEAST_SECONDS = 2e-3  # a timing of shorter steps repeats them until it takes this long
@@ -65,6 +65,22 @@ def crossing(densities: Sequence[float], sparse: Sequence[float], dense: Sequenc
     return float(np.clip(ahead / slope, 0.0, 1.0))
 
 
+def tuned() -> dict[str, tuple[int, int]]:
+    """Return the backends that ``auto`` chooses among, with the block size of the patterns to measure each with."""
+    found = {name: BACKENDS[name].tuned_with for name in BACKENDS.names()}
+    return {name: block for name, block in found.items() if block is not None}
+
+
+def measurable() -> list[tuple[str, torch.dtype]]:
+    """Return the backends of `tuned` with the types that each computes in on a CPU."""
+    pairs = []
+    for name, (rows, columns) in tuned().items():
+        pattern = SparsityPattern.from_mask(torch.ones(2 * rows, 2 * columns, dtype=torch.bool), (rows, columns))
+        refusal = BACKENDS[name].refusal
+        pairs += [(name, dtype) for dtype in DTYPES if refusal(dtype, torch.device("cpu"), pattern) is None]
+    return pairs
+
+
 def measure(
     backend: str,
     threads: Sequence[int],
@@ -74,7 +90,7 @@ def measure(
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Crossover:
-    """Return the crossover table of ``backend``, one of ``BLOCKS``, against ``masked``.
+    """Return the crossover table of ``backend``, one of `tuned`, against ``masked``.
 
     Args:
         threads: thread counts to measure.
@@ -115,7 +131,7 @@ def _case(backend: str, dtype: torch.dtype, side: int, tokens: int, repeats: int
 
 
 def _layer(side: int, density: float, measured: str, backend: str, dtype: torch.dtype) -> SparseLinear:
-    block = BLOCKS[measured]
+    block = tuned()[measured]
     rows, columns = side // block[0], side // block[1]
     coarse = random_pattern((rows, columns), max(density, 1 / (rows * columns)), torch.Generator().manual_seed(0))
     pattern = SparsityPattern((side, side), coarse.row_ptr, coarse.col, block)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsetrain.bench.crossover import BLOCKS, DTYPES, SIDES, TOKENS, measure
+from sparsetrain.bench.crossover import SIDES, TOKENS, measurable, measure, tuned
 from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
 from sparsetrain.machine import core_count
@@ -48,9 +48,9 @@ class TuneConfig:
             given = getattr(self, name)
             if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
                 raise UserError(f"{name}={given} must be increasing numbers from 1 on")
-        multiple = math.lcm(*itertools.chain(*BLOCKS.values()))
+        multiple = math.lcm(*itertools.chain(*tuned().values()))
         if any(side % multiple or side == multiple for side in self.sides or []):
-            raise UserError(f"sides={self.sides} must be multiples of {multiple} (the bsr block) above {multiple}")
+            raise UserError(f"sides={self.sides} must be multiples of {multiple} above {multiple}, as blocks need")
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats} must be at least 1")
 
@@ -73,7 +73,7 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cases"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         tables: dict[str, Crossover] = {}
-        for name, dtype in itertools.product(BLOCKS, DTYPES):
+        for name, dtype in measurable():
             task = progress.add_task(f"{table_name(name, dtype)} against dense", total=None)
 
             def update(done: int, total: int, task: TaskID = task) -> None:
@@ -92,7 +92,7 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
 
 def _shown(name: str, table: Crossover, index: int, threads: int) -> Table:
     backend, *kind = name.split()
-    block = "x".join(map(str, BLOCKS[backend]))
+    block = "x".join(map(str, tuned()[backend]))
     shown = Table(
         title=", ".join([f"{backend} {block}", *kind, f"threads: {threads}"]),
         caption="faster from this sparsity on",

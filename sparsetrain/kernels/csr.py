@@ -5,11 +5,11 @@
     dX = G W      the same on the layout of W^T
     dW = G^T X    at the nonzeros only: eight of a row at a time, 64 or 128 tokens before their lanes are summed
 
-Columns are cut into blocks of which a tile of tokens stays in L1; a `csr_layout.Layout` holds the nonzeros block by
-block, row by row. A thread takes a range of tiles of tokens; where tiles do not go round evenly, each is cut into as many
-pieces as it takes, ranges of rows of what is computed, and two threads may pack the same tile. The gradient of the
-values is summed in the order of tokens inside a part and then in the order of parts: for one number of threads the bits
-of a result are always the same.
+Columns are cut into blocks, so that a tile of tokens by one block of columns stays in L1; a `csr_layout.Layout` holds
+the nonzeros block by block and row by row. A thread takes a range of tiles. Where the tiles do not divide evenly among
+the threads, each tile is cut into pieces, which are ranges of rows of the result; two threads may then pack the same
+tile. The gradient of the values is summed over tokens inside a thread's share, and then over the shares in their order:
+for one number of threads the bits of a result are always the same.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Patterns, sparse layers, the surgery that puts them into a model, and masks that evolve."""
 
+import importlib
+import pkgutil
+
+from sparsetrain.sparsity import backends
 from sparsetrain.sparsity.backends.auto import choose
 from sparsetrain.sparsity.backends.base import Backend, backend_names, register_backend, set_choice
-from sparsetrain.sparsity.backends.bsr import BsrBackend
-from sparsetrain.sparsity.backends.csr import CsrBackend
-from sparsetrain.sparsity.backends.masked import MaskedBackend
-from sparsetrain.sparsity.backends.triton import register_triton
 from sparsetrain.sparsity.config import EvolutionConfig, SparsityConfig, SparsityGroup, make_rule
 from sparsetrain.sparsity.evolution.averaging import AveragedModel
 from sparsetrain.sparsity.evolution.base import Rule, register_rule
@@ -33,10 +33,9 @@ from sparsetrain.sparsity.patterns.draw import (
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 from sparsetrain.sparsity.patterns.spec import PatternSpec, pattern_nnz, register_pattern
 
-register_backend(MaskedBackend())
-register_backend(CsrBackend())
-register_backend(BsrBackend())
-register_triton()
+# A backend is registered by the file that defines it, so that to add one is to add a file.
+for _found in pkgutil.iter_modules(backends.__path__, f"{backends.__name__}."):
+    importlib.import_module(_found.name)
 set_choice(choose)
 
 __all__ = [

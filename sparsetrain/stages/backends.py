@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError
 from sparsetrain.files import write_json
 from sparsetrain.models import Transformer
 from sparsetrain.reading import read_json
 from sparsetrain.runs.layout import BACKENDS
-from sparsetrain.sparsity import backend_names, sparse_layers
+from sparsetrain.sparsity import sparse_layers
 from sparsetrain.sparsity.backends.auto import choose
-from sparsetrain.sparsity.backends.base import resolve_backend
+from sparsetrain.sparsity.backends.base import check_backend, resolve_backend
 
 
 def settle_backends(
@@ -46,7 +46,7 @@ def settle_backends(
         dtype, device, pattern = autocast or layer.values.dtype, layer.values.device, layer.pattern
         if name in saved:
             try:
-                check_choice(name, saved[name], backend_names())
+                check_backend(saved[name], name)
             except UserError as error:
                 raise UserError(f"{path}: {error}; install the backend, or delete the file to choose again") from None
             chosen[name] = saved[name]

@@ -20,7 +20,7 @@ from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import Recorded, settled
 from sparsetrain.shapes import refused
 from sparsetrain.sparsity import SparsityConfig
-from sparsetrain.sparsity.backends.base import backend_names
+from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ class RunConfig:
         self.budget = self.budget.with_epochs(self.EPOCHS)
         self._check_accumulation()
         check_choice("device", self.device, DEVICES)
-        check_choice("sparsity.backend", self.sparsity.backend, backend_names())
+        check_backend(self.sparsity.backend, "sparsity.backend")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
         if self.threads is not None and self.threads < 1:

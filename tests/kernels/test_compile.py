@@ -48,7 +48,7 @@ def separate(folder: Path, **variables: str) -> dict[str, str]:
 
 
 _USE = """
-import sys, time
+import sys
 import torch
 torch.set_num_threads(2)
 from sparsetrain import SparseLinear
@@ -56,15 +56,14 @@ layer = SparseLinear(70, 45, density=0.4, seed=0, backend="csr")
 assert "numba" not in sys.modules, "importing the library and making a layer imports no compiler"
 torch.manual_seed(0)
 x, g = torch.randn(150, 70, requires_grad=True), torch.randn(150, 45)
-results, started = [], time.perf_counter()
+results = []
 for layer.backend in ("csr", "masked"):
     y = layer(x)
     results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
-seconds = time.perf_counter() - started
 torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
 from sparsetrain.kernels import csr
 hits = [bool(kernel.compiled.cache_hits) for kernel in (csr.reorder_runs, csr.reorder, csr.multiply, csr.gradients)]
-print(all(hits), seconds)
+print(all(hits))
 if len(sys.argv) > 1:
     from llvmlite import binding
     binding.initialize_all_targets(); binding.initialize_all_asmprinters()
@@ -75,8 +74,8 @@ if len(sys.argv) > 1:
 """
 
 
-def use(env: dict[str, str], *target: str) -> tuple[bool, float, str]:
-    """Compare a layer with the dense one in a process; return whether kernels were read, seconds, and machine code.
+def use(env: dict[str, str], *target: str) -> tuple[bool, str]:
+    """Compare a layer with the dense one in a process; return whether kernels were read, and machine code.
 
     Args:
         target: triple and name of a processor to compile a kernel for, beside the one that it runs on.
@@ -84,9 +83,8 @@ def use(env: dict[str, str], *target: str) -> tuple[bool, float, str]:
     command = [sys.executable, "-c", _USE, *target]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
-    said, code = run.stdout.split("\n", 1)
-    hit, seconds = said.split()
-    return hit == "True", float(seconds), code
+    hit, code = run.stdout.split("\n", 1)
+    return hit == "True", code
 
 
 def instructions(features: str) -> dict[str, str]:
@@ -101,7 +99,7 @@ def instructions(features: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm(tmp_path: Path) -> None:
     # The kernel asks for no instructions of AVX itself here: with those it could not be compiled for another processor.
-    hit, _, code = use(separate(tmp_path, **instructions("+sse2")), "aarch64-unknown-linux-gnu", "generic")
+    hit, code = use(separate(tmp_path, **instructions("+sse2")), "aarch64-unknown-linux-gnu", "generic")
     assert not hit
     assert "fmla" in code
 
@@ -109,13 +107,11 @@ def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm
 @pytest.mark.slow
 def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
     env = separate(tmp_path, **instructions("+sse4.2,+avx,+avx2,+fma"))
-    hit, first, code = use(env, "x86_64-unknown-linux-gnu", "skylake-avx512")
+    hit, code = use(env, "x86_64-unknown-linux-gnu", "skylake-avx512")
     assert not hit
     assert "%zmm" in code
-    hit, second, _ = use(env)
+    hit, *_ = use(env)
     assert hit
-    # Tests run side by side on a shared machine; what a quiet one takes is in docs/kernels.md.
-    assert second < first / 2
 
 
 _OTHER_LANES = """

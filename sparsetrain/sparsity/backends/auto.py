@@ -41,7 +41,7 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 _log = logging.getLogger(__name__)
 
 FALLBACK = "masked"
-CANDIDATES = ("csr", "bsr")  # the first registered one that can compute a layer is weighed against the fallback
+_SINGLE = "csr"  # its table stands in for the missing one of another backend
 SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
@@ -213,23 +213,31 @@ def choose(
         density: what to decide by in place of the pattern's own, for one that will change.
     """
     density = pattern.density if density is None else density
-    for name in CANDIDATES:
+    chosen, highest = FALLBACK, 0.0
+    for name in BACKENDS.names():
+        backend = BACKENDS[name]
+        if backend.tuned_with is None or backend.refusal(dtype, device, pattern) is not None:
+            continue
         table = _table(name, dtype)
-        if name in BACKENDS and table is not None and BACKENDS[name].refusal(dtype, device, pattern) is None:
-            # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as
-            # for one thread.
-            compiling = torch.compiler.is_compiling() or type(tokens) is not int
-            limit = _limit.__wrapped__ if compiling else _limit
-            threads = 1 if compiling else torch.get_num_threads()
-            return name if density <= limit(table, pattern.shape, tokens, threads) else FALLBACK
-    return FALLBACK
+        if table is None:
+            continue
+        # A compiler cannot ask for the number of threads, nor see through a cache; what it traces is decided as for
+        # one thread.
+        compiling = torch.compiler.is_compiling() or type(tokens) is not int
+        limit = _limit.__wrapped__ if compiling else _limit
+        threads = 1 if compiling else torch.get_num_threads()
+        up_to = limit(table, pattern.shape, tokens, threads)
+        # Of several, the one that stays ahead of the dense product up to the higher density.
+        if density <= up_to and up_to > highest:
+            chosen, highest = name, up_to
+    return chosen
 
 
 def _table(backend: str, dtype: torch.dtype) -> Crossover | None:
     """Return the table to go by: one for the type first; that of single weights, which are no faster, for blocks."""
     known = tables()
     for kind in (dtype, torch.float32):
-        for name in (backend, CANDIDATES[0]):
+        for name in (backend, _SINGLE):
             if (table := known.get(table_name(name, kind))) is not None:
                 return table
     return None

@@ -6,11 +6,13 @@ Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.registry import Registry
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
@@ -22,6 +24,11 @@ class Backend:
     """
 
     name: str
+
+    tuned_with: tuple[int, int] | None = None
+    """The block size of the patterns by which ``sparsetrain tune`` measures from which sparsity on this backend is
+    faster than a dense product. ``auto`` chooses among the backends that have one; without it a backend is used only
+    where it is named."""
 
     def refusal(self, dtype: torch.dtype, device: torch.device, pattern: SparsityPattern) -> str | None:
         """Return why this backend cannot compute with such values, or None."""
@@ -71,23 +78,71 @@ class Backend:
         )
 
 
-BACKENDS: dict[str, Backend] = {}
+BACKENDS: Registry[Backend] = Registry("backend", "backend")
+"""The backends that a layer's ``backend`` can name, besides ``auto``."""
+
+_Registered = TypeVar("_Registered", bound="Backend | type[Backend]")
 
 
-def register_backend(backend: Backend) -> None:
-    """Make ``backend`` available to every sparse layer under ``backend.name``; an earlier one of that name is replaced.
+@overload
+def register_backend(name: Backend) -> Backend: ...
+
+
+@overload
+def register_backend(name: str) -> Callable[[_Registered], _Registered]: ...
+
+
+@overload
+def register_backend(name: str, backend: _Registered) -> _Registered: ...
+
+
+def register_backend(name: Any, backend: Any = None) -> Any:
+    """Make a backend available to every sparse layer; it replaces an earlier one of that name.
+
+    ```python
+    @sparsetrain.register_backend("loops")
+    class Loops(sparsetrain.Backend):
+        def matmul(self, x, values, pattern): ...
+        def matmul_t(self, g, values, pattern): ...
+        def sampled(self, g, x, pattern): ...
+    ```
+
+    ``backend="loops"`` of a layer and ``sparsity.backend=loops`` of a configuration then choose it.
+
+    Args:
+        name: the name, see `sparsetrain.registry.Registry.register`; or a backend that has one in ``backend.name``.
+        backend: a `Backend`, or a class of backends, of which one is made. Without it, for a name, the function returns
+            a decorator.
+
+    Returns:
+        ``backend``, or the decorator, which returns what it decorates.
 
     Raises:
-        UserError: the name ``auto``, which stands for a choice among backends.
+        UserError: the name is malformed or ``auto``, which stands for a choice among backends; or ``backend`` is none.
     """
-    if backend.name == "auto":
+    if isinstance(name, str) and backend is None:
+        return lambda decorated: register_backend(name, decorated)
+    if not isinstance(name, str):
+        name, backend = getattr(name, "name", None), name
+    if name == "auto":
         raise UserError("backend name 'auto' is taken: it stands for the choice among the registered ones")
-    BACKENDS[backend.name] = backend
+    made = backend() if isinstance(backend, type) else backend
+    if not isinstance(made, Backend):
+        raise UserError(f"backend {name!r}: {made!r} must be a sparsetrain.Backend, or a class derived from it")
+    BACKENDS.register(name, made, replace=True)
+    made.name = name
+    return backend
 
 
 def backend_names() -> list[str]:
     """Return the names that a layer's ``backend`` accepts."""
     return ["auto", *BACKENDS]
+
+
+def check_backend(name: str, key: str = "backend") -> None:
+    """Raise `UserError` unless a layer's ``backend`` accepts ``name``; ``key`` is what the message calls it."""
+    if name != "auto" and name not in BACKENDS:
+        check_choice(key, name, backend_names())
 
 
 # What ``auto`` stands for: given by the room above that knows what was measured.
@@ -119,7 +174,7 @@ def resolve_backend(
         UserError: no such backend, or one that was asked for by name and cannot compute this.
     """
     device = pattern.device if device is None else device
-    check_choice("backend", name, backend_names())
+    check_backend(name)
     if name == "auto":
         return _choice[0](pattern, tokens, dtype, device)
     if reason := BACKENDS[name].refusal(dtype, device, pattern):

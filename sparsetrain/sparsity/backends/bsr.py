@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsetrain.sparsity.backends.base import register_backend
 from sparsetrain.sparsity.backends.cpu import (
     TILE,
     CpuBackend,
@@ -37,13 +38,14 @@ def _kernels() -> _Kernels:
     return _Kernels(bsr, bsr_layout)
 
 
+@register_backend("bsr")
 class BsrBackend(CpuBackend):
     """Multiplies by the stored blocks only, four rows of a block at a time.
 
     What is derived from a pattern takes about 10 to 14 bytes a block; the values are read in place.
     """
 
-    name = "bsr"
+    tuned_with = (16, 16)
 
     def unsuited(self, pattern: SparsityPattern) -> str | None:
         if not all(_MIN_BLOCK <= side <= _MAX_BLOCK for side in pattern.block):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sparsetrain.sparsity.backends.base import register_backend
 from sparsetrain.sparsity.backends.cpu import (
     TILE,
     CpuBackend,
@@ -35,13 +36,14 @@ def _kernels() -> _Kernels:
     return _Kernels(csr, csr_layout)
 
 
+@register_backend("csr")
 class CsrBackend(CpuBackend):
     """Multiplies by the nonzeros only: one FMA an element of the weight.
 
     The index structures derived from a pattern take 8 bytes a nonzero beside its own 4.
     """
 
-    name = "csr"
+    tuned_with = (1, 1)
 
     def unsuited(self, pattern: SparsityPattern) -> str | None:
         if pattern.block != (1, 1):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparsetrain.sparsity.backends.base import Backend
+from sparsetrain.sparsity.backends.base import Backend, register_backend
 from sparsetrain.sparsity.backends.cpu import enough
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
@@ -24,13 +24,12 @@ def _kernels() -> ModuleType:
     return scatter
 
 
+@register_backend("masked")
 class MaskedBackend(Backend):
     """Writes the values into a dense matrix and computes densely: right on every device, and saves no time.
 
     The dense matrix is kept for the backward pass, which costs the memory of the dense layer and no more.
     """
-
-    name = "masked"
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         return F.linear(x, _scattered(values, pattern))

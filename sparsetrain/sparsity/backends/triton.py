@@ -98,5 +98,8 @@ def register_triton() -> bool:
     """Register the backend ``triton`` if triton is installed; return whether it is. Imports nothing."""
     if importlib.util.find_spec("triton") is None:
         return False
-    register_backend(TritonBackend())
+    register_backend("triton", TritonBackend())
     return True
+
+
+register_triton()

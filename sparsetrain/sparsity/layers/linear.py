@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from sparsetrain import seeds
-from sparsetrain.errors import UserError, check_choice
-from sparsetrain.sparsity.backends.base import backend_names
+from sparsetrain.errors import UserError
+from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.backends.layouts import layout_id
 from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
 from sparsetrain.sparsity.layers.dense_matrix import dense_matrix
@@ -128,7 +128,7 @@ class SparseLinear(nn.Module):
 
     @backend.setter
     def backend(self, name: str) -> None:
-        check_choice("backend", name, backend_names())
+        check_backend(name)
         self._backend = name
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -51,11 +52,11 @@ class Loops(Backend):
 
 
 @pytest.fixture
-def loops(monkeypatch: pytest.MonkeyPatch) -> Loops:
+def loops() -> Iterator[Loops]:
     backend = Loops()
-    monkeypatch.setitem(BACKENDS, "loops", backend)  # so that it goes after the test
     register_backend(backend)
-    return backend
+    yield backend
+    BACKENDS.unregister("loops")
 
 
 def test_a_registered_backend_is_used_and_matches_masked(loops: Loops) -> None:
@@ -104,7 +105,7 @@ def test_the_masked_backends_contractions_match_numpy() -> None:
 
 def test_bad_backend_names_are_refused() -> None:
     layer = SparseLinear(K, M, density=0.5, seed=0)
-    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, masked.* \(did you mean 'masked'\?\)"):
+    with pytest.raises(UserError, match=r"backend='maskd' is not one of auto, .*masked.* \(did you mean 'masked'\?\)"):
         layer.backend = "maskd"
     assert layer.backend == "auto"
     with pytest.raises(UserError, match="'auto' is taken"):

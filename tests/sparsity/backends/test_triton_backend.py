@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sparsetrain.errors import UserError
+from sparsetrain.registry import Registry
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, backend_names
 from sparsetrain.sparsity.backends import base
 from sparsetrain.sparsity.backends.triton import register_triton
@@ -24,7 +25,7 @@ def test_the_cases_pass(triton_cases: Callable[[Path, str], None]) -> None:
 
 def test_it_is_registered_where_triton_is_installed_and_only_there(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ("triton" in backend_names()) == INSTALLED
-    monkeypatch.setattr(base, "BACKENDS", {})
+    monkeypatch.setattr(base, "BACKENDS", Registry("backend", "backend"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert not register_triton()
     assert backend_names() == ["auto"]
