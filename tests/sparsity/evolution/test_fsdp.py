@@ -28,7 +28,7 @@ def test_static_masks_train_under_fsdp_and_others_are_refused_in_one_line(tmp_pa
         assert found["local"] == found["values"] // 2  # it really is sharded
         assert found["off"] < 1e-12
         assert found["off, older"] < 1e-12
-        refused = "RigL: FSDP has sharded the layers, and masks cannot change under it; use DDP, or Static masks"
+        refused = "RigL: FSDP has sharded the layers, and masks cannot change under FSDP; use DDP, or Static masks"
         assert found["refused"] == dict.fromkeys(("fully_shard", "older", "older, flat"), refused)
         late = "MaskManager: FSDP has sharded the model; build the manager first, from the bare model"
         assert found["too late"] == dict.fromkeys(("fully_shard", "older", "older, flat"), late)

@@ -108,16 +108,16 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("history"), "has no history: it is not what state_dict"),
+        (lambda state: state.pop("history"), "has no history, so state_dict"),
         (lambda state: state.update(history={"0": 3}), "has no history"),
-        (lambda state: state["history"].pop("2"), "of other layers: '2': the state has no such layer"),
+        (lambda state: state["history"].pop("2"), "has other layers: '2': the state has no such layer"),
         (lambda state: state["history"].update({"4": {}}), "'4': the model has no such managed layer"),
         (lambda state: state["history"]["0"].pop("ever"), "has no 'ever' of 48 bytes"),
         (lambda state: state["history"]["0"].update(first=torch.zeros(3)), "has no 'first' of 48 bytes"),
         (lambda state: state.pop("hash"), "has no 'hash'"),
         (lambda state: state.update(rule="SET"), "saved under SET and cannot go on under RigL"),
         (lambda state: state.update(steps="many"), "steps='many' and seed=0: integers are needed"),
-        (lambda state: state.update(hash="00"), "not those that the manager's state was saved with"),
+        (lambda state: state.update(hash="00"), "differ from those that the manager's state was saved with"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any]], object], message: str) -> None:
