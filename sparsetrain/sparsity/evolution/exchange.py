@@ -1,4 +1,4 @@
-"""Selection of the units of a layer that an update drops and grows, by runs of rows that need little memory.
+"""Selection of the units of a layer that an update drops and grows, by panels of rows that need little memory.
 
 Legend: a *unit* is a block of the pattern, a single weight for the block (1, 1); [U, V] is the grid of units of a
 matrix [R, C]; a *band* is a rectangle of the grid within which units are ranked.
@@ -15,8 +15,8 @@ from torch import Tensor
 from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.topology import active_units, count_true, grid_of, rows_in, stored_in
-from sparsetrain.sparsity.patterns.pattern import Run, SparsityPattern
-from sparsetrain.sparsity.patterns.select import Slices, choose_largest, draw_ranks, split_evenly
+from sparsetrain.sparsity.patterns.pattern import Panel, SparsityPattern
+from sparsetrain.sparsity.patterns.select import Slices, draw_ranks, select_largest, split_evenly
 
 Counts = list[tuple[Slices, int, int]]
 """(band, units kept, units grown) for each band."""
@@ -80,40 +80,40 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
 
 
-def band_units(pattern: SparsityPattern, parts: list[Slices]) -> list[int]:
+def band_units(pattern: SparsityPattern, bands: list[Slices]) -> list[int]:
     """Return the number of stored units in each band."""
-    if parts == [(slice(0, grid_of(pattern)[0]), slice(0, grid_of(pattern)[1]))]:
+    if bands == [(slice(0, grid_of(pattern)[0]), slice(0, grid_of(pattern)[1]))]:
         return [pattern.col.numel()]
     active = active_units(pattern)
-    return [count_true(active[part]) for part in parts]
+    return [count_true(active[band]) for band in bands]
 
 
-def exchange_counts(pattern: SparsityPattern, target: int, parts: list[Slices], drop: float) -> Counts:
+def exchange_counts(pattern: SparsityPattern, target: int, bands: list[Slices], drop: float) -> Counts:
     """Return ``(band, kept, grown)`` for each band of a layer, which add up to ``target`` units.
 
     An update that does not change the size keeps each band's count; one that does gives all bands the same.
 
     Args:
-        target: units after the update. parts: the bands. drop: the fraction to exchange.
+        target: units after the update. drop: the fraction to exchange.
     """
-    present = band_units(pattern, parts)
-    wanted = present if sum(present) == target else split_evenly(target, len(parts))
+    present = band_units(pattern, bands)
+    wanted = present if sum(present) == target else split_evenly(target, len(bands))
     counts = []
-    for part, before, after in zip(parts, present, wanted, strict=True):
+    for band, before, after in zip(bands, present, wanted, strict=True):
         # At low sparsity few positions are empty, which limits the exchange.
-        exchanged = min(int(drop * min(before, after)), _cells_in(part) - max(before, after))
-        counts.append((part, min(before, after) - exchanged, max(0, after - before) + exchanged))
+        exchanged = min(int(drop * min(before, after)), _entries_in(band) - max(before, after))
+        counts.append((band, min(before, after) - exchanged, max(0, after - before) + exchanged))
     return counts
 
 
-def _cells_in(part: Slices) -> int:
-    return (part[0].stop - part[0].start) * (part[1].stop - part[1].start)
+def _entries_in(band: Slices) -> int:
+    return (band[0].stop - band[0].start) * (band[1].stop - band[1].start)
 
 
-def _in_grid(places: Tensor, run: Run, part: Slices, columns: int) -> Tensor:
-    """Return the row-major places in the whole grid for ``places`` within a run's rows and a band's columns."""
-    width = part[1].stop - part[1].start
-    return (places // width + run.rows.start) * columns + (places % width + part[1].start)
+def _in_grid(places: Tensor, panel: Panel, band: Slices, columns: int) -> Tensor:
+    """Return the row-major places in the whole grid for ``places`` within a panel's rows and a band's columns."""
+    width = band[1].stop - band[1].start
+    return (places // width + panel.rows.start) * columns + (places % width + band[1].start)
 
 
 def _in_order(found: list[Tensor], pattern: SparsityPattern, counts: Counts) -> Tensor:
@@ -123,7 +123,7 @@ def _in_order(found: list[Tensor], pattern: SparsityPattern, counts: Counts) -> 
     return places if len(counts) == 1 else places.sort().values
 
 
-def choose_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
+def select_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
     """Return the places, int64, increasing, of the empty units to grow in the grid: as many as each band grows.
 
     They have the highest scores, see `Rule.growth`; of equal scores the first in row-major order.
@@ -136,47 +136,47 @@ def choose_grown(dense: Tensor, pattern: SparsityPattern, counts: Counts, rule: 
     """
     bh, columns = pattern.block[0], grid_of(pattern)[1]
 
-    def scores(run: Run, part: Slices) -> Tensor:
-        found = empty_scores(dense[run.rows.start * bh : run.rows.stop * bh], pattern.block, rule)
-        return found.masked_fill(stored_in(pattern, run), -torch.inf)[:, part[1]].reshape(-1)
+    def scores(panel: Panel, band: Slices) -> Tensor:
+        found = empty_scores(dense[panel.rows.start * bh : panel.rows.stop * bh], pattern.block, rule)
+        return found.masked_fill(stored_in(pattern, panel), -torch.inf)[:, band[1]].reshape(-1)
 
     grown = []
-    for part, _, count in counts:
+    for band, _, count in counts:
         if count:
-            runs = pattern.runs(part[0])
-            parts = [partial(scores, run, part) for run in runs]
-            for run, chosen in zip(runs, choose_largest(parts, _cells_in(part), count), strict=True):
-                grown.append(_in_grid(chosen.nonzero()[:, 0], run, part, columns))
+            panels = pattern.panels(band[0])
+            ranked = [partial(scores, panel, band) for panel in panels]
+            for panel, chosen in zip(panels, select_largest(ranked, _entries_in(band), count), strict=True):
+                grown.append(_in_grid(chosen.nonzero()[:, 0], panel, band, columns))
     return _in_order(grown, pattern, counts)
 
 
 def draw_grown(pattern: SparsityPattern, counts: Counts, generator: torch.Generator) -> Tensor:
     """Return the places, int64, increasing, of empty units drawn uniformly, as many as each band grows."""
     columns, grown = grid_of(pattern)[1], []
-    for part, _, count in counts:
+    for band, _, count in counts:
         if not count:
             continue
-        width, start = part[1].stop - part[1].start, 0
-        ranks = draw_ranks(_cells_in(part) - band_units(pattern, [part])[0], count, generator)
-        for run in pattern.runs(part[0], pattern.col.numel()):
-            cells = pattern.cells(run)
+        width, start = band[1].stop - band[1].start, 0
+        ranks = draw_ranks(_entries_in(band) - band_units(pattern, [band])[0], count, generator)
+        for panel in pattern.panels(band[0], pattern.col.numel()):
+            stored = pattern.places(panel)
             if width < columns:
-                column = cells % columns - part[1].start
+                column = stored % columns - band[1].start
                 inside = (column >= 0) & (column < width)
-                cells = (cells // columns * width + column)[inside]
+                stored = (stored // columns * width + column)[inside]
             # The number of empty places before each stored one. The empty place of rank r lies behind the stored places
             # that have at most r empty places before them.
-            before = cells.sub_(torch.arange(len(cells), device=cells.device))
-            end = start + rows_in(run) * width - len(cells)
+            before = stored.sub_(torch.arange(len(stored), device=stored.device))
+            end = start + rows_in(panel) * width - len(stored)
             ends = torch.tensor([start, end], dtype=ranks.dtype, device="cpu")
             first, last = torch.searchsorted(ranks, ends).tolist()
-            here = (ranks[first:last].to(torch.int64) - start).to(cells.device)
-            grown.append(_in_grid(here + torch.searchsorted(before, here, right=True), run, part, columns))
+            here = (ranks[first:last].to(torch.int64) - start).to(stored.device)
+            grown.append(_in_grid(here + torch.searchsorted(before, here, right=True), panel, band, columns))
             start = end
     return _in_order(grown, pattern, counts)
 
 
-def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
+def select_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: Rule) -> Tensor:
     """Return bool ``[units]``: the stored units with the highest scores, as many as each band keeps.
 
     Of equal scores the first in row-major order is dropped first. Only stored units are ranked, so a weight that grew
@@ -201,31 +201,31 @@ def choose_kept(values: Tensor, pattern: SparsityPattern, counts: Counts, rule: 
     best = _best_of_rows(scores, pattern) if rule.protect_rows else None
     kept = torch.ones(len(units), dtype=torch.bool, device=pattern.device)
 
-    def weakness(run: Run, part: Slices, guard: Tensor | None) -> Tensor:
-        members = _members(pattern, run, part)
+    def weakness(panel: Panel, band: Slices, guard: Tensor | None) -> Tensor:
+        members = _members(pattern, panel, band)
         found = scores(members).neg()
         return found if guard is None else found.masked_fill_(guard[members], -torch.inf)
 
-    for part, count, _ in counts:
-        runs = pattern.runs(part[0], pattern.col.numel())
-        total = band_units(pattern, [part])[0]
-        guarded = 0 if best is None else sum(count_true(best[_members(pattern, run, part)]) for run in runs)
+    for band, count, _ in counts:
+        panels = pattern.panels(band[0], pattern.col.numel())
+        total = band_units(pattern, [band])[0]
+        guarded = 0 if best is None else sum(count_true(best[_members(pattern, panel, band)]) for panel in panels)
         guard = best if 0 < guarded <= count else None
         # The dropped units are selected, and not the kept ones, so that of equal scores the first is dropped.
         if count < total:
-            parts = [partial(weakness, run, part, guard) for run in runs]
-            for run, goes in zip(runs, choose_largest(parts, total, total - count), strict=True):
-                kept[_members(pattern, run, part)] = ~goes
+            ranked = [partial(weakness, panel, band, guard) for panel in panels]
+            for panel, goes in zip(panels, select_largest(ranked, total, total - count), strict=True):
+                kept[_members(pattern, panel, band)] = ~goes
     return kept
 
 
-def _members(pattern: SparsityPattern, run: Run, part: Slices) -> slice | Tensor:
-    """Return the stored units of a run that lie in the columns of a band."""
+def _members(pattern: SparsityPattern, panel: Panel, band: Slices) -> slice | Tensor:
+    """Return the stored units of a panel that lie in the columns of a band."""
     columns = grid_of(pattern)[1]
-    if part[1] == slice(0, columns):
-        return run.units
-    column = pattern.cells(run).remainder_(columns)
-    return ((column >= part[1].start) & (column < part[1].stop)).nonzero()[:, 0].add_(run.units.start)
+    if band[1] == slice(0, columns):
+        return panel.units
+    column = pattern.places(panel).remainder_(columns)
+    return ((column >= band[1].start) & (column < band[1].stop)).nonzero()[:, 0].add_(panel.units.start)
 
 
 def _best_of_rows(scores: Callable[[slice], Tensor], pattern: SparsityPattern) -> Tensor:
@@ -235,9 +235,9 @@ def _best_of_rows(scores: Callable[[slice], Tensor], pattern: SparsityPattern) -
         scores: maps a slice of the stored units to their scores.
     """
     best = torch.empty(pattern.col.numel(), dtype=torch.bool, device=pattern.device)
-    for run in pattern.runs():
-        stored, found = stored_in(pattern, run), scores(run.units)
+    for panel in pattern.panels():
+        stored, found = stored_in(pattern, panel), scores(panel.units)
         highest = found.new_full(stored.shape, -torch.inf).masked_scatter_(stored, found).max(1)
         first = torch.zeros_like(stored).scatter_(1, highest.indices[:, None], stored.any(1, keepdim=True))
-        best[run.units] = first[stored]
+        best[panel.units] = first[stored]
     return best

@@ -23,11 +23,11 @@ def pack_bits(pattern: SparsityPattern) -> Tensor:
     columns = pattern.shape[1] // pattern.block[1]
     size = (pattern.row_ptr.numel() - 1) * columns
     bits = np.empty(-(-size // 8), np.uint8)
-    for run in pattern.runs():
-        stored = torch.zeros((run.rows.stop - run.rows.start) * columns, dtype=torch.bool, device=pattern.device)
-        stored[pattern.cells(run)] = True
+    for panel in pattern.panels():
+        stored = torch.zeros((panel.rows.stop - panel.rows.start) * columns, dtype=torch.bool, device=pattern.device)
+        stored[pattern.places(panel)] = True
         packed = np.packbits(stored.cpu().numpy())
-        first = run.rows.start * columns // 8  # runs begin at multiples of 8 rows
+        first = panel.rows.start * columns // 8  # panels begin at multiples of 8 rows
         bits[first : first + len(packed)] = packed
     return torch.from_numpy(bits)
 

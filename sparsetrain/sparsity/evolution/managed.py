@@ -36,7 +36,7 @@ class Managed:
     allocation: LayerAllocation
     shape: tuple[int, int]
     offset: int
-    parts: list[Slices]
+    bands: list[Slices]
     history: Exploration
 
     @property
@@ -107,10 +107,10 @@ def manage_layers(
         raise UserError(f"MaskManager with {rule.name}: {found}; give the rule a sparsity above 0")
     patterns = {name: new[name] if name in new else sparse[name].pattern for name in allocated}
     _check_evolution(allocated, {name: pattern.block for name, pattern in patterns.items()}, rule)
-    parts = {}
+    ranked_in = {}
     for name, allocation in allocated.items():
         pattern, spec = patterns[name], allocation.spec
-        parts[name] = bands(grid_of(pattern), spec.bands if pattern.block == spec.block else (1, 1))
+        ranked_in[name] = bands(grid_of(pattern), spec.bands if pattern.block == spec.block else (1, 1))
     if config is not None and new:
         sparse |= replace_linears(model, linears, new, backend)
         warn_of_dense(model, config, "MaskManager", stacklevel=4)
@@ -122,7 +122,7 @@ def manage_layers(
         grid, unit = grid_of(pattern), pattern.block[0] * pattern.block[1]
         history = Exploration(grid, pattern.nnz // unit, unit)
         offset = index * every // len(allocated) if staggered else 0
-        managed.append(Managed(name, sparse[name], allocation, pattern.shape, offset, parts[name], history))
+        managed.append(Managed(name, sparse[name], allocation, pattern.shape, offset, ranked_in[name], history))
     return managed
 
 

@@ -18,9 +18,9 @@ from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.exchange import (
     Counts,
     all_finite,
-    choose_kept,
     draw_grown,
     exchange_counts,
+    select_kept,
 )
 from sparsetrain.sparsity.evolution.growth import Grown, Growth
 from sparsetrain.sparsity.evolution.managed import Managed, manage_layers
@@ -306,7 +306,7 @@ class MaskManager(ManagedMasks):
     def _counts(self, entry: Managed, step: int, drop: float) -> Counts:
         pattern = entry.layer.pattern
         target = entry.nnz_at(self.rule, step) // (pattern.block[0] * pattern.block[1])
-        return exchange_counts(pattern, target, entry.parts, drop)
+        return exchange_counts(pattern, target, entry.bands, drop)
 
     def _update(self, entry: Managed, optimizers: tuple[Optimizer, ...]) -> tuple[int, int] | None:
         """Update one layer; return the numbers of weights dropped and grown, None if nothing changed."""
@@ -347,7 +347,7 @@ class MaskManager(ManagedMasks):
         else:
             grown = found.units
         try:
-            kept = choose_kept(layer.values, pattern, counts, self.rule)
+            kept = select_kept(layer.values, pattern, counts, self.rule)
         except UserError as error:
             raise type(error)(f"layer '{entry.name}' at step {step}: {error}") from None
         return TopologyUpdate.exchange(pattern, kept, grown)

@@ -19,7 +19,7 @@ from sparsetrain.sparsity.evolution.optimizers import check_optimizer as check_o
 from sparsetrain.sparsity.evolution.optimizers import innermost
 from sparsetrain.sparsity.evolution.optimizers import register_elementwise_optimizer as register_elementwise_optimizer
 from sparsetrain.sparsity.layers.linear import SparseLinear
-from sparsetrain.sparsity.patterns.pattern import Run, SparsityPattern
+from sparsetrain.sparsity.patterns.pattern import Panel, SparsityPattern
 
 GROWN = -1
 
@@ -32,13 +32,13 @@ class TopologyUpdate:
         pattern: the new pattern.
         kept: bool ``[units]`` of the old pattern. fresh: bool ``[units]`` of the new pattern, true for grown units;
             None if no unit grew.
-        runs: slices of old and of new units with the same survivors.
+        panels: slices of old and of new units with the same survivors.
     """
 
     pattern: SparsityPattern
     kept: Tensor
     fresh: Tensor | None
-    runs: list[tuple[slice, slice]]
+    panels: list[tuple[slice, slice]]
 
     @classmethod
     def between(cls, old: SparsityPattern, new: SparsityPattern) -> TopologyUpdate:
@@ -54,14 +54,14 @@ class TopologyUpdate:
         kept = torch.empty(old.col.numel(), dtype=torch.bool, device=old.device)
         fresh = torch.empty(new.col.numel(), dtype=torch.bool, device=old.device)
         columns = grid_of(old)[1]
-        for before, after in zip(old.runs(), new.runs(), strict=True):
-            was, now = old.cells(before), new.cells(after)
+        for before, after in zip(old.panels(), new.panels(), strict=True):
+            was, now = old.places(before), new.places(after)
             stored = torch.zeros(rows_in(before) * columns, dtype=torch.bool, device=old.device)
             stored[now] = True
             kept[before.units] = stored[was]
             stored.zero_()[was] = True
             fresh[after.units] = ~stored[now]
-        return cls(new, kept, fresh, _shared_runs(old, new))
+        return cls(new, kept, fresh, _shared_panels(old, new))
 
     @classmethod
     def exchange(cls, old: SparsityPattern, kept: Tensor, grown: Tensor) -> TopologyUpdate:
@@ -76,27 +76,27 @@ class TopologyUpdate:
         col = torch.empty(units, dtype=torch.int32, device=old.device)
         row_ptr = torch.zeros(rows + 1, dtype=torch.int64, device=old.device)
         fresh = torch.zeros(units, dtype=torch.bool, device=old.device) if len(grown) else None
-        runs = old.runs(units=max(units, len(kept)))
-        starts = torch.tensor([run.rows.start * columns for run in runs], dtype=grown.dtype, device=grown.device)
+        panels = old.panels(units=max(units, len(kept)))
+        starts = torch.tensor([panel.rows.start * columns for panel in panels], dtype=grown.dtype, device=grown.device)
         ends = [*torch.searchsorted(grown, starts).tolist(), len(grown)]
         done = 0
-        for index, run in enumerate(runs):
-            cells = old.cells(run)[kept[run.units]]
+        for index, panel in enumerate(panels):
+            stored = old.places(panel)[kept[panel.units]]
             if fresh is not None:
-                born = grown[ends[index] : ends[index + 1]].to(torch.int64) - run.rows.start * columns
+                born = grown[ends[index] : ends[index + 1]].to(torch.int64) - panel.rows.start * columns
                 # Both are sorted: a grown unit stands behind all survivors and grown units at smaller places.
-                place = torch.searchsorted(cells, born).add_(torch.arange(len(born), device=born.device))
-                here = fresh[done : done + len(cells) + len(born)]
+                place = torch.searchsorted(stored, born).add_(torch.arange(len(born), device=born.device))
+                here = fresh[done : done + len(stored) + len(born)]
                 here[place] = True
-                merged = cells.new_empty(len(here))
+                merged = stored.new_empty(len(here))
                 merged[place] = born
-                cells = merged.masked_scatter_(~here, cells)
-            counts = torch.bincount(cells // columns, minlength=rows_in(run))
-            row_ptr[run.rows.start + 1 : run.rows.stop + 1] = counts
-            col[done : done + len(cells)] = cells.remainder_(columns)
-            done += len(cells)
+                stored = merged.masked_scatter_(~here, stored)
+            counts = torch.bincount(stored // columns, minlength=rows_in(panel))
+            row_ptr[panel.rows.start + 1 : panel.rows.stop + 1] = counts
+            col[done : done + len(stored)] = stored.remainder_(columns)
+            done += len(stored)
         new = SparsityPattern.of_sorted(old, row_ptr.cumsum_(0), col)
-        return cls(new, kept, fresh, _shared_runs(old, new))
+        return cls(new, kept, fresh, _shared_panels(old, new))
 
     @property
     def grown(self) -> Tensor:
@@ -126,7 +126,7 @@ class TopologyUpdate:
         size = self.pattern.block[0] * self.pattern.block[1]
         old = tensor.detach().reshape(-1, size)
         new = old.new_zeros(self.pattern.col.numel(), size)
-        for before, after in self.runs:
+        for before, after in self.panels:
             survivors = old[before][self.kept[before]]
             if self.fresh is None:
                 new[after] = survivors
@@ -135,14 +135,14 @@ class TopologyUpdate:
         return new.view(-1)
 
 
-def rows_in(run: Run) -> int:
-    """Return the number of block rows of a run."""
-    return run.rows.stop - run.rows.start
+def rows_in(panel: Panel) -> int:
+    """Return the number of block rows of a panel."""
+    return panel.rows.stop - panel.rows.start
 
 
-def _shared_runs(old: SparsityPattern, new: SparsityPattern) -> list[tuple[slice, slice]]:
+def _shared_panels(old: SparsityPattern, new: SparsityPattern) -> list[tuple[slice, slice]]:
     units = max(old.col.numel(), new.col.numel())
-    pairs = zip(old.runs(units=units), new.runs(units=units), strict=True)
+    pairs = zip(old.panels(units=units), new.panels(units=units), strict=True)
     return [(before.units, after.units) for before, after in pairs]
 
 
@@ -151,18 +151,18 @@ def grid_of(pattern: SparsityPattern) -> tuple[int, int]:
     return pattern.shape[0] // pattern.block[0], pattern.shape[1] // pattern.block[1]
 
 
-def stored_in(pattern: SparsityPattern, run: Run) -> Tensor:
-    """Return bool ``[rows, V]`` of a run's block rows, true where a block is stored."""
-    stored = torch.zeros(rows_in(run), grid_of(pattern)[1], dtype=torch.bool, device=pattern.device)
-    stored.view(-1)[pattern.cells(run)] = True
+def stored_in(pattern: SparsityPattern, panel: Panel) -> Tensor:
+    """Return bool ``[rows, V]`` of a panel's block rows, true where a block is stored."""
+    stored = torch.zeros(rows_in(panel), grid_of(pattern)[1], dtype=torch.bool, device=pattern.device)
+    stored.view(-1)[pattern.places(panel)] = True
     return stored
 
 
 def active_units(pattern: SparsityPattern) -> Tensor:
     """Return bool ``[U, V]``, true where a block is stored."""
     active = torch.empty(grid_of(pattern), dtype=torch.bool, device=pattern.device)
-    for run in pattern.runs():
-        active[run.rows] = stored_in(pattern, run)
+    for panel in pattern.panels():
+        active[panel.rows] = stored_in(pattern, panel)
     return active
 
 

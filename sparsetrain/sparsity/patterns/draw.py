@@ -12,7 +12,7 @@ from torch import Tensor
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity.patterns.foreign import is_sparse, pattern_of_sparse
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
-from sparsetrain.sparsity.patterns.select import random_cells, split_evenly, top_cells
+from sparsetrain.sparsity.patterns.select import random_entries, split_evenly, top_entries
 from sparsetrain.sparsity.patterns.spec import (
     PATTERNS,
     PatternKind,
@@ -142,7 +142,7 @@ def _random(
     units = torch.zeros(block_grid(shape, spec.block), dtype=torch.bool, device="cpu")
     for region in regions:
         candidates = torch.ones_like(units[region.place])
-        units[region.place] = random_cells(candidates, region.kept, generator)
+        units[region.place] = random_entries(candidates, region.kept, generator)
     return _unit_pattern(shape, units, spec.block)
 
 
@@ -162,7 +162,7 @@ def _magnitude(
         raise UserError("pattern 'magnitude': the weight has values that are not a number")
     units = torch.zeros_like(scores, dtype=torch.bool)
     for region in kept_regions(spec, shape, density):
-        units[region.place] = top_cells(scores[region.place], region.kept)
+        units[region.place] = top_entries(scores[region.place], region.kept)
     return _unit_pattern(shape, units, spec.block)
 
 

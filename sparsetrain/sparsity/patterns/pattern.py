@@ -29,7 +29,7 @@ _REFRESH = threading.Lock()
 _KEPT = ("layout_id",)  # layouts that do not depend on the indices
 
 
-class Run(NamedTuple):
+class Panel(NamedTuple):
     """Some block rows of a pattern, and the blocks that are stored in them."""
 
     rows: slice
@@ -280,10 +280,10 @@ class SparsityPattern:
         counts = self.row_ptr[1:] - self.row_ptr[:-1]
         return torch.repeat_interleave(torch.arange(len(counts), device=self.device), counts)
 
-    def runs(self, rows: slice | None = None, units: int | None = None) -> list[Run]:
-        """Return all block rows, or ``rows``, in short runs (`row_slices`) for passes that need little memory.
+    def panels(self, rows: slice | None = None, units: int | None = None) -> list[Panel]:
+        """Return all block rows, or ``rows``, in panels (`row_slices`) for passes that need little memory.
 
-        Patterns of equal shape and block have equal runs of rows for equal ``units``.
+        Patterns of equal shape and block have equal panels of rows for equal ``units``.
 
         Args:
             units: the number of stored blocks that a pass goes over; None for a pass over the whole grid.
@@ -293,19 +293,19 @@ class SparsityPattern:
         width = columns if units is None else max(1, -(-units // height))
         slices = row_slices(last - first, width, self.block[0] * self.block[1])
         if len(slices) == 1 and (first, last) == (0, height):
-            return [Run(slice(0, height), slice(0, self.col.numel()))]
+            return [Panel(slice(0, height), slice(0, self.col.numel()))]
         ends = self.row_ptr[[first, *(first + each.stop for each in slices)]].tolist()
         return [
-            Run(slice(first + each.start, first + each.stop), slice(*ends[index : index + 2]))
+            Panel(slice(first + each.start, first + each.stop), slice(*ends[index : index + 2]))
             for index, each in enumerate(slices)
         ]
 
-    def cells(self, run: Run) -> Tensor:
-        """Return int64 ``[blocks of the run]``: the row-major place of each in the grid of the run's block rows."""
+    def places(self, panel: Panel) -> Tensor:
+        """Return int64 ``[blocks of the panel]``: the row-major place of each in the grid of the panel's block rows."""
         columns = self.shape[1] // self.block[1]
-        ends = self.row_ptr[run.rows.start : run.rows.stop + 1]
+        ends = self.row_ptr[panel.rows.start : panel.rows.stop + 1]
         starts = torch.arange(0, (len(ends) - 1) * columns, columns, device=self.device)
-        return torch.repeat_interleave(starts, ends[1:] - ends[:-1]).add_(self.col[run.units])
+        return torch.repeat_interleave(starts, ends[1:] - ends[:-1]).add_(self.col[panel.units])
 
     def positions(self) -> Tensor:
         """Return int64 ``[nnz]``: the row-major position in the dense matrix of each value.
@@ -324,11 +324,11 @@ class SparsityPattern:
         columns = self.shape[1]
         inside = torch.arange(bh, device=self.device)[:, None] * columns + torch.arange(bw, device=self.device)
         positions = torch.empty(self.col.numel(), bh * bw, dtype=torch.int64, device=self.device)
-        for run in self.runs():
-            cells = self.cells(run)
-            row, column = cells // (columns // bw), cells % (columns // bw)
-            corner = row.add_(run.rows.start).mul_(bh * columns).add_(column.mul_(bw))
-            torch.add(corner[:, None], inside.view(1, -1), out=positions[run.units])
+        for panel in self.panels():
+            places = self.places(panel)
+            row, column = places // (columns // bw), places % (columns // bw)
+            corner = row.add_(panel.rows.start).mul_(bh * columns).add_(column.mul_(bw))
+            torch.add(corner[:, None], inside.view(1, -1), out=positions[panel.units])
         return positions.view(-1)
 
     def mask(self) -> Tensor:

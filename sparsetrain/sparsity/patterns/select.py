@@ -15,17 +15,17 @@ Part = Callable[[], Tensor]
 
 
 def row_slices(rows: int, columns: int, size: int = 1) -> list[slice]:
-    """Cut a ``rows x columns`` matrix of entries with ``size`` numbers each into runs of rows.
+    """Cut a ``rows x columns`` matrix of entries with ``size`` numbers each into panels of rows.
 
-    A pass over the runs one by one needs little memory beside its result. A run is a 64th of the matrix, at least 2**14
-    numbers, and a multiple of 8 rows, so that bits of different runs never share a byte.
+    A pass over the panels one by one needs little memory beside its result. A panel is a 64th of the matrix, at least
+    2**14 numbers, and a multiple of 8 rows, so that bits of different panels never share a byte.
     """
     step = max(2**14, rows * columns * size // 64) // max(1, columns * size)
     step = max(8, -(-step // 8) * 8)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Tensor]:
+def select_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Tensor]:
     """Yield for each part a bool vector, true at the ``count`` largest scores of all parts together.
 
     Among equal scores the first ones are taken on every device; a sorting routine would break ties differently on
@@ -44,12 +44,12 @@ def choose_largest(parts: Sequence[Part], total: int, count: int) -> Iterator[Te
     least, digits, ties = _threshold(ranked, total, count)
     for part in ranked:
         keys = part() >> digits if digits else part()
-        chosen = keys > least
+        selected = keys > least
         if ties:
             equal = (keys == least).nonzero()[:ties, 0]
-            chosen[equal] = True
+            selected[equal] = True
             ties -= len(equal)
-        yield chosen
+        yield selected
 
 
 def _keys_of(part: Part) -> Tensor:
@@ -107,7 +107,7 @@ def _threshold(ranked: Sequence[Part], total: int, count: int) -> tuple[int, int
     return int(least), 0, count - int(torch.count_nonzero(keys > least))
 
 
-def top_cells(scores: Tensor, count: int) -> Tensor:
+def top_entries(scores: Tensor, count: int) -> Tensor:
     """Return a bool mask, of the shape of ``scores``, of the ``count`` largest.
 
     Among equal scores the first ones in row-major order are taken.
@@ -120,16 +120,16 @@ def top_cells(scores: Tensor, count: int) -> Tensor:
     """
     if not 0 <= count <= scores.numel():
         raise ValueError(f"count={count} must lie between 0 and {scores.numel()}")
-    chosen = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    selected = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     if count == 0:
-        return chosen
+        return selected
     matrix = scores if scores.ndim == 2 else scores.reshape(-1, 1)
-    runs = row_slices(*matrix.shape)
-    rows = [lambda run=run: matrix[run].reshape(-1) for run in runs]
-    found = choose_largest(rows, scores.numel(), count)
-    for run, part in zip(runs, found, strict=True):
-        chosen.view(matrix.shape)[run] = part.view(-1, matrix.shape[1])
-    return chosen
+    panels = row_slices(*matrix.shape)
+    rows = [lambda panel=panel: matrix[panel].reshape(-1) for panel in panels]
+    found = select_largest(rows, scores.numel(), count)
+    for panel, part in zip(panels, found, strict=True):
+        selected.view(matrix.shape)[panel] = part.view(-1, matrix.shape[1])
+    return selected
 
 
 def draw_ranks(total: int, count: int, generator: torch.Generator) -> Tensor:
@@ -163,7 +163,7 @@ def pick_ranked(parts: Iterable[Tensor], ranks: Tensor) -> Iterator[Tensor]:
         start += len(places)
 
 
-def random_cells(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def random_entries(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Return a bool mask of ``count`` of the true entries of ``candidates`` ``[R, C]``, each subset equally likely.
 
     The draw is made on the CPU over positions in row-major order, so it does not depend on the device.
@@ -171,14 +171,15 @@ def random_cells(candidates: Tensor, count: int, generator: torch.Generator) -> 
     Raises:
         ValueError: fewer candidates than ``count``.
     """
-    chosen = torch.zeros(candidates.shape, dtype=torch.bool, device=candidates.device)
+    selected = torch.zeros(candidates.shape, dtype=torch.bool, device=candidates.device)
     if count == 0:
-        return chosen
+        return selected
     ranks = draw_ranks(int(torch.count_nonzero(candidates)), count, generator)
-    runs = row_slices(*candidates.shape)
-    for run, places in zip(runs, pick_ranked((candidates[run].reshape(-1) for run in runs), ranks), strict=True):
-        chosen[run].view(-1)[places] = True
-    return chosen
+    panels = row_slices(*candidates.shape)
+    picked = pick_ranked((candidates[panel].reshape(-1) for panel in panels), ranks)
+    for panel, places in zip(panels, picked, strict=True):
+        selected[panel].view(-1)[places] = True
+    return selected
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -206,23 +207,23 @@ def largest_remainder(shares: list[float], total: int, limits: list[int]) -> lis
     return counts
 
 
-def bands(grid: tuple[int, int], parts: tuple[int, int]) -> list[Slices]:
-    """Return the slices that cut a ``grid`` into ``parts[0]`` bands of rows times ``parts[1]`` of columns.
+def bands(grid: tuple[int, int], counts: tuple[int, int]) -> list[Slices]:
+    """Return the slices that cut a ``grid`` into ``counts[0]`` bands of rows times ``counts[1]`` of columns.
 
     Scores are ranked inside each band on its own, for example within each attention head.
 
     Raises:
-        UserError: the parts do not divide the grid.
+        UserError: the counts do not divide the grid.
     """
-    if min(parts) < 1 or grid[0] % parts[0] or grid[1] % parts[1]:
-        raise UserError(f"bands={list(parts)} do not divide the {grid[0]}x{grid[1]} matrix (in blocks) evenly")
-    return list(_bands(grid, parts))
+    if min(counts) < 1 or grid[0] % counts[0] or grid[1] % counts[1]:
+        raise UserError(f"bands={list(counts)} do not divide the {grid[0]}x{grid[1]} matrix (in blocks) evenly")
+    return list(_bands(grid, counts))
 
 
-def _bands(grid: tuple[int, int], parts: tuple[int, int]) -> Iterator[Slices]:
-    height, width = grid[0] // parts[0], grid[1] // parts[1]
-    for row in range(parts[0]):
-        for column in range(parts[1]):
+def _bands(grid: tuple[int, int], counts: tuple[int, int]) -> Iterator[Slices]:
+    height, width = grid[0] // counts[0], grid[1] // counts[1]
+    for row in range(counts[0]):
+        for column in range(counts[1]):
             yield (
                 slice(row * height, (row + 1) * height),
                 slice(column * width, (column + 1) * width),

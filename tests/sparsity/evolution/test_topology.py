@@ -15,10 +15,10 @@ from sparsetrain import seeds
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SET, SparseLinear, SparsityPattern, TopologyUpdate, apply_update
 from sparsetrain.sparsity.evolution.exchange import (
-    choose_grown,
-    choose_kept,
     draw_grown,
     exchange_counts,
+    select_grown,
+    select_kept,
     stored_scores,
 )
 from sparsetrain.sparsity.evolution.topology import (
@@ -85,7 +85,7 @@ def in_grid(pattern: SparsityPattern, kept: Tensor) -> Tensor:
 def keep(magnitudes: Tensor, counts: Any, protect_rows: bool = False) -> Tensor:
     """Return what is kept of a matrix of magnitudes, -1 where nothing is stored, as bool [U, V]."""
     pattern = SparsityPattern.from_mask(magnitudes >= 0)
-    return in_grid(pattern, choose_kept(pattern.gather(magnitudes), pattern, counts, SET(protect_rows=protect_rows)))
+    return in_grid(pattern, select_kept(pattern.gather(magnitudes), pattern, counts, SET(protect_rows=protect_rows)))
 
 
 def test_kept_and_grown_match_an_exhaustive_search_with_ties() -> None:
@@ -102,7 +102,7 @@ def test_kept_and_grown_match_an_exhaustive_search_with_ties() -> None:
     assert keep(magnitudes, counts).tolist() == [[True, False, False], [True, False, True]]
     gradient = torch.tensor([[9.0, -9.0, -0.5], [9.0, 0.5, 9.0]])
     # Only empty positions grow; of two equal scores the first.
-    assert choose_grown(gradient, pattern, counts, RULE).tolist() == [2]
+    assert select_grown(gradient, pattern, counts, RULE).tolist() == [2]
 
 
 def test_a_grown_zero_is_weak_but_never_confused_with_an_empty_position() -> None:
@@ -139,7 +139,7 @@ def test_counts_add_up_in_every_band(
     goal = max(1, round(48 * target))
     counts = exchange_counts(pattern, goal, bands((6, 8), parts), drop)
     assert sum(kept + grown for _, kept, grown in counts) == goal
-    chosen = choose_kept(torch.rand(pattern.nnz), pattern, counts, RULE)
+    chosen = select_kept(torch.rand(pattern.nnz), pattern, counts, RULE)
     kept = in_grid(pattern, chosen)
     places = draw_grown(pattern, counts, seeds.generator(seed, "grow"))
     grown = torch.zeros(48, dtype=torch.bool).index_fill(0, places, True).view(6, 8)
@@ -167,7 +167,7 @@ def test_runs_of_rows_choose_what_a_sort_of_the_whole_matrix_does(
 ) -> None:
     shape, source = (640, 400), seeds.generator(0)
     pattern = random_pattern(shape, density, source)
-    assert len(pattern.runs()) > 8
+    assert len(pattern.panels()) > 8
     values = torch.randn(pattern.nnz, generator=source)
     gradient = torch.randn(shape, generator=source)
     if ties:
@@ -186,11 +186,11 @@ def test_runs_of_rows_choose_what_a_sort_of_the_whole_matrix_does(
         chosen = torch.zeros_like(active[part])
         chosen[tuple(empty[order].t())] = True
         drawn[part] = chosen
-    assert torch.equal(in_grid(pattern, choose_kept(values, pattern, counts, RULE)), kept)
-    places = choose_grown(gradient, pattern, counts, RULE)
+    assert torch.equal(in_grid(pattern, select_kept(values, pattern, counts, RULE)), kept)
+    places = select_grown(gradient, pattern, counts, RULE)
     assert places.tolist() == grown.view(-1).nonzero()[:, 0].tolist()
     assert draw_grown(pattern, counts, seeds.generator(7)).tolist() == drawn.view(-1).nonzero()[:, 0].tolist()
-    exchange = TopologyUpdate.exchange(pattern, choose_kept(values, pattern, counts, RULE), places)
+    exchange = TopologyUpdate.exchange(pattern, select_kept(values, pattern, counts, RULE), places)
     after = exchange.pattern
     assert torch.equal(after.mask(), kept | grown)
     # Indices that are trusted are those that would be made and checked.

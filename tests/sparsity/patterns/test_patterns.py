@@ -35,7 +35,7 @@ from sparsetrain.sparsity.patterns.draw import (
     nm_pattern,
     random_pattern,
 )
-from sparsetrain.sparsity.patterns.select import top_cells
+from sparsetrain.sparsity.patterns.select import top_entries
 from sparsetrain.sparsity.patterns.spec import PatternKind
 
 SPECS = [
@@ -270,7 +270,7 @@ def test_a_registered_pattern_has_its_options_and_its_count() -> None:
 def test_a_registered_pattern_ranks_the_weights_of_a_layer_and_may_evolve() -> None:
     @register_pattern("smallest", evolves=True)
     def smallest(spec: Any, shape: tuple[int, int], density: float, generator: Any, weight: Tensor) -> Tensor:
-        return top_cells(-weight.detach().abs(), round(density * weight.numel()))
+        return top_entries(-weight.detach().abs(), round(density * weight.numel()))
 
     model = torch.nn.Sequential(torch.nn.Linear(64, 8))
     weight = model[0].weight.detach().abs().clone()

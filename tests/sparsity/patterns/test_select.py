@@ -9,28 +9,28 @@ from hypothesis import strategies as st
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
-from sparsetrain.sparsity.patterns.select import bands, largest_remainder, random_cells, split_evenly, top_cells
+from sparsetrain.sparsity.patterns.select import bands, largest_remainder, random_entries, split_evenly, top_entries
 
 
 @given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), data=st.data())
 @settings(deadline=None)
-def test_top_cells_match_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
+def test_top_entries_match_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, len(scores)))
     expected = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
-    chosen = top_cells(torch.tensor(scores, dtype=torch.float32), count)
+    chosen = top_entries(torch.tensor(scores, dtype=torch.float32), count)
     assert chosen.nonzero()[:, 0].tolist() == sorted(expected)
 
 
-def test_top_cells_take_infinite_scores_and_keep_the_shape() -> None:
+def test_top_entries_take_infinite_scores_and_keep_the_shape() -> None:
     scores = torch.tensor([[-torch.inf, 1.0], [torch.inf, 1.0]])
-    assert top_cells(scores, 2).tolist() == [[False, True], [True, False]]
+    assert top_entries(scores, 2).tolist() == [[False, True], [True, False]]
     with pytest.raises(ValueError, match="count=5 must lie between 0 and 4"):
-        top_cells(scores, 5)
+        top_entries(scores, 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
 @pytest.mark.parametrize("spread", [0.0, 3.0, 1e30])
-def test_top_cells_of_a_large_matrix_match_a_stable_sort(dtype: torch.dtype, spread: float) -> None:
+def test_top_entries_of_a_large_matrix_match_a_stable_sort(dtype: torch.dtype, spread: float) -> None:
     # Several runs of rows, every digit of the keys, both signs, both zeros, tiny numbers and infinities.
     scores = torch.randn(300, 500, generator=seeds.generator(0), dtype=torch.float64)
     scores = (scores * spread).to(dtype) if spread < 1e9 or dtype != torch.int64 else (scores * 1e6).to(dtype)
@@ -41,11 +41,11 @@ def test_top_cells_of_a_large_matrix_match_a_stable_sort(dtype: torch.dtype, spr
     for count in (1, 2, 500, 501, 70_000, 75_001, 149_000, 149_999, 150_000):
         expected = torch.zeros(scores.numel(), dtype=torch.bool)
         expected[order[:count]] = True
-        assert torch.equal(top_cells(scores, count).view(-1), expected)
-        assert torch.equal(top_cells(scores.view(-1), count), expected)
+        assert torch.equal(top_entries(scores, count).view(-1), expected)
+        assert torch.equal(top_entries(scores.view(-1), count), expected)
 
 
-def test_random_cells_are_those_of_a_permutation_of_the_candidates() -> None:
+def test_random_entries_are_those_of_a_permutation_of_the_candidates() -> None:
     candidates = torch.rand(700, 300, generator=seeds.generator(0)) < 0.4
     source, again = seeds.generator(1), seeds.generator(1)
     for count in (0, 1, 5000, int(candidates.sum())):  # with one generator, which goes on
@@ -53,21 +53,21 @@ def test_random_cells_are_those_of_a_permutation_of_the_candidates() -> None:
         if count:
             places = candidates.view(-1).nonzero()[:, 0]
             expected[places[torch.randperm(len(places), generator=again)[:count]]] = True
-        assert torch.equal(random_cells(candidates, count, source).view(-1), expected)
+        assert torch.equal(random_entries(candidates, count, source).view(-1), expected)
 
 
-def test_random_cells_are_candidates_and_every_one_is_as_likely() -> None:
+def test_random_entries_are_candidates_and_every_one_is_as_likely() -> None:
     candidates = torch.tensor([[True, False, True], [True, True, False]])
     counts = torch.zeros(2, 3)
     source = seeds.generator(0)
     for _ in range(4000):
-        drawn = random_cells(candidates, 2, source)
+        drawn = random_entries(candidates, 2, source)
         assert int(drawn.sum()) == 2
         assert not bool((drawn & ~candidates).any())
         counts += drawn
     assert float((counts[candidates] / 2000 - 1).abs().max()) < 0.06
     with pytest.raises(ValueError, match="only 4 candidates"):
-        random_cells(candidates, 5, source)
+        random_entries(candidates, 5, source)
 
 
 @given(st.integers(0, 1000), st.integers(1, 40))
