@@ -62,7 +62,7 @@ def test_a_bad_decay_or_another_model_is_refused() -> None:
     """In one line each."""
     with pytest.raises(st.UserError, match=r"decay=1.0 must lie in \[0, 1\)"):
         st.AveragedModel(mlp(), 1.0)
-    with pytest.raises(st.UserError, match=r"parameter '0\.(values|weight)' is in one"):
+    with pytest.raises(st.UserError, match=r"parameter '0\.(values|weight)' is in the average or in"):
         st.AveragedModel(mlp()).update_parameters(st.sparsify(mlp(), 0.5))
 
 
