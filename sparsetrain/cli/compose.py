@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 import sparsetrain
+from sparsetrain import plugins
 from sparsetrain.cli.overrides import moved_within
 from sparsetrain.cli.resolvers import register_resolvers
 from sparsetrain.cli.verbs import find
@@ -90,6 +91,7 @@ def __getattr__(name: str) -> type:
     module, colon, kind = name.partition(":")
     if not colon:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    plugins.load()  # in a process of a launcher: they add settings
     return schema(getattr(import_module(module.replace("/", ".")), kind))
 
 

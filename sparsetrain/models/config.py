@@ -79,7 +79,8 @@ class ModelConfig:
         check_choice("mlp", self.mlp, MLPS)
         check_choice("norm", self.norm, NORMS)
         check_choice("positions", self.positions, POSITIONS)
-        check_choice("sparsity_pattern", self.sparsity_pattern, PATTERNS)
+        if self.sparsity_pattern not in PATTERNS:
+            check_choice("sparsity_pattern", self.sparsity_pattern, PATTERNS)
         if self.positions == "rope" and self.d_head % 2:
             raise UserError(
                 f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs and needs an even head width"

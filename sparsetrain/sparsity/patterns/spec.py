@@ -150,7 +150,8 @@ class PatternSpec:
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        check_choice("pattern", self.name, PATTERNS)
+        if self.name not in PATTERNS:
+            check_choice("pattern", self.name, PATTERNS)
         kind = PATTERNS[self.name]
         for option in ("block", "bands"):
             value = getattr(self, option)
