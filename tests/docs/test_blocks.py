@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from sparsetrain import plugins
 from sparsetrain.cli import main
 from sparsetrain.cli.verbs import VERBS
 from sparsetrain.data.sources.wheel import Wheel
@@ -128,6 +129,21 @@ def test_make_targets_of_the_pages_exist() -> None:
     assert [target for target in targets if f"\n{target}:" not in makefile] == []
 
 
+@pytest.fixture
+def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a page registers is forgotten after it, and so are its modules."""
+    for found in gc.get_objects():
+        if type(found) is Registry:  # isinstance asks proxies of other libraries for what they stand for
+            monkeypatch.setattr(found, "_things", dict(found._things))
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(plugins, "_loaded", set())
+    yield
+    for name, module in list(sys.modules.items()):
+        if str(tmp_path) in str(getattr(module, "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("registries")
 def test_commands_of_the_pages_run(
     small_medline: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,14 +166,6 @@ def test_commands_of_the_pages_run(
             run_dir = re.findall(r"run directory: (\S+)", output.out)[0]
 
 
-@pytest.fixture
-def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page registers is forgotten after it."""
-    for found in gc.get_objects():
-        if type(found) is Registry:  # isinstance asks proxies of other libraries for what they stand for
-            monkeypatch.setattr(found, "_things", dict(found._things))
-
-
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=str)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +176,7 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "page", module)
     scope: dict[str, Any] = module.__dict__
     for block in blocks(page):
-        if block.language == "python" and not block.file:
+        if block.language == "python":
             exec(compile(block.code, str(page), "exec", dont_inherit=True), scope)
     if page.name == "engineer.md":
         assert scope["manager"].watch()["itop_rate"] == pytest.approx(0.3, abs=0.02)
