@@ -80,8 +80,9 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                 stages = _without_stage_settings(verb, parsed)
             _check_stage_setting(*stage_setting(stages, key))
             continue
-        if not key.startswith(f"{OPEN}."):
-            _check_key(verb, key, tree, known_groups)
+        if key.startswith(f"{OPEN}."):
+            continue  # the pattern checks its options
+        _check_key(verb, key, tree, known_groups)
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             for value in override.sweep_iterator():
                 _check_type(key, plain_value(value), tree)

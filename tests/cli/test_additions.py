@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparsetrain as st
+from sparsetrain.cli.checks import as_typed, check
+from sparsetrain.cli.multirun import points
 from sparsetrain.optim import SCHEDULES, SEGMENTS
 from sparsetrain.sparsity.evolution.base import RULES
 from sparsetrain.sparsity.patterns.spec import PATTERNS
@@ -158,6 +160,10 @@ def test_a_pattern_is_a_function_and_a_file(
     assert shell.run("pretrain", *words, "run_dir=none", "sparsity.options.offset=0")[0] == 0
     mask, _ = masks_and_weights(Path("none/checkpoints/step-00000004"))["blocks.0.attn.out"]
     assert mask[:, 0].all()
+    swept = ["sparsity.sparsity=0.75", "sparsity.pattern=first_inputs", "sparsity.options.offset=0,2"]
+    given = as_typed("pretrain", swept, sweep=True)
+    check("pretrain", given, sweep=True)
+    assert [found.sparsity.options for found in points("pretrain", given)] == [{"offset": 0}, {"offset": 2}]
     for own, said in (
         ("sparsity.options.ofset=1", "sparsity.options.ofset is no option of the pattern first_inputs (did you mean"),
         ("sparsity.pattern=first_input", "did you mean 'first_inputs'?"),
