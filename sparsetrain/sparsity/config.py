@@ -247,7 +247,7 @@ class SparsityConfig:
         name = self.pattern if pattern is None else pattern
         block, bands, options = tuple(self.block), tuple(self.bands), dict(self.options)
         if pattern is not None and pattern != self.pattern and pattern in PATTERNS:
-            # Options are given once for all patterns; a group's own pattern takes those that it has.
+            # Options are given once for all patterns; a group's own pattern takes the options that it has.
             kind = PATTERNS[pattern]
             block = block if kind.in_blocks else (1, 1)
             bands = bands if kind.in_bands else (1, 1)

@@ -185,8 +185,7 @@ class ManagedMasks(ABC):
             raise UserError(f"the masks were saved under {state['rule']} and cannot go on under {self.rule.name}")
         if state["hash"] != self.hash():
             raise UserError(
-                "the model's masks differ from those that the manager's state was saved with: load both together, the "
-                "model first"
+                "the model's masks differ from the masks of the manager's state: load both together, the model first"
             )
         try:
             steps, seed = int(state["steps"]), int(state["seed"])

@@ -117,7 +117,7 @@ def broken(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
         (lambda state: state.pop("hash"), "has no 'hash'"),
         (lambda state: state.update(rule="SET"), "saved under SET and cannot go on under RigL"),
         (lambda state: state.update(steps="many"), "steps='many' and seed=0: integers are needed"),
-        (lambda state: state.update(hash="00"), "differ from those that the manager's state was saved with"),
+        (lambda state: state.update(hash="00"), "differ from the masks of the manager's state"),
     ],
 )
 def test_a_state_that_does_not_fit_changes_nothing(change: Callable[[dict[str, Any]], object], message: str) -> None:
