@@ -58,6 +58,14 @@ def test_images_of_a_page_have_a_text(page: Path) -> None:
     assert [target for image, text, target in links(page) if image and not text.strip()] == []
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parts[0] not in ("logs", "tests")], ids=str)
+def test_paths_that_a_page_names_exist(page: Path) -> None:
+    """A word in capitals stands for a name of the reader's."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    named = re.findall(r"`((?:sparsetrain|conf|tests|docs|experiments|logs)/[\w./-]+)`", text)
+    assert [path for path in named if not re.search("[A-Z]{3}", path) and not (ROOT / path).exists()] == []
+
+
 def test_a_dead_link_and_a_dead_anchor_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One *two* `x=3`, four\n\n[a](b.md) ![](c.png) `[d](e)`\n")
