@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from sparsetrain.kernels.simd.arguments import Array, Int, Team, computed, float32, step
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
 from sparsetrain.kernels.simd.gemm import ROWS_TO_LANE, TERMS_FROM_ROW, TERMS_TO_ROW, WHOLE, WIDTH, multiply_add
 from sparsetrain.kernels.simd.kernel import Kernel
@@ -36,8 +36,10 @@ from sparsetrain.kernels.simd.tiles import clear
 from sparsetrain.kernels.simd.vectors import add, element, fma, load, splat, store
 from sparsetrain.kernels.simd.words import share
 
-BLOCK = 64  # queries, and keys; a multiple of WIDTH
-# Rows an odd number of cache lines apart: at a power of two they would share a few sets of L1.
+# Queries, and keys, of a block; a multiple of WIDTH. The scores of a block take 20 KB, so they fit into L1 beside the
+# rows that a product reads.
+BLOCK = 64
+# Rows lie an odd number of cache lines apart. At a power of two all of them would compete for a few sets of L1.
 _PITCH = BLOCK + 16
 
 _ZERO, _ONE, _INF = np.float32(0.0), np.float32(1.0), np.float32(np.inf)
@@ -65,10 +67,10 @@ def backward_scratch(tokens: int, d: int) -> int:
 
 
 # As the kernels see them: `padded` and `pitch` in compiled form.
-_padded, _pitch = part(padded), part(lambda wide: wide if wide // 16 % 2 else wide + 16)
+_padded, _pitch = inlined(padded), inlined(lambda wide: wide if wide // 16 % 2 else wide + 16)
 
 
-@part
+@inlined
 def _copy_rows(
     source: Array, at: Int, step: Int, rows: Int, d: Int, factor: Any, target: Array, to: Int, width: Int
 ) -> None:
@@ -84,7 +86,7 @@ def _copy_rows(
             store(target, goal + feature, splat(_ZERO))
 
 
-@part
+@inlined
 def _write_rows(
     source: Array, at: Int, width: Int, rows: Int, d: Int, factor: Any, target: Array, to: Int, step: Int
 ) -> None:
@@ -98,7 +100,7 @@ def _write_rows(
             store_head(target, goal + whole, mul(load(source, place + whole), by), d - whole)
 
 
-@part
+@inlined
 def _turn(source: Array, at: Int, width: Int, wide: Int, target: Array, to: Int) -> None:
     """Write the transpose of a block of 64 rows of ``wide`` floats, ``[wide, 64]``."""
     for row in range(0, BLOCK, 16):
@@ -106,7 +108,7 @@ def _turn(source: Array, at: Int, width: Int, wide: Int, target: Array, to: Int)
             transpose16(source, at + row * width + feature, width, target, to + feature * _PITCH + row, _PITCH)
 
 
-@part
+@inlined
 def _mask(s: Array, at: Int, keys: Int) -> None:
     """Give the scores of a block on the diagonal -inf where the key comes after the query, in the same 16 queries."""
     hidden = splat(-_INF)
@@ -116,20 +118,20 @@ def _mask(s: Array, at: Int, keys: Int) -> None:
             store_head(s, at + key * _PITCH + key - before, hidden, before)
 
 
-@part
+@inlined
 def _seen(lane: Int, keys: Int, diagonal: bool) -> int:
     """Return the keys that any of 16 queries sees."""
     return min(keys, lane + 16) if diagonal else keys
 
 
-@part
+@inlined
 def _hide(s: Array, at: Int, lane: Int, first: Int, keys: Int) -> None:
     """Set to zero what products still read behind the last key that 16 queries see: up to a group of rows, less one."""
     for key in range(first, min(keys, first + 5)):
         store(s, at + key * _PITCH + lane, splat(_ZERO))
 
 
-@part
+@inlined
 def _scores(
     k: Array, k_at: Int, width: Int, q: Array, q_at: Int, d: Int, s: Array, s_at: Int, keys: Int, lanes: Int, m: Any,
     distance: Int, diagonal: bool,
@@ -221,7 +223,7 @@ def forward(
                 )
 
 
-@part
+@inlined
 def _weights(s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int, total: Int, change: Int) -> None:
     """Turn scores into powers below the maximum so far; what was summed before is to be multiplied by ``change``."""
     for lane in range(0, lanes, 16):
@@ -344,7 +346,7 @@ def backward(
         _write_rows(s, dv, width, tokens, d, _ONE, dx, to + kv_heads * d, dx_token)
 
 
-@part
+@inlined
 def _inner(s: Array, x: Int, y: Int, wide: Int) -> Any:
     """Return the inner product of two rows."""
     total = splat(_ZERO)

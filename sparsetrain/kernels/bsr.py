@@ -4,7 +4,7 @@
     dX = G W      the same on the list of blocks of W^T; the values are read where they are, rows as columns
     dW = G^T X    at the blocks only: three rows by four columns, 128 tokens before their lanes are summed
 
-Four rows share each load of tokens, so the multiply-adds and not the loads are what the processor waits for. Tiles of
+Four rows share each load of tokens, so the FMA ports bind and not the load ports. Tiles of
 tokens, threads and the order of sums are those of `csr`; a `bsr_layout.Blocks` says where the blocks are. Blocks have
 sides from 4 to 64; their values are stored block after block, each row-major.
 """
@@ -36,18 +36,20 @@ from sparsetrain.kernels.simd.arguments import (
     int64,
     step,
 )
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
 from sparsetrain.kernels.simd.vectors import NATIVE_LANES, element
 from sparsetrain.kernels.simd.words import share, sharers
 
-# Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2. Where there is one panel of
-# columns, outputs are done after it, and are unpacked by 16 KB while they are in L1.
+# Rows of a tile of outputs (or of gradients) that are computed together: 512 of 64 tokens are 128 KB and stay in L2
+# while the panels of columns pass. With one panel, outputs are complete after it and are unpacked 64 rows (16 KB) at a
+# time, while they are in L1.
 PANEL, DONE = 512, 64
-# Columns of a run of blocks, whose tile is read again for every four rows: 16 KB, half of L1.
+# Columns of a run of blocks: every four rows of a block read their tile again, so it is 16 KB, half of L1.
 RUN = 64
-# Columns of a block whose tiles of tokens are read again for every two rows of the weight gradient: 8 KB.
+# Columns of a strip of a block: every two or three rows of the weight gradient read its tiles again. Two tiles of 16
+# columns are 8 KB, which leaves L1 room for the rows of g.
 STRIP = 16
 
 
@@ -98,7 +100,7 @@ multiply = Kernel(_multiply, "multiply", float32)
 multiply_bfloat16 = Kernel(_multiply, "multiply_bfloat16", bfloat16)
 
 
-@part
+@inlined
 def _tile(
     x: Array,
     base: Int,
@@ -254,7 +256,7 @@ gradients = Kernel(_gradients, "gradients", float32)
 gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
-@part
+@inlined
 def _sums(
     g: Array,
     g_at: Int,

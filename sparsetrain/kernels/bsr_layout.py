@@ -18,7 +18,7 @@ MIN_BLOCK, MAX_BLOCK = 4, 64
 class Blocks:
     """The blocks of a matrix, or of its transpose, by block rows and, in each, by panels of columns.
 
-    A panel is so many columns that their tile of tokens stays in a cache while all block rows pass by it.
+    A panel is a range of columns whose tile of tokens stays in a cache while all block rows use it.
 
     Attributes:
         rows, columns: of the matrix that multiplies: of the transpose, if this describes that.
@@ -55,7 +55,11 @@ class Blocks:
 
 
 def panel_width(height: int) -> int:
-    """Return how many columns a panel has: those of L1 for low blocks, which use what they load only a few times."""
+    """Return how many columns a panel has.
+
+    Low blocks use what they load only a few times, so their panel fits into L1: 128 columns of 64 tokens are 32 KB.
+    Higher blocks have one panel for all columns: each load of a tile serves at least 16 rows.
+    """
     return 128 if height < 16 else 1 << 20
 
 

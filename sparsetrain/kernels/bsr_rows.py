@@ -1,7 +1,8 @@
 """What the kernels of `bsr` do in registers: a few rows or sums for all columns of a block, for some tokens.
 
-Two multiply-adds a cycle that take four cycles each need at least eight sums; twelve of 8 lanes fit into sixteen
-registers beside the operands, and sixteen of 16 lanes into the 32 of AVX-512.
+Two FMA ports with 4-cycle latency need 8 independent accumulators. Twelve of 8 lanes fit into the 16 registers of AVX2
+beside three loads of tokens and one broadcast; sixteen of 16 lanes fit into the 32 registers of AVX-512. Four rows of a
+block share each load of tokens, so the FMA ports bind here and not the loads.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from sparsetrain.kernels.simd.arguments import Array, Int
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.lanes import add_sums4, add_sums_2x4, add_sums_head
 from sparsetrain.kernels.simd.tiles import TILE, store_tile
 from sparsetrain.kernels.simd.vectors import (
@@ -28,7 +29,7 @@ from sparsetrain.kernels.simd.vectors import (
 )
 
 
-@part
+@inlined
 def four_rows(
     x: Array,
     at: Int,
@@ -74,7 +75,7 @@ def four_rows(
     store(y, to + 3 * TILE, d)
 
 
-@part
+@inlined
 def four_rows_of_24(
     x: Array,
     at: Int,
@@ -91,7 +92,7 @@ def four_rows_of_24(
     to: Int,
     first: bool,
 ) -> None:
-    """The same for 24 tokens: twelve sums in 8 lanes, enough for two multiply-adds that take four cycles each."""
+    """Do the same for 24 tokens: four rows by three vectors of 8 lanes are twelve accumulators, which fill AVX2."""
     size = height * width
     across, along = (np.int64(1), height) if turned else (width, np.int64(1))
     if first:
@@ -124,7 +125,7 @@ def four_rows_of_24(
         store(y, to + place * TILE + 16, right)
 
 
-@part
+@inlined
 def four_rows_of_64(
     x: Array,
     at: Int,
@@ -141,7 +142,7 @@ def four_rows_of_64(
     to: Int,
     first: bool,
 ) -> None:
-    """The same for 64 tokens, where registers have 16 lanes and there are 32 of them: sixteen sums."""
+    """Do the same for 64 tokens with AVX-512: four rows by four vectors of 16 lanes are sixteen accumulators."""
     size = height * width
     across, along = (np.int64(1), height) if turned else (width, np.int64(1))
     second, third, fourth = to + TILE, to + 2 * TILE, to + 3 * TILE
@@ -175,11 +176,11 @@ def four_rows_of_64(
     store_tile(y, fourth, n, o, p, q)
 
 
-@part
+@inlined
 def _term(
     x: Array, o: Int, values: Array, w: Int, across: Int, a: Any, b: Any, c: Any, d: Any
 ) -> tuple[Any, Any, Any, Any]:
-    """Return four sums of 16 tokens after one more column of a block."""
+    """Return the accumulators of four rows and 16 tokens after one more column of a block."""
     tokens = load(x, o)
     return (
         fma(splat(element(values, w)), tokens, a),
@@ -189,7 +190,7 @@ def _term(
     )
 
 
-@part
+@inlined
 def one_row(
     x: Array,
     at: Int,
@@ -206,7 +207,7 @@ def one_row(
     to: Int,
     first: bool,
 ) -> None:
-    """The same for one row, of those beyond a multiple of four, and all 64 tokens."""
+    """Do the same for a single row and all 64 tokens: for the rows of a block beyond a multiple of four."""
     size = height * width
     across, along = (np.int64(1), height) if turned else (width, np.int64(1))
     if first:
@@ -226,11 +227,11 @@ def one_row(
     store_tile(y, to, a, b, c, d)
 
 
-@part
+@inlined
 def two_by_four(
     g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
 ) -> None:
-    """Add the inner products of two rows of g with four of x."""
+    """Add the inner products of two rows of g with four of x: eight accumulators, and six loads for eight FMAs."""
     a = b = c = d = e = f = h = i = native_splat(np.float32(0.0))
     for tile in range(many):
         first, other = row + tile * g_tile, at + tile * x_tile
@@ -243,11 +244,11 @@ def two_by_four(
     add_sums_2x4(sums, to, to + width, a, b, c, d, e, f, h, i)
 
 
-@part
+@inlined
 def three_by_four(
     g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, width: Int
 ) -> None:
-    """The same for three rows of g: twelve sums, enough for two multiply-adds that take four cycles each."""
+    """Do the same for three rows of g: twelve accumulators, and seven loads for twelve FMAs."""
     a = b = c = d = e = f = h = i = j = k = m = n = native_splat(np.float32(0.0))
     for tile in range(many):
         first, other = row + tile * g_tile, at + tile * x_tile
@@ -266,7 +267,7 @@ def three_by_four(
     add_sums4(sums, to + 2 * width, j, k, m, n)
 
 
-@part
+@inlined
 def one_by_few(
     g: Array, row: Int, g_tile: Int, x: Array, at: Int, x_tile: Int, many: Int, sums: Array, to: Int, count: Int
 ) -> None:

@@ -31,15 +31,16 @@ from sparsetrain.kernels.simd.arguments import (
     step,
     uint16,
 )
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
 from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share, sharers
 
-# Rows whose tile of outputs (or of gradients) is worked on at a time: 128 KB, a part of L2.
+# Rows of a tile of outputs (or of gradients) that are computed together: 512 of 64 tokens are 128 KB, which stay in L2
+# while the blocks of columns pass.
 PANEL = 512
-# Features that are unpacked at a time: pieces of a tile begin at multiples.
+# Pieces of a tile begin at multiples of as many features as are unpacked together, the side of a square transpose.
 STEP = 16
 
 
@@ -126,7 +127,7 @@ multiply = Kernel(_multiply, "multiply", float32)
 multiply_bfloat16 = Kernel(_multiply, "multiply_bfloat16", bfloat16)
 
 
-@part
+@inlined
 def _pack_tile(source: Array, tile: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
     """Pack one tile of a matrix, with the feature more, all zero, that blanks point at."""
     token = tile * TILE
@@ -134,7 +135,7 @@ def _pack_tile(source: Array, tile: Int, step: Int, tokens: Int, features: Int, 
     clear(target, to + features * TILE, to + (features + 1) * TILE)
 
 
-@part
+@inlined
 def _tile(
     x: Array,
     base: Int,
@@ -248,7 +249,7 @@ gradients = Kernel(_gradients, "gradients", float32)
 gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
-@part
+@inlined
 def _sums(
     g: Array,
     g_at: Int,

@@ -12,7 +12,9 @@ from sparsetrain.kernels.simd.arguments import Array, Buffer
 from sparsetrain.kernels.simd.compile import compiled
 from sparsetrain.kernels.simd.tiles import TILE
 
-GROUP = 4  # nonzeros that share one load of positions, and of values
+# Nonzeros that share one load of their offsets (4 x 16 bits) and one of their values (4 x 32 bits). Chunks are
+# multiples of it, so that no tail of single nonzeros follows, with a branch that is hard to predict.
+GROUP = 4
 _REACH = 65535 // TILE  # columns that a 16-bit offset can tell apart
 
 
@@ -22,8 +24,8 @@ class Layout:
 
     A chunk is what one row has in one block of columns, rounded up to a multiple of four nonzeros by taking the first
     ones of the next block. A row's last chunk is filled up by blanks: places with the value zero in the column after
-    the last one, where a packed tile is zero. So the inner loops have no remainders, but where the next block's first
-    ones are too far away for a 16-bit offset.
+    the last one, where a packed tile is zero. Inner loops therefore have no remainder, unless the next block lies
+    beyond a 16-bit offset.
 
     Attributes:
         rows, columns: of the matrix.
@@ -86,7 +88,10 @@ class Layout:
 
 
 def block_width(density: float) -> int:
-    """Return how many columns a block has: less for denser matrices, whose chunks are long enough as it is.
+    """Return how many columns a block has.
+
+    64 columns of 64 tokens are 16 KB, half of the L1. Sparser matrices need wider blocks, since a row would have only
+    a few nonzeros in each and a chunk ends at a branch that is hard to predict.
 
     Measured on a processor with 32 KB of L1 (docs/kernels.md); one with more gains little from wider blocks.
     """

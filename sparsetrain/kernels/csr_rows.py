@@ -1,7 +1,9 @@
 """What the kernels of `csr` do in registers: one row's run of nonzeros in a block of columns, for a tile of tokens.
 
-Two multiply-adds a cycle that take four cycles each need at least eight sums. 64 tokens are eight sums of 8 lanes, but
-four of 16: enough only where a multiply-add of 16 lanes takes the place of two.
+Two FMA ports with 4-cycle latency need 8 independent accumulators. A 64-token tile gives 8 of 8 lanes but only 4 of 16,
+so full-width AVX-512 keeps a second set. Where an FMA of 16 lanes occupies the port for two cycles (Zen 4), 4 suffice.
+
+Loads bind these loops, not FMAs: each nonzero loads its own 64 tokens of x from L1, at two loads a cycle.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from sparsetrain.kernels.simd.arguments import Array, Int
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.lanes import add_sums4, add_sums8, sum_lanes
 from sparsetrain.kernels.simd.tiles import TILE, store_tile
 from sparsetrain.kernels.simd.vectors import (
@@ -29,19 +31,25 @@ from sparsetrain.kernels.simd.vectors import (
     store,
 )
 
-# Tiles of tokens that the weight gradient sums over before it adds up lanes. For 16 lanes two, so that they are added
-# up half as often: measured with 48 KB of L1, which two tiles of x just fill. 8 lanes were measured with 32 KB.
+# Tiles of tokens that the weight gradient sums over before it adds up lanes. Lanes are added up half as often for two
+# tiles, which pays with 16 lanes; a block of columns of two tiles of x just fills an L1 of 48 KB. The choice for 8
+# lanes was measured with 32 KB.
 TOGETHER = PATH_LANES // 8
 
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
 _lane0, _lane1, _lane2, _lane3 = lane
 
 
-@part
+@inlined
 def row_of_64(
     x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
 ) -> None:
-    """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``."""
+    """Add the products of one chunk to one row of a tile of outputs, or write them if they are the ``first``.
+
+    The accumulators stay in registers for the whole chunk. Four nonzeros share one load of their offsets and one of
+    their values, so that a nonzero costs eight loads of x (8 lanes) and half a load of its own.
+    """
+    # 64 tokens in four vectors of 16 lanes; LLVM splits each into two registers where a register has 8.
     if first:
         a = b = c = d = splat(np.float32(0.0))
     else:
@@ -64,7 +72,7 @@ def row_of_64(
         a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
         c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
         place += 4
-    while place < end:  # rare, see `Layout`
+    while place < end:  # the next block lies beyond a 16-bit offset: rare, see `Layout`
         o, w = at + np.int64(element(offsets, place)), splat(element(values, place))
         a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
         c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
@@ -72,13 +80,14 @@ def row_of_64(
     store_tile(y, to, a, b, c, d)
 
 
-@part
+@inlined
 def _two_sets(
     x: Array, at: Int, offsets: Array, values: Array, place: Int, end: Int, a: Any, b: Any, c: Any, d: Any
 ) -> tuple[Any, Any, Any, Any, int]:
-    """Add the products of a chunk's groups of four to the sums of 64 tokens, which are two sets of four on the way.
+    """Add the products of a chunk's groups of four to the accumulators of 64 tokens.
 
-    Values are spread by loads: a shuffle of 16 lanes takes the place of a multiply-add.
+    Nonzeros alternate between two sets of four accumulators: one set would wait for the latency of its FMAs. Values are
+    broadcast by loads, since a shuffle of 16 lanes occupies a port that FMAs need.
     """
     e = f = g = h = splat(np.float32(0.0))
     while place + 4 <= end:
@@ -99,11 +108,11 @@ def _two_sets(
     return add(a, e), add(b, f), add(c, g), add(d, h), place
 
 
-@part
+@inlined
 def row_of_16(
     x: Array, at: Int, offsets: Array, values: Array, start: Int, end: Int, y: Array, to: Int, first: bool
 ) -> None:
-    """The same for 16 tokens; four nonzeros have sums of their own, since one sum would wait for itself."""
+    """Do the same for 16 tokens. Each of four nonzeros has an accumulator: a single one would wait for its latency."""
     a = splat(np.float32(0.0)) if first else load(y, to)
     b = c = d = splat(np.float32(0.0))
     place = start
@@ -114,13 +123,13 @@ def row_of_16(
         c = fma(_lane2(four), load(x, at + np.int64((quad >> _32) & _LOW16)), c)
         d = fma(_lane3(four), load(x, at + np.int64(quad >> _48)), d)
         place += 4
-    while place < end:  # rare, see `Layout`
+    while place < end:  # the next block lies beyond a 16-bit offset: rare, see `Layout`
         a = fma(splat(element(values, place)), load(x, at + np.int64(element(offsets, place))), a)
         place += 1
     store(y, to, add(add(a, b), add(c, d)))
 
 
-@part
+@inlined
 def sums_of_row(
     x: Array,
     at: Int,
@@ -135,7 +144,11 @@ def sums_of_row(
     sums: Array,
     own: Int,
 ) -> None:
-    """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk."""
+    """Add the inner products of one row of tiles of g with the x of each nonzero of a chunk.
+
+    Eight nonzeros share each load of g and have one accumulator each, which hides the latency of the FMAs. Their lanes
+    are summed together at the end, in one tree of shuffles, which takes 1.7 cycles a nonzero on Zen 3.
+    """
     zero = path_splat(np.float32(0.0))
     tiles_at_once = many if TOGETHER > 1 else 1
     place = start
@@ -157,7 +170,7 @@ def sums_of_row(
         add_sums8(sums, own + place, a, b, c, d, e, f, h, i)
         place += 8
     if place + 4 <= end:
-        # Each of four has two sums, since one would wait for itself.
+        # The tail of four: two accumulators for each nonzero, so that there are eight again.
         quad = load_quad(offsets, place)
         a = b = c = d = e = f = h = i = zero
         oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
@@ -184,7 +197,7 @@ def sums_of_row(
                 )
         add_sums4(sums, own + place, add(a, e), add(b, f), add(c, h), add(d, i))
         place += 4
-    while place < end:  # rare, see `Layout`
+    while place < end:  # the next block lies beyond a 16-bit offset: rare, see `Layout`
         a, o = zero, at + np.int64(element(offsets, place))
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile

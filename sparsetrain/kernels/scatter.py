@@ -1,7 +1,7 @@
-"""Writes a sparse matrix out densely and reads a dense one at the nonzeros, straight from a pattern's own indices.
+"""Writes a sparse matrix out densely and reads a dense one at the nonzeros, by the indices of a pattern.
 
-Bits are moved, not numbers: float32, or any type of 16 bits as uint16. Single weights are stored at unsigned places:
-Numba looks at every other index to see whether it is negative.
+The kernels move bits and do not compute: elements of 32 or of 16 bits. Memory bandwidth binds them. Single weights are
+stored at unsigned places, because Numba tests signed indices for being negative.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 
 from sparsetrain.kernels.simd.arguments import Array, Int, Team, bits16, bits32, element_type, int32, int64
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share
@@ -78,9 +78,9 @@ gather = Kernel(_gather, "gather", bits32)
 gather16 = Kernel(_gather, "gather16", bits16)
 
 
-@part
+@inlined
 def _move(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
-    """Copy a few elements, four at a time: a call of `memcpy` or a loop of vectors takes longer to get going."""
+    """Copy a few elements, four at a time: for so few, a call of `memcpy` or a loop of vectors costs more to set up."""
     whole = count // 4 * 4
     for place in range(0, whole, 4):
         a, b = element(source, at + place), element(source, at + place + 1)

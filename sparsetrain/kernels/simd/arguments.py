@@ -192,15 +192,15 @@ class Declaration:
         """Return what an expression comes to."""
         return eval(self.expressions[expression], self.names, dict(integers))
 
-    def entry(self, body: Callable[..., None], readers: Mapping[str, Any], part: Callable[[Any], Any]) -> Any:
+    def entry(self, body: Callable[..., None], readers: Mapping[str, Any], inlined: Callable[[Any], Any]) -> Any:
         """Return the function of the words alone that calls ``body`` with the arguments that it reads from them.
 
-        Arrays of an open type are read outside a ``part``, which reads the rest: what LLVM makes of a kernel depends on
-        what is inlined when, and this is how the kernels were measured.
+        Arrays of an open type are read outside of an ``inlined`` function, which reads the rest. What LLVM makes of a
+        kernel depends on what is inlined when, and the kernels were measured in this order.
 
         Args:
             body: the kernel's function, compiled so that it is inlined before LLVM sees it.
-            readers: the functions of `words`.
+            readers: the functions of `words`. inlined: the decorator of `compile`.
         """
         reads = {
             name: f"{self.arrays[name].elements.reader if name in self.arrays else 'number'}(words, {place})"
@@ -212,7 +212,7 @@ class Declaration:
             return self._made(f"(words): body({inside})", {**readers, "body": body})
         middle = self._made(f"({', '.join(['words', *outside])}): body({inside})", {**readers, "body": body})
         call = f"(words): middle({', '.join(['words', *outside.values()])})"
-        return self._made(call, {**readers, "middle": part(middle)})
+        return self._made(call, {**readers, "middle": inlined(middle)})
 
     def _made(self, rest: str, names: dict[str, Any]) -> Any:
         """Return ``def <kernel><rest>``, in the place of the kernel's function, by which Numba's cache knows it."""

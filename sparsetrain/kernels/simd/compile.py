@@ -64,14 +64,14 @@ def numba_cache() -> Iterator[bool]:
             numba.config.CACHE_DIR = before
 
 
-def part(function: Function) -> Function:
-    """Make a function that is compiled as a part of the kernels that call it."""
-    # Left to itself LLVM calls the large ones, with dozens of words on the stack: 30 cycles for every few nonzeros.
+def inlined(function: Function) -> Function:
+    """Make a function that is compiled into the kernels that call it."""
+    # By default LLVM calls large ones and passes dozens of arguments on the stack: 30 cycles for every few nonzeros.
     return numba.njit(function, forceinline=True, **OPTIONS)
 
 
 def procedure(function: Function) -> Function:
-    """Make a function that kernels call: for one that does much work a call, in several places."""
+    """Make a function that kernels call: for much work a call, from several places."""
     return numba.njit(function, **OPTIONS)
 
 

@@ -1,8 +1,8 @@
 """Small dense products of matrices that lie in the caches, for kernels that make blocks of a larger one.
 
 `multiply_add` adds ``A B`` to ``C [rows, lanes]``. A may lie in either direction: element (row, term) is at
-``a_at + row * a_row + term * a_step``. The rows of B and C are contiguous, so that six rows of C by `WIDTH` lanes are
-held in registers for all terms, and a term costs two loads of B, six broadcasts of A and twelve multiply-adds.
+``a_at + row * a_row + term * a_step``. The rows of B and C are contiguous. Six rows of C by `WIDTH` lanes stay
+in registers for all terms: twelve accumulators. A term costs two loads of B, six broadcasts of A and twelve FMAs.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from sparsetrain.kernels.simd.arguments import Array, Int
-from sparsetrain.kernels.simd.compile import part, procedure
+from sparsetrain.kernels.simd.compile import inlined, procedure
 from sparsetrain.kernels.simd.vectors import FLOAT, I32, I64, NATIVE_LANES, read, shuffle, write
 
-# Two registers' worth: with six rows that makes 12 sums, enough to hide an FMA's latency, and leaves room for B and A.
+# Two registers: with six rows that makes 12 accumulators, enough to hide the latency of the FMAs, and leaves four of 16
+# registers for B and the broadcasts of A.
 WIDTH = max(16, 2 * NATIVE_LANES)
 
 # Which terms a product inside a causal block on the diagonal leaves out.
@@ -81,9 +82,9 @@ def _product(rows: int) -> Any:
 _product1, _product2, _product4, _product6 = (_product(rows) for rows in (1, 2, 4, 6))
 
 
-@part
+@inlined
 def _terms(row: Int, many: Int, terms: Int, edge: Int) -> tuple[int, int]:
-    """Return the first term of a group of rows and the one after its last."""
+    """Return the range of terms of a group of rows: from the first to before the second."""
     if edge == TERMS_TO_ROW:
         return 0, min(terms, row + many)
     return (row if edge == TERMS_FROM_ROW else 0), terms

@@ -27,7 +27,7 @@ import numba
 from sparsetrain.kernels.simd import words
 from sparsetrain.kernels.simd.arguments import Declaration, Elements
 from sparsetrain.kernels.simd.checks import in_words, straight
-from sparsetrain.kernels.simd.compile import OPTIONS, numba_cache, part
+from sparsetrain.kernels.simd.compile import OPTIONS, inlined, numba_cache
 from sparsetrain.kernels.simd.threads import Entry, entry_at, run
 
 
@@ -61,7 +61,7 @@ class Kernel:
         with self._lock:
             if self._compiled is None:
                 body = numba.njit(self.function, inline="always", **OPTIONS)
-                entry = self.declaration.entry(body, vars(words), part)
+                entry = self.declaration.entry(body, vars(words), inlined)
                 with numba_cache() as writable:
                     kept = writable and os.path.exists(self.function.__code__.co_filename)
                     self._compiled = numba.cfunc("void(voidptr)", cache=kept, **OPTIONS)(entry)

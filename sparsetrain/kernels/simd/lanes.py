@@ -1,4 +1,6 @@
-"""What needs more than one lane of a vector: sums, transposes, and tails that fill a vector only in part.
+"""Operations across the lanes of a vector: sums, transposes, and tails that fill a vector only in part.
+
+Shuffles compete with FMAs for ports, so sums and transposes are trees of as few shuffles as possible.
 
 Sums of lanes are taken in a fixed order, so that results have the same bits on every run.
 """

@@ -197,7 +197,7 @@ path_load, path_splat = _OF_LANES[PATH_LANES]
 def load_four(typing: Any, array: Any, offset: Any) -> Any:
     """Return ``array[offset:offset + 4]`` twice over, in 8 lanes, for `lane` to pick from.
 
-    One load for four multipliers, where loading is what a kernel waits for.
+    It is one load for four multipliers, in kernels that the load ports bind.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -205,7 +205,7 @@ def load_four(typing: Any, array: Any, offset: Any) -> Any:
         both = shuffle(builder, four, four, [0, 1, 2, 3] * 2)
         if not _AVX:
             return both
-        # Seen through, this would become four loads again; an empty instruction hides where the lanes come from.
+        # LLVM would fold this into four broadcast loads again; an empty instruction hides where the lanes come from.
         hide = ir.InlineAsm(ir.FunctionType(both.type, [both.type]), "", "=x,0", side_effect=False)
         return builder.call(hide, [both])
 

@@ -10,7 +10,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from sparsetrain.kernels.simd.arguments import Int, Team
-from sparsetrain.kernels.simd.compile import part
+from sparsetrain.kernels.simd.compile import inlined
 
 _I64 = ir.IntType(64)
 _UNKNOWN = 1 << 40  # the length that such an array claims; nothing in a kernel asks for it
@@ -71,7 +71,7 @@ def _ask(typing: Any, address: Any) -> Any:
     return types.int64(types.int64), build
 
 
-@part
+@inlined
 def share(team: Team, total: Int) -> tuple[int, int, int]:
     """Return this thread's share of ``total`` pieces of work, from the first to before the second, and its index."""
     index, threads = number(team, 2), sharers(team)
@@ -80,7 +80,7 @@ def share(team: Team, total: Int) -> tuple[int, int, int]:
     return total * index // threads, total * (index + 1) // threads, index
 
 
-@part
+@inlined
 def sharers(team: Team) -> int:
     """Return how many threads share the work: a runtime may lend fewer than were asked for."""
     return _ask(number(team, 1)) if number(team, 0) != 0 else number(team, 3)
