@@ -1,15 +1,15 @@
 """Which backend ``auto`` stands for: the one that was measured to be faster, on this machine or on a common one.
 
-A crossover table says, for layers of several sizes, numbers of tokens and threads, up to which density a whole training
-step (forward, input gradient, weight gradient) of a sparse backend takes no longer than that of ``masked``. Sizes in
-between are interpolated in their logarithms, sizes beyond are those of the edge. There is one for float32 and one for
-bfloat16, in which a processor may be much slower at dense products, or much faster.
+A crossover table gives, for layer sizes, numbers of tokens and numbers of threads, the density up to which a training
+step of a sparse backend (forward, input gradient, weight gradient) takes no longer than that of ``masked``. Sizes
+between the measured ones are interpolated in their logarithms; sizes beyond take the edge of the table. float32 and
+bfloat16 have tables of their own, since dense products in bfloat16 are much faster on some processors and much slower
+on others.
 
-`sparsetrain tune` measures a table and puts it into the cache; where there is none, one that ships with the library is
-used: that of two cores of Zen 4 on such a processor; elsewhere of Emerald Rapids where torch computes with AVX-512,
-from which dense products gained more there than sparse ones, which wait for loads; else of Zen 3 (AVX2). With AVX-512
-each entry is the least of three measurements on a shared host: dense where in doubt. Tables for bfloat16 count only
-where the processor has the instructions for it that they were measured with; elsewhere the one for float32 does.
+`sparsetrain tune` measures a table and puts it into the cache. Without one, a shipped table is used: Zen 4 on Zen 4;
+Emerald Rapids on any other CPU where torch uses AVX-512; Zen 3 otherwise. Each AVX-512 entry is the least of three
+measurements on a shared host, so that doubt favours dense. Tables for bfloat16 count only where the processor has the
+instructions that they were measured with; elsewhere the table for float32 counts.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class _Tables(TypedDict):
     backends: dict[str, _Plain]
 
 
-@dataclass(frozen=True, eq=False)  # one table is another: what was looked up in it is remembered by the table
+@dataclass(frozen=True, eq=False)  # compared by identity: `_limit` caches by table
 class Crossover:
     """Densities up to which one backend is the faster one.
 
@@ -79,7 +79,7 @@ class Crossover:
     def at(self, side: float, tokens: int, threads: int) -> float:
         """Return the density for one layer."""
         nearest = 0
-        for index, count in enumerate(self.threads):  # a plain loop, which a compiler can follow
+        for index, count in enumerate(self.threads):  # a plain loop, which torch.compile can trace
             if abs(count - threads) < abs(self.threads[nearest] - threads):
                 nearest = index
         columns = [_interpolate(self.tokens, row, tokens) for row in self.density[nearest]]
@@ -171,8 +171,8 @@ def _read_tables() -> bool:
     return True
 
 
-# A compiler that traces `choose` must not trace the reading of a file: it calls this function, and takes its result for
-# a constant. `torch.compiler.assume_constant_result` sets the same attribute, and imports the compiler first: a second.
+# A compiler that traces `choose` must not trace the reading of a file: it calls this function and takes the result as a
+# constant. `torch.compiler.assume_constant_result` sets the same attribute, but imports the compiler: a second.
 _read_tables._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -180,7 +180,7 @@ def _load() -> dict[str, Crossover]:
     path, shipped = tuned_path(), _shipped()
     if not os.path.exists(path):  # which also says no where the directory may not be entered
         return shipped
-    # A file from before there were tables for bfloat16 has none: those of the library count.
+    # A file that is older than the tables for bfloat16 has none: those of the library count.
     return {name: table for name, table in shipped.items() if name.endswith(_BFLOAT16)} | from_plain(
         read_json(path, max_bytes=MAX_BYTES), str(path)
     )
@@ -189,7 +189,7 @@ def _load() -> dict[str, Crossover]:
 def _shipped() -> dict[str, Crossover]:
     name = SHIPPED[_kind()]
     content = json.loads(resources.files("sparsetrain.sparsity.backends").joinpath("tables", name).read_text("utf-8"))
-    # Its tables for bfloat16 are those of a processor with such instructions: without them dense is slower.
+    # Its tables for bfloat16 were measured with such instructions; without them dense is slower.
     native = content.get("bfloat16_by") in processor().flags
     tables = from_plain(content, name)
     return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
@@ -243,12 +243,12 @@ def _table(backend: str, dtype: torch.dtype) -> Crossover | None:
     return None
 
 
-# Every layer asks at every step, and a small one takes hardly longer than the answer.
+# Cached, because every layer asks in every step, and a small layer's step takes hardly longer than this.
 @functools.lru_cache(maxsize=4096)
 def _limit(table: Crossover, shape: tuple[int, int], tokens: int, threads: int) -> float:
     return table.at(math.sqrt(shape[0] * shape[1]), max(1, tokens), threads)
 
 
 _tables: dict[str, Crossover] = {}
-_read: list[bool] = []  # whether `_tables` are read: at the first use of auto, so that an import reads no user's file
+_read: list[bool] = []  # filled when `_tables` are read: at the first use of auto, since an import reads no user file
 _reading = threading.Lock()

@@ -145,7 +145,7 @@ def check_backend(name: str, key: str = "backend") -> None:
         check_choice(key, name, backend_names())
 
 
-# What ``auto`` stands for: given by the room above that knows what was measured.
+# What ``auto`` stands for. It is set from above, since the crossover tables build on this file.
 _Choice = Callable[[SparsityPattern, int, torch.dtype, torch.device], str]
 
 

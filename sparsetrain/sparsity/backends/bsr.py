@@ -22,7 +22,7 @@ from sparsetrain.sparsity.backends.cpu import (
 )
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
-_MIN_BLOCK, _MAX_BLOCK = 4, 64  # those of the kernels, known without importing them
+_MIN_BLOCK, _MAX_BLOCK = 4, 64  # as in the kernels, which would import a compiler
 
 
 class _Kernels(NamedTuple):
@@ -32,7 +32,7 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _kernels() -> _Kernels:
-    # When the first product is computed: importing the library is not to import a compiler.
+    # Imported late: importing the library must not import a compiler.
     from sparsetrain.kernels import bsr, bsr_layout
 
     return _Kernels(bsr, bsr_layout)
@@ -87,7 +87,7 @@ class BsrBackend(CpuBackend):
         tokens, (out_features, in_features), nonzeros = g.shape[0], pattern.shape, pattern.nnz
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)
         blocks = _blocks(pattern)
-        # Without a gradient of the input the list of the transpose is not read, and so not built.
+        # Without a gradient of the input the blocks of the transpose are not read, so they are not built.
         turned = _turned(pattern) if need_x else blocks
         sums = scratch(threads, nonzeros) if need_values else scratch(0)
         sharing = torch.empty(1, dtype=torch.int64, device="cpu")

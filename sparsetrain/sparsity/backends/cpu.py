@@ -11,8 +11,8 @@ from sparsetrain.sparsity.backends.base import Backend
 from sparsetrain.sparsity.backends.layouts import check_shapes
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
-TILE = 64  # tokens of a tile of the kernels, known without importing a compiler
-A_THREAD = 1 << 19  # multiply-adds that are worth waking a thread for
+TILE = 64  # tokens of a tile, as in the kernels, which would import a compiler
+A_THREAD = 1 << 19  # a thread is not woken for fewer multiply-adds
 _DTYPES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")
 
@@ -57,17 +57,17 @@ def in_float32(values: Tensor) -> Tensor:
 
 
 def workers(tokens: int, pattern: SparsityPattern) -> int:
-    """Return how many of torch's threads a product is worth."""
+    """Return how many of torch's threads to wake for a product."""
     return max(1, min(torch.get_num_threads(), tokens * pattern.nnz // A_THREAD))
 
 
 def pieces(tokens: int, tiles: int, threads: int) -> int:
-    """Return into how many pieces a kernel cuts ``tiles`` tiles of tokens, so that all threads have as many."""
+    """Return into how many pieces a kernel cuts ``tiles`` tiles of tokens, so that all threads get equally many."""
     return threads // math.gcd(-(-tokens // (tiles * TILE)), threads)
 
 
 def enough(threads: int, elements: int) -> int:
-    """Return how many threads are worth waking for a pass over so many elements."""
+    """Return how many threads to wake for a pass over ``elements`` elements."""
     return max(1, min(threads, elements // 65536))
 
 

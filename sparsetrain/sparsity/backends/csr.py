@@ -30,7 +30,7 @@ class _Kernels(NamedTuple):
 
 @functools.cache
 def _kernels() -> _Kernels:
-    # When the first sparse product is computed: importing the library is not to import a compiler.
+    # Imported late: importing the library must not import a compiler.
     from sparsetrain.kernels import csr, csr_layout
 
     return _Kernels(csr, csr_layout)
@@ -38,7 +38,7 @@ def _kernels() -> _Kernels:
 
 @register_backend("csr")
 class CsrBackend(CpuBackend):
-    """Multiplies by the nonzeros only: one FMA an element of the weight.
+    """Multiplies by the nonzeros only: one FMA for each nonzero and token.
 
     The index structures derived from a pattern take 8 bytes a nonzero beside its own 4.
     """

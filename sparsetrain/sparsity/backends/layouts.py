@@ -32,7 +32,7 @@ def layout_id(pattern: SparsityPattern) -> int:
 
 
 def _same(pattern: SparsityPattern, row_ptr: Tensor, col: Tensor, shape: list[int], block: list[int]) -> bool:
-    """Whether a number found the right pattern: one that an exported graph brings along may mean another here."""
+    """Return whether a number found the right pattern: that of an exported graph may mean another one here."""
     if (*pattern.shape, *pattern.block) != (*shape, *block) or pattern.device != col.device:
         return False
     pairs = ((pattern.row_ptr, row_ptr), (pattern.col, col))

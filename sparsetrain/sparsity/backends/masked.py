@@ -13,12 +13,12 @@ from sparsetrain.sparsity.backends.base import Backend, register_backend
 from sparsetrain.sparsity.backends.cpu import enough
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
-_SMALL = 1 << 14  # elements of a matrix for which calling a kernel of ours takes longer than torch's indexing
+_SMALL = 1 << 14  # in a matrix of fewer elements torch's indexing is faster than a call of a kernel
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    # When the first large matrix is spread: importing the library is not to import a compiler.
+    # Imported late: importing the library must not import a compiler.
     from sparsetrain.kernels import scatter
 
     return scatter
@@ -64,7 +64,7 @@ class MaskedBackend(Backend):
 
 
 def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
-    """Whether a kernel moves such values; else torch does, by positions that are kept: 8 bytes a nonzero."""
+    """Return whether a kernel moves such values; if not, torch does, by positions that take 8 bytes a nonzero."""
     on_cpu = values.device.type == pattern.device.type == "cpu"
     return on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL
 
