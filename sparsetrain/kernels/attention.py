@@ -186,6 +186,7 @@ def forward(
         b, h = unit // heads, unit % heads
         group = h // (heads // kv_heads)
         if shared != b * kv_heads + group:
+            # Keys and values are copied once for all query heads that share them.
             shared = b * kv_heads + group
             at = b * x_batch + (heads + group) * x_head
             _copy_rows(x, at, x_token, tokens, d, _ONE, s, k, width)
@@ -208,6 +209,7 @@ def forward(
                 )  # fmt: skip
                 _weights(s, scores, keys, lanes, diagonal, top, total, change)
                 if other > 0:
+                    # The maxima grew: what was summed before is rescaled to them.
                     for query in range(queries):
                         by = splat(element(s, change + query))
                         for feature in range(o + query * width, o + query * width + wide, 16):

@@ -142,6 +142,7 @@ def _tile(
                     # Outputs are written, not added to, by the first run of a row's first panel.
                     first = panel == 0 and start == np.int64(element(ends, row * panels))
                     for line in range(0, whole, 4):
+                        # 64 tokens as one group with AVX-512, else as 24, 24 and 16; a part of a tile by 16s.
                         token: Int = np.int64(0)
                         if NATIVE_LANES == 16 and slices == TILE:
                             four_rows_of_64(
@@ -304,6 +305,7 @@ def _sums(
                                         *(sums, to + i * width + j, width),
                                     )
                             i += 3 if three else 2
+                    # The tail: up to three columns beyond a multiple of four.
                     if whole < width:
                         for i in range(height):
                             one_by_few(

@@ -108,6 +108,7 @@ def four_rows_of_24(
         o = at + np.int64(element(index, block)) * width * TILE
         end = o + width * TILE
         while o < end:
+            # Three loads and four broadcasts for twelve FMAs: 3.5 cycles of loads, 6 of FMAs.
             p, q, r = load8(x, o), load8(x, o + 8), load8(x, o + 16)
             v = splat8(element(values, w))
             a, b, c = fma(v, p, a), fma(v, q, b), fma(v, r, c)
@@ -159,6 +160,7 @@ def four_rows_of_64(
         place = at + np.int64(element(index, block)) * width * TILE
         end = place + width * TILE
         while place < end:
+            # Four loads and four broadcasts for sixteen FMAs.
             r, s, t, u = load(x, place), load(x, place + 16), load(x, place + 32), load(x, place + 48)
             v = splat(element(values, w))
             a, b, c, d = fma(v, r, a), fma(v, s, b), fma(v, t, c), fma(v, u, d)

@@ -155,12 +155,14 @@ def _tile(
     for top in range(begin, stop, PANEL):
         bottom = min(stop, top + PANEL)
         for block in range(chunks // rows):
+            # The tile's columns of this block stay in L1 for all rows of the panel.
             at = base + block * width * TILE
             end = np.int64(element(ends, block * rows + top))
             for row in range(top, bottom):
                 start = end
                 end = np.int64(element(ends, block * rows + row + 1))
                 to = made + row * TILE
+                # A tile of few tokens takes 16 or 32 of its 64 lanes.
                 if present > 32:
                     row_of_64(x, at, offsets, values, start, end, y, to, block == 0)
                 else:
@@ -272,6 +274,7 @@ def _sums(
     for top in range(begin, stop, PANEL):
         bottom = min(stop, top + PANEL)
         for block in range(chunks // rows):
+            # x of this block stays in L1; a row of g is 256 bytes a tile and is read once for each block.
             at = x_at + block * width * TILE
             end = np.int64(element(ends, block * rows + top))
             for row in range(top, bottom):
