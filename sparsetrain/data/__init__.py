@@ -16,7 +16,7 @@ from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_t
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import Batch, PackedSamples, TokenFile, sequential_windows
 
-# A source or a task is registered by the file that defines it, so that to add one is to add a file.
+# The file that defines a source or a task also registers it, so importing every file of these packages is enough.
 for _wing in (medline, sources, tasks):
     for _found in pkgutil.iter_modules(_wing.__path__, f"{_wing.__name__}."):
         importlib.import_module(_found.name)

@@ -1,9 +1,9 @@
 """Byte-level BPE, trained by the `tokenizers` library in a process of its own.
 
-The library holds the processor for as long as it trains and hears no signal, so `train` runs it as a script
-(``python bpe_training.py VOCABULARY``), which can be ended at any time. The script imports nothing but the standard
-library and `tokenizers`, so that it starts at once. Its input is a frame per text: 8 bytes of length, little-endian,
-and that many bytes of UTF-8; a length of `_END` says that all have come. Its output is a ``tokenizer.json``.
+The library handles no signal while it trains, so `train` runs it as a script (``python bpe_training.py VOCABULARY
+END_OF_TEXT``), which can be killed at any time. The script imports only the standard library and `tokenizers`, so that
+it starts at once. Its input has one frame per text: the length in bytes (8 bytes, little-endian), then the text as
+UTF-8. A length of `_END` marks the end of the input. Its output is a ``tokenizer.json``.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import IO
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-# The trainer takes time quadratic in the length of a word. A longer one (a protein, a text without spaces) is trained
-# on in pieces of this many characters. Only training cuts it: encoding takes it whole, in nearly linear time.
+# The trainer takes time quadratic in the length of a word, so it sees a longer word (a protein, a text without spaces)
+# in pieces of this many characters. Encoding takes nearly linear time and does not cut words.
 LONGEST_WORD = 256
 _END = 2**64 - 1
-# Runs of what is white space and of what is not, none of them longer than a word may be.
+# Matches a text in which no run of white space or of other characters is longer than LONGEST_WORD.
 _SHORT_RUNS = re.compile(rf"(?:\S{{1,{LONGEST_WORD}}}+(?!\S)|\s{{1,{LONGEST_WORD}}}+(?!\s))*+")
-_BLOCK = 1 << 20  # characters that are looked at together
+_BLOCK = 1 << 20  # characters per call of the pre-tokenizer
 
 
 def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
-    """Return a tokenizer whose symbols are bytes and whose words are those of GPT-2."""
+    """Return a tokenizer with byte symbols and the word pattern of GPT-2."""
     inner = tokenizers.Tokenizer(model)
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -37,10 +37,10 @@ def byte_level(model: models.BPE) -> tokenizers.Tokenizer:
 
 
 def bounded(texts: Iterable[str]) -> Iterator[str]:
-    """Yield texts with the words of ``texts``, but for longer ones than `LONGEST_WORD`, which come in pieces.
+    """Yield texts with the same words as ``texts``, except that words longer than `LONGEST_WORD` come in pieces.
 
-    A text without such a run of characters comes as it is. Each word of another one comes as a text of its own, which
-    the pre-tokenizer takes for that word again.
+    A text without a long run of characters is yielded unchanged. Any other text is yielded word by word; the
+    pre-tokenizer reads each of these short texts as the same word again.
     """
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     for text in texts:
@@ -55,7 +55,7 @@ def bounded(texts: Iterable[str]) -> Iterator[str]:
 
 
 def trained(texts: Iterable[str], vocab_size: int, end_of_text: str) -> str:
-    """Return the ``tokenizer.json`` of at most ``vocab_size`` tokens that these texts give, always the same."""
+    """Return the ``tokenizer.json`` of a BPE with at most ``vocab_size`` tokens; equal texts give equal results."""
     inner = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -69,20 +69,22 @@ def trained(texts: Iterable[str], vocab_size: int, end_of_text: str) -> str:
 
 
 class TrainingFailedError(Exception):
-    """Why the process that trains gave no tokenizer."""
+    """The training process failed; the message gives the reason."""
 
 
 def train(texts: Iterable[str], vocab_size: int, end_of_text: str) -> bytes:
-    """Return what `trained` does, from a process that ends when this function does, also by a signal.
+    """Call `trained` in a process of its own and return the bytes of the ``tokenizer.json``.
+
+    The process ends with this function, also when a signal interrupts it.
 
     Raises:
-        TrainingFailedError: the process failed; the message is its last line, or its status.
+        TrainingFailedError: the process failed; the message is its last line of stderr, or its exit status.
     """
     command = [sys.executable, "-P", __file__, str(vocab_size), end_of_text]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     try:
-        with contextlib.suppress(BrokenPipeError):  # it has ended early; its status and its message say why
+        with contextlib.suppress(BrokenPipeError):  # the process ended early; its status and message are read below
             for text in texts:
                 content = text.encode()
                 process.stdin.write(len(content).to_bytes(8, "little") + content)
@@ -93,7 +95,7 @@ def train(texts: Iterable[str], vocab_size: int, end_of_text: str) -> bytes:
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
             if stream is not None:
-                with contextlib.suppress(BrokenPipeError):  # what was still in its buffer has no reader any more
+                with contextlib.suppress(BrokenPipeError):  # closing flushes the buffer, and the reader is gone
                     stream.close()
     if process.returncode != 0:
         lines = message.decode(errors="replace").strip().splitlines()
@@ -115,7 +117,7 @@ def _exactly(stream: IO[bytes], count: int) -> bytes:
 
 def main(vocab_size: str, end_of_text: str) -> None:
     """Train on the texts of the standard input, and write the tokenizer to the standard output."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes; the one that waits ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the parent kills this one
     result = trained(_frames(sys.stdin.buffer), int(vocab_size), end_of_text)
     sys.stdout.buffer.write(result.encode())
 

@@ -1,4 +1,4 @@
-"""Checksums of values, and of files: each computed once in a process for as long as its file stays as it was."""
+"""Checksums of JSON values, and checksums of files that are computed once per process while the file is unchanged."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 from sparsetrain.errors import UserError
 from sparsetrain.files import sha256_of
 
-# A file that was written to within this time of now may be written to again without another time stamp.
+# A file that was modified this recently may change again without a new time stamp, so its checksum is not remembered.
 _UNSETTLED_NS = 2_000_000_000
 _known: dict[tuple[int, ...], str] = {}
 
 
 def digest(value: Any) -> str:
-    """Return the sha256 of a value of JSON, the same for equal values."""
+    """Return the sha256 of a JSON value in hexadecimal; equal values have equal checksums."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_once(path: Path) -> str:
     """Return the sha256 of a file's bytes in hexadecimal.
 
-    It is remembered under the file's device, inode, size and times, so that a sweep reads each corpus once.
+    The checksum is remembered under the file's device, inode, size and times, so that a sweep reads each corpus once.
 
     Raises:
         UserError: the file cannot be read.

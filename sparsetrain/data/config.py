@@ -13,24 +13,27 @@ from sparsetrain.errors import UserError, check_choice
 
 @dataclass
 class DataConfig(SourceConfig):
-    """What a corpus is made of.
+    """The text of a corpus, its tokenizer and its splits.
 
     Args:
-        name: where the text comes from: ``medline`` (the embedded default), ``file``, ``hub``, or a registered
-            source.
-        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, a directory or a glob of those; implies ``name=file``,
-            but for a registered source that takes a path.
+        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, or a registered source.
+        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory or glob of such files. It implies
+            ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
-        tokenizer_path: a ``tokenizer.json`` to use instead.
-        vocab_size: tokens of the trained tokenizer at most.
-        max_documents: train and validate on at most so many documents, a random subset; a larger number adds to it.
-        context: tokens a sample has; does not change the corpus.
+        tokenizer_path: a ``tokenizer.json`` that is used instead.
+        vocab_size: largest vocabulary of the trained tokenizer.
+        max_documents: largest number of documents for training and validation, a random subset. The subset of a
+            smaller number is part of the subset of a larger one.
+        context: tokens per sample; does not change the corpus.
         validation_fraction: share of the documents held out for validation.
-        test_fraction: share held out for the tasks' tests; None means what the source says: 0.1 for ``medline``, 0 for
+        test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
             ``file`` and ``hub``.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range.
     """
 
     tokenizer: str = "bpe"

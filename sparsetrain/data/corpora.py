@@ -1,4 +1,4 @@
-"""The corpora of a run: a set of them by name, all encoded by one tokenizer."""
+"""The corpora of a run, by name, all encoded by one tokenizer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Corpora(Mapping[str, Corpus]):
         members: the corpora, at least one.
 
     Raises:
-        UserError: two of them have different tokenizers.
-        ValueError: there is none.
+        UserError: two corpora have different tokenizers.
+        ValueError: ``members`` is empty.
     """
 
     def __init__(self, members: Mapping[str, Corpus]) -> None:
@@ -47,12 +47,12 @@ class Corpora(Mapping[str, Corpus]):
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that they share."""
+        """The tokenizer that the corpora share."""
         return next(iter(self.values())).tokenizer
 
     @property
     def key(self) -> str:
-        """What a run records of its text: the name of the directory of a single corpus, or a hash over several."""
+        """The identity of the text that a run records: a single corpus's directory name, or a hash over several."""
         directories = {name: corpus.directory.name for name, corpus in self.items()}
         if len(directories) == 1:
             return next(iter(directories.values()))
@@ -61,18 +61,18 @@ class Corpora(Mapping[str, Corpus]):
 
     @property
     def only(self) -> Corpus:
-        """The corpus of a set of one; `ValueError` for a larger set, of which the caller must choose one."""
+        """The corpus of a set of one; raises `ValueError` for a larger set, where the caller must name one."""
         if len(self) > 1:
             raise ValueError(f"there are {len(self)} corpora: {', '.join(self)}")
         return next(iter(self.values()))
 
     def train_ids(self) -> set[str]:
-        """Return the ids of the documents in the training text of any of them."""
+        """Return the ids of the documents in the training text of any corpus."""
         return set().union(*(corpus.train_ids() for corpus in self.values()))
 
 
 def prepare_corpora(config: DataConfig, progress: bool = True, console: Console | None = None) -> Corpora:
-    """Return the corpora that ``config`` describes, as `prepare` makes each; today it is one, named by its source."""
+    """Return the corpora that ``config`` describes, each made by `prepare`: today one corpus, named by its source."""
     return Corpora({config.kind: prepare(config, progress, console)})
 
 
@@ -80,7 +80,7 @@ def find_corpora(config: DataConfig) -> tuple[str, Corpora | None]:
     """Return the `Corpora.key` of ``config``, and the corpora if the cache has them; nothing is written.
 
     Raises:
-        UserError: as `prepare`, for a text that cannot be read.
+        UserError: the text cannot be read, as in `prepare`.
     """
     key, corpus = find_prepared(config)
     return key, None if corpus is None else Corpora({config.kind: corpus})

@@ -1,8 +1,8 @@
 """A corpus on disk: found in the cache, or made from a source by splitting, training a tokenizer, and encoding.
 
-`prepare` is the one way in. A corpus's directory is named by a hash of everything its content depends on, is built
-under a temporary name and renamed, and holds ``train.bin``, ``validation.bin``, ``tokenizer.json``, ``train_ids.txt``
-and ``manifest.json``.
+`prepare` finds or makes it. The name of a corpus's directory has a hash of everything that its content depends on. The
+directory is built under a temporary name and then renamed. It holds ``train.bin``, ``validation.bin``,
+``tokenizer.json``, ``train_ids.txt`` and ``manifest.json``.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from sparsetrain.screen import say
 if TYPE_CHECKING:
     from rich.console import Console
 
-_FORMAT = 1  # of a corpus directory; a new number makes every corpus build again
+_FORMAT = 1  # of a corpus directory; a new number rebuilds every corpus
 _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
-# A tokenizer is trained on about this much text, spread evenly over the training documents: more of it costs time
-# and hardly changes the tokens per byte (on MEDLINE, by 0.1 %).
+# A tokenizer is trained on about this much text, spread evenly over the training documents. More text costs time and
+# hardly changes the tokens per byte (on MEDLINE, by 0.1 %).
 _TOKENIZER_BYTES = 1 << 24
 _TOKENIZER = "tokenizer.json"
 
@@ -53,7 +53,7 @@ Report = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Corpus:
-    """A prepared corpus. ``cached`` tells whether it was found rather than built."""
+    """A prepared corpus; ``cached`` is True if the cache had it, False if it was built."""
 
     directory: Path
     manifest: dict[str, Any]
@@ -63,11 +63,11 @@ class Corpus:
     cached: bool
 
     def train_ids(self) -> set[str]:
-        """Return the ids of the documents that ``train`` was made of."""
+        """Return the ids of the training documents."""
         return read_train_ids(self.directory, self.manifest)
 
     def describe(self) -> str:
-        """Return one line: where it is and how large."""
+        """Return one line with the corpus's place and size."""
         counts = [self.manifest["splits"][split] for split in SPLITS]
         documents, tokens, size = (sum(count[key] for count in counts) for key in ("documents", "tokens", "bytes"))
         origin = "found in cache" if self.cached else "built in"
@@ -78,10 +78,15 @@ class Corpus:
 
 
 def prepare(config: DataConfig, progress: bool = True, console: Console | None = None) -> Corpus:
-    """Return the corpus that ``config`` describes, built if the cache does not have it.
+    """Return the corpus that ``config`` describes; build it if the cache does not have it.
 
-    ``progress`` shows what is being done and, at the end, `Corpus.describe`. Raises `UserError` for input that
-    cannot be read or used, and for a full disk; nothing half written stays.
+    Args:
+        config: the settings of the corpus.
+        progress: whether to show progress bars and, at the end, `Corpus.describe`.
+        console: where to show them; None is stdout.
+
+    Raises:
+        UserError: the input cannot be read or used, or the disk is full. No partial corpus is left behind.
     """
     from rich.console import Console  # slow to import
 
@@ -92,7 +97,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     if not cached:
         with _Display(screen, progress) as display:
             source.open(display.task("read"))
-            # A byte tokenizer writes two bytes per byte of text, a trained one less than one.
+            # The token files take two bytes per byte of text with a byte tokenizer, less than one with a trained one.
             with whole_directory(directory, 2 * source.size_estimate()) as temporary:
                 _build(temporary, config, source, given, key, display)
                 if _key(config, source, given) != key:
@@ -104,17 +109,17 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
 
 
 def find_prepared(config: DataConfig) -> tuple[str, Corpus | None]:
-    """Return the name that the corpus of ``config`` has, and the corpus if the cache has it; nothing is written.
+    """Return the directory name of ``config``'s corpus, and the corpus if the cache has it; nothing is written.
 
     Raises:
-        UserError: as `prepare`, for a text that cannot be read.
+        UserError: the text cannot be read, as in `prepare`.
     """
     directory = _place(config)[3]
     return directory.name, open_corpus(directory) if directory.is_dir() else None
 
 
 def _place(config: DataConfig) -> tuple[Source, Tokenizer | None, dict[str, Any], Path]:
-    """Return the source, a given tokenizer, what the content depends on, and the corpus's directory, named by that."""
+    """Return the source, the given tokenizer or None, the corpus's `_key`, and the directory that it names."""
     source = config.source()
     given = None if config.tokenizer_path is None else Tokenizer.load(config.tokenizer_path)
     key = _key(config, source, given)
@@ -125,8 +130,9 @@ def _place(config: DataConfig) -> tuple[Source, Tokenizer | None, dict[str, Any]
 def open_corpus(directory: Path) -> Corpus:
     """Read a prepared corpus.
 
-    Raises `UserError` if a file is missing, of the wrong length or of another checksum than the manifest gives, or if
-    the tokens are of another tokenizer than the one beside them.
+    Raises:
+        UserError: a file is missing, or its length or checksum differs from the manifest; or the tokens were made by
+            another tokenizer than the directory's.
     """
     manifest = read_manifest(directory)
     found, expected = sha256_once(directory / _TOKENIZER), manifest["tokenizer_sha256"]
@@ -145,7 +151,7 @@ def open_corpus(directory: Path) -> Corpus:
 
 
 def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[str, Any]:
-    """Return all that the corpus's content depends on."""
+    """Return everything that the corpus's content depends on, as JSON values."""
     tokenizer: dict[str, Any] = {"kind": config.tokenizer}
     if given is not None:
         tokenizer = {"kind": "given", "sha256": given.sha256}
@@ -164,7 +170,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[st
 
 
 class _Display:
-    """A progress bar per step, or nothing."""
+    """One progress bar per step, shown only if enabled and on a terminal."""
 
     def __init__(self, console: Console, enabled: bool) -> None:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn  # slow to import
@@ -180,35 +186,35 @@ class _Display:
         self._bars.stop()
 
     def task(self, name: str) -> Report:
-        """Add a bar; return the function that sets it to a share between 0 and 1."""
+        """Add a bar and return a function that sets it to a share from 0 to 1."""
         bar = self._bars.add_task(name, total=None)
         return lambda share: self._bars.update(bar, total=1.0, completed=share)
 
 
-def _tokenizer(config: DataConfig, plan: Division, source: Source, report: Report) -> Tokenizer:
+def _tokenizer(config: DataConfig, division: Division, source: Source, report: Report) -> Tokenizer:
     if config.tokenizer == "bytes":
         return Tokenizer.bytes()
 
-    share = _TOKENIZER_BYTES / plan.bytes
+    share = _TOKENIZER_BYTES / division.bytes
 
     def texts() -> Iterator[str]:
         done = taken = 0
-        for split, document in plan.parts(source.documents()):
+        for split, document in division.assigned(source.documents()):
             if split == "train" and taken <= share * done:
                 taken += len(document.text)
-                report(0.99 * done / plan.bytes)  # the merges, at the end, are not in this measure
+                report(0.99 * done / division.bytes)  # reading only: the merges are computed after the last text
                 yield document.text
             done += len(document.text)
 
     return Tokenizer.train(texts(), config.vocab_size)
 
 
-def _chunks(parts: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
+def _chunks(documents: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Split, Document]]]:
     chunk: list[tuple[Split, Document]] = []
     characters = 0
-    for part in parts:
-        chunk.append(part)
-        characters += len(part[1].text)
+    for split, document in documents:
+        chunk.append((split, document))
+        characters += len(document.text)
         if characters >= _CHUNK_CHARACTERS:
             yield chunk
             chunk, characters = [], 0
@@ -217,16 +223,16 @@ def _chunks(parts: Iterable[tuple[Split, Document]]) -> Iterator[list[tuple[Spli
 
 
 def _encode(
-    directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], plan: Division, source: Source, report: Report
+    directory: Path, tokenizer: Tokenizer, dtype: np.dtype[Any], division: Division, source: Source, report: Report
 ) -> tuple[dict[str, dict[str, int]], int]:
-    """Write the token files and ``train_ids.txt``; return the counts per split and the documents left for tests."""
+    """Write the token files and ``train_ids.txt``; return the counts per split and the number of test documents."""
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     left_out = done = 0
     eos = np.array([tokenizer.eos_id], dtype=dtype)
     with contextlib.ExitStack() as stack:
         files = {split: stack.enter_context((directory / f"{split}.bin").open("wb")) for split in SPLITS}
         train_ids = stack.enter_context((directory / TRAIN_IDS).open("w", encoding="utf-8"))
-        for chunk in _chunks(plan.parts(source.documents())):
+        for chunk in _chunks(division.assigned(source.documents())):
             used = [(split, document) for split, document in chunk if split != "test"]
             left_out += len(chunk) - len(used)
             encoded = tokenizer.encode_batch([document.text for _, document in used])
@@ -239,7 +245,7 @@ def _encode(
                 if split == "train":
                     train_ids.write(document.id + "\n")
             done += sum(len(document.text) for _, document in chunk)
-            report(done / plan.bytes)
+            report(done / division.bytes)
     return counts, left_out
 
 
@@ -252,11 +258,11 @@ def _build(
     display: _Display,
 ) -> None:
     where = f"path={config.path}" if config.path is not None else f"source {config.kind}"
-    plan = divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
-    tokenizer = given or _tokenizer(config, plan, source, display.task("train tokenizer"))
+    division = divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
+    tokenizer = given or _tokenizer(config, division, source, display.task("train tokenizer"))
     dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
     tokenizer.save(directory / _TOKENIZER)
-    counts, left_out = _encode(directory, tokenizer, dtype, plan, source, display.task("encode"))
+    counts, left_out = _encode(directory, tokenizer, dtype, division, source, display.task("encode"))
     splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in SPLITS}
     manifest = {
         "source": config.kind,
@@ -267,7 +273,7 @@ def _build(
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "splits": splits,
-        "left_out": {"test_documents": left_out, "beyond_max_documents": plan.splits.count(None)},
+        "left_out": {"test_documents": left_out, "beyond_max_documents": division.splits.count(None)},
         "versions": {name: metadata.version(name) for name in ("tokenizers", "numpy")},
     }
     write_manifest(directory, manifest)

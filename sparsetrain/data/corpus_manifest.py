@@ -1,4 +1,4 @@
-"""The manifest of a prepared corpus: what is in its directory, and the checksum of every file and of itself."""
+"""The manifest of a prepared corpus: the content of its directory, with checksums of the files and of the manifest."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ class _Manifest(TypedDict):
     digest: NotRequired[str]
 
 
-# Manifests of the first versions have neither; what there is of checksums in them is compared all the same.
+# Manifests of the first versions have neither checksum; the checksums of their token files are compared all the same.
 _LATER = {"train_ids_sha256", "digest"}
 
 
 def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
-    """Write the manifest of a corpus whose files are complete, with the checksum of its ids and of itself."""
+    """Write the manifest of a corpus, with the checksums of its ids and of itself; all other files must be complete."""
     sealed = {**body, "train_ids_sha256": sha256_once(directory / TRAIN_IDS)}
     sealed["digest"] = digest(sealed)
     (directory / MANIFEST).write_text(json.dumps(sealed, indent=2) + "\n", encoding="utf-8")
@@ -62,7 +62,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """Return the manifest of a corpus.
 
     Raises:
-        UserError: it is missing, damaged, or of another kind; the line says that the directory can be deleted.
+        UserError: the file is missing, damaged, or no manifest; the line says that the directory can be deleted.
     """
     try:
         manifest: dict[str, Any] = read_json(directory / MANIFEST, dict)
@@ -92,10 +92,10 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_train_ids(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """Return the ids of the documents that the training split was made of.
+    """Return the ids of the training documents.
 
     Raises:
-        UserError: the file is missing or is not as it was written.
+        UserError: the file is missing or has changed since it was written.
     """
     path = directory / TRAIN_IDS
     try:

@@ -1,4 +1,4 @@
-"""Which documents of a source a corpus is trained on, validated on, and leaves to the tasks' tests."""
+"""The division of a source's documents: for training, for validation, for tests of tasks, and unused."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from sparsetrain.errors import UserError
 
 @dataclass(frozen=True)
 class Division:
-    """The split of each document of a source, by its place in it; None where ``max_documents`` leaves it out.
+    """The split of each document of a source, in the source's order.
 
-    ``cut`` tells that there is only one document, whose last tenth is the validation text.
+    Args:
+        splits: one entry per document; None marks a document that ``max_documents`` leaves out.
+        cut: whether only one document is used; its last tenth is then the validation text.
+        bytes: size of all documents in UTF-8.
     """
 
     splits: list[Split | None]
     cut: bool
     bytes: int
 
-    def parts(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
-        """Yield the documents to use with their split."""
+    def assigned(self, documents: Iterable[Document]) -> Iterator[tuple[Split, Document]]:
+        """Yield every document that is used, after its split; ``documents`` are those of the source, in its order."""
         for split, document in zip(self.splits, documents, strict=True):
             if split is None:
                 continue
@@ -35,7 +38,7 @@ class Division:
 
 
 def _cut(text: str) -> tuple[str, str]:
-    """Cut one text in two at the last white space before 90 % of it."""
+    """Cut a text in two at the last white space within its first 90 %."""
     place = max(1, len(text) * 9 // 10)
     space = max(text.rfind(mark, 1, place + 1) for mark in (" ", "\n", "\t"))
     if space > len(text) // 2:
@@ -47,11 +50,14 @@ def divide(source: Source, where: str, max_documents: int | None, validation: fl
     """Return the split of each document of ``source``.
 
     Args:
-        where: what an empty source is called in the message. max_documents: to train and validate on, at most.
-        validation, test: shares of the documents that are held out.
+        source: the documents; they are read once.
+        where: the name of the source in messages.
+        max_documents: largest number of documents for training and validation; None is no limit.
+        validation: share of the documents held out for validation.
+        test: share of the documents held out for tests of tasks.
 
     Raises:
-        UserError: no text, only one character, or a document that cannot be used.
+        UserError: the source has no text, only one character, or a document that cannot be used.
     """
     ids: list[str] = []
     sizes: list[int] = []

@@ -1,7 +1,7 @@
-"""The one split of documents into train, validation and test.
+"""The split of documents into train, validation and test, shared by corpora and tasks.
 
-It is a function of the document's id alone, so that a task made from the same documents as the pre-training corpus
-has its test documents outside of that corpus without either knowing the other.
+The split is a function of the document's id alone. A task made from the documents of a pre-training corpus therefore
+has its test documents outside of that corpus, although neither refers to the other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Split = Literal["train", "validation", "test"]
 VALIDATION_FRACTION = 0.02
 TEST_FRACTION = 0.10
 
-# Below this many characters a validation loss says little; small corpora give up at most a tenth of their text.
+# A validation loss over fewer characters is too noisy. A small corpus gives up at most a tenth of its text for it.
 _SMALLEST_VALIDATION = 4096
 _LARGEST_SHARE = 0.10
 
@@ -40,7 +40,7 @@ def check_fractions(validation: float, test: float) -> None:
 def split_of(document_id: str, validation: float = VALIDATION_FRACTION, test: float = TEST_FRACTION) -> Split:
     """Return the split that a document belongs to.
 
-    Test comes first on the line, so that the test set does not change with the size of the validation set.
+    Test documents have the lowest positions, so the test set does not depend on the size of the validation set.
     """
     place = position(document_id)
     if place < test:
@@ -51,10 +51,18 @@ def split_of(document_id: str, validation: float = VALIDATION_FRACTION, test: fl
 def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: float) -> list[Split]:
     """Return the split of each document of a corpus, with a usable validation set also for a small corpus.
 
-    `split_of` decides. If the validation documents then hold fewer than 4096 characters (or than a tenth of the
-    text, where that is less), the training documents next on the line are added to them, but for one that is more
-    than half of the text; one document always stays in train. Equal ids share a split. At least two distinct
-    ids outside of the test split are needed.
+    `split_of` decides first. The validation set needs 4096 characters, or a tenth of the text if that is less. If it
+    holds fewer, training documents move to it in the order of their `position`, except a document with more than half
+    of the text. At least one document stays in train. Equal ids share a split.
+
+    Args:
+        ids: the ids of the documents.
+        sizes: characters of each document.
+        validation: share of the documents held out for validation.
+        test: share of the documents held out for tests of tasks.
+
+    Raises:
+        UserError: fewer than two distinct ids lie outside of the test split.
     """
     splits = [split_of(name, validation, test) for name in ids]
     size_of: dict[str, int] = {}
@@ -68,16 +76,16 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
     line = sorted(size_of, key=lambda name: (position(name), name))
     total = sum(size_of.values())
     floor = min(_SMALLEST_VALIDATION, _LARGEST_SHARE * total)
-    chosen: set[str] = set()
-    held = 0
+    held_out: set[str] = set()
+    characters = 0
     for name in line:
         drawn = split_of(name, validation, test) == "validation"
-        if len(chosen) == len(line) - 1 or (not drawn and chosen and held >= floor):
+        if len(held_out) == len(line) - 1 or (not drawn and held_out and characters >= floor):
             break
         if drawn or size_of[name] <= total / 2:
-            chosen.add(name)
-            held += size_of[name]
+            held_out.add(name)
+            characters += size_of[name]
     return [
-        split if split == "test" else ("validation" if name in chosen else "train")
+        split if split == "test" else ("validation" if name in held_out else "train")
         for name, split in zip(ids, splits, strict=True)
     ]

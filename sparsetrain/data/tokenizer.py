@@ -1,7 +1,7 @@
-"""Byte-level tokenizers: BPE trained by the `tokenizers` library, plain bytes, or a `tokenizer.json` of one's own.
+"""Byte-level tokenizers: BPE trained by the `tokenizers` library, plain bytes, or a `tokenizer.json` of the user's.
 
-Whatever the kind, every string encodes to ids that decode to it again, and each id stands for a known number of
-UTF-8 bytes, so that a loss in nats per token becomes bits per byte without decoding.
+With each of them, every string encodes to ids that decode to the same string, and every id stands for a known number
+of UTF-8 bytes. A loss in nats per token therefore converts to bits per byte without decoding.
 """
 
 from __future__ import annotations
@@ -23,18 +23,25 @@ from sparsetrain.files import typed_path
 from sparsetrain.reading import read_bytes
 
 END_OF_TEXT = "<|endoftext|>"
-# How tokenizers in use call the token that ends a document.
+# Names that common tokenizers give to the token that ends a document.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_TAKEN: set[str] = set()  # checksums of files that give back texts
+_CHECKED: set[str] = set()  # checksums of files that passed the round trip
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
 
 class Tokenizer:
     """A byte-level tokenizer, made from the bytes of a ``tokenizer.json``.
 
-    ``sha256`` is the hash of those bytes; token files carry it so that they are never read with another tokenizer.
-    Raises `UserError` if the bytes are no byte-level tokenizer, if it loses or changes text (see `tokenizer_file`),
-    or if it has no special token for the end of a document.
+    ``sha256`` is the hash of these bytes. The manifest of a corpus records it, so that its tokens are never read with
+    another tokenizer.
+
+    Args:
+        content: the bytes of the file.
+        origin: the name of the file in messages.
+
+    Raises:
+        UserError: the bytes are no byte-level tokenizer, the tokenizer loses or changes text (see `tokenizer_file`),
+            or it has no special token for the end of a document.
     """
 
     def __init__(self, content: bytes, origin: str = "tokenizer.json") -> None:
@@ -46,7 +53,7 @@ class Tokenizer:
         self._where = where
         self._inner.no_padding()
         self._inner.no_truncation()
-        # A document that spells a special token out must not be able to end itself.
+        # The name of a special token inside a document is text: it must not end the document.
         self._inner.encode_special_tokens = True
         vocabulary = self._inner.get_vocab(with_added_tokens=True)
         check_ids(vocabulary, where)
@@ -59,15 +66,18 @@ class Tokenizer:
         self.eos_id: int = vocabulary[self.eos_token]
         self.vocab_size: int = len(vocabulary)
         self.sha256: str = hashlib.sha256(content).hexdigest()
-        if self.sha256 not in _TAKEN:  # what a file does is tried once in a process
+        if self.sha256 not in _CHECKED:  # each file is checked once per process
             check_round_trip(self._inner, self.token_bytes.numpy(), where)
-            _TAKEN.add(self.sha256)
+            _CHECKED.add(self.sha256)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train byte-level BPE with at most ``vocab_size`` tokens; a small text may yield fewer.
 
-        Deterministic: the same texts give the same bytes. Raises `UserError` below 257 tokens.
+        Training is deterministic: the same texts give the same bytes.
+
+        Raises:
+            UserError: ``vocab_size`` is below 257, or the training fails.
         """
         if vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
@@ -80,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def bytes(cls) -> Tokenizer:
-        """Return the tokenizer whose ids 0 to 255 are the bytes and whose id 256 ends a document."""
+        """Return the tokenizer of plain bytes: ids 0 to 255 are the bytes, and id 256 ends a document."""
         vocabulary = {character: byte for byte, character in enumerate(byte_symbols())}
         inner = bpe_training.byte_level(models.BPE(vocab=vocabulary, merges=[]))
         inner.add_special_tokens([END_OF_TEXT])
@@ -88,7 +98,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``."""
+        """Read a ``tokenizer.json``, or the one in a directory; raises `UserError` as the constructor does."""
         place = typed_path(path, "data.tokenizer_path")
         if place.is_dir():
             place = place / "tokenizer.json"
@@ -97,7 +107,7 @@ class Tokenizer:
         return cls(read_bytes(place), origin=str(path))
 
     def save(self, path: Path) -> None:
-        """Write the ``tokenizer.json`` this was made from, byte for byte."""
+        """Write the tokenizer's ``tokenizer.json``, with the bytes that it was made from."""
         path.write_bytes(self._content)
 
     def encode(self, text: str) -> list[int]:
@@ -112,14 +122,14 @@ class Tokenizer:
             return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Return the text of ``ids``; bytes that are no UTF-8, as at a cut inside a character, become U+FFFD."""
+        """Return the text of ``ids``; invalid UTF-8, such as a character cut in two, becomes U+FFFD."""
         return str(self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
     @cached_property
     def token_bytes(self) -> torch.Tensor:
-        """LongTensor [vocab_size]: how many UTF-8 bytes each token stands for; 0 for special tokens.
+        """LongTensor [vocab_size]: the number of UTF-8 bytes of each token, 0 for special tokens.
 
-        Exact: `Tokenizer` takes none whose tokens stand for other text than they count.
+        The numbers are exact: `Tokenizer` refuses a file for which they do not add up to the bytes of a text.
         """
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._inner.get_vocab(with_added_tokens=True).items():

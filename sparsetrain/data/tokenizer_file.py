@@ -1,8 +1,8 @@
-"""Which tokenizers give back every text that they are given, and count its bytes.
+"""Checks that a tokenizer is lossless: every text decodes to itself, and the bytes of its tokens add up.
 
-A ``tokenizer.json`` of the `tokenizers` library can say much that loses text: a space put before it, a normalizer,
-white space dropped between words, bytes without a symbol. `check_layout` refuses by what the file says, and
-`check_round_trip` by what the tokenizer does with texts that are often lost.
+Many settings of a ``tokenizer.json`` lose text: a space before each text, a normalizer, dropped white space between
+words, bytes without a symbol. `check_layout` refuses such settings in the file. `check_round_trip` encodes and decodes
+texts that lossy tokenizers often change.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import tokenizers
 from sparsetrain.errors import UserError
 from sparsetrain.reading import parse_json
 
-# Steps before the model that lose no character. `Split` and `Punctuation` may, and are looked at.
+# Pre-tokenizers that lose no character. `Split` and `Punctuation` do with behavior Removed, which is checked too.
 _LOSSLESS = ("ByteLevel", "Split", "Punctuation", "Digits")
 # fmt: off
 _TEXTS = (
@@ -27,7 +27,7 @@ _TEXTS = (
     "It's we'LL don't", "1234567890 12 3.5e-7", "UPPER lower", "___--==!!!", "# a\n\n\n\tb", "a, b; c. d?",
     "Cafe\u0301 Café", "\ufb01 \u00bd \uff26 \u2460", "日本語のテキスト", "ทดสอบ", "الكتاب", "naïve",
     "😀👩\u200d👩\u200d👧", "\ufeffa\x00\x7f", "<s>a</s> <m> [MASK]", "Ġ Ċ ġ Ł é ▁a ##b a</w> <0x41> @@",
-    # Expressions that try every way of matching run for ever on these.
+    # Regular expressions with catastrophic backtracking do not finish on these.
     "a" * 60 + "!", "ab" * 30 + "!", "7" * 60 + "!", " " * 60 + "!", "." * 60 + "a",
 )
 # fmt: on
@@ -37,7 +37,8 @@ _TEXTS = (
 def byte_symbols() -> tuple[str, ...]:
     """Return the character that byte-level BPE writes for each byte, indexed by the byte.
 
-    Printable bytes of Latin-1 stand for themselves; the others, in order, for the characters from U+0100 on.
+    Printable bytes of Latin-1 are written as themselves. The other bytes, in order, are written as U+0100, U+0101 and
+    so on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = [byte for byte in range(256) if byte not in printable]
@@ -45,7 +46,7 @@ def byte_symbols() -> tuple[str, ...]:
 
 
 def decoded(token: str) -> bytes:
-    """Return the bytes that a byte-level decoder makes of a token: text that is not all symbols stands for itself."""
+    """Return the bytes to which a byte-level decoder maps a token; a token with other characters is plain UTF-8."""
     byte_of = _byte_of_symbol()
     if all(symbol in byte_of for symbol in token):
         return bytes(byte_of[symbol] for symbol in token)
@@ -61,7 +62,8 @@ def _byte_of_symbol() -> dict[str, int]:
 def library_errors(where: str) -> Iterator[None]:
     """Turn the errors of the `tokenizers` library into one line that begins with ``where``.
 
-    It raises bare `Exception`, and where its own code fails a `PanicException`, which is none and has no public name.
+    The library raises a plain `Exception`. A failure in its Rust code raises a `PanicException`, a `BaseException`
+    without a public name.
     """
     try:
         yield
@@ -75,10 +77,14 @@ def library_errors(where: str) -> Iterator[None]:
 
 
 def check_layout(content: bytes, where: str) -> None:
-    """Raise `UserError` where a ``tokenizer.json`` has a setting by which a byte-level tokenizer loses text.
+    """Raise `UserError` if a setting of a ``tokenizer.json`` makes a byte-level tokenizer lose text.
 
-    The library has read the file before, so that its values are of the types that they must be. The line names the
-    setting and what to do.
+    The line names the setting and what to do. The types of the values are not checked here, since the library must
+    have read the file before.
+
+    Args:
+        content: the bytes of the file.
+        where: begins the line.
     """
     try:
         layout: Mapping[str, Any] = parse_json(content, "the file", dict, finite=False)
@@ -90,7 +96,7 @@ def check_layout(content: bytes, where: str) -> None:
 
 
 def _steps(step: Mapping[str, Any] | None, inside: str) -> Iterator[Mapping[str, Any]]:
-    """Yield the steps that a step is made of."""
+    """Yield ``step``, or the steps of a nested ``Sequence``, whose list has the key ``inside``."""
     if step is None:
         return
     if step.get("type") != "Sequence":
@@ -158,7 +164,7 @@ def _check_added(added: Sequence[Mapping[str, Any]], model: Mapping[str, Any], w
                     f"{where}: the special token {_short(content)} is one that ordinary text gives; rename it, or set "
                     "its special to false"
                 )
-            continue  # never looked for in a text
+            continue  # `Tokenizer` encodes special tokens as text, so this one is never searched for
         if token.get("lstrip") or token.get("rstrip"):
             raise UserError(
                 f"{where}: the added token {_short(content)} swallows the white space beside it; set its lstrip and "
@@ -169,7 +175,7 @@ def _check_added(added: Sequence[Mapping[str, Any]], model: Mapping[str, Any], w
 
 
 def check_ids(vocabulary: Mapping[str, int], where: str) -> None:
-    """Raise `UserError` unless the ids are 0, 1, 2 … without a gap: a model has a row for each."""
+    """Raise `UserError` unless the ids are 0, 1, 2, ... without a gap, since an embedding has one row per id."""
     count, largest = len(vocabulary), max(vocabulary.values())
     if largest != count - 1 or len(set(vocabulary.values())) != count:
         raise UserError(
@@ -180,18 +186,18 @@ def check_ids(vocabulary: Mapping[str, int], where: str) -> None:
 
 @lru_cache(maxsize=1)
 def _probes() -> tuple[str, ...]:
-    """Return the texts to try: those above, and characters from all over Unicode."""
+    """Return the texts of the round trip: `_TEXTS`, and characters from all of Unicode."""
     points = [*range(0x500), *range(0x500, 0x3100, 7), *range(0x3100, 0x110000, 211)]
     characters = [chr(point) for point in points if not 0xD800 <= point < 0xE000]
     return (*_TEXTS, "".join(characters), " ".join(characters[::5]))
 
 
 def check_round_trip(inner: tokenizers.Tokenizer, token_bytes: np.ndarray[Any, Any], where: str) -> None:
-    """Raise `UserError` unless texts come back as they were, and their tokens count their bytes.
+    """Raise `UserError` unless each test text decodes to itself and the bytes of its tokens add up to its own.
 
     Args:
         inner: the tokenizer of the library, set to encode special tokens as text.
-        token_bytes: int64 [vocabulary], the bytes of each token.
+        token_bytes: int64 [vocabulary], the number of bytes of each token.
         where: begins the error.
     """
     added = [token.content for token in inner.get_added_tokens_decoder().values()]

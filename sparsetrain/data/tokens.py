@@ -1,7 +1,7 @@
-"""Token files, and the samples a model is trained and evaluated on.
+"""Token files, and the samples on which a model is trained and evaluated.
 
-Shapes: B samples, T = context tokens. A token file is the documents' tokens, each document followed by the token
-that ends it, as little-endian uint16 or uint32 without a header; the corpus's manifest says which.
+Shapes: B samples, T = context tokens. A token file holds the tokens of the documents, with an end token after each
+document. It has no header; the tokens are little-endian uint16 or uint32, as the corpus's manifest says.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ import torch
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.seeds import derive_seed
 
-IGNORED = -100  # target of a position that has no loss
+IGNORED = -100  # target of a position without a loss
 
 _DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 @dataclass
 class Batch:
-    """What a model is fed. All tensors are LongTensor [B, T].
+    """Inputs and targets of a model, each a LongTensor [B, T].
 
-    ``targets[b, t]`` is the token to predict after ``tokens[b, :t + 1]``, or -100 where there is no loss.
-    ``slots[b, t]`` is the index of the soft-prompt vector that stands at that place, or -1; None where a batch has no
-    soft prompt.
+    Args:
+        tokens: the inputs.
+        targets: ``targets[b, t]`` is the token to predict after ``tokens[b, :t + 1]``, or -100 for no loss.
+        slots: ``slots[b, t]`` is the index of the soft-prompt vector at this position, or -1 for a token. None if the
+            batch has no soft prompt.
     """
 
     tokens: torch.Tensor
@@ -43,22 +45,23 @@ class Batch:
         return Batch(self.tokens.to(device), self.targets.to(device), slots)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what a model's forward pass takes, by the names of its arguments; slots only where there are any."""
+        """Return the keyword arguments of a model's forward pass; ``slots`` only if the batch has a soft prompt."""
         inputs = {"tokens": self.tokens, "targets": self.targets}
         return inputs if self.slots is None else {**inputs, "slots": self.slots}
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Yield the batch in parts of at most ``rows`` rows."""
         for start in range(0, len(self.tokens), rows):
-            chosen = slice(start, start + rows)
-            slots = None if self.slots is None else self.slots[chosen]
-            yield Batch(self.tokens[chosen], self.targets[chosen], slots)
+            some = slice(start, start + rows)
+            slots = None if self.slots is None else self.slots[some]
+            yield Batch(self.tokens[some], self.targets[some], slots)
 
 
 def token_dtype(choice: str, vocab_size: int) -> np.dtype[Any]:
-    """Return the dtype of a token file; ``auto`` takes the smaller one that holds the vocabulary.
+    """Return the dtype of a token file; ``auto`` takes the smallest that holds the vocabulary.
 
-    Raises `UserError` for an unknown choice and for a vocabulary that does not fit.
+    Raises:
+        UserError: the choice is unknown, or the vocabulary does not fit.
     """
     check_choice("token_dtype", choice, ("auto", *_DTYPES))
     if choice == "auto":
@@ -73,9 +76,15 @@ def token_dtype(choice: str, vocab_size: int) -> np.dtype[Any]:
 
 
 class TokenFile:
-    """A token file, mapped into memory: nothing is read until it is asked for.
+    """A token file, mapped into memory, so that only the windows in use are read.
 
-    ``length`` is the number of tokens the file is said to have; `UserError` if it has another.
+    Args:
+        path: the file.
+        dtype: the type of its tokens, read as little-endian.
+        length: the number of tokens that the manifest gives; None accepts any.
+
+    Raises:
+        UserError: the file is missing, empty, or of another length.
     """
 
     def __init__(self, path: Path, dtype: np.dtype[Any] | str, length: int | None = None) -> None:
@@ -98,11 +107,11 @@ class TokenFile:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type tokens are stored as."""
+        """The dtype of the stored tokens."""
         return self._data.dtype
 
     def window(self, start: int, length: int) -> torch.Tensor:
-        """Return LongTensor [length] of the tokens from ``start`` on; `IndexError` beyond the file."""
+        """Return LongTensor [length], the tokens from ``start`` on; raises `IndexError` beyond the file."""
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         return torch.from_numpy(self._data[start : start + length].astype(np.int64))
@@ -118,10 +127,18 @@ class TokenFile:
 class PackedSamples:
     """Training samples: windows of context + 1 tokens, cut from a token file without regard to document borders.
 
-    In each epoch the file is cut into windows that do not overlap, from a random offset on so that the cuts move from
-    epoch to epoch, and the windows come in random order. A sample is a function of (seed, phase, sample index)
-    alone, so that a run resumes from the number of samples it has seen, at any batch size. ``phase`` names what the
-    samples are for; equal seeds in two phases draw different orders.
+    Each epoch cuts the file into windows without overlap and visits them in random order. The first window begins at
+    a random offset, so that the cuts differ between epochs. A sample is a function of (seed, phase, sample index)
+    alone, so a run can resume from its number of samples at any batch size.
+
+    Args:
+        token_file: the tokens.
+        context: input tokens per sample.
+        seed: of the offsets and orders.
+        phase: the purpose of the samples; two phases with the same seed have different orders.
+
+    Raises:
+        UserError: ``context`` is below 1, or the file is shorter than one window.
     """
 
     def __init__(self, token_file: TokenFile, context: int, seed: int, phase: str | int) -> None:
@@ -137,10 +154,10 @@ class PackedSamples:
         self._file = token_file
         self._seed = seed
         self._phase = phase
-        # The count is the same in every epoch, whatever its offset, so that an index tells its epoch.
+        # The count does not depend on an epoch's offset, so that a sample index determines its epoch.
         self.samples_per_epoch: int = max(1, (tokens - context) // self._width)
         self._largest_offset = min(context, tokens - self.samples_per_epoch * self._width)
-        self._starts = lru_cache(maxsize=2)(self._starts_of_epoch)  # two, for batches across a border
+        self._starts = lru_cache(maxsize=2)(self._starts_of_epoch)  # two, for a batch that spans two epochs
 
     def _starts_of_epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         random = np.random.default_rng(derive_seed(self._seed, "samples", self._phase, epoch))
@@ -158,11 +175,18 @@ class PackedSamples:
 
 
 def sequential_windows(token_file: TokenFile, context: int, limit: int | None = None) -> Batch:
-    """Return the windows a corpus is evaluated on, the same at each call: tokens and targets [N, context].
+    """Return the windows on which a corpus is evaluated, the same at each call: tokens and targets [N, context].
 
-    Each token of the file but the first is the target of exactly one position. The last window is filled up with
-    zeros, whose targets are ignored. With ``limit``, at most that many windows, spread evenly over the file.
-    Raises `UserError` if the file has fewer than two tokens.
+    Each token of the file except the first is the target of exactly one position. The last window is padded with
+    zeros, whose targets are ignored.
+
+    Args:
+        token_file: the tokens.
+        context: tokens per window.
+        limit: largest number of windows, spread evenly over the file; None takes all.
+
+    Raises:
+        UserError: the file has fewer than two tokens, or ``context`` or ``limit`` is below 1.
     """
     tokens = len(token_file)
     if tokens < 2:
@@ -170,12 +194,12 @@ def sequential_windows(token_file: TokenFile, context: int, limit: int | None = 
     if context < 1 or (limit is not None and limit < 1):
         raise UserError(f"context={context} and the limit of windows ({limit}) must be at least 1")
     count = -(-(tokens - 1) // context)
-    chosen = np.arange(count, dtype=np.int64)
+    indices = np.arange(count, dtype=np.int64)
     if limit is not None and limit < count:
-        chosen = np.arange(limit, dtype=np.int64) * count // limit
-    inputs = torch.zeros(len(chosen), context, dtype=torch.int64)
-    targets = torch.full((len(chosen), context), IGNORED, dtype=torch.int64)
-    for row, index in enumerate(chosen.tolist()):
+        indices = np.arange(limit, dtype=np.int64) * count // limit
+    inputs = torch.zeros(len(indices), context, dtype=torch.int64)
+    targets = torch.full((len(indices), context), IGNORED, dtype=torch.int64)
+    for row, index in enumerate(indices.tolist()):
         start = index * context
         length = min(context, tokens - 1 - start)
         window = token_file.window(start, length + 1)

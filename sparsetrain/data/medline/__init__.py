@@ -1,1 +1,1 @@
-"""MEDLINE: the source ``medline``, the parser of its XML, and where a sentence of an abstract ends."""
+"""MEDLINE: the source ``medline``, the parser of its XML, and the splitting of abstracts into sentences."""

@@ -1,4 +1,4 @@
-"""The abstracts that no corpus of MEDLINE may train on: those of the questions of PubMedQA."""
+"""The ids of the abstracts behind PubMedQA's questions, on which no corpus of MEDLINE may train."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def _pmids(name: str) -> frozenset[str]:
 
 
 def expert_pmids() -> frozenset[str]:
-    """Return the PMIDs of the 1000 expert-labelled questions, whose abstracts no corpus may train on."""
+    """Return the PMIDs of the 1000 expert-labelled questions; no corpus may train on their abstracts."""
     return _pmids("pubmedqa_pmids.txt")
 
 
 def official_test_pmids() -> frozenset[str]:
-    """Return the PMIDs of the official test set, which the hub's copy of the data does not mark."""
+    """Return the PMIDs of the official test set, which the copy on the hub does not mark."""
     return _pmids("pubmedqa_test_pmids.txt")

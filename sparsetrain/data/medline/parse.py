@@ -1,8 +1,8 @@
-"""Abstracts out of a MEDLINE XML file inside a zip archive, as JSON lines.
+"""Extracts the abstracts of a MEDLINE XML file inside a zip archive, as JSON lines.
 
-Runs as a script in a process of its own (``python parse.py ARCHIVE MEMBER OUTPUT``), one per file, because XML
-parsing does not release the interpreter lock. It imports the standard library only, so that the process starts at
-once. While it works it prints the compressed bytes that it has consumed, one number a line.
+This file runs as a script (``python parse.py ARCHIVE MEMBER OUTPUT``), in one process per XML file, because XML parsing
+does not release the interpreter lock. It imports only the standard library, so that the process starts at once. While
+it works, it prints the number of compressed bytes that it has read, one number per line.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import IO, Protocol
 
 _REPORT_EVERY = 500  # records
-# A file of MEDLINE is 200 MB of XML. More than this is no such file, but one made to fill the memory.
+# A MEDLINE file has 200 MB of XML. A larger one is damaged, or a decompression bomb.
 MOST_BYTES = 1 << 30
 
 
@@ -25,7 +25,10 @@ class _Stream(Protocol):
 
 
 class _Guarded:
-    """A stream of XML of at most ``most`` bytes, without entities: MEDLINE declares none, and they can be bombs."""
+    """A stream of XML that is refused beyond ``most`` bytes, or if it declares an entity.
+
+    MEDLINE declares no entities, and nested entities can expand to fill the memory.
+    """
 
     def __init__(self, stream: _Stream, most: int) -> None:
         self._stream = stream
@@ -44,15 +47,18 @@ class _Guarded:
 
 
 def _text(element: ElementTree.Element | None) -> str:
-    """Return all text inside an element, markup dropped, with runs of white space made one space."""
+    """Return the text inside an element without markup; each run of white space becomes one space."""
     return "" if element is None else " ".join("".join(element.itertext()).split())
 
 
 def records(compressed: IO[bytes], most: int = MOST_BYTES) -> Iterator[dict[str, object] | None]:
-    """Yield one entry per ``PubmedArticle``: None without an abstract, else ``id``, ``title`` and ``sections``.
+    """Yield one entry per ``PubmedArticle``: ``id``, ``title`` and ``sections``, or None without an abstract.
 
-    ``sections`` is a list of ``[Label, NlmCategory, text]``; an abstract without structure has one, with both
-    empty. An abstract whose sections are all empty counts as none.
+    ``sections`` is a list of ``[Label, NlmCategory, text]``. An abstract without structure has one section, with empty
+    label and category. An abstract without text counts as missing.
+
+    Raises:
+        ValueError: the XML is larger than ``most`` bytes or declares an entity, or an abstract has no PMID.
     """
     with gzip.open(compressed) as stream:
         for _, element in ElementTree.iterparse(_Guarded(stream, most)):
@@ -72,12 +78,12 @@ def records(compressed: IO[bytes], most: int = MOST_BYTES) -> Iterator[dict[str,
                     "title": _text(article.find("ArticleTitle")),
                     "sections": sections,
                 }
-            element.clear()  # an article holds nearly all of the tree, so memory stays small
+            element.clear()  # articles are nearly all of the tree, so clearing each keeps memory small
             yield entry
 
 
 def main(archive: str, member: str, output: str) -> None:
-    """Write the abstracts of ``member`` to ``output``; the last line has the number of all records."""
+    """Write the abstracts of ``member`` to ``output``; the last line has the number of records, abstract or not."""
     count = 0
     with (
         zipfile.ZipFile(archive) as bundle,

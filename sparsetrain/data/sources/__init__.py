@@ -1,4 +1,4 @@
-"""Where documents come from: what a source is, and the sources ``file`` and ``hub``.
+"""Sources of documents: the class `Source`, and the sources ``file`` and ``hub``.
 
-A file of this directory that calls `register_source` is imported with `sparsetrain.data`, and so adds a source.
+`sparsetrain.data` imports every file of this directory, so a file that calls `register_source` here adds a source.
 """

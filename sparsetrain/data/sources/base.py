@@ -1,4 +1,4 @@
-"""Documents, what a source of them is, and the checks that every source makes."""
+"""Documents, the base class of their sources, and the checks that every source makes."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 from sparsetrain.errors import UserError, nearest
 
-_NAMES_SHOWN, _NAME_CHARACTERS = 20, 80  # of the fields that an error names
+_NAMES_SHOWN, _NAME_CHARACTERS = 20, 80  # most field names in an error, and most characters of each
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a structured abstract. ``category`` is NLM's normalised name of it, e.g. ``METHODS``, or empty."""
+    """A section of a structured abstract; ``category`` is NLM's normalised label, such as ``METHODS``, or empty."""
 
     label: str
     category: str
@@ -24,7 +24,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a corpus. ``text`` is what a model is trained on: neither title nor section labels are in it."""
+    """One document of a corpus. Models are trained on ``text``, which has neither the title nor section labels."""
 
     id: str
     text: str
@@ -33,47 +33,48 @@ class Document:
 
 
 class Source(ABC):
-    """Where documents come from.
+    """A source of documents, which can be read more than once.
 
-    A source can be read more than once. It holds one document at a time where its format allows that, so that a corpus
-    need not fit in memory. A subclass defines `identity` and `documents`; see `register_source` for an example.
+    If its format allows, a source holds one document at a time, so that a corpus need not fit in memory. A subclass
+    defines `identity` and `documents`; `register_source` has an example.
 
     Attributes:
-        licence: what the manifest of a corpus says about the terms of the text.
+        licence: the terms of the text, for the manifest of a corpus.
     """
 
     licence: str = "not given"
 
     @abstractmethod
     def identity(self) -> dict[str, object]:
-        """Return what tells this source's content from another's; JSON values, equal for equal content."""
+        """Return JSON values that identify the content: equal for equal content, different for different content."""
 
     @abstractmethod
     def documents(self) -> Iterator[Document]:
-        """Yield the documents, in the same order at each call."""
+        """Yield the documents, in the same order at each call; raises `UserError` if they cannot be read."""
 
     def open(self, report: Callable[[float], None]) -> None:
-        """Make the content ready to be read, telling ``report`` the share that is done, 0 to 1."""
+        """Prepare the content for reading, for example download it, and call ``report`` with the done share, 0 to 1."""
         report(1.0)
 
     def note(self) -> dict[str, object]:
-        """Return what the manifest says about the content beside ``identity``, e.g. what was left out of it."""
+        """Return further JSON values about the content for the manifest, such as the number of dropped documents."""
         return {}
 
     def size_estimate(self) -> int:
-        """Return about how many bytes of text there are; 0 where that is not known."""
+        """Return the approximate size of the text in bytes, 0 if unknown."""
         return 0
 
 
 def content_id(text: str) -> str:
-    """Return the id of a document that has none: a hash of its text, so that copies of it share a split."""
+    """Return an id for a document without one: a hash of its text, so that copies of a document share a split."""
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def clean_id(value: object, where: str) -> str:
-    """Return a document id, text or a whole number, as one line without surrounding space.
+    """Return a document id, which is text or a whole number, as one line without surrounding space.
 
-    Raises `UserError` that begins with ``where`` for any other id.
+    Raises:
+        UserError: the id has another type, or is not valid text; the line begins with ``where``.
     """
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
@@ -83,14 +84,14 @@ def clean_id(value: object, where: str) -> str:
 
 
 def check_document(document: Document, where: str) -> None:
-    """Raise `UserError` that begins with ``where`` unless a document has an id as of `clean_id`, and a usable text."""
+    """Raise `UserError`, beginning with ``where``, unless `clean_id` keeps the document's id and its text is valid."""
     if clean_id(document.id, where) != document.id:
         raise UserError(f"{where}: document id {document.id!r} must be text on one line, its words one space apart")
     check_text(document.text, f"{where}, document {document.id!r}")
 
 
 def check_text(text: object, where: str) -> str:
-    """Return ``text`` if it is a string that UTF-8 can hold, else raise `UserError` that begins with ``where``."""
+    """Return ``text`` if it is a string that UTF-8 can encode, else raise `UserError`, beginning with ``where``."""
     if not isinstance(text, str):
         raise UserError(f"{where}: the text is {type(text).__name__}, not a string")
     try:
@@ -101,7 +102,7 @@ def check_text(text: object, where: str) -> str:
 
 
 def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
-    """Return ``row[field]``, or raise `UserError` that names the fields there are."""
+    """Return ``row[field]``, or raise `UserError` with the names of the row's fields."""
     if field not in row:
         options = ", ".join(_shown(name) for name in sorted(row)[:_NAMES_SHOWN]) or "none"
         options += ", …" if len(row) > _NAMES_SHOWN else ""
@@ -110,5 +111,5 @@ def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
 
 
 def _shown(name: str) -> str:
-    """Return the name of a field as part of a line."""
+    """Return the name of a field for an error: shortened, with replacements for unprintable characters."""
     return "".join(mark if mark.isprintable() else "\ufffd" for mark in name[:_NAME_CHARACTERS])

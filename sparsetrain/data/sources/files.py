@@ -1,4 +1,4 @@
-"""The source ``file``: documents in files of the user's, as text, JSON lines or Parquet."""
+"""The source ``file``: documents in the user's files of text, JSON lines or Parquet."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 
 @contextlib.contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Turn what the file system says of a file that is read into one line."""
+    """Turn an error of the file system into a `UserError` that names the file."""
     try:
         yield
     except OSError as error:
@@ -46,8 +46,8 @@ def _decode(path: Path) -> str:
 def split_text(text: str) -> list[str]:
     """Cut plain text into documents.
 
-    Blank lines separate them; without a blank line, each line is one; a single line longer than 1000 characters is
-    cut at white space into pieces of about that length.
+    Blank lines separate documents. In a text without blank lines, each line is a document. A text of a single line is
+    cut at white space into documents of about 1000 characters.
     """
     text = text.strip()
     if _BLANK_LINE.search(text):
@@ -64,7 +64,7 @@ def _cut(text: str) -> list[str]:
     start = 0
     while len(text) - start > _CUT_CHARACTERS:
         end = start + _CUT_CHARACTERS
-        # Look back over half a piece; a text without spaces (some scripts) is cut at the length itself.
+        # Search the second half for a space. Text in a script without spaces is cut at the full length.
         space = max(text.rfind(mark, start + _CUT_CHARACTERS // 2, end) for mark in (" ", "\t", "\u3000"))
         if space > 0:
             end = space
@@ -129,11 +129,11 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
 
 
 def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet file, some at a time: the field of the text, and ``id`` where there is one."""
-    # Beside pyarrow's own errors come those of the file system, of decoding text and of numbers out of range.
+    """Yield the rows of a Parquet file in batches, with the columns ``text_field`` and, if present, ``id``."""
+    # pyarrow raises its own errors, and built-in ones for the file system, for decoding and for numbers out of range.
     kinds = (importlib.import_module("pyarrow").ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
-        # Where the writer has put checksums into the file, they are compared.
+        # The checksums of pages are optional in a Parquet file; they are compared if it has them.
         table = parquet.ParquetFile(path, page_checksum_verification=True)
         names, count = table.schema_arrow.names, table.metadata.num_rows
     except kinds as error:
@@ -152,7 +152,7 @@ def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[di
                 yield rows
         except kinds as error:
             raise UserError(f"{path} is damaged behind row {number}: {_reason(error)}") from error
-        if number != count:  # pyarrow stops without a word where a column has no more values
+        if number != count:  # pyarrow raises no error if a column ends early
             raise UserError(f"{path} is damaged: it has {number} rows, and its footer says {count}")
 
 
@@ -165,16 +165,17 @@ def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]]:
 
 
 def find_files(path: str) -> list[Path]:
-    """Return the data files that a path, a directory or a glob pattern stands for, sorted.
+    """Return the data files of a path, a directory (with its subdirectories) or a glob pattern, sorted.
 
-    A directory is searched through its subdirectories. Raises `UserError` if there is no file, if one is empty, or
-    if its suffix is none of ``.txt``, ``.jsonl``, ``.parquet``.
+    Raises:
+        UserError: there is no file, or a file is empty, unreadable or has a suffix other than ``.txt``, ``.jsonl`` and
+            ``.parquet``.
     """
     try:
         files = _matching(path)
         for file in files:
             _check_file(file)
-    except (OSError, ValueError, RuntimeError) as error:  # a name too long, a zero byte in it, an unknown user
+    except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero byte, an unknown user
         if isinstance(error, UserError):
             raise
         raise UserError(f"path={path}: cannot be read ({_reason(error)})") from error
@@ -211,7 +212,7 @@ def _check_file(file: Path) -> None:
 
 
 class LocalFiles(Source):
-    """The documents of a file, a directory or a glob pattern of ``.txt``, ``.jsonl`` and ``.parquet`` files."""
+    """The documents of ``.txt``, ``.jsonl`` and ``.parquet`` files; `find_files` explains ``path`` and its errors."""
 
     licence = "as given by the owner of the files"
 
@@ -221,7 +222,7 @@ class LocalFiles(Source):
         self.files = find_files(path)
 
     def identity(self) -> dict[str, object]:
-        """Return size and sha256 of each file: a moved file is the same corpus, a changed one is another."""
+        """Return size and sha256 of each file, so that the identity depends on content, not on places."""
         files = []
         for file in self.files:
             with _readable(file):
@@ -229,7 +230,7 @@ class LocalFiles(Source):
         return {"files": files, "text_field": self.text_field}
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents file by file; raises `UserError` that names the file and the place of what is wrong."""
+        """Yield the documents, file by file; raises `UserError` with the file and the line or row of an error."""
         for file in self.files:
             yield from _reader(file)(file, self.text_field)
 
@@ -244,5 +245,5 @@ class LocalFiles(Source):
 
 @register_source(FILE, needs={"path": "a .txt, .jsonl or .parquet file or a directory"})
 def _files(config: SourceConfig) -> LocalFiles:
-    assert config.path is not None  # a source's needs are checked before it is made
+    assert config.path is not None  # `SourceConfig` checks the needs
     return LocalFiles(config.path, config.text_field)

@@ -12,10 +12,16 @@ from sparsetrain.errors import UserError
 
 
 def load_rows(name: str, config: str | None, split: str, otherwise: str = "give a local file as data.path") -> Any:
-    """Return a split of a hub data set: a sequence of dicts, kept in the cache of `datasets`.
+    """Return a split of a hub data set as a sequence of dicts; `datasets` keeps it in its own cache.
 
-    Raises `UserError` if `datasets` is missing or the data set cannot be had; it ends in ``otherwise``, what to do
-    without the hub.
+    Args:
+        name: the data set, ``OWNER/DATASET``.
+        config: its configuration; None is the default one.
+        split: its split.
+        otherwise: advice for use without the hub, which ends an error's line.
+
+    Raises:
+        UserError: `datasets` is not installed, or the data set cannot be loaded.
     """
     try:
         datasets = importlib.import_module("datasets")
@@ -46,7 +52,7 @@ class HubDataset(Source):
         self._rows: Any = None
 
     def identity(self) -> dict[str, object]:
-        """Return the names that select the data; its content is the hub's, as cached when it was prepared."""
+        """Return the names that select the data. A later change of the data set on the hub does not show here."""
         return {
             "hub_name": self.hub_name,
             "hub_config": self.config,
@@ -55,12 +61,12 @@ class HubDataset(Source):
         }
 
     def open(self, report: Callable[[float], None]) -> None:
-        """Download the data set, unless `datasets` has it; raises `UserError` if it cannot be had."""
+        """Download the data set unless `datasets` has it in its cache; raises `UserError` if it cannot be loaded."""
         self._loaded()
         report(1.0)
 
     def documents(self) -> Iterator[Document]:
-        """Yield the rows with text; raises `UserError` if the field is missing or not text."""
+        """Yield the rows with text; raises `UserError` if the field is missing or holds no text."""
         for number, row in enumerate(self._loaded(), start=1):
             where = f"hub data set {self.hub_name}, row {number}"
             text = pick_field(row, self.text_field, where)
@@ -70,7 +76,7 @@ class HubDataset(Source):
             yield Document(content_id(text) if name is None else clean_id(name, where), text)
 
     def note(self) -> dict[str, object]:
-        """Return the fingerprint that `datasets` gives to the rows that were read."""
+        """Return the fingerprint that `datasets` computed for the rows."""
         return {"fingerprint": getattr(self._loaded(), "_fingerprint", "")}
 
     def size_estimate(self) -> int:
@@ -85,5 +91,5 @@ class HubDataset(Source):
 
 @register_source("hub", needs={"hub_name": "OWNER/DATASET"})
 def _hub(config: SourceConfig) -> HubDataset:
-    assert config.hub_name is not None  # a source's needs are checked before it is made
+    assert config.hub_name is not None  # `SourceConfig` checks the needs
     return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.text_field)

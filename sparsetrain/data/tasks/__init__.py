@@ -1,4 +1,4 @@
-"""Labelled tasks: what a task is, its examples as batches, and the tasks ``section_roles`` and ``pubmedqa``.
+"""Labelled tasks: the class `Task`, batches of examples, and the tasks ``section_roles`` and ``pubmedqa``.
 
-A file of this directory that calls `register_task` is imported with `sparsetrain.data`, and so adds a task.
+`sparsetrain.data` imports every file of this directory, so a file that calls `register_task` here adds a task.
 """

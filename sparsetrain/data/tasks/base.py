@@ -1,4 +1,4 @@
-"""What a labelled task is: examples in three splits, and the words a model answers with."""
+"""Labelled tasks: examples in three splits, and the text of each answer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from sparsetrain.errors import UserError
 
 @dataclass(frozen=True)
 class Example:
-    """One question. ``label`` is an index into the task's labels.
+    """One question.
 
-    ``id`` begins with the id of the document it was made from, up to the first ``/`` where there is one.
+    Args:
+        id: the id of the document that the example was made from, with a suffix ``/...`` if it has several examples.
+        source: the text that the model reads.
+        label: index into the task's labels.
     """
 
     id: str
@@ -33,8 +36,13 @@ class Example:
 class Task:
     """A classification task for a language model.
 
-    ``source`` of an example is the text the model reads; ``answers[label]`` is the text it is to go on with, its
-    leading space included.
+    Args:
+        name: the name of the task.
+        labels: the names of the labels.
+        answers: ``answers[label]`` is the text that continues the source of an example, with its leading space.
+        train: the training examples.
+        validation: the validation examples.
+        test: the test examples.
     """
 
     name: str
@@ -45,7 +53,7 @@ class Task:
     test: list[Example]
 
     def check(self) -> None:
-        """Raise `UserError` for a task that no model can be trained or tested on."""
+        """Raise `UserError` unless a model can be trained and tested on the task."""
         if len(self.labels) < 2 or len(self.answers) != len(self.labels):
             raise UserError(
                 f"task {self.name}: {len(self.labels)} labels and {len(self.answers)} answers; a task has at least two "
@@ -63,27 +71,27 @@ class Task:
                     )
 
     def majority(self) -> float:
-        """Return the accuracy on the test examples of always answering the most frequent label of the training ones."""
+        """Return the test accuracy of a constant answer: the most frequent label of the training examples."""
         counts = Counter(example.label for example in self.train)
         best = min(counts, key=lambda label: (-counts[label], label))
         return sum(example.label == best for example in self.test) / len(self.test)
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits of the answers and of the examples with their splits, wherever they are from."""
+        """Return 16 hexadecimal digits: a hash of the answers, and of the examples with their splits."""
         splits = [[[e.id, e.source, e.label] for e in split] for split in (self.train, self.validation, self.test)]
         text = json.dumps([self.name, self.labels, self.answers, splits])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     def describe(self) -> str:
-        """Return one line: the labels, how many examples, and what always giving the most frequent answer scores."""
+        """Return one line with the labels, the number of examples and the accuracy of the majority label."""
         counts = f"{len(self.train):,} to train on, {len(self.validation):,} to validate, {len(self.test):,} to test"
         return f"{self.name} ({', '.join(self.labels)}): {counts}; majority {self.majority():.1%}"
 
     def overlap(self, train_ids: Set[str]) -> int:
-        """Return how many documents of the test examples are among ``train_ids``, e.g. `Corpus.train_ids`."""
+        """Return the number of documents of test examples that are in ``train_ids``, for one `Corpus.train_ids`."""
         return len({example.document for example in self.test} & train_ids)
 
 
 def take(examples: Iterable[Example], count: int, seed: int) -> list[Example]:
-    """Return at most ``count`` examples in random order; a larger count adds to the examples of a smaller one."""
+    """Return at most ``count`` examples in random order; those of a smaller count come first in a larger one."""
     return sorted(examples, key=lambda example: (position(f"{seed}/{example.id}", "task"), example.id))[:count]

@@ -1,10 +1,10 @@
-"""Examples of a task as rows of tokens, to train on and to score.
+"""Batches of a task's examples, for training and for scoring.
 
-Shapes: B rows, T tokens of the longest row, rounded up to a multiple of 8 but to no more than the context. A row is
+Shapes: B rows, T tokens of the longest row, rounded up to a multiple of 8 but at most the context. A row is
 
     source tokens, soft-prompt slots, answer tokens, end of document
 
-and has a loss on the answer and on the end only. A source that does not fit loses tokens on its left.
+and has a loss only on the answer and the end. A source that is too long loses tokens on its left.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MULTIPLE = 8
 
 
 class _Rows:
-    """Makes rows of one length limit, number of slots and set of answers."""
+    """Makes rows for a context, a number of soft-prompt slots and the answers of a task."""
 
     def __init__(self, tokenizer: Tokenizer, answers: Sequence[str], context: int, n_slots: int) -> None:
         self.answers = tokenizer.encode_batch(answers)
@@ -36,8 +36,8 @@ class _Rows:
         self._context = context
         self._n_slots = n_slots
         self._tokenizer = tokenizer
-        # The same for all answers, so that the answers of one question are scored after the same source. The end
-        # is never an input, hence the missing one.
+        # The longest answer sets the room for every source, so that all answers of a question follow the same tokens.
+        # The end of the document is only a target and takes no room.
         self._room = context - n_slots - max(len(answer) for answer in self.answers)
         if self._room < 1:
             longest = context - n_slots - self._room
@@ -47,7 +47,7 @@ class _Rows:
             )
 
     def sources(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Return the tokens of each example's source, cut to the room there is."""
+        """Return the tokens of each example's source, cut on the left to the room that the longest answer leaves."""
         encoded = self._tokenizer.encode_batch([example.source for example in examples])
         for example, ids in zip(examples, encoded, strict=True):
             if not ids:
@@ -59,7 +59,7 @@ class _Rows:
         return len(source) + self._n_slots + len(self.answers[label])
 
     def width(self, length: int) -> int:
-        """Return the number of tokens to which a batch is padded whose longest row has ``length``."""
+        """Return the padded width of a batch whose longest row has ``length`` tokens."""
         return min(-(-length // _MULTIPLE) * _MULTIPLE, self._context)
 
     def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
@@ -85,7 +85,7 @@ class _Rows:
         )
 
     def questions(self, sources: Sequence[Sequence[int]]) -> Batch:
-        """Return sources of equal length with their slots behind them, and no targets."""
+        """Return a batch of sources of equal length, each followed by its slots, without targets."""
         tokens = torch.tensor([[*source, *[self._eos] * self._n_slots] for source in sources])
         slots = None
         if self._n_slots:
@@ -97,18 +97,21 @@ class _Rows:
 class TaskBatches:
     """Training batches of a task.
 
-    Each epoch has every example once. Its order is random but for this: rows are sorted by length within pools of
-    16 batches, whose batches then come in random order, so that little of a batch is padding. A row is a function
-    of (seed, phase, global example index) alone.
+    Each epoch has every example once, in random order. Within pools of 16 batches, rows are sorted by length to save
+    padding; the batches then come in random order. A row is a function of (seed, phase, global example index) alone.
 
     Args:
         examples: the training examples.
         tokenizer: the tokenizer of the model.
-        answers: the text that stands for each label, e.g. `Task.answers`.
-        context: input tokens a row has at most.
-        batch_size: the batch size the order is made for; `batch` takes any count.
-        seed, phase: name the order.
+        answers: the text of each label, for example `Task.answers`.
+        context: largest number of input tokens of a row.
+        batch_size: rows of the batches that are sorted by length; `batch` takes any count.
+        seed: of the order.
+        phase: the purpose of the batches; two phases with the same seed have different orders.
         n_slots: soft-prompt vectors between source and answer.
+
+    Raises:
+        UserError: there are no examples, a source is empty, ``batch_size`` is below 1, or ``context`` leaves no room.
     """
 
     def __init__(
@@ -139,7 +142,7 @@ class TaskBatches:
     def _order_of_epoch(self, epoch: int) -> list[int]:
         random = np.random.default_rng(derive_seed(self._seed, "task", self._phase, epoch))
         order = random.permutation(self.examples_per_epoch)
-        # An epoch need not begin where a batch does: its first rows fill up the last batch of the epoch before.
+        # The first rows of an epoch complete the last batch of the epoch before, so they are not sorted.
         filling = -epoch * self.examples_per_epoch % self._batch_size
         head, rest = order[:filling], order[filling:]
         pool = _POOL_BATCHES * self._batch_size
@@ -157,29 +160,32 @@ class TaskBatches:
 
     @property
     def widths(self) -> tuple[int, int]:
-        """Tokens of the shortest and of the longest row, each padded as in a batch of its own."""
+        """Padded widths, in tokens, of a batch of the shortest row and of a batch of the longest."""
         return self._rows.width(int(self._lengths.min())), self._rows.width(int(self._lengths.max()))
 
     def indices(self, first: int, count: int) -> list[int]:
-        """Return which of the examples the rows ``first`` to ``first + count - 1`` of the run are."""
+        """Return the example index of rows ``first`` to ``first + count - 1`` of the run."""
         size = self.examples_per_epoch
         return [self._order(index // size)[index % size] for index in range(first, first + count)]
 
     def tokens(self, first: int, count: int) -> int:
-        """Return the number of tokens of `batch`, padding included, without making it."""
+        """Return the number of tokens of `batch` for the same rows, padding included, without making the batch."""
         return count * self._rows.width(int(self._lengths[self.indices(first, count)].max()))
 
     def batch(self, first: int, count: int) -> Batch:
         """Return rows ``first`` to ``first + count - 1`` of the run; tensors are [count, T]."""
-        chosen = self.indices(first, count)
-        return self._rows.collate([self._sources[index] for index in chosen], [self._labels[index] for index in chosen])
+        indices = self.indices(first, count)
+        sources, labels = [self._sources[index] for index in indices], [self._labels[index] for index in indices]
+        return self._rows.collate(sources, labels)
 
 
 @dataclass
 class ScoringBatch:
-    """Sources of equal length, without answers: ``batch`` has no padding and no targets.
+    """Sources of equal length, without answers.
 
-    ``examples`` is LongTensor [B]: the place of each row in the list of examples.
+    Args:
+        batch: the sources, without padding and without targets.
+        examples: LongTensor [B], the index of each row's example.
     """
 
     batch: Batch
@@ -189,8 +195,8 @@ class ScoringBatch:
 def answer_tokens(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
     """Return the tokens to score for each label.
 
-    The end of the document belongs to them only where an answer's tokens begin another's; without it, the answers
-    exclude each other already.
+    They include the end of the document only if the tokens of one answer are a prefix of another's. Otherwise the
+    answers exclude each other without it.
     """
     answers = tokenizer.encode_batch(task.answers)
     ordered = sorted(answers)
@@ -207,9 +213,20 @@ def scoring_batches(
     n_slots: int = 0,
     batch_size: int = 64,
 ) -> Iterator[ScoringBatch]:
-    """Yield every example's source, with its soft-prompt slots, once; only rows of equal length stand together.
+    """Yield the source of every example once, with its soft-prompt slots, in batches of equal length.
 
-    Sources are cut as `TaskBatches` cuts them, so that a row is scored after the very tokens it would be trained with.
+    Sources are cut as in `TaskBatches`, so that an example is scored after the same tokens as in training.
+
+    Args:
+        examples: the examples to score.
+        task: the task; its answers set the room for the sources.
+        tokenizer: the tokenizer of the model.
+        context: largest number of tokens of a row, answer included.
+        n_slots: soft-prompt vectors after the source.
+        batch_size: largest number of rows of a batch.
+
+    Raises:
+        UserError: a source is empty, or ``context`` leaves no room for a source.
     """
     rows = _Rows(tokenizer, task.answers, context, n_slots)
     by_length: dict[int, list[int]] = {}
@@ -219,5 +236,5 @@ def scoring_batches(
     for length in sorted(by_length):
         members = by_length[length]
         for start in range(0, len(members), batch_size):
-            chosen = members[start : start + batch_size]
-            yield ScoringBatch(rows.questions([sources[index] for index in chosen]), torch.tensor(chosen))
+            indices = members[start : start + batch_size]
+            yield ScoringBatch(rows.questions([sources[index] for index in indices]), torch.tensor(indices))

@@ -1,7 +1,7 @@
-"""PubMedQA (Jin et al. 2019): is the answer to a question yes, no or maybe, given an abstract without its conclusion.
+"""PubMedQA (Jin et al. 2019, arXiv 1909.06146): yes, no or maybe, given an abstract without its conclusion.
 
-The test set is the official one of 500 questions; the other 500 expert-labelled ones are 450 to train on and 50 to
-validate on.
+The test set is the official one of 500 questions. The other 500 expert-labelled questions are divided into 450 for
+training and 50 for validation.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _N_VALIDATION = 50
 
 
 def _example(pmid: object, question: object, contexts: object, decision: object, where: str) -> Example:
-    """Return the example of a question, of which nothing is made text that is none."""
+    """Return the example of a question; a field that is not text raises `UserError` instead of being converted."""
     place = f"{where}: question {reprlib.repr(pmid)}"
     if decision not in LABELS:
         raise UserError(f"{place}: final_decision={reprlib.repr(decision)} is not one of {', '.join(LABELS)}")
     if not isinstance(contexts, list):
         raise UserError(f"{place}: its contexts are {type(contexts).__name__}, not a list of texts")
     paragraphs = " ".join(check_text(context, f"{place}, contexts") for context in contexts)
-    # The question and the cue come last: a source too long for the model is cut on the left, in the context.
+    # The question and the cue come last, since a source that is too long loses tokens on its left.
     source = f"{paragraphs}\nquestion: {check_text(question, f'{place}, question')}\nanswer:"
     return Example(clean_id(pmid, place), source, LABELS.index(decision))
 
@@ -84,10 +84,12 @@ def _is_local(config: TaskConfig) -> bool:
 
 @register_task("pubmedqa", takes_path=True, is_local=_is_local, ids=PMID)
 def load(config: TaskConfig) -> Task:
-    """Return the task.
+    """Return the task, from the directory ``path`` with the two files of the public repository, or from the hub.
 
-    ``path`` is a directory that holds the two files of the public repository; None takes the hub's copy. Which
-    question is in which split depends on neither ``seed`` nor the counts.
+    The split of a question depends on neither ``seed`` nor the counts.
+
+    Raises:
+        UserError: the data cannot be read or used.
     """
     path = config.path
     examples, test_ids = _from_directory(typed_path(path, "task.path")) if path is not None else _from_hub()
@@ -96,7 +98,6 @@ def load(config: TaskConfig) -> Task:
         (example for example in examples if example.id not in test_ids),
         key=lambda example: (position(example.id, "pubmedqa"), example.id),
     )
-    # A tenth of the questions outside of the test set: 50 of 500.
     n_held_out = min(_N_VALIDATION, max(1, len(rest) // 10))
     if not test or len(rest) < 2:
         raise UserError(f"PubMedQA: {len(test)} test questions and {len(rest)} others are too few")

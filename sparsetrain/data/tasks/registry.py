@@ -1,4 +1,4 @@
-"""The tasks by name, and the settings that say which one to load."""
+"""The registry of tasks, and the settings of a task."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from sparsetrain.registry import Registry
 
 @dataclass
 class TaskConfig:
-    """Which task, and how much of it.
+    """The task and the number of its examples.
 
     Args:
         name: ``section_roles`` (sentences of MEDLINE abstracts, five labels), ``pubmedqa`` (three labels), or a
             registered task.
-        path: for ``pubmedqa``, a directory with ``ori_pqal.json`` and ``test_ground_truth.json``; None: the hub.
-        n_train: training examples at most; the same of the other splits. PubMedQA has 450, 50 and 500.
-        seed: which examples those are; a larger number adds to the examples of a smaller one.
+        path: for ``pubmedqa``, a directory with ``ori_pqal.json`` and ``test_ground_truth.json``; None is the hub.
+        n_train: largest number of training examples; PubMedQA has 450.
+        n_validation: largest number of validation examples; PubMedQA has 50.
+        n_test: largest number of test examples; PubMedQA has 500.
+        seed: draws the examples; with the same seed, the examples of a smaller number are part of a larger one's.
 
     Raises:
-        UserError: an unknown name, a number below 1, or a path for a task that takes none.
+        UserError: the name is unknown, a number is below 1, or the task takes no path.
     """
 
     name: str = "section_roles"
@@ -52,7 +54,7 @@ def _always(_config: TaskConfig) -> bool:
 
 @dataclass(frozen=True)
 class TaskKind:
-    """What is registered for a task; see `register_task`."""
+    """The registry's entry of a task; `register_task` explains the fields."""
 
     load: Loader
     takes_path: bool = False
@@ -114,15 +116,15 @@ def register_task(
     Args:
         name: the name, see `Registry.register`.
         loader: maps the ``task`` section of the configuration to the task. Each split has at most the number of
-            examples that the section gives, and the same section gives the same examples. Data that cannot be had
-            raise `UserError`.
+            examples that the section gives, and the same section gives the same examples. It raises `UserError` if
+            the data are not available.
         takes_path: whether ``task.path`` may be given.
-        is_local: tells from the section whether the data lie on this machine, so that the loader downloads nothing.
-            ``sparsetrain plan`` loads no other task.
-        ids: what `Example.document` is, such as ``"PMID"``; see `register_source`.
+        is_local: maps the section to whether the data are on this machine, so that the loader downloads nothing.
+            ``sparsetrain plan`` loads only such tasks.
+        ids: the kind of id of `Example.document`, such as ``"PMID"``; see `register_source`.
 
     Returns:
-        ``loader``, or the decorator, which returns what it decorates.
+        ``loader``, or the decorator, which returns the decorated function.
 
     Raises:
         UserError: the name is malformed or taken.
@@ -135,16 +137,16 @@ def register_task(
 
 
 def find_task(config: TaskConfig) -> Task | None:
-    """Return the task if its data lie on this machine, else None: nothing is downloaded and nothing is written.
+    """Return the task if its data are on this machine, else None; nothing is downloaded or written.
 
     Raises:
-        UserError: data that are there and cannot be used, or a directory of them that is not there.
+        UserError: the data on this machine cannot be used, or their directory does not exist.
     """
     return load_task(config) if TASKS[config.name].is_local(config) else None
 
 
 def load_task(config: TaskConfig) -> Task:
-    """Return the task; raises `UserError` if its data cannot be had, or cannot be trained on."""
+    """Return the task; raises `UserError` if its data are not available or cannot be used."""
     task = TASKS[config.name].load(config)
     if task.name != config.name:
         raise UserError(f"task.name={config.name}: its loader returned a task of another name, {task.name!r}")

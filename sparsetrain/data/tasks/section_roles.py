@@ -1,7 +1,7 @@
-"""Section roles: which part of an abstract a sentence is from, the form of PubMed RCT, out of MEDLINE.
+"""Section roles: the section of an abstract that a sentence is from, as in PubMed RCT (arXiv 1710.06071), on MEDLINE.
 
-The label of a sentence is NLM's category of the section it stands in. Abstracts are split by the same function of their
-id as the pre-training corpus, so that no sentence of the test abstracts is trained on in either stage.
+The label of a sentence is NLM's category of its section. The split of an abstract is the same function of its id as in
+the pre-training corpus, so neither stage trains on a sentence of the test abstracts.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from sparsetrain.errors import UserError
 
 CATEGORIES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
 _CUE = "\nrole:"
-_SHORTEST = 20  # characters; what is shorter is debris such as "NCT01234567."
+_SHORTEST = 20  # characters; shorter strings are debris such as "NCT01234567."
 
 
 def examples(documents: Iterable[Document]) -> dict[Split, list[Example]]:
-    """Return all labelled sentences, by split. Ids are ``PMID/n``, counted through the abstract.
+    """Return all labelled sentences, by split; the id of sentence n of an abstract is ``PMID/n``.
 
-    A sentence that an earlier abstract has too (registry notices, mostly) is left out, so that none is in two splits.
+    A sentence that occurred before (mostly registry notices) is left out, so that no sentence is in two splits.
     """
     found: dict[Split, list[Example]] = {"train": [], "validation": [], "test": []}
     seen: set[str] = set()
