@@ -1,4 +1,4 @@
-"""Which processor this is: what the system, torch and the compiler of the kernels say of it, asked in one place."""
+"""The processor, as the system, torch and the compiler of the kernels describe it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Processor:
-    """The first processor, as ``/proc/cpuinfo`` describes it; what the system does not say is empty.
+    """The first processor, as ``/proc/cpuinfo`` describes it; an unknown field is empty.
 
     Args:
-        name: the model's name. On a virtual machine it may be that of a whole line of processors.
-        vendor: ``AuthenticAMD``, ``GenuineIntel``, ... family, model, stepping: the vendor's numbers, as text.
+        name: the name of the model. A virtual machine may give the name of a whole product line.
+        vendor: ``AuthenticAMD``, ``GenuineIntel``, ...
+        family: the vendor's number, as text.
+        model: the vendor's number, as text.
+        stepping: the vendor's number, as text.
         flags: the names of instruction sets and other features, as Linux writes them.
     """
 
@@ -29,13 +32,13 @@ class Processor:
 
     @property
     def label(self) -> str:
-        """The name for a reader; where the system says none, the architecture."""
+        """The name of the processor for a reader; the architecture if the system gives no name."""
         return self.name or platform.processor() or platform.machine()
 
 
 @functools.cache
 def processor() -> Processor:
-    """Return what the system says of the processor."""
+    """Return the system's description of the processor."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     except OSError:
@@ -48,29 +51,29 @@ def processor() -> Processor:
         family=info.get("cpu family", ""),
         model=info.get("model", ""),
         stepping=info.get("stepping", ""),
-        flags=frozenset(info.get("flags", info.get("Features", "")).split()),  # the latter on ARM
+        flags=frozenset(info.get("flags", info.get("Features", "")).split()),  # "Features" on ARM
     )
 
 
 def core_count() -> int:
-    """Return how many cores the machine has, counting each hardware thread."""
+    """Return the number of hardware threads of the machine."""
     return os.cpu_count() or 1
 
 
 def available_cores() -> int:
-    """Return how many of them this process may use."""
+    """Return the number of hardware threads that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else core_count()
 
 
 def machine_key() -> str:
-    """Return what tells machines apart on which kernels take other times: processor and cores, as eight digits."""
+    """Return eight hexadecimal digits that identify the processor and its number of cores, for stored timings."""
     text = f"{platform.machine()} {processor().name} {' '.join(sorted(processor().flags))} {core_count()}"
     return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def torch_simd() -> str:
-    """Return the vector instructions that torch computes with: ``AVX512``, ``AVX2``, ``DEFAULT``, ..."""
-    import torch  # the kernels, which stand above this file, do without it
+    """Return the vector instructions that torch uses: ``AVX512``, ``AVX2``, ``DEFAULT``, ..."""
+    import torch  # imported here, since the kernels import this file and do not need torch
 
     return torch.backends.cpu.get_cpu_capability()
 
@@ -88,5 +91,5 @@ def target_features() -> str:
     import numba
     from llvmlite import binding
 
-    chosen = numba.config.CPU_FEATURES
-    return binding.get_host_cpu_features().flatten() if chosen is None else chosen
+    configured = numba.config.CPU_FEATURES
+    return binding.get_host_cpu_features().flatten() if configured is None else configured

@@ -1,9 +1,9 @@
 """Plugins: files and modules outside the library that register rules, patterns, schedules, backends, tasks or sources.
 
-A plugin is a Python file or an importable module that calls ``sparsetrain.register_rule`` or one of its siblings when
+A plugin is a Python file or an importable module that calls ``sparsetrain.register_rule`` or a similar function when
 it is imported. The command line takes ``--plugin my_rule.py``. The variable ``SPARSETRAIN_PLUGINS`` names plugins for
-every command and for the processes that a launcher starts. An installed package names its own by an entry point of the
-group ``sparsetrain.plugins``. A run directory never names one: to read a run must not execute code.
+every command and for the processes that a launcher starts. An installed package names its plugins by entry points of
+the group ``sparsetrain.plugins``. A run directory never names a plugin, since reading a run must not execute code.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
 
 VARIABLE = "SPARSETRAIN_PLUGINS"
-"""The environment variable that names plugins, separated as ``PATH`` is."""
+"""The environment variable that names plugins; its separator is the one of ``PATH``."""
 
 GROUP = "sparsetrain.plugins"
 """The group of entry points by which an installed package names its plugins."""
@@ -34,10 +34,10 @@ _loaded: set[str] = set()
 
 
 def name(plugins: Iterable[str]) -> None:
-    """Add plugins to ``SPARSETRAIN_PLUGINS`` of this process, which the processes that it starts inherit.
+    """Add plugins to ``SPARSETRAIN_PLUGINS`` in the environment of this process, which its subprocesses inherit.
 
     Args:
-        plugins: each a module, or a file that ends with ``.py``, which may be relative to the working directory.
+        plugins: modules, or files that end with ``.py``; a path may be relative to the working directory.
 
     Raises:
         UserError: a file does not exist.
@@ -55,9 +55,9 @@ def name(plugins: Iterable[str]) -> None:
 
 
 def load() -> None:
-    """Import every plugin that is named or installed and not imported yet.
+    """Import every plugin that is named or installed, unless it was imported before.
 
-    A broken plugin of an installed package is warned of and left out: it must not stop commands that do not need it.
+    A broken plugin of an installed package is skipped with a warning, since it must not stop unrelated commands.
 
     Raises:
         UserError: a plugin of ``SPARSETRAIN_PLUGINS`` does not exist or raises when it is imported.
@@ -66,7 +66,7 @@ def load() -> None:
         if plugin:
             _load(plugin, partial(_import, plugin))
     if GROUP in _loaded:
-        return  # to look for installed packages takes milliseconds
+        return  # the search for installed packages takes milliseconds
     _loaded.add(GROUP)
     for entry in metadata.entry_points(group=GROUP):
         try:
@@ -78,7 +78,7 @@ def load() -> None:
 def _load(plugin: str, read: Callable[[], object]) -> None:
     if plugin in _loaded:
         return
-    _loaded.add(plugin)  # before the import, which may look up a name and so come here again
+    _loaded.add(plugin)  # before the import, which may look up a name and so call `load` again
     try:
         read()
     except UserError as error:
@@ -97,9 +97,9 @@ def _import(plugin: str) -> ModuleType:
     path = Path(plugin)
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if path.stem in sys.modules or spec is None or spec.loader is None:
-        raise UserError(f"a module of the name {path.stem!r} is imported already; give the file another name")
+        raise UserError(f"a module named {path.stem!r} is imported already; give the file another name")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickles look the module up by its name
+    sys.modules[path.stem] = module  # dataclasses look the module up by its name
     try:
         spec.loader.exec_module(module)
     except BaseException:

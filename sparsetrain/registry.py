@@ -1,4 +1,4 @@
-"""What can be chosen by name in a configuration: one kind of registry for rules, patterns, schedules, backends, ..."""
+"""A registry of objects that a configuration names: rules, patterns, schedules, backends, tasks, sources, ..."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from sparsetrain import plugins
 from sparsetrain.errors import UserError, check_choice
 
 T = TypeVar("T")
-# A name stands in YAML, on a command line and in the names of directories.
+# A name must be usable in YAML, on a command line and in the name of a directory.
 _NAME = re.compile(r"[A-Za-z][\w.-]*", re.ASCII)
 
 
 class Registry(Generic[T]):
-    """Things of one kind by name, in the order of their registration.
+    """Objects of one kind by name, in the order of their registration.
 
     ```python
     TASKS: Registry[Loader] = Registry("task", "task.name")
@@ -28,8 +28,8 @@ class Registry(Generic[T]):
     ```
 
     Args:
-        kind: what the things are, as messages call it: ``"task"``.
-        field: the configuration key that holds such a name: ``"task.name"``.
+        kind: the noun for such an object in messages, for example ``"task"``.
+        field: the configuration key that holds such a name, for example ``"task.name"``.
     """
 
     def __init__(self, kind: str, field: str) -> None:
@@ -47,14 +47,14 @@ class Registry(Generic[T]):
 
         Args:
             name: ASCII letters, digits, ``_``, ``-`` and ``.``, the first one a letter.
-            thing: what the name stands for. To register the same object again has no effect.
-            replace: take the place of another thing of that name.
+            thing: the object. To register the same object again has no effect.
+            replace: replace another object with this name.
 
         Returns:
-            ``thing``, or the decorator, which returns what it decorates.
+            ``thing``, or the decorator, which returns the decorated object.
 
         Raises:
-            UserError: the name is malformed, or it stands for another thing already.
+            UserError: the name is malformed, or another object has it.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(
@@ -68,16 +68,16 @@ class Registry(Generic[T]):
         return thing
 
     def unregister(self, name: str) -> T:
-        """Take ``name`` out and return what it stood for; an unknown name raises `UserError`, see `check`."""
+        """Remove ``name`` and return its object; an unknown name raises `UserError`, see `check`."""
         self.check(name)
         return self._things.pop(name)
 
     def check(self, name: str, prefix: str = "") -> None:
-        """Raise `UserError` with the registered names, and the nearest one, unless ``name`` is one of them.
+        """Raise `UserError`, which lists the registered names and the nearest one, unless ``name`` is registered.
 
         Args:
-            name: the name that a configuration gives.
-            prefix: what precedes the key in that configuration, such as ``"stages[2]."``.
+            name: the name from a configuration.
+            prefix: the path before the key in the configuration, such as ``"stages[2]."``.
         """
         if name not in self:
             check_choice(prefix + self.field, name, self._things)
@@ -87,20 +87,20 @@ class Registry(Generic[T]):
         return tuple(self._things)
 
     def things(self) -> tuple[tuple[str, T], ...]:
-        """Return the names and what they stand for."""
+        """Return the registered names, each with its object."""
         return tuple(self._things.items())
 
     def __getitem__(self, name: str) -> T:
-        """Return what ``name`` stands for; an unknown name raises `UserError`, see `check`."""
-        # Every sparse layer asks in every step, so a known name costs little more than in a dictionary.
+        """Return the object of ``name``; an unknown name raises `UserError`, see `check`."""
+        # Every sparse layer looks up its backend in every step, so a known name must cost no more than a dictionary.
         if not isinstance(name, str) or name not in self._things:
             self.check(name)
         return self._things[name]
 
     def __contains__(self, name: object) -> bool:
-        """Whether ``name`` is registered, after plugins were loaded if need be.
+        """Return whether ``name`` is registered. An unknown name loads the plugins before the answer is False.
 
-        A process that a launcher started has loaded none before.
+        A process that a launcher started has loaded no plugins until then.
         """
         if not isinstance(name, str):
             return False

@@ -1,4 +1,4 @@
-"""What a value that was read from a file must be, said by a type and checked by msgspec.
+"""Validation of values from files: a Python type declares the shape, and msgspec checks it.
 
     class Cell(TypedDict):
         density: Fraction
@@ -7,7 +7,7 @@
 
     check(json.loads(text), dict[str, Cell], "table.json")
 
-The types are those of the annotations that mypy reads, so that a field is declared once.
+mypy reads the same annotations, so a field is declared once.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ Positive = Annotated[int, Meta(ge=1, le=INT64)]
 Fraction = Annotated[float, Meta(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Meta(ge=0.0, le=_LARGEST)]
 
-_WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
-_WORDS["null"] = "null"
+_TYPE_NAMES = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
+_TYPE_NAMES["null"] = "null"
 _MAPPING = "a mapping"
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 _BOUNDED = re.compile(r"Expected `(int|float)` ([<>]=?) (\S+)")
@@ -44,13 +44,18 @@ _Place = tuple[list[str | int], Any]
 
 
 def check(value: Any, shape: Any, where: str) -> Any:
-    """Return ``value`` if it has the shape, as it is.
+    """Return ``value`` unchanged if it has the shape.
 
-    Shapes are the types that `msgspec.convert` knows. An int is a float too, and a bool is neither; further keys of a
-    ``TypedDict`` are allowed. A plain ``float`` may be infinite or NaN; a bounded one may not.
+    A float may be given as an int; a bool is neither. A ``TypedDict`` may have further keys. A plain ``float`` may be
+    infinite or NaN; a bounded one may not.
+
+    Args:
+        value: a value read from a file.
+        shape: a type that `msgspec.convert` supports.
+        where: the name of the file.
 
     Raises:
-        UserError: another shape; the line begins with ``where`` and the path of the field.
+        UserError: the value has another shape; the line begins with ``where`` and the path of the field.
     """
     try:
         msgspec.convert(value, shape)
@@ -62,12 +67,15 @@ def check(value: Any, shape: Any, where: str) -> Any:
 def refused(
     error: msgspec.ValidationError, document: Any, shape: Any, where: str = "", place: str = "", mapping: str = _MAPPING
 ) -> UserError:
-    """Return the error of msgspec in words: which field of ``document`` has which value, and what is allowed.
+    """Return a `UserError` for an error of msgspec: the field, its value, and the allowed values.
 
     Args:
-        where: the file of the document; begins the line.
-        place: the path of the document in it; begins the path of the field.
-        mapping: what a mapping is called, for example ``"a section of settings"``.
+        error: the error.
+        document: the refused value.
+        shape: the type that it was checked against.
+        where: the file of the document, which begins the line.
+        place: the path of the document in the file, which begins the path of the field.
+        mapping: the noun for a mapping, for example ``"a section of settings"``.
     """
     said, _, at = str(error).partition(" - at ")
     keys, value = _place(document, shape, at)
@@ -83,32 +91,32 @@ def refused(
 
 
 def _allowed(said: str, mapping: str) -> str:
-    words = _WORDS | {"object": mapping}
+    names = _TYPE_NAMES | {"object": mapping}
     if found := _BOUNDED.match(said):
         kind, sign, bound = found.groups()
         if kind == "float":
             bound = f"{float(bound):g}"
         if bound == f"{_LARGEST:g}":
             return "a finite number"
-        return f"{words[kind]} {'of ' if '=' in sign else ''}{_BOUNDS[sign]} {bound}"
+        return f"{names[kind]} {'of ' if '=' in sign else ''}{_BOUNDS[sign]} {bound}"
     if found := re.match(r"Expected `(\w+)` of length (?:([<>]=?) )?(\d+)", said):
-        return f"{words[found[1]]} of length {_BOUNDS[found[2]] + ' ' if found[2] else ''}{found[3]}"
+        return f"{names[found[1]]} of length {_BOUNDS[found[2]] + ' ' if found[2] else ''}{found[3]}"
     if found := re.match(r"Expected `str` matching regex '\^?(.*?)(\\\\Z)?'", said):
         return f"text of the form {found[1]}"
     if found := re.match(r"Expected `([\w |]+)`", said):
-        return " or ".join(words[kind] for kind in found[1].split(" | "))
+        return " or ".join(names[kind] for kind in found[1].split(" | "))
     if said == "Number out of range":
         return f"a number of at most {_LARGEST:g}"
     return f"something else: {said}"
 
 
 def _place(document: Any, shape: Any, at: str) -> _Place:
-    """Return the keys that lead to the refused value, and the value. msgspec gives ``$.cells[...][0]``."""
+    """Return the path of the refused value as a list of keys, and the value; msgspec gives ``$.cells[...][0]``."""
     keys: list[str | int] = []
     value = document
     for name, index in _STEP.findall(at):
         key = name or (_refused_key(document, shape, keys, value, at) if index == "..." else int(index))
-        if index == "...":  # without the entries beside it, which may be refused for the same reason further down
+        if index == "...":  # drop the other entries, since they may be refused deeper down for the same reason
             document = _with(document, keys, {key: value[key]})
         keys.append(key)
         value = value[key]
@@ -116,7 +124,7 @@ def _place(document: Any, shape: Any, at: str) -> _Place:
 
 
 def _refused_key(document: Any, shape: Any, keys: list[str | int], mapping: Mapping[str, Any], at: str) -> str:
-    """Return the key of the first refused entry of ``mapping``: msgspec names no key of a dict."""
+    """Return the key of the first refused entry of ``mapping``, which msgspec does not name."""
     entries = list(mapping.items())
 
     def refused(count: int) -> bool:
@@ -130,7 +138,7 @@ def _refused_key(document: Any, shape: Any, keys: list[str | int], mapping: Mapp
 
 
 def _with(document: Any, keys: list[str | int], value: Any) -> Any:
-    """Return ``document`` with another value at the place that ``keys`` lead to."""
+    """Return a copy of ``document`` with ``value`` at the path ``keys``."""
     if not keys:
         return value
     changed = dict(document) if isinstance(document, Mapping) else list(document)

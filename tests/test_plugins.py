@@ -92,7 +92,7 @@ def test_what_is_no_plugin_is_refused_in_one_line(tmp_path: Path, capsys: pytest
     for arguments, line in {
         ("--plugin",): "--plugin needs a value: a Python file or a module",
         ("--plugin", "nowhere.py"): "--plugin=nowhere.py: no such file",
-        ("--plugin", str(tmp_path / "math.py")): "a module of the name 'math' is imported already; give the file",
+        ("--plugin", str(tmp_path / "math.py")): "a module named 'math' is imported already; give the file",
     }.items():
         assert main(["report", "nowhere", *arguments]) == 2
         assert line in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Warnings on the command line: one line each on stderr.
 
-The library warns in two ways. `warnings.warn` tells a caller to change the code: an optimizer that was built too early,
-a mask without a seed. A logger below ``sparsetrain`` reports a problem that the program survived: a damaged checkpoint,
-scarce memory. In Python, the former gives the caller's line and can be filtered by category; the latter goes where
-`logging` is configured to write, or to stderr. The command line shows both in the same way.
+The library warns in two ways. `warnings.warn` asks a caller to change the code, for example if an optimizer was built
+too early or a mask has no seed. In Python, such a warning shows the caller's line and can be filtered by category. A
+logger below ``sparsetrain`` reports a problem that the program survived, for example a damaged checkpoint or scarce
+memory. It writes to the handlers of `logging`, or to stderr. The command line shows both in the same way.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How much memory a process can still get: of the machine, of its control group, of its limits, or of a GPU.
+"""The memory that a process can still allocate: on the machine, in its control group, under its limits, or on a GPU.
 
-Swap does not count. A training step touches all of its memory, so one that swaps is slower by orders of magnitude.
+Swap does not count. A training step touches all of its memory, so a step that swaps is slower by orders of magnitude.
 """
 
 from __future__ import annotations
@@ -18,22 +18,23 @@ _NO_LIMIT = 1 << 60  # control groups of version 1 write about 2^63 where there 
 
 @dataclass(frozen=True)
 class Available:
-    """Bytes that this process can still allocate, and what sets that limit, in words."""
+    """The bytes that this process can still allocate, and the name of the limit."""
 
     bytes: int
     limit: str
 
 
 def available_memory(device: torch.device | None = None, root: Path = Path("/")) -> Available:
-    """Return what is left of the scarcest kind of memory.
+    """Return the available memory under the tightest limit.
 
-    On a CPU: ``MemAvailable`` of the machine (all of its memory where the system does not say), what the control groups
-    of the process leave (version 1 and 2, every level; file cache counts as free), and its ``RLIMIT_AS`` and
-    ``RLIMIT_DATA``. On a GPU: what the driver reports as free, and what torch holds without using it.
+    On a CPU, the limits are ``MemAvailable`` of the machine (all of its memory if the system does not report it), the
+    control groups of the process (versions 1 and 2, every level; file cache counts as free), ``RLIMIT_AS`` and
+    ``RLIMIT_DATA``. On a GPU, the available memory is the driver's free memory plus memory that torch reserved but does
+    not use.
 
     Args:
         device: None is the CPU.
-        root: of the file system in which ``proc`` and ``sys`` stand.
+        root: root of the file system with ``proc`` and ``sys``.
     """
     if device is not None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -52,7 +53,7 @@ def _machine(root: Path) -> Available:
 
 
 def _control_groups(root: Path) -> Iterator[Available]:
-    """Yield what each control group above the process leaves. A container may show its own as the root."""
+    """Yield the memory left in each control group of the process. A container may see its own group as the root."""
     for line in _read(root / "proc/self/cgroup").splitlines():
         parts = line.split(":", 2)
         if len(parts) < 3 or (parts[1] and "memory" not in parts[1].split(",")):
@@ -70,13 +71,13 @@ def _control_groups(root: Path) -> Iterator[Available]:
 
 
 def _cache(group: Path) -> int:
-    """Return the bytes of file cache that count as used by a control group and can be dropped."""
+    """Return the bytes of file cache that count as used by a control group, although the kernel can drop them."""
     counts = dict.fromkeys(("inactive_file", "active_file", "total_inactive_file", "total_active_file"), 0)
     for line in _read(group / "memory.stat").splitlines():
         name, _, value = line.partition(" ")
         if name in counts:
             counts[name] = _number(value) or 0
-    # Version 1 counts the groups below apart from the totals, version 2 has only totals.
+    # Version 1 has separate totals that include the groups below; in version 2 every count includes them.
     return max(
         counts["inactive_file"] + counts["active_file"], counts["total_inactive_file"] + counts["total_active_file"]
     )

@@ -1,4 +1,4 @@
-"""What would fit: the largest value of one setting for which a workload's likely footprint stays within a size."""
+"""Advice for a workload that is too large: the largest value of one setting whose likely footprint fits in memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from sparsetrain.cost.footprint import ACTIVATIONS, BATCH, CACHE, EMBEDDINGS, LO
 from sparsetrain.errors import UserError
 
 Knobs = Mapping[str, str]
-"""The settings that may be changed: what they are here, `batch_size` for one, and how they are written."""
+"""The settings that may be changed: their names here, such as `batch_size`, mapped to their configuration keys."""
 
-# Which settings are tried first, by what needs most.
+# The settings that are tried first, by the part that needs most memory.
 _ORDER = {
     ACTIVATIONS: ("batch_size", "accumulation", "context"),
     LOGITS: ("batch_size", "accumulation", "context"),
@@ -24,9 +24,9 @@ _MOST_MICRO_BATCHES = 4096
 
 
 def what_fits(workload: Workload, size: int, knobs: Knobs) -> list[str]:
-    """Return up to two settings, ``name=value``, each of which alone brings the workload below ``size`` bytes.
+    """Return up to two settings, ``name=value``, each of which makes the workload fit in ``size`` bytes on its own.
 
-    Empty if none does.
+    The list is empty if no single setting is enough.
     """
     first = _ORDER[workload.footprint().main.name]
     order = [name for name in (*first, *(name for name in knobs if name not in first)) if name in knobs]
@@ -35,13 +35,13 @@ def what_fits(workload: Workload, size: int, knobs: Knobs) -> list[str]:
 
 
 def _largest(workload: Workload, name: str, size: int) -> int | None:
-    """Return the largest smaller value of a setting that fits; of the accumulation the smallest larger one."""
+    """Return the largest value below the present one that fits; for accumulation, the smallest above it; or None."""
     model = workload.model
 
     def fits(change: Callable[[int], Workload], value: int) -> bool:
         try:
             return change(value).footprint().likely <= size
-        except UserError:  # a model that there is not, of an odd width of a head for one
+        except UserError:  # the model is invalid, for example with a head of odd width under RoPE
             return False
 
     def of_model(field: str) -> Callable[[int], Workload]:
@@ -52,9 +52,9 @@ def _largest(workload: Workload, name: str, size: int) -> int | None:
         values = (n for n in range(now + 1, min(rows, _MOST_MICRO_BATCHES) + 1) if rows % n == 0)
         return next((n for n in values if fits(lambda n: replace(workload, micro_batch=rows // n), n)), None)
     if name == "d_model":
-        unit = model.n_heads * (2 if model.positions == "rope" else 1)
-        found = _bisect(lambda k: fits(of_model("d_model"), k * unit), model.d_model // unit)
-        return None if found is None else found * unit
+        step = model.n_heads * (2 if model.positions == "rope" else 1)
+        found = _bisect(lambda k: fits(of_model("d_model"), k * step), model.d_model // step)
+        return None if found is None else found * step
     changes: dict[str, tuple[Callable[[int], Workload], int]] = {
         "batch_size": (
             lambda n: replace(workload, batch_size=n, micro_batch=n, evaluated=min(workload.evaluated, n)),
@@ -70,7 +70,7 @@ def _largest(workload: Workload, name: str, size: int) -> int | None:
 
 
 def _bisect(fits: Callable[[int], bool], now: int) -> int | None:
-    """Return the largest n from 1 to ``now - 1`` that fits, None if not even 1 does; what is smaller needs less."""
+    """Return the largest n from 1 to ``now - 1`` that fits, or None; if n fits, every smaller n must fit."""
     if now <= 1 or not fits(1):
         return None
     low, high = 1, now

@@ -1,16 +1,16 @@
 """Training FLOPs and parameter counts in closed form, from a `ModelConfig` alone.
 
-The count is that of MediSwift (arXiv 2403.00952) and SPDF (arXiv 2303.10464), which reproduces their
-published ratios::
+The formula is the one of MediSwift (arXiv 2403.00952) and SPDF (arXiv 2303.10464); it reproduces their published
+ratios::
 
     F = 6 [ sum of nnz(hidden matrices) + V d + 2 L T d ]      FLOPs per training token
 
-Legend: V vocabulary, d model width, L layers, T context, nnz stored weights. A multiply-add is 2 FLOPs; the
-backward pass costs twice the forward pass, hence the 6. Q K^T and A V are counted dense and non-causal, as
-the papers do. The embedding look-up, norms, biases, activations, softmax and the optimizer are not counted.
+Legend: V vocabulary, d model width, L layers, T context, nnz stored weights. A multiply-add is 2 FLOPs, and the
+backward pass costs twice the forward pass, hence the factor 6. Q K^T and A V are counted dense and non-causal, as in
+the papers. The embedding look-up, norms, biases, activations, softmax and the optimizer are not counted.
 
-These are *theoretical* FLOPs: what a machine does that skips every zero. How long a step takes is measured,
-never derived from this number.
+These are *theoretical* FLOPs: the work of a machine that skips every zero. The time of a step is measured, never
+derived from this number.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Density = float | Mapping[str, float]
 
 @dataclass(frozen=True)
 class MatrixShape:
-    """One hidden matrix of the model, ``[out_features, in_features]``, and the fraction of it that is stored."""
+    """A hidden matrix of the model, ``[out_features, in_features]``; ``density`` is the stored fraction of it."""
 
     name: str
     out_features: int
@@ -47,7 +47,7 @@ class MatrixShape:
 
 @dataclass(frozen=True)
 class FlopTerms:
-    """FLOPs by term; per token from the functions below, of a whole run after `for_tokens`."""
+    """FLOPs by term: per token in the functions below, for a number of tokens after `for_tokens`."""
 
     sparse_linears: float
     head: float
@@ -59,7 +59,7 @@ class FlopTerms:
         return self.sparse_linears + self.head + self.attention
 
     def for_tokens(self, tokens: float) -> FlopTerms:
-        """Return the terms times a number of tokens (or any other factor)."""
+        """Return every term times a number of tokens, or another factor."""
         return FlopTerms(self.sparse_linears * tokens, self.head * tokens, self.attention * tokens)
 
     def as_dict(self) -> dict[str, float]:
@@ -89,17 +89,17 @@ class ParameterCount:
         return self.matrices + self.biases + self.norms
 
     def as_dict(self) -> dict[str, int]:
-        """Return every field and both sums."""
+        """Return every field, ``total`` and ``non_embedding``."""
         return {**asdict(self), "total": self.total, "non_embedding": self.non_embedding}
 
 
 def hidden_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Return ``(out_features, in_features)`` of the hidden matrices by name."""
+    """Return ``(out_features, in_features)`` of each hidden matrix by name."""
     return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
 
 
 def hidden_density(config: ModelConfig, densities: Mapping[str, float]) -> float:
-    """Return nonzeros over elements of all hidden matrices; those that ``densities`` does not name are dense."""
+    """Return nonzeros over elements of all hidden matrices; a matrix that ``densities`` does not name is dense."""
     hidden = matrices(config, densities or 1.0)
     return sum(matrix.nnz for matrix in hidden) / sum(matrix.numel for matrix in hidden)
 
@@ -109,12 +109,12 @@ def matrices(config: ModelConfig, density: Density = 1.0) -> list[MatrixShape]:
 
     Args:
         config: the model.
-        density: stored fraction of each matrix. One number for all of them, or a mapping from qualified name
-            (``"blocks.3.attn.qkv"``) or glob (``"blocks.*.mlp.*"``) to density, where the first match wins
-            and a matrix that nothing matches is dense.
+        density: stored fraction of each matrix. It is one number for all matrices, or a mapping from qualified name
+            (``"blocks.3.attn.qkv"``) or glob (``"blocks.*.mlp.*"``) to density. The first match wins, and a matrix
+            without a match is dense.
 
     Raises:
-        UserError: a density outside (0, 1], or a key of the mapping that no matrix takes its density from.
+        UserError: a density is outside (0, 1], or no matrix takes its density from a key of the mapping.
     """
     d_kv = config.kv_heads * config.d_head
     inner = {
@@ -136,10 +136,10 @@ def training_flops_per_token(config: ModelConfig, density: Density = 1.0, contex
     Args:
         config: the model. Grouped-query attention makes the qkv matrix smaller, not the attention term.
         density: as in `matrices`.
-        context: tokens T that one token attends over; None is ``config.max_context``.
+        context: tokens T that one token attends to; None is ``config.max_context``.
 
     Raises:
-        UserError: as `matrices`, or a context that is not positive.
+        UserError: ``context`` is not positive, or ``density`` is refused by `matrices`.
     """
     length = config.max_context if context is None else context
     if length < 1:
@@ -157,12 +157,17 @@ def forward_flops_per_token(config: ModelConfig, density: Density = 1.0, context
 
 
 def flop_ratio(dense: FlopTerms, sparse: FlopTerms) -> float:
-    """Return how many times fewer FLOPs ``sparse`` has than ``dense``; 2.0 is half of them."""
+    """Return the FLOPs of ``dense`` over those of ``sparse``: 2.0 if ``sparse`` has half as many."""
     return dense.total / sparse.total
 
 
 def parameter_count(config: ModelConfig, density: Density = 1.0) -> ParameterCount:
-    """Return the parameters of ``Transformer(config)`` by kind without building it; ``density`` as in `matrices`."""
+    """Return the parameters of ``Transformer(config)`` by kind, without building it.
+
+    Args:
+        config: the model.
+        density: as in `matrices`, which also gives the errors.
+    """
     hidden = matrices(config, density)
     width, layers = config.d_model, config.n_layers
     gain_and_bias = 2 if config.bias and config.norm == "layernorm" else 1

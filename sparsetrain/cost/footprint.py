@@ -1,12 +1,12 @@
-"""The memory that a model needs at its peak: estimated before anything is built, in closed form.
+"""The memory that a model needs at its peak, estimated in closed form before anything is built.
 
-Every part has two numbers. ``least`` is certain: it counts tensors that exist at the same moment, whatever the
-allocator, the backend or the rule of the masks does. ``likely`` adds what is usual: the layouts of the kernels, the
-buffers of a backward pass, the copy that a checkpoint is written from. A run should be refused by ``least``, so that
-nothing is refused that fits, and what would fit should be told by ``likely``.
+Every part has two numbers. ``least`` is a lower bound: it counts tensors that exist at the same moment under every
+allocator, backend and evolution rule. ``likely`` adds the usual extras: the layouts of the kernels, the buffers of a
+backward pass, and the copy from which a checkpoint is written. A run should be refused by ``least``, so that no run
+that fits is refused. Advice on a size that fits should use ``likely``.
 
-Measured against the growth of the resident size over whole runs, ``likely`` lies within a factor of 1.5 where the model
-is what needs the memory; ``tests/cost/test_footprint.py`` holds the ratios.
+Compared with the growth of the resident size over whole runs, ``likely`` lies within a factor of 1.5 if the model needs
+most of the memory; ``tests/cost/test_footprint.py`` has the ratios.
 
 Legend: B sequences that pass through the model at once, T context, N = B T tokens, D model width, F width of the MLP,
 K width of all keys (and of all values), L layers, V vocabulary.
@@ -31,14 +31,14 @@ LOGITS, BATCH, CACHE = "logits", "the tokens of a batch", "keys and values"
 _FLOAT, _TOKEN = 4, 8  # bytes of a float32 and of an int64
 # Bytes of a nonzero's column, of a nonzero in the layouts of the kernels, and of a row pointer.
 _COLUMN, _LAYOUT, _ROW = 4, 8, 8
-_DRAWN = 16  # bytes of each place of a matrix while its mask is drawn
-# Bytes of the Python objects of a block: its modules and parameters, and what an optimizer keeps about them.
+_DRAWN = 16  # bytes per element of a matrix while its mask is drawn
+# Bytes of the Python objects of a block: its modules and parameters, and the optimizer's entries for them.
 _OBJECTS = 30_000
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes for one purpose: at least, and likely."""
+    """Bytes for one purpose: a lower bound and a likely value."""
 
     name: str
     least: int
@@ -59,29 +59,31 @@ class Footprint:
 
     @property
     def main(self) -> Part:
-        """The part that needs most."""
+        """The part that likely needs most bytes."""
         return max(self.parts, key=lambda part: part.likely)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is done with a model, as far as memory depends on it.
+    """A use of a model, with everything that its memory depends on.
 
     Args:
-        model: the transformer. plan: which of its matrices are sparse; None for none.
-        batch_size: sequences of an optimizer step, whose tokens are held together; 0 without training.
-        micro_batch: sequences that pass through the model at once. context: tokens of a sequence.
-        evaluated: sequences that pass through the model at once without gradients.
-        cached: tokens of each of these whose keys and values are kept, as in generation and scoring.
-        moments: values that the optimizer keeps for a weight: 2 for AdamW.
+        model: the transformer.
+        sparsity: the sparsity section; None for a dense model.
+        batch_size: sequences per optimizer step, whose tokens are in memory together; 0 without training.
+        micro_batch: sequences per forward pass in training.
+        context: tokens per sequence.
+        evaluated: sequences per forward pass without gradients; 0 without evaluation.
+        cached: tokens per evaluated sequence whose keys and values are kept, as in generation and scoring.
+        moments: values that the optimizer keeps per weight: 2 for AdamW.
         trained: whether weights have gradients; False for a soft prompt of a frozen model.
         half: whether activations have 16 bits.
-        whole_logits: whether the logits of all tokens exist at once, not those of a chunk.
+        whole_logits: whether the logits of all tokens exist at once, instead of one chunk at a time.
         prompt_tokens: learned vectors of a soft prompt.
     """
 
     model: ModelConfig
-    plan: SparsityConfig | None = None
+    sparsity: SparsityConfig | None = None
     batch_size: int = 0
     micro_batch: int = 0
     context: int = 1
@@ -94,7 +96,7 @@ class Workload:
     prompt_tokens: int = 0
 
     def footprint(self) -> Footprint:
-        """Return the moment that likely needs most, with the largest ``least`` of all moments."""
+        """Return the parts at the moment that likely needs most, with the largest ``least`` of all moments."""
         moments = [self._built()]
         if self.batch_size:
             moments += [self._forward(), self._update()]
@@ -106,25 +108,25 @@ class Workload:
     # ------------------------------------------------------------------------------------------------ moments
 
     def _built(self) -> list[Part]:
-        """Dense matrices, of which `sparsetrain.sparsify` makes sparse ones."""
+        """The dense matrices of a new model, which `sparsetrain.sparsify` replaces later."""
         dense = hidden_matrices(self.model, None)
         size = dense.stored * _FLOAT
-        drawn = dense.largest * _DRAWN if self.plan is not None and self.plan.is_sparse else 0
+        drawn = dense.largest * _DRAWN if self.sparsity is not None and self.sparsity.is_sparse else 0
         return [Part(WEIGHTS, size, size + drawn + self._others()), self._embeddings(1, 1)]
 
     def _forward(self) -> list[Part]:
-        """The end of a forward pass. Moments exist from the second step on, gradients from the second micro-batch."""
+        """The end of a forward pass. Moments exist after the first step, gradients after the first micro-batch."""
         several = int(self.batch_size > self.micro_batch and self.trained)
         copies = 1 + several, 1 + several + (self.moments if self.trained else 0)
         return [*self._state(*copies), self._activations(), self._logits(), self._tokens(self.batch_size)]
 
     def _update(self) -> list[Part]:
-        """The optimizer's step, and the checkpoint after it: instead of gradients, a copy of what is being written."""
+        """The optimizer's step with its gradients, or the checkpoint after it with a copy of the written tensors."""
         copies = (2 + self.moments, 1 + self.moments + max(1, self.moments)) if self.trained else (1, 2)
         return [*self._state(*copies), self._tokens(self.batch_size)]
 
     def _evaluation(self) -> list[Part]:
-        """A pass without gradients: the activations of one block."""
+        """A forward pass without gradients, which holds the activations of one block at a time."""
         model, tokens = self.model, self.evaluated * self.context
         least = tokens * (2 * model.d_model + (3 if model.mlp == "swiglu" else 2) * model.ffn_width)
         likely = least + tokens * model.d_model
@@ -141,21 +143,23 @@ class Workload:
     # -------------------------------------------------------------------------------------------------- parts
 
     def _state(self, least: int, likely: int) -> list[Part]:
-        """Return so many values for each weight, and the indices of sparse matrices."""
-        fewest, usual = hidden_matrices(self.model, self.plan, fewest=True), hidden_matrices(self.model, self.plan)
+        """Return weights with indices, and embeddings; ``least`` and ``likely`` are numbers of values per weight."""
+        fewest = hidden_matrices(self.model, self.sparsity, fewest=True)
+        usual = hidden_matrices(self.model, self.sparsity)
         certain = fewest.stored * least * _FLOAT + fewest.sparse * _COLUMN
         indices = usual.sparse * (_COLUMN + _LAYOUT) + usual.sparse_rows * _ROW
         weights = Part(WEIGHTS, certain, usual.stored * likely * _FLOAT + indices + self._others())
         return [weights, self._embeddings(least, likely)]
 
     def _others(self) -> int:
-        """Return what comes with the blocks likely: objects, and for masks that evolve one dense matrix and a history.
+        """Return the likely bytes of Python objects and, if masks evolve, of one dense matrix and the mask history.
 
-        RigL has the dense gradient of one layer at a time, SET an order of its empty places; the history is two bits
-        for each place.
+        RigL holds the dense gradient of one layer at a time, and SET a random order of its empty positions. The
+        history has two bits per element.
         """
         objects = self.model.n_layers * _OBJECTS
-        if self.plan is None or not self.plan.is_sparse or self.plan.evolution.rule == "static" or not self.batch_size:
+        sparsity = self.sparsity
+        if sparsity is None or not sparsity.is_sparse or sparsity.evolution.rule == "static" or not self.batch_size:
             return objects
         dense = hidden_matrices(self.model, None)
         return objects + dense.largest * _FLOAT + dense.stored // 4
@@ -168,11 +172,11 @@ class Workload:
         return Part(EMBEDDINGS, size * least, size * likely)
 
     def _activations(self) -> Part:
-        """Return what the forward pass keeps for the backward pass: 64 D bytes for each token and layer if F = 4 D.
+        """Return the tensors kept for the backward pass: 64 D bytes per token and layer if F = 4 D.
 
-        A branch keeps its input and that of its first matrix, attention also queries, keys, values and its result, the
-        MLP two tensors of its width, or four if it is gated. The scores of attention are never stored. Frozen weights
-        need no input of their matrix.
+        Each of the two branches keeps its input and the input of its first matrix. Attention also keeps queries, keys,
+        values and its result; the MLP keeps two tensors of its width, or four if it is gated. The attention scores are
+        never stored. A matrix with frozen weights does not need its input.
         """
         model, tokens = self.model, self.micro_batch * self.context
         width, inner, gated = model.d_model, model.ffn_width, model.mlp == "swiglu"
@@ -180,7 +184,7 @@ class Workload:
         trained = 5 * width + qkv + (4 if gated else 2) * inner
         frozen = 3 * width + qkv + (3 if gated else 1) * inner
         outside = 2 * width  # the input of the final norm, and the gradient of its output
-        # Gradients inside the block at which a backward pass stands.
+        # Gradients inside the block that the backward pass has reached.
         passing = 2 * inner + 3 * width
         more = 2 * width * ((model.norm == "rmsnorm") + (model.dropout > 0.0))
         least = tokens * (model.n_layers * (trained if self.trained else frozen) + outside)
@@ -192,7 +196,7 @@ class Workload:
         if self.whole_logits:
             size = tokens * model.vocab_size * _FLOAT
             return Part(LOGITS, 2 * size, 3 * size)
-        # Beside the chunk: the gradient of the head's weight, which exists before the backward pass begins.
+        # The loss of a chunk computes the gradient of the head's weight in the forward pass already.
         gradient = model.vocab_size * model.d_model * _FLOAT if self.trained else 0
         return Part(LOGITS, gradient // 2, 2 * self._chunk(tokens) + 2 * gradient)
 
@@ -206,7 +210,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Hidden:
-    """Sums over the hidden matrices: stored values, those of sparse matrices and their rows, and the largest matrix."""
+    """Sums over the hidden matrices.
+
+    Args:
+        stored: stored values of all matrices.
+        sparse: stored values of the sparse matrices.
+        sparse_rows: rows of the sparse matrices.
+        largest: elements of the largest matrix.
+    """
 
     stored: int
     sparse: int
@@ -214,25 +225,26 @@ class Hidden:
     largest: int
 
 
-def hidden_matrices(model: ModelConfig, plan: SparsityConfig | None, fewest: bool = False) -> Hidden:
-    """Return what the hidden matrices store, from those of one block: no list grows with the number of layers.
+def hidden_matrices(model: ModelConfig, sparsity: SparsityConfig | None, fewest: bool = False) -> Hidden:
+    """Return sums over the hidden matrices, computed from one block, so that the cost does not grow with the layers.
 
     Args:
-        plan: None for dense ones. Globs are read for the first block.
-        fewest: the least number of values that the plan allows at any time, whatever its globs select; else the
-            number at the time when there are most.
+        model: the transformer.
+        sparsity: the sparsity section; None for dense matrices. Its globs are matched against the first block.
+        fewest: whether to count the fewest values that the section allows at any time, for any match of its globs.
+            Otherwise the values are counted at the time with the most.
     """
     block, layers = matrices(replace(model, n_layers=1)), model.n_layers
     numel = sum(matrix.numel for matrix in block)
     largest = max(matrix.numel for matrix in block)
-    if plan is None or not plan.is_sparse:
+    if sparsity is None or not sparsity.is_sparse:
         return Hidden(numel * layers, 0, 0, largest)
-    densities = {matrix.name: _density(matrix.name, plan, fewest, numel * layers) for matrix in block}
-    # A layer that is dense only at times stores its indices all the same.
-    resized = RULES[plan.evolution.rule].resizes and not fewest
+    densities = {matrix.name: _density(matrix.name, sparsity, fewest, numel * layers) for matrix in block}
+    # A rule that changes densities keeps the sparse form, with its indices, while a layer is dense.
+    resized = RULES[sparsity.evolution.rule].resizes and not fewest
     stored = {matrix.name: int(densities[matrix.name] * matrix.numel) for matrix in block}
     sparse = [
-        matrix for matrix in block if densities[matrix.name] < 1.0 or (resized and _takes_part(matrix.name, plan))
+        matrix for matrix in block if densities[matrix.name] < 1.0 or (resized and _sparsified(matrix.name, sparsity))
     ]
     return Hidden(
         sum(stored.values()) * layers,
@@ -242,21 +254,22 @@ def hidden_matrices(model: ModelConfig, plan: SparsityConfig | None, fewest: boo
     )
 
 
-def _density(name: str, plan: SparsityConfig, fewest: bool, numel: int) -> float:
-    """Return the density of a matrix where the plan gives it most weights, or the smallest that is possible."""
-    own = plan.sparsity if plan.nnz is None else max(0.0, 1.0 - plan.nnz / numel)
-    rule = plan.evolution.build(None, own) if own or not RULES[plan.evolution.rule].needs_sparsity else Static()
+def _density(name: str, sparsity: SparsityConfig, fewest: bool, numel: int) -> float:
+    """Return the largest density that a matrix has in training, or the smallest that any matrix can have."""
+    own = sparsity.sparsity if sparsity.nnz is None else max(0.0, 1.0 - sparsity.nnz / numel)
+    needs_sparsity = RULES[sparsity.evolution.rule].needs_sparsity
+    rule = sparsity.evolution.build(None, own) if own or not needs_sparsity else Static()
     if fewest:
-        return min(*rule.densities(1.0 - own), *(1.0 - group.sparsity for group in plan.groups), 1.0 - own)
-    if not _takes_part(name, plan):
+        return min(*rule.densities(1.0 - own), *(1.0 - group.sparsity for group in sparsity.groups), 1.0 - own)
+    if not _sparsified(name, sparsity):
         return 1.0
-    for group in plan.groups:
+    for group in sparsity.groups:
         if fnmatchcase(name, group.match):
             return max(rule.densities(1.0 - group.sparsity))
     return max(rule.densities(1.0 - own))
 
 
-def _takes_part(name: str, plan: SparsityConfig) -> bool:
-    if not matches(name, plan.include) or matches(name, plan.exclude):
+def _sparsified(name: str, sparsity: SparsityConfig) -> bool:
+    if not matches(name, sparsity.include) or matches(name, sparsity.exclude):
         return False
-    return next((group.sparsity > 0.0 for group in plan.groups if fnmatchcase(name, group.match)), True)
+    return next((group.sparsity > 0.0 for group in sparsity.groups if fnmatchcase(name, group.match)), True)

@@ -1,8 +1,7 @@
 """The training FLOPs of a pre-training whose densities and context change, by formula.
 
-The FLOPs of a step follow from its masks and its context: `sparsetrain.cost.flops`, with the densities that the rule
-gives that step. A dense gradient (`RigL`) adds 2 R C FLOPs per token and layer at update steps, on top of the sparse
-gradient.
+The FLOPs of a step follow from its context and from the densities that the rule gives it: `sparsetrain.cost.flops` has
+the formula. At an update step, a dense gradient (`RigL`) adds 2 R C FLOPs per token for each sparse layer [R, C].
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ UPDATES = "mask_updates"
 
 
 class StepsOfPhase(Protocol):
-    """What the ledger reads of a phase: its first step, the context and the tokens of each of its steps."""
+    """The properties of a phase that the ledger reads: its first step, and the context and tokens of a step."""
 
     @property
     def first_step(self) -> int: ...
@@ -34,7 +33,7 @@ class StepsOfPhase(Protocol):
 
 
 class Steps(Protocol):
-    """What the ledger reads of a budget, which stands above it: `sparsetrain.optim.Budget` says what each means."""
+    """The properties of a budget that the ledger reads; `sparsetrain.optim.Budget` explains them."""
 
     @property
     def phases(self) -> Sequence[StepsOfPhase]: ...
@@ -58,7 +57,7 @@ class FlopLedger:
     Args:
         config: the model.
         densities_at: maps a number of completed steps to the density of each sparse layer.
-        rule: how masks change.
+        rule: the evolution rule of the masks.
         budget: the steps of the run, each with its context and batch size.
         accumulation: micro-batches per step; an update ranks connections by the dense gradient of the last one.
     """
@@ -87,7 +86,7 @@ class FlopLedger:
         """Return the FLOPs of steps ``first`` to ``end - 1``, by term and as ``total``."""
         updates = [step for step in self.rule.updates(end) if step > first]
         borders = [phase.first_step for phase in self.budget.phases]
-        # An update after the last step changes none of the steps counted here.
+        # An update at ``end`` changes only later steps.
         changes = sorted({step for step in (*updates, *borders) if first < step < end})
         sums = FlopTerms(0.0, 0.0, 0.0)
         for begin, stop in zip([first, *changes], [*changes, end], strict=True):
@@ -116,7 +115,9 @@ def planned_flops(
     """Return a function from a budget to its training FLOPs by formula; it does not build the model.
 
     Args:
-        section_of: returns the sparsity section for a budget, since its phases may change the masks.
+        config: the model.
+        section_of: returns the sparsity section for a budget, since the phases of a budget may change densities.
+        accumulation: micro-batches per step.
     """
     shapes = hidden_shapes(config)
 

@@ -1,8 +1,8 @@
-"""Bytes that a training run holds for its parameters: predicted from a `ModelConfig`, and counted on a live model.
+"""Bytes of parameters, gradients and optimizer state: predicted from a `ModelConfig`, and counted on a live model.
 
-A sparse layer stores ``values [nnz]`` and, in compressed-row form, ``row_ptr`` (int64, rows + 1) and ``col``
-(int32, nnz); its gradient and optimizer moments have nnz entries too. Not counted: activations, and the
-kernels' own derived layouts, which depend on the backend and can be dropped and rebuilt.
+A sparse layer stores ``values [nnz]`` and, in compressed-row form, ``row_ptr`` (int64, rows + 1) and ``col`` (int32,
+nnz). Its gradient and each optimizer moment also have nnz entries. Activations are not counted, nor are the layouts
+that the kernels derive, which depend on the backend and can be dropped and rebuilt.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ _COLUMN_BYTES = torch.int32.itemsize
 class StateBytes:
     """Bytes by purpose.
 
-    ``index`` is the topology of sparse layers (row_ptr and col); ``buffers`` is whatever else a module
-    registers.
+    Args:
+        parameters: of parameters.
+        gradients: of gradients.
+        optimizer: of optimizer state.
+        index: of the topology of sparse layers (row_ptr and col).
+        buffers: of all other buffers.
     """
 
     parameters: int
@@ -57,15 +61,15 @@ def training_bytes(
     """Return the bytes of ``Transformer(config)`` in training, in closed form.
 
     Args:
-        config: the model. density: stored fraction of the hidden matrices, as in
-        `sparsetrain.cost.flops.matrices`. value_bytes: bytes of a parameter and of its gradient; 4 is
-        float32, 2 is bfloat16. moments: optimizer values per parameter: 2 for AdamW, 1 for SGD with momentum,
-        0 for SGD. The step counter that
-            torch keeps per tensor (4 bytes each) is left out.
-        moment_bytes: bytes of one of them.
+        config: the model.
+        density: stored fraction of the hidden matrices, as in `sparsetrain.cost.flops.matrices`.
+        value_bytes: bytes of a parameter, and of its gradient: 4 for float32, 2 for bfloat16.
+        moments: optimizer values per parameter: 2 for AdamW, 1 for SGD with momentum, 0 for SGD. The step counter of
+            4 bytes that torch keeps per tensor is left out.
+        moment_bytes: bytes of one optimizer value.
 
     Raises:
-        UserError: as `matrices`, or a negative size.
+        UserError: a size is negative, or ``density`` is refused by `matrices`.
     """
     for name, size in (("value_bytes", value_bytes), ("moments", moments), ("moment_bytes", moment_bytes)):
         if size < 0:
@@ -87,9 +91,8 @@ def training_bytes(
 def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> StateBytes:
     """Return the bytes that a live model and its optimizer hold at this moment.
 
-    Tensors that share storage (a tied head, a view) count once. Gradients count where they exist, so the
-    answer between ``backward()`` and ``zero_grad()`` differs from the one after it; optimizer state exists
-    from the first step on.
+    Tensors that share storage (a tied head, a view) count once. Gradients count only while they exist, between
+    ``backward()`` and ``zero_grad()``. Optimizer state exists from the first step on.
     """
     seen: set[tuple[torch.device, int]] = set()
     index: list[Tensor] = []
@@ -109,11 +112,11 @@ def state_bytes(model: nn.Module, optimizer: torch.optim.Optimizer | None = None
 
 
 def _bytes(tensors: Iterable[Tensor], seen: set[tuple[torch.device, int]]) -> int:
-    """Add up the storages of ``tensors`` that are not yet in ``seen``, and put them there."""
+    """Return the bytes of the storages of ``tensors`` that are not in ``seen``, and add these storages to it."""
     total = 0
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        # A tensor on the meta device has no address: it can only be told apart by its own identity.
+        # A tensor on the meta device has no address, so its Python identity stands in for one.
         key = (tensor.device, storage.data_ptr() or id(tensor))
         if key not in seen:
             seen.add(key)

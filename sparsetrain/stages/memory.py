@@ -107,7 +107,7 @@ def check_memory(
     footprint = workload.footprint()
     places = [(footprint, None)] if device is None or device.type == "cpu" else []
     if not places:
-        built = Workload(workload.model, workload.plan).footprint()
+        built = Workload(workload.model, workload.sparsity).footprint()
         places = [(built, None), (footprint, device)]  # type: ignore[list-item]
     for needed, place in places:
         check_footprint(needed, what, force, place, lambda size: what_fits(workload, size, knobs))
@@ -116,7 +116,7 @@ def check_memory(
 def memory_fits(workload: Workload, device: torch.device) -> bool:
     """Return whether `check_memory` accepts a workload."""
     on_device = device if device.type != "cpu" else None
-    built = Workload(workload.model, workload.plan).footprint().least <= available_memory().bytes
+    built = Workload(workload.model, workload.sparsity).footprint().least <= available_memory().bytes
     return built and workload.footprint().least <= available_memory(on_device).bytes
 
 
