@@ -1,4 +1,4 @@
-"""Reports of runs: tables, figures and the page. A page may be given further sections by `register_section`."""
+"""Reports of runs: tables, figures and the HTML page, to which `register_section` adds sections."""
 
 from sparsetrain.report.registry import register_section
 

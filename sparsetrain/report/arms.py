@@ -1,8 +1,8 @@
-"""Tables of arms: what was compared, a row for each stage, arm and seed, and what their means and differences are.
+"""Tables of arms, with a row for each stage, arm and seed, and their means and differences.
 
-There are two kinds. In a table of pipelines an arm is a way of pre-training (``dense``, ``sparse-0.75``, or ``scratch``
-for none), and its stages are ``pretrain`` and ways of learning a task, such as ``finetune`` or ``prompt-frozen``. In a
-table of masks an arm is a rule by which masks evolve, and a row is one pre-training run.
+There are two kinds of table. In a table of pipelines, an arm is a kind of pre-training (``dense``, ``sparse-0.75``, or
+``scratch`` for no pre-training). Its stages are ``pretrain`` and ways of learning a task, such as ``finetune`` or
+``prompt-frozen``. In a table of masks, an arm is an evolution rule, and a row is one pre-training run.
 
 Every interval is Student's t at 95 %, over seeds. Differences are paired by seed.
 """
@@ -28,9 +28,9 @@ from sparsetrain.shapes import Count, Fraction, check
 
 PRETRAIN, SCRATCH = "pretrain", "scratch"
 WAYS = ("finetune", "finetune-sparse", "prompt", "prompt-frozen")
-"""Stages that end in an accuracy, in the order in which they are shown; others come after them."""
+"""Stages that end in an accuracy, in the order of display; other stages come after them."""
 RULES = ("static", "set", "rigl", "gmp", "vspdf")
-"""Rules of masks, in the order in which they are shown; others come after them."""
+"""Evolution rules in the order of display; other rules come after them."""
 STAGE_COLUMNS = (
     *("arm", "stage", "task", "status", "density", "tokens", "bits_per_byte"),
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
@@ -40,17 +40,17 @@ MASK_COLUMNS = (
     *("rule", "status", "tokens", "bits_per_byte", "density", "itop_rate", "mask_overlap", "dead_rows"),
     *("train_flops", "seconds", "peak_rss_bytes"),
 )
-"""What is collected beside the columns that every table of an experiment begins with."""
-_FIRST_TASK = "section_roles"  # of tables without a column for it, which were written when pipelines had no other
-_ALIKE = ("parameterization", "sparsity", "width", "depth", "lr")  # what the seeds of an arm and stage share
+"""The columns that follow those of every table of an experiment."""
+_FIRST_TASK = "section_roles"  # the task of old tables, which have no column for it
+_ALIKE = ("parameterization", "sparsity", "width", "depth", "lr")  # columns that are equal for all seeds of an arm
 
 Row = dict[str, Any]
 Course = list[tuple[float, float, float]]
-"""A run of masks: fraction of training, density of the hidden matrices, and R_s, the share of weights ever active."""
+"""Masks over a run: fraction of training, density of the hidden matrices, and R_s, the share of weights ever active."""
 
 
 class _Row(TableRow):
-    """What rows of both kinds have. Losses are in nats per token, null where a run diverged; FLOPs by the formula."""
+    """Columns of both kinds of table. Losses are in nats per token, null if diverged; FLOPs follow the formula."""
 
     status: NotRequired[str | None]
     bits_per_byte: Loss | None
@@ -61,7 +61,7 @@ class _Row(TableRow):
 
 
 class StageRow(_Row):
-    """One stage of an arm, for one seed. ``task`` is null for pre-training, accuracies are fractions."""
+    """One stage of an arm for one seed; ``task`` is null for pre-training, and accuracies are fractions."""
 
     arm: str
     stage: str
@@ -76,7 +76,7 @@ class StageRow(_Row):
 
 
 class MaskRow(_Row):
-    """One run under a rule of masks; the numbers of masks are those of its end, over all sparse layers."""
+    """One run under an evolution rule; its masks are measured at the end, over all sparse layers."""
 
     rule: str
     itop_rate: Fraction | None
@@ -97,10 +97,10 @@ class Arms:
     """A table of arms.
 
     Args:
-        rows: each has the keys of `StageRow` or of `MaskRow`, and further ones.
-        columns: what ``results.csv`` holds, in this order.
+        rows: each has the keys of `StageRow` or of `MaskRow`, and possibly more.
+        columns: the columns of ``results.csv``, in order.
         where: the file or directory, for errors.
-        courses: of masks, by rule and seed, where the metrics of the runs are still there.
+        courses: the `Course` of each run of masks by rule and seed, if the metrics of the run still exist.
     """
 
     rows: list[Row]
@@ -113,20 +113,20 @@ class Arms:
         return "rule" in self.columns
 
     def identities(self) -> list[tuple[Any, ...]]:
-        """Return what tells each row from the others; the seed comes last."""
+        """Return the values that identify each row; the seed comes last."""
         names = ("rule", "seed") if self.of_masks else ("arm", "stage", "task", "seed")
         return [tuple(row[name] for name in names) for row in self.rows]
 
     def write(self, path: Path) -> None:
-        """Write ``results.csv``; what `read_arms` has read becomes the same bytes."""
+        """Write ``results.csv``; a table from `read_arms` gives the same bytes again."""
         write_rows([{name: row.get(name) for name in self.columns} for row in self.rows], path, self.columns)
 
 
 def read_arms(path: Path) -> Arms:
-    """Return the table of a ``results.csv``. Columns that are not known are kept as they are.
+    """Return the table of a ``results.csv``; unknown columns are kept unchanged.
 
     Raises:
-        UserError: no CSV, no table of arms, no row, or a cell that is not what its column holds, named with its row.
+        UserError: the file is no CSV, no table of arms or has no row, or a cell is not valid for its column.
     """
     cells = read_csv(path)
     if not cells:
@@ -135,24 +135,24 @@ def read_arms(path: Path) -> Arms:
     of_masks = "rule" in columns
     if not of_masks and ("arm" not in columns or not {"stage", "how"} & set(columns)):
         raise UserError(
-            f"{path} is no table of arms: it has neither a column rule nor arm and stage; a sweep's is read by "
-            "sparsetrain sweep"
+            f"{path} is no table of arms: it has neither a column rule nor the columns arm and stage; sparsetrain "
+            "sweep reads the table of a sweep"
         )
     rows = []
     for number, texts in enumerate(cells, start=1):
         row = {name: table_cell(text) if name in _NUMBERS else text or None for name, text in texts.items()}
         if not of_masks:
-            row.setdefault("stage", row.get("how"))  # what the column was called in older tables
+            row.setdefault("stage", row.get("how"))  # the name of the column in older tables
             row.setdefault("task", None if row["stage"] == PRETRAIN else _FIRST_TASK)
         rows.append(check(row, MaskRow if of_masks else StageRow, f"{path}, row {number}"))
     return Arms(rows, columns, str(path))
 
 
 def join(tables: Sequence[Arms]) -> Arms:
-    """Return several tables as one.
+    """Return the union of several tables.
 
     Raises:
-        UserError: they are of both kinds, a row stands twice, or seeds of an arm differ in more than the seed.
+        UserError: the tables are of both kinds, a row occurs twice, or runs of an arm differ in more than the seed.
     """
     if len({table.of_masks for table in tables}) > 1:
         raise UserError("stages of pipelines and single runs of masks are two tables: report them one at a time")
@@ -162,7 +162,7 @@ def join(tables: Sequence[Arms]) -> Arms:
         for key, row in zip(table.identities(), table.rows, strict=True):
             if key in seen:
                 name = "/".join(str(part) for part in key[:-1] if part)
-                raise UserError(f"{name} of seed {key[-1]} stands twice: in {seen[key]} and in {table.where}")
+                raise UserError(f"{name} of seed {key[-1]} occurs twice: in {seen[key]} and in {table.where}")
             seen[key] = table.where
             other, where = first.setdefault(key[:-1], (row, table.where))
             changed = [name for name in _ALIKE if row[name] != other[name]]
@@ -181,13 +181,13 @@ def join(tables: Sequence[Arms]) -> Arms:
 
 
 def arm_names(rows: Sequence[Row]) -> list[str]:
-    """Return the arms by their sparsity, the one without pre-training last."""
+    """Return the arms in order of sparsity, and last the arm without pre-training."""
     sparsity = {row["arm"]: row["sparsity"] for row in reversed(rows)}
     return sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda name: (name == SCRATCH, sparsity[name]))
 
 
 def pretrained(rows: Sequence[Row]) -> list[str]:
-    """Return the arms that were pre-trained, by their sparsity."""
+    """Return the pre-trained arms in order of sparsity."""
     return arm_names([row for row in rows if row["stage"] == PRETRAIN])
 
 
@@ -202,7 +202,7 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def rules(rows: Sequence[Row]) -> list[str]:
-    """Return the rules of masks in the order of `RULES`."""
+    """Return the evolution rules in the order of `RULES`."""
     return _ordered([row["rule"] for row in rows], RULES)
 
 
@@ -211,7 +211,7 @@ def _ordered(names: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def select(rows: Sequence[Row], key: str, **wanted: Any) -> dict[int, float]:
-    """Return ``key`` by seed of the rows that have these values; a row without a number is left out."""
+    """Return ``key`` by seed, for the rows whose columns equal ``wanted``; a row with a null ``key`` is left out."""
     return {
         row["seed"]: row[key]
         for row in rows
@@ -226,14 +226,14 @@ def means(rows: Sequence[Row]) -> Sheet:
         for arm in arm_names(rows):
             for stage in ways(rows) if task else [PRETRAIN]:
                 same = {"arm": arm, "stage": stage, "task": task}
-                chosen = select(rows, "seed", **same)
+                seeds = select(rows, "seed", **same)
                 bits, accuracy, flops = (
                     list(select(rows, name, **same).values()) for name in ("bits_per_byte", "accuracy", "train_flops")
                 )
-                if chosen:
+                if seeds:
                     name = ", ".join([arm, stage, *([task] if task else [])])
                     cells = _mean(bits, 1.0, 4), _mean(accuracy, 100.0, 1), si(float(np.mean(flops or [0])), "FLOP")
-                    body.append((name, str(len(chosen)), *cells))
+                    body.append((name, str(len(seeds)), *cells))
     majority = {task: select(rows, "majority", task=task) for task in tasks(rows)}
     note = "Brackets: 95 %, Student's t over seeds."
     for task, shares in majority.items():
@@ -244,7 +244,12 @@ def means(rows: Sequence[Row]) -> Sheet:
 
 
 def differences(rows: Sequence[Row], with_tasks: bool = True) -> Sheet:
-    """Return what arms and stages differ in, paired by seed: from the densest arm, from scratch, from fine-tuning."""
+    """Return differences paired by seed: of arms from the densest and from scratch, of stages from fine-tuning.
+
+    Args:
+        rows: of a table of pipelines.
+        with_tasks: whether to include accuracies on tasks beside the losses of pre-training.
+    """
     body = []
     arms = pretrained(rows)
 
@@ -283,7 +288,7 @@ def differences(rows: Sequence[Row], with_tasks: bool = True) -> Sheet:
 
 
 def mask_means(rows: Sequence[Row]) -> Sheet:
-    """Return the mean over seeds of what each rule of masks reached and did."""
+    """Return, for each evolution rule, the means over seeds of the loss and of the masks at the end."""
     body = []
     for rule in rules(rows):
         same = [row for row in rows if row["rule"] == rule]

@@ -1,4 +1,4 @@
-"""Figures of tables of arms: each seed a point, and the mean over seeds with its 95 % interval (Student's t)."""
+"""Figures of tables of arms: one point per seed, and the mean over seeds with its 95 % interval (Student's t)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _SHORT = {"finetune": "fine-tuned", "prompt": "soft prompt"}
 
 
 def arms_figure(table: Arms, path: Path) -> None:
-    """Draw a table; a PNG. Masks have their losses and what the masks did, pipelines bits per byte and accuracies."""
+    """Draw a table as a PNG: losses and masks for evolution rules, bits per byte and accuracies for pipelines."""
     with styled("arms"):
         if table.of_masks:
             figure = _masks(table.rows, table.courses)
@@ -34,7 +34,7 @@ def arms_figure(table: Arms, path: Path) -> None:
 
 
 def _mark(axes: Axes, place: float, samples: Sequence[float], colour: str, narrow: bool = False) -> None:
-    """Draw one arm; ``narrow`` where several stand beside each other."""
+    """Draw one arm at ``place``; ``narrow`` fits several arms side by side."""
     if samples:
         half = half_width(samples) if len(samples) > 1 else None
         bar, cap, point = (12, 3, 3) if narrow else (26, 5, 4)
@@ -56,7 +56,7 @@ def _majority(axes: Axes, rows: Sequence[Row], task: str) -> float | None:
 
 
 def _one_task(rows: Sequence[Row]) -> Figure:
-    """Return the figure of pipelines with one task: every arm and stage has a place of its own, colours are arms."""
+    """Return the figure of pipelines with one task: one position per arm and stage, one colour per arm."""
     arms, ways = pretrained(rows), way_names(rows)
     (task,) = task_names(rows)
     colours = {arm: COLOURS[index % len(COLOURS)] for index, arm in enumerate([SCRATCH, *arms])}
@@ -86,7 +86,7 @@ def _one_task(rows: Sequence[Row]) -> Figure:
 
 
 def _tasks(rows: Sequence[Row]) -> Figure:
-    """Return the figure of several tasks or ways of tuning: a panel for each task, colours are ways."""
+    """Return the figure of several tasks or ways of tuning: one panel per task, one colour per way."""
     arms, ways, tasks = arm_names(rows), way_names(rows), task_names(rows)
     figure = Figure(figsize=(4 + 4.5 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, 1 + len(tasks), width_ratios=(1, *[2] * len(tasks)), squeeze=False)[0]
@@ -111,7 +111,7 @@ def _tasks(rows: Sequence[Row]) -> Figure:
 
 
 def _masks(rows: Sequence[Row], courses: Mapping[tuple[str, int], Course]) -> Figure:
-    """Return the figure of masks: losses, then the masks over training, or without their courses as they ended."""
+    """Return the figure of masks: losses, and the masks over training, or at its end if a course is missing."""
     names = rules(rows)
     colours = {rule: COLOURS[index % len(COLOURS)] for index, rule in enumerate(names)}
     figure = Figure(figsize=(11, 3.8), layout="constrained")

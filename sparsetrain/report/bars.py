@@ -1,8 +1,8 @@
-"""What was to be shown before arms were trained, and whether it was: the bars of the MediSwift recipe, and of masks.
+"""The criteria that were set before arms were trained, and their outcomes: the bars of the MediSwift recipe, and masks.
 
 An outcome is ``holds``, ``fails``, ``not established``, ``not told apart``, ``no difference``, ``too few seeds`` or
-``not run``. A bar of points holds or fails where the whole interval does; with the bar inside the interval it is not
-established. Differences are paired by seed, intervals are Student's t at 95 %.
+``not run``. A bar in points holds if the whole interval lies above it and fails if the whole interval lies below it;
+otherwise it is not established. Differences are paired by seed, and intervals are Student's t at 95 %.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from sparsetrain.report.tables import Sheet
 from sparsetrain.scaling.intervals import paired
 
 DENSE, SPARSE = "dense", ("sparse-0.5", "sparse-0.75")
-WITHIN = (0.02, 0.04)  # of the dense arm's accuracy, by arm
+WITHIN = (0.02, 0.04)  # allowed loss of accuracy against the dense arm, for each arm of SPARSE
 ABOVE_SCRATCH = 0.10
 STATIC = "static"
 _COLUMNS = ("bar", "outcome", "numbers")
 
 
 def bars(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return ``(bar, outcome, numbers)`` for every bar of the recipe; none unless its three arms are there."""
+    """Return ``(bar, outcome, numbers)`` for every bar of the recipe; empty unless its three arms are in the rows."""
     arms = (DENSE, *SPARSE)
     if not set(arms) <= {row["arm"] for row in rows}:
         return []
@@ -58,7 +58,7 @@ def bars(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 
 def _flop_ratio(rows: Sequence[Row], arm: str) -> tuple[str, str, str]:
-    """Return whether the runs counted the FLOPs of the formula to 1 %; a formula needs no seeds."""
+    """Return the bar on the FLOP ratio that the runs counted: within 1 % of the formula; one seed is enough."""
     name = f"(e) FLOP ratio of {arm}"
     dense, sparse = (select(rows, "train_flops", arm=other, stage=PRETRAIN) for other in (DENSE, arm))
     expected = [row.get("flop_ratio_formula") for row in rows if row["arm"] == arm and row["stage"] == PRETRAIN]
@@ -70,7 +70,7 @@ def _flop_ratio(rows: Sequence[Row], arm: str) -> tuple[str, str, str]:
 
 
 def markdown(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Return ``bars.md``."""
+    """Return the text of ``bars.md``."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|---|---|---|", *(f"| {' | '.join(entry)} |" for entry in entries)]
     return "\n".join(lines) + "\n"
 
@@ -81,21 +81,21 @@ def bars_sheet(entries: Sequence[tuple[str, str, str]]) -> Sheet:
 
 
 def verdicts(rows: Sequence[Row]) -> dict[str, str]:
-    """Return for each rule of masks but static what the seed-paired difference of losses says."""
+    """Return, for each evolution rule except static, a verdict on its seed-paired loss difference from static."""
     static = select(rows, "loss", rule=STATIC)
-    said = {}
+    found = {}
     for rule in rules(rows):
         if rule == STATIC:
             continue
         mean, half, count = paired(static, select(rows, "loss", rule=rule))
         if count < 2:
-            said[rule] = f"{count} seeds beside static: no verdict"
+            found[rule] = f"{count} seeds beside static: no verdict"
             continue
         verdict = (
             "beats static" if mean - half > 0 else "is worse than static" if mean + half < 0 else "is not told apart"
         )
-        said[rule] = f"{verdict}: static - {rule} = {mean:+.4f} ± {half:.4f} nats ({count} seeds)"
-    return said
+        found[rule] = f"{verdict}: static - {rule} = {mean:+.4f} ± {half:.4f} nats ({count} seeds)"
+    return found
 
 
 def _outcome(holds: bool, count: int) -> str:
@@ -114,7 +114,7 @@ def _sign(mean: float, half: float, count: int) -> str:
     if count < 2:
         return "too few seeds" if count else "not run"
     if mean == half == 0:
-        return "no difference"  # the same accuracy for every seed: models that all answer the majority class
+        return "no difference"  # equal accuracies for every seed, as if all models answer the majority class
     if mean + half < 0:
         return "fails"
     return "holds" if mean - half >= 0 else "not told apart"

@@ -1,7 +1,6 @@
-"""What a bench found: ratios from its raw times, their means over shapes, linear fits, and the tables of all that.
+"""The results of a bench: ratios of its raw times, their means over shapes, linear fits, and tables.
 
-Every ratio is taken inside one cell, whose contenders were timed in turns; no time of one cell is divided by a time of
-another one.
+Every ratio compares two contenders of one cell, which were timed in turns. Times of different cells are never divided.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ TITLES = {
     "dense": "torch dense",
     "plain_torch": "plain torch GPT",
 }
-"""What contenders are called; their order is also that of the figure's colours."""
+"""Titles of contenders, in the order of the figure's colours."""
 
 
 Values = dict[str, Any]
 
 
 def title(name: str) -> str:
-    """Return what a contender is called in tables and figures."""
+    """Return the title of a contender in tables and figures."""
     return TITLES.get(name, clean(name))
 
 
 def rows_of(cell: Values) -> list[Values]:
-    """Return one flat row for each contender of a cell, each compared with the cell's own ``dense``.
+    """Return one flat row for each contender of a cell, compared with ``dense`` in the same cell.
 
-    ``speedup`` is the median step of dense over the median step of the contender; ``speedup_low`` and ``_high`` are
-    the quartiles of the same ratio taken round by round. Without a backward pass they are None, and only
-    ``forward_speedup`` is there.
+    ``speedup`` is the median step of dense over the median step of the contender. ``speedup_low`` and ``speedup_high``
+    are the quartiles of this ratio taken round by round. They are None for a contender without a backward pass, which
+    has only ``forward_speedup``.
     """
     dense = cell["results"][DENSE]
     place = {key: cell[key] for key in ("part", "threads", "in_features", "out_features", "tokens", "sparsity")}
@@ -83,7 +82,7 @@ def _compared(kind: str, own: Sequence[float] | None, dense: Sequence[float]) ->
     if not own:
         return dict.fromkeys((*names, *ratios))
     q1, middle, q3 = (float(value) for value in np.percentile(own, (25, 50, 75)))
-    # What was timed once has no rounds of its own.
+    # A contender that was timed only once has no round for each of dense's, so it is compared with the median.
     rounds = np.divide(dense, own) if len(own) == len(dense) else np.divide(np.median(dense), own)
     low, high = (float(value) for value in np.percentile(rounds, (25, 75)))
     times = (middle, q1, q3, min(own), max(own))
@@ -91,7 +90,7 @@ def _compared(kind: str, own: Sequence[float] | None, dense: Sequence[float]) ->
 
 
 def summarise(values: Values) -> Values:
-    """Return the numbers behind the tables: means over shapes, models beside their Amdahl limit, fits, break-even."""
+    """Return the numbers of the tables: means over shapes, models with their Amdahl limits, fits and break-evens."""
     rows = [row for cell in values["cells"].values() for row in rows_of(cell)]
     profiles = {cell["threads"]: cell["profile"] for cell in values["cells"].values() if "profile" in cell}
     return {
@@ -117,9 +116,10 @@ def _layers(rows: list[Values]) -> list[Values]:
 
 
 def amdahl(profile: Values, density: float) -> float:
-    """Return the speed-up that a profiled dense step has when what nonzeros cost shrinks to ``density``, no more.
+    """Return the speed-up limit of a model by Amdahl's law, from the profile of its dense step.
 
-    That is the products of the hidden matrices, and their part of clipping and of the optimizer's step.
+    Only the products of the hidden matrices and their share of clipping and of the optimizer's step shrink, to
+    ``density`` of their time: with their share s of the step, the limit is ``1 / (1 - s (1 - density))``.
     """
     share = profile["linear_share"] + profile["update_share"] * profile["hidden_share"]
     return 1.0 / (1.0 - share * (1.0 - density))
@@ -154,9 +154,9 @@ def _scaling(rows: list[Values]) -> list[Values]:
 
 
 def linear_fit(points: Sequence[tuple[float, float]]) -> Values | None:
-    """Return slope, intercept and R^2 of the least-squares line through ``(x, y)``, None for fewer than three x.
+    """Return slope, intercept and R^2 of the least-squares line through ``(x, y)``, or None for fewer than three x.
 
-    ``worst`` is the largest deviation of a point from the line, relative to the point.
+    ``worst`` is the largest deviation of a point from the line, relative to the point's y.
     """
     x, y = (np.array(side, dtype=float) for side in zip(*points, strict=True)) if points else (np.empty(0),) * 2
     if np.unique(x).size < 3:
@@ -169,26 +169,26 @@ def linear_fit(points: Sequence[tuple[float, float]]) -> Values | None:
 
 
 def break_even(series: Iterable[tuple[float, float]]) -> Values | None:
-    """Return the sparsity from which on speed-ups ``(sparsity, speedup)`` exceed 1, their logarithms interpolated.
+    """Return the sparsity above which speed-ups ``(sparsity, speedup)`` exceed 1, by interpolation of logarithms.
 
-    ``bound`` is ``at most`` where even the lowest measured sparsity is faster, else ``equal``; None where the highest
-    one is not.
+    ``bound`` is ``at most`` if the lowest measured sparsity is faster already, else ``equal``. The result is None if
+    the highest measured sparsity is slower.
     """
     points = sorted(series)
     if not points or points[-1][1] < 1.0:
         return None
     for (s0, r0), (s1, r1) in reversed(list(pairwise(points))):
         if r0 < 1.0:
-            part = -math.log(r0) / (math.log(r1) - math.log(r0))
-            return {"sparsity": s0 + part * (s1 - s0), "bound": "equal"}
+            fraction = -math.log(r0) / (math.log(r1) - math.log(r0))
+            return {"sparsity": s0 + fraction * (s1 - s0), "bound": "equal"}
     return {"sparsity": points[0][0], "bound": "at most"}
 
 
 def load_bench(path: Path) -> Values:
-    """Return what a bench has found so far, finished or not.
+    """Return the contents of a ``bench.json``, finished or not, with its `summarise` under ``summary``.
 
     Raises:
-        UserError: an unreadable file, one that another version wrote, or one that holds something else.
+        UserError: the file cannot be read, another version wrote it, or its content is invalid.
     """
     values = read_json(path, dict)
     if values.get("format") != FORMAT:
@@ -217,13 +217,13 @@ def machine_line(values: Values) -> str:
     caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items())
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     bf16 = "native bf16" if machine["native_bf16"] else "no native bf16"
-    words = [f"{machine['processor']} ({machine['family']})", f"{machine['cores']} cores", caches]
-    words += [" ".join(machine["vector_flags"]), bf16, versions, f"commit {_short(values['commit'])}"]
-    return clean("; ".join(word for word in words if word))
+    entries = [f"{machine['processor']} ({machine['family']})", f"{machine['cores']} cores", caches]
+    entries += [" ".join(machine["vector_flags"]), bf16, versions, f"commit {_short(values['commit'])}"]
+    return clean("; ".join(entry for entry in entries if entry))
 
 
 def _short(commit: str | None) -> str:
-    """Return the first digits of a commit, and the plus sign that stands for changes behind it."""
+    """Return the first digits of a commit, and a plus sign for uncommitted changes."""
     return "unknown" if commit is None else commit[:12] + ("+" if commit.endswith("+") else "")
 
 
@@ -260,7 +260,7 @@ def _model_sheet(entries: list[Values]) -> Sheet:
     for entry in entries:
         sparse = entry["sparsity"] is not None
         if entry["contender"] == DENSE and sparse:
-            continue  # the baseline of that cell alone; it is in the file
+            continue  # the baseline of a sparse cell repeats the dense model; it is in the file
         where = f"{entry['threads']}, {percent(entry['sparsity']) if sparse else 'dense'}, {title(entry['contender'])}"
         spread = f" ({entry['speedup_low']:.2f}-{entry['speedup_high']:.2f})"
         rows.append(
@@ -287,7 +287,7 @@ def _model_sheet(entries: list[Values]) -> Sheet:
 def _scaling_sheet(entries: list[Values]) -> Sheet:
     rows = []
     for entry in entries:
-        for part, unit, scale in (("nnz", "ns per nonzero", 1e9), ("tokens", "µs per token", 1e6)):
+        for part, slope_unit, scale in (("nnz", "ns per nonzero", 1e9), ("tokens", "µs per token", 1e6)):
             if not (fit := entry.get(part)):
                 continue
             even = entry.get("break_even") if part == "nnz" else None
@@ -295,7 +295,7 @@ def _scaling_sheet(entries: list[Values]) -> Sheet:
             rows.append(
                 (
                     f"{entry['threads']}, {title(entry['contender'])}, by {part}",
-                    f"{scale * fit['slope']:.3g} {unit}",
+                    f"{scale * fit['slope']:.3g} {slope_unit}",
                     f"{1e3 * fit['intercept']:.2f} ms",
                     f"{fit['r_squared']:.5f}",
                     percent(fit["worst"]),

@@ -1,4 +1,4 @@
-"""The figure of a bench: speed-up against sparsity beside its limit, for layers and for a model, and how time grows."""
+"""The figure of a bench: speed-ups of layers and of a model over sparsity, with their limits, and scaling series."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Draw = Callable[[Axes], None]
 
 
 def bench_figure(values: Values) -> bytes:
-    """Return a PNG with a panel for each number of threads and each part that was measured."""
+    """Return a PNG with a panel for each number of threads and each measured part of the bench."""
     panels = _panels(values["summary"], _profiles(values)) + _scaling_panels(values)
     with styled("bench"):
         columns = min(3, max(1, len(panels)))
@@ -66,7 +66,7 @@ def _speedups(
     limit: Callable[[float], float] | None,
     limit_name: str = "limit, 1/density",
 ) -> None:
-    """Draw ratios over 1/density, both on logarithmic axes, so that the limit of a layer is a straight line."""
+    """Draw speed-ups over 1/density on logarithmic axes, where the limit of a layer is a straight line."""
     names = [name for name in dict.fromkeys(entry["contender"] for entry in entries) if name != DENSE]
     sparsities = sorted({entry["sparsity"] for entry in entries})
     x_of = {sparsity: 1.0 / (1.0 - sparsity) for sparsity in sparsities}
@@ -81,7 +81,7 @@ def _speedups(
             *zip(*points, strict=True),
             color=SERIES[number % len(SERIES)],
             marker=MARKERS[number % len(MARKERS)],
-            # Colours repeat after six; a dotted line is then another one.
+            # Colours repeat after six contenders; the line is then dotted.
             linestyle="-" if number < len(SERIES) else ":",
             markersize=4.5,
             linewidth=1.6,
@@ -107,7 +107,7 @@ def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:
 
 
 def _legend(axes: Axes) -> None:
-    # Below the panel: inside it there is always a line in the way. One column, which is never wider than its panel.
+    # The legend stands below the panel, since curves fill the panel, and has one column, since two may be too wide.
     axes.legend(loc="upper left", bbox_to_anchor=(-0.05, -0.13), handlelength=2.4, labelspacing=0.25)
 
 
@@ -116,7 +116,7 @@ def _threads(entries: list[Values]) -> list[int]:
 
 
 def _place(name: str) -> int:
-    """Return a number for colour and marker that a contender has in every panel."""
+    """Return the number of a contender's colour and marker, the same in every panel."""
     known = [other for other in TITLES if other != DENSE]
     return known.index(name) if name in known else len(known)
 
@@ -126,7 +126,7 @@ def _count(threads: int) -> str:
 
 
 def _scaling_panels(values: Values) -> list[Draw]:
-    """Return a panel for each scaling series: medians as points, the least-squares line through them."""
+    """Return a panel for each scaling series, with medians as points and the least-squares lines through them."""
     panels: list[Draw] = []
     for part, key, label in (("nnz", "stored_weights", "nonzeros"), ("tokens", "tokens", "tokens")):
         cells = [cell for cell in values["cells"].values() if cell["part"] == part]

@@ -18,7 +18,7 @@ SHOWN = ("activation", "update", "gradient")
 
 
 def coordinates_figure(spreads: Sequence[Spread], axis: str, path: Path) -> None:
-    """Draw RMS against the axis as a PNG: a row for each quantity, a column for each scheme, a line for each kind."""
+    """Draw the RMS over the axis as a PNG: rows are quantities, columns are schemes, lines are kinds of layer."""
     schemes = list(dict.fromkeys(spread.scheme for spread in spreads))
     kinds = list(dict.fromkeys(spread.kind for spread in spreads if spread.quantity in SHOWN))
     with styled():
@@ -58,7 +58,7 @@ def _panel(axes: Axes, of: Mapping[str, Spread], kinds: Sequence[str]) -> None:
 
 
 def coordinates_sheets(spreads: Sequence[Spread], axis: str) -> list[Sheet]:
-    """Return a table for each scheme: ratio and slope of every kind of layer."""
+    """Return a table for each scheme, with ratio and slope of every kind of layer."""
     columns = tuple(f"{quantity} {what}" for quantity in SHOWN for what in ("max/min", "slope"))
     note = f"max/min of the RMS over {axis}, and the slope of log RMS against log {axis}; means over seeds, last step"
     sheets = []

@@ -1,4 +1,4 @@
-"""What a report says in sentences: which arm the others are compared with, what was found, and what to be wary of."""
+"""The sentences of a report: findings and cautions, and the arm that serves as the baseline."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ FLOPS_ARE_THEORETICAL = (
 
 
 def baseline(report: Report) -> Arm:
-    """Return the arm that FLOPs are compared with: the one of lowest sparsity, the first of several."""
+    """Return the arm with which FLOPs are compared: the first of lowest sparsity."""
     return min(report["arms"], key=lambda arm: arm["sparsity"])
 
 
 def reduction(report: Report, arm: Arm) -> float | None:
-    """Return how many times fewer training FLOPs ``arm`` has than the baseline by the formula; None if it has none."""
+    """Return the training FLOPs of the baseline over those of ``arm``, by the formula; None if ``arm`` has none."""
     return baseline(report)["train_flops"] / arm["train_flops"] if arm["train_flops"] > 0 else None
 
 
 def diverged(loss: float | None) -> bool:
-    """Whether a loss is null, infinite or not a number."""
+    """Return whether a loss is null, infinite or NaN."""
     return loss is None or not math.isfinite(loss)
 
 
@@ -41,33 +41,33 @@ def scored(arm: Arm) -> list[tuple[str, Scored]]:
 
 
 def findings(report: Report) -> list[str]:
-    """Return one sentence an arm: its sparsity, its FLOPs beside the baseline's, and its accuracy after fine-tuning.
+    """Return one sentence per arm: sparsity, FLOPs against the baseline's, and accuracies after its stages.
 
-    Where intervals overlap the sentence says so: such a difference may be noise of a finite test set.
+    The sentence says whether intervals overlap, since the difference may then be noise of a finite test set.
     """
     reference = baseline(report)
     scores = dict(scored(reference))
     sentences = []
     for arm in report["arms"]:
         name = clean(arm["name"])
-        parts = []
+        phrases = []
         factor = reduction(report, arm)
         if arm is not reference and factor is not None:
-            parts.append(f"{factor:.2f}x fewer training FLOPs by the formula than {clean(reference['name'])}")
+            phrases.append(f"{factor:.2f}x fewer training FLOPs by the formula than {clean(reference['name'])}")
         for stage, result in scored(arm):
             other = scores.get(stage)
-            part = f"{percent(result['accuracy'])} {brackets(result['ci95'])} after {STAGE_NAMES[stage]}"
+            phrase = f"{percent(result['accuracy'])} {brackets(result['ci95'])} after {STAGE_NAMES[stage]}"
             if arm is not reference and other is not None:
                 verb = "overlaps" if _overlap(result["ci95"], other["ci95"]) else "does not overlap"
-                part += f", an interval that {verb} {clean(reference['name'])}'s"
-            parts.append(part)
-        if parts:
-            sentences.append(f"{name} ({percent(arm['sparsity'])} sparse): {'; '.join(parts)}.")
+                phrase += f", an interval that {verb} {clean(reference['name'])}'s"
+            phrases.append(phrase)
+        if phrases:
+            sentences.append(f"{name} ({percent(arm['sparsity'])} sparse): {'; '.join(phrases)}.")
     return sentences
 
 
 def cautions(report: Report) -> list[str]:
-    """Return what a reader must know before trusting the accuracies; empty when nothing stands out."""
+    """Return sentences that a reader must know before trusting the accuracies; empty without a reason for doubt."""
     result = []
     overlap = report["overlap_train_test"]
     if overlap > 0:

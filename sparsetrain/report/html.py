@@ -1,4 +1,4 @@
-"""``report.html``: one file that holds everything, loads nothing, and reads well on a phone, in the dark and aloud."""
+"""``report.html``: a self-contained page that loads nothing, for phones, dark themes and screen readers too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-import sparsetrain.report.sections  # noqa: F401  # registers the library's own
+import sparsetrain.report.sections  # noqa: F401  # registers the library's own sections
 from sparsetrain.files import write_text
 from sparsetrain.report import plots
 from sparsetrain.report.plots import Picture, pictures
@@ -20,18 +20,18 @@ from sparsetrain.report.text import byte_size, clean, duration, flatten
 THEMED = {"ink": plots.INK, "rule": plots.RULE, "muted": plots.MUTED} | {
     f"series-{index}": colour for index, colour in enumerate(plots.SERIES)
 }
-"""Colours of the figures that become variables of the page, so that they follow its theme."""
+"""Colours of the figures that become CSS variables of the page, so that figures follow its theme."""
 
 
 def write_html(report: Report, path: Path) -> None:
-    """Write the page of ``report`` to ``path``, whole or not at all.
+    """Write the page of ``report`` to ``path`` atomically.
 
     Args:
         report: as accepted by `sparsetrain.report.schema.validate_report`.
-        path: replaced if it exists; its directory is made if it does not.
+        path: the file, which is replaced if it exists; a missing directory is created.
 
     Raises:
-        UserError: the disk is full or the directory cannot be written; a page that was there before is untouched.
+        UserError: the disk is full or the directory cannot be written; an existing page is left unchanged.
     """
     write_text(path, render_html(report))
 
@@ -43,7 +43,7 @@ def render_html(report: Report) -> str:
     bodies = []
     for section in sections():
         template = environment.get_template(str(section.template))
-        # A section whose template renders to nothing would be a heading alone.
+        # A section whose template renders to nothing would be a heading without content.
         if body := template.render(**shared, **section.content(report)).strip():
             bodies.append((section.title, Markup(body)))
     page = environment.get_template("page.html.j2")
@@ -66,7 +66,7 @@ def _environment() -> Environment:
 
 
 def _inline(picture: Picture) -> Markup:
-    """Return the SVG for inside a page: identifiers of its own, colours that follow the theme, a spoken description."""
+    """Return the SVG for a page, with unique identifiers, colours of the theme and a description for screen readers."""
     svg = picture.svg.decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -1,4 +1,4 @@
-"""``sparsetrain mask inspect``: the masks of a run, a checkpoint or a file, in numbers and as a picture."""
+"""``sparsetrain mask inspect``: statistics and a picture of the masks of a run, a checkpoint or a file."""
 
 from __future__ import annotations
 
@@ -36,8 +36,14 @@ FILE_WIDTH = 170
 
 @dataclass(frozen=True)
 class InspectedMask:
-    """A layer's mask; ``ever`` is the fraction of its weights ever active, ``overlap`` that of its first mask that is
-    active now; both None where no history was saved."""
+    """The mask of a layer.
+
+    Args:
+        name: the layer.
+        pattern: the mask.
+        ever: fraction of the layer's weights that were ever active; None if unknown.
+        overlap: fraction of the first mask that is active now; None if unknown.
+    """
 
     name: str
     pattern: SparsityPattern
@@ -50,18 +56,19 @@ def inspect_masks(path: Path, console: Console, picture: Path | None = None) -> 
 
     Args:
         path: a run's directory (its newest checkpoint), a checkpoint, or a ``.npz`` or ``.safetensors`` file.
-        picture: where the PNG goes; None for ``masks.png`` in the run's directory, or beside the file under its name.
+        console: where to print the table and the path of the picture.
+        picture: path of the PNG; None for ``masks.png`` in the run's directory, or the file's own name with ``.png``.
 
     Raises:
-        UserError: nothing there that has a mask.
+        UserError: ``path`` holds no mask, or a file is damaged.
     """
     masks = read_masks(path)
-    if not console.is_terminal:  # a file has no width: take what the table needs
+    if not console.is_terminal:  # rich assumes 80 columns for a file, and the table needs more
         console = Console(file=console.file, width=max(console.width, FILE_WIDTH))
     console.print(mask_table(masks).rich())
     if picture is None:
         picture = path / "masks.png" if path.is_dir() else path.with_suffix(".png")
-        if _is_checkpoint(path):  # whose files are listed in its manifest: nothing is added to it
+        if _is_checkpoint(path):  # its manifest lists its files, so nothing may be added to it
             picture = path.parent.parent / f"masks-{path.name}.png"
     draw_masks(masks, picture)
     say(console, f"picture: {picture}")
@@ -71,7 +78,7 @@ def read_masks(path: Path) -> list[InspectedMask]:
     """Return the masks of a run, a checkpoint or a file.
 
     Raises:
-        UserError: as `inspect_masks`.
+        UserError: ``path`` holds no mask, or a file is damaged.
     """
     if path.is_file() or path.suffix in SUFFIXES:
         return [InspectedMask(name, pattern) for name, pattern in load_masks(path).items()]
@@ -98,17 +105,18 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts block 2 before block 10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+    return [(int(label), "") if label.isdigit() else (-1, label) for label in name.split(".")]
 
 
 def _shapes(run: Path, tensors: int) -> dict[str, tuple[int, int]]:
-    """Return the shapes of a transformer's hidden matrices from a run's configuration; none where there is none.
+    """Return the shapes of a transformer's hidden matrices, from a run's configuration; empty if there is none.
 
     Args:
-        tensors: how many the checkpoint has: a model with more layers is not the one that it is of.
+        run: the directory of the run.
+        tensors: the number of tensors in the checkpoint, which must exceed the number of the model's layers.
 
     Raises:
-        UserError: a configuration that is damaged, or of another model.
+        UserError: the configuration is damaged or belongs to another model.
     """
     path = run / CONFIG
     if not path.exists():
@@ -121,7 +129,7 @@ def _shapes(run: Path, tensors: int) -> dict[str, tuple[int, int]]:
         config = ModelConfig(**{**values, "vocab_size": values.get("vocab_size") or 1})
         if config.n_layers > tensors:
             raise UserError(f"n_layers={config.n_layers}, and the checkpoint has {tensors} tensors")
-    except (ValueError, TypeError, ArithmeticError) as error:  # a setting that is unknown, or of another type
+    except (ValueError, TypeError, ArithmeticError) as error:  # an unknown or invalid setting
         raise UserError(f"{path}: model: {shorten(error, 200)}") from None
     return {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(config)}
 
@@ -129,7 +137,7 @@ def _shapes(run: Path, tensors: int) -> dict[str, tuple[int, int]]:
 def _with_history(name: str, pattern: SparsityPattern, stored: Checkpoint) -> InspectedMask:
     bits = [stored.optimizer.tensors.get(f"{MASK_HISTORY}{name}.{key}") for key in ("first", "ever")]
     if bits[0] is None or bits[1] is None:
-        # The mask was managed and never changed, or nobody watched it.
+        # A managed mask without a history never changed. Without a manager, nothing is known about earlier masks.
         still = isinstance(stored.state.get("masks"), dict)
         return InspectedMask(name, pattern, *((pattern.density, 1.0) if still else (None, None)))
     grid = grid_of(pattern)
@@ -139,7 +147,7 @@ def _with_history(name: str, pattern: SparsityPattern, stored: Checkpoint) -> In
 
 
 def mask_table(masks: list[InspectedMask]) -> Sheet:
-    """Return one row a layer, and one for all together."""
+    """Return one row per layer, and one for all layers together."""
     rows = []
     for mask in masks:
         statistics = MaskStatistics.of(mask.pattern)
@@ -171,9 +179,9 @@ def _degrees(degrees: Degrees) -> str:
 
 
 def shrunk(pattern: SparsityPattern, pixels: int = PIXELS) -> Tensor:
-    """Return the pattern as an image ``[h, w]`` of local densities in [0, 1], at most ``pixels`` a side.
+    """Return the pattern as an image ``[h, w]`` of local densities in [0, 1], with at most ``pixels`` per side.
 
-    The mask itself never exists: a large layer is counted into its pixels.
+    Positions are counted into pixels directly, so that a large layer needs no dense mask.
     """
     rows, columns = pattern.shape
     height, width = min(rows, pixels), min(columns, pixels)
@@ -186,12 +194,12 @@ def shrunk(pattern: SparsityPattern, pixels: int = PIXELS) -> Tensor:
 
 
 def draw_masks(masks: list[InspectedMask], path: Path) -> None:
-    """Draw every mask into one PNG: dark where weights are; large layers as local densities.
+    """Draw all masks into one PNG, in which darker pixels have more weights.
 
     Raises:
         UserError: the file cannot be written.
     """
-    from matplotlib.figure import Figure  # here: slow to import, and only this function needs it
+    from matplotlib.figure import Figure  # slow to import, and only this function needs it
 
     across = min(COLUMNS, len(masks))
     down = math.ceil(len(masks) / across)

@@ -1,10 +1,10 @@
-"""Figures of a report, as SVG bytes: what was measured, and FLOPs by the formula.
+"""Figures of a report, as SVG bytes: measured curves and numbers, and FLOPs by the formula.
 
-Every figure is drawn on its own `Figure` object under matplotlib's defaults and ``sparsetrain.mplstyle``, whatever the
-reader's own settings are, and holds no date, no random identifier and no installed font: the same report gives the same
-bytes. Arms differ in marker as well as in colour.
+Every figure has its own `Figure` object. It is drawn with matplotlib's defaults and ``sparsetrain.mplstyle``, not with
+the user's own settings, and contains no date, random identifier or installed font. The same report therefore gives the
+same bytes. Arms differ in marker as well as in colour.
 
-matplotlib's settings are process-wide while a figure is drawn: do not draw from several threads at once.
+Drawing changes matplotlib's process-wide settings, so several threads must not draw at once.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ INK: str = _SETTINGS["text.color"]
 RULE: str = _SETTINGS["grid.color"]
 MUTED: str = _SETTINGS["axes.edgecolor"]
 SERIES: tuple[str, ...] = tuple(_SETTINGS["axes.prop_cycle"].by_key()["color"])
-"""Colours of text, grid, secondary lines and data. `html` replaces exactly these when a page is dark."""
+"""Colours of text, grid, secondary lines and data. `html` replaces these colours by variables of the page's theme."""
 
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _WIDTH_INCHES = 5.2
@@ -57,7 +57,15 @@ _LOSS_CAPTION = (
 
 @dataclass(frozen=True)
 class Picture:
-    """One finished figure: a short name, SVG bytes, and in words what it shows, for readers who do not see it."""
+    """A finished figure.
+
+    Args:
+        name: short and unique within a report.
+        title: the title of the figure.
+        svg: the figure.
+        alt: a description for screen readers.
+        caption: an explanation below the figure.
+    """
 
     name: str
     title: str
@@ -67,7 +75,7 @@ class Picture:
 
 
 def pictures(report: Report) -> list[Picture]:
-    """Return every figure that the report has data for, in reading order."""
+    """Return every figure for which the report has data, in reading order."""
     figures = [
         loss_curves(report, "pretrain"),
         bits_per_byte(report),
@@ -81,7 +89,7 @@ def pictures(report: Report) -> list[Picture]:
 
 
 def loss_curves(report: Report, stage: str) -> Picture | None:
-    """Training loss against tokens: raw values faint, their moving average on top, validation losses as points."""
+    """Return training losses over tokens: raw values, moving averages, and validation losses as points; or None."""
     arms = [(index, arm, _curve(arm, stage)) for index, arm in enumerate(report["arms"]) if _curve(arm, stage)]
     if not any(_series(points, "loss")[0].size for _, _, points in arms):
         return None
@@ -120,7 +128,7 @@ def loss_curves(report: Report, stage: str) -> Picture | None:
 
 
 def bits_per_byte(report: Report) -> Picture | None:
-    """Bits per byte of the validation text during pre-training: comparable across tokenizers, unlike the loss."""
+    """Return bits per byte of the validation text over training, or None; unlike losses, tokenizers do not matter."""
     arms = [
         (index, arm, *_series(_curve(arm, "pretrain"), "bits_per_byte")) for index, arm in enumerate(report["arms"])
     ]
@@ -140,7 +148,7 @@ def bits_per_byte(report: Report) -> Picture | None:
 
 
 def accuracy(report: Report) -> Picture | None:
-    """Accuracy with its 95 % interval for each arm and stage, beside the majority class and training from scratch."""
+    """Return accuracies with 95 % intervals by arm and stage, with the majority class and scratch as lines; or None."""
     arms = [(index, arm) for index, arm in enumerate(report["arms"]) if scored(arm)]
     if not arms:
         return None
@@ -149,7 +157,7 @@ def accuracy(report: Report) -> Picture | None:
         for row, (index, arm) in enumerate(arms):
             for stage, result in scored(arm):
                 low, high = result["ci95"]
-                # Soft prompts stand just below fine-tuning, open instead of filled.
+                # Soft prompts have open markers, just below the filled ones of fine-tuning.
                 y, fill = (row - 0.11, None) if stage == STAGES[0] else (row + 0.11, "none")
                 colour, marker = _look(index)
                 axes.plot([low, high], [y, y], color=colour, linewidth=1.6, solid_capstyle="round")
@@ -178,7 +186,7 @@ def accuracy(report: Report) -> Picture | None:
 
 
 def stacked(report: Report, group: Group) -> Picture | None:
-    """One horizontal bar an arm, split into terms: training FLOPs by the formula, or measured bytes."""
+    """Return horizontal bars by arm, split into terms: training FLOPs by the formula, or measured bytes; or None."""
     arms = [arm for arm in report["arms"] if terms(arm.get(group, {}))]
     if not arms:
         return None
@@ -213,9 +221,9 @@ def stacked(report: Report, group: Group) -> Picture | None:
 
 
 def moving_average(values: np.ndarray) -> np.ndarray:
-    """Return the trailing mean of ``values`` [n] over a twentieth of them; the first entries average what there is.
+    """Return the trailing mean of ``values`` [n] over a window of n / 20; the first windows are shorter.
 
-    A trailing window shows no point before the loss that made it, so a jump in the loss is a jump here too.
+    A trailing window never includes later losses, so the average of a jump does not begin before the jump.
     """
     if not values.size:
         return values
@@ -227,9 +235,9 @@ def moving_average(values: np.ndarray) -> np.ndarray:
 
 
 def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """Return at most about ``limit`` of the points ``(x, y)`` [n] that draw the same line, spikes included.
+    """Return about ``limit`` of the points ``(x, y)`` [n] that draw nearly the same line, spikes included.
 
-    Of every run of neighbours the lowest and the highest stay, and both ends of the curve.
+    The lowest and the highest point of every group of neighbours stay, and so do both ends of the curve.
     """
     if y.size <= limit:
         return x, y
@@ -242,7 +250,7 @@ def thin(x: np.ndarray, y: np.ndarray, limit: int = _MAX_POINTS) -> tuple[np.nda
 
 @contextmanager
 def styled(look: str = LOOK) -> Iterator[None]:
-    """Draw under the settings of ``look``.mplstyle alone, whatever the reader's own are."""
+    """Draw with matplotlib's defaults and ``look``.mplstyle, independent of the user's own settings."""
     with mpl.rc_context():
         mpl.rcdefaults()  # unlike rcParams.update(rcParamsDefault), this leaves the backend and pyplot alone
         mpl.rcParams.update(_settings(look))
@@ -250,13 +258,13 @@ def styled(look: str = LOOK) -> Iterator[None]:
 
 
 def save_png(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write a figure on white, whole or not at all, without a date or the version that drew it."""
+    """Write a figure on a white background, atomically, without a date or a version of matplotlib."""
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
 
 
 def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
-    """Label a logarithmic axis with plain numbers: at ``values``, or at matplotlib's own places."""
+    """Label a logarithmic axis with plain numbers, at ``values`` or where matplotlib places ticks."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
     if values is not None:
         axis.set_major_locator(FixedLocator(list(values)))
@@ -265,7 +273,7 @@ def log_axis(axis: Axis, values: Sequence[float] | None = None) -> None:
 
 @contextmanager
 def _axes(title: str, height: float = 3.2) -> Iterator[tuple[Figure, Axes]]:
-    """Yield a figure with one set of axes, drawn under the settings of this package alone."""
+    """Yield a figure with one set of axes, in the style of this package."""
     with styled():
         figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
         axes = figure.add_subplot()
@@ -285,19 +293,19 @@ def _curve(arm: Arm, stage: str) -> list[Point]:
 
 
 def _series(points: Sequence[Point], key: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and values [n] of the points that have a finite ``key``."""
+    """Return tokens and values [n] of the points whose ``key`` is finite."""
     pairs = [(point["tokens"], point.get(key)) for point in points]
     values = np.array([(x, y) for x, y in pairs if isinstance(y, int | float) and np.isfinite(y)], dtype=float)
     return (values[:, 0], values[:, 1]) if values.size else (np.empty(0), np.empty(0))
 
 
 def _look(index: int) -> tuple[str, str]:
-    """Return the colour and the marker of the arm at ``index``; both repeat, but never together before 36 arms."""
+    """Return colour and marker of the arm at ``index``; the pairs repeat after 36 arms."""
     return SERIES[index % len(SERIES)], MARKERS[(index + index // len(SERIES)) % len(MARKERS)]
 
 
 def _limit(axes: Axes, shown: list[np.ndarray]) -> None:
-    """Fit the value axis to the smoothed curves after the first tenth, so that the start does not flatten the rest."""
+    """Fit the vertical axis to the smoothed curves after their first tenth, whose high losses would flatten them."""
     later = np.concatenate([values[values.size // 10 :] for values in shown])
     if later.size:
         low, high = float(later.min()), float(later.max())
@@ -322,10 +330,10 @@ def _legend(axes: Axes, arms: Sequence[tuple[int, Arm]]) -> None:
 
 
 def _label(name: str) -> str:
-    """Return ``name`` short enough for a figure, in characters that its font has."""
+    """Return ``name`` shortened for a figure, with replacements for characters that the font lacks."""
     known = _charmap()
     text = "".join(c if ord(c) in known else "\ufffd" for c in shorten(name, 24))
-    # matplotlib leaves labels that begin with an underscore out of legends.
+    # matplotlib omits labels that begin with an underscore from legends.
     return f" {text}" if text.startswith("_") else text
 
 

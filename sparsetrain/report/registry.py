@@ -1,4 +1,4 @@
-"""The sections of the page by name."""
+"""The registry of the page's sections."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Content = Callable[[Report], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Section:
-    """One section of ``report.html``, see `register_section`."""
+    """The registry's entry of a section of ``report.html``; `register_section` explains the fields."""
 
     title: str
     position: float
@@ -35,19 +35,19 @@ def register_section(
     """Return a decorator that adds a section to the page of every report.
 
     The decorated function takes a `Report` and returns the variables of the template, by name. The template also has
-    ``report`` and ``pictures``, which holds a `sparsetrain.report.plots.Picture` for each name of a figure, and may
-    import the macros of ``templates/macros.html.j2``. All text is escaped, and an undefined variable is an error. A
-    section whose template renders to nothing is left out, heading included.
+    the variables ``report`` and ``pictures``, a mapping from names of figures to `sparsetrain.report.plots.Picture`. It
+    may import the macros of ``templates/macros.html.j2``. All text is escaped, and an undefined variable is an error.
+    If the template renders to nothing, the page omits the section and its heading.
 
     Args:
-        name: of the section in the registry.
+        name: the name of the section in the registry.
         title: the heading in the page.
         position: sections are ordered by this number. The library's own have 10, 20, ..., 80.
-        template: a Jinja template, as a path or relative to the ``templates`` of this package.
-        replace: take the place of another section of that name.
+        template: a Jinja template, as an absolute path or relative to the ``templates`` of this package.
+        replace: replace another section with this name.
 
     Raises:
-        UserError: another section has the name, or there is no such template.
+        UserError: another section has the name, or the template does not exist.
     """
     place = TEMPLATES / template
     if not place.is_file():
@@ -61,5 +61,5 @@ def register_section(
 
 
 def sections() -> list[Section]:
-    """Return the registered sections in the order in which the page shows them."""
+    """Return the registered sections in the order of the page."""
     return sorted((SECTIONS[name] for name in SECTIONS), key=lambda section: section.position)

@@ -1,4 +1,4 @@
-"""What a sweep reads of its runs, what a bench holds, and the check that they do.
+"""The fields that tables read from the files of runs, the content of a ``bench.json``, and their checks.
 
 Unknown keys are allowed everywhere, so that a newer run can be read by an older reader.
 """
@@ -14,7 +14,7 @@ from msgspec import Meta
 from sparsetrain.errors import UserError
 from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
-# What every table of an experiment begins with, one row a run.
+# The first columns of every table of an experiment; a row is a run.
 COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
 
 Seconds = Annotated[float, Meta(ge=1e-12, le=1e9)]
@@ -28,13 +28,13 @@ class Total(TypedDict):
 
 
 class SweptResult(TypedDict):
-    """What a sweep needs of a run's result beside what every result holds."""
+    """The fields of a run's result that a sweep needs, in addition to those of every result."""
 
     flops: Total
 
 
 class ArmResult(TypedDict):
-    """What a table of arms needs of a stage's result beside what every result holds."""
+    """The fields of a stage's result that a table of arms needs, in addition to those of every result."""
 
     seed: int
     flops: NotRequired[Total | None]
@@ -47,7 +47,7 @@ class Scheme(TypedDict):
 
 
 class SweptConfig(TypedDict):
-    """What a sweep needs of a run's configuration."""
+    """The fields of a run's configuration that a sweep needs."""
 
     parameterization: Scheme
     model: NotRequired[dict[str, Any]]
@@ -57,7 +57,7 @@ class SweptConfig(TypedDict):
 
 
 class TableRow(TypedDict):
-    """What a row of every table of an experiment has; a diverged run has no loss."""
+    """The columns of every table of an experiment; the loss of a diverged run is null."""
 
     parameterization: str
     sparsity: Fraction
@@ -82,7 +82,7 @@ class SweepRow(TableRow):
 
 
 class Contender(TypedDict):
-    """Times of a contender in a cell of a bench, an entry a round."""
+    """Times of a contender in a cell of a bench, in seconds, one entry per round."""
 
     forward_seconds: list[Seconds]
     step_seconds: NotRequired[list[Seconds] | None]
@@ -93,7 +93,7 @@ class Contender(TypedDict):
 
 
 class Profile(TypedDict):
-    """Where a dense step of the reference model spends its time."""
+    """Shares of the time of the reference model's dense step."""
 
     linear_share: Fraction
     update_share: Fraction
@@ -101,7 +101,7 @@ class Profile(TypedDict):
 
 
 class Cell(TypedDict):
-    """Contenders that were timed in turns; sides are null for a whole model, sparsity for a dense one."""
+    """Contenders that were timed in turns. The features are null for a whole model, the sparsity for a dense model."""
 
     part: str
     threads: Positive
@@ -114,7 +114,7 @@ class Cell(TypedDict):
 
 
 class Machine(TypedDict):
-    """What a bench was measured on."""
+    """The machine on which a bench ran."""
 
     processor: str
     family: str
@@ -126,7 +126,7 @@ class Machine(TypedDict):
 
 
 class Bench(TypedDict):
-    """``bench.json``."""
+    """The content of ``bench.json``."""
 
     format: int
     machine: Machine
@@ -135,7 +135,7 @@ class Bench(TypedDict):
 
 
 def table_cell(text: str) -> int | float | str | None:
-    """Return a cell of a ``results.csv`` as it was before it was written: a number as that, nothing as None."""
+    """Return the value of a cell of a ``results.csv``: a number, None for an empty cell, or text."""
     if not text:
         return None
     if _WHOLE.fullmatch(text):
@@ -144,16 +144,16 @@ def table_cell(text: str) -> int | float | str | None:
 
 
 def check_times(cells: dict[str, Cell], dense: str) -> None:
-    """Raise `UserError` unless each cell has a ``dense`` contender to compare with, and each contender a time.
+    """Raise `UserError` unless each cell has a contender ``dense`` for comparison and each contender has times.
 
-    A cell without a sparsity is one of the reference model.
+    Only a cell of the reference model may have no sparsity.
     """
     for name, cell in cells.items():
         if cell["sparsity"] is None and cell["part"] != "reference":
             raise UserError(f"cells[{name!r:.60}].sparsity is null in the part {cell['part']!r:.60}")
         results = cell["results"]
         if dense not in results:
-            raise UserError(f"cells[{name!r:.60}].results has no {dense!r}, which the others are compared with")
+            raise UserError(f"cells[{name!r:.60}].results has no {dense!r}, the baseline of the others")
         for contender, result in results.items():
             timed = result["forward_seconds"], result.get("step_seconds")
             if not timed[0] or (timed[1] and not results[dense].get("step_seconds")):

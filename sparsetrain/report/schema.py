@@ -1,7 +1,7 @@
-"""What ``report.json`` of a pipeline holds, and the check that a file really holds it.
+"""The content of a pipeline's ``report.json``, and its validation.
 
-The tables, figures and pages of this package take a `Report` that `validate_report` has accepted, and trust
-it. Unknown keys are allowed everywhere, so that a newer run can be read by an older reader.
+The tables, figures and pages of this package rely on a `Report` that `validate_report` accepted. Unknown keys are
+allowed everywhere, so that an older version can read a newer file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _LOSSES = ("loss_first", "loss_last", "bits_per_byte")
 
 
 class Point(TypedDict):
-    """One step of a training curve; ``val_loss`` and ``bits_per_byte`` only where the model was evaluated.
+    """One step of a training curve; ``val_loss`` and ``bits_per_byte`` exist only at evaluations.
 
-    A diverged run is a result: its losses may be infinite or NaN, and its curve ends there.
+    The losses of a diverged run may be infinite or NaN, and its curve ends there.
     """
 
     step: Count
@@ -39,7 +39,7 @@ class Point(TypedDict):
 
 
 class Pretraining(TypedDict):
-    """Losses in nats per token; ``bits_per_byte`` of the validation text at the end. Null or not finite: diverged."""
+    """Losses in nats per token, and bits per byte of the validation text at the end; null or not finite if diverged."""
 
     tokens: Count
     loss_first: float | None
@@ -51,7 +51,7 @@ Interval = Annotated[list[Fraction], Meta(min_length=2, max_length=2)]
 
 
 class Baseline(TypedDict):
-    """The same task learned without pre-training; accuracies are fractions, ``ci95`` is ``[low, high]``."""
+    """The result of the task without pre-training; accuracies are fractions, and ``ci95`` is ``[low, high]``."""
 
     accuracy: Fraction
     ci95: Interval
@@ -66,7 +66,7 @@ class Scored(Baseline):
 
 
 class MaskEnd(TypedDict):
-    """How masks that changed ended: the rule, and numbers over all sparse layers."""
+    """The evolution rule, and statistics of the final masks over all sparse layers."""
 
     rule: str
     density: Fraction
@@ -79,8 +79,8 @@ class MaskEnd(TypedDict):
 class Arm(TypedDict):
     """One sparsity of the pipeline.
 
-    ``train_flops`` is computed by the formula of `sparsetrain.cost.flops`; ``flops`` splits it into terms
-    that add up to it (with their sum as ``total``, if given). ``bytes`` and ``seconds`` are measured.
+    ``train_flops`` follows the formula of `sparsetrain.cost.flops`. ``flops`` has its terms, which add up to it, and
+    possibly their sum as ``total``. ``bytes`` and ``seconds`` are measured.
     """
 
     name: str
@@ -98,7 +98,7 @@ class Arm(TypedDict):
 
 
 class Report(TypedDict):
-    """A whole pipeline. ``scratch``, ``majority`` and ``commit`` are null where there is none."""
+    """A whole pipeline; ``scratch``, ``majority`` and ``commit`` are null if they do not exist or are unknown."""
 
     arms: Annotated[list[Arm], Meta(min_length=1)]
     scratch: Baseline | None
@@ -120,18 +120,22 @@ def load_report(path: Path) -> Report:
     """Read and check a ``report.json``.
 
     Raises:
-        UserError: no such file, no JSON, or not a report; the message names the file and the field.
+        UserError: the file does not exist, or is no JSON or no report; the message names the file and the field.
     """
     return validate_report(read_json(path, finite=False), str(path))
 
 
 def validate_report(content: object, where: str = "report") -> Report:
-    """Return ``content`` as a `Report` if it is one.
+    """Return ``content`` unchanged if it is a valid `Report`.
+
+    Args:
+        content: a JSON value.
+        where: begins the error's line.
 
     Raises:
-        UserError: a missing field, a wrong type, a number out of range, two arms of one name, an interval that does
-            not hold its accuracy, or FLOP terms that do not add up; the message begins with ``where`` and the path of
-            the field, such as ``arms[1].finetune.ci95``.
+        UserError: a field is missing, of a wrong type or out of range, two arms have one name, an interval does not
+            contain its accuracy, or FLOP terms do not add up. The message begins with ``where`` and the path of the
+            field, such as ``arms[1].finetune.ci95``.
     """
     report: Report = check(content, Report, where)
     names: set[str] = set()

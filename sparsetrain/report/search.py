@@ -17,10 +17,14 @@ BEST = 5
 
 
 def search_knobs(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str]) -> list[str]:
-    """Return those of ``candidates`` that are positive numbers in every run and vary.
+    """Return the ``candidates`` that vary over the runs and are positive numbers in every run.
+
+    Args:
+        rows: one row per run, by column.
+        candidates: names of columns.
 
     Raises:
-        UserError: there are none.
+        UserError: no candidate does.
     """
     knobs = [
         name
@@ -29,12 +33,12 @@ def search_knobs(rows: Sequence[Mapping[str, Any]], candidates: Sequence[str]) -
         and len({row[name] for row in rows}) > 1
     ]
     if not knobs:
-        raise UserError(f"no setting varies over the {len(rows)} runs: that is no search")
+        raise UserError(f"no setting varies over the {len(rows)} runs, so there is no search to show")
     return knobs
 
 
 def search_sheet(rows: Sequence[Mapping[str, Any]], knobs: Sequence[str]) -> Sheet:
-    """Return the best points of a search, best first; diverged ones count but are not shown."""
+    """Return the best points of a search, best first; diverged points are counted but not shown."""
     ranked = sorted((row for row in rows if row["loss"] is not None), key=lambda row: row["loss"])
     body = [(str(place), f"{row['loss']:.4f}", *(f"{row[name]:.3g}" for name in knobs)) for place, row in _top(ranked)]
     note = f"{len(rows)} points, {len(rows) - len(ranked)} diverged. One seed a point: take what the best few agree on."
@@ -47,7 +51,7 @@ def _top(ranked: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, An
 
 
 def search_figure(rows: Sequence[Mapping[str, Any]], knobs: Sequence[str], path: Path) -> None:
-    """Draw the loss of every point against each setting, the best five filled; a PNG."""
+    """Draw the loss of every point over each setting as a PNG; the best five points are filled."""
     ranked = sorted((row for row in rows if row["loss"] is not None), key=lambda row: row["loss"])
     with styled():
         figure = Figure(figsize=(2.8 * len(knobs), 3.2), layout="constrained")

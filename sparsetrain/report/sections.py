@@ -1,6 +1,6 @@
-"""What the library's own sections of ``report.html`` show.
+"""The library's own sections of ``report.html``.
 
-A new section is a function here and a template in ``templates/sections``.
+A section is a function here, which returns the variables of a template in ``templates/sections``.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def limits(report: Report) -> Mapping[str, Any]:
 
 @register_section("provenance", "What was run", 80, "sections/provenance.html.j2")
 def provenance(report: Report) -> Mapping[str, Any]:
-    """Return the command and the run in a line each, and every group that the report has."""
+    """Return the command, and groups of settings and facts: the run, and every group that the report has."""
     run = {"commit": report["commit"] or "not known"}
     if isinstance(machine := report.get("machine"), str):
         run["machine"] = machine

@@ -1,4 +1,4 @@
-"""What ``sparsetrain report`` shows of a directory: a pipeline's tables, or one run's result and curve."""
+"""The output of ``sparsetrain report``: a pipeline's tables, a bench, or one run's result and curve."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ def show_report(directory: Path, console: Console) -> None:
     """Print a pipeline's tables and the path of its page.
 
     Raises:
-        UserError: no readable ``report.json`` there.
+        UserError: the directory has no readable ``report.json``.
     """
     print_report(load_report(directory / REPORT), console)
     say(console, f"report: {(directory / PAGE).absolute()}")
 
 
 def show_run(directory: Path, console: Console) -> None:
-    """Show a pipeline, whose page is written again, a bench, or a run; of what is not finished, how far it has come.
+    """Show the pipeline, the bench or the run of a directory; the page of a finished pipeline is written again.
+
+    An unfinished pipeline or run shows its progress.
 
     Raises:
-        UserError: neither is there.
+        UserError: the directory holds no pipeline, bench or run, or a file is damaged.
     """
     if (directory / REPORT).exists():
         write_html(load_report(directory / REPORT), directory / PAGE)
@@ -58,7 +60,7 @@ def _began(directory: Path) -> bool:
 
 
 def _status(directory: Path) -> str:
-    """Return how far a stage has come, in a few words."""
+    """Return the status of a finished stage, or the progress of an unfinished one."""
     if (directory / RESULT).exists():
         return scalar(load_result(directory / RESULT).get("status"))
     records = read_metrics(directory / METRICS) if (directory / METRICS).exists() else []
@@ -76,6 +78,6 @@ def _show_stage(directory: Path, console: Console) -> None:
             say(console, f"{'masks':18} {scalar(masks['rule'])}")
             console.print(layer_masks(masks.get("layers", {})).rich())
     else:
-        say(console, f"{'status':18} {_status(directory)}; the command that started it goes on")
+        say(console, f"{'status':18} {_status(directory)}; run the same command again to continue")
     if (directory / METRICS).exists():
         console.print(run_metrics(read_metrics(directory / METRICS)).rich())

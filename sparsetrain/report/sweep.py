@@ -1,4 +1,4 @@
-"""What a sweep shows in numbers: optima with intervals, how far they move, and what a transferred value costs."""
+"""The numbers of a sweep: optima with intervals, their shifts, and the cost of a transferred value."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from sparsetrain.scaling.transfer import (
 )
 
 SHAPE = ("sparsity", "width", "depth")
-# How the columns of a sweep are said on the command line.
+# Columns of a sweep, mapped to their configuration keys.
 OVERRIDES = {
     "parameterization": "parameterization",
     "lr": "optimizer.lr",
@@ -52,13 +52,14 @@ class Line:
     """One curve of a sweep.
 
     Args:
-        key: parameterization, sparsity, width, depth and what else varies, in this order.
-        curve: its losses. xs: the swept values as the runs have them.
-        optimum: where it is lowest, or that it is lowest at an edge.
-        shift: from the base, the first curve of the same parameterization; None where the base has no optimum.
-        at: the base's optimum, log2; None where that is not known.
-        at_base: losses by seed there; empty where it is not known or outside of this curve's points.
-        cost: of that over the loss at this curve's own optimum.
+        key: parameterization, sparsity, width, depth and the extra columns, in this order.
+        curve: its losses.
+        xs: the swept values as the runs have them.
+        optimum: its minimum, or the edge at which it is lowest.
+        shift: from the base, the first curve of the same parameterization; None if the base has no optimum.
+        at: log2 of the base's optimum; None if unknown.
+        at_base: losses by seed at the base's optimum; empty if it is unknown or outside of this curve's points.
+        cost: gap of these losses to the losses at this curve's own optimum; None if unknown.
     """
 
     key: tuple[Any, ...]
@@ -80,17 +81,18 @@ class Line:
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = ()) -> list[Line]:
-    """Return the curves of ``rows`` over the column ``x``; their base is the smallest model, dense before sparse.
+    """Return the curves of ``rows`` over the column ``x``; the base is the smallest model, dense before sparse.
 
     Args:
-        rows: from `stages.sweep.read_sweep`.
-        extra: columns beside parameterization, sparsity, width and depth that tell curves apart.
+        rows: the table of a sweep, one row per run.
+        x: the swept column, such as ``lr``.
+        extra: columns that distinguish curves, in addition to parameterization, sparsity, width and depth.
 
     Raises:
-        UserError: no such column, one that does not vary, or one that tells curves apart.
+        UserError: the column does not exist, is not a number, does not vary, or distinguishes curves.
     """
     if x in SHAPE:
-        raise UserError(f"x={x} tells curves apart; x is lr or another setting, such as model.init_std")
+        raise UserError(f"x={x} distinguishes curves; x must be lr or another setting, such as model.init_std")
     if not all(isinstance(row.get(x), int | float) for row in rows):
         raise UserError(f"x={x} is not a number in every run; columns: {', '.join(name for name in rows[0])}")
     if len({row[x] for row in rows}) < 2:
@@ -125,7 +127,7 @@ def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]
 
 
 def _own(found: Optimum) -> float:
-    """Return where a curve is lowest as far as that is known: the best point of the grid at an edge."""
+    """Return log2 of a curve's optimum, or of the best point of the grid if the optimum lies beyond an edge."""
     return found.best if found.log2 is None else found.log2
 
 
@@ -134,7 +136,7 @@ def _loss(row: Mapping[str, Any]) -> float:
 
 
 def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
-    """Return what tells the curves of a parameterization apart, in words, without extras that follow from others."""
+    """Return labels that distinguish the curves of a parameterization, without extra columns that others determine."""
     names = [*SHAPE, *extra]
 
     def values(*columns: int) -> int:
@@ -147,8 +149,8 @@ def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
             varying.remove(i)
     texts = []
     for line in lines:
-        parts = [f"{names[i].rpartition('.')[2]} {_number(line.shape[i])}" for i in varying]
-        texts.append(", ".join(parts) or "all")
+        settings = [f"{names[i].rpartition('.')[2]} {_number(line.shape[i])}" for i in varying]
+        texts.append(", ".join(settings) or "all")
     return texts
 
 
@@ -179,21 +181,21 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
 
 
 def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
-    """Return sentences that follow from the numbers: shifts, and losses at transferred values against SP's."""
-    said = []
+    """Return sentences on the shifts of optima, and on losses at transferred values against those of SP."""
+    sentences = []
     labels = labels_of(lines, extra)
     for scheme in dict.fromkeys(line.scheme for line in lines):
         moves = [line.shift for line in lines if line.scheme == scheme and line.shift is not None]
         if len(moves) > 1:
             farthest = max(moves, key=lambda move: abs(move.steps))
             sign = "at least " if farthest.at_least else ""
-            said.append(
+            sentences.append(
                 f"{scheme}: the farthest optimum is {sign}{abs(farthest.steps):.2f} grid steps from the base's."
             )
         elif not moves:
-            said.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
+            sentences.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
     standard = {line.shape: line for line in lines if line.scheme == "sp"}
-    bases = {line.scheme: line for line in reversed(lines)}  # the first of each
+    bases = {line.scheme: line for line in reversed(lines)}  # the first line of each scheme
     for line, label in zip(lines, labels, strict=True):
         other = standard.get(line.shape)
         if other is None or line.scheme == "sp":
@@ -206,13 +208,15 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
             gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
             if gap is None or not math.isfinite(gap.relative):
                 continue
-            said.append(
+            sentences.append(
                 f"{label}: {line.scheme} with its base's best value has a loss {_apart(gap)} {text}{_sure(gap)}."
             )
             beyond = gap_beyond(line.at_base, losses, first.at_base, others_first.at_base)
             if beyond is not None and line is not first and first.shape == others_first.shape:
-                said.append(f"{label}: relative to the gap of the two bases that is {_apart(beyond)}{_sure(beyond)}.")
-    return said
+                sentences.append(
+                    f"{label}: relative to the gap of the two bases that is {_apart(beyond)}{_sure(beyond)}."
+                )
+    return sentences
 
 
 def _apart(gap: Gap) -> str:
@@ -220,7 +224,7 @@ def _apart(gap: Gap) -> str:
 
 
 def _sure(gap: Gap) -> str:
-    """Return the interval of a gap, on how many seeds, and whether it contains no gap at all."""
+    """Return the interval of a gap, the number of seeds, and a remark if the interval contains zero."""
     unsure = gap.interval is not None and gap.interval[0] <= 0.0 <= gap.interval[1]
     return f"{_interval(gap.interval, percent)} ({_seeds(gap.seeds)}{', not told apart' if unsure else ''})"
 
@@ -230,7 +234,10 @@ def _seeds(count: int) -> str:
 
 
 def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Return overrides, a line for each curve, that extend edges and add seeds around minima; none when all is done."""
+    """Return overrides that extend the grid at edges and add seeds around minima; empty if the sweep is complete.
+
+    A curve gives one line for each set of values that is missing for the same seeds.
+    """
     names = [name for name in ("parameterization", *SHAPE, *extra) if name != x]
     varying = [i for i in range(len(names)) if len({line.key[i] for line in lines}) > 1]
     commands = []
@@ -253,15 +260,15 @@ def next_commands(lines: Sequence[Line], x: str, extra: Sequence[str], seeds: Se
 
 
 def _override(name: str, value: Any) -> str:
-    """Return what sets a column to its value on the command line."""
+    """Return the override that sets a column to its value on the command line."""
     if name == "parameterization":
-        value = str(value).partition(" ")[0]  # without the options in brackets
+        value = str(value).partition(" ")[0]  # drop the options in brackets
     text = f"{OVERRIDES.get(name, name)}={value}"
     return shlex.quote(text) if " " in text else text
 
 
 def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -> None:
-    """Write ``optima.csv``: a row for each curve; what is not known is empty."""
+    """Write ``optima.csv`` with a row for each curve; unknown values are empty."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow([*OPTIMA[:4], *extra, *OPTIMA[4:]])
@@ -284,7 +291,7 @@ def write_optima(lines: Sequence[Line], path: Path, extra: Sequence[str] = ()) -
 
 
 def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[str] | None = None) -> None:
-    """Write ``results.csv``: a row for each run. Columns are those of the first row unless they are given."""
+    """Write ``results.csv`` with a row for each run; without ``columns``, the keys of the first row are the columns."""
     with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, columns or list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -292,7 +299,7 @@ def write_rows(rows: Sequence[Mapping[str, Any]], path: Path, columns: Sequence[
 
 
 def _power(log2: float) -> float:
-    """Return 2 to a power: to the last digit for whole ones, as grids are written, else to six digits."""
+    """Return 2 to a power: exactly for an integer power, as in the usual grids, else to six digits."""
     whole = round(log2)
     return 2.0**whole if abs(log2 - whole) < 1e-9 else float(f"{2**log2:.6g}")
 

@@ -1,4 +1,4 @@
-"""The figure of a sweep: every curve, how far its optimum moves, and what a transferred value costs."""
+"""The figure of a sweep: the curves, the shifts of their optima, and the losses at a transferred value."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sparsetrain.report.sweep import Line, labels_of
 
 
 def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
-    """Draw every curve, a column for each parameterization, then shifts and losses at the transferred value; a PNG."""
+    """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses."""
     schemes = list(dict.fromkeys(line.scheme for line in lines))
     labels = labels_of(lines, extra)
     order = list(dict.fromkeys(labels))
@@ -40,7 +40,7 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
         _fit(grid[0], lines)
         _shifts(grid[-2], lines, labels, order, schemes)
         _transfer(grid[-1], lines, labels, order, schemes)
-        # Above the panels: inside one a legend would lie on its points.
+        # Legends stand above the panels, since inside they would cover points.
         curves = [Line2D([], [], color=SERIES[place % len(SERIES)], marker="o", ms=3) for place in range(len(order))]
         figure.legend(curves, order, loc="outside upper left", ncols=4, fontsize=7)
         bounds = any(line.shift is not None and line.shift.at_least for line in lines)
@@ -50,7 +50,7 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
 
 
 def _keys(schemes: Sequence[str], bounds: bool) -> list[Line2D]:
-    """Return what the two panels on the right are explained by, bounds among it if there are any."""
+    """Return the legend of the two panels on the right; ``bounds`` adds the marker of a lower bound."""
     looks = [(SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]) for index in range(len(schemes))]
     keys = [
         Line2D([], [], color=colour, marker=marker, ms=5, label=scheme)
@@ -77,7 +77,7 @@ def _curve(axes: Axes, line: Line, index: int) -> None:
 
 
 def _fit(axes: Axes, lines: Sequence[Line]) -> None:
-    """Show what happens around the minima: a diverging end would flatten the rest."""
+    """Limit the axis to losses around the minima, since a diverging end would flatten the curves."""
     lowest = [line.optimum.loss for line in lines if math.isfinite(line.optimum.loss)]
     if lowest:
         low, high = min(lowest), max(lowest)

@@ -1,4 +1,4 @@
-"""The tables of a report, each built once and shown three ways: in a terminal, as Markdown, and by `html` as a page."""
+"""The tables of a report; each is built once, for a terminal, for Markdown, and for the page of `html`."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ TERM_NAMES = {
     "index": "sparse index",
     "buffers": "other buffers",
 }
-"""How terms of FLOPs and bytes are called; also the order in which they are shown."""
+"""Titles of the terms of FLOPs and bytes, in the order of display."""
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table of finished strings. The first column names the row and stands left, the others stand right."""
+    """A table of finished strings; the first column names the row and is left-aligned, the others are right-aligned."""
 
     title: str
     columns: tuple[str, ...]
@@ -54,14 +54,14 @@ class Sheet:
     note: str = ""
 
     def rich(self) -> Table:
-        """Return the table for a terminal. Cells are literal text: markup in a name is shown, not obeyed."""
+        """Return the table for a terminal; rich's markup in a cell is shown literally."""
         caption = Text(self.note) if self.note else None
         table = Table(title=Text(self.title), caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False)
         table.title_justify = "left"
         for index, column in enumerate(self.columns):
-            # Headers are broken over lines before cells are: a number with its interval is read as one.
+            # Headers wrap, so that a cell with a number and its interval can stay on one line.
             widest = max([cell_len(row[index]) for row in self.rows] + [cell_len(word) for word in column.split()])
-            # Where the terminal is too narrow all the same, words are folded: nothing may be cut off.
+            # In a terminal that is still too narrow, text is folded, since nothing may be cut off.
             table.add_column(
                 Text("\n".join(wrap(column, widest, break_on_hyphens=False)), overflow="fold"),
                 justify="right" if index else "left",
@@ -81,13 +81,13 @@ class Sheet:
 
 
 def sheets(report: Report) -> list[Sheet]:
-    """Return every table that the report has data for: results, cost, FLOPs by term, bytes, masks that evolved."""
+    """Return every table for which the report has data: results, cost, FLOPs by term, bytes, evolved masks."""
     candidates = (results(report), cost(report), flops(report), memory(report), masks(report))
     return [sheet for sheet in candidates if sheet.rows]
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """Print what was found, what to be wary of, and every table; to the terminal if no ``console`` is given."""
+    """Print findings, cautions and every table; to the terminal if no ``console`` is given."""
     console = _wide(console or Console())
     for sentence in findings(report):
         console.print(Text(f"- {sentence}"))
@@ -105,12 +105,12 @@ def print_sheets(tables: Sequence[Sheet], console: Console) -> None:
 
 
 def _wide(console: Console) -> Console:
-    """Return a console for a file that is as wide as the tables need, not the 80 columns that rich assumes."""
+    """Return a console wide enough for tables if it writes to a file, for which rich assumes 80 columns."""
     return console if console.is_terminal else Console(file=console.file, width=max(console.width, _FILE_WIDTH))
 
 
 def results(report: Report) -> Sheet:
-    """Return losses and accuracies, one row an arm, then the baselines: no pre-training, and the majority class."""
+    """Return losses and accuracies: one row per arm, then no pre-training and the majority class as baselines."""
     stages = [stage for stage in STAGES if any(arm.get(stage) is not None for arm in report["arms"])]
     columns = ["Arm", "Sparsity", "Pre-training loss", "Bits per byte"]
     for stage in stages:
@@ -139,7 +139,7 @@ def results(report: Report) -> Sheet:
 
 
 def cost(report: Report) -> Sheet:
-    """Return training FLOPs by the formula beside the wall time that was measured; never one as the other."""
+    """Return training FLOPs by the formula and measured wall time, in separate columns."""
     reference = clean(baseline(report)["name"])
     stages = term_names(report["arms"], "seconds")
     columns = ["Arm", "Training FLOPs (formula)", f"FLOPs of {reference} / arm", "Wall time (measured)"]
@@ -160,19 +160,19 @@ def cost(report: Report) -> Sheet:
 
 
 def flops(report: Report) -> Sheet:
-    """Return training FLOPs by term; no rows where no arm has its terms."""
+    """Return training FLOPs by term; without rows if no arm has terms."""
     note = "Computed by the formula, not measured."
     return _by_term(report, "flops", "Training FLOPs by term", lambda value: si(value, "FLOP"), note)
 
 
 def memory(report: Report) -> Sheet:
-    """Return measured bytes by purpose; no rows where no arm has them."""
+    """Return measured bytes by purpose; without rows if no arm has them."""
     peak = f"Peak resident memory of the whole process, all arms: {byte_size(report['peak_rss_bytes'])}."
     return _by_term(report, "bytes", "Bytes of the training state", byte_size, peak)
 
 
 def masks(report: Report) -> Sheet:
-    """Return how the masks of each arm ended, of those whose masks changed; no rows where none did."""
+    """Return the final masks of the arms whose masks evolved; without rows if there is no such arm."""
     changed = [arm for arm in report["arms"] if arm.get("masks", {}).get("rule", "Static") != "Static"]
     rows = []
     for arm in changed:
@@ -185,7 +185,7 @@ def masks(report: Report) -> Sheet:
 
 
 def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
-    """Return the masks of a run's layers at its end, as its ``result.json`` holds them."""
+    """Return the final masks of a run's layers, from its ``result.json``."""
     keys = {"nnz": "Weights", "density": "Density", "target_density": "Target", "itop_rate": "Ever active (R_s)"}
     keys |= {"overlap": "Overlap with first mask", "dead_rows": "Dead rows"}
     rows = [(clean(name), *(_metric(layer.get(key)) for key in keys)) for name, layer in layers.items()]
@@ -193,15 +193,15 @@ def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
 
 
 def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
-    """Return the metrics of one run, as its ``metrics.jsonl`` holds them, in at most about ``limit`` rows.
+    """Return the metrics of one run, from its ``metrics.jsonl``, in about ``limit`` rows at most.
 
-    The first and the last row are always shown, and so is each one with a validation loss as long as those
-    fit; the others are evenly spaced. A column is shown if any row has it, those of masks if they changed.
+    The first and the last row are always shown. The others are rows with a validation loss, or any rows if there is
+    none, evenly spaced if they do not fit. A column is shown if any row has it; the columns of masks are shown if the
+    masks changed.
     """
     columns = {"step": "Step", "tokens": "Tokens", "loss": "Loss", "val_loss": "Validation loss"}
     columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
-    # What masks do is worth a column where they do something.
     watched = {"density": "Density", "target_density": "Target", "itop_rate": "R_s", "mask_overlap": "Overlap"}
     changing = len({row["mask_overlap"] for row in rows if "mask_overlap" in row}) > 1
     changing |= len({row["density"] for row in rows if "density" in row}) > 1
@@ -218,7 +218,7 @@ def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
 
 
 def term_names(arms: Sequence[Arm], group: Group) -> list[str]:
-    """Return the names under ``group`` that any arm has: known ones in their usual order, then the others by name."""
+    """Return the names under ``group`` in any arm: known names in the order of display, then the others by name."""
     found = {name for arm in arms for name in terms(arm.get(group, {}))}
     known = STAGE_NAMES if group == "seconds" else TERM_NAMES
     return [name for name in known if name in found] + sorted(found - set(known))
@@ -259,7 +259,7 @@ def _metric(value: object) -> str:
 
 
 def _spread(indices: Sequence[int], limit: int) -> list[int]:
-    """Return at most ``limit`` of ``indices``, evenly spaced, with both ends."""
+    """Return at most ``limit`` of ``indices``, evenly spaced, including both ends."""
     if len(indices) <= limit:
         return list(indices)
     stride = (len(indices) - 1) / max(limit - 1, 1)
@@ -271,5 +271,5 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return ``text`` with every character that Markdown or HTML would read as a mark made literal."""
+    """Return ``text`` with a backslash before every character that is special in Markdown or HTML."""
     return "".join(f"\\{c}" if c in "\\`*_{}[]<>#|~!$&" else c for c in text)

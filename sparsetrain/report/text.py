@@ -1,4 +1,4 @@
-"""Numbers and names as a reader sees them: units, intervals, and text made safe to show."""
+"""Formatting of numbers and names for a reader: units, intervals, and text that is safe to show."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 ABSENT = "-"
-"""What a table shows where a stage was not run."""
+"""The cell of a table for a missing value."""
 
 
 def clean(text: object) -> str:
     """Return ``text`` on one line without control, format or unpaired surrogate characters.
 
-    A name comes from a configuration: left alone, an escape sequence in it would run in the reader's
-    terminal.
+    Names come from configurations, and a terminal would execute an escape sequence in a name.
     """
     kept = ("\ufffd" if unicodedata.category(c) in {"Cc", "Cf", "Cs"} else c for c in " ".join(str(text).split()))
     return "".join(kept)
 
 
 def shorten(text: object, length: int) -> str:
-    """Return `clean` text of at most ``length`` characters, ended by an ellipsis if it was cut."""
+    """Return `clean` text of at most ``length`` characters; shortened text ends with an ellipsis."""
     whole = clean(text)
     return whole if len(whole) <= length else whole[: length - 1].rstrip() + "…"
 
@@ -48,7 +47,7 @@ def byte_size(value: float) -> str:
 
 
 def tick(shown: str) -> str:
-    """Return a shown number for an axis, without zeros at its end: ``1.50 M`` as ``1.5 M``, ``40.0 %`` as ``40 %``."""
+    """Return a formatted number without trailing zeros: ``1.50 M`` as ``1.5 M``, ``40.0 %`` as ``40 %``."""
     number, _, unit = shown.partition(" ")
     if "." in number:
         number = number.rstrip("0").rstrip(".")
@@ -66,7 +65,7 @@ def duration(seconds: float) -> str:
 
 
 def scalar(value: object) -> str:
-    """Return a value of a configuration: numbers grouped by thousands, floats to six digits, the rest as clean text."""
+    """Return a configuration's value as text: large integers with commas, floats to six digits, the rest `clean`."""
     if value is None:
         return "none"
     if isinstance(value, bool):
@@ -96,7 +95,7 @@ def _scaled(value: float, base: float, prefixes: tuple[str, ...], unit: str) -> 
     if value == 0:
         return f"0 {unit}"
     exponent = min(max(int(math.log(abs(value), base)), 0), len(prefixes) - 1)
-    # 999.9 would print as "1000": go to the next prefix where three digits round up to it.
+    # 999.9 would print as "1000", so a value that rounds up to the base takes the next prefix.
     if abs(value) / base**exponent >= base - 0.5 and exponent + 1 < len(prefixes):
         exponent += 1
     scaled = value / base**exponent

@@ -35,17 +35,27 @@ PROMPT_INITS = ("words", "random")
 
 @dataclass
 class RunConfig:
-    """What every verb that trains has in common.
+    """The settings that every training verb has.
 
     Args:
-        model: fields of `ModelConfig`; ``vocab_size`` may be null, for the tokenizer's. Its ``sparsity`` fields are
-            set by the section ``sparsity``.
-        seed: of everything that has no seed of its own. data_seed: of the order of the samples.
-        init_from: a run directory whose model, tokenizer and weights to start from.
-        run_dir: where the run goes; null for a directory below ``runs_dir`` named by the configuration.
-        device: auto, cpu or cuda. threads: of torch on the CPU; null leaves torch's choice.
-        draw: number of a point of a random search, from which settings of the form ``${draw:...}`` follow.
-        force: go on although the memory that the run needs, as estimated, is not there. ``--force`` says the same.
+        model: fields of `ModelConfig`; a null ``vocab_size`` takes the tokenizer's. ``model.sparsity`` must not be set,
+            since the section ``sparsity`` sets it.
+        data: the text and the tokenizer.
+        sparsity: the masks and their evolution.
+        parameterization: scales of initial weights and learning rates over model sizes.
+        optimizer: the optimizer.
+        schedule: the learning-rate schedule.
+        budget: the length, batch size and phases of the run.
+        loop: evaluation, checkpoints, precision and other settings of the training loop.
+        seed: seed of everything without a seed of its own.
+        data_seed: seed of the order of the samples; null takes ``seed``.
+        init_from: a run directory, whose model, tokenizer and weights the run starts from.
+        run_dir: directory of the run; null for a directory below ``runs_dir`` that is named by the configuration.
+        runs_dir: the parent of unnamed run directories.
+        device: auto, cpu or cuda.
+        threads: threads of torch on the CPU; null leaves torch's choice.
+        draw: number of a point of a random search, which determines settings of the form ``${draw:...}``.
+        force: start even if the estimated memory is not available; ``--force`` sets it.
     """
 
     model: dict[str, Any] = field(default_factory=dict, metadata={"section": ModelConfig})
@@ -67,7 +77,7 @@ class RunConfig:
     force: bool = False
 
     EPOCHS: ClassVar[float] = 1.0
-    """How long a run is whose budget does not say it."""
+    """The length of a run whose budget gives none."""
 
     def __post_init__(self) -> None:
         self.budget = self.budget.with_epochs(self.EPOCHS)
@@ -104,11 +114,11 @@ class FinetuneConfig(RunConfig):
     """Train on a labelled task.
 
     Args:
-        mode: ``dense`` turns every sparse layer of ``init_from`` into a dense one whose zeros train; ``sparse`` keeps
-            the masks.
+        task: the task.
+        mode: ``dense`` makes every sparse layer of ``init_from`` dense and trains its zeros; ``sparse`` keeps its mask.
     """
 
-    # A smaller step from a fresh optimizer.
+    # Pre-trained weights need a smaller learning rate than new ones.
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
     budget: BudgetConfig = field(default_factory=lambda: BudgetConfig(batch_size=16))
     task: TaskConfig = field(default_factory=TaskConfig)
@@ -123,8 +133,8 @@ class FinetuneConfig(RunConfig):
             for name in ("context", "density"):
                 if getattr(phase, name) is not None:
                     raise UserError(
-                        f"budget.phases[{index}].{name}={getattr(phase, name)}: on a task it stays as it is; phases "
-                        "may differ in batch_size and schedule"
+                        f"budget.phases[{index}].{name}={getattr(phase, name)}: the phases of a task may differ only "
+                        "in batch_size and schedule"
                     )
 
 
@@ -135,7 +145,9 @@ class PromptConfig(FinetuneConfig):
     Args:
         n_tokens: number of learned vectors between source and answer.
         init: ``words`` copies the embeddings of ``words``, repeated or cut to ``n_tokens``; ``random`` draws them.
-        train: ``prompt`` freezes the model, masks and all; ``both`` trains it along, in the ``mode`` of fine-tuning.
+        words: the text for ``init=words``.
+        train: ``prompt`` freezes the model and its masks; ``both`` also trains the model, in the ``mode`` of
+            fine-tuning.
     """
 
     n_tokens: int = 8
@@ -154,7 +166,11 @@ class PromptConfig(FinetuneConfig):
 
 
 def model_config(section: Mapping[str, Any], vocab_size: int, seed: int | None = None) -> ModelConfig:
-    """Return the `ModelConfig` of a ``model`` section, with the vocabulary of the data and a seed if it names none."""
+    """Return the `ModelConfig` of a ``model`` section; ``vocab_size`` and ``seed`` fill in missing fields.
+
+    Raises:
+        UserError: a field is unknown, missing or invalid, or the vocabulary is smaller than ``vocab_size``.
+    """
     known = {f.name for f in fields(ModelConfig)}
     for key in section:
         if key not in known:
@@ -178,7 +194,7 @@ def model_config(section: Mapping[str, Any], vocab_size: int, seed: int | None =
 def as_plain(config: Any) -> dict[str, Any]:
     """Return a configuration as nested dicts of plain values, in the order of its fields.
 
-    This is what is saved with a run, so the paths of files are absolute: they must mean the same from elsewhere.
+    A run saves it, so the paths of files are made absolute: they must stay valid in another working directory.
     """
     plain = asdict(config)
     for section, name in PATHS:
@@ -188,7 +204,7 @@ def as_plain(config: Any) -> dict[str, Any]:
 
 
 def identify(verb: str, config: RunConfig, origin: Origin, facts: Mapping[str, str | None] | None = None) -> Recorded:
-    """Return what identifies a run and is recorded in its directory; ``facts`` are those beside the origin's."""
+    """Return the record that identifies a run, for its directory; ``facts`` are added to the facts of the origin."""
     return Recorded(verb, type(config), as_plain(config), {**origin.facts, **(facts or {})})
 
 
@@ -199,13 +215,13 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     msgspec checks and converts all other values.
 
     Raises:
-        UserError: a key that ``kind`` does not have, or a value that it refuses; the message names the setting.
+        UserError: a key is unknown or missing, or a value is refused; the message names the setting.
     """
     kind, values = settled(kind, values)
     hints, known = _hints(kind), {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
     arguments = {}
     for key, value in values.items():
-        if key not in known and not hasattr(kind, "settle"):  # such a class checks its own keys
+        if key not in known and not hasattr(kind, "settle"):  # a class with `settle` checks its own keys
             raise UserError(f"{path}{key} is no setting{nearest(str(key), known)}")
         arguments[str(key)] = _converted(hints.get(key, Any), value, f"{path}{key}")
     for name, entry in known.items():
@@ -220,10 +236,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _converted(hint: Any, value: Any, place: str) -> Any:
-    """Return ``value`` as what a type hint asks for; ``place`` is the name of the setting.
+    """Return ``value`` converted to a type hint; ``place`` is the name of the setting.
 
     Raises:
-        UserError: a value of another type than the hint's.
+        UserError: ``value`` does not have the type of the hint.
     """
     for arm in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
         if is_dataclass(arm):

@@ -49,7 +49,7 @@ def test_columns_that_are_not_known_are_written_as_they_were_read(tmp_path: Path
         (",0.54975,", ",1.54975,", ["row 1", "accuracy=1.54975", "at most 1"]),
         (",188,", ",many,", ["row 1", "steps='many'", "whole number"]),
         ("dense,finetune", ",finetune", ["row 1", "arm=None", "text"]),
-        ("arm,stage", "arm,place", ["neither a column rule nor arm and stage"]),
+        ("arm,stage", "arm,place", ["neither a column rule nor the columns arm and stage"]),
         ("majority,", "most,", ["majority is missing"]),
     ],
 )
@@ -65,7 +65,7 @@ def test_what_cannot_be_averaged_is_refused(recipe: Arms) -> None:
     demo = read_arms(DEMO)
     with pytest.raises(UserError, match="two tables"):
         join([demo, read_arms(MASKS)])
-    with pytest.raises(UserError, match="dense/finetune/section_roles of seed 0 stands twice"):
+    with pytest.raises(UserError, match="dense/finetune/section_roles of seed 0 occurs twice"):
         join([demo, recipe])
     recipe.rows[-1]["lr"] = 0.5
     with pytest.raises(UserError, match=r"differ in more than the seed: lr=0\.5"):

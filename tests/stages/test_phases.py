@@ -376,7 +376,9 @@ def test_a_configuration_of_phases_that_cannot_be_is_one_line(tiny: Configure) -
     with pytest.raises(UserError, match=r"^budget\.batch_size=4 is not divisible by loop\.accumulation=3$"):
         tiny([odd[0], {"share": 0.5}], {"loop.accumulation": 3})
     for name, value in (("context", 32), ("density", 0.5)):
-        with pytest.raises(UserError, match=rf"^budget\.phases\[0\]\.{name}={value}: on a task it stays as it is"):
+        with pytest.raises(
+            UserError, match=rf"^budget\.phases\[0\]\.{name}={value}: the phases of a task may differ only"
+        ):
             tiny([{"share": 1.0, name: value}], kind=FinetuneConfig)
 
 

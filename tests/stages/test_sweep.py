@@ -359,7 +359,7 @@ def test_what_is_no_sweep_is_one_line(tmp_path: Path) -> None:
     directory = write_run(tmp_path / "runs", [])
     with pytest.raises(UserError, match="x=lr has the same value in every run"):
         show_sweep([directory], "lr", None, 3, False)
-    with pytest.raises(UserError, match="x=width tells curves apart"):
+    with pytest.raises(UserError, match="x=width distinguishes curves"):
         show_sweep([directory], "width", None, 3, False)
     with pytest.raises(UserError, match="x=lrr is not a number in every run; columns: parameterization, sparsity"):
         show_sweep([directory], "lrr", None, 3, False)

@@ -141,7 +141,7 @@ def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[di
     with table:
         pick_field(dict.fromkeys(names), text_field, str(path))
         if twice := [name for name in (text_field, "id") if names.count(name) > 1]:
-            raise UserError(f"{path}: the column {twice[0]} stands twice")
+            raise UserError(f"{path}: the column {twice[0]} occurs twice")
         columns = [name for name in (text_field, "id") if name in names]
         number = 0
         try:
