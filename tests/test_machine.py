@@ -1,4 +1,4 @@
-"""What is read of a processor, against listings of Linux and against what libraries say of this one."""
+"""The description of the processor, against listings of Linux and against other libraries on this machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CPU implementer\t: 0x41
 
 @pytest.fixture
 def listing(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The processor is asked for anew, and again after the test."""
+    """Forget the processor before and after the test."""
     processor.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -70,6 +70,6 @@ def test_the_key_of_a_machine_stays(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_system_and_the_compiler_agree() -> None:
     features = machine.target_features().split(",")
-    for name in ("avx2", "fma", "avx512f"):  # no processor but an x86 has them
+    for name in ("avx2", "fma", "avx512f"):  # only an x86 has them
         assert (name in processor().flags) <= (f"+{name}" in features)
     assert 1 <= machine.available_cores() <= machine.core_count()

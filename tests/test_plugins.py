@@ -1,4 +1,4 @@
-"""Plugins: files, modules and entry points that register something, and what is said of those that cannot."""
+"""Plugins: files, modules and entry points that register something, and errors about broken ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def load(config):
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(plugins.VARIABLE, "")  # what a test writes into it goes with the test
+    monkeypatch.setenv(plugins.VARIABLE, "")  # restores the variable after the test
     monkeypatch.setattr(plugins, "_loaded", set())
     monkeypatch.setattr(TASKS, "_things", dict(TASKS._things))
 
@@ -40,7 +40,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_name_is_looked_for_in_the_plugins_that_the_variable_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a process that a launcher starts: nothing has imported the plugin there."""
+    """A process that a launcher starts has not imported the plugin yet."""
     (tmp_path / "toy_of_variable.py").write_text(TOY.format(name="toy_file"))
     (tmp_path / "toy_module.py").write_text(TOY.format(name="toy_module"))
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,4 +1,4 @@
-"""The built wheel: what it holds, and that it works without the source."""
+"""The built wheel: its content, and its use without the source."""
 
 from __future__ import annotations
 

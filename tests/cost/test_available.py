@@ -1,4 +1,4 @@
-"""What memory is left, read from files of the forms that Linux writes."""
+"""Available memory, from files in the formats of Linux."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 
 def tree(root: Path, files: dict[str, str]) -> Path:
-    """Write a file system of a few files below ``root``."""
+    """Write a few files of ``/proc`` and ``/sys`` below ``root`` and return it."""
     for name, text in {"proc/meminfo": f"MemTotal: 99 kB\nMemAvailable: {64 * GIB >> 10} kB\n", **files}.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,14 +31,14 @@ def test_the_machine_says_what_it_has(tmp_path: Path) -> None:
 
 
 def test_a_machine_that_says_nothing_has_all_of_its_memory(tmp_path: Path) -> None:
-    """Where there is no ``/proc``, the pages of the machine are counted."""
+    """Without ``/proc``, the pages of the machine are counted."""
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory(root=tmp_path).bytes == whole
 
 
 @pytest.mark.parametrize("place", ["job/step", "job", ""])
 def test_every_control_group_of_version_2_above_the_process_counts(place: str, tmp_path: Path) -> None:
-    """The limit may stand at any level, ``max`` is none, and file cache is free."""
+    """The limit may be set at any level, ``max`` means no limit, and file cache counts as free."""
     group = "/".join(part for part in ("sys/fs/cgroup", place) if part)
     files = {
         "proc/self/cgroup": "0::/job/step\n",
@@ -52,7 +52,7 @@ def test_every_control_group_of_version_2_above_the_process_counts(place: str, t
 
 
 def test_a_control_group_of_version_1_counts_beside_others(tmp_path: Path) -> None:
-    """The memory controller is found among the others; a container sees its group at the root of the mount."""
+    """The memory controller is found among other controllers; a container sees its group as the root of the mount."""
     files = {
         "proc/self/cgroup": "9:cpu,cpuacct:/x\n4:memory:/docker/abc\n0::/\n",
         "sys/fs/cgroup/memory/memory.limit_in_bytes": f"{4 * GIB}\n",
@@ -65,14 +65,14 @@ def test_a_control_group_of_version_1_counts_beside_others(tmp_path: Path) -> No
 
 
 def test_what_is_read_here_is_what_the_machine_has() -> None:
-    """It is above zero and not above all of the memory."""
+    """The answer is above zero and at most all of the memory."""
     found = available_memory(torch.device("cpu"))
     assert 0 < found.bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell the size of a process")
 def test_a_limit_of_the_address_space_counts_less_what_is_used() -> None:
-    """A process with RLIMIT_AS gets what `mmap` still gives it, and no more."""
+    """Under RLIMIT_AS, `mmap` succeeds just below the answer and fails just above it."""
     code = (
         "import mmap, resource; from sparsetrain.cost.available import available_memory as left\n"
         f"resource.setrlimit(resource.RLIMIT_AS, ({12 * GIB}, {12 * GIB}))\n"
@@ -87,6 +87,6 @@ def test_a_limit_of_the_address_space_counts_less_what_is_used() -> None:
 
 
 def test_this_process_has_no_limit_that_was_not_set() -> None:
-    """An unlimited address space adds nothing."""
+    """An unlimited address space adds no limit."""
     if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
         assert "RLIMIT_AS" not in available_memory().limit

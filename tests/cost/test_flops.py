@@ -35,7 +35,7 @@ SMALL = ModelConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=50, max_contex
 
 @pytest.fixture(autouse=True)
 def _torch_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Attention by torch's own operations, which its counter knows."""
+    """Use torch's own attention, whose FLOPs its counter knows."""
     monkeypatch.setattr("sparsetrain.models.attention.suits", lambda *_: False)
 
 
@@ -73,7 +73,7 @@ def test_terms_are_the_equation_of_the_paper() -> None:
     ids=["gelu", "swiglu-gqa", "bias-untied"],
 )
 def test_every_term_equals_torch_flop_counter(config: ModelConfig) -> None:
-    """The math kernel of attention does what the formula counts: two full products forward, four backward."""
+    """The math kernel of attention computes what the formula counts: two full products forward, four backward."""
     model = Transformer(config)
     tokens = torch.randint(0, config.vocab_size, (3, 16))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

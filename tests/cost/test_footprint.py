@@ -1,4 +1,4 @@
-"""The estimated memory of a training, against tensors that autograd saves, and against the memory of whole runs."""
+"""The estimated memory of a training, against the tensors that autograd saves and the memory of whole runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GIB = 1 << 30
     ids=str,
 )
 def test_activations_are_those_that_autograd_saves(change: dict[str, Any]) -> None:
-    """Every storage that the forward pass keeps, counted once, lies between the certain and 1.1 times the likely."""
+    """The storages that the forward pass keeps add up to at least ``least`` and at most 1.1 times ``likely``."""
     config = ModelConfig(**{**SMALL, **change})
     model = Transformer(config)
     held = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -63,7 +63,7 @@ def test_activations_are_those_that_autograd_saves(change: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])
 def test_state_is_what_training_bytes_says(sparsity: float) -> None:
-    """The certain part of the update is parameters, gradients, moments and columns, to 3 %: norms and row pointers."""
+    """``least`` counts parameters, gradients, moments and columns; norms and row pointers are the missing 3 %."""
     config = ModelConfig(**{**SMALL, "d_model": 256})
     workload = Workload(config, SparsityConfig(sparsity), batch_size=1, micro_batch=1)
     least = sum(part.least for part in workload._update() if part.name in (WEIGHTS, EMBEDDINGS))
@@ -108,10 +108,11 @@ MODEL = {"d_model": 384, "n_layers": 4, "n_heads": 6}
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the size of a process")
 def test_the_estimate_holds_for_the_peak_of_a_run(tmp_path: Path) -> None:
-    """Growth of the resident size over a whole sparse run, evaluation and checkpoint included.
+    """The growth of the resident size covers a whole sparse run, with evaluation and checkpoint.
 
-    Other runs gave likely parts of 0.95 (activations) and 1.14 to 1.20 (dense weights) of what they grew by, sparse
-    ones 0.67 to 0.81: indices are built from temporary copies. What the system lends is left a factor of two.
+    In other runs, ``likely`` was 0.95 of the growth if activations dominate, 1.14 to 1.20 if dense weights do, and 0.67
+    to 0.81 for sparse runs, whose indices are built from temporary copies. The bound is a factor of two, since the
+    resident size also depends on the system.
     """
     values = {"model": MODEL, "context": 16, "batch": 2, "sparsity": {"sparsity": 0.5, "backend": "csr"}}
     command = [sys.executable, "-c", RUN, json.dumps(values), str(tmp_path)]
@@ -123,7 +124,7 @@ def test_the_estimate_holds_for_the_peak_of_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("plan", "fewest", "usual"),
+    ("sparsity", "fewest", "usual"),
     [
         (SparsityConfig(0.75), 0.25, 0.25),
         (SparsityConfig(0.9, evolution=EvolutionConfig("gmp")), 0.1, 1.0),
@@ -135,17 +136,17 @@ def test_the_estimate_holds_for_the_peak_of_a_run(tmp_path: Path) -> None:
     ids=lambda value: "" if isinstance(value, float) else value.evolution.rule,
 )
 def test_the_density_is_bounded_from_below_and_taken_at_its_highest(
-    plan: SparsityConfig, fewest: float, usual: float
+    sparsity: SparsityConfig, fewest: float, usual: float
 ) -> None:
-    """A rule that thins out or fills up, groups and globs: the certain part never counts a weight too many."""
+    """Under rules that lower or raise densities, groups and globs, ``least`` never counts too many weights."""
     config = ModelConfig(**SMALL)
     dense = hidden_matrices(config, None).stored
-    assert hidden_matrices(config, plan, fewest=True).stored == pytest.approx(fewest * dense, rel=0.01)
-    assert hidden_matrices(config, plan).stored == pytest.approx(usual * dense, rel=0.01)
+    assert hidden_matrices(config, sparsity, fewest=True).stored == pytest.approx(fewest * dense, rel=0.01)
+    assert hidden_matrices(config, sparsity).stored == pytest.approx(usual * dense, rel=0.01)
 
 
 def test_no_size_is_too_large_to_be_estimated() -> None:
-    """Sizes are integers of any length, and layers are not walked through."""
+    """Sizes are Python integers of any length, and the estimate does not iterate over layers."""
     model = ModelConfig(d_model=2**30, n_layers=2**16, n_heads=2, vocab_size=2**31 - 1)
     found = Workload(model, batch_size=10**40, micro_batch=10**40, context=10**40).footprint()
     assert found.least > 10**80
@@ -155,7 +156,7 @@ def test_no_size_is_too_large_to_be_estimated() -> None:
 
 @pytest.mark.parametrize("name", ["d_model", "n_layers", "n_heads", "vocab_size", "max_context", "d_ff", "n_kv_heads"])
 def test_a_model_beyond_all_memory_is_refused_before_it_is_walked_through(name: str) -> None:
-    """No matrix and no list of blocks may be described that no memory can hold."""
+    """Otherwise the lists of blocks or the sizes of matrices could exceed all memory."""
     with pytest.raises(UserError, match=rf"{name}=\d+ is above the limit of \d+: .* memory") as caught:
         ModelConfig(**{**SMALL, name: 10**30})
     assert "\n" not in str(caught.value)
@@ -174,7 +175,7 @@ def test_a_model_beyond_all_memory_is_refused_before_it_is_walked_through(name: 
     ids=str,
 )
 def test_what_is_said_to_fit_fits_and_no_more(change: dict[str, int], knobs: list[str]) -> None:
-    """Each setting that is named brings the likely need below the size, and the next larger one does not."""
+    """Each suggested value brings ``likely`` below the size, and the next larger value does not."""
     shape = {key: value for key, value in change.items() if key in SMALL}
     work = {key: value for key, value in change.items() if key not in SMALL}
     base = Workload(ModelConfig(**{**SMALL, **shape}), **work)  # type: ignore[arg-type]
@@ -199,7 +200,7 @@ def test_what_is_said_to_fit_fits_and_no_more(change: dict[str, int], knobs: lis
 
 
 def test_the_tokens_of_a_large_batch_count_however_small_the_micro_batches_are() -> None:
-    """Inputs and targets of all micro-batches are read before the first one: 16 bytes a token."""
+    """Inputs and targets of all micro-batches are read before the first one runs: 16 bytes per token."""
     model = ModelConfig(**SMALL)
     work = Workload(model, batch_size=2**24, micro_batch=1, context=64)
     assert next(part for part in work._forward() if part.name == BATCH).least == 2**24 * 64 * 16

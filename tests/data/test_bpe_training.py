@@ -1,4 +1,4 @@
-"""The training of a BPE against that of the library alone, on long words, and when it is interrupted."""
+"""The training of a BPE against the library alone, on long words, and under interruptions and failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 def by_the_library_alone(texts: list[str], vocab_size: int) -> str:
-    """Return the file that the library writes, without this package between it and the texts."""
+    """Return the file that the library writes when it trains on the texts directly."""
     inner = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -40,12 +40,12 @@ def by_the_library_alone(texts: list[str], vocab_size: int) -> str:
 
 
 def words(texts: list[str]) -> list[str]:
-    """Return what the library's pre-tokenizer cuts texts into."""
+    """Return the words into which the library's pre-tokenizer cuts texts."""
     return [text[start:end] for text in texts for _, (start, end) in WORDS.pre_tokenize_str(text)]
 
 
 def test_ordinary_text_gives_the_library_s_file_byte_for_byte() -> None:
-    """A word of 256 characters is ordinary, and so is a run of as many blanks."""
+    """A word of 256 characters is not cut, nor is a run of 256 blanks."""
     texts = [*PROSE, "x" * LONGEST_WORD + " " * LONGEST_WORD + "y"]
     assert list(bounded(texts)) == texts
     assert bpe_training.train(texts, 400, END_OF_TEXT).decode() == by_the_library_alone(texts, 400)
@@ -68,7 +68,7 @@ long_texts = st.lists(st.tuples(runs, st.integers(1, 3) | st.integers(250, 600))
 
 @given(long_texts)
 def test_only_words_longer_than_the_limit_are_cut(text: str) -> None:
-    """What the trainer counts is what it would count, but for the long words, and nothing of these is lost."""
+    """The trainer sees the same words, except that long words come in pieces; no character is lost."""
     pieces = list(bounded([text]))
     expected = words([text])
     if pieces != [text]:
@@ -80,7 +80,7 @@ def test_only_words_longer_than_the_limit_are_cut(text: str) -> None:
 
 
 def test_a_signal_ends_the_training_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The library hears no signal; the process that trains is ended with what waits for it."""
+    """The library handles no signal, so the training process is killed when the waiting process is interrupted."""
     started: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
 
@@ -107,7 +107,7 @@ def test_a_signal_ends_the_training_at_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_text_that_cannot_be_read_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The error of the source comes through; the process has ended without a tokenizer."""
+    """The error of the source is raised, and the training process ends."""
 
     def texts() -> Any:
         yield "one"
@@ -118,14 +118,14 @@ def test_a_text_that_cannot_be_read_leaves_no_process(monkeypatch: pytest.Monkey
 
 
 def test_a_training_that_fails_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last line of what the process wrote says why, or its status does."""
+    """The message is the last line that the process wrote, or its status."""
     monkeypatch.setattr(bpe_training, "__file__", "no_such_script.py")
     with pytest.raises(UserError, match=r"data\.tokenizer=bpe: the training of the tokenizer failed: .*no_such_script"):
         Tokenizer.train(["text " * 100_000] * 3, 300)
 
 
 def test_a_cut_input_trains_on_nothing() -> None:
-    """Where the process that reads the corpus is killed, the other one ends, too."""
+    """If the process that reads the corpus is killed, the training process ends too."""
     frames = (3).to_bytes(8, "little") + b"abc"
     command = [sys.executable, "-P", bpe_training.__file__, "300", END_OF_TEXT]
     done = subprocess.run(command, input=frames, capture_output=True, check=False)

@@ -1,4 +1,4 @@
-"""A set of corpora: what it shares, and under which key a run finds it again."""
+"""Sets of corpora: the shared tokenizer, and the key that identifies a set."""
 
 from __future__ import annotations
 

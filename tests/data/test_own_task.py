@@ -1,4 +1,4 @@
-"""A task of one's own: a function with a name, and a file of the group ``task``."""
+"""A user's own task: a registered function, and a file of the group ``task``."""
 
 from __future__ import annotations
 

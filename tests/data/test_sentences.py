@@ -1,4 +1,4 @@
-"""The sentence splitter on what abstracts are full of."""
+"""The sentence splitter on decimals, abbreviations and initials, which abstracts are full of."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def parquet(path: Path, columns: dict[str, Any], **options: Any) -> bytes:
 def test_parquet_damaged_behind_its_footer_is_one_line(
     tmp_path: Path, mark: bytes | None, damage: bytes, message: str
 ) -> None:
-    """The footer is whole, so that the file opens, and its pages are not."""
+    """The intact footer lets the file open, and the damaged pages fail later."""
     file = tmp_path / "a.parquet"
     content = parquet(file, {"text": [f"Note {n} is here." for n in range(50)]})
     at = 8 if mark is None else content.index(mark)
@@ -155,7 +155,7 @@ def test_parquet_damaged_behind_its_footer_is_one_line(
 
 
 def test_checksums_of_parquet_pages_are_compared(tmp_path: Path) -> None:
-    """Another letter is no damage that pyarrow sees without them."""
+    """Without checksums, pyarrow would not notice a changed letter."""
     file = tmp_path / "a.parquet"
     content = parquet(file, {"text": [f"Note {n} is here." for n in range(50)]}, write_page_checksum=True)
     file.write_bytes(content.replace(b"Note 7 ", b"Vote 7 ", 1))
@@ -172,7 +172,7 @@ def test_checksums_of_parquet_pages_are_compared(tmp_path: Path) -> None:
     ],
 )
 def test_parquet_columns_of_other_types_are_refused(tmp_path: Path, columns: dict[str, Any], message: str) -> None:
-    """Nothing that is not text becomes Python's text of it."""
+    """A value that is not text is refused, not converted with `str`."""
     parquet(tmp_path / "a.parquet", columns)
     with pytest.raises(UserError, match=message):
         texts(tmp_path / "a.parquet")
@@ -180,13 +180,13 @@ def test_parquet_columns_of_other_types_are_refused(tmp_path: Path, columns: dic
 
 @pytest.mark.parametrize("path", ["~nosuchuser/a.txt", "x" * 5000, "a\0b"])
 def test_a_path_that_is_none_is_one_line(path: str) -> None:
-    """A user that does not exist, a name that is too long, a zero byte."""
+    """The cases are an unknown user, a name that is too long, and a zero byte."""
     with pytest.raises(UserError, match=r"^data\.path="):
         LocalFiles(path)
 
 
 def test_a_pipe_is_no_file_of_text(tmp_path: Path) -> None:
-    """Reading it would wait for ever."""
+    """Reading a pipe would wait forever."""
     os.mkfifo(tmp_path / "a.txt")
     with pytest.raises(UserError, match="no regular file"):
         LocalFiles(str(tmp_path / "a.txt"))

@@ -52,7 +52,7 @@ def test_long_sources_lose_their_left_end_only(length: int, context: int, n_slot
     assert answered == [*ANSWERS[label].encode(), EOS]
     kept = bytes(tokens[: targets.index(answered[0]) + 1 - n_slots]).decode()
     assert source.endswith(kept)
-    # What is kept does not depend on the label: the longest answer, " maybe", always has room.
+    # The kept length does not depend on the label, since there is always room for the longest answer, " maybe".
     assert len(kept) == min(length, context - n_slots - len(" maybe"))
 
 
@@ -98,7 +98,7 @@ def test_seed_phase_and_epoch_change_the_order() -> None:
 
 
 def test_sorting_by_length_saves_padding() -> None:
-    """Also in later epochs, which do not begin where a batch does."""
+    """This includes later epochs, which begin inside a batch."""
     rows = [Example(str(number), "x" * (1 + number * 37 % 100), 0) for number in range(403)]
     batches = TaskBatches(rows, BYTES, ANSWERS, 256, 8, 0, "x")
     cells = sum(batches.batch(first, 8).tokens.numel() for first in range(0, 403 * 4, 8))

@@ -1,4 +1,4 @@
-"""The labelled tasks: what is in them, and that no test document is trained on."""
+"""The labelled tasks: their examples, and test documents outside of the training text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizers against the library that makes them, and against UTF-8."""
+"""Tokenizers against the `tokenizers` library and against UTF-8."""
 
 from __future__ import annotations
 

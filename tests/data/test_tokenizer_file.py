@@ -1,4 +1,4 @@
-"""Files of tokenizers: those that lose text are refused by name, and the others give back every text."""
+"""Tokenizer files: a lossy setting is refused by name, and an accepted file restores every text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 
 
 def content(pre: Any = None, normalizer: Any = None, added: Any = None) -> bytes:
-    """Return a file of the library itself with one setting changed."""
+    """Return a file that the library writes, with one setting changed."""
     library = Library(models.BPE())
     library.pre_tokenizer = pre or ByteLevel(add_prefix_space=False)
     library.decoder = Decoder()
@@ -68,7 +68,7 @@ def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
 
 NO_MERGES = changed(lambda layout: layout["model"].update(merges=[]))
 LOSING = [
-    # what stands before the model
+    # steps before the model
     (content(pre=ByteLevel()), "puts a space before each text; set its add_prefix_space to false"),
     (content(normalizer=normalizers.NFKC()), "the normalizer 'NFKC' rewrites text"),
     (content(normalizer=normalizers.Sequence([normalizers.NFC()])), "the normalizer 'NFC' rewrites text"),
@@ -102,7 +102,7 @@ LOSING = [
     (changed(added("am", special=True)), "the special token 'am' is one that ordinary text gives"),
     (changed(added("a", special=True)), "the special token 'a' is one that ordinary text gives"),
     (changed(lambda layout: layout["added_tokens"][0].update(special=False)), "no token that ends a document"),
-    # no file of the kind
+    # not a tokenizer.json
     (b"\xff", "not a tokenizer.json"),
     (b"[" * 100_000, "not a tokenizer.json"),
     (b"[]", "not a tokenizer.json"),
@@ -112,7 +112,7 @@ LOSING = [
 
 @pytest.mark.parametrize(("file", "message"), LOSING)
 def test_a_file_that_loses_text_is_refused_by_its_setting(file: bytes, message: str) -> None:
-    """The line names the setting of the configuration, the file, and what in it loses text."""
+    """The error names the setting of the configuration, the file, and the part of the file that loses text."""
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer(file, origin="own.json")
     assert str(caught.value).startswith("data.tokenizer_path=own.json: ")
@@ -165,14 +165,14 @@ pieces = st.lists(
 
 @pytest.fixture(scope="module", params=KEEPING)
 def kept(request: pytest.FixtureRequest) -> Tokenizer:
-    """Each of the tokenizers that lose no text."""
+    """A lossless tokenizer, for each case of KEEPING."""
     return Tokenizer(KEEPING[request.param])
 
 
 @given(text=pieces.map("".join))
 @example(text="a <mask> b  <m> c")
 def test_an_accepted_file_gives_back_any_text_and_counts_its_bytes(kept: Tokenizer, text: str) -> None:
-    """What the library's settings add, pad and cut is left out; special tokens are text where a text spells them."""
+    """Settings that add, pad or cut have no effect, and the name of a special token inside a text is ordinary text."""
     tokenizer = kept
     ids = tokenizer.encode(text)
     assert tokenizer.encode_batch([text, ""]) == [ids, []]
@@ -182,19 +182,19 @@ def test_an_accepted_file_gives_back_any_text_and_counts_its_bytes(kept: Tokeniz
 
 
 def test_symbols_of_bytes_match_transformers() -> None:
-    """The alphabet is that of GPT-2."""
+    """The alphabet is the one of GPT-2."""
     expected = bytes_to_unicode()
     assert dict(enumerate(byte_symbols())) == expected
 
 
 @given(any_text)
 def test_tokens_are_decoded_as_the_library_decodes_them(token: str) -> None:
-    """Text that is all symbols stands for bytes, other text for itself."""
+    """A token of byte symbols decodes to bytes, and any other token to itself."""
     assert decoded(token).decode(errors="replace") == Decoder().decode([token])
 
 
 def test_text_that_no_utf_8_can_hold_is_refused() -> None:
-    """Half a character, as a terminal may give it, is one line."""
+    """A lone surrogate, which a terminal may pass for an invalid byte, gives a one-line error."""
     with pytest.raises(UserError, match="cannot encode a text"):
         Tokenizer.bytes().encode("a\udcff")
     with pytest.raises(UserError, match="cannot encode a text"):
@@ -203,6 +203,6 @@ def test_text_that_no_utf_8_can_hold_is_refused() -> None:
 
 @pytest.mark.parametrize("path", ["~nosuchuser/t.json", "x" * 5000, "a\0b"])
 def test_a_path_that_is_none_is_one_line(path: str) -> None:
-    """A user that does not exist, a name that is too long, a zero byte."""
+    """The cases are an unknown user, a name that is too long, and a zero byte."""
     with pytest.raises(UserError, match=r"data\.tokenizer_path="):
         Tokenizer.load(path)

@@ -17,7 +17,7 @@ shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixt
 
 
 def token_file(folder: Path, count: int, dtype: str = "uint16") -> TokenFile:
-    """Return a file that holds 0, 1, 2 …, so that a token tells its place."""
+    """Return a file of the tokens 0, 1, 2, ..., so that a token equals its position."""
     path = folder / "tokens.bin"
     np.arange(count, dtype=np.dtype(dtype).newbyteorder("<")).tofile(path)
     return TokenFile(path, dtype, count)
@@ -80,7 +80,7 @@ def test_an_epoch_is_a_shuffle_of_disjoint_windows(tmp_path: Path, count: int, c
     for epoch in range(3):
         batch = samples.batch(epoch * samples.samples_per_epoch, samples.samples_per_epoch)
         assert batch.tokens.shape == batch.targets.shape == (samples.samples_per_epoch, context)
-        assert torch.equal(batch.tokens + 1, batch.targets)  # of 0, 1, 2 … each target is its token plus one
+        assert torch.equal(batch.tokens + 1, batch.targets)  # the file has the tokens 0, 1, 2, ...
         rows = torch.cat([batch.tokens, batch.targets[:, -1:]], dim=1)
         assert rows.unique().numel() == rows.numel()
         offsets = rows[:, 0] % (context + 1)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints for tests: saving them, and seeing that their parts belong together."""
+"""Tiny checkpoints for tests, and a check that the parts of a checkpoint belong together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILES = ("model.safetensors", "optimizer.safetensors", "state.json", "manifest.j
 
 
 def save(directory: Path, step: int, keep_last: int = 3, mark: int = 0) -> Path:
-    """Save a tiny checkpoint; ``mark`` tells apart two of the same step."""
+    """Save a tiny checkpoint; ``mark`` distinguishes two checkpoints of the same step."""
     model = {"weight": torch.full((2, 2), float(step)), "bias": torch.full((2,), float(mark))}
     optimizer = OptimizerTensors({"weight.exp_avg": torch.full((2, 2), float(step))}, [{"options": {"lr": 0.1}}])
     return save_checkpoint(directory, step, model, optimizer, {"step": step, "mark": mark}, keep_last)
@@ -35,7 +35,7 @@ def check(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load(directory: Path) -> tuple[Checkpoint, list[str]]:
-    """Return the newest usable checkpoint and the warnings about those that were refused."""
+    """Return the newest usable checkpoint and the warnings about refused ones."""
     refusals: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: refusals.append(record.getMessage())  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""What the rows of an experiment say with an interval, by SciPy: each number that a text may state, and its ends."""
+"""The statistics that a text about an experiment may state, each with its interval, computed by SciPy from the rows."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seeds = Mapping[int, float]
 
 
 class Claim(NamedTuple):
-    """A number with the ends of its interval."""
+    """A number, possibly in two definitions, with the ends of its interval."""
 
     points: tuple[float, ...]
     low: float
@@ -34,7 +34,7 @@ class Claim(NamedTuple):
 
 
 def student(samples: Iterable[float]) -> tuple[float, float, float]:
-    """Return mean and the ends of Student's interval."""
+    """Return the mean and the ends of Student's 95 % interval."""
     values = np.array(list(samples))
     middle, half = float(values.mean()), _quantile(len(values)) * float(values.std(ddof=1)) / math.sqrt(len(values))
     return middle, middle - half, middle + half
@@ -46,9 +46,9 @@ def _quantile(count: int) -> float:
 
 
 def unsupported(text: str, claims: Sequence[Claim]) -> list[str]:
-    """Return the intervals in a text that no claim has, to the digits that are printed; a loss may be said as a gain.
+    """Return the intervals in a text that match no claim to the printed digits; the sign of a claim may be reversed.
 
-    What a bar allows is no interval: paragraphs that begin with ``**Bar`` are left out, and so is code.
+    Paragraphs that begin with ``**Bar`` are skipped, since the limits of a bar are no intervals; so is code.
     """
     text = re.sub(r"```.*?```|^\*\*Bar.*?(?=\n\n)", "", text, flags=re.DOTALL | re.MULTILINE)
     text = " ".join(text.split())
@@ -81,7 +81,7 @@ def _printed(value: float, text: str) -> bool:
 
 
 def sweep_claims(rows: Path, x: str) -> list[Claim]:
-    """Return what a sweep's table says: optima, how far they are apart, and how far losses are, in percent."""
+    """Return the claims of a sweep's table: optima, distances between them, and differences of losses in percent."""
     found = read_sweep([rows])
     lines = lines_of(found.rows, x, [name for name in found.varied if name != x])
     bases = {line.scheme: line for line in reversed(lines)}
@@ -111,7 +111,7 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
 
 
 def _vertices(line: Line) -> dict[int, float]:
-    """Return where NumPy's parabola of each seed, through the three points around the lowest mean, has its vertex."""
+    """Return, by seed, the vertex of NumPy's parabola through the three points around the lowest mean."""
     best = int(np.argmin(line.curve.filled().mean(axis=1)))
     near = slice(best - 1, best + 2)
     a, b, _ = np.polyfit(line.curve.log2[near], line.curve.losses[near], 2)
@@ -119,7 +119,7 @@ def _vertices(line: Line) -> dict[int, float]:
 
 
 def _logs(line: Line) -> dict[str, Seeds]:
-    """Return log losses by seed at a line's own optimum and at its base's."""
+    """Return log losses by seed, at a line's own optimum and at its base's optimum."""
     assert line.optimum.log2 is not None
     places = {"own": losses_at(line.curve, line.optimum.log2), "base": line.at_base}
     return {where: {seed: math.log(loss) for seed, loss in losses.items()} for where, losses in places.items()}
@@ -137,7 +137,7 @@ def _percent(logs: Seeds) -> list[Claim]:
 
 
 def arm_claims(rows: Path, *names: str) -> list[Claim]:
-    """Return what a table of arms, told apart by ``names``, says: means over seeds, paired differences and ratios."""
+    """Return the claims of a table of arms, identified by ``names``: means over seeds, paired differences, ratios."""
     with rows.open(newline="", encoding="utf-8") as stream:
         table = list(csv.DictReader(stream))
     claims = []
@@ -158,7 +158,7 @@ def arm_claims(rows: Path, *names: str) -> list[Claim]:
 
 
 def item_claims(rows: Path) -> list[Claim]:
-    """Return the accuracies of a table with the intervals that stand in it, over test items, in percent."""
+    """Return the accuracies of a table, in percent, with the table's own intervals over test items."""
     with rows.open(newline="", encoding="utf-8") as stream:
         table = [row for row in csv.DictReader(stream) if row["accuracy"]]
     numbers = ([100 * float(row[name]) for name in ("accuracy", "ci_low", "ci_high")] for row in table)

@@ -1,11 +1,11 @@
 """A fuzzer for readers of files: seeded mutations of a valid file, each read in this process.
 
-A `Reader` says how a valid file is made and read. `fuzz` mutates the file many times and requires of each result that
-it is read, or refused by a `UserError` of one line; that it takes at most five seconds of the processor and one
-gigabyte of address space; and, where the reader says how to check it, that what was read is what the bytes say.
+A `Reader` makes and reads a valid file. `fuzz` mutates the file many times. Each mutated file must be read, or refused
+by a `UserError` of one line, within five seconds of processor time and one gigabyte of address space. If the reader has
+an independent parser, both must read the same values.
 
 ``SPARSETRAIN_FUZZ`` is the number of inputs for each reader (``make fuzz`` sets 10,000). A failure prints the seed and
-leaves the file where it is.
+keeps the file.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ ROOM = 1 << 30
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader of files and how to try it.
+    """A reader of files, with everything that fuzzing it needs.
 
     Args:
-        name: says which in the name of the test.
-        make: writes valid files into an empty directory and returns the one that is mutated.
-        read: reads the directory and returns plain values: of numbers, text, lists and mappings.
-        mutations: what is done to the bytes, one of them at random, sometimes several in turn.
-        expected: what the bytes of the file say, by a parser that is not ours; whatever it raises means "refuse".
-        sealed: the file has a checksum: what is read is what was read before, or nothing.
+        name: the name of the reader in the name of the test.
+        make: writes valid files into an empty directory and returns the path of the file to mutate.
+        read: reads the directory and returns plain values: numbers, text, lists and mappings.
+        mutations: changes of the bytes, of which one or several random ones are applied.
+        expected: an independent parser of the bytes; if it raises, the reader must refuse the file.
+        sealed: whether the file has a checksum, so that the reader must return the original values or refuse.
     """
 
     name: str
@@ -56,15 +56,15 @@ class Reader:
 
 
 class TooSlowError(BaseException):
-    """No reader may catch it."""
+    """The time limit has passed; as a `BaseException`, it is not caught by readers."""
 
 
 def fuzz(reader: Reader, directory: Path, inputs: int = INPUTS) -> None:
     """Read ``inputs`` mutated files.
 
     Raises:
-        AssertionError: another exception than a `UserError` of one line, other data than was written, or too slow; the
-            message has the seed of the input.
+        AssertionError: a reader raised another exception than a `UserError` of one line, returned wrong data, or was
+            too slow; the message has the seed of the input.
     """
     pristine = directory / "pristine"
     pristine.mkdir()
@@ -79,7 +79,7 @@ def fuzz(reader: Reader, directory: Path, inputs: int = INPUTS) -> None:
         changed = content
         for _ in range(draw.choice((1, 1, 1, 2, 4))):
             changed = draw.choice(reader.mutations)(changed, draw)
-        if not place.exists():  # readers may tidy up, or write beside the file
+        if not place.exists():  # a reader may have removed or added files
             shutil.copytree(pristine, place)
         (place / name).write_bytes(changed)
         refusal = None
@@ -111,7 +111,7 @@ def _compare(reader: Reader, seed: int, changed: bytes, found: str) -> None:
 
 @contextlib.contextmanager
 def _bounds() -> Iterator[None]:
-    """Bound the time on the processor and the memory that the block takes."""
+    """Limit the processor time and the memory of the block."""
 
     def late(*_: Any) -> None:
         raise TooSlowError
@@ -128,7 +128,7 @@ def _bounds() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGPROF, before)
-    if time.process_time() - started > SECONDS:  # in compiled code, which no signal ends
+    if time.process_time() - started > SECONDS:  # compiled code is not interrupted by a signal
         raise TooSlowError
 
 
@@ -136,10 +136,10 @@ def _bounds() -> Iterator[None]:
 
 
 def strict_json(content: bytes) -> Any:
-    """What the standard library reads, without what JSON has not: NaN, names twice, half characters."""
+    """Return the standard library's result, but refuse NaN, duplicate names and lone surrogates, which JSON lacks."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        assert len(dict(pairs)) == len(pairs), "a name stands twice"
+        assert len(dict(pairs)) == len(pairs), "a name occurs twice"
         return dict(pairs)
 
     def none(text: str) -> Any:
@@ -151,7 +151,7 @@ def strict_json(content: bytes) -> Any:
 
 
 def strict_csv(content: bytes) -> list[dict[str, str]]:
-    """What the standard library reads, with as many cells in each row as there are columns."""
+    """Return the standard library's result, but refuse rows whose number of cells differs from the header's."""
     rows = csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
     header = next(rows)
     return [dict(zip(header, row, strict=True)) for row in rows if row]

@@ -1,4 +1,4 @@
-"""What is hard on kernels: threads, runtimes that lend few, strides, and poison where nothing was written yet."""
+"""Difficult conditions for kernels: many threads or too few, strides, and poisoned memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sparsetrain.sparsity.backends import cpu as cpu_backend
 
 
 def fill_with_poison(patch: pytest.MonkeyPatch) -> None:
-    """Make every tensor that is to be uninitialised hold NaN, or an integer far too large."""
+    """Fill every uninitialised tensor with NaN, or with an integer that is far too large."""
 
     def poisoned(*shape: Any, **options: Any) -> Tensor:
         poison = 1 << 40 if options.get("dtype") == torch.int64 else torch.nan
@@ -34,14 +34,14 @@ def strided(matrix: Tensor, row_step: int, column_step: int, before: int) -> Ten
 
 @contextmanager
 def work_for_every_thread() -> Iterator[None]:
-    """Let products as small as those of tests use all threads that torch has."""
+    """Let small products use all threads of torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_backend, "A_THREAD", 1)
         yield
 
 
 def lend_at_most(threads: int, patch: pytest.MonkeyPatch) -> list[int]:
-    """Make the runtime lend fewer threads than it is asked for; return a list of how many it will have been asked."""
+    """Make the runtime give at most ``threads`` threads; return a list to which each request's number is appended."""
     asked_for: list[int] = []
     runtime = running.openmp()
     assert runtime is not None

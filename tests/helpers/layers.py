@@ -1,4 +1,4 @@
-"""A sparse layer of one size for tests, and seeing that two modules compute the same."""
+"""A sparse layer for tests, and a check that two modules compute the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fuzzer does to the bytes of a file: to bits, to tokens, to values of JSON and YAML, to members of archives."""
+"""Mutations of files for a fuzzer: of bits, tokens, values of JSON and YAML, and members of archives."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def splice(content: bytes, draw: random.Random) -> bytes:
 
 
 def overwrite(content: bytes, draw: random.Random) -> bytes:
-    """Put zeros, ones, random bytes, or an extreme integer in binary over a span."""
+    """Overwrite a span with zeros, ones, random bytes, or an extreme binary integer."""
     start, end = _span(content, draw)
     size = end - start
     number = draw.choice((0, 1, -1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**63 - 1, 10**9))
@@ -100,7 +100,7 @@ def _joined(tokens: list[str]) -> bytes:
 
 
 def tokens(content: bytes, draw: random.Random) -> bytes:
-    """Replace a token by an extreme one, remove it, repeat it, or swap it with another."""
+    """Replace a token by an extreme one, remove or repeat it, or swap it with another."""
     found = _tokens(content)
     if not found:
         return draw.choice(PIECES).encode()
@@ -123,7 +123,7 @@ def tokens(content: bytes, draw: random.Random) -> bytes:
 
 
 def lines(content: bytes, draw: random.Random) -> bytes:
-    """Remove, repeat or swap lines, or change how one ends."""
+    """Remove, repeat or swap lines, or change the end of a line."""
     found = content.splitlines(keepends=True)
     if not found:
         return b"\n"
@@ -149,7 +149,7 @@ _VALUES: tuple[Any, ...] = (
 
 
 def _slots(value: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each container with each of its keys or places."""
+    """Yield each container with each of its keys or indices."""
     stack = [value]
     while stack:
         inside = stack.pop()
@@ -160,7 +160,7 @@ def _slots(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _restructure(value: Any, draw: random.Random) -> Any:
-    """Put another value at a place, take the place away, or swap two places."""
+    """Replace or remove a value, or swap two values."""
     slots = list(_slots(value)) if isinstance(value, dict | list) else []
     if not slots or draw.random() < 0.03:
         return draw.choice(_VALUES)
@@ -190,7 +190,7 @@ def json_values(content: bytes, draw: random.Random) -> bytes:
 
 
 def json_line_values(content: bytes, draw: random.Random) -> bytes:
-    """Do so in one line of JSON lines."""
+    """Change the values in one line of JSON lines, as in JSON."""
     found = content.split(b"\n")
     at = draw.randrange(len(found))
     found[at] = json_values(found[at], draw)
@@ -198,7 +198,7 @@ def json_line_values(content: bytes, draw: random.Random) -> bytes:
 
 
 def yaml_values(content: bytes, draw: random.Random) -> bytes:
-    """Do so in YAML."""
+    """Change the values of YAML, as in JSON."""
     import yaml
 
     try:
@@ -234,7 +234,7 @@ def zip_members(content: bytes, draw: random.Random) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             members = [(member.filename, archive.read(member)) for member in archive.infolist()]
-    except Exception:  # whatever zipfile makes of what earlier mutations left
+    except Exception:  # zipfile may raise anything on a file that earlier mutations damaged
         return flip(content, draw)
     if members:
         at = draw.randrange(len(members))
@@ -253,7 +253,7 @@ def zip_members(content: bytes, draw: random.Random) -> bytes:
 
 
 def safetensors_header(content: bytes, draw: random.Random) -> bytes:
-    """Change the values or the text of the header of a safetensors file, with its right length before it."""
+    """Change the values or the text of a safetensors header, and store the new length before it."""
     length = int.from_bytes(content[:8], "little")
     if not 2 <= length <= len(content) - 8:
         return flip(content, draw)

@@ -1,4 +1,4 @@
-"""A product small enough to look at: its pattern and tensors, the operator's arguments, and the dense one beside it."""
+"""A small sparse product: its pattern and tensors, the operator's arguments, and the dense product for comparison."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pattern_of(rows: int = M, columns: int = K, density: float = 0.4, seed: int 
 
 
 def inputs(pattern: SparsityPattern, *leading: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
-    """x, values and bias that want gradients, and a gradient of the output."""
+    """x, values and bias, which require gradients, and a gradient of the output."""
     rows, columns = pattern.shape
     made = [torch.randn(*shape, dtype=dtype) for shape in ((*leading, columns), (pattern.nnz,), (rows,))]
     g = torch.randn(*leading, rows, dtype=dtype).to(pattern.device)

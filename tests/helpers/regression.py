@@ -1,4 +1,4 @@
-"""A small model to make sparse, with its batches, its loss and its optimizer."""
+"""A small regression model for sparsity, with its batches, loss and optimizer."""
 
 from __future__ import annotations
 

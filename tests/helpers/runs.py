@@ -1,4 +1,4 @@
-"""Runs compared by what they left, and something that happens at one of their losses."""
+"""Comparison of runs by their files, and events at a chosen loss of a run."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from sparsetrain.runs.metrics import TIMED, read_metrics
 
 
 def records(directory: Path) -> list[dict[str, Any]]:
-    """Return the metrics of a run without what the clock says."""
+    """Return the metrics of a run without timings."""
     found = read_metrics(directory / "metrics.jsonl")
     return [{key: value for key, value in record.items() if key not in TIMED} for record in found]
 
 
 def tensors(directory: Path) -> dict[str, Tensor]:
-    """Return all tensors of the newest checkpoint, the optimizer's with a prefix."""
+    """Return all tensors of the newest checkpoint; names of optimizer state have a prefix."""
     last = load_checkpoint(directory / "checkpoints")
     return {**last.model, **{f"optimizer {name}": value for name, value in last.optimizer.tensors.items()}}
 
@@ -37,7 +37,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 def on_loss(monkeypatch: pytest.MonkeyPatch, call: int, act: Callable[[Tensor], Tensor]) -> None:
-    """Replace the result of the ``call``-th training loss from now on by ``act`` of it."""
+    """Apply ``act`` to the result of the ``call``-th training loss from now on."""
     true_forward, calls = Transformer.forward, 0
 
     def forward(self: Transformer, tokens: Tensor, targets: Tensor | None = None, *rest: Any) -> Tensor:
@@ -60,5 +60,5 @@ def send(number: int) -> Callable[[Tensor], Tensor]:
 
 
 def stop_after(patch: pytest.MonkeyPatch, step: int, accumulation: int = 1) -> None:
-    """Have a run told to stop in the middle of update ``step``, after which it saves and ends."""
+    """Send SIGTERM to the run in the middle of update ``step``, after which it saves and ends."""
     on_loss(patch, (step - 1) * accumulation + 1, send(signal.SIGTERM))

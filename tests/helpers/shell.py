@@ -1,4 +1,4 @@
-"""The command line inside a test, in a directory of its own."""
+"""The command line inside a test, in a separate directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = [
 
 
 class Shell:
-    """Runs commands in a directory of its own."""
+    """Runs commands in a separate directory."""
 
     def __init__(self, home: Path, capfd: pytest.CaptureFixture[str], notes: Path, questions: Path) -> None:
         self.home, self.capfd = home, capfd

@@ -1,4 +1,4 @@
-"""Two tiny models to parameterize, and the rules they get."""
+"""Two tiny models, and a parameterization for them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from sparsetrain.parameterization import Parameterization
 
 P = Parameterization
 VOCAB = 37
-# Two layers where the base has one: m_L = 2, and at alpha = 1/2 a residual multiplier of 1 / sqrt(2).
+# The base has one layer and the model two: m_L = 2, so the residual multiplier at alpha = 1/2 is 1 / sqrt(2).
 RULES = P.supar_completep(16, 0.5, 1, alpha=0.5, alpha_in=2.0, alpha_out=3.0, embedding_lr_multiplier=4.0)
 
 

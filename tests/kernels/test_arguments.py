@@ -1,4 +1,4 @@
-"""What kernels are called with: anything but what they declare raises, before any memory is touched."""
+"""Arguments of kernels: a call that does not match the declaration raises before any memory is touched."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ KERNELS = all_kernels()
 
 
 def arguments_of(declaration: Declaration) -> dict[str, Any]:
-    """Return arguments that a kernel takes, each array just large enough, from its declaration alone."""
-    # Different ones, so that an exchange of two is seen; a flag of what is needed is 1.
+    """Return valid arguments of a kernel, made from its declaration alone; each array is just large enough."""
+    # Different values show an exchange of two arguments. A flag that requests a result is 1.
     integers = [name for name, declared in declaration.integers.items() if declared is None]
     given: dict[str, Any] = {name: 1 if "need" in name else 2 + at for at, name in enumerate(integers)}
     known = {"threads": THREADS, **given}
@@ -80,7 +80,7 @@ def shorter(array: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def mistakes(declaration: Declaration, given: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield arguments with one mistake each, what it is, and what the message must say."""
+    """Yield descriptions of mistakes, each with arguments that have the mistake and a pattern of the message."""
     for name in given:
         yield f"no {name}", {key: value for key, value in given.items() if key != name}, f"lacks the argument '{name}'"
         yield f"None for {name}", {**given, name: None}, f"{name} must be .*; given is NoneType"
@@ -111,7 +111,7 @@ def test_every_mistake_raises_in_words_and_nothing_is_touched(name: str, monkeyp
     given = arguments_of(kernel.declaration)
     ran: list[Any] = []
     monkeypatch.setattr(kernel, "_entry", (0, lambda words: None))
-    monkeypatch.setattr(kernel_module, "run", lambda *call: ran.append(call))  # an unseen mistake is then no crash
+    monkeypatch.setattr(kernel_module, "run", lambda *call: ran.append(call))  # so that a missed mistake does not crash
     kernel(THREADS, **given)
     assert len(ran) == 1
     ran.clear()

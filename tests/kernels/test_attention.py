@@ -93,7 +93,7 @@ def test_powers_of_two_are_exact_to_two_units_in_the_last_place() -> None:
     exact = np.exp2(x.astype(np.float64))
     assert np.max(np.abs(out - exact) / exact) < 2.0**-22
     whole = np.arange(-126, 128).astype(np.float32)
-    # Not np.exp2: in float32 it is one unit off at 127 on some processors.
+    # np.exp2 in float32 is off by one unit in the last place at 127 on some processors.
     assert np.array_equal(_apply(whole, whole)[0], np.ldexp(np.float32(1), whole.astype(np.int32)))
 
 
@@ -128,7 +128,7 @@ def poisoned(*shape: int) -> Tensor:
 
 
 def run(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, g: Tensor, threads: int = 1) -> tuple[Tensor, Tensor]:
-    """Return y and the gradient of qkv, with everything that is to be written filled with NaN before."""
+    """Return y and the gradient of qkv; every output buffer is filled with NaN before."""
     batch, tokens, all_heads, d = qkv.shape
     heads = all_heads - 2 * kv_heads
     y, logs, grad = poisoned(batch, tokens, heads * d), poisoned(batch, heads, tokens), poisoned(*qkv.shape)
@@ -143,9 +143,9 @@ def run(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, g: Tensor, thr
 def check(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, threads: int = 1) -> None:
     """Compare with the formula in float64.
 
-    A sum of products in float32 is off by 2e-6 sqrt(terms) of the size of a term. A result has two sums behind it,
-    over features and over tokens. The sizes: a weight is at most 1, those of a key over all its queries add up to
-    ``column``; ``inner`` is the gradient of a weight.
+    The allowed error of a float32 sum of products is 2e-6 sqrt(terms) times the size of a term. Each result follows
+    from two sums, over features and over tokens. A weight is at most 1, the weights of a key over all its queries add
+    up to ``column``, and ``inner`` is the size of the gradient of a weight.
     """
     heads, d = qkv.shape[2] - 2 * kv_heads, qkv.shape[3]
     tokens = qkv.shape[1]
@@ -224,7 +224,7 @@ def test_a_value_that_is_no_number_reaches_what_depends_on_it(value: float, head
     if affected == "itself":
         assert broken.nonzero().flatten().tolist() == [at]
     else:
-        # A masked weight of zero times no number is no number: up to five queries before, in one group of rows.
+        # A masked weight of zero times NaN is NaN, which reaches up to five earlier queries in the same group of rows.
         assert broken[at:].all()
         assert not broken[: at - 5].any()
     assert not grad.isfinite().all()
@@ -241,7 +241,7 @@ def test_other_sequences_and_heads_stay_numbers() -> None:
 
 
 def test_scratch_grows_with_tokens_only() -> None:
-    assert attention.backward_scratch(8192, 64) * 4 < 12 * 2**20  # scores would take 256 MiB a head
+    assert attention.backward_scratch(8192, 64) * 4 < 12 * 2**20  # scores would take 256 MiB per head
     assert attention.forward_scratch(8192, 64) * 4 < 6 * 2**20
 
 
@@ -259,7 +259,7 @@ for tokens, d in ((1, 16), (33, 48), (130, 80)):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lanes", [8, 16])  # 16 are AVX-512's; that lanes become SSE2 alone is shown in test_compile.py
+@pytest.mark.parametrize("lanes", [8, 16])  # AVX-512 has 16; test_compile.py covers SSE2
 def test_right_for_other_processors(lanes: int, tmp_path: Path) -> None:
     if lanes == vectors.NATIVE_LANES:
         pytest.skip("what this processor has, and every other test runs on")

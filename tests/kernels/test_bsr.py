@@ -1,4 +1,4 @@
-"""The block kernels against scipy's BSR and dense float64: any block, any shape, and what they write and do not."""
+"""The block kernels against scipy's BSR and dense float64: any block, any shape, and every written element."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = [(16, 16), (4, 4), (8, 8), (32, 32), (64, 64), (4, 16), (16, 4), (64, 4
 
 @dataclass(frozen=True)
 class Matrix:
-    """A block matrix by its CSR of blocks and its values."""
+    """A block matrix: the CSR structure of its blocks, and its values."""
 
     shape: tuple[int, int]
     block: tuple[int, int]
@@ -60,7 +60,7 @@ def matrix_of(block: tuple[int, int], rows: int, columns: int, density: float, s
 def products(
     matrix: Matrix, x: Array, g: Array, threads: int = 1, pieces: int = 1, poison: float = np.nan
 ) -> tuple[Array, Array, Array]:
-    """Return ``x @ W.T``, ``g @ W`` and the gradient of the values; everything is filled with ``poison`` before."""
+    """Return ``x @ W.T``, ``g @ W`` and the gradient of the values; outputs are filled with ``poison`` before."""
     rows, columns = matrix.shape
     plain = build_blocks(matrix.row_ptr, matrix.col, matrix.shape, matrix.block)
     turned = build_turned(matrix.row_ptr, matrix.col, matrix.shape, matrix.block)
@@ -110,7 +110,7 @@ def exact(matrix: Matrix, x: Array, g: Array) -> list[tuple[Array, Array]]:
 
 
 def bound(size: Array) -> Array:
-    """2e-6 sqrt(terms) of a large term, which is four times the root of the mean of the squares."""
+    """Return the allowed error: 2e-6 sqrt(terms) times a large term, taken as four times the RMS of the terms."""
     return 2e-6 * 4 * np.maximum(size, 1e-3)
 
 

@@ -1,4 +1,4 @@
-"""Compiled kernels: kept on the disk, noticed to be stale, run on any number of threads, built for other processors."""
+"""Compiled kernels: the cache on disk, stale entries, any number of threads, and code for other processors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_change_in_any_kernel_file_makes_another_cache(tmp_path: Path) -> None
 
 
 def separate(folder: Path, **variables: str) -> dict[str, str]:
-    """Return the variables of a process that is not measured and compiles into ``folder``."""
+    """Return the environment of a process that compiles into ``folder`` and whose coverage is not measured."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
     return {**env, compiling.CACHE: str(folder), **variables}
 
@@ -75,10 +75,11 @@ if len(sys.argv) > 1:
 
 
 def use(env: dict[str, str], *target: str) -> tuple[bool, str]:
-    """Compare a layer with the dense one in a process; return whether kernels were read, and machine code.
+    """Compare a layer with a dense one in a new process; return whether kernels came from the cache, and assembly.
 
     Args:
-        target: triple and name of a processor to compile a kernel for, beside the one that it runs on.
+        env: the environment of the process.
+        target: triple and name of a processor, for which a kernel is compiled as well.
     """
     command = [sys.executable, "-c", _USE, *target]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
@@ -88,17 +89,17 @@ def use(env: dict[str, str], *target: str) -> tuple[bool, str]:
 
 
 def instructions(features: str) -> dict[str, str]:
-    """Return the variables that have kernels compiled for an x86 with these instructions; elsewhere none."""
+    """Return the variables that compile kernels for an x86 with these features; empty on another architecture."""
     x86 = os.uname().machine == "x86_64"
     return {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features} if x86 else {}
 
 
-# Compiling takes seconds, so that whatever needs kernels of a process's own is asked of the same two.
+# Compiling takes seconds, so the tests that need a new process share two of them.
 
 
 @pytest.mark.slow
 def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm(tmp_path: Path) -> None:
-    # The kernel asks for no instructions of AVX itself here: with those it could not be compiled for another processor.
+    # A kernel that uses AVX intrinsics could not be compiled for ARM.
     hit, code = use(separate(tmp_path, **instructions("+sse2")), "aarch64-unknown-linux-gnu", "generic")
     assert not hit
     assert "fmla" in code
@@ -149,7 +150,7 @@ _KIND = f"{vectors.NATIVE_LANES}" + (" halved" if vectors.PATH_LANES < vectors.N
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [kind for kind in ("8", "16", "16 halved") if kind != _KIND])
 def test_products_are_right_with_the_lanes_of_another_kind_of_processor(tmp_path: Path, kind: str) -> None:
-    # LLVM splits 16 lanes where registers have 8, so that every kind of kernel is tested wherever the tests run.
+    # LLVM splits 16 lanes over registers of 8, so every kind of kernel can be tested on every machine.
     command = [sys.executable, "-c", _OTHER_LANES, kind]
     run = subprocess.run(command, env=separate(tmp_path), capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr
@@ -194,7 +195,7 @@ def test_of_two_threads_one_compiles_and_the_other_waits(tmp_path: Path, monkeyp
 
     def cfunc(*arguments: Any, **options: Any) -> Any:
         directories.append(numba.config.CACHE_DIR)
-        time.sleep(0.1)  # time enough for the other to come in
+        time.sleep(0.1)  # long enough for the other thread to enter
         return true_cfunc(*arguments, **options)
 
     monkeypatch.setattr(compiling, "compiled_directory", lambda: tmp_path)
@@ -222,7 +223,7 @@ def test_the_directory_of_the_cache_is_changed_by_one_thread_at_a_time(
         list(pool.map(declare, "ab"))
     assert seen[0] == seen[1] != seen[2] == seen[3]
     assert all(entry[1:] == (True, str(tmp_path)) for entry in seen)
-    # Another thread that read the setting of the first would put that one back.
+    # A second thread must not save the temporary setting of the first and restore it later.
     assert before == numba.config.CACHE_DIR
 
 
@@ -279,7 +280,7 @@ def test_several_callers_at_once_do_not_disturb_each_other(runner: tuple[Runner,
 
 
 def test_a_forked_process_runs_kernels_on_one_thread(runner: tuple[Runner, np.ndarray]) -> None:
-    # As in the workers of a DataLoader, where torch has one thread too: GNU's OpenMP does not survive a fork.
+    # This is the case of a DataLoader's workers, where torch also has one thread: GNU's OpenMP does not survive a fork.
     run, expected = runner
     run(2)
     child = os.fork()

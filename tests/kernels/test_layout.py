@@ -1,4 +1,4 @@
-"""Values in the order of a layout: what scipy's transpose has at the same place, whatever the blocks and threads."""
+"""Values in the order of a layout, against scipy's transpose, for all blocks and numbers of threads."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparsetrain.kernels.csr_layout import Layout, build_layout, build_transpose
 
 
 def decoded(layout: Layout, values: np.ndarray) -> np.ndarray:
-    """Return the dense matrix that a layout and the values in its order stand for; blanks must be zero."""
+    """Return the dense matrix of a layout and of values in its order; padding must be zero."""
     dense = np.zeros((layout.rows, layout.columns + 1), np.float32)
     for chunk in range(layout.chunks):
         block, row = divmod(chunk, layout.rows)

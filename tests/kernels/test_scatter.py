@@ -48,7 +48,7 @@ def test_every_bit_arrives_where_numpy_puts_it(
     pattern = pattern_of(rows, columns, block, density, seed)
     kind = np.uint32 if wide else np.uint16
     draw = np.random.default_rng(seed)
-    # Any bits at all, NaNs with a message among them.
+    # The values are arbitrary bits, with NaNs of any payload among them.
     values, full = draw.integers(0, 1 << 16, pattern.nnz).astype(kind), np.full(pattern.shape, 0xABCD, kind)
     values[::3] ^= kind(0x7FC00000 if wide else 0x7FC0)
     at, (bh, bw) = places(pattern), block

@@ -1,4 +1,4 @@
-"""The Triton kernels: their cases in processes of their own, and what they compile to for GPUs that are not here."""
+"""The Triton kernels: their cases in separate processes, and their compiled code for GPUs that are not present."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRODUCTS = ["matmul", "matmul_t", "sampled"]
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32"}
 
 
-# In two parts, so that two processes can share them.
+# The cases are divided in two, so that two workers can share them.
 @pytest.mark.parametrize("selection", ["the_three_products or every_", "not (the_three_products or every_)"])
 def test_the_cases_pass(selection: str, triton_cases: Callable[[Path, str], None]) -> None:
     triton_cases(Path(__file__).with_name("triton_cases.py"), selection)
@@ -36,7 +36,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 class Compiler:
-    """Stands in for a kernel: compiles what it is asked to launch, as a launch would, for a GPU of ``capability``."""
+    """A fake kernel, whose launch only compiles the real one for a GPU of ``capability``, as a launch does."""
 
     def __init__(self, kernel: Any, capability: int) -> None:
         self.kernel, self.capability = kernel, capability
@@ -54,7 +54,7 @@ class Compiler:
         options = {name: value for name, value in named.items() if name not in names}
         given = dict(zip(names, args, strict=False))
         assert [*given, *constants] == names
-        # What the launcher specialises on: an integer that is 1, and addresses and integers that 16 divides.
+        # The launcher specialises on integers equal to 1, and on addresses and integers divisible by 16.
         free = self.kernel.do_not_specialize
         integers = {name: value for name, value in given.items() if isinstance(value, int) and name not in free}
         constants |= {name: value for name, value in integers.items() if value == 1}
@@ -121,7 +121,7 @@ def test_it_compiles_without_a_gpu(
     binary = compiled(kernels, monkeypatch, product, block, dtype, capability, tokens)
     ptx = binary.asm["ptx"]
     assert f"sm_{capability}" in ptx
-    # The least that a GPU of these generations gives one program (8.6 and 8.9).
+    # The smallest shared memory per program among these generations (8.6 and 8.9).
     assert binary.metadata.shared <= 99 * 1024
     on_tensor_cores = bool(re.search(r"\bw?g?mma\.", ptx))
     assert on_tensor_cores == (dtype != torch.float32)
@@ -131,7 +131,7 @@ def test_it_compiles_without_a_gpu(
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_inputs_are_copied_16_bytes_at_a_time(product: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What the hints to the compiler are for: without them each of these is a load of 2 bytes.
+    # Without the alignment hints to the compiler, each of these copies would be loads of 2 bytes.
     ptx = compiled(kernels, monkeypatch, product, (16, 16), torch.bfloat16, 80).asm["ptx"]
     assert re.search(r"cp\.async\.cg\.shared\.global .*, 0x10,", ptx)
     assert not re.search(r"ld\.global\S*\.b16", ptx)

@@ -1,7 +1,7 @@
-"""The Triton kernels against dense float64. Run by `test_triton_bsr.py`, in processes of their own.
+"""The Triton kernels against dense float64; `test_triton_bsr.py` runs these cases in separate processes.
 
-Whether a kernel is interpreted is settled when triton is imported, for the whole process. One of these by hand:
-``TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_cases.py -k NAME``, or without the variable on a GPU.
+The import of triton decides for the whole process whether kernels are interpreted. To run one case by hand, use
+``TRITON_INTERPRET=1 python -m pytest tests/kernels/triton_cases.py -k NAME``, or omit the variable on a GPU.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from sparsetrain.sparsity import SparsityPattern
 DEVICE = torch.device("cpu" if triton_bsr.INTERPRETED else "cuda")
 # The unit roundoff: the largest relative error of rounding a number to the type.
 ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-# The interpreter computes with numpy, which warns of what a GPU and torch do without a word.
+# The interpreter computes with numpy, which warns about overflows and invalid values; a GPU and torch do not.
 NUMPY_WARNS = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
 SIDES = [4, 5, 8, 12, 16, 24, 32, 48, 63, 64]
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Fill all new memory with NaN, so that an element which a kernel leaves out shows."""
+    """Fill all new memory with NaN, so that an element that a kernel does not write is noticed."""
     torch.use_deterministic_algorithms(True)
     try:
         assert torch.empty(1).isnan().all()
@@ -40,7 +40,7 @@ def poisoned() -> Iterator[None]:
 
 @dataclass
 class Problem:
-    """A block pattern and what is multiplied; all of it on the device, values and inputs in one type."""
+    """A block pattern and the factors of its products, all on the device; values and inputs have one dtype."""
 
     pattern: SparsityPattern
     x: Tensor
@@ -71,7 +71,7 @@ def transposed(tensor: Tensor) -> Tensor:
 
 
 def surrounded(tensor: Tensor) -> Tensor:
-    """Return the same numbers as a view, every second column of a matrix that is NaN everywhere else."""
+    """Return the same numbers as a view of every second column of a matrix that is NaN everywhere else."""
     rows, columns = tensor.shape
     wide = torch.full((rows + 5, 2 * columns + 6), torch.nan, dtype=tensor.dtype, device=tensor.device)
     wide[2 : rows + 2, 3 : 2 * columns + 3 : 2] = tensor
@@ -79,7 +79,7 @@ def surrounded(tensor: Tensor) -> Tensor:
 
 
 def broadcast(tensor: Tensor) -> Tensor:
-    """Return a matrix whose rows are all the first one of ``tensor``, and the same memory."""
+    """Return a matrix whose rows all share the memory of the first row of ``tensor``."""
     return tensor[:1].expand(tensor.shape)
 
 
@@ -91,7 +91,7 @@ def problem(
     strides: Callable[[Tensor], Tensor] = contiguous,
     seed: int = 0,
 ) -> Problem:
-    """Return random numbers over the blocks ``tiles``, bool ``[block rows, block columns]``."""
+    """Return random values in the blocks that ``tiles``, bool ``[block rows, block columns]``, marks."""
     draws = torch.Generator().manual_seed(seed)
     pattern = SparsityPattern.from_mask(tiles.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1), block)
     x, g, values = (
@@ -102,7 +102,7 @@ def problem(
 
 
 def some_tiles(rows: int, columns: int, density: float = 0.5, seed: int = 1) -> Tensor:
-    """Return a random choice of blocks; the second row has none, as has the last column."""
+    """Return random blocks; the second row and the last column are empty."""
     tiles = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
     tiles[0, 0] = True
     tiles[1], tiles[:, -1] = False, False
@@ -110,18 +110,18 @@ def some_tiles(rows: int, columns: int, density: float = 0.5, seed: int = 1) -> 
 
 
 def assert_within_rounding(ours: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
-    """Fail unless ``ours`` is what float32 sums of ``terms`` products give, rounded to its type.
+    """Fail unless ``ours`` is within the rounding error of float32 sums of ``terms`` products, rounded to its dtype.
 
-    The bound is Higham's for a sum in any order, and certain: terms * u * (sum of absolute products), with the u of
-    float32, four times that where tensor cores cut sums off instead of rounding them; then once the u of the result's
-    type, and its smallest number.
+    The bound is Higham's for sums in any order, which always holds: terms * u * (sum of absolute products), with the
+    unit roundoff u of float32. Tensor cores truncate sums instead of rounding them, so it is four times larger there.
+    The final rounding adds u of the result's dtype times the result, and the smallest subnormal number.
     """
     assert ours.shape == exact.shape
     cut_off = not triton_bsr.INTERPRETED and ours.dtype != torch.float32
     limit = (terms + 2) * (4 if cut_off else 1) * ROUNDOFF[torch.float32] * magnitude
     limit += ROUNDOFF[ours.dtype] * exact.abs()
     limit += torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
-    # The first bound is itself rounded to the type.
+    # The sum within the first bound is itself rounded to the dtype.
     error = (ours.double() - exact).abs()
     excess = error - limit * (1 + ROUNDOFF[ours.dtype])
     assert not ours.isnan().any()
@@ -175,7 +175,7 @@ def test_every_count_of_tokens_matches_dense_float64(tokens: int) -> None:
 
 
 def test_rows_of_very_different_lengths_match_dense_float64() -> None:
-    # One row takes many tiles of the weight gradient, its neighbours one each and none.
+    # One row has many tiles of the weight gradient; its neighbours have one and none.
     tiles = torch.zeros(4, 80, dtype=torch.bool)
     tiles[0, 7], tiles[1], tiles[3, ::7] = True, True, True
     assert_right(problem(tiles, (8, 4), 33))
@@ -232,7 +232,7 @@ def test_numbers_that_are_not_finite_reach_only_what_their_blocks_touch() -> Non
     bh, bw = case.pattern.block
     case.x[3, 9], case.x[39, 20], case.g[5, 0], case.g[39, 40] = torch.inf, torch.nan, -torch.inf, torch.nan
     case.values[100] = torch.inf
-    # Block by block, so that nothing is multiplied by a zero that is not stored.
+    # The products are computed block by block, so that no factor meets a zero that is not stored.
     x, g, values = case.x.double(), case.g.double(), case.values.double().view(-1, bh, bw)
     y, grad_x, grad_values = torch.zeros_like(g), torch.zeros_like(x), torch.zeros_like(values)
     for at, (row, column) in enumerate(zip(case.pattern.block_rows(), case.pattern.col, strict=True)):
@@ -256,8 +256,8 @@ def test_float16_overflows_to_infinity_as_torch_does() -> None:
 
 
 def test_tokens_beyond_two_to_the_31_elements_are_found() -> None:
-    # Three tokens, 2^30 elements apart: each distance fits in 32 bits, the place of the third does not. The memory is
-    # reserved, and touched at three ends only.
+    # Three tokens are 2^30 elements apart: the stride fits in 32 bits, but the offset of the third does not. The memory
+    # is reserved, and only three places in it are touched.
     case = problem(torch.ones(1, 2, dtype=torch.bool), (8, 8), 3, torch.float16)
     memory = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
     far = memory.as_strided((3, case.x.shape[1]), (2**30, 1))

@@ -1,4 +1,4 @@
-"""Tables of arms: what is read, what is refused, and what bars and verdicts say, with SciPy's paired intervals."""
+"""Tables of arms: reading, errors, and bars and verdicts against SciPy's paired intervals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The numbers of a bench against what can be worked out by hand."""
+"""The numbers of a bench against values computed by hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cell(part: str, sparsity: float | None, times: dict[str, list[float]], **pla
 
 @pytest.fixture
 def values() -> dict[str, Any]:
-    """Two shapes of one sparsity, a model, and both scaling series."""
+    """The values of a bench with two shapes at one sparsity, a model, and both scaling series."""
     cells = [
         cell("layer", 0.75, {"dense": [4.0, 4.0, 9.0], "csr": [2.0, 1.0, 2.0]}),
         cell("layer", 0.75, {"dense": [16.0] * 3, "csr": [2.0] * 3}, in_features=16),

@@ -1,4 +1,4 @@
-"""The page is well formed, loads nothing, escapes everything, and is written whole or not at all."""
+"""The page is well formed, loads nothing, escapes everything, and is written atomically."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LOADING = {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "b
 
 
 class Page(HTMLParser):
-    """Reads a page strictly: every tag is closed in order; collects what the tests ask for."""
+    """A strict parser, which requires tags to close in order and records what the tests check."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -109,7 +109,7 @@ def test_nothing_to_inspect_is_one_line(configure: Configure, tmp_path: Path, sc
             read_masks(path)
 
 
-# In reports.
+# Masks in reports.
 
 
 def test_masks_that_changed_have_a_table_and_a_section(content: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Figures are the same bytes every time, hold what they should, and survive any name."""
+"""Figures have the same bytes every time, show all data, and accept any name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report is accepted, or refused with the path of the field at fault."""
+"""A report is accepted, or refused with the path of the wrong field."""
 
 from __future__ import annotations
 

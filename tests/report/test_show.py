@@ -1,4 +1,4 @@
-"""What ``sparsetrain report`` shows of directories in every state."""
+"""The output of ``sparsetrain report`` for directories in every state."""
 
 from __future__ import annotations
 

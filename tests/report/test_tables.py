@@ -1,4 +1,4 @@
-"""Every arm and number is in the tables; hostile names stay text."""
+"""The tables have every arm and number, and show hostile names as text."""
 
 from __future__ import annotations
 
