@@ -42,7 +42,7 @@ _LOOK_EVERY = 0.5  # seconds between two looks for that file
 
 
 def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
-    """Return the overrides together with those that the experiment's ``hydra.sweeper.params`` adds, written out.
+    """Return the overrides, and as further overrides the entries of the experiment's ``hydra.sweeper.params``.
 
     An override on the command line replaces the experiment's for the same key. Hydra itself would run every
     combination of the two.

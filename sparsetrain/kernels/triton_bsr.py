@@ -209,7 +209,7 @@ def _options(dtype: torch.dtype, high: int, wide: int, deep: int) -> dict[str, A
 
 
 def _run_length(size: int) -> int:
-    """Return the largest power of two that divides ``size``: so many neighbours can be loaded at once."""
+    """Return the largest power of two that divides ``size``, the number of neighbours that one load can take."""
     return size & -size
 
 

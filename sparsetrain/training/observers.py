@@ -85,7 +85,7 @@ class Evaluated:
 class Observer:
     """Base class of observers; its methods do nothing.
 
-    ``name`` is the key of the observer's state in a checkpoint, so each observer of a run needs another one.
+    ``name`` is the key of the observer's state in a checkpoint, so no two observers of a run may share it.
     """
 
     name = "observer"

@@ -8,7 +8,7 @@ def scale(team: Team, x: Annotated[Array, float32["rows", "columns"]], x_step: A
 An array is declared with the type of its elements and either of two sizes, whose entries are Python expressions over
 the integers of the same signature, ``threads``, and what the kernel's module defines:
 
-    float32["rows + 1"]             contiguous, of any shape, with at least so many elements
+    float32["rows + 1"]             contiguous, of any shape, with at least that number of elements
     float32["rows", "columns"]      of as many dimensions, each at least so long; the last one is contiguous, the
                                     others may have any strides
 

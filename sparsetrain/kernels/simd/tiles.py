@@ -86,7 +86,7 @@ def copy(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
 
 @inlined
 def add_to(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
-    """Add ``count`` float32 to those that are there."""
+    """Add ``count`` float32 of ``source[at:]`` to ``target[to:]``."""
     whole = count // 16 * 16
     for place in range(0, whole, 16):
         store(target, to + place, add(load(source, at + place), load(target, to + place)))

@@ -196,7 +196,7 @@ def _shipped() -> dict[str, Crossover]:
 
 
 def _kind() -> str:
-    """Return the kind of processor that this one is most like, of those that a table is shipped for."""
+    """Return the kind of processor, among the kinds with a shipped table, that this one is most like."""
     if "AVX512" not in torch_simd():
         return "AVX2"
     # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.

@@ -22,7 +22,7 @@ class Checked:
     Attributes:
         units: stored blocks. versions: of row_ptr and col, which torch raises at every write that it records.
         fingerprint: of their content, for a write that changes nothing, or that torch does not record.
-        changes: how often the content was found to be another one.
+        changes: how often a check found that the content had changed.
     """
 
     __slots__ = ("changes", "fingerprint", "units", "versions")
