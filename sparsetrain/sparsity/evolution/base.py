@@ -111,7 +111,16 @@ class Rule:
     def __post_init__(self) -> None:
         if self.sparsity is not None:
             check_sparsity(self.sparsity, f"{self.name}: sparsity")
+        self.check_choices()
+
+    def check_choices(self) -> None:
+        """Raise `UserError` for an unknown way to grow, to accumulate or to fill the state of grown weights.
+
+        `MaskManager` calls it too, since ``__post_init__`` of a rule of one's own may leave out that of its base class.
+        """
         check_choice(f"{self.name}: grows", self.grows, GROWTH)
+        check_choice(f"{self.name}: accumulation", self.accumulation, ACCUMULATION)
+        check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
 
     @property
     def name(self) -> str:

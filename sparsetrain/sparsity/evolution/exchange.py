@@ -29,11 +29,11 @@ def stored_scores(values: Tensor, gradient: Tensor | None, block: tuple[int, int
         values: ``[nnz]``, of whole units. gradient: theirs, ``[nnz]``; None for zeros.
 
     Raises:
-        UserError: the rule's scores have another shape. NotFiniteError: they are NaN.
+        UserError: the rule's scores are not a real tensor of that shape. NotFiniteError: they are NaN.
     """
     values = values.detach()
     zeros = values.new_zeros(()).expand_as(values)  # without memory of their own
-    scores = _checked(rule.score(values, zeros if gradient is None else gradient), values.shape, rule, "score")
+    scores = _ranked(rule, "score", values, zeros if gradient is None else gradient)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     return scores if block == (1, 1) else scores.view(-1, block[0] * block[1]).sum(1)
 
@@ -42,28 +42,43 @@ def empty_scores(gradient: Tensor, block: tuple[int, int], rule: Rule) -> Tensor
     """Return ``[U, V]``: the sum of a rule's scores over each unit of the grid, for a dense gradient ``[R, C]``.
 
     Raises:
-        UserError: the rule's scores have another shape. NotFiniteError: they are NaN.
+        UserError: the rule's scores are not a real tensor of that shape. NotFiniteError: they are NaN.
     """
-    scores = _checked(rule.growth(gradient), gradient.shape, rule, "growth")
+    scores = _ranked(rule, "growth", gradient)
     if block == (1, 1):
         return scores
     bh, bw = block
     return scores.view(gradient.shape[0] // bh, bh, gradient.shape[1] // bw, bw).sum((1, 3))
 
 
-def _checked(scores: Tensor, shape: torch.Size, rule: Rule, method: str) -> Tensor:
-    """Return the scores of a rule, those of its own ``method`` within the finite numbers."""
+def _ranked(rule: Rule, method: str, *arguments: Tensor) -> Tensor:
+    """Return what ``rule.score`` or ``rule.growth`` makes of its arguments; scores of a rule of one's own are checked.
+
+    Such a rule gets copies, since a method that works in place would change the weights.
+    """
     if getattr(type(rule), method) is getattr(Rule, method):
+        scores: Tensor = getattr(rule, method)(*arguments)
         return scores
-    if scores.shape != shape:
+    scores = getattr(rule, method)(*(argument.clone() for argument in arguments))
+    expected = arguments[0]
+    if not isinstance(scores, Tensor):
+        raise UserError(f"{rule.name}: {method}() returned {type(scores).__name__}; it must return a tensor")
+    if scores.shape != expected.shape:
         raise UserError(
-            f"{rule.name}: {method}() returned shape {tuple(scores.shape)}; it must be {tuple(shape)}, that of its "
-            "argument"
+            f"{rule.name}: {method}() returned shape {tuple(scores.shape)}; it must be {tuple(expected.shape)}, that "
+            "of its argument"
         )
+    if scores.dtype.is_complex or scores.layout != torch.strided or scores.device != expected.device:
+        raise UserError(
+            f"{rule.name}: {method}() returned a tensor of {scores.dtype} on {scores.device} ({scores.layout}); it "
+            f"must be real and dense, on {expected.device}"
+        )
+    # float32 holds the types of 8 bits too, which torch cannot compare.
+    wide = torch.promote_types(scores.dtype, torch.float32) if scores.element_size() > 1 else torch.float32
+    scores = scores.detach().to(wide)
     if bool(scores.isnan().any()):
         raise NotFiniteError(f"{rule.name}: {method}() returned NaN")
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    limits = torch.finfo(scores.dtype)
+    limits = torch.finfo(wide)
     return scores.clamp(limits.min, limits.max)  # infinities mark other things
 
 

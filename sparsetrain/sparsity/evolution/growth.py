@@ -13,7 +13,7 @@ from torch import Tensor
 from sparsetrain.errors import NotFiniteError
 from sparsetrain.sparsity.evolution.base import Rule
 from sparsetrain.sparsity.evolution.exchange import Counts, all_finite, select_grown, units_of
-from sparsetrain.sparsity.evolution.managed import Managed
+from sparsetrain.sparsity.evolution.managed import Managed, naming
 from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
 from sparsetrain.sparsity.layers.ranks import Ranks
 
@@ -66,7 +66,8 @@ class Growth:
         if not all_finite(dense):
             return None
         pattern = entry.layer.pattern
-        units = select_grown(dense, pattern, self._counts(entry, step), self.rule)
+        with naming(entry.name, step):
+            units = select_grown(dense, pattern, self._counts(entry, step), self.rule)
         gradient = units_of(dense, units, pattern.block) if self.rule.grown_scale > 0.0 else None
         # All layers keep theirs until the step ends.
         return Grown(units.to(torch.int32) if dense.numel() < 2**31 else units, gradient)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -78,6 +79,15 @@ def allocated_densities(
     return lambda step: {
         name: layer_nnz(allocation, shapes[name], rule, step) / numel[name] for name, allocation in allocated.items()
     }
+
+
+@contextmanager
+def naming(layer: str, step: int) -> Iterator[None]:
+    """Name the layer and the step in a `UserError` that is raised inside, for example by the scores of a rule."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"layer '{layer}' at step {step}: {error}") from None
 
 
 def manage_layers(
@@ -177,6 +187,7 @@ def _check_evolution(
 ) -> None:
     if isinstance(rule, Static):
         return
+    rule.check_choices()
     for name, allocation in allocated.items():
         spec = allocation.spec
         if spec.name not in evolving_patterns():

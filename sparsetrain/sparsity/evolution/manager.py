@@ -23,7 +23,7 @@ from sparsetrain.sparsity.evolution.exchange import (
     select_kept,
 )
 from sparsetrain.sparsity.evolution.growth import Grown, Growth
-from sparsetrain.sparsity.evolution.managed import Managed, manage_layers
+from sparsetrain.sparsity.evolution.managed import Managed, manage_layers, naming
 from sparsetrain.sparsity.evolution.optimizers import (
     StepWatch,
     check_any_held,
@@ -346,8 +346,6 @@ class MaskManager(ManagedMasks):
             grown = draw_grown(pattern, counts, seeds.generator(self.seed, "grow", entry.name, step))
         else:
             grown = found.units
-        try:
+        with naming(entry.name, step):
             kept = select_kept(layer.values, pattern, counts, self.rule)
-        except UserError as error:
-            raise type(error)(f"layer '{entry.name}' at step {step}: {error}") from None
         return TopologyUpdate.exchange(pattern, kept, grown)

@@ -9,9 +9,7 @@ from typing import Any, ClassVar
 
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.sparsity.evolution.base import (
-    ACCUMULATION,
     GROWTH,
-    MOMENTS,
     Rule,
     in_steps,
     register_rule,
@@ -110,7 +108,6 @@ class _Exchange(_Periodic):
         if not 0.0 < self.drop_fraction < 1.0:
             raise self._refuse(f"drop_fraction={self.drop_fraction} must lie in (0, 1)")
         check_choice(f"{self.name}: drop_schedule", self.drop_schedule, DROP)
-        check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
         if self.drop_schedule != "constant" and self.stop is None:
             raise self._refuse(f"drop_schedule={self.drop_schedule} falls until stop; set stop")
 
@@ -173,7 +170,6 @@ class RigL(_Exchange):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(f"{self.name}: accumulation", self.accumulation, ACCUMULATION)
         if not 0.0 <= self.grown_scale < math.inf:
             raise self._refuse(f"grown_scale={self.grown_scale} must be at least 0 and finite")
 
@@ -291,7 +287,6 @@ class VariableSparsity(Rule):
                 raise self._refuse(f"phases: {step} follows {before}; phases must begin one after the other")
             check_sparsity(sparsity, f"{self.name}: sparsity of the phase at step {step}")
             before = step
-        check_choice(f"{self.name}: grown_moments", self.grown_moments, MOMENTS)
 
     @property
     def grows(self) -> str:  # type: ignore[override]

@@ -98,6 +98,10 @@ def scored(function: Callable[[Tensor], Tensor]) -> type[Rule]:
     [
         (lambda values: values[:-1], UserError, r"^layer '0' at step 1: Own: score\(\) returned shape .* must be"),
         (lambda values: values / 0.0 * 0.0, NotFiniteError, r"^layer '0' at step 1: Own: score\(\) returned NaN"),
+        (lambda values: None, UserError, r"^layer '0' at step 1: Own: score\(\) returned NoneType; it must return a"),
+        (lambda values: values * 1j, UserError, r"score\(\) returned a tensor of torch\.complex\d+ .* must be real"),
+        (lambda values: values.to("meta"), UserError, r"score\(\) returned a tensor .* on meta .* must be .* on cpu"),
+        (lambda values: values.to_sparse(), UserError, r"score\(\) returned a tensor .*sparse_coo.* dense"),
     ],
 )
 def test_scores_that_cannot_be_ranked_change_nothing(
@@ -111,6 +115,51 @@ def test_scores_that_cannot_be_ranked_change_nothing(
     with pytest.raises(error, match=message):
         manager.step(optimizer)
     assert manager.hash() == before
+
+
+def test_scores_may_be_computed_in_place_and_in_few_bits() -> None:
+    """A method that changes its argument changes no weight."""
+    results = []
+    for function in (lambda values: values.abs(), lambda values: values.abs_()):
+        model = mlp()
+        manager = st.MaskManager(model, scored(function)(sparsity=0.5, every=1), seed=0)
+        optimizer = adamw(model)
+        loss_of(model, batch(0)).backward()
+        optimizer.step()
+        assert manager.step(optimizer) is not None
+        results.append([layer.values.detach() for layer in manager.layers.values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert any(bool((values < 0).any()) for values in results[1])
+    rule = scored(lambda values: values.abs().clamp(max=400).to(torch.float8_e4m3fn))(sparsity=0.5, every=1)
+    manager = st.MaskManager(model := mlp(), rule, seed=0)
+    optimizer = adamw(model)
+    loss_of(model, batch(0)).backward()
+    optimizer.step()
+    assert manager.step(optimizer) is not None
+
+
+def test_scores_of_growth_name_the_layer_and_an_unknown_way_to_grow_is_always_refused() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Short(st.RigL):
+        def growth(self, gradient: Tensor) -> Tensor:
+            return gradient[:-1]
+
+    model = mlp()
+    manager = st.MaskManager(model, Short(sparsity=0.5, every=1), seed=0)
+    loss = loss_of(model, batch(0))
+    with pytest.raises(UserError, match=r"^layer '\S+' at step 1: Short: growth\(\) returned shape"):
+        loss.backward()  # which ranks the gradients at once, so that none is kept
+    assert manager.steps == 0
+
+    @dataclass(frozen=True, kw_only=True)
+    class Forgetful(st.SET):
+        grows: str = "random"  # type: ignore[misc]
+
+        def __post_init__(self) -> None:
+            """Leave out the checks of the base class."""
+
+    with pytest.raises(UserError, match=r"Forgetful: grows='gradent' is not one of random, gradient \(did you mean"):
+        st.MaskManager(mlp(), Forgetful(sparsity=0.5, every=1, grows="gradent"), seed=0)
 
 
 def test_infinite_scores_are_the_highest_and_the_lowest() -> None:
