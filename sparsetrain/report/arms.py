@@ -25,12 +25,11 @@ from sparsetrain.report.text import percent, si
 from sparsetrain.scaling.intervals import Interval, mean_interval, paired
 from sparsetrain.scaling.transfer import relative_gap
 from sparsetrain.shapes import Count, Fraction, check
+from sparsetrain.sparsity.evolution.base import RULES
 
 PRETRAIN, SCRATCH = "pretrain", "scratch"
 WAYS = ("finetune", "finetune-sparse", "prompt", "prompt-frozen")
 """Stages that end in an accuracy, in the order of display; other stages come after them."""
-RULES = ("static", "set", "rigl", "gmp", "vspdf")
-"""Evolution rules in the order of display; other rules come after them."""
 STAGE_COLUMNS = (
     *("arm", "stage", "task", "status", "density", "tokens", "bits_per_byte"),
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
@@ -202,8 +201,8 @@ def tasks(rows: Sequence[Row]) -> list[str]:
 
 
 def rules(rows: Sequence[Row]) -> list[str]:
-    """Return the evolution rules in the order of `RULES`."""
-    return _ordered([row["rule"] for row in rows], RULES)
+    """Return the evolution rules in the order of their registration, unknown ones last."""
+    return _ordered([row["rule"] for row in rows], RULES.names())
 
 
 def _ordered(names: Sequence[str], known: Sequence[str]) -> list[str]:

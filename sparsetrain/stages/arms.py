@@ -16,7 +16,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, write_text
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.report import arms as tables
-from sparsetrain.report.arms import MASK_COLUMNS, PRETRAIN, RULES, STAGE_COLUMNS, WAYS, Arms, Course, Row
+from sparsetrain.report.arms import MASK_COLUMNS, PRETRAIN, STAGE_COLUMNS, WAYS, Arms, Course, Row
 from sparsetrain.report.arms_plots import arms_figure
 from sparsetrain.report.bars import bars, bars_sheet, markdown, verdicts
 from sparsetrain.report.run_files import COLUMNS, ArmResult
@@ -28,6 +28,7 @@ from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
 from sparsetrain.shapes import Positive, check
+from sparsetrain.sparsity.evolution.base import RULES
 from sparsetrain.stages.config import PretrainConfig, RunConfig, build
 from sparsetrain.stages.pipeline_config import PipelineConfig
 
@@ -194,7 +195,8 @@ def _course(directory: Path, row: Row) -> Course:
 
 def _place_of(row: Row) -> tuple[int, str, int]:
     rule = row["rule"]
-    return RULES.index(rule) if rule in RULES else len(RULES), rule, row["seed"]
+    names = RULES.names()
+    return names.index(rule) if rule in names else len(names), rule, row["seed"]
 
 
 def _check_pipelines(stages: Sequence[Arms]) -> None:
