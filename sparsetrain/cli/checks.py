@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsetrain.cli.compose import compose, defaults, flat, groups, one_line, options, schema_of
+from sparsetrain.cli.compose import compose, defaults, flat, groups, options
 from sparsetrain.cli.overrides import (
     OPEN,
     SEARCH_PATH,
@@ -23,6 +23,8 @@ from sparsetrain.cli.overrides import (
     parse,
 )
 from sparsetrain.cli.quoting import plain_value, quoted, text_settings
+from sparsetrain.cli.refusals import refused
+from sparsetrain.cli.schema import schema_of
 from sparsetrain.cli.stages import NUMBERED, known_settings, numbered, stage_setting
 from sparsetrain.cli.verbs import VERBS
 from sparsetrain.errors import UserError, nearest
@@ -46,7 +48,8 @@ def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[s
 def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     """Raise `UserError` for the first override whose key or choice does not exist; it suggests the nearest name.
 
-    Several values for one key are an error outside a ``sweep``. In a sweep, each value must have the right type.
+    Several values for one key are an error outside a ``sweep``. In a sweep, each value must have the right type, and
+    each choice among the files of a user must compose.
     """
     parsed = parse(overrides)
     added = added_folders(parsed)
@@ -56,6 +59,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         check_enumerable(override, override.key_or_group in known_groups)
     tree = _with_optional_groups(verb, parsed, known_groups)
     stages: DictConfig | None = None
+    single = [str(override.input_line) for override in parsed if not override.is_sweep_override()]
     for override in parsed:
         key = override.key_or_group
         if is_hydras(override):
@@ -74,6 +78,8 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                 for folder in added:
                     if choice in options(key, folder) and choice in options(key):
                         raise UserError(f"{key}={choice}: the library has this choice too; rename yours in {folder}")
+                    if override.is_sweep_override() and choice in options(key, folder):
+                        compose(verb, [*single, f"{key}={choice}"])  # its file may be broken
             continue
         if NUMBERED.fullmatch(key):
             if stages is None:
@@ -83,9 +89,13 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         if key.startswith(f"{OPEN}."):
             continue  # the pattern checks its options
         _check_key(verb, key, tree, known_groups)
+        value = None if override.is_sweep_override() else plain_value(override.value())
+        # Hydra reads `budget=3` as the choice of a file.
+        if value is not None and not isinstance(value, dict) and OmegaConf.is_dict(tree.get(key, None)):
+            raise UserError(f"{key}={value!r} must be a section of settings")
         if override.is_discrete_sweep() and override.value_type != ValueType.GLOB_CHOICE_SWEEP:
             for value in override.sweep_iterator():
-                _check_type(key, plain_value(value), tree)
+                _check_type(verb, key, plain_value(value), tree)
 
 
 def _with_optional_groups(verb: str, parsed: Iterable[Override], known_groups: Mapping[str, list[str]]) -> DictConfig:
@@ -124,12 +134,12 @@ def _check_stage_setting(stage: str, run: str, setting: str) -> None:
         raise UserError(f"{place}: {run} has no setting '{setting}'{hint}")
 
 
-def _check_type(key: str, value: Any, tree: DictConfig) -> None:
+def _check_type(verb: str, key: str, value: Any, tree: DictConfig) -> None:
     """Raise `UserError` for a value of the wrong type, so that a sweep fails before its first point."""
     try:
         OmegaConf.update(copy.deepcopy(tree), key, value)
     except OmegaConfBaseException as error:
-        raise UserError(f"{key}={value}: {one_line(error)}") from None
+        raise refused(error, schema_of(verb)) from None
 
 
 def _check_key(verb: str, key: str, tree: DictConfig, known_groups: Mapping[str, list[str]]) -> None:

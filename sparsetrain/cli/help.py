@@ -14,20 +14,11 @@ from omegaconf import OmegaConf
 
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
-from sparsetrain.cli.compose import (
-    alternatives,
-    compose,
-    defaults,
-    flat,
-    groups,
-    plain,
-    run_hydra,
-    schema_of,
-    union,
-)
+from sparsetrain.cli.compose import compose, defaults, flat, groups, plain, run_hydra
 from sparsetrain.cli.overrides import check_moved, keys_of
 from sparsetrain.cli.quoting import text_settings, with_interpolation
 from sparsetrain.cli.resolve import prefer_typed_length
+from sparsetrain.cli.schema import alternatives, schema_of, union
 from sparsetrain.cli.stages import prefer_typed_arms
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError
@@ -114,6 +105,8 @@ def show(verb: str, arguments: Arguments) -> None:
     overrides = as_typed(verb, arguments.overrides, arguments.multirun)
     check(verb, overrides, sweep=arguments.multirun)
     if arguments.options.get("--cfg") != "job" or arguments.multirun:
+        if not arguments.multirun:
+            compose(verb, overrides)  # raises in one line what Hydra's own command line would not
         run_hydra(verb, arguments.options, overrides, lambda _tree: None)
         return
     # Hydra's own answer would show a text with `${` in the escaped form that OmegaConf needs.

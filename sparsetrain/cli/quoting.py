@@ -24,12 +24,14 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import OmegaConf
 
 from sparsetrain.errors import UserError
+from sparsetrain.stages.config import PATHS, RUNS
 
 # Settings that hold sentences: every character in them is text.
 PROSE = ("prompt", "words")
 
 _QUOTED = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 _WORD = re.compile(r"[\w./:+@%*~=-]+")  # a value without spaces, which may be one of several in a multirun
+_COLLECTION = re.compile(r"\s*(?:\[.*\]|\{.*\})\s*", re.DOTALL)  # a list or a mapping in Hydra's grammar
 _FUNCTION = re.compile(r"(?:choice|glob|interval|range|shuffle|sort|tag)\(.*\)", re.DOTALL)  # of Hydra's grammar
 _INTERPOLATION = re.compile(r"\$\{\s*([\w.]+)\s*([:}])")
 
@@ -45,6 +47,10 @@ class TextSetting:
     @property
     def prose(self) -> bool:
         return self.name.rpartition(".")[2] in PROSE
+
+    @property
+    def path(self) -> bool:
+        return self.name in (*(".".join(names) for names in PATHS), *RUNS)
 
 
 def text_settings(schema: type, prefix: str = "") -> dict[str, TextSetting]:
@@ -134,6 +140,12 @@ def _one(setting: TextSetting, value: str, known: Callable[[str], bool]) -> str:
     """Return one text in quotes, or null."""
     if value == "null" and setting.optional and not setting.many:
         return value
+    if setting.path and _COLLECTION.fullmatch(value):
+        whole = QuotedString(value, Quote.single).with_quotes()
+        raise UserError(
+            f"{setting.name}={value} must be a path, not a list or a mapping; for a path of this name write "
+            f"{setting.name}={whole} (quotes inside those of the shell)"
+        )
     text = OverridesParser.create().parse_rule(value, "primitive").text if _is_quoted(value) else value
     if setting.prose or not any(_names_something(match, known) for match in _INTERPOLATION.finditer(text)):
         text = without_interpolation(text)

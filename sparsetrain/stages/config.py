@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from types import UnionType
-from typing import Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from msgspec import Meta
 
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
@@ -18,7 +20,7 @@ from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import Recorded, settled
-from sparsetrain.shapes import refused
+from sparsetrain.shapes import INT64, refused
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.training.state import DEVICES, LoopConfig
@@ -227,7 +229,12 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     for name, entry in known.items():
         if name not in arguments and entry.default is MISSING and entry.default_factory is MISSING:
             raise UserError(f"{path}{name} is missing")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except UserError as error:
+        # A section that is also used outside of a configuration names only its own field.
+        named = re.match(r"(\w+)=", str(error))
+        raise (UserError(f"{path}{error}") if named and named[1] in known else error) from None
 
 
 @functools.cache
@@ -250,7 +257,20 @@ def _converted(hint: Any, value: Any, place: str) -> Any:
                 return build(arm, value, f"{place}.")
         elif get_origin(arm) is list and is_dataclass(item := get_args(arm)[0]) and isinstance(value, list | tuple):
             return [_converted(item, inner, f"{place}[{index}]") for index, inner in enumerate(value)]
+    bounded = _bounded(hint)
     try:
-        return msgspec.convert(value, hint)
+        return msgspec.convert(value, bounded)
     except msgspec.ValidationError as error:
-        raise refused(error, value, hint, place=place, mapping="a section of settings") from None
+        raise refused(error, value, bounded, place=place, mapping="a section of settings") from None
+
+
+@functools.cache
+def _bounded(hint: Any) -> Any:
+    """Return a type hint whose integers must fit into 64 bits, as numbers of steps and tokens must on disk."""
+    if hint is int:
+        return Annotated[int, Meta(ge=-INT64, le=INT64)]
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(map(_bounded, get_args(hint)))]  # noqa: UP007  # the number of arms is not known here
+    if get_origin(hint) is list:
+        return list[_bounded(get_args(hint)[0])]  # type: ignore[misc]
+    return hint

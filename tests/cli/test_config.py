@@ -14,9 +14,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from sparsetrain.cli.checks import check
-from sparsetrain.cli.compose import compose, config_directory, defaults, groups, schema_of
+from sparsetrain.cli.compose import compose, config_directory, defaults, groups
 from sparsetrain.cli.help import describe
 from sparsetrain.cli.resolve import load
+from sparsetrain.cli.schema import schema_of
 from sparsetrain.cli.verbs import VERBS, with_settings
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError
@@ -226,9 +227,9 @@ def test_a_misspelt_word_is_named_beside_the_nearest(verb: str, override: str, w
 @pytest.mark.parametrize(
     ("verb", "override", "parts"),
     [
-        ("pretrain", "model.d_model=wide", ["model.d_model", "wide", "Integer"]),
-        ("pretrain", "optimizer.lr=fast", ["optimizer.lr", "fast", "Float"]),
-        ("pretrain", "model.bias=perhaps", ["model.bias", "perhaps", "bool"]),
+        ("pretrain", "model.d_model=wide", ["model.d_model='wide' must be a whole number"]),
+        ("pretrain", "optimizer.lr=fast", ["optimizer.lr='fast' must be a number"]),
+        ("pretrain", "model.bias=perhaps", ["model.bias='perhaps' must be true or false"]),
         ("pretrain", "optimizer=null", ["optimizer=null", "adamw"]),
         ("pretrain", "optimizer.lr=null", ["optimizer.lr"]),
         ("pretrain", "seed=1.5", ["seed", "1.5"]),

@@ -70,7 +70,7 @@ from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_
         (["pretrain", "sparsity.evolution.evry=1"], ["evry", "did you mean 'sparsity.evolution.every'?"]),
         (["pretrain", "sparsity=block", "sparsity.block=[512,512]"], ["block 512x512 is larger than the matrix"]),
         (["data", "data.pth=x"], ["data.pth", "did you mean 'data.path'?"]),
-        (["pretrain", "-m", "optimizer.lr=1e-3,fast"], ["optimizer.lr=fast"]),
+        (["pretrain", "-m", "optimizer.lr=1e-3,fast"], ["optimizer.lr='fast' must be a number"]),
         (["pretrain", "-m", "model=tiny,dmo"], ["dmo", "did you mean 'demo'?"]),
         (["pretrain", "-m", "hydra/launcher=jobli"], ["jobli"]),
     ],

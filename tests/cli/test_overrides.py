@@ -64,7 +64,7 @@ def test_any_text_arrives_as_it_was_typed(text: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["1.10", "1e3", "1_000", "true", "Null", "nullable", "a, b", "x=y", "my notes (1)", "[a]", "${nosuch}", " a "],
+    ["1.10", "1e3", "1_000", "true", "Null", "nullable", "a, b", "x=y", "my notes (1)", "[a].txt", "${nosuch}", " a "],
 )
 def test_a_directory_keeps_its_name(text: str) -> None:
     """The dataclass of a single run holds the text; only null makes an optional setting absent."""

@@ -1,0 +1,45 @@
+"""The reader of configuration files for Hydra, whose errors are one line that names the file and the place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+from hydra._internal.core_plugins import file_config_source
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from sparsetrain.errors import UserError, single_line
+from sparsetrain.reading import read_yaml
+
+
+class FileConfigSource(file_config_source.FileConfigSource):
+    """Hydra's source of files with other errors. Hydra requires that it has the name of the class that it replaces."""
+
+    latest: Path | None = None
+    """The file that was read last: if defaults lists form a circle, this file closes it."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Return the content of a file.
+
+        Raises:
+            UserError: it cannot be read, is not valid YAML, has a malformed header, or holds no mapping.
+        """
+        path = FileConfigSource.latest = Path(self.path) / self._normalize_file_name(config_path)
+        try:
+            found = super().load_config(config_path)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, RecursionError, ValueError) as error:
+            read_yaml(path)  # raises for everything but the first lines, in which Hydra looks for a package
+            raise UserError(f"{path}: {single_line(error)}") from None
+        if not OmegaConf.is_dict(found.config):
+            read_yaml(path, dict)
+        return found
+
+
+def use() -> None:
+    """Make Hydra read files with `FileConfigSource`."""
+    Plugins.instance()  # registers Hydra's own source
+    SourcesRegistry.instance().types["file"] = FileConfigSource
