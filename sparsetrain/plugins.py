@@ -13,6 +13,7 @@ import importlib.util
 import logging
 import os
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -40,8 +41,11 @@ def name(plugins: Iterable[str]) -> None:
         plugins: modules, or files that end with ``.py``; a path may be relative to the working directory.
 
     Raises:
-        UserError: a file does not exist.
+        UserError: a name is empty, or a file does not exist.
     """
+    plugins = list(plugins)
+    if not all(plugins):
+        raise UserError("--plugin='' is empty; give a Python file or a module")
     known = [plugin for plugin in os.environ.get(VARIABLE, "").split(os.pathsep) if plugin]
     for plugin in plugins:
         if plugin.endswith(".py"):
@@ -83,18 +87,30 @@ def _load(plugin: str, read: Callable[[], object]) -> None:
         read()
     except UserError as error:
         raise UserError(f"plugin {plugin}: {error}") from error
-    except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        line = " ".join(str(error).split())
-        raise UserError(
-            f"plugin {plugin}: {type(error).__name__}: {line} ({Path(place.filename).name}, line {place.lineno})"
-        ) from error
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also `SystemExit`, which would end the command without a word
+        line = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
+        raise UserError(f"plugin {plugin}: {type(error).__name__}: {line}{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Return the last line of a plugin before an error; if libraries alone took part, their last line."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({Path(error.filename).name}, line {error.lineno})"
+    importing = ("<frozen", __file__, importlib.__file__, str(metadata.__file__))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(importing)]
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 def _import(plugin: str) -> ModuleType:
     if not plugin.endswith(".py"):
         return importlib.import_module(plugin)
-    path = Path(plugin)
+    path = typed_path(plugin, VARIABLE)
+    if not path.is_file():
+        raise UserError("no such file")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if path.stem in sys.modules or spec is None or spec.loader is None:
         raise UserError(f"a module named {path.stem!r} is imported already; give the file another name")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar, overload
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar, overload
 
 from sparsetrain import plugins
 from sparsetrain.errors import UserError, check_choice
@@ -30,10 +31,13 @@ class Registry(Generic[T]):
     Args:
         kind: the noun for such an object in messages, for example ``"task"``.
         field: the configuration key that holds such a name, for example ``"task.name"``.
+        calls: the functions that an object must have: for each name of an attribute, or for ``""`` if the object is
+            itself the function, the positional arguments of a call. A last ``"**options"`` allows keyword-only
+            arguments without a default.
     """
 
-    def __init__(self, kind: str, field: str) -> None:
-        self.kind, self.field = kind, field
+    def __init__(self, kind: str, field: str, calls: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        self.kind, self.field, self.calls = kind, field, dict(calls or {})
         self._things: dict[str, T] = {}
 
     @overload
@@ -54,7 +58,7 @@ class Registry(Generic[T]):
             ``thing``, or the decorator, which returns the decorated object.
 
         Raises:
-            UserError: the name is malformed, or another object has it.
+            UserError: the name is malformed, another object has it, or a function of ``thing`` cannot be called.
         """
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise UserError(
@@ -62,10 +66,31 @@ class Registry(Generic[T]):
             )
         if thing is None:
             return lambda decorated: self.register(name, decorated, replace=replace)
+        for attribute, arguments in self.calls.items():
+            self._check_call(name, getattr(thing, attribute) if attribute else thing, attribute, arguments)
         if not replace and self._things.get(name, thing) is not thing:
             raise UserError(f"{self.kind} name {name!r} is taken; registered are {', '.join(self._things)}")
         self._things[name] = thing
         return thing
+
+    def _check_call(self, name: str, function: Any, attribute: str, arguments: tuple[str, ...]) -> None:
+        """Raise `UserError` unless ``function`` takes the positional arguments."""
+        what = f"{self.kind} {name!r}: {attribute + ' ' if attribute else ''}{function!r}"
+        said = f"a function of ({', '.join(arguments)})"
+        if not callable(function):
+            raise UserError(f"{what} must be {said}")
+        with_options = arguments[-1] == "**options"
+        try:
+            signature = inspect.signature(function)
+        except (TypeError, ValueError):
+            return  # a built-in function without a signature
+        if with_options:
+            kept = [entry for entry in signature.parameters.values() if entry.kind is not entry.KEYWORD_ONLY]
+            signature = signature.replace(parameters=kept)
+        try:
+            signature.bind(*arguments[: -1 if with_options else None])
+        except TypeError as error:
+            raise UserError(f"{what} must be {said}: {error}") from None
 
     def unregister(self, name: str) -> T:
         """Remove ``name`` and return its object; an unknown name raises `UserError`, see `check`."""

@@ -71,7 +71,13 @@ def test_the_entry_points_of_installed_packages_count_and_a_broken_one_only_warn
     ("text", "line"),
     [
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module' (bad_plugin.py, line 1)"),
-        ("def f(:\n", "SyntaxError: invalid syntax"),
+        ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax (bad_plugin.py, line 2)\n"),
+        ("x = 1\nraise SystemExit(0)", "SystemExit: 0 (bad_plugin.py, line 2)\n"),
+        ("import sys\nsys.exit('no\\nmore')", "SystemExit: no more (bad_plugin.py, line 2)\n"),
+        (
+            "import json\njson.loads('[')",
+            "JSONDecodeError: Expecting value: line 1 column 2 (char 1) (bad_plugin.py, line 2)",
+        ),
         ("import sparsetrain\nsparsetrain.register_task('pubmedqa', print)", "task name 'pubmedqa' is taken"),
     ],
 )
@@ -92,10 +98,24 @@ def test_what_is_no_plugin_is_refused_in_one_line(tmp_path: Path, capsys: pytest
     for arguments, line in {
         ("--plugin",): "--plugin needs a value: a Python file or a module",
         ("--plugin", "nowhere.py"): "--plugin=nowhere.py: no such file",
+        ("--plugin", ""): "--plugin='' is empty; give a Python file or a module",
+        ("--plugin=",): "--plugin='' is empty; give a Python file or a module",
+        ("--plugin", "no_such_module"): "ModuleNotFoundError: No module named 'no_such_module'\n",
         ("--plugin", str(tmp_path / "math.py")): "a module named 'math' is imported already; give the file",
     }.items():
         assert main(["report", "nowhere", *arguments]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_a_missing_file_of_the_variable_and_an_interrupt_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(plugins.VARIABLE, "gone.py")
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err == "sparsetrain: plugin gone.py: no such file\n"
+    (tmp_path / "interrupted.py").write_text("raise KeyboardInterrupt")
+    monkeypatch.setenv(plugins.VARIABLE, str(tmp_path / "interrupted.py"))
+    assert main(["report", "nowhere"]) == 130
 
 
 def test_a_verb_with_settings_takes_a_plugin(

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import sparsetrain
+from sparsetrain.data import SOURCES, TASKS
 from sparsetrain.errors import UserError
+from sparsetrain.optim import SCHEDULES, SEGMENTS
 from sparsetrain.registry import Registry
+from sparsetrain.report import register_section
+from sparsetrain.report.registry import SECTIONS
+from sparsetrain.sparsity.patterns.spec import PATTERNS
 
 NAMES = st.from_regex(r"[A-Za-z][A-Za-z0-9_.-]{0,3}", fullmatch=True)
 
@@ -56,3 +66,43 @@ def test_a_taken_name_and_a_malformed_one_raise_in_one_line() -> None:
         with pytest.raises(UserError, match=r"^task name .* is malformed: use ASCII letters.*$"):
             registry.register(name, 2)  # type: ignore[arg-type]
     assert registry.names() == ("letters",)
+
+
+def _maker(spec: Any, shape: Any, density: Any, generator: Any, weight: Any, *, size: int) -> None:
+    raise AssertionError("nothing is called at registration")
+
+
+UNUSABLE: list[tuple[Callable[..., Any], Any, str]] = [
+    (sparsetrain.register_pattern, 3, "pattern 'it': make 3 must be a function of (spec, shape, density, generator"),
+    (sparsetrain.register_pattern, lambda: 0, "weight, **options): too many positional arguments"),
+    (sparsetrain.register_pattern, lambda a, b, c, d, e, f: 0, "weight, **options): missing a required argument: 'f'"),
+    (partial(sparsetrain.register_pattern, count=3), _maker, "pattern 'it': count 3 must be a function of (spec, sha"),
+    (sparsetrain.register_schedule, 3, "schedule 'it': 3 must be a function of (i, n, start, to)"),
+    (sparsetrain.register_schedule, lambda i, n, *, k: 0, "must be a function of (i, n, start, to): "),
+    (sparsetrain.register_task, 3, "task 'it': load 3 must be a function of (config)"),
+    (
+        partial(sparsetrain.register_task, is_local=True),
+        print,
+        "task 'it': is_local True must be a function of (config",
+    ),
+    (sparsetrain.register_source, "text", "source 'it': make 'text' must be a function of (config)"),
+    (lambda name, it: register_section(name, "It", 1, "sections/cost.html.j2")(it), 3, "report section 'it': content"),
+]
+
+
+@pytest.mark.parametrize(("register", "thing", "said"), UNUSABLE)
+def test_what_cannot_be_called_is_refused_when_it_is_registered(
+    register: Callable[..., Any], thing: Any, said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        register("it", thing)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not any("it" in registry.names() for registry in (PATTERNS, SEGMENTS, SCHEDULES, TASKS, SOURCES, SECTIONS))
+
+
+def test_a_function_with_options_and_a_built_in_one_without_a_signature_are_accepted() -> None:
+    registry: Registry[Any] = Registry("thing", "thing.name", {"": ("a", "b", "c", "d", "e", "**options")})
+    assert registry.register("maker", _maker) is _maker
+    assert registry.register("dict", dict) is dict
+    assert registry.names() == ("maker", "dict")

@@ -81,7 +81,8 @@ def register_schedule(name: str, curve: Curve | None = None, *, final: float = 0
         ``curve``, or the decorator, which returns what it decorates.
 
     Raises:
-        UserError: the name is malformed or taken, or ``final`` lies outside [0, 1].
+        UserError: the name is malformed or taken, ``curve`` is no function of four arguments, or ``final`` lies outside
+            [0, 1].
     """
     if curve is None:
         return lambda decorated: register_schedule(name, decorated, final=final)

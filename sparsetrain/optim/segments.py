@@ -20,7 +20,7 @@ from sparsetrain.registry import Registry
 Curve = Callable[[int, int, float, float], float]
 """Maps (i, n, start, to) to the factor of the peak learning rate in step i of n."""
 
-SEGMENTS: Registry[Curve] = Registry("schedule", "schedule.segments: shape")
+SEGMENTS: Registry[Curve] = Registry("schedule", "schedule.segments: shape", {"": ("i", "n", "start", "to")})
 """The shapes of segments by name."""
 
 

@@ -26,7 +26,7 @@ class Section:
     content: Content
 
 
-SECTIONS: Registry[Section] = Registry("report section", "section")
+SECTIONS: Registry[Section] = Registry("report section", "section", {"content": ("report",)})
 
 
 def register_section(

@@ -65,7 +65,7 @@ class SourceKind:
     ids: str | None = None
 
 
-SOURCES: Registry[SourceKind] = Registry("source", "data.name")
+SOURCES: Registry[SourceKind] = Registry("source", "data.name", {"make": ("config",)})
 """The names that ``data.name`` accepts."""
 
 
@@ -132,7 +132,7 @@ def register_source(
         ``factory``, or the decorator, which returns the decorated function.
 
     Raises:
-        UserError: the name is malformed or taken.
+        UserError: the name is malformed or taken, or ``factory`` is no function of one argument.
     """
     if factory is None:
         return lambda decorated: register_source(

@@ -62,7 +62,7 @@ class TaskKind:
     ids: str | None = None
 
 
-TASKS: Registry[TaskKind] = Registry("task", "task.name")
+TASKS: Registry[TaskKind] = Registry("task", "task.name", {"load": ("config",), "is_local": ("config",)})
 """The names that ``task.name`` accepts."""
 
 
@@ -127,7 +127,7 @@ def register_task(
         ``loader``, or the decorator, which returns the decorated function.
 
     Raises:
-        UserError: the name is malformed or taken.
+        UserError: the name is malformed or taken, or ``loader`` or ``is_local`` is no function of one argument.
     """
     if loader is None:
         return lambda decorated: register_task(name, decorated, takes_path=takes_path, is_local=is_local, ids=ids)

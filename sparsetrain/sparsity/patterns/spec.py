@@ -41,7 +41,14 @@ class PatternKind:
         return {entry.name: entry.default for entry in arguments if entry.kind is entry.KEYWORD_ONLY}
 
 
-PATTERNS: Registry[PatternKind] = Registry("pattern", "sparsity.pattern")
+PATTERNS: Registry[PatternKind] = Registry(
+    "pattern",
+    "sparsity.pattern",
+    {
+        "make": ("spec", "shape", "density", "generator", "weight", "**options"),
+        "count": ("spec", "shape", "density"),
+    },
+)
 """The kinds of patterns that a configuration can name."""
 
 
@@ -103,7 +110,7 @@ def register_pattern(
         ``maker``, or the decorator, which returns what it decorates.
 
     Raises:
-        UserError: the name is malformed or taken.
+        UserError: the name is malformed or taken, or ``maker`` or ``count`` cannot be called in this way.
     """
     if maker is None:
         return lambda decorated: register_pattern(name, decorated, evolves=evolves, count=count, replace=replace)
