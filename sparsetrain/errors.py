@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
+import sysconfig
+import traceback
 from collections.abc import Iterable
 
 
@@ -24,6 +27,23 @@ class NotFiniteError(UserError):
 def single_line(error: BaseException) -> str:
     """Return the message of an error as one line."""
     return " ".join(str(error).split("\n"))
+
+
+def place_of(error: BaseException, skipped: tuple[str, ...] = ()) -> str:
+    """Return the place of an error in a user's code as ``" (file.py, line 3)"``, or an empty string if it has none.
+
+    It is the last line outside of installed libraries; if libraries alone took part, their last line.
+
+    Args:
+        error: the error.
+        skipped: beginnings of names of files that cannot be the place.
+    """
+    if isinstance(error, SyntaxError) and error.filename:
+        return f" ({os.path.basename(error.filename)}, line {error.lineno})"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skipped)]
+    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+    own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
+    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

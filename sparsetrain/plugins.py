@@ -13,15 +13,12 @@ import importlib.util
 import logging
 import os
 import sys
-import sysconfig
-import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, place_of
 from sparsetrain.files import typed_path
 
 VARIABLE = "SPARSETRAIN_PLUGINS"
@@ -90,19 +87,9 @@ def _load(plugin: str, read: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also `SystemExit`, which would end the command without a word
+        importing = ("<frozen", __file__, importlib.__file__, str(metadata.__file__))
         line = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-        raise UserError(f"plugin {plugin}: {type(error).__name__}: {line}{_place(error)}") from error
-
-
-def _place(error: BaseException) -> str:
-    """Return the last line of a plugin before an error; if libraries alone took part, their last line."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f" ({Path(error.filename).name}, line {error.lineno})"
-    importing = ("<frozen", __file__, importlib.__file__, str(metadata.__file__))
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(importing)]
-    libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
-    own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
-    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+        raise UserError(f"plugin {plugin}: {type(error).__name__}: {line}{place_of(error, importing)}") from error
 
 
 def _import(plugin: str) -> ModuleType:

@@ -37,7 +37,8 @@ def register_section(
     The decorated function takes a `Report` and returns the variables of the template, by name. The template also has
     the variables ``report`` and ``pictures``, a mapping from names of figures to `sparsetrain.report.plots.Picture`. It
     may import the macros of ``templates/macros.html.j2``. All text is escaped, and an undefined variable is an error.
-    If the template renders to nothing, the page omits the section and its heading.
+    If the template renders to nothing, the page omits the section and its heading. If the function or the template
+    fails, a pipeline logs it and writes the page without the section; ``sparsetrain report`` raises the error.
 
     Args:
         name: the name of the section in the registry.
@@ -47,7 +48,8 @@ def register_section(
         replace: replace another section with this name.
 
     Raises:
-        UserError: another section has the name, or the template does not exist.
+        UserError: the name is malformed or taken, the template does not exist, or the function does not take one
+            argument.
     """
     place = TEMPLATES / template
     if not place.is_file():
@@ -60,6 +62,6 @@ def register_section(
     return register
 
 
-def sections() -> list[Section]:
-    """Return the registered sections in the order of the page."""
-    return sorted((SECTIONS[name] for name in SECTIONS), key=lambda section: section.position)
+def sections() -> list[tuple[str, Section]]:
+    """Return the names and the entries of the registered sections in the order of the page."""
+    return sorted(SECTIONS.things(), key=lambda entry: entry[1].position)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsetrain.data import Corpora, prepare_corpora
+from sparsetrain.errors import UserError
 from sparsetrain.files import write_json
 from sparsetrain.optim import RunSchedule
 from sparsetrain.report.html import write_html
@@ -31,6 +33,8 @@ from sparsetrain.stages.prompt import Prompting
 from sparsetrain.stages.stage import Stage, train
 from sparsetrain.stages.task_stage import available_task, task_facts
 from sparsetrain.training.state import Diverged, resolve_device
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -83,12 +87,17 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
         content = report(config, corpora, arms, once)
         validate_report(content)
         write_json(directory / REPORT, content)
-        write_html(content, directory / PAGE)  # type: ignore[arg-type]
+        # A section of a user must not cost the page of a long training.
+        write_html(content, directory / PAGE, _omitted)  # type: ignore[arg-type]
         diverged = [arm.name for arm in arms if not arm.is_complete]
         outcome = {"status": "complete", "stage": "pipeline", "report": PAGE, "diverged": diverged}
         result = finish(directory, outcome)
     show_report(directory, console)
     return result
+
+
+def _omitted(error: UserError) -> None:
+    _log.warning("%s; the page omits it", error)
 
 
 def _why(arms: list[ArmRuns]) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jinja2 import UndefinedError
+from rich.console import Console
 
 from sparsetrain.errors import UserError
-from sparsetrain.report import register_section, registry
+from sparsetrain.report import html, register_section, registry
 from sparsetrain.report.html import render_html, write_html
 from sparsetrain.report.schema import validate_report
+from sparsetrain.report.show import show_run
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 LOADING = {"src", "srcset", "href", "xlink:href", "data", "action", "poster", "background"}
@@ -199,6 +200,7 @@ TOY_TEMPLATE = """{% from "macros.html.j2" import bullets %}
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The template of a section that is added in two files."""
+    html._environment.cache_clear()  # it keeps the templates
     monkeypatch.setattr(registry.SECTIONS, "_things", dict(registry.SECTIONS._things))
     (tmp_path / "energy.py").write_text(TOY)
     (tmp_path / "energy.html.j2").write_text(TOY_TEMPLATE)
@@ -225,10 +227,64 @@ def test_a_section_that_cannot_be_added_is_refused(toy: Path) -> None:
         register_section("mass", "Mass", 1, "none.j2")
 
 
-def test_a_variable_that_is_not_there_is_an_error(content: dict[str, Any], toy: Path) -> None:
-    toy.write_text("{{ power }}")
-    with pytest.raises(UndefinedError, match="'power' is undefined"):
+FAILING = {
+    "{{ power }}": "UndefinedError: 'power' is undefined (energy.html.j2, line 1)",
+    "<p>\n{% if %}": "TemplateSyntaxError: Expected an expression, got 'end of statement block' (energy.html.j2, line "
+    "2)",
+    "{{ note }}\n{{ note.x.y }}": "UndefinedError: 'str object' has no attribute 'x' (energy.html.j2, line 2)",
+    '{% include "none.j2" %}': "FileNotFoundError: ",
+}
+
+
+@pytest.mark.parametrize("template", FAILING)
+def test_a_template_that_fails_is_one_line_and_the_page_can_do_without_it(
+    content: dict[str, Any], toy: Path, template: str
+) -> None:
+    report = validate_report(content)
+    without = re.sub(r"(?s)<section>\n<h2>Energy.*?</section>\n", "", render_html(report))
+    html._environment.cache_clear()
+    toy.write_text(template)
+    with pytest.raises(UserError) as error:
+        render_html(report)
+    assert str(error.value).startswith(f"report section 'energy': {FAILING[template]}")
+    assert "\n" not in str(error.value)
+    told: list[UserError] = []
+    assert render_html(report, told.append) == without
+    assert [str(each) for each in told] == [str(error.value)]
+
+
+def _exits(report: Any) -> dict[str, Any]:
+    raise SystemExit("bye\nbye")
+
+
+def _refuses(report: Any) -> dict[str, Any]:
+    raise UserError("no power")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        (lambda report: {"x": report["nope"]}, r"KeyError: 'nope' \(test_html\.py, line \d+\)"),
+        (lambda report: None, "its function returned None; it must return the template's variables by name"),
+        (lambda report: {"report": 1}, r"TypeError: .*'report' \(html\.py, line \d+\)"),
+        (_exits, r"SystemExit: bye bye \(test_html\.py, line \d+\)"),
+        (_refuses, "no power"),
+    ],
+)
+def test_a_section_that_fails_is_one_line(content: dict[str, Any], toy: Path, function: Any, said: str) -> None:
+    register_section("energy", "Energy", 45, toy, replace=True)(function)
+    with pytest.raises(UserError, match=f"^report section 'energy': {said}$"):
         render_html(validate_report(content))
+
+
+def test_a_failing_section_leaves_the_old_page(content: dict[str, Any], toy: Path, tmp_path: Path) -> None:
+    register_section("energy", "Energy", 45, toy, replace=True)(_refuses)
+    page = tmp_path / "report.html"
+    page.write_text("old")
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"^report section 'energy': no power$"):
+        show_run(tmp_path, Console(quiet=True))
+    assert page.read_text() == "old"
 
 
 def test_leakage_is_a_visible_note(content: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from rich.console import Console
 
 from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
+from sparsetrain.report import register_section
+from sparsetrain.report.registry import SECTIONS
 from sparsetrain.report.schema import validate_report
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import EvolutionConfig, SparsityConfig
@@ -262,3 +264,27 @@ def test_an_arm_that_diverges_does_not_stop_the_others(
     assert "finetune" not in dense
     assert sparse["finetune"]["n_test"] > 0
     assert "diverged" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_section_of_the_page_that_fails_does_not_stop_the_pipeline(
+    configure: Configure,
+    tmp_path: Path,
+    screen: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(SECTIONS, "_things", dict(SECTIONS._things))
+
+    @register_section("broken", "Broken", 45, "sections/cost.html.j2")
+    def broken(report: Any) -> Any:
+        return report["nope"]
+
+    changes = {"pipeline.stages": [{"name": "pretrain"}], "budget.steps": 2}
+    result = pipeline(configure(PipelineConfig, changes, run_dir=tmp_path / "run"), screen)
+    assert result.complete
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "<h2>FLOPs by term</h2>" in page
+    assert "<h2>Broken</h2>" not in page
+    (line,) = [message for message in caplog.messages if "broken" in message]
+    assert line.startswith("report section 'broken': KeyError: 'nope' (test_pipeline.py, line ")
+    assert line.endswith("; the page omits it")
