@@ -29,21 +29,25 @@ def single_line(error: BaseException) -> str:
     return " ".join(str(error).split("\n"))
 
 
-def place_of(error: BaseException, skipped: tuple[str, ...] = ()) -> str:
-    """Return the place of an error in a user's code as ``" (file.py, line 3)"``, or an empty string if it has none.
+def described(error: BaseException, skipped: tuple[str, ...] = ()) -> str:
+    """Return an error of a user's code as one line, such as ``"KeyError: 'nope' (file.py, line 3)"``.
 
-    It is the last line outside of installed libraries; if libraries alone took part, their last line.
+    The place is the last line outside of installed libraries; if libraries alone took part, their last line.
 
     Args:
         error: the error.
         skipped: beginnings of names of files that cannot be the place.
     """
+    if isinstance(error, UserError):
+        return single_line(error)
     if isinstance(error, SyntaxError) and error.filename:
-        return f" ({os.path.basename(error.filename)}, line {error.lineno})"
+        return f"{type(error).__name__}: {error.msg} ({os.path.basename(error.filename)}, line {error.lineno})"
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(skipped)]
     libraries = tuple({sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")})
     own = [frame for frame in frames if not frame.filename.startswith(libraries)] or frames
-    return f" ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else ""
+    said = " ".join(str(error).split())
+    line = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return f"{line} ({os.path.basename(own[-1].filename)}, line {own[-1].lineno})" if own else line
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

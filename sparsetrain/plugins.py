@@ -18,7 +18,7 @@ from functools import partial
 from importlib import metadata
 from types import ModuleType
 
-from sparsetrain.errors import UserError, place_of
+from sparsetrain.errors import UserError, described
 from sparsetrain.files import typed_path
 
 VARIABLE = "SPARSETRAIN_PLUGINS"
@@ -82,14 +82,11 @@ def _load(plugin: str, read: Callable[[], object]) -> None:
     _loaded.add(plugin)  # before the import, which may look up a name and so call `load` again
     try:
         read()
-    except UserError as error:
-        raise UserError(f"plugin {plugin}: {error}") from error
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # also `SystemExit`, which would end the command without a word
         importing = ("<frozen", __file__, importlib.__file__, str(metadata.__file__))
-        line = " ".join(str(error.msg if isinstance(error, SyntaxError) else error).split())
-        raise UserError(f"plugin {plugin}: {type(error).__name__}: {line}{place_of(error, importing)}") from error
+        raise UserError(f"plugin {plugin}: {described(error, importing)}") from error
 
 
 def _import(plugin: str) -> ModuleType:

@@ -73,6 +73,7 @@ def test_the_entry_points_of_installed_packages_count_and_a_broken_one_only_warn
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module' (bad_plugin.py, line 1)"),
         ("x = 1\ndef f(:\n", "SyntaxError: invalid syntax (bad_plugin.py, line 2)\n"),
         ("x = 1\nraise SystemExit(0)", "SystemExit: 0 (bad_plugin.py, line 2)\n"),
+        ("raise SystemExit", "SystemExit (bad_plugin.py, line 1)\n"),
         ("import sys\nsys.exit('no\\nmore')", "SystemExit: no more (bad_plugin.py, line 2)\n"),
         (
             "import json\njson.loads('[')",

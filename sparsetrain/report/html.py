@@ -12,7 +12,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, TemplateSyntaxE
 from markupsafe import Markup
 
 import sparsetrain.report.sections  # noqa: F401  # registers the library's own sections
-from sparsetrain.errors import UserError, place_of, single_line
+from sparsetrain.errors import UserError, described
 from sparsetrain.files import write_text
 from sparsetrain.report import plots
 from sparsetrain.report.plots import Picture, pictures
@@ -61,7 +61,11 @@ def render_html(report: Report, failed: Failed | None = None) -> str:
         try:
             body = _body(environment, section, report, shared)
         except (Exception, SystemExit) as error:
-            line = f"report section {name!r}: {_told(error)}"
+            said = described(error)
+            if isinstance(error, TemplateSyntaxError):  # Python did not run the template, so the traceback lacks it
+                place = f"({Path(str(error.filename)).name}, line {error.lineno})"
+                said = f"{type(error).__name__}: {error.message} {place}"
+            line = f"report section {name!r}: {said}"
             if failed is None:
                 raise UserError(line) from error
             failed(UserError(line))
@@ -79,18 +83,6 @@ def _body(environment: Environment, section: Section, report: Report, shared: Ma
     if not isinstance(content, Mapping):
         raise UserError(f"its function returned {content!r}; it must return the template's variables by name")
     return template.render(**shared, **content).strip()
-
-
-def _told(error: BaseException) -> str:
-    """Return an error of a section or of its template as one line with its place."""
-    if isinstance(error, UserError):
-        return single_line(error)
-    line = " ".join(str(error.message if isinstance(error, TemplateSyntaxError) else error).split())
-    if isinstance(error, TemplateSyntaxError):
-        place = f" ({Path(str(error.filename or error.name)).name}, line {error.lineno})"
-    else:
-        place = place_of(error)
-    return f"{type(error).__name__}: {line}{place}"
 
 
 @functools.cache
