@@ -67,7 +67,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     if size <= max_bytes:
         try:
             with path.open("rb") as stream:
-                content = stream.read(max_bytes + 1)
+                content = stream.read()  # given a size, it would allocate that much for the smallest file
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         size = len(content)  # the file may have grown

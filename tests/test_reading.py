@@ -7,6 +7,7 @@ import io
 import json
 import os
 import reprlib
+import tracemalloc
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -101,6 +102,18 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
         stream.truncate(1 << 40)
     with pytest.raises(UserError, match=f"at most {MAX_BYTES}"):
         read_json(tmp_path / "x.json")
+
+
+def test_reading_takes_memory_for_the_file_and_not_for_the_largest_one_allowed(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("{}")
+    tracemalloc.start()
+    try:
+        assert read_json(path, max_bytes=1 << 30) == {}
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 def test_a_line_of_json_lines_is_named_by_its_number(tmp_path: Path) -> None:
