@@ -82,12 +82,14 @@ for _owner, _name in (
 os.environ.setdefault("SPARSETRAIN_KERNEL_CACHE", str(Path(__file__).parents[1] / ".kernels"))
 
 # Every run draws new examples, so that few examples per run become many over time. HYPOTHESIS_PROFILE=thorough draws
-# more of them, for a risky change.
+# more of them, for a risky change. No example has a time limit: on a machine that is busy with something else any
+# example may take long.
 with contextlib.suppress(ImportError):
-    from hypothesis import settings
+    from hypothesis import HealthCheck, settings
 
-    settings.register_profile("quick", max_examples=25)
-    settings.register_profile("thorough", max_examples=300)
+    _any_speed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("quick", max_examples=25, **_any_speed)
+    settings.register_profile("thorough", max_examples=300, **_any_speed)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,7 +92,6 @@ def test_forward_is_a_third_and_equals_torch_flop_counter() -> None:
     assert counter.get_total_flops() == pytest.approx(forward_flops_per_token(config, 1.0, 16).total * 32, rel=1e-12)
 
 
-@settings(deadline=None)
 @given(
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (6, 3)]),
     width=st.sampled_from([24, 48]),

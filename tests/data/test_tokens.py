@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sparsetrain.data.tokens import IGNORED, PackedSamples, TokenFile, sequential_windows, token_dtype
 from sparsetrain.errors import UserError
 
-shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+shared_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def token_file(folder: Path, count: int, dtype: str = "uint16") -> TokenFile:

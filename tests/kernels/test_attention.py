@@ -11,7 +11,7 @@ from typing import Annotated
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -175,7 +175,6 @@ def check(qkv: Tensor, kv_heads: int, scale: float, slopes: Tensor, threads: int
 
 
 @given(data=st.data())
-@settings(deadline=None)
 def test_any_shape_matches_float64(data: st.DataObject) -> None:
     kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
     batch, tokens, d = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 200)), data.draw(st.integers(1, 130))

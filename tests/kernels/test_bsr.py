@@ -10,7 +10,7 @@ import pytest
 import scipy.sparse
 import torch
 from hardship import strided
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import bsr
@@ -140,7 +140,6 @@ def test_every_kind_of_block_matches_scipy(block: tuple[int, int], tokens: int) 
     before=st.integers(0, 20),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_the_three_products_match_scipy(
     block: tuple[int, int], rows: int, columns: int, density: float, tokens: int, seed: int, **how: int
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.kernels import scatter
@@ -41,7 +41,6 @@ def places(pattern: SparsityPattern) -> tuple[np.ndarray, np.ndarray]:
     wide=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_every_bit_arrives_where_numpy_puts_it(
     rows: int, columns: int, block: tuple[int, int], density: float, threads: int, wide: bool, seed: int
 ) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -158,7 +158,6 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(case=problems())
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_the_three_products_match_dense_float64(case: Problem) -> None:
     assert_right(case)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
@@ -76,7 +76,6 @@ def test_multipliers_act_in_generation(monkeypatch: pytest.MonkeyPatch) -> None:
 @given(
     st.lists(st.floats(-8, 8, width=32), min_size=2, max_size=30, unique=True), st.floats(0.05, 0.99), st.integers(0, 9)
 )
-@settings(deadline=None)
 def test_top_p_matches_transformers(values: list[float], top_p: float, seed: int) -> None:
     logits = torch.tensor([values])
     logits = torch.cat((logits, logits.flip(1) * 0.7))

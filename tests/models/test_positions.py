@@ -92,7 +92,7 @@ def test_alibi_gradients_match_naive_reference(device: torch.device) -> None:
 
 
 @given(shift=st.integers(0, 5000), n_heads=st.integers(1, 9))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_alibi_depends_on_distance_only(shift: int, n_heads: int) -> None:
     slopes = alibi_slopes(n_heads)
     like = torch.zeros((), dtype=torch.float64)
@@ -148,7 +148,7 @@ def test_rope_matches_transformers_llama(device: torch.device) -> None:
 
 
 @given(first=st.integers(0, 3000), shift=st.integers(0, 3000))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_rope_scores_depend_on_distance_only(first: int, shift: int) -> None:
     cpu = torch.device("cpu")
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

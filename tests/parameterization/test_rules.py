@@ -7,7 +7,7 @@ from math import sqrt
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
@@ -186,7 +186,6 @@ def test_forward_multipliers(scheme: str, residual: float, logits: float, scale:
 
 @pytest.mark.parametrize("scheme", ["mup", "supar", "completep", "supar_completep"])
 @given(m_d=st.floats(0.1, 100), density=st.floats(0.01, 1), layers=st.integers(1, 64), alpha=st.floats(0.5, 1))
-@settings(deadline=None)
 def test_decay_per_step_does_not_depend_on_width_or_density(
     scheme: str, m_d: float, density: float, layers: int, alpha: float
 ) -> None:

@@ -141,7 +141,7 @@ def test_same_report_gives_the_same_page(content: dict[str, Any]) -> None:
     assert render_html(report) == render_html(report)
 
 
-@settings(deadline=None, max_examples=6)
+@settings(max_examples=6)
 @given(
     text=st.text(max_size=30),
     mark=st.sampled_from(["<script>alert(1)</script>", '"><img src=x onerror=y>', "&lt;", "]]>"]),

@@ -109,7 +109,7 @@ def test_arms_never_share_both_colour_and_marker() -> None:
     assert len({plots._look(index) for index in range(36)}) == 36
 
 
-@settings(deadline=None, max_examples=5)
+@settings(max_examples=5)
 @given(name=st.text(min_size=1, max_size=60))
 def test_any_name_can_be_drawn(report_json: str, name: str) -> None:
     content = json.loads(report_json)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
@@ -126,7 +126,6 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_other_json_is_accepted_or_refused_in_one_line(report_json: str, data: st.DataObject) -> None:
     content = json.loads(report_json)

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -124,7 +124,6 @@ def test_terminal_report_holds_sentences_and_tables(content: dict[str, Any]) -> 
         assert part in shown
 
 
-@settings(deadline=None)
 @given(name=st.text(min_size=1, max_size=40))
 def test_hostile_names_reach_terminal_and_markdown_as_text(report_json: str, name: str) -> None:
     content = json.loads(report_json)
@@ -147,7 +146,6 @@ def test_markup_in_a_name_is_shown_not_obeyed(content: dict[str, Any]) -> None:
     assert r"\[red\]a\|b\[/red\] \<b\>" in sheet.markdown()
 
 
-@settings(deadline=None)
 @given(
     rows=st.integers(0, 300),
     every=st.integers(1, 50),

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.interpolate import BarycentricInterpolator
 from scipy.optimize import minimize_scalar
@@ -46,7 +46,6 @@ def quadratic(center: float, curvature: float = 0.1, floor: float = 2.0, grid: n
     floor=st.floats(0.5, 5.0),
     spacing=st.lists(st.floats(0.2, 2.0), min_size=6, max_size=12),
 )
-@settings(deadline=None)
 def test_the_optimum_of_a_quadratic_is_exact_on_any_grid(
     center: float, curvature: float, floor: float, spacing: list[float]
 ) -> None:
@@ -61,7 +60,6 @@ def test_the_optimum_of_a_quadratic_is_exact_on_any_grid(
 
 
 @given(st.lists(st.floats(1.0, 3.0), min_size=3, max_size=3), st.floats(0.3, 2.0), st.floats(0.3, 2.0))
-@settings(deadline=None)
 def test_three_points_agree_with_scipys_interpolation(y: list[float], before: float, after: float) -> None:
     y = [y[0] + 2.5, y[1], y[2] + 2.5]  # the middle is lowest
     grid = np.array([-before, 0.0, after])
@@ -73,7 +71,6 @@ def test_three_points_agree_with_scipys_interpolation(y: list[float], before: fl
 
 
 @given(st.lists(st.floats(1.0, 3.0), min_size=3, max_size=12), st.floats(-5, 5), st.floats(0.1, 9))
-@settings(deadline=None)
 def test_moving_the_grid_moves_the_optimum_and_scaling_the_loss_does_not(
     losses: list[float], move: float, scale: float
 ) -> None:
@@ -86,7 +83,6 @@ def test_moving_the_grid_moves_the_optimum_and_scaling_the_loss_does_not(
 
 
 @given(st.lists(st.floats(0.1, 3.0), min_size=2, max_size=10))
-@settings(deadline=None)
 def test_an_edge_is_never_an_optimum(losses: list[float]) -> None:
     found = optimum(curve([0.0, *losses], np.arange(len(losses) + 1.0)))
     assert (found.edge, found.log2, found.interval) == ("low", None, None)
@@ -203,7 +199,6 @@ def test_missing_losses_are_filled_by_the_additive_model() -> None:
 
 
 @given(st.floats(-8.9, -7.1), st.floats(-8.9, -7.1), st.sampled_from([0.5, 1.0, 2.0]))
-@settings(deadline=None)
 def test_shift_counts_grid_steps(base: float, other: float, step: float) -> None:
     grid = np.arange(-14.0, -1.9, step)
     curves = [curve(quadratic(center, grid=grid), grid) for center in (other, base)]

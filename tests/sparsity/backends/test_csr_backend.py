@@ -13,7 +13,7 @@ import pytest
 import scipy.sparse
 import torch
 from hardship import strided, work_for_every_thread
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -95,7 +95,6 @@ def products(x: Tensor, values: Tensor, g: Tensor, pattern: SparsityPattern) -> 
     steps=st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(0, 20)),
     seed=st.integers(0, 2**31),
 )
-@settings(deadline=None)
 def test_the_three_products_match_scipy(
     rows: int, columns: int, tokens: int, density: float, threads: int, steps: tuple[int, int, int], seed: int
 ) -> None:

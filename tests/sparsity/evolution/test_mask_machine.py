@@ -250,7 +250,6 @@ def test_masks_agree_with_a_dense_twin_whatever_happens() -> None:
         MaskMachine,
         settings=settings(
             stateful_step_count=20,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
         ),
     )

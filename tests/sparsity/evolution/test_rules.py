@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
@@ -77,7 +77,6 @@ def test_the_step_curve_has_four_stairs() -> None:
 
 
 @given(curve=st.sampled_from(sorted(PROGRESS)), x=st.floats(0, 1), y=st.floats(0, 1))
-@settings(deadline=None)
 def test_pruning_never_turns_back(curve: str, x: float, y: float) -> None:
     low, high = sorted((x, y))
     assert -1e-12 <= PROGRESS[curve](low) <= PROGRESS[curve](high) + 1e-12 <= 1 + 1e-11

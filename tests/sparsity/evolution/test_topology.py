@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -44,7 +44,6 @@ def patterns(seed: int, block: tuple[int, int], densities: tuple[float, float]) 
     block=st.sampled_from([(1, 1), (2, 3)]),
     densities=st.tuples(st.floats(0.1, 1.0), st.floats(0.1, 1.0)),
 )
-@settings(deadline=None)
 def test_carrying_values_matches_scatter_mask_gather(
     seed: int, block: tuple[int, int], densities: tuple[float, float]
 ) -> None:
@@ -129,7 +128,6 @@ def test_a_protected_row_keeps_its_largest_weight() -> None:
     drop=st.floats(0.0, 0.99),
     parts=st.sampled_from([(1, 1), (2, 1), (2, 4)]),
 )
-@settings(deadline=None)
 def test_counts_add_up_in_every_band(
     seed: int, density: float, target: float, drop: float, parts: tuple[int, int]
 ) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.cost.flops import matrices, training_flops_per_token
@@ -158,7 +158,6 @@ def test_flops_of_a_transformer_meet_a_budget() -> None:
     sparsity=st.floats(0.0, 0.999),
     allocation=st.sampled_from(["uniform", "erk"]),
 )
-@settings(deadline=None)
 def test_totals_are_exact_for_any_shapes(sizes: list[tuple[int, int]], sparsity: float, allocation: str) -> None:
     shapes = {f"l{index}": size for index, size in enumerate(sizes)}
     numel = sum(math.prod(size) for size in sizes)

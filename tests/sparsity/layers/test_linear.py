@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from layers import K, M, layer
 from torch import nn
@@ -24,7 +24,6 @@ EYE = SparsityPattern.from_mask(torch.eye(4, dtype=torch.bool))
 
 
 @given(density=st.floats(0.02, 1.0), seed=st.integers(0, 2**31))
-@settings(deadline=None)
 @pytest.mark.filterwarnings("ignore:.* have no weight")
 def test_number_of_values_is_exact(density: float, seed: int) -> None:
     made = layer(density, seed)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from products import K, M, arguments, assert_matches_dense, inputs, pattern_of
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ def problems(draw: st.DrawFn) -> tuple[SparsityPattern, tuple[int, ...], int]:
 
 
 @given(problem=problems(), with_bias=st.booleans())
-@settings(deadline=None)
 def test_forward_and_gradients_match_dense_torch(
     problem: tuple[SparsityPattern, tuple[int, ...], int], with_bias: bool
 ) -> None:

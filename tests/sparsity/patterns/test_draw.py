@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import scipy.stats
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain import seeds
@@ -15,7 +15,6 @@ from sparsetrain.sparsity.patterns.spec import check_sparsity
 
 
 @given(rows=st.integers(1, 40), columns=st.integers(1, 40), density=st.floats(0.001, 1.0), seed=st.integers(0, 2**62))
-@settings(deadline=None)
 def test_number_of_nonzeros_is_exact(rows: int, columns: int, density: float, seed: int) -> None:
     expected = round(density * rows * columns)
     draws = seeds.generator(seed, "mask")

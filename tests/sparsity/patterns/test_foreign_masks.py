@@ -32,7 +32,7 @@ def test_a_scipy_matrix_of_any_format_equals_its_dense_form(form: str, seed: int
     assert np.array_equal(given_pattern(array).mask().numpy(), matrix.toarray() != 0)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(-1, 1)), min_size=1, max_size=20))
 def test_entries_of_one_place_are_summed_as_scipy_sums_them(entries: list[tuple[int, int, int]]) -> None:
     """In any order, and in the formats in which a place may come twice."""

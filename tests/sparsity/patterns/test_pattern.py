@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.errors import UserError
@@ -36,7 +36,6 @@ def numbered(mask: torch.Tensor) -> torch.Tensor:
 
 
 @given(case=block_masks())
-@settings(deadline=None)
 def test_indices_and_value_order_match_scipy(case: tuple[torch.Tensor, tuple[int, int]]) -> None:
     mask, block = case
     pattern = SparsityPattern.from_mask(mask, block)
@@ -54,7 +53,6 @@ def test_indices_and_value_order_match_scipy(case: tuple[torch.Tensor, tuple[int
 
 
 @given(case=block_masks())
-@settings(deadline=None)
 def test_from_mask_round_trip_and_counts_match_numpy(case: tuple[torch.Tensor, tuple[int, int]]) -> None:
     mask, block = case
     pattern = SparsityPattern.from_mask(mask, block)
@@ -66,7 +64,6 @@ def test_from_mask_round_trip_and_counts_match_numpy(case: tuple[torch.Tensor, t
 
 
 @given(case=block_masks())
-@settings(deadline=None)
 def test_transpose_matches_scipy(case: tuple[torch.Tensor, tuple[int, int]]) -> None:
     mask, block = case
     pattern = SparsityPattern.from_mask(mask, block)
@@ -86,7 +83,6 @@ def test_transpose_matches_scipy(case: tuple[torch.Tensor, tuple[int, int]]) -> 
 
 
 @given(case=block_masks(), seed=st.integers(0, 2**31))
-@settings(deadline=None)
 def test_union_and_difference_match_numpy(case: tuple[torch.Tensor, tuple[int, int]], seed: int) -> None:
     first, block = case
     tiles = torch.rand(first.shape[0] // block[0], first.shape[1] // block[1], generator=torch.manual_seed(seed)) < 0.5

@@ -61,7 +61,7 @@ SPECS = [
     density=st.floats(0.01, 1.0),
     seed=st.integers(0, 2**40),
 )
-@settings(deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(suppress_health_check=[HealthCheck.filter_too_much])
 def test_the_count_is_known_before_and_exact(
     spec: PatternSpec, rows: int, columns: int, density: float, seed: int
 ) -> None:
@@ -92,7 +92,6 @@ def test_another_seed_is_another_mask(name: str) -> None:
 
 
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), density=st.floats(0.05, 1.0), seed=st.integers(0, 2**40))
-@settings(deadline=None)
 def test_balanced_rows_and_columns_differ_by_at_most_one(rows: int, columns: int, density: float, seed: int) -> None:
     if round(density * rows * columns) < 1:
         return

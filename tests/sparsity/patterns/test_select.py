@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain import seeds
@@ -13,7 +13,6 @@ from sparsetrain.sparsity.patterns.select import bands, largest_remainder, rando
 
 
 @given(scores=st.lists(st.integers(-3, 3), min_size=1, max_size=30), data=st.data())
-@settings(deadline=None)
 def test_top_entries_match_a_stable_sort(scores: list[int], data: st.DataObject) -> None:
     count = data.draw(st.integers(0, len(scores)))
     expected = sorted(range(len(scores)), key=lambda index: (-scores[index], index))[:count]
@@ -78,7 +77,6 @@ def test_split_evenly_is_exact(total: int, parts: int) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=10), st.floats(0.0, 1.0))
-@settings(deadline=None)
 def test_largest_remainder_is_exact_and_near(limits: list[int], part: float) -> None:
     total = round(part * sum(limits))
     shares = [limit * total / sum(limits) for limit in limits]
