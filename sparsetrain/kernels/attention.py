@@ -26,7 +26,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from sparsetrain.kernels.simd.arguments import Array, Int, Team, computed, float32, step
+from sparsetrain.kernels.simd.arguments import Array, Int, Output, Team, computed, float32, step, where
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
 from sparsetrain.kernels.simd.gemm import ROWS_TO_LANE, TERMS_FROM_ROW, TERMS_TO_ROW, WHOLE, WIDTH, multiply_add
@@ -150,19 +150,19 @@ def _scores(
 @Kernel
 def forward(
     team: Team,
-    x: Annotated[Array, float32["batch", "tokens", "heads + 2 * kv_heads", "d"]],
+    x: Annotated[Array, float32["== batch", "== tokens", "== heads + 2 * kv_heads", "== d"]],
     x_batch: Annotated[Int, step["x", 0]],
     x_token: Annotated[Int, step["x", 1]],
     x_head: Annotated[Int, step["x", 2]],
-    y: Annotated[Array, float32["batch * tokens * heads * d"]],
-    logs: Annotated[Array, float32["batch * heads * tokens"]],
-    numbers: Annotated[Array, float32["1 + heads"]],
+    y: Annotated[Output, float32["== batch * tokens * heads * d"]],
+    logs: Annotated[Output, float32["== batch * heads * tokens"]],
+    numbers: Annotated[Array, float32["== 1 + heads"]],
     batch: Int,
     tokens: Int,
     heads: Int,
-    kv_heads: Int,
+    kv_heads: Annotated[Int, where["kv_heads > 0 and heads % kv_heads == 0"]],
     d: Int,
-    s: Annotated[Array, float32["threads * forward_scratch(tokens, d)"]],
+    s: Annotated[Output, float32["threads * forward_scratch(tokens, d)"]],
     scratch: Annotated[Int, computed["forward_scratch(tokens, d)"]],
 ) -> None:
     """Write y ``[B, T, H D]`` and the logarithms L ``[B, H, T]``.
@@ -250,22 +250,22 @@ def _weights(s: Array, at: Int, keys: Int, lanes: Int, diagonal: bool, top: Int,
 @Kernel
 def backward(
     team: Team,
-    x: Annotated[Array, float32["batch", "tokens", "heads + 2 * kv_heads", "d"]],
+    x: Annotated[Array, float32["== batch", "== tokens", "== heads + 2 * kv_heads", "== d"]],
     x_batch: Annotated[Int, step["x", 0]],
     x_token: Annotated[Int, step["x", 1]],
     x_head: Annotated[Int, step["x", 2]],
-    y: Annotated[Array, float32["batch * tokens * heads * d"]],
-    dy: Annotated[Array, float32["batch * tokens * heads * d"]],
-    logs: Annotated[Array, float32["batch * heads * tokens"]],
-    numbers: Annotated[Array, float32["1 + heads"]],
+    y: Annotated[Array, float32["== batch * tokens * heads * d"]],
+    dy: Annotated[Array, float32["== batch * tokens * heads * d"]],
+    logs: Annotated[Array, float32["== batch * heads * tokens"]],
+    numbers: Annotated[Array, float32["== 1 + heads"]],
     batch: Int,
     tokens: Int,
     heads: Int,
-    kv_heads: Int,
+    kv_heads: Annotated[Int, where["kv_heads > 0 and heads % kv_heads == 0"]],
     d: Int,
-    s: Annotated[Array, float32["threads * backward_scratch(tokens, d)"]],
+    s: Annotated[Output, float32["threads * backward_scratch(tokens, d)"]],
     scratch: Annotated[Int, computed["backward_scratch(tokens, d)"]],
-    dx: Annotated[Array, float32["batch * tokens * (heads + 2 * kv_heads) * d"]],
+    dx: Annotated[Output, float32["== batch * tokens * (heads + 2 * kv_heads) * d"]],
 ) -> None:
     """Write the gradient of the fused activations, contiguous ``[B, T, H + 2 K, D]``.
 

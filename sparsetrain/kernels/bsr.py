@@ -15,6 +15,7 @@ from typing import Annotated
 
 import numpy as np
 
+from sparsetrain.kernels.bsr_layout import MAX_BLOCK, MIN_BLOCK
 from sparsetrain.kernels.bsr_rows import (
     four_rows,
     four_rows_of_24,
@@ -27,6 +28,7 @@ from sparsetrain.kernels.bsr_rows import (
 from sparsetrain.kernels.simd.arguments import (
     Array,
     Int,
+    Output,
     Team,
     bfloat16,
     computed,
@@ -35,10 +37,11 @@ from sparsetrain.kernels.simd.arguments import (
     int32,
     int64,
     step,
+    where,
 )
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
-from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.simd.tiles import PIECES, TILE, add_to, clear, copy, cut, pack, tiles, unpack
 from sparsetrain.kernels.simd.vectors import NATIVE_LANES, element
 from sparsetrain.kernels.simd.words import share, sharers
 
@@ -51,27 +54,30 @@ RUN = 64
 # Columns of a strip of a block: every two or three rows of the weight gradient read its tiles again. Two tiles of 16
 # columns are 8 KB, which leaves L1 room for the rows of g.
 STRIP = 16
+# A lower block has too few rows for the groups of the weight gradient; a higher one would not fit into a panel.
+_HEIGHT = where[f"{MIN_BLOCK} <= height <= {MAX_BLOCK} and rows % height == 0"]
+_WIDTH = where[f"{MIN_BLOCK} <= width <= {MAX_BLOCK} and columns % width == 0"]
 
 
 def _multiply(
     team: Team,
-    x: Annotated[Array, element_type["tokens", "columns"]],
-    y: Annotated[Array, element_type["tokens", "rows"]],
+    x: Annotated[Array, element_type["== tokens", "== columns"]],
+    y: Annotated[Output, element_type["== tokens", "== rows"]],
     x_step: Annotated[Int, step["x"]],
     y_step: Annotated[Int, step["y"]],
     tokens: Int,
     columns: Int,
     rows: Int,
-    packed: Annotated[Array, float32["threads * columns * TILE"]],
-    height: Int,
-    width: Int,
+    packed: Annotated[Output, float32["threads * columns * TILE"]],
+    height: Annotated[Int, _HEIGHT],
+    width: Annotated[Int, _WIDTH],
     panels: Int,
-    ends: Annotated[Array, int32["rows // height * panels + 1"]],
-    blocks: Annotated[Array, int32["stored"]],
+    ends: Annotated[Array, int32["== rows // height * panels + 1"]],
+    blocks: Annotated[Array, int32["== stored"]],
     stored: Int,
-    values: Annotated[Array, float32["stored * height * width"]],
-    scratch: Annotated[Array, float32["threads * PANEL * TILE"]],
-    pieces: Int,
+    values: Annotated[Array, float32["== stored * height * width"]],
+    scratch: Annotated[Output, float32["threads * PANEL * TILE"]],
+    pieces: Annotated[Int, PIECES],
 ) -> None:
     """Write ``Y = X W^T``.
 
@@ -105,8 +111,8 @@ def _tile(
     x: Array,
     base: Int,
     present: Int,
-    height: Int,
-    width: Int,
+    height: Annotated[Int, _HEIGHT],
+    width: Annotated[Int, _WIDTH],
     panels: Int,
     ends: Array,
     index: Array,
@@ -173,35 +179,35 @@ def _tile(
 
 def _gradients(
     team: Team,
-    g: Annotated[Array, element_type["tokens", "rows"]],
-    dx: Annotated[Array, element_type["tokens * need_dx", "columns * need_dx"]],
-    x: Annotated[Array, element_type["tokens * need_values", "columns * need_values"]],
+    g: Annotated[Array, element_type["== tokens", "== rows"]],
+    dx: Annotated[Output, element_type["== tokens if need_dx", "== columns if need_dx"]],
+    x: Annotated[Array, element_type["== tokens if need_values", "== columns if need_values"]],
     g_step: Annotated[Int, step["g"]],
     dx_step: Annotated[Int, step["dx"]],
     x_step: Annotated[Int, step["x"]],
     tokens: Int,
     columns: Int,
     rows: Int,
-    need_dx: Int,
-    need_values: Int,
-    g_packed: Annotated[Array, float32["threads * 2 * rows * TILE"]],
-    height: Int,
-    width: Int,
+    need_dx: Annotated[Int, where["need_dx <= 1"]],
+    need_values: Annotated[Int, where["need_values <= 1"]],
+    g_packed: Annotated[Output, float32["threads * 2 * rows * TILE"]],
+    height: Annotated[Int, _HEIGHT],
+    width: Annotated[Int, _WIDTH],
     t_panels: Int,
-    t_ends: Annotated[Array, int32["(columns // width * t_panels + 1) * need_dx"]],
-    t_blocks: Annotated[Array, int32["stored * need_dx"]],
-    t_order: Annotated[Array, int32["stored * need_dx"]],
+    t_ends: Annotated[Array, int32["== columns // width * t_panels + 1 if need_dx"]],
+    t_blocks: Annotated[Array, int32["== stored if need_dx"]],
+    t_order: Annotated[Array, int32["== stored if need_dx"]],
     stored: Int,
-    values: Annotated[Array, float32["nonzeros"]],
-    scratch: Annotated[Array, float32["threads * PANEL * TILE"]],
-    x_packed: Annotated[Array, float32["threads * 2 * columns * TILE * need_values"]],
+    values: Annotated[Array, float32["== nonzeros"]],
+    scratch: Annotated[Output, float32["threads * PANEL * TILE"]],
+    x_packed: Annotated[Output, float32["threads * 2 * columns * TILE if need_values"]],
     panels: Int,
-    ends: Annotated[Array, int32["rows // height * panels + 1"]],
-    blocks: Annotated[Array, int32["stored"]],
+    ends: Annotated[Array, int32["== rows // height * panels + 1"]],
+    blocks: Annotated[Array, int32["== stored"]],
     nonzeros: Annotated[Int, computed["stored * height * width"]],
-    sums: Annotated[Array, float32["threads * nonzeros * need_values"]],
-    pieces: Int,
-    sharing: Annotated[Array, int64["1"]],
+    sums: Annotated[Output, float32["== threads * nonzeros if need_values"]],
+    pieces: Annotated[Int, PIECES],
+    sharing: Annotated[Output, int64["== 1"]],
 ) -> None:
     """Write ``dX = G W`` and each thread's share of ``G^T X`` at the blocks of W, two tiles of tokens at a time.
 
@@ -266,8 +272,8 @@ def _sums(
     x_at: Int,
     x_tile: Int,
     many: Int,
-    height: Int,
-    width: Int,
+    height: Annotated[Int, _HEIGHT],
+    width: Annotated[Int, _WIDTH],
     panels: Int,
     ends: Array,
     index: Array,
@@ -317,10 +323,10 @@ def _sums(
 @Kernel
 def add_shares(
     team: Team,
-    sums: Annotated[Array, float32["nonzeros * shares"]],
-    sharing: Annotated[Array, int64["1"]],
+    sums: Annotated[Array, float32["== nonzeros * shares"]],
+    sharing: Annotated[Array, int64["== 1"]],
     nonzeros: Int,
-    target: Annotated[Array, float32["nonzeros"]],
+    target: Annotated[Output, float32["== nonzeros"]],
     shares: Int,
 ) -> None:
     """Add up the threads' shares of a gradient, in their order.

@@ -22,18 +22,21 @@ from sparsetrain.kernels.csr_rows import TOGETHER, row_of_16, row_of_64, sums_of
 from sparsetrain.kernels.simd.arguments import (
     Array,
     Int,
+    Output,
     Team,
     bfloat16,
+    computed,
     element_type,
     float32,
     int32,
     int64,
     step,
     uint16,
+    where,
 )
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
-from sparsetrain.kernels.simd.tiles import TILE, add_to, clear, copy, cut, pack, tiles, unpack
+from sparsetrain.kernels.simd.tiles import PIECES, TILE, add_to, clear, copy, cut, pack, tiles, unpack
 from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share, sharers
 
@@ -47,14 +50,14 @@ STEP = 16
 @Kernel
 def reorder_runs(
     team: Team,
-    values: Annotated[Array, float32["nonzeros"]],
-    row_ptr: Annotated[Array, int64["rows + 1"]],
-    ends: Annotated[Array, int32["chunks + 1"]],
+    values: Annotated[Array, float32["== nonzeros"]],
+    row_ptr: Annotated[Array, int64["== rows + 1"]],
+    ends: Annotated[Array, int32["== chunks + 1"]],
     chunks: Int,
     rows: Int,
     nonzeros: Int,
     stored: Int,
-    target: Annotated[Array, float32["stored"]],
+    target: Annotated[Output, float32["== stored"]],
 ) -> None:
     """Bring values into the order of the layout of their own matrix."""
     first, last, _ = share(team, rows)
@@ -71,11 +74,11 @@ def reorder_runs(
 @Kernel
 def reorder(
     team: Team,
-    values: Annotated[Array, float32["nonzeros"]],
-    order: Annotated[Array, int32["stored"]],
+    values: Annotated[Array, float32["== nonzeros"]],
+    order: Annotated[Array, int32["== stored"]],
     stored: Int,
     nonzeros: Int,
-    target: Annotated[Array, float32["stored"]],
+    target: Annotated[Output, float32["== stored"]],
 ) -> None:
     """Bring values into the order of a layout with ``order``; a blank, whose order is -1, is zero."""
     first, last, _ = share(team, stored)
@@ -86,22 +89,22 @@ def reorder(
 
 def _multiply(
     team: Team,
-    x: Annotated[Array, element_type["tokens", "columns"]],
-    y: Annotated[Array, element_type["tokens", "rows"]],
+    x: Annotated[Array, element_type["== tokens", "== columns"]],
+    y: Annotated[Output, element_type["== tokens", "== rows"]],
     x_step: Annotated[Int, step["x"]],
     y_step: Annotated[Int, step["y"]],
     tokens: Int,
     columns: Int,
     rows: Int,
-    packed: Annotated[Array, float32["threads * (columns + 1) * TILE"]],
+    packed: Annotated[Output, float32["threads * (columns + 1) * TILE"]],
     width: Int,
-    chunks: Int,
-    ends: Annotated[Array, int32["chunks + 1"]],
-    offsets: Annotated[Array, uint16["stored"]],
+    chunks: Annotated[Int, computed["rows * -(-columns // width)"]],
+    ends: Annotated[Array, int32["== chunks + 1"]],
+    offsets: Annotated[Array, uint16["== stored"]],
     stored: Int,
-    values: Annotated[Array, float32["stored"]],
-    scratch: Annotated[Array, float32["threads * rows * TILE"]],
-    pieces: Int,
+    values: Annotated[Array, float32["== stored"]],
+    scratch: Annotated[Output, float32["threads * rows * TILE"]],
+    pieces: Annotated[Int, PIECES],
 ) -> None:
     """Write ``Y = X W^T`` for the layout of W.
 
@@ -173,33 +176,32 @@ def _tile(
 
 def _gradients(
     team: Team,
-    g: Annotated[Array, element_type["tokens", "rows"]],
-    dx: Annotated[Array, element_type["tokens * need_dx", "columns * need_dx"]],
-    x: Annotated[Array, element_type["tokens * need_values", "columns * need_values"]],
+    g: Annotated[Array, element_type["== tokens", "== rows"]],
+    dx: Annotated[Output, element_type["== tokens if need_dx", "== columns if need_dx"]],
+    x: Annotated[Array, element_type["== tokens if need_values", "== columns if need_values"]],
     g_step: Annotated[Int, step["g"]],
     dx_step: Annotated[Int, step["dx"]],
     x_step: Annotated[Int, step["x"]],
     tokens: Int,
     columns: Int,
     rows: Int,
-    need_dx: Int,
-    need_values: Int,
-    g_packed: Annotated[Array, float32["threads * TOGETHER * (rows + 1) * TILE"]],
-    t_width: Int,
-    t_chunks: Int,
-    t_ends: Annotated[Array, int32["(t_chunks + 1) * need_dx"]],
-    t_offsets: Annotated[Array, uint16["t_stored * need_dx"]],
+    need_dx: Annotated[Int, where["need_dx <= 1"]],
+    need_values: Annotated[Int, where["need_values <= 1"]],
+    g_packed: Annotated[Output, float32["threads * TOGETHER * (rows + 1) * TILE"]],
+    t_chunks: Annotated[Int, computed["columns * -(-rows // width)"]],
+    t_ends: Annotated[Array, int32["== t_chunks + 1 if need_dx"]],
+    t_offsets: Annotated[Array, uint16["== t_stored"]],
     t_stored: Int,
-    t_values: Annotated[Array, float32["t_stored * need_dx"]],
-    scratch: Annotated[Array, float32["threads * TOGETHER * (columns + 1) * TILE"]],
+    t_values: Annotated[Array, float32["== t_stored if need_dx"]],
+    scratch: Annotated[Output, float32["threads * TOGETHER * (columns + 1) * TILE"]],
     width: Int,
-    chunks: Int,
-    ends: Annotated[Array, int32["chunks + 1"]],
-    offsets: Annotated[Array, uint16["stored"]],
+    chunks: Annotated[Int, computed["rows * -(-columns // width)"]],
+    ends: Annotated[Array, int32["== chunks + 1"]],
+    offsets: Annotated[Array, uint16["== stored"]],
     stored: Int,
-    sums: Annotated[Array, float32["threads * stored * need_values"]],
-    pieces: Int,
-    sharing: Annotated[Array, int64["1"]],
+    sums: Annotated[Output, float32["== threads * stored if need_values"]],
+    pieces: Annotated[Int, PIECES],
+    sharing: Annotated[Output, int64["== 1"]],
 ) -> None:
     """Write ``dX = G W`` and each thread's share of ``G^T X`` at the nonzeros of W, ``TOGETHER`` tiles at a time.
 
@@ -207,8 +209,8 @@ def _gradients(
 
     Args:
         need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
-        t_width, t_chunks, t_ends, t_offsets, t_stored, t_values: of the layout of the transpose of W.
-        width, chunks, ends, offsets, stored: of the layout of W.
+        t_chunks, t_ends, t_offsets, t_stored, t_values: of the layout of the transpose of W.
+        width, chunks, ends, offsets, stored: of the layout of W; both layouts have the same width.
         scratch: for a tile of dX, and then for the packed tiles of x.
         sums: the gradient of the values by thread, in the order of the layout of W.
         pieces: into which ``TOGETHER`` tiles are cut.
@@ -233,7 +235,7 @@ def _gradients(
             if need_dx:
                 present = min(TILE, tokens - token)
                 _tile(
-                    *(g_packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values),
+                    *(g_packed, at, present, width, t_chunks, t_ends, t_offsets, t_values),
                     *(columns, left, right, scratch, x_base),
                 )
                 unpack(scratch, x_base + left * TILE, present, right - left, dx, token * dx_step + left, dx_step)
@@ -287,21 +289,22 @@ def _sums(
 @Kernel
 def add_shares(
     team: Team,
-    sums: Annotated[Array, float32["stored * shares"]],
-    sharing: Annotated[Array, int64["1"]],
+    sums: Annotated[Array, float32["== shares", "== stored"]],
+    sums_step: Annotated[Int, step["sums"]],
+    sharing: Annotated[Array, int64["== 1"]],
     stored: Int,
-    row_ptr: Annotated[Array, int64["rows + 1"]],
-    ends: Annotated[Array, int32["chunks + 1"]],
+    row_ptr: Annotated[Array, int64["== rows + 1"]],
+    ends: Annotated[Array, int32["== chunks + 1"]],
     chunks: Int,
     rows: Int,
-    target: Annotated[Array, float32["nonzeros"]],
+    target: Annotated[Output, float32["== nonzeros"]],
     nonzeros: Int,
     shares: Int,
 ) -> None:
     """Add up the threads' shares of a gradient, and bring it into the order of the pattern.
 
     Args:
-        sums: ``[shares, stored]``. sharing: the number of shares that were written, at most ``shares``.
+        sums: a row for each share. sharing: the number of shares that were written, at most ``shares``.
     """
     count = sharing[0]
     first, last, _ = share(team, rows)
@@ -312,5 +315,5 @@ def add_shares(
             length = min(np.int64(ends[chunk + 1]) - start, end - to)
             copy(sums, start, target, to, length)
             for more in range(1, count):
-                add_to(sums, more * stored + start, target, to, length)
+                add_to(sums, more * sums_step + start, target, to, length)
             to += length

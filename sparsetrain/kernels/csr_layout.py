@@ -52,22 +52,14 @@ class Layout:
         return len(self.offsets)
 
     @functools.cached_property
-    def chunks(self) -> int:
-        return len(self.ends) - 1
-
-    @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """What a kernel takes of the layout of its matrix, by keyword."""
-        return self._arguments("")
+        return {"width": self.width, "ends": Buffer(self.ends), "offsets": Buffer(self.offsets), "stored": self.stored}
 
     @functools.cached_property
     def turned_arguments(self) -> dict[str, Any]:
         """What a kernel takes of this layout as that of the transpose, by keyword."""
-        return self._arguments("t_")
-
-    def _arguments(self, prefix: str) -> dict[str, Any]:
-        own = {"width": self.width, "chunks": self.chunks, "ends": Buffer(self.ends), "offsets": Buffer(self.offsets)}
-        return {prefix + name: value for name, value in {**own, "stored": self.stored}.items()}
+        return {f"t_{name}": value for name, value in self.arguments.items() if name != "width"}
 
     @functools.cached_property
     def runs(self) -> dict[str, Any]:
@@ -77,7 +69,8 @@ class Layout:
         return {
             "row_ptr": Buffer(self.row_ptr),
             "rows": self.rows,
-            **{name: own[name] for name in ("ends", "chunks", "stored")},
+            "chunks": len(self.ends) - 1,
+            **{name: own[name] for name in ("ends", "stored")},
         }
 
     @functools.cached_property

@@ -10,7 +10,17 @@ from typing import Annotated
 
 import numpy as np
 
-from sparsetrain.kernels.simd.arguments import Array, Int, Team, bits16, bits32, element_type, int32, int64
+from sparsetrain.kernels.simd.arguments import (
+    Array,
+    Int,
+    Output,
+    Team,
+    bits16,
+    bits32,
+    element_type,
+    int32,
+    int64,
+)
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.vectors import element
@@ -19,10 +29,10 @@ from sparsetrain.kernels.simd.words import share
 
 def _scatter(
     team: Team,
-    values: Annotated[Array, element_type["blocks * bh * bw"]],
-    dense: Annotated[Array, element_type["rows * bh * columns"]],
-    row_ptr: Annotated[Array, int64["rows + 1"]],
-    col: Annotated[Array, int32["blocks"]],
+    values: Annotated[Array, element_type["== blocks * bh * bw"]],
+    dense: Annotated[Output, element_type["== rows * bh * columns"]],
+    row_ptr: Annotated[Array, int64["== rows + 1"]],
+    col: Annotated[Array, int32["== blocks"]],
     rows: Int,
     columns: Int,
     bh: Int,
@@ -52,10 +62,10 @@ scatter16 = Kernel(_scatter, "scatter16", bits16)
 
 def _gather(
     team: Team,
-    dense: Annotated[Array, element_type["rows * bh * columns"]],
-    values: Annotated[Array, element_type["blocks * bh * bw"]],
-    row_ptr: Annotated[Array, int64["rows + 1"]],
-    col: Annotated[Array, int32["blocks"]],
+    dense: Annotated[Array, element_type["== rows * bh * columns"]],
+    values: Annotated[Output, element_type["== blocks * bh * bw"]],
+    row_ptr: Annotated[Array, int64["== rows + 1"]],
+    col: Annotated[Array, int32["== blocks"]],
     rows: Int,
     columns: Int,
     bh: Int,

@@ -1,23 +1,31 @@
 """What a kernel takes: declared once, in the signature of its function, and checked before every call.
 
 ```python
-def scale(team: Team, x: Annotated[Array, float32["rows", "columns"]], x_step: Annotated[Int, step["x"]],
-          sums: Annotated[Array, float32["threads * columns"]], rows: Int, columns: Int) -> None: ...
+def scale(team: Team, x: Annotated[Array, float32["== rows", "== columns"]], x_step: Annotated[Int, step["x"]],
+          sums: Annotated[Output, float32["threads * columns"]], rows: Int,
+          columns: Annotated[Int, where["columns % 4 == 0"]]) -> None: ...
 ```
 
-An array is declared with the type of its elements and either of two sizes, whose entries are Python expressions over
-the integers of the same signature, ``threads``, and what the kernel's module defines:
+An array is declared with the type of its elements and either of two kinds of sizes:
 
-    float32["rows + 1"]             contiguous, of any shape, with at least that number of elements
-    float32["rows", "columns"]      of as many dimensions, each at least so long; the last one is contiguous, the
+    float32["== rows + 1"]          contiguous, of any shape, with that number of elements
+    float32["== rows", "== columns"]    of as many dimensions, each of that length; the last one is contiguous, the
                                     others may have any strides
 
-An integer is given by the caller, unless it is declared as ``step["x"]``, which is the distance between the rows of x
-in elements (``step["x", 1]``: along dimension 1), or as ``computed["expression"]``.
+Without ``==`` a size is the least that is taken, which suits scratch. A size that ends in ``if flag`` counts only where
+the integer ``flag`` is not 0. What the kernel writes to is an `Output`, which must be writeable.
+
+An integer is given by the caller and is not negative; ``where["condition"]`` says what else it must satisfy. It is not
+given if it is declared as ``step["x"]``, which is the distance between the rows of x in elements (``step["x", 1]``:
+along dimension 1), or as ``computed["expression"]``.
+
+Sizes, conditions and expressions are Python expressions over the integers of the same signature, ``threads``, and what
+the kernel's module defines. Whatever bounds an access to an array belongs into its size. An integer that an exact size
+contains cannot be exchanged with another. The values of index arrays are not checked: patterns do that once, when they
+are built.
 
 From the signature follow the keywords of a call, what is checked before it (`checks`), and the order of the words that
-the compiled code reads (`words`). Whatever bounds an access to an array belongs into its size. The values of index
-arrays are not checked: patterns do that once, when they are built.
+the compiled code reads (`words`).
 """
 
 from __future__ import annotations
@@ -30,9 +38,14 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import numpy as np
 
+# The most threads of a call: more than any machine has. A runtime dies of much more.
+MAX_THREADS = 4096
+
 _INTEGER = "an integer that the caller gives"
+_WRITTEN = "an array that the kernel writes to"
 
 Array = Any  # torch.Tensor, numpy.ndarray or Buffer; inside a kernel, Numba's array
+Output = Annotated[Any, _WRITTEN]  # an Array that the kernel writes to
 Int = Annotated[Any, _INTEGER]  # int; inside a kernel, int64
 Team = Any  # inside a kernel, the address of its words: `words.share` and `words.sharers` read it
 
@@ -57,7 +70,7 @@ class Elements:
     dtypes: tuple[str, ...]
 
     def __getitem__(self, sizes: str | tuple[str, ...]) -> ArrayOf:
-        return ArrayOf(self, (sizes,) if isinstance(sizes, str) else sizes)
+        return ArrayOf(self, tuple(map(_size, (sizes,) if isinstance(sizes, str) else sizes)))
 
     def takes(self, dtype: Any) -> bool:
         """Return whether elements of a torch or numpy type may be read as this type."""
@@ -79,11 +92,42 @@ element_type = Elements("element_type", "", 0, ())
 
 
 @dataclass(frozen=True)
+class Size:
+    """The number of elements of an array, or of one of its dimensions.
+
+    Args:
+        expression: what it is. exact: whether more is refused.
+        flag: the integer without which the size does not count, or None.
+    """
+
+    expression: str
+    exact: bool
+    flag: str | None
+
+    def suits(self, size: int, needed: int) -> bool:
+        """Return whether an array of that size has what is needed."""
+        return size == needed if self.exact else size >= needed
+
+
+def _size(text: str) -> Size:
+    expression, _, flag = text.partition(" if ")
+    return Size(expression.removeprefix("== "), expression.startswith("== "), flag or None)
+
+
+@dataclass(frozen=True)
 class ArrayOf:
-    """The declaration of an array: the type of its elements and its sizes."""
+    """The declaration of an array: the type of its elements, its sizes, and whether the kernel writes to it."""
 
     elements: Elements
-    sizes: tuple[str, ...]
+    sizes: tuple[Size, ...]
+    written: bool = False
+
+
+@dataclass(frozen=True)
+class Given:
+    """The declaration of an integer that the caller gives, and the condition that it satisfies, if there is one."""
+
+    condition: str | None = None
 
 
 @dataclass(frozen=True)
@@ -111,7 +155,12 @@ class _Step:
         return Step(of) if isinstance(of, str) else Step(*of)
 
 
-computed, step = _Computed(), _Step()
+class _Where:
+    def __getitem__(self, condition: str) -> Given:
+        return Given(condition)
+
+
+computed, step, where = _Computed(), _Step(), _Where()
 
 
 class Buffer:
@@ -136,7 +185,7 @@ class Declaration:
 
     Attributes:
         order: all arguments, in the order of their words.
-        arrays, integers: the declarations by name; an integer that the caller gives has None.
+        arrays, integers: the declarations by name.
         given: the keywords of a call.
         open: the arrays whose type is ``chosen``.
         names: what expressions may name beside the arguments: the globals of the kernel's module.
@@ -151,31 +200,36 @@ class Declaration:
         self.kernel, self.names, self._code = kernel, function.__globals__, function.__code__
         self.order = tuple(inspect.signature(function).parameters)[1:]
         self.arrays: dict[str, ArrayOf] = {}
-        self.integers: dict[str, Computed | Step | None] = {}
+        self.integers: dict[str, Computed | Step | Given] = {}
         self.open: list[str] = []
         for name in self.order:
-            declared = (get_args(hints.get(name)) or (None,))[-1]
-            if isinstance(declared, ArrayOf) and declared.elements is element_type:
-                if chosen is None:
-                    raise TypeError(f"kernel {kernel}: {name} has an open type: give element_type")
-                declared = ArrayOf(chosen, declared.sizes)
-                self.open.append(name)
+            said = get_args(hints.get(name)) or (None,)
+            declared = said[-1]
             if isinstance(declared, ArrayOf):
-                self.arrays[name] = declared
+                elements = declared.elements
+                if elements is element_type:
+                    if chosen is None:
+                        raise TypeError(f"kernel {kernel}: {name} has an open type: give element_type")
+                    elements = chosen
+                    self.open.append(name)
+                self.arrays[name] = ArrayOf(elements, declared.sizes, _WRITTEN in said)
             elif declared is _INTEGER:
-                self.integers[name] = None
-            elif isinstance(declared, Computed | Step):
+                self.integers[name] = Given()
+            elif isinstance(declared, Computed | Step | Given):
                 self.integers[name] = declared
             else:
                 raise TypeError(f"kernel {kernel}: {name} is declared neither as an array with a size nor as Int")
-        self.given = tuple(name for name in self.order if self.integers.get(name) is None)
+        self.given = tuple(name for name in self.order if isinstance(self.integers.get(name, Given()), Given))
         self.expressions = self._compiled()
 
     def _compiled(self) -> dict[str, CodeType]:
-        texts = [size for array in self.arrays.values() for size in array.sizes]
+        sizes = [size for array in self.arrays.values() for size in array.sizes]
+        texts = [size.expression for size in sizes] + [size.flag for size in sizes if size.flag]
         for declared in self.integers.values():
             if isinstance(declared, Computed):
                 texts.append(declared.expression)
+            if isinstance(declared, Given) and declared.condition:
+                texts.append(declared.condition)
             if isinstance(declared, Step) and declared.dimension >= len(self._sizes(declared.array)) - 1:
                 raise TypeError(f"kernel {self.kernel}: {declared} is no stride of an array with several sizes")
         codes = {text: compile(text, f"<{self.kernel}>", "eval") for text in texts}
@@ -185,11 +239,11 @@ class Declaration:
                 raise TypeError(f"kernel {self.kernel}: {text!r} names {min(unknown)}, which is none of its integers")
         return codes
 
-    def _sizes(self, array: str) -> tuple[str, ...]:
+    def _sizes(self, array: str) -> tuple[Size, ...]:
         return self.arrays[array].sizes if array in self.arrays else ()
 
     def value(self, expression: str, integers: Mapping[str, int]) -> int:
-        """Return what an expression comes to."""
+        """Return what an expression comes to; `ZeroDivisionError` may be raised."""
         return eval(self.expressions[expression], self.names, dict(integers))
 
     def entry(self, body: Callable[..., None], readers: Mapping[str, Any], inlined: Callable[[Any], Any]) -> Any:

@@ -16,7 +16,21 @@ from typing import Any, NoReturn
 import numpy as np
 
 from sparsetrain.errors import nearest
-from sparsetrain.kernels.simd.arguments import ArrayOf, Buffer, Computed, Declaration, Elements, Step
+from sparsetrain.kernels.simd.arguments import (
+    MAX_THREADS,
+    ArrayOf,
+    Buffer,
+    Computed,
+    Declaration,
+    Elements,
+    Given,
+    Size,
+    Step,
+)
+
+# What `straight` may raise for wrong arguments: a name is missing or unknown, an integer has more than 64 bits, a size
+# divides by zero, or a sparse tensor has no address.
+MISSED = (TypeError, OverflowError, ZeroDivisionError, RuntimeError)
 
 
 class ArgumentError(TypeError):
@@ -29,10 +43,13 @@ def in_words(declaration: Declaration, threads: int, arguments: Mapping[str, Any
     Raises:
         ArgumentError: what is given is not what is declared; the message names the argument and both.
     """
+    kernel = declaration.kernel
     _check_names(declaration, arguments)
-    kernel, found = declaration.kernel, {"threads": threads}
-    for name, declared in declaration.integers.items():
-        if declared is None:
+    found = {"threads": _integer(kernel, "threads", threads)}
+    if not 1 <= found["threads"] <= MAX_THREADS:
+        _refuse(kernel, "threads", f"an integer from 1 to {MAX_THREADS}", str(threads))
+    for name in declaration.given:
+        if name in declaration.integers:
             found[name] = _integer(kernel, name, arguments[name])
     views = {name: _array(kernel, name, declared, arguments[name]) for name, declared in declaration.arrays.items()}
     # In the order of the signature: a computed integer may be computed from one before it.
@@ -40,20 +57,65 @@ def in_words(declaration: Declaration, threads: int, arguments: Mapping[str, Any
         if isinstance(declared, Step):
             found[name] = views[declared.array].strides[declared.dimension]
         elif isinstance(declared, Computed):
-            found[name] = declaration.value(declared.expression, found)
+            found[name] = _value(declaration, name, declared.expression, found)
+    for name, declared in declaration.integers.items():
+        if isinstance(declared, Given) and declared.condition:
+            _check_condition(declaration, name, declared.condition, found)
     for name, view in views.items():
-        sizes = declaration.arrays[name].sizes
-        least = [declaration.value(size, found) for size in sizes]
-        if len(sizes) == 1 and view.size < least[0]:
-            _refuse(kernel, name, f"an array of {sizes[0]} = {least[0]} elements or more", f"one of {view.size}")
-        if len(sizes) > 1 and any(have < need for have, need in zip(view.shape, least, strict=True)):
-            _refuse(kernel, name, f"of shape {_shape(sizes)} = {_shape(least)} or larger", _shape(view.shape))
+        _check_size(declaration, name, view, found)
     words = (views[name].address if name in views else found[name] for name in declaration.order)
     return array("q", [0, 0, 0, 1, *words])
 
 
 def _refuse(kernel: str, name: str, needed: str, found: str) -> NoReturn:
     raise ArgumentError(f"kernel {kernel}: {name} must be {needed}; given is {found}")
+
+
+def _value(declaration: Declaration, name: str, expression: str, found: Mapping[str, int]) -> int:
+    try:
+        return declaration.value(expression, found)
+    except ZeroDivisionError:
+        raise ArgumentError(
+            f"kernel {declaration.kernel}: {name} cannot be checked: {expression} divides by zero "
+            f"for {_values(declaration, expression, found)}"
+        ) from None
+
+
+def _values(declaration: Declaration, expression: str, found: Mapping[str, int], but: str = "") -> str:
+    """Return the values of the integers that an expression contains."""
+    names = (name for name in declaration.expressions[expression].co_names if name in found and name != but)
+    return ", ".join(f"{name} = {found[name]}" for name in names)
+
+
+def _check_condition(declaration: Declaration, name: str, condition: str, found: Mapping[str, int]) -> None:
+    if not _value(declaration, name, condition, found):
+        others = _values(declaration, condition, found, but=name)
+        given = f"{found[name]} with {others}" if others else str(found[name])
+        _refuse(declaration.kernel, name, f"an integer where {condition}", given)
+
+
+def _check_size(declaration: Declaration, name: str, view: _View, found: Mapping[str, int]) -> None:
+    sizes = declaration.arrays[name].sizes
+    needed = [_value(declaration, name, size.expression, found) for size in sizes]
+    have: Sequence[int] = [view.size] if len(sizes) == 1 else view.shape
+    if all(
+        (size.flag and not found[size.flag]) or size.suits(one, need)
+        for size, one, need in zip(sizes, have, needed, strict=True)
+    ):
+        return
+    texts = [size.expression for size in sizes]
+    if len(sizes) == 1:
+        more = "" if sizes[0].exact else " or more"
+        _refuse(
+            declaration.kernel, name, f"an array of {_equal(texts[0], needed[0])} elements{more}", f"one of {view.size}"
+        )
+    more = "" if all(size.exact for size in sizes) else " or larger"
+    _refuse(declaration.kernel, name, f"of shape {_equal(_shape(texts), _shape(needed))}{more}", _shape(view.shape))
+
+
+def _equal(text: str, value: object) -> str:
+    """Return ``text = value``, or the value alone if the text is that."""
+    return text if text == str(value) else f"{text} = {value}"
 
 
 def _check_names(declaration: Declaration, arguments: Mapping[str, Any]) -> None:
@@ -67,28 +129,32 @@ def _check_names(declaration: Declaration, arguments: Mapping[str, Any]) -> None
 
 
 def _integer(kernel: str, name: str, value: Any) -> int:
-    if not isinstance(value, int | np.integer):
+    if not isinstance(value, int | np.integer) or isinstance(value, bool):
         _refuse(kernel, name, "an integer", _kind(value))
-    if not -(2**63) <= value < 2**63:
-        _refuse(kernel, name, "an integer of 64 bits", str(value))
-    return int(value)
+    given = int(value)
+    if not 0 <= given < 2**63:
+        bits = given.bit_length()
+        _refuse(kernel, name, "an integer from 0 to 2**63 - 1", str(given) if bits <= 64 else f"one of {bits} bits")
+    return given
 
 
 def _array(kernel: str, name: str, declared: ArrayOf, value: Any) -> _View:
     """Return where an array lies, if its type, its device and its strides are what is declared."""
     view = _view(value)
     if view is None:
-        _refuse(kernel, name, f"an array of {declared.elements.name}", _kind(value))
+        _refuse(kernel, name, f"an array of {declared.elements.name} in memory", _kind(value))
     if not declared.elements.takes(view.dtype):
         _refuse(kernel, name, f"an array of {declared.elements.name}", f"one of {view.dtype}")
     if view.device != "cpu":
         _refuse(kernel, name, "on the CPU", f"an array on {view.device}")
+    if declared.written and not view.writeable:
+        _refuse(kernel, name, "writeable", "an array that is read-only")
     strided = f"shape {_shape(view.shape)} with strides {_shape(view.strides)}"
     if len(declared.sizes) == 1:
         if not view.contiguous:
             _refuse(kernel, name, "contiguous", strided)
     elif len(view.shape) != len(declared.sizes):
-        _refuse(kernel, name, f"of shape {_shape(declared.sizes)}", _shape(view.shape))
+        _refuse(kernel, name, f"of shape {_shape([size.expression for size in declared.sizes])}", _shape(view.shape))
     elif view.size > 0 and view.shape[-1] > 1 and view.strides[-1] != 1:
         _refuse(kernel, name, "contiguous along its last dimension", strided)
     elif min(view.strides) < 0:
@@ -111,80 +177,102 @@ class _View:
     strides: tuple[int, ...]
     size: int
     contiguous: bool
+    writeable: bool
 
 
 def _view(value: Any) -> _View | None:
-    """Return where an array lies, or None for what is no array."""
+    """Return where an array lies, or None for what is no array, or none with an address."""
     if isinstance(value, Buffer):
         value = value.array
     if isinstance(value, np.ndarray):
-        strides = tuple(each // max(1, value.itemsize) for each in value.strides)
         if any(each % max(1, value.itemsize) for each in value.strides):
             return None  # a field of records, or the like: no array of such elements
-        address, contiguous = value.ctypes.data, bool(value.flags.c_contiguous)
-        return _View(address, value.dtype, "cpu", value.shape, strides, value.size, contiguous)
+        strides = tuple(each // max(1, value.itemsize) for each in value.strides)
+        flags, at = value.flags, value.ctypes.data
+        return _View(at, value.dtype, "cpu", value.shape, strides, value.size, flags.c_contiguous, flags.writeable)
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor):
+    if torch is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
         return None
-    device = value.device.type
-    address = value.data_ptr() if device == "cpu" else 0
+    device, address = value.device.type, 0
+    if device == "cpu":
+        if value.untyped_storage().device.type != "cpu":
+            return None  # a fake tensor, which claims a device that it does not lie on
+        try:
+            address = value.data_ptr()
+        except RuntimeError:
+            return None  # a wrapper without memory of its own
     shape, strides = tuple(value.shape), tuple(value.stride())
-    return _View(address, value.dtype, device, shape, strides, value.numel(), value.is_contiguous())
+    return _View(address, value.dtype, device, shape, strides, value.numel(), value.is_contiguous(), True)
 
 
 def _kind(value: Any) -> str:
     """Return what a message calls a value that is no array, or no integer."""
-    module = type(value).__module__
-    return type(value).__name__ if module == "builtins" else f"{module}.{type(value).__name__}"
+    module, layout = type(value).__module__, getattr(value, "layout", None)
+    name = type(value).__name__ if module == "builtins" else f"{module}.{type(value).__name__}"
+    return name if str(layout) in ("None", "torch.strided") else f"{name} of layout {layout}"
 
 
 def straight(declaration: Declaration) -> Callable[..., array[int] | None]:
     """Return a function that takes threads and the arguments by keyword, and returns the words or None.
 
-    None, a `TypeError` (names) and an `OverflowError` (integers of more than 64 bits) mean that `in_words` must look.
-    It takes more than plain torch tensors and buffers, or says what is wrong. Without torch in the process every answer
-    is None.
+    None, and each of `MISSED`, mean that `in_words` must look. It takes more than plain torch tensors and buffers, or
+    says what is wrong. Without torch in the process every answer is None.
     """
     torch = sys.modules.get("torch")
     if torch is None:
         return lambda threads, **arguments: None
-    given = [name for name, declared in declaration.integers.items() if declared is None]
-    lines = [f"if not ({' is '.join(f'type({name})' for name in given)} is int): return None"] if given else []
+    given = [name for name in declaration.given if name in declaration.integers]
+    lines = [
+        f"if not ({' is '.join(f'type({name})' for name in ('threads', *given))} is int): return None",
+        f"if {' | '.join((*given, 'threads - 1'))} < 0 or threads > {MAX_THREADS}: return None",
+    ]
     found: dict[str, Any] = {**declaration.names, "Tensor": torch.Tensor, "Buffer": Buffer, "array": array}
-    too_small = []
+    wrong = []
     for name, declared in declaration.arrays.items():
         if declared.elements.dtypes:
             found[f"dtype_{name}"] = getattr(torch, declared.elements.dtypes[0])
         found[f"taken_{name}"] = _buffer_types(declared.elements)
         if len(declared.sizes) == 1:
-            lines += _flat(name, declared.elements)
-            too_small.append(f"size_{name} < ({declared.sizes[0]})")
+            lines += _flat(name, declared)
+            wrong.append(_unsuited(f"size_{name}", declared.sizes[0]))
         else:
             lines += _strided(name, declared)
-            too_small += [f"shape_{name}[{axis}] < ({size})" for axis, size in enumerate(declared.sizes)]
+            wrong += [_unsuited(f"shape_{name}[{axis}]", size) for axis, size in enumerate(declared.sizes)]
     for name, one in declaration.integers.items():
         if isinstance(one, Step):
             lines.append(f"{name} = step_{one.array}[{one.dimension}]")
         elif isinstance(one, Computed):
             lines.append(f"{name} = {one.expression}")
-    if too_small:
-        lines.append(f"if {' or '.join(too_small)}: return None")
+        elif one.condition:
+            wrong.insert(0, f"not ({one.condition})")
+    if wrong:
+        lines.append(f"if {' or '.join(wrong)}: return None")
     words = [f"at_{name}" if name in declaration.arrays else name for name in declaration.order]
     lines.append(f"return array('q', (0, 0, 0, 1, {', '.join(words)}))")
     exec(f"def check(threads, *, {', '.join(declaration.given)}):\n    " + "\n    ".join(lines), found)
     return found["check"]
 
 
-def _flat(name: str, elements: Elements) -> list[str]:
-    return [
+def _unsuited(have: str, size: Size) -> str:
+    """Return the source of the question whether a size is not what is needed."""
+    different = f"{have} {'!=' if size.exact else '<'} ({size.expression})"
+    return f"{size.flag} and {different}" if size.flag else different
+
+
+def _flat(name: str, declared: ArrayOf) -> list[str]:
+    other = _other_type(name, declared.elements)
+    lines = [
         f"if type({name}) is Tensor:",
-        f"    if {_other_type(name, elements)} or not {name}.is_contiguous() or not {name}.is_cpu: return None",
+        f"    if {other} or not {name}.is_contiguous() or not {name}.is_cpu: return None",
         f"    size_{name}, at_{name} = {name}.numel(), {name}.data_ptr()",
-        f"elif type({name}) is Buffer:",
-        f"    if {name}.dtype not in taken_{name}: return None",
-        f"    size_{name}, at_{name} = {name}.size, {name}.address",
-        "else: return None",
     ]
+    if not declared.written:  # a buffer may be read-only
+        lines += [
+            f"elif type({name}) is Buffer:",
+            f"    if {name}.dtype not in taken_{name}: return None",
+            f"    size_{name}, at_{name} = {name}.size, {name}.address",
+        ]
+    return [*lines, "else: return None"]
 
 
 def _strided(name: str, declared: ArrayOf) -> list[str]:

@@ -26,7 +26,7 @@ import numba
 
 from sparsetrain.kernels.simd import words
 from sparsetrain.kernels.simd.arguments import Declaration, Elements
-from sparsetrain.kernels.simd.checks import in_words, straight
+from sparsetrain.kernels.simd.checks import MISSED, in_words, straight
 from sparsetrain.kernels.simd.compile import OPTIONS, inlined, numba_cache
 from sparsetrain.kernels.simd.threads import Entry, entry_at, run
 
@@ -81,7 +81,7 @@ class Kernel:
             self._straight = straight(self.declaration)
         try:
             given = self._straight(threads, **arguments)
-        except (TypeError, OverflowError):  # a name is missing or unknown, or an integer has more than 64 bits
+        except MISSED:
             given = None
         if given is None:
             given = in_words(self.declaration, threads, arguments)

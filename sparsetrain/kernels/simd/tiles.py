@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.kernels.simd.arguments import Array, Int
+from sparsetrain.kernels.simd.arguments import MAX_THREADS, Array, Int, where
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.lanes import load_head, store_head, transpose16
 from sparsetrain.kernels.simd.vectors import add, get, load, put, splat, store
 
 TILE = 64
+# Into how many pieces a tile may be cut; more pieces than threads have no use.
+PIECES = where[f"1 <= pieces <= {MAX_THREADS}"]
 
 
 @inlined

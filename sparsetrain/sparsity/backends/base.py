@@ -5,6 +5,7 @@ Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
@@ -16,7 +17,7 @@ from sparsetrain.registry import Registry
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
-class Backend:
+class Backend(ABC):
     """Three contractions over a pattern, and how forward and backward share work between them.
 
     Subclasses define `matmul`, `matmul_t` and `sampled`, and that is enough. One that can reuse in the backward pass
@@ -34,17 +35,17 @@ class Backend:
         """Return why this backend cannot compute with such values, or None."""
         return None
 
+    @abstractmethod
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return ``x @ W.T``: ``[N, K] -> [N, M]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return ``g @ W``: ``[N, M] -> [N, K]``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
         """Return ``x @ W.T`` and whatever `backward` wants kept beside x (an empty tensor for nothing).
@@ -78,7 +79,16 @@ class Backend:
         )
 
 
-BACKENDS: Registry[Backend] = Registry("backend", "backend")
+BACKENDS: Registry[Backend] = Registry(
+    "backend",
+    "backend",
+    calls={
+        "matmul": ("x", "values", "pattern"),
+        "matmul_t": ("g", "values", "pattern"),
+        "sampled": ("g", "x", "pattern"),
+        "refusal": ("dtype", "device", "pattern"),
+    },
+)
 """The backends that a layer's ``backend`` can name, besides ``auto``."""
 
 _Registered = TypeVar("_Registered", bound="Backend | type[Backend]")
@@ -118,7 +128,8 @@ def register_backend(name: Any, backend: Any = None) -> Any:
         ``backend``, or the decorator, which returns what it decorates.
 
     Raises:
-        UserError: the name is malformed or ``auto``, which stands for a choice among backends; or ``backend`` is none.
+        UserError: the name is malformed or ``auto``, which stands for a choice among backends; or ``backend`` is none,
+            or lacks one of the products.
     """
     if isinstance(name, str) and backend is None:
         return lambda decorated: register_backend(name, decorated)
@@ -126,9 +137,12 @@ def register_backend(name: Any, backend: Any = None) -> Any:
         name, backend = getattr(name, "name", None), name
     if name == "auto":
         raise UserError("backend name 'auto' is taken: it stands for the choice among the registered ones")
+    kind = backend if isinstance(backend, type) else type(backend)
+    if not issubclass(kind, Backend):
+        raise UserError(f"backend {name!r}: {backend!r} must be a sparsetrain.Backend, or a class derived from it")
+    if lacks := getattr(kind, "__abstractmethods__", None):
+        raise UserError(f"backend {name!r}: {kind.__qualname__} must define {', '.join(sorted(lacks))}")
     made = backend() if isinstance(backend, type) else backend
-    if not isinstance(made, Backend):
-        raise UserError(f"backend {name!r}: {made!r} must be a sparsetrain.Backend, or a class derived from it")
     BACKENDS.register(name, made, replace=True)
     made.name = name
     return backend

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 import torch
 from torch import Tensor
@@ -33,9 +34,26 @@ class CpuBackend(Backend):
             return f"counts nonzeros in 32 bits; this pattern has {pattern.nnz}"
         return self.unsuited(pattern)
 
+    @abstractmethod
     def unsuited(self, pattern: SparsityPattern) -> str | None:
         """Return why this backend cannot compute such a pattern, or None."""
-        raise NotImplementedError
+
+    # Here the products are made of the two passes, and not the passes of the products.
+
+    @abstractmethod
+    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def backward(
+        self,
+        g: Tensor,
+        x: Tensor,
+        values: Tensor,
+        kept: Tensor,
+        pattern: SparsityPattern,
+        need_x: bool,
+        need_values: bool,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         check_shapes(pattern, x=x, values=values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,16 @@ import torch.nn.functional as F
 from sparsetrain import SparseLinear, plugins
 from sparsetrain.bench.crossover import measurable, tuned
 from sparsetrain.cli import main
+from sparsetrain.errors import UserError
 from sparsetrain.kernels.simd.checks import ArgumentError
 from sparsetrain.sparsity.backends import auto
 from sparsetrain.sparsity.backends.auto import Crossover
-from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.backends.base import BACKENDS, Backend, register_backend
+from sparsetrain.sparsity.backends.cpu import CpuBackend
 
 KERNEL = """
 from typing import Annotated
-from sparsetrain.kernels.simd.arguments import Array, Int, Team, float32, int32, int64, step
+from sparsetrain.kernels.simd.arguments import Array, Int, Output, Team, float32, int32, int64, step
 from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.words import share
 
@@ -27,12 +30,12 @@ from sparsetrain.kernels.simd.words import share
 @Kernel
 def multiply(
     team: Team,
-    x: Annotated[Array, float32["tokens", "columns"]],
+    x: Annotated[Array, float32["== tokens", "== columns"]],
     x_step: Annotated[Int, step["x"]],
-    y: Annotated[Array, float32["tokens * rows"]],
-    values: Annotated[Array, float32["nnz"]],
-    row_ptr: Annotated[Array, int64["rows + 1"]],
-    col: Annotated[Array, int32["nnz"]],
+    y: Annotated[Output, float32["== tokens * rows"]],
+    values: Annotated[Array, float32["== nnz"]],
+    row_ptr: Annotated[Array, int64["== rows + 1"]],
+    col: Annotated[Array, int32["== nnz"]],
     tokens: Int,
     columns: Int,
     rows: Int,
@@ -130,6 +133,30 @@ def test_its_kernel_checks_what_it_is_called_with(toy: Path) -> None:
     assert bool((y == 7.0).all())
     toy_kernel.multiply(1, **given)
     assert bool((y != 7.0).any())
+
+
+def test_a_backend_without_a_product_is_refused_when_it_is_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS, "_things", dict(BACKENDS._things))
+
+    class Half(Backend):
+        def matmul(self, x: Any, values: Any, pattern: Any) -> Any: ...
+
+    class Compiled(CpuBackend): ...
+
+    class Odd(Half):
+        def matmul_t(self, g: Any) -> Any: ...
+
+        def sampled(self, g: Any, x: Any, pattern: Any) -> Any: ...
+
+    for kind, message in (
+        (Half, r"backend 'mine': .*Half must define matmul_t, sampled"),
+        (Compiled, r"backend 'mine': .*Compiled must define backward, forward, unsuited"),
+        (Odd, r"backend 'mine': matmul_t .* must be a function of \(g, values, pattern\)"),
+        (int, r"backend 'mine': <class 'int'> must be a sparsetrain.Backend, or a class derived from it"),
+    ):
+        with pytest.raises(UserError, match=message):
+            register_backend("mine", kind)  # type: ignore[type-var]
+    assert "mine" not in BACKENDS
 
 
 def test_auto_chooses_it_where_its_table_leads_further_than_the_others(
