@@ -188,7 +188,8 @@ def _gradients(
     need_dx: Annotated[Int, where["need_dx <= 1"]],
     need_values: Annotated[Int, where["need_values <= 1"]],
     g_packed: Annotated[Output, float32["threads * TOGETHER * (rows + 1) * TILE"]],
-    t_chunks: Annotated[Int, computed["columns * -(-rows // width)"]],
+    t_width: Annotated[Int, computed["width"]],
+    t_chunks: Annotated[Int, computed["columns * -(-rows // t_width)"]],
     t_ends: Annotated[Array, int32["== t_chunks + 1 if need_dx"]],
     t_offsets: Annotated[Array, uint16["== t_stored"]],
     t_stored: Int,
@@ -209,8 +210,9 @@ def _gradients(
 
     Args:
         need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
-        t_chunks, t_ends, t_offsets, t_stored, t_values: of the layout of the transpose of W.
-        width, chunks, ends, offsets, stored: of the layout of W; both layouts have the same width.
+        t_width, t_chunks, t_ends, t_offsets, t_stored, t_values: of the layout of the transpose of W, whose blocks are
+            as wide as those of W. With a width of its own, the two could be exchanged.
+        width, chunks, ends, offsets, stored: of the layout of W.
         scratch: for a tile of dX, and then for the packed tiles of x.
         sums: the gradient of the values by thread, in the order of the layout of W.
         pieces: into which ``TOGETHER`` tiles are cut.
@@ -235,7 +237,7 @@ def _gradients(
             if need_dx:
                 present = min(TILE, tokens - token)
                 _tile(
-                    *(g_packed, at, present, width, t_chunks, t_ends, t_offsets, t_values),
+                    *(g_packed, at, present, t_width, t_chunks, t_ends, t_offsets, t_values),
                     *(columns, left, right, scratch, x_base),
                 )
                 unpack(scratch, x_base + left * TILE, present, right - left, dx, token * dx_step + left, dx_step)
