@@ -58,11 +58,15 @@ def pitch(d: int) -> int:
 
 def forward_scratch(tokens: int, d: int) -> int:
     """Return the floats of scratch that a thread needs for `forward`."""
+    # Rows of D: all keys and values, a block of queries and of results. Rows of 64 queries: the queries transposed, the
+    # scores; and one row each for the maximum, the sum and the change.
     return (2 * tokens + 2 * BLOCK) * pitch(d) + (padded(d) + BLOCK) * _PITCH + 3 * BLOCK
 
 
 def backward_scratch(tokens: int, d: int) -> int:
     """Return the floats of scratch that a thread needs for `backward`."""
+    # Rows of D: all keys, values and their gradients, a block of queries, of dY and of dQ. Rows of 64 queries: Q and dY
+    # transposed, P, R; and one row each for L and for dY . Y.
     return (4 * tokens + 3 * BLOCK) * pitch(d) + 2 * (padded(d) + BLOCK) * _PITCH + 2 * BLOCK
 
 
@@ -202,6 +206,7 @@ def forward(
             for lane in range(0, BLOCK, 16):
                 store(s, top + lane, splat(-_INF))
                 store(s, total + lane, splat(_ZERO))
+            # Blocks of keys up to the block of the queries; later ones are masked as a whole.
             for other in range(0, start + 1, BLOCK):
                 keys, diagonal = min(BLOCK, tokens - other), other == start
                 _scores(
@@ -316,10 +321,12 @@ def backward(
                     s[log + query] = element(logs, (b * heads + h) * tokens + start + query)
                     s[inner + query] = -_inner(s, dq + query * width, g + query * width, wide)
                 clear(s, dq, dq + BLOCK * width)
+                # dQ is complete after this loop; dK and dV grow with every block of queries and head.
                 for other in range(0, start + 1, BLOCK):
                     keys, diagonal = min(BLOCK, tokens - other), other == start
                     k_at, v_at = k + other * width, v + other * width
                     _scores(s, k_at, width, s, q_turned, d, s, p, keys, lanes, m, other - start, diagonal)
+                    # R begins as -(dY . Y), so that the product adds V dY^T to it and no pass of its own is needed.
                     for lane in range(0, BLOCK, 16):
                         minus = load(s, inner + lane)
                         for place in range(r + lane, r + lane + keys * _PITCH, _PITCH):

@@ -132,6 +132,7 @@ def _tile(
     That of block rows ``begin`` to ``after``; other features of a row are left as they are.
     """
     whole = height // 4 * 4
+    # Of a tile that is not full, only the vectors of 16 tokens that have a token.
     slices, run = (present + 15) // 16 * 16, max(1, RUN // width)
     at_once = max(1, (DONE if panels == 1 else PANEL) // height)
     for top in range(begin, after, at_once):
@@ -226,6 +227,7 @@ def _gradients(
     first, last, thread = share(team, (tiles(tokens) + 1) // 2 * pieces)
     g_tile, x_tile = rows * TILE, columns * TILE
     g_base, x_base = 2 * thread * g_tile, 2 * thread * x_tile
+    # Each thread has its own packed tiles, panel and sums, so that no two write to one cache line but at the edges.
     made, own = thread * PANEL * TILE, thread * nonzeros
     if thread == 0:
         sharing[0] = sharers(team)
@@ -336,6 +338,7 @@ def add_shares(
     """
     count = sharing[0]
     first, last, _ = share(team, nonzeros)
+    # By threads over places, not shares: each place is read from all shares by one thread, in their order.
     copy(sums, first, target, first, last - first)
     for more in range(1, count):
         add_to(sums, more * nonzeros + first, target, first, last - first)

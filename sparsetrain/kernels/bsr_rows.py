@@ -48,6 +48,7 @@ def four_rows(
 ) -> None:
     """Add to four rows and 16 tokens of the outputs the products of blocks ``start`` to ``stop``, from ``line`` on."""
     size = height * width
+    # In the values of a block: the distance from a row to the next one, and from a column to the next one.
     across, along = (np.int64(1), height) if turned else (width, np.int64(1))
     if first:
         a = b = c = d = splat(np.float32(0.0))
@@ -58,6 +59,7 @@ def four_rows(
         w = number * size + line * across
         o = at + np.int64(element(index, block)) * width * TILE
         end = o + width * TILE
+        # Four columns at a time, so that the counter costs one instruction in four terms.
         while o + 4 * TILE <= end:
             a, b, c, d = _term(x, o, values, w, across, a, b, c, d)
             a, b, c, d = _term(x, o + TILE, values, w + along, across, a, b, c, d)
@@ -220,6 +222,7 @@ def one_row(
         number = np.int64(element(order, block)) if turned else block
         w = number * size + line * across
         o = at + np.int64(element(index, block)) * width * TILE
+        # Four loads and a broadcast for four FMAs: loads bind, but at most three rows of a block come this way.
         for _ in range(width):
             v = splat(element(values, w))
             a, b = fma(v, load(x, o), a), fma(v, load(x, o + 16), b)
@@ -257,6 +260,7 @@ def three_by_four(
         for token in range(0, TILE, NATIVE_LANES):
             o, line = other + token, first + token
             u, v, w = native_load(g, line), native_load(g, line + TILE), native_load(g, line + 2 * TILE)
+            # A row of x is loaded when it is needed: with all four, 19 vectors would be alive; AVX2 has 16 registers.
             p = native_load(x, o)
             a, e, j = fma(u, p, a), fma(v, p, e), fma(w, p, j)
             p = native_load(x, o + TILE)

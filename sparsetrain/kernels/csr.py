@@ -67,7 +67,7 @@ def reorder_runs(
             start, end = np.int64(ends[chunk]), np.int64(ends[chunk + 1])
             count = min(end - start, stop - at)
             copy(values, at, target, start, count)
-            target[start + count : end] = 0.0
+            target[start + count : end] = 0.0  # the blanks behind the row's last nonzero, at most three
             at += count
 
 
@@ -224,7 +224,7 @@ def _gradients(
     if index == 0:
         sharing[0] = sharers(team)
     if need_values:
-        clear(sums, own, own + stored)
+        clear(sums, own, own + stored)  # also where this thread has no work, since all shares are added up
     while first < last:
         tile, piece = first // pieces * TOGETHER, first % pieces
         after = min(pieces, piece + last - first)
@@ -314,7 +314,7 @@ def add_shares(
         to, end = row_ptr[row], row_ptr[row + 1]
         for chunk in range(row, chunks, rows):
             start = np.int64(ends[chunk])
-            length = min(np.int64(ends[chunk + 1]) - start, end - to)
+            length = min(np.int64(ends[chunk + 1]) - start, end - to)  # without the blanks
             copy(sums, start, target, to, length)
             for more in range(1, count):
                 add_to(sums, more * sums_step + start, target, to, length)

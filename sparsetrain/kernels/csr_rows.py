@@ -59,6 +59,7 @@ def row_of_64(
         a, b, c, d, place = _two_sets(x, at, offsets, values, place, end, a, b, c, d)
     while place + 4 <= end:
         quad, four = load_quad(offsets, place), load_four(values, place)
+        # An offset of 16 bits counts floats, so it is added to the address without a multiplication.
         o, w = at + np.int64(quad & _LOW16), _lane0(four)
         a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
         c, d = fma(w, load(x, o + 32), c), fma(w, load(x, o + 48), d)
@@ -89,6 +90,7 @@ def _two_sets(
     Nonzeros alternate between two sets of four accumulators: one set would wait for the latency of its FMAs. Values are
     broadcast by loads, since a shuffle of 16 lanes occupies a port that FMAs need.
     """
+    # Eight accumulators of 16 lanes and a broadcast value are 9 of the 32 registers; x goes into the FMAs from memory.
     e = f = g = h = splat(np.float32(0.0))
     while place + 4 <= end:
         quad = load_quad(offsets, place)
@@ -154,6 +156,7 @@ def sums_of_row(
     place = start
     while place + 8 <= end:
         quad, more = load_quad(offsets, place), load_quad(offsets, place + 4)
+        # Eight accumulators and one vector of g: 9 of at least 16 registers. The eight addresses are in others.
         a = b = c = d = e = f = h = i = zero
         oa, ob = at + np.int64(quad & _LOW16), at + np.int64((quad >> _16) & _LOW16)
         oc, od = at + np.int64((quad >> _32) & _LOW16), at + np.int64(quad >> _48)
@@ -162,6 +165,7 @@ def sums_of_row(
         for tile in range(tiles_at_once):
             t, u = tile * x_tile, row + tile * g_tile
             for token in range(0, TILE, PATH_LANES):
+                # Nine loads for eight FMAs: at two loads a cycle they bind, with 4.5 cycles against 4.
                 w = path_load(g, u + token)
                 a, b = fma(w, path_load(x, oa + t + token), a), fma(w, path_load(x, ob + t + token), b)
                 c, d = fma(w, path_load(x, oc + t + token), c), fma(w, path_load(x, od + t + token), d)

@@ -44,10 +44,11 @@ def _scatter(
     Args:
         row_ptr, col: the indices of a pattern with ``rows`` rows of blocks ``bh x bw``.
     """
+    # Threads share rows of elements and not of blocks, of which there may be fewer than threads.
     first, last, _ = share(team, rows * bh)
     for row in range(first, last):
         start, end, to, line = row_ptr[row // bh], row_ptr[row // bh + 1], row * columns, row % bh
-        dense[to : to + columns] = 0
+        dense[to : to + columns] = 0  # just before its nonzeros, so that they find the row in L1 or L2
         if bw == 1:
             for block in range(start, end):
                 dense[np.uint64(to + element(col, block))] = element(values, block * bh + line)

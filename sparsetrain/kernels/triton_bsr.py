@@ -9,7 +9,7 @@ a quarter of one of width 64, so only the end of a row is padding. Only the side
 padded to 16, the least that a tensor core takes, which costs arithmetic of blocks lower than 16 but no memory traffic.
 
 Every element of a result is summed by one program in a fixed order, so that the same input gives the same bits.
-Sums are float32 whatever the inputs are; float32 inputs are multiplied as float32 ("ieee"), never as TF32: as exact
+Sums are float32 for all types of inputs; float32 inputs are multiplied as float32 ("ieee"), never as TF32: as exact
 and as slow as torch's own default. 16-bit inputs run on the tensor cores.
 
 This module imports triton, so it must be imported late. With ``TRITON_INTERPRET=1`` in the environment before that,

@@ -97,7 +97,7 @@ def test_a_rule_of_evolution_is_a_class_and_a_file(
     own = "sparsity: 0.75\nevolution: {rule: largest_go, exponent: 2.0, every: 2, drop_fraction: 0.5}\n"
     (folder / "contrary.yaml").write_text(own)
     words = [*shell.tiny, "--config-dir", str(folder.parent), "sparsity=contrary", "budget.steps=6"]
-    # Weights stay as they are, but for those that go, so that a checkpoint tells what the next update ranked.
+    # Kept weights do not change at such a rate, so that a checkpoint tells what the next update ranked.
     words += ["optimizer.lr=1e-12", "loop.checkpoint_every=1", "loop.keep_last=6", "sparsity.evolution.stop=1.0"]
     words += ["sparsity.evolution.drop_schedule=constant"]
     assert shell.run("pretrain", *words, "run_dir=run")[0] == 0

@@ -66,7 +66,7 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """Return the blocks of a page that run, those that are shown only left out."""
+    """Return the blocks of a page that run; a block that is only shown is left out."""
     found = [Block(*match) for match in BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))]
     return [block for block in found if not block.note.startswith("shown only: ")]
 

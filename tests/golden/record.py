@@ -107,7 +107,7 @@ BEFORE_BUDGET = {
 
 
 def chain(name: str) -> list[str]:
-    """Return the names of the run ``name`` and of those that start from it."""
+    """Return the name of a run and the names of the runs that start from it."""
     return [name, *(other for other, (_, start, _) in RUNS.items() if start == name)]
 
 

@@ -259,6 +259,10 @@ def test_a_message_says_what_was_needed_and_what_was_given() -> None:
             {"rows": 7},
             "rows must be an integer where rows <= columns + threads; given is 7 with columns = 5, threads = 1",
         ),
+        (
+            {"columns": 2**62},
+            f"twice must be an integer of 64 bits; given is 2 * columns + threads with columns = {2**62}, threads = 1",
+        ),
         ({"rows": 2**400}, "rows must be an integer from 0 to 2**63 - 1; given is one of 401 bits"),
         (
             {"x": np.ones((5, 5), np.float32)[::-1]},

@@ -58,6 +58,9 @@ def in_words(declaration: Declaration, threads: int, arguments: Mapping[str, Any
             found[name] = views[declared.array].strides[declared.dimension]
         elif isinstance(declared, Computed):
             found[name] = _value(declaration, name, declared.expression, found)
+            if not -(2**63) <= found[name] < 2**63:
+                values = _values(declaration, declared.expression, found)
+                _refuse(kernel, name, "an integer of 64 bits", f"{declared.expression} with {values}")
     for name, declared in declaration.integers.items():
         if isinstance(declared, Given) and declared.condition:
             _check_condition(declaration, name, declared.condition, found)
@@ -96,14 +99,12 @@ def _check_condition(declaration: Declaration, name: str, condition: str, found:
 
 def _check_size(declaration: Declaration, name: str, view: _View, found: Mapping[str, int]) -> None:
     sizes = declaration.arrays[name].sizes
-    needed = [_value(declaration, name, size.expression, found) for size in sizes]
     have: Sequence[int] = [view.size] if len(sizes) == 1 else view.shape
-    if all(
-        (size.flag and not found[size.flag]) or size.suits(one, need)
-        for size, one, need in zip(sizes, have, needed, strict=True)
-    ):
+    pairs = [(size, one) for size, one in zip(sizes, have, strict=True) if not size.flag or found[size.flag]]
+    if all(size.suits(one, _value(declaration, name, size.expression, found)) for size, one in pairs):
         return
     texts = [size.expression for size in sizes]
+    needed = [_value(declaration, name, text, found) for text in texts]
     if len(sizes) == 1:
         more = "" if sizes[0].exact else " or more"
         _refuse(

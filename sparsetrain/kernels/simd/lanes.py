@@ -187,6 +187,7 @@ def add_sums_2x4(
 def _sums_of_eight(builder: Any, vectors: Sequence[Any]) -> Any:
     first = _fold(builder, _sums(builder, vectors[:4]), 8)
     second = _fold(builder, _sums(builder, vectors[4:]), 8)
+    # Each has its four sums twice over, in halves that are still to be added: one addition does both.
     low = shuffle(builder, first, second, [0, 1, 2, 3, 8, 9, 10, 11])
     high = shuffle(builder, first, second, [4, 5, 6, 7, 12, 13, 14, 15])
     return builder.fadd(low, high)
@@ -195,7 +196,7 @@ def _sums_of_eight(builder: Any, vectors: Sequence[Any]) -> Any:
 def _accumulate(context: Any, builder: Any, kind: Any, array: Any, offset: Any, vector: Any) -> None:
     place = pointer(context, builder, kind, array, offset, vector.type)
     before = builder.load(place)
-    before.align = 4
+    before.align = 4  # of a float: places in the values of a matrix are aligned to nothing more
     written = builder.store(builder.fadd(before, vector), place)
     written.align = 4
 

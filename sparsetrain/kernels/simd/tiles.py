@@ -50,6 +50,7 @@ def pack(source: Array, at: Int, step: Int, tokens: Int, features: Int, target: 
         for feature in range(first, features):
             target[to + feature * TILE + token] = get(source, at + token * step + feature)
     if tokens < TILE:
+        # Tokens that are not there are zero: they add nothing to the weight gradient, which sums over whole tiles.
         for feature in range(features):
             target[to + feature * TILE + tokens : to + (feature + 1) * TILE] = 0.0
 

@@ -2,7 +2,7 @@
 
 A vector is an LLVM ``<8 x float>`` or ``<16 x float>``; LLVM splits it into AVX-512, AVX2, SSE or NEON registers, so a
 kernel written on it is compiled for the machine that it runs on. Offsets count elements of the array and nothing is
-checked: an offset outside the array reads or writes whatever lies there.
+checked: an offset outside the array reads or writes other memory.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ class Backend(ABC):
         """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        """Return ``x @ W.T`` and whatever `backward` wants kept beside x (an empty tensor for nothing).
+        """Return ``x @ W.T`` and what `backward` needs beside x (an empty tensor for nothing).
 
         Args:
             keep: whether `backward` may follow.

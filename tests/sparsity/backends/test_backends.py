@@ -109,7 +109,7 @@ def test_bad_backend_names_are_refused() -> None:
         layer.backend = "maskd"
     assert layer.backend == "auto"
     with pytest.raises(UserError, match="'auto' is taken"):
-        register_backend(type("Auto", (Backend,), {"name": "auto"})())
+        register_backend("auto", Loops())
 
 
 # -- the registry of layouts -----------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_runs_of_rows_choose_what_a_sort_of_the_whole_matrix_does(
     exchange = TopologyUpdate.exchange(pattern, select_kept(values, pattern, counts, RULE), places)
     after = exchange.pattern
     assert torch.equal(after.mask(), kept | grown)
-    # Indices that are trusted are those that would be made and checked.
+    # Trusted indices equal the indices that would be made and checked.
     checked = SparsityPattern.from_mask(kept | grown)
     assert after.equals(checked)
     assert (after.row_ptr.dtype, after.col.dtype) == (checked.row_ptr.dtype, checked.col.dtype)
