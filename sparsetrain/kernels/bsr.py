@@ -66,12 +66,12 @@ def _multiply(
     x_step: Annotated[Int, step["x"]],
     y_step: Annotated[Int, step["y"]],
     tokens: Int,
-    columns: Int,
+    columns: Annotated[Int, where["columns > 0"]],
     rows: Int,
     packed: Annotated[Output, float32["threads * columns * TILE"]],
     height: Annotated[Int, _HEIGHT],
     width: Annotated[Int, _WIDTH],
-    panels: Int,
+    panels: Annotated[Int, where["panels > 0"]],
     ends: Annotated[Array, int32["== rows // height * panels + 1"]],
     blocks: Annotated[Array, int32["== stored"]],
     stored: Int,
@@ -113,7 +113,7 @@ def _tile(
     present: Int,
     height: Annotated[Int, _HEIGHT],
     width: Annotated[Int, _WIDTH],
-    panels: Int,
+    panels: Annotated[Int, where["panels > 0"]],
     ends: Array,
     index: Array,
     order: Array,
@@ -187,7 +187,7 @@ def _gradients(
     dx_step: Annotated[Int, step["dx"]],
     x_step: Annotated[Int, step["x"]],
     tokens: Int,
-    columns: Int,
+    columns: Annotated[Int, where["columns > 0"]],
     rows: Int,
     need_dx: Annotated[Int, where["need_dx <= 1"]],
     need_values: Annotated[Int, where["need_values <= 1"]],
@@ -202,7 +202,7 @@ def _gradients(
     values: Annotated[Array, float32["== nonzeros"]],
     scratch: Annotated[Output, float32["threads * PANEL * TILE"]],
     x_packed: Annotated[Output, float32["threads * 2 * columns * TILE if need_values"]],
-    panels: Int,
+    panels: Annotated[Int, where["panels > 0"]],
     ends: Annotated[Array, int32["== rows // height * panels + 1"]],
     blocks: Annotated[Array, int32["== stored"]],
     nonzeros: Annotated[Int, computed["stored * height * width"]],
@@ -276,7 +276,7 @@ def _sums(
     many: Int,
     height: Annotated[Int, _HEIGHT],
     width: Annotated[Int, _WIDTH],
-    panels: Int,
+    panels: Annotated[Int, where["panels > 0"]],
     ends: Array,
     index: Array,
     begin: Int,
@@ -336,7 +336,7 @@ def add_shares(
     Args:
         sums: ``[shares, nonzeros]``. sharing: the number of shares that were written, at most ``shares``.
     """
-    count = sharing[0]
+    count = min(sharing[0], shares)
     first, last, _ = share(team, nonzeros)
     # By threads over places, not shares: each place is read from all shares by one thread, in their order.
     copy(sums, first, target, first, last - first)

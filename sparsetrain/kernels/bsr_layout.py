@@ -44,14 +44,18 @@ class Blocks:
     def arguments(self) -> dict[str, Any]:
         """What a kernel takes of the blocks of its matrix, by keyword."""
         own = {"height": self.height, "width": self.width, "panels": self.panels}
-        return {**own, "ends": Buffer(self.ends), "blocks": Buffer(self.index), "stored": len(self.index)}
+        arrays = {"ends": Buffer(self.ends, "ends"), "blocks": Buffer(self.index, "blocks")}
+        return {**own, **arrays, "stored": len(self.index)}
 
     @functools.cached_property
     def turned_arguments(self) -> dict[str, Any]:
         """What a kernel takes of these blocks as those of the transpose, by keyword."""
-        index = Buffer(self.index)
-        order = index if self.order is None else Buffer(self.order)
-        return {"t_panels": self.panels, "t_ends": Buffer(self.ends), "t_blocks": index, "t_order": order}
+        arrays = {
+            "t_ends": self.ends,
+            "t_blocks": self.index,
+            "t_order": self.index if self.order is None else self.order,
+        }
+        return {"t_panels": self.panels, **{name: Buffer(array, name) for name, array in arrays.items()}}
 
 
 def panel_width(height: int) -> int:

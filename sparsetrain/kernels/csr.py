@@ -32,6 +32,7 @@ from sparsetrain.kernels.simd.arguments import (
     int64,
     step,
     uint16,
+    unit,
     where,
 )
 from sparsetrain.kernels.simd.compile import inlined
@@ -94,13 +95,13 @@ def _multiply(
     x_step: Annotated[Int, step["x"]],
     y_step: Annotated[Int, step["y"]],
     tokens: Int,
-    columns: Int,
+    columns: Annotated[Int, where["columns > 0"]],
     rows: Int,
     packed: Annotated[Output, float32["threads * (columns + 1) * TILE"]],
     width: Int,
     chunks: Annotated[Int, computed["rows * -(-columns // width)"]],
     ends: Annotated[Array, int32["== chunks + 1"]],
-    offsets: Annotated[Array, uint16["== stored"]],
+    offsets: Annotated[Array, uint16["== stored"], unit["width"]],
     stored: Int,
     values: Annotated[Array, float32["== stored"]],
     scratch: Annotated[Output, float32["threads * rows * TILE"]],
@@ -183,7 +184,7 @@ def _gradients(
     dx_step: Annotated[Int, step["dx"]],
     x_step: Annotated[Int, step["x"]],
     tokens: Int,
-    columns: Int,
+    columns: Annotated[Int, where["columns > 0"]],
     rows: Int,
     need_dx: Annotated[Int, where["need_dx <= 1"]],
     need_values: Annotated[Int, where["need_values <= 1"]],
@@ -191,14 +192,14 @@ def _gradients(
     t_width: Annotated[Int, computed["width"]],
     t_chunks: Annotated[Int, computed["columns * -(-rows // t_width)"]],
     t_ends: Annotated[Array, int32["== t_chunks + 1 if need_dx"]],
-    t_offsets: Annotated[Array, uint16["== t_stored"]],
+    t_offsets: Annotated[Array, uint16["== t_stored"], unit["width"]],
     t_stored: Int,
     t_values: Annotated[Array, float32["== t_stored if need_dx"]],
     scratch: Annotated[Output, float32["threads * TOGETHER * (columns + 1) * TILE"]],
     width: Int,
     chunks: Annotated[Int, computed["rows * -(-columns // width)"]],
     ends: Annotated[Array, int32["== chunks + 1"]],
-    offsets: Annotated[Array, uint16["== stored"]],
+    offsets: Annotated[Array, uint16["== stored"], unit["width"]],
     stored: Int,
     sums: Annotated[Output, float32["== threads * stored if need_values"]],
     pieces: Annotated[Int, PIECES],
@@ -308,7 +309,7 @@ def add_shares(
     Args:
         sums: a row for each share. sharing: the number of shares that were written, at most ``shares``.
     """
-    count = sharing[0]
+    count = min(sharing[0], shares)
     first, last, _ = share(team, rows)
     for row in range(first, last):
         to, end = row_ptr[row], row_ptr[row + 1]

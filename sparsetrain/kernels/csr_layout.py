@@ -54,12 +54,19 @@ class Layout:
     @functools.cached_property
     def arguments(self) -> dict[str, Any]:
         """What a kernel takes of the layout of its matrix, by keyword."""
-        return {"width": self.width, "ends": Buffer(self.ends), "offsets": Buffer(self.offsets), "stored": self.stored}
+        return self._arguments("")
 
     @functools.cached_property
     def turned_arguments(self) -> dict[str, Any]:
         """What a kernel takes of this layout as that of the transpose, by keyword."""
-        return {f"t_{name}": value for name, value in self.arguments.items() if name != "width"}
+        turned = self._arguments("t_")
+        del turned["t_width"]  # it is that of the layout beside it
+        return turned
+
+    def _arguments(self, prefix: str) -> dict[str, Any]:
+        arrays = {"ends": self.ends, "offsets": self.offsets}
+        buffers = {name: Buffer(array, prefix + name, self.width) for name, array in arrays.items()}
+        return {prefix + name: value for name, value in {"width": self.width, "stored": self.stored, **buffers}.items()}
 
     @functools.cached_property
     def runs(self) -> dict[str, Any]:
@@ -67,7 +74,7 @@ class Layout:
         assert self.row_ptr is not None
         own = self.arguments
         return {
-            "row_ptr": Buffer(self.row_ptr),
+            "row_ptr": Buffer(self.row_ptr, "row_ptr"),
             "rows": self.rows,
             "chunks": len(self.ends) - 1,
             **{name: own[name] for name in ("ends", "stored")},
@@ -77,7 +84,7 @@ class Layout:
     def places(self) -> Buffer:
         """`order` as kernels take it."""
         assert self.order is not None
-        return Buffer(self.order)
+        return Buffer(self.order, "order")
 
 
 def block_width(density: float) -> int:

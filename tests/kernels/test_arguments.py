@@ -13,9 +13,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 
 from sparsetrain import kernels
+from sparsetrain.kernels import bsr_layout, csr_layout
 from sparsetrain.kernels.simd import kernel as kernel_module
 from sparsetrain.kernels.simd.arguments import (
     Array,
@@ -140,6 +142,7 @@ def mistakes(declaration: Declaration, given: dict[str, Any]) -> Iterator[tuple[
         sparse = torch.empty(array.shape, dtype=same_memory(array).dtype, layout=torch.sparse_coo)
         yield f"{name} sparse", {**given, name: sparse}, f"{name} must be an array of .*; given is .* torch.sparse_coo"
     for name, other in itertools.combinations(given, 2):
+        # Arrays of one size may be exchanged, unless they are buffers: see the next test.
         if not alike(given[name], given[other]):
             exchanged = {**given, name: given[other], other: given[name]}
             yield f"{name} and {other} exchanged", exchanged, "must be|cannot be checked"
@@ -207,6 +210,133 @@ def test_the_straight_check_returns_the_words_of_the_other_for_tensors_and_buffe
             }
             with contextlib.suppress(*MISSED):
                 assert check(THREADS, **called) is None, what
+
+
+def layouts() -> dict[str, Any]:
+    """Return what real layouts of a square matrix give the kernels that compute gradients, by kernel."""
+    draw = np.random.default_rng(0)
+    matrix = scipy.sparse.csr_array(draw.random((128, 128)) < 0.5)
+    row_ptr, col = matrix.indptr.astype(np.int64), matrix.indices.astype(np.int32)
+    blocks = scipy.sparse.csr_array(draw.random((16, 16)) < 0.5)
+    block_ptr, block_col = blocks.indptr.astype(np.int64), blocks.indices.astype(np.int32)
+    return {
+        "csr.gradients": {
+            **csr_layout.build_layout(row_ptr, col, 128).arguments,
+            **csr_layout.build_transposed(row_ptr, col, 128).turned_arguments,
+        },
+        "bsr.gradients": {
+            **bsr_layout.build_blocks(block_ptr, block_col, (128, 128), (8, 8)).arguments,
+            **bsr_layout.build_turned(block_ptr, block_col, (128, 128), (8, 8)).turned_arguments,
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ["csr.gradients", "bsr.gradients"])
+def test_index_arrays_of_one_type_and_size_cannot_be_exchanged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel, indices = KERNELS[name], layouts()[name]
+    declaration = kernel.declaration
+    known = {"threads": 1, "tokens": 70, "columns": 128, "rows": 128, "need_dx": 1, "need_values": 1, "pieces": 1}
+    known |= {key: value for key, value in indices.items() if isinstance(value, int)}
+    for key, declared in declaration.integers.items():
+        if isinstance(declared, Computed):
+            known[key] = declaration.value(declared.expression, known)
+    given: dict[str, Any] = {key: known[key] for key in declaration.given if key in known} | indices
+    for key, array in declaration.arrays.items():
+        if key not in indices:
+            dtype = torch.int64 if array.elements.name == "int64" else torch.float32
+            given[key] = torch.zeros([declaration.value(size.expression, known) for size in array.sizes], dtype=dtype)
+    ran: list[Any] = []
+    monkeypatch.setattr(kernel, "_entry", (0, lambda words: None))
+    monkeypatch.setattr(kernel_module, "run", lambda *call: ran.append(call))
+    kernel(1, **given)
+    assert len(ran) == 1
+    check = straight(declaration)
+    assert check(1, **given) == in_words(declaration, 1, given)
+    for one, other in itertools.combinations([key for key, value in indices.items() if isinstance(value, Buffer)], 2):
+        with pytest.raises(ArgumentError, match="must be a buffer for|must be an array of"):
+            kernel(1, **{**given, one: given[other], other: given[one]})
+    if name == "csr.gradients":
+        for width in (63, 65, 100, 127):  # some have as many blocks of columns as 64
+            with pytest.raises(ArgumentError, match=r"(width|ends|t_ends) must be"):
+                kernel(1, **{**given, "width": width})
+    with pytest.raises(ArgumentError, match=r"dx must be of shape"):  # as if only the values were needed, exchanged
+        kernel(1, **{**given, "need_values": 0, "dx": torch.empty(0, 0)})
+    assert len(ran) == 1
+
+
+def without_memory() -> dict[str, torch.Tensor]:
+    freed = torch.zeros(3, 5)
+    freed.untyped_storage().resize_(0)
+    return {
+        "freed": freed,
+        "zeros": torch._efficientzerotensor((3, 5)),
+        "functional": torch._to_functional_tensor(torch.zeros(3, 5)),
+        "uninitialised": torch.nn.parameter.UninitializedParameter(),
+        "nested": torch.nested.nested_tensor([torch.zeros(5)] * 3),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_tensor_without_memory_of_its_own_is_refused() -> None:
+    given = {"out": torch.ones(15), "rows": 3, "columns": 5}
+    for what, tensor in without_memory().items():
+        with pytest.raises(ArgumentError, match=r"x must be an array of float32 in memory; given is torch"):
+            _scaled(1, x=tensor, **given)
+        assert what
+    seen: list[Any] = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with pytest.raises(ArgumentError, match="x must be an array of float32 in memory") as error:
+            _scaled(1, x=x, **given)
+        seen.append(error)
+        return x.sum()
+
+    torch.func.vmap(inside)(torch.zeros(2, 3, 5))
+    torch.func.grad(inside)(torch.zeros(3, 5))
+    assert len(seen) == 2
+
+
+@Kernel
+def _copied(
+    team: Team,
+    x: Annotated[Array, float32["== size_x"]],
+    y: Annotated[Output, float32["== 1", "==at_x"]],
+    y_step: Annotated[Int, step["y"]],
+    size_x: Int,
+    at_x: Int,
+) -> None:
+    """Its arguments have names that a check might use itself."""
+
+
+def test_names_of_arguments_mean_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_copied, "_entry", (0, lambda words: None))
+    words: list[Any] = []
+    monkeypatch.setattr(kernel_module, "run", lambda address, entry, given, threads: words.append(list(given)))
+    given = {"x": torch.zeros(4), "y": torch.zeros(1, 2), "size_x": 4, "at_x": 2}
+    _copied(1, **given)
+    assert words[0][-2:] == [4, 2]
+    for wrong in ({"size_x": 1000}, {"at_x": 3}):
+        with pytest.raises(ArgumentError):
+            _copied(1, **{**given, **wrong})
+
+
+@Kernel
+def _filled(
+    team: Team, y: Annotated[Output, float32["rows", "4"]], y_step: Annotated[Int, step["y"]], rows: Int
+) -> None:
+    """Its output is a matrix with any stride."""
+
+
+def test_an_output_whose_rows_share_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_filled, "_entry", (0, lambda words: None))
+    monkeypatch.setattr(kernel_module, "run", lambda *call: None)
+    for right in (torch.zeros(3, 4), torch.zeros(3, 9)[:, 2:6], torch.zeros(1, 4).as_strided((1, 4), (0, 1))):
+        for kind in (right, right.numpy()):
+            _filled(1, y=kind, rows=len(right))
+    for wrong in (torch.zeros(1, 4).expand(3, 4), torch.zeros(20).as_strided((3, 4), (3, 1))):
+        for kind in (wrong, wrong.numpy()):
+            with pytest.raises(ArgumentError, match=r"y must be (an array whose rows share no memory|writeable)"):
+                _filled(1, y=kind, rows=3)
 
 
 def test_there_are_kernels_to_test() -> None:
@@ -284,6 +414,9 @@ def _unannotated(team: Team, x) -> None: ...  # type: ignore[no-untyped-def]
 def _unknown(team: Team, x: Annotated[Array, float32["rows + 1"]]) -> None: ...
 def _stepless(team: Team, x: Annotated[Array, float32["1"]], x_step: Annotated[Int, step["x"]]) -> None: ...
 def _open(team: Team, x: Annotated[Array, element_type["1"]]) -> None: ...
+def _flagged(team: Team, x: Annotated[Array, float32["n if f > 0"]], n: Int, f: Int) -> None: ...
+def _reserved(team: Team, words: Annotated[Array, float32["1"]]) -> None: ...
+def _early(team: Team, a: Annotated[Int, computed["b + 1"]], b: Annotated[Int, computed["3"]]) -> None: ...
 
 
 @pytest.mark.parametrize(
@@ -294,6 +427,9 @@ def _open(team: Team, x: Annotated[Array, element_type["1"]]) -> None: ...
         (_unknown, r"'rows \+ 1' names rows, which is none of its integers"),
         (_stepless, "is no stride of an array with several sizes"),
         (_open, "x has an open type: give element_type"),
+        (_flagged, "'f > 0' is none of its integers"),
+        (_reserved, "no argument can be called 'words'"),
+        (_early, "a is computed from b, which comes later"),
     ],
 )
 def test_a_signature_that_declares_too_little_is_refused(function: Callable[..., None], message: str) -> None:

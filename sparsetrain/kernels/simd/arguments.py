@@ -15,14 +15,16 @@ An array is declared with the type of its elements and either of two kinds of si
 Without ``==`` a size is the least that is taken, which suits scratch. A size that ends in ``if flag`` counts only where
 the integer ``flag`` is not 0. What the kernel writes to is an `Output`, which must be writeable.
 
+The values of index arrays are not checked: patterns do that once, when they are built. A `Buffer` that holds such an
+array can be given as one argument only, and an array declared with ``unit["n"]`` only beside the n that it counts in.
+
 An integer is given by the caller and is not negative; ``where["condition"]`` says what else it must satisfy. It is not
 given if it is declared as ``step["x"]``, which is the distance between the rows of x in elements (``step["x", 1]``:
 along dimension 1), or as ``computed["expression"]``.
 
 Sizes, conditions and expressions are Python expressions over the integers of the same signature, ``threads``, and what
 the kernel's module defines. Whatever bounds an access to an array belongs into its size. An integer that an exact size
-contains cannot be exchanged with another. The values of index arrays are not checked: patterns do that once, when they
-are built.
+contains cannot be exchanged with another.
 
 From the signature follow the keywords of a call, what is checked before it (`checks`), and the order of the words that
 the compiled code reads (`words`).
@@ -48,6 +50,9 @@ Array = Any  # torch.Tensor, numpy.ndarray or Buffer; inside a kernel, Numba's a
 Output = Annotated[Any, _WRITTEN]  # an Array that the kernel writes to
 Int = Annotated[Any, _INTEGER]  # int; inside a kernel, int64
 Team = Any  # inside a kernel, the address of its words: `words.share` and `words.sharers` read it
+
+# Names that the functions made of a declaration use themselves, beside names that begin with an underscore.
+_RESERVED = ("threads", "words", "body", "middle", "min", "max", "number", "floats", "shorts", "ints", "longs")
 
 # The first words of every list: two functions of the OpenMP runtime, or thread and threads where there is none.
 HEADER = 4
@@ -111,16 +116,17 @@ class Size:
 
 def _size(text: str) -> Size:
     expression, _, flag = text.partition(" if ")
-    return Size(expression.removeprefix("== "), expression.startswith("== "), flag or None)
+    return Size(expression.removeprefix("==").strip(), expression.startswith("=="), flag.strip() or None)
 
 
 @dataclass(frozen=True)
 class ArrayOf:
-    """The declaration of an array: the type of its elements, its sizes, and whether the kernel writes to it."""
+    """The declaration of an array: type and sizes, whether the kernel writes to it, and the integer it counts in."""
 
     elements: Elements
     sizes: tuple[Size, ...]
     written: bool = False
+    unit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,13 @@ class Given:
     """The declaration of an integer that the caller gives, and the condition that it satisfies, if there is one."""
 
     condition: str | None = None
+
+
+@dataclass(frozen=True)
+class Unit:
+    """The integer that the values of an index array count in."""
+
+    integer: str
 
 
 @dataclass(frozen=True)
@@ -160,19 +173,32 @@ class _Where:
         return Given(condition)
 
 
-computed, step, where = _Computed(), _Step(), _Where()
+class _Unit:
+    def __getitem__(self, integer: str) -> Unit:
+        return Unit(integer)
+
+
+computed, step, where, unit = _Computed(), _Step(), _Where(), _Unit()
 
 
 class Buffer:
-    """A contiguous numpy array whose address, type and length are looked up once, for one that many calls take."""
+    """A contiguous numpy array whose address, type and length are looked up once, for one that many calls take.
 
-    __slots__ = ("address", "array", "dtype", "size")
+    Args:
+        array: the array.
+        name: the only argument that it may be given as; None for any. The values of an index array fit into one place
+            only, which its type and its size do not tell.
+        unit: what its values count in, for an argument that is declared with a `unit`; None for anything.
+    """
 
-    def __init__(self, array: np.ndarray) -> None:
+    __slots__ = ("address", "array", "dtype", "name", "size", "unit")
+
+    def __init__(self, array: np.ndarray, name: str | None = None, unit: int | None = None) -> None:
         if not array.flags.c_contiguous:
             raise ValueError(f"a buffer is contiguous; given is an array with strides {array.strides}")
         self.array, self.address = array, array.ctypes.data
         self.dtype, self.size = array.dtype.str, array.size
+        self.name, self.unit = name, unit
 
 
 class Declaration:
@@ -203,8 +229,11 @@ class Declaration:
         self.integers: dict[str, Computed | Step | Given] = {}
         self.open: list[str] = []
         for name in self.order:
+            if name.startswith("_") or name in _RESERVED:
+                raise TypeError(f"kernel {kernel}: no argument can be called {name!r}")
             said = get_args(hints.get(name)) or (None,)
-            declared = said[-1]
+            units = [one.integer for one in said if isinstance(one, Unit)]
+            declared = [one for one in said if not isinstance(one, Unit)][-1]
             if isinstance(declared, ArrayOf):
                 elements = declared.elements
                 if elements is element_type:
@@ -212,7 +241,7 @@ class Declaration:
                         raise TypeError(f"kernel {kernel}: {name} has an open type: give element_type")
                     elements = chosen
                     self.open.append(name)
-                self.arrays[name] = ArrayOf(elements, declared.sizes, _WRITTEN in said)
+                self.arrays[name] = ArrayOf(elements, declared.sizes, _WRITTEN in said, *units)
             elif declared is _INTEGER:
                 self.integers[name] = Given()
             elif isinstance(declared, Computed | Step | Given):
@@ -224,7 +253,15 @@ class Declaration:
 
     def _compiled(self) -> dict[str, CodeType]:
         sizes = [size for array in self.arrays.values() for size in array.sizes]
-        texts = [size.expression for size in sizes] + [size.flag for size in sizes if size.flag]
+        flags = [size.flag for size in sizes if size.flag]
+        units = [array.unit for array in self.arrays.values() if array.unit]
+        for name in flags:
+            if name not in self.integers:
+                raise TypeError(f"kernel {self.kernel}: {name!r} is none of its integers")
+        for name in units:
+            if not isinstance(self.integers.get(name), Given):
+                raise TypeError(f"kernel {self.kernel}: {name!r} is none of the integers that its caller gives")
+        texts = [size.expression for size in sizes]
         for declared in self.integers.values():
             if isinstance(declared, Computed):
                 texts.append(declared.expression)
@@ -234,6 +271,12 @@ class Declaration:
                 raise TypeError(f"kernel {self.kernel}: {declared} is no stride of an array with several sizes")
         codes = {text: compile(text, f"<{self.kernel}>", "eval") for text in texts}
         known = {*self.integers, *self.names, "threads", "min", "max"}
+        later = {name for name, declared in self.integers.items() if isinstance(declared, Computed)}
+        for name, declared in self.integers.items():
+            if isinstance(declared, Computed):
+                if early := set(codes[declared.expression].co_names) & later:
+                    raise TypeError(f"kernel {self.kernel}: {name} is computed from {min(early)}, which comes later")
+                later.remove(name)
         for text, code in codes.items():
             if unknown := set(code.co_names) - known:
                 raise TypeError(f"kernel {self.kernel}: {text!r} names {min(unknown)}, which is none of its integers")

@@ -66,6 +66,9 @@ def in_words(declaration: Declaration, threads: int, arguments: Mapping[str, Any
             _check_condition(declaration, name, declared.condition, found)
     for name, view in views.items():
         _check_size(declaration, name, view, found)
+        integer, unit = declaration.arrays[name].unit, getattr(arguments[name], "unit", None)
+        if integer and unit not in (None, found[integer]):
+            _refuse(kernel, integer, f"{unit}, which {name} counts in", str(found[integer]))
     words = (views[name].address if name in views else found[name] for name in declaration.order)
     return array("q", [0, 0, 0, 1, *words])
 
@@ -150,6 +153,8 @@ def _array(kernel: str, name: str, declared: ArrayOf, value: Any) -> _View:
         _refuse(kernel, name, "on the CPU", f"an array on {view.device}")
     if declared.written and not view.writeable:
         _refuse(kernel, name, "writeable", "an array that is read-only")
+    if isinstance(value, Buffer) and value.name not in (None, name):
+        _refuse(kernel, name, f"a buffer for {name}", f"one for {value.name}")
     strided = f"shape {_shape(view.shape)} with strides {_shape(view.strides)}"
     if len(declared.sizes) == 1:
         if not view.contiguous:
@@ -158,9 +163,18 @@ def _array(kernel: str, name: str, declared: ArrayOf, value: Any) -> _View:
         _refuse(kernel, name, f"of shape {_shape([size.expression for size in declared.sizes])}", _shape(view.shape))
     elif view.size > 0 and view.shape[-1] > 1 and view.strides[-1] != 1:
         _refuse(kernel, name, "contiguous along its last dimension", strided)
-    elif min(view.strides) < 0:
+    elif any(stride < 0 and length > 1 for stride, length in zip(view.strides, view.shape, strict=True)):
         _refuse(kernel, name, "an array whose strides are not negative", strided)
+    elif declared.written and not _own_rows(view):
+        _refuse(kernel, name, "an array whose rows share no memory", strided)
     return view
+
+
+def _own_rows(view: _View) -> bool:
+    """Return whether all elements of an array have places of their own, dimension inside dimension."""
+    extents = [length * stride for length, stride in zip(view.shape, view.strides, strict=True)]
+    extents[-1] = view.shape[-1]
+    return all(view.strides[axis] >= extents[axis + 1] or view.shape[axis] <= 1 for axis in range(len(extents) - 1))
 
 
 def _shape(sizes: Sequence[Any]) -> str:
@@ -192,18 +206,20 @@ def _view(value: Any) -> _View | None:
         flags, at = value.flags, value.ctypes.data
         return _View(at, value.dtype, "cpu", value.shape, strides, value.size, flags.c_contiguous, flags.writeable)
     torch = sys.modules.get("torch")
-    if torch is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided:
+    if torch is None or not isinstance(value, torch.Tensor) or value.layout is not torch.strided or value.is_nested:
         return None
-    device, address = value.device.type, 0
-    if device == "cpu":
-        if value.untyped_storage().device.type != "cpu":
-            return None  # a fake tensor, which claims a device that it does not lie on
-        try:
+    try:
+        shape, strides, size = tuple(value.shape), tuple(value.stride()), value.numel()
+        device, address = value.device.type, 0
+        if device == "cpu":
+            if value.untyped_storage().device.type != "cpu":
+                return None  # a fake tensor, which claims a device that it does not lie on
             address = value.data_ptr()
-        except RuntimeError:
-            return None  # a wrapper without memory of its own
-    shape, strides = tuple(value.shape), tuple(value.stride())
-    return _View(address, value.dtype, device, shape, strides, value.numel(), value.is_contiguous(), True)
+            if address == 0 and size > 0:
+                return None  # its memory was freed, or never existed
+        return _View(address, value.dtype, device, shape, strides, size, value.is_contiguous(), True)
+    except (RuntimeError, ValueError):
+        return None  # a wrapper without memory of its own, or a parameter whose shape is not known yet
 
 
 def _kind(value: Any) -> str:
@@ -227,29 +243,29 @@ def straight(declaration: Declaration) -> Callable[..., array[int] | None]:
         f"if not ({' is '.join(f'type({name})' for name in ('threads', *given))} is int): return None",
         f"if {' | '.join((*given, 'threads - 1'))} < 0 or threads > {MAX_THREADS}: return None",
     ]
-    found: dict[str, Any] = {**declaration.names, "Tensor": torch.Tensor, "Buffer": Buffer, "array": array}
+    found: dict[str, Any] = {**declaration.names, "_Tensor": torch.Tensor, "_Buffer": Buffer, "_array": array}
     wrong = []
     for name, declared in declaration.arrays.items():
         if declared.elements.dtypes:
-            found[f"dtype_{name}"] = getattr(torch, declared.elements.dtypes[0])
-        found[f"taken_{name}"] = _buffer_types(declared.elements)
+            found[f"_dtype_{name}"] = getattr(torch, declared.elements.dtypes[0])
+        found[f"_taken_{name}"] = _buffer_types(declared.elements)
         if len(declared.sizes) == 1:
             lines += _flat(name, declared)
-            wrong.append(_unsuited(f"size_{name}", declared.sizes[0]))
+            wrong.append(_unsuited(f"_size_{name}", declared.sizes[0]))
         else:
             lines += _strided(name, declared)
-            wrong += [_unsuited(f"shape_{name}[{axis}]", size) for axis, size in enumerate(declared.sizes)]
+            wrong += [_unsuited(f"_shape_{name}[{axis}]", size) for axis, size in enumerate(declared.sizes)]
     for name, one in declaration.integers.items():
         if isinstance(one, Step):
-            lines.append(f"{name} = step_{one.array}[{one.dimension}]")
+            lines.append(f"{name} = _step_{one.array}[{one.dimension}]")
         elif isinstance(one, Computed):
             lines.append(f"{name} = {one.expression}")
         elif one.condition:
             wrong.insert(0, f"not ({one.condition})")
     if wrong:
         lines.append(f"if {' or '.join(wrong)}: return None")
-    words = [f"at_{name}" if name in declaration.arrays else name for name in declaration.order]
-    lines.append(f"return array('q', (0, 0, 0, 1, {', '.join(words)}))")
+    words = [f"_at_{name}" if name in declaration.arrays else name for name in declaration.order]
+    lines.append(f"return _array('q', (0, 0, 0, 1, {', '.join(words)}))")
     exec(f"def check(threads, *, {', '.join(declaration.given)}):\n    " + "\n    ".join(lines), found)
     return found["check"]
 
@@ -263,15 +279,19 @@ def _unsuited(have: str, size: Size) -> str:
 def _flat(name: str, declared: ArrayOf) -> list[str]:
     other = _other_type(name, declared.elements)
     lines = [
-        f"if type({name}) is Tensor:",
+        f"if type({name}) is _Tensor:",
         f"    if {other} or not {name}.is_contiguous() or not {name}.is_cpu: return None",
-        f"    size_{name}, at_{name} = {name}.numel(), {name}.data_ptr()",
+        f"    _size_{name}, _at_{name} = {name}.numel(), {name}.data_ptr()",
+        f"    if not _at_{name} and _size_{name}: return None",
     ]
     if not declared.written:  # a buffer may be read-only
+        other = f"{name}.dtype not in _taken_{name} or {name}.name not in (None, {name!r})"
+        if declared.unit:
+            other += f" or {name}.unit not in (None, {declared.unit})"
         lines += [
-            f"elif type({name}) is Buffer:",
-            f"    if {name}.dtype not in taken_{name}: return None",
-            f"    size_{name}, at_{name} = {name}.size, {name}.address",
+            f"elif type({name}) is _Buffer:",
+            f"    if {other}: return None",
+            f"    _size_{name}, _at_{name} = {name}.size, {name}.address",
         ]
     return [*lines, "else: return None"]
 
@@ -279,14 +299,30 @@ def _flat(name: str, declared: ArrayOf) -> list[str]:
 def _strided(name: str, declared: ArrayOf) -> list[str]:
     other = f"{_other_type(name, declared.elements)} or {name}.dim() != {len(declared.sizes)} or not {name}.is_cpu"
     return [
-        f"if type({name}) is not Tensor or {other}: return None",
-        f"shape_{name}, step_{name}, at_{name} = {name}.shape, {name}.stride(), {name}.data_ptr()",
-        f"if step_{name}[-1] != 1 and shape_{name}[-1] > 1: return None",
+        f"if type({name}) is not _Tensor or {other}: return None",
+        f"_shape_{name}, _step_{name}, _at_{name} = {name}.shape, {name}.stride(), {name}.data_ptr()",
+        f"if _step_{name}[-1] != 1 and _shape_{name}[-1] > 1: return None",
+        f"if not _at_{name} and {name}.numel(): return None",
+        *_overlaps(name, declared),
+    ]
+
+
+def _overlaps(name: str, declared: ArrayOf) -> list[str]:
+    """Return the lines that let no output pass whose rows share memory; see `_own_rows`."""
+    if not declared.written:
+        return []
+    last = len(declared.sizes) - 1
+    extents = [
+        f"_shape_{name}[{axis}]" + ("" if axis == last else f" * _step_{name}[{axis}]") for axis in range(last + 1)
+    ]
+    return [
+        f"if _step_{name}[{axis}] < {extents[axis + 1]} and _shape_{name}[{axis}] > 1: return None"
+        for axis in range(last)
     ]
 
 
 def _other_type(name: str, elements: Elements) -> str:
-    return f"{name}.dtype is not dtype_{name}" if elements.dtypes else f"{name}.itemsize != {elements.itemsize}"
+    return f"{name}.dtype is not _dtype_{name}" if elements.dtypes else f"{name}.itemsize != {elements.itemsize}"
 
 
 def _buffer_types(elements: Elements) -> set[str]:

@@ -142,7 +142,10 @@ def register_backend(name: Any, backend: Any = None) -> Any:
         raise UserError(f"backend {name!r}: {backend!r} must be a sparsetrain.Backend, or a class derived from it")
     if lacks := getattr(kind, "__abstractmethods__", None):
         raise UserError(f"backend {name!r}: {kind.__qualname__} must define {', '.join(sorted(lacks))}")
-    made = backend() if isinstance(backend, type) else backend
+    try:
+        made = backend() if isinstance(backend, type) else backend
+    except TypeError as error:
+        raise UserError(f"backend {name!r}: {kind.__qualname__} must be made without arguments: {error}") from None
     BACKENDS.register(name, made, replace=True)
     made.name = name
     return backend

@@ -15,6 +15,7 @@ from sparsetrain.sparsity.backends.cpu import (
     CpuBackend,
     enough,
     in_float32,
+    nothing,
     pieces,
     scratch,
     with_whole_rows,
@@ -95,8 +96,8 @@ class BsrBackend(CpuBackend):
         gradients(
             threads,
             g=rows,
-            dx=grad_x if need_x else rows,
-            x=with_whole_rows(x.to(g.dtype)) if need_values else rows,
+            dx=grad_x if need_x else nothing(g.dtype),
+            x=with_whole_rows(x.to(g.dtype)) if need_values else nothing(g.dtype),
             tokens=tokens,
             columns=in_features,
             rows=out_features,

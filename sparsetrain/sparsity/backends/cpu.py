@@ -94,6 +94,14 @@ def scratch(*shape: int) -> Tensor:
     return torch.empty(*shape, dtype=torch.float32, device=_CPU)  # a tuple or a name would cost half a microsecond
 
 
+_NOTHING = {dtype: torch.empty(0, 0, dtype=dtype, device=_CPU) for dtype in _DTYPES}
+
+
+def nothing(dtype: torch.dtype) -> Tensor:
+    """Return an empty matrix, for an argument that a kernel does not need: it cannot be taken for one that it does."""
+    return _NOTHING[dtype]
+
+
 def with_whole_rows(x: Tensor) -> Tensor:
     """Return a matrix whose rows are contiguous each; their distance may be anything."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
