@@ -4,8 +4,9 @@ import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.data import register_source, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
-from sparsetrain.optim import register_schedule
+from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
+from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.sparsity import (
     GMP,
     SET,
@@ -56,8 +57,10 @@ __all__ = [
     "Transformer",
     "UserError",
     "VariableSparsity",
+    "batch_opt",
     "decay_groups",
     "densify",
+    "ema_coefficients",
     "param_groups",
     "parameterize",
     "register_backend",
@@ -69,4 +72,7 @@ __all__ = [
     "sparse_linear",
     "sparsify",
     "summary",
+    "tau_opt",
+    "timescale",
+    "weight_decay_for",
 ]

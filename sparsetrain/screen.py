@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +14,25 @@ if TYPE_CHECKING:
 def printable(line: object) -> str:
     """Return ``line`` with control characters replaced by a visible mark, so that a terminal cannot interpret them."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
+
+
+_BARS, _PLAIN_BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", " .:-=+*#@"
+
+
+def sparkline(values: Sequence[float], encoding: str | None) -> str:
+    """Return a line of one mark a value, as high as the value between zero and the largest one.
+
+    Args:
+        values: at least 0 each.
+        encoding: of the terminal; block characters are used where it has them.
+    """
+    try:
+        _BARS.encode(encoding or "ascii")
+        bars = _BARS
+    except (LookupError, UnicodeEncodeError):
+        bars = _PLAIN_BARS
+    most = max(values, default=0.0) or 1.0
+    return "".join(bars[round(value / most * (len(bars) - 1))] for value in values)
 
 
 def plain(line: object, style: str = "") -> Text:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from sparsetrain.report.show import show_run
-from sparsetrain.screen import say
+from sparsetrain.screen import say, sparkline
 
 TEXTS = ["diverged at [/b] 3", "loss [red]nan[/red]", "a :tada: b", "[link=http://x]y[/link]", "[" + "x" * 300 + "]"]
 
@@ -38,3 +38,10 @@ def test_what_a_result_says_is_shown_as_it_is(text: str, tmp_path: Path, screen:
     assert f"message            {text}\n" in shown
     assert f"masks              SET{text}\n" in shown
     assert text[:40] in shown
+
+
+def test_a_curve_is_drawn_with_what_the_terminal_has() -> None:
+    assert sparkline([0, 1, 2, 4], "utf-8") == " \u2582\u2584\u2588"
+    assert sparkline([0, 1, 2, 4], "ascii") == sparkline([0, 1, 2, 4], None) == " :=@"
+    assert sparkline([0.0, 0.0], "utf-8") == "  "
+    assert sparkline([], "utf-8") == ""

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from sparsetrain.errors import UserError, nearest
+from sparsetrain.screen import sparkline
 
 if TYPE_CHECKING:
     from sparsetrain.cli.arguments import Arguments
@@ -87,6 +88,7 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             yield _row(_TITLES)
             yield from (_row((str(number), *_cells(phase))) for number, phase in enumerate(run.phases))
             yield _row(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
+            yield from (_curve(name, values) for name, values in run.curves.items())
         else:
             yield "steps and tokens: not known yet"
         if run.memory is not None:
@@ -98,6 +100,12 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
     if plan.directory is not None:
         yield ""
         yield from _in_all(plan.runs, times)
+
+
+def _curve(name: str, values: Sequence[float]) -> str:
+    """Return the line that draws how a setting of the optimizer changes, from the first step to the last."""
+    drawn = sparkline(values, sys.stdout.encoding)
+    return f"{name:>12} |{drawn}| {min(values):.3g} to {max(values):.3g}, at last {values[-1]:.3g}"
 
 
 def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[str]:

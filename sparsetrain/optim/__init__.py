@@ -1,10 +1,11 @@
 """The budget of a run (length and phases), its optimizer, and its learning-rate schedule."""
 
 from sparsetrain.optim.budget import LENGTHS, Budget, BudgetConfig, Phase, PhaseConfig
-from sparsetrain.optim.optimizer import OptimizerConfig, build_optimizer
+from sparsetrain.optim.optimizer import OptimizerConfig, SettingSchedules, build_optimizer
 from sparsetrain.optim.run_schedule import RunSchedule
 from sparsetrain.optim.schedule import SCHEDULES, Schedule, ScheduleConfig, register_schedule
 from sparsetrain.optim.segments import SEGMENTS, SegmentConfig
+from sparsetrain.optim.timescale import ema_coefficients, timescale, weight_decay_for
 
 __all__ = [
     "LENGTHS",
@@ -19,6 +20,10 @@ __all__ = [
     "Schedule",
     "ScheduleConfig",
     "SegmentConfig",
+    "SettingSchedules",
     "build_optimizer",
+    "ema_coefficients",
     "register_schedule",
+    "timescale",
+    "weight_decay_for",
 ]

@@ -4,14 +4,51 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.optim.schedule import ScheduleConfig
+from sparsetrain.optim.segments import SegmentConfig
 
 OPTIMIZERS = ("adamw", "sgd")
+_BETAS = ("beta1", "beta2")
+
+
+@dataclass
+class SettingSchedules:
+    """Schedules of settings of the optimizer besides the learning rate, each a list of segments over the whole run.
+
+    They give the factor of the configured value in each step; it begins at 1, or at 0 for a ``warmup``. A setting
+    without a schedule stays as it is.
+
+    Args:
+        weight_decay: of every parameter group.
+        beta1, beta2: of AdamW; the product of value and factor stays below 1.
+        momentum: of SGD; likewise.
+    """
+
+    weight_decay: list[SegmentConfig] | None = None
+    beta1: list[SegmentConfig] | None = None
+    beta2: list[SegmentConfig] | None = None
+    momentum: list[SegmentConfig] | None = None
+
+    def given(self) -> dict[str, ScheduleConfig]:
+        """Return the schedules that are set, by setting.
+
+        Raises:
+            UserError: see `ScheduleConfig`.
+        """
+        found = {}
+        for name, segments in vars(self).items():
+            if segments is not None:
+                try:
+                    found[name] = ScheduleConfig(segments=segments)
+                except UserError as error:
+                    raise UserError(f"optimizer.schedules.{name}: {error}") from None
+        return found
 
 
 @dataclass
@@ -25,6 +62,7 @@ class OptimizerConfig:
         beta1, beta2, eps: coefficients of Adam.
         momentum: momentum of SGD.
         clip: maximum global gradient norm; 0 disables clipping.
+        schedules: how other settings than the learning rate change during the run.
     """
 
     name: str = "adamw"
@@ -35,6 +73,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     clip: float = 1.0
     momentum: float = 0.9
+    schedules: SettingSchedules = field(default_factory=SettingSchedules)
 
     def __post_init__(self) -> None:
         check_choice("optimizer.name", self.name, OPTIMIZERS)
@@ -47,16 +86,39 @@ class OptimizerConfig:
         for name in ("beta1", "beta2", "momentum"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        unused = ("momentum",) if self.name == "adamw" else _BETAS
+        for name in self.schedules.given():
+            if name in unused:
+                raise UserError(f"optimizer.schedules.{name} has no meaning for optimizer.name={self.name}")
 
 
 def build_optimizer(groups: Iterable[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Return torch's AdamW (fused on CPU and CUDA) or SGD over ``groups``, each with its own lr, weight decay and eps.
 
     Each group gets the key ``initial_lr``, its peak learning rate, which the schedule multiplies. It is the name that
-    torch's schedulers use.
+    torch's schedulers use. For each other setting that has a schedule, a group gets a key that is named likewise.
     """
     groups = [{**group, "initial_lr": group["lr"]} for group in groups]
+    for name in config.schedules.given():
+        for group in groups:
+            group[f"initial_{name}"] = group["weight_decay"] if name == "weight_decay" else getattr(config, name)
     if config.name == "sgd":
         return torch.optim.SGD(groups, momentum=config.momentum)
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     return torch.optim.AdamW(groups, betas=(config.beta1, config.beta2), fused=devices <= {"cpu", "cuda"})
+
+
+def set_factor(groups: Iterable[dict[str, Any]], name: str, factor: float) -> None:
+    """Set a setting of all parameter groups to ``factor`` times its initial value.
+
+    Args:
+        groups: of an optimizer of `build_optimizer`.
+        name: ``lr``, or a setting that has a schedule.
+    """
+    for group in groups:
+        value = group[f"initial_{name}"] * factor
+        if name in _BETAS:
+            first, second = group["betas"]
+            group["betas"] = (value, second) if name == "beta1" else (first, value)
+        else:
+            group[name] = value

@@ -42,6 +42,42 @@ def cosine(i: int, n: int, start: float, to: float) -> float:
     return to + (start - to) * 0.5 * (1.0 - math.cos(math.pi * ((n - i) / n)))
 
 
+@SEGMENTS.register("exponential")
+def exponential(i: int, n: int, start: float, to: float) -> float:
+    """Change by the same ratio in each step; neither end may be 0."""
+    return start * (to / start) ** (i / n)
+
+
+@SEGMENTS.register("one_minus_sqrt")
+def one_minus_sqrt(i: int, n: int, start: float, to: float) -> float:
+    """Fall fast at first and then ever more slowly (the cooldown ``1-sqrt`` of arXiv 2405.18392)."""
+    return to + (start - to) * (1.0 - math.sqrt(i / n))
+
+
+@SEGMENTS.register("inverse_sqrt")
+def inverse_sqrt(i: int, n: int, start: float, to: float) -> float:
+    """Follow ``1 / sqrt(t + const)``, with the constant that leads from ``start`` to ``to``; neither may be 0."""
+    return start / math.sqrt(1.0 + (i / n) * ((start / to) ** 2 - 1.0))
+
+
+NEVER_ZERO = ("exponential", "inverse_sqrt")
+"""The shapes that neither begin nor end at zero."""
+
+
+def default_end(shape: str, start: float, before: int, n: int) -> float:
+    """Return the factor at which a segment of n steps without ``to`` ends.
+
+    Args:
+        shape: of the segment. start: the factor at its beginning. before: the steps in front of it.
+    """
+    if shape == "warmup":
+        return 1.0
+    if shape == "inverse_sqrt":  # 1 / sqrt(t) from the first step on, as in arXiv 1706.03762, equation 3
+        done = max(1, before)
+        return start * math.sqrt(done / (done + n))
+    return start
+
+
 @SEGMENTS.register("constant")
 def constant(i: int, n: int, start: float, to: float) -> float:
     """Stay at the factor of the previous segment; ``to`` is ignored."""
@@ -53,9 +89,11 @@ class SegmentConfig:
     """One segment of a schedule.
 
     Args:
-        shape: one of `SEGMENTS`: ``warmup``, ``linear``, ``cosine``, ``constant``, or a registered one.
-        to: factor of the peak learning rate at its end, at least 0; null keeps the factor of the previous segment, or
-            rises to the peak for ``warmup``.
+        shape: one of `SEGMENTS`: ``warmup``, ``linear``, ``cosine``, ``exponential``, ``inverse_sqrt``,
+            ``one_minus_sqrt``, ``constant``, or a registered one.
+        to: factor of the peak learning rate at its end, at least 0, and above 0 for ``exponential`` and
+            ``inverse_sqrt``. Null rises to the peak for ``warmup``, goes on as 1 / sqrt(t) over all steps t so far for
+            ``inverse_sqrt``, and keeps the factor of the previous segment for other shapes.
         share: length as a share of all steps.
         tokens: length in training tokens.
         steps: length in steps. At most one of share, tokens and steps may be set; the segment that has none of them
@@ -75,6 +113,8 @@ class SegmentConfig:
         SEGMENTS.check(self.shape)
         if self.to is not None and not 0.0 <= self.to < math.inf:
             raise UserError(f"schedule.segments: to={self.to} must be a factor of the peak, at least 0 and finite")
+        if self.to == 0.0 and self.shape in NEVER_ZERO:
+            raise UserError(f"schedule.segments: to={self.to} must be above 0 for {self.shape}, which never gets there")
         given = [name for name in ("share", "tokens", "steps") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UserError(

@@ -160,7 +160,8 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
             continue  # its text needs the tokenizer of a run that does not exist yet
         stage = stage_of(settings, console, None if own_text else corpora)
         stage.prepare(origin)
-        RunSchedule(settings.schedule, stage.budget)  # raises if the schedule does not fit the length
+        # Raises if a schedule does not fit the length.
+        RunSchedule(settings.schedule, stage.budget, settings.optimizer)
         check_memory(*stage.workload(f"pipeline.stages.{entry.name}."), device, config.force)
 
 

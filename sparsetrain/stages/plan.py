@@ -75,6 +75,7 @@ class PlannedRun:
         dense_flops: FLOPs of the same training computed densely.
         origin: text, tokenizer and weights that it starts from; None if its text is not prepared yet.
         final_densities: density of each sparse layer at its end; None if unknown.
+        curves: the settings of the optimizer that change, by name, at steps from the first to the last.
         notes: sentences about what is unknown.
     """
 
@@ -88,6 +89,7 @@ class PlannedRun:
     dense_flops: float = 0.0
     origin: Origin | None = None
     final_densities: Mapping[str, float] | None = None
+    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -234,7 +236,8 @@ def plan_text(
     dense = sum(training_flops_per_token(model, 1.0, phase.context).total * phase.tokens for phase in budget.phases)
     validation = len(corpora.only.validation) if corpora is not None else _UNKNOWN
     workload = workload_of(config, model, budget, section, validation)
-    return _with(run, phases, workload, dense, densities(budget.total_steps), config)
+    curves = inputs.curves(config, budget)
+    return _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
 
 
 def _masks(
@@ -290,7 +293,7 @@ def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun |
         counts = (phase.context, phase.batch_size, per_token * tokens)
         phases.append(PlannedPhase(phase.steps, tokens, rates, (density, density), *counts))
     dense = _per_token(model, {}, config) * sum(phase.tokens for phase in phases)
-    return _with(planned, phases, stage.workload()[0], dense, densities, config)
+    return _with(planned, phases, stage.workload()[0], dense, densities, inputs.curves(config, budget), config)
 
 
 def _with(
@@ -299,6 +302,7 @@ def _with(
     workload: Workload,
     dense_flops: float,
     final_densities: Mapping[str, float],
+    curves: Mapping[str, Sequence[float]],
     config: RunConfig,
 ) -> PlannedRun:
     notes, fits = list(run.notes), run.done or memory_fits(workload, resolve_device(config.device))
@@ -311,6 +315,7 @@ def _with(
         fits=fits,
         dense_flops=dense_flops,
         final_densities=final_densities,
+        curves=curves,
         notes=notes,
     )
 

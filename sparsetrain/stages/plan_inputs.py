@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from sparsetrain.data import Corpora, DataConfig, PackedSamples, Task, TaskConfig, find_corpora, find_task
 from sparsetrain.errors import UserError
@@ -11,6 +12,7 @@ from sparsetrain.runs.origin import Origin
 from sparsetrain.stages.config import RunConfig
 
 MOST_RATES = 100_000  # learning rates of a phase to evaluate when looking for the lowest and highest
+CURVE = 60  # points of a curve
 
 Find = Callable[[DataConfig], tuple[str, Corpora | None]]
 """Returns the key of the corpora of a run and, if they are prepared, the corpora."""
@@ -70,9 +72,10 @@ class Inputs:
         Raises:
             UserError: the schedule does not fit the budget.
         """
-        key = repr((config.schedule, budget))  # points of a sweep over the rate share their schedule
+        # Points of a sweep over the rate share their schedule.
+        key = repr((config.schedule, replace(config.optimizer, lr=1.0), budget))
         if key not in self._factors:
-            schedule = RunSchedule(config.schedule, budget)
+            schedule = RunSchedule(config.schedule, budget, config.optimizer)
             self._factors[key] = []
             for phase in budget.phases:
                 stride = max(1, phase.steps // MOST_RATES)
@@ -80,6 +83,17 @@ class Inputs:
                 factors = [schedule.factor(step) for step in steps]
                 self._factors[key].append((min(factors), max(factors)))
         return [(config.optimizer.lr * low, config.optimizer.lr * high) for low, high in self._factors[key]]
+
+    def curves(self, config: RunConfig, budget: Budget) -> dict[str, list[float]]:
+        """Return the settings of the optimizer that change, by name, at `CURVE` steps from the first to the last.
+
+        Raises:
+            UserError: a schedule does not fit the budget.
+        """
+        schedule, last = RunSchedule(config.schedule, budget, config.optimizer), budget.total_steps - 1
+        steps = sorted({round(last * point / (CURVE - 1)) for point in range(CURVE)})
+        names = ("lr", *schedule.settings)
+        return {name: [schedule.value(config.optimizer, name, step) for step in steps] for name in names}
 
 
 def samples_per_epoch(corpora: Corpora, config: RunConfig) -> Callable[[int], int]:

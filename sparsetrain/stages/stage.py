@@ -207,7 +207,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
     autocast, reason = resolve_precision(config.loop.precision, device)
     subject = stage.build(device)
     network, module, masks = subject.network, subject.module, subject.masks
-    schedule = RunSchedule(config.schedule, budget)
+    schedule = RunSchedule(config.schedule, budget, config.optimizer)
     tokens = budget.largest.tokens_per_step // config.loop.accumulation
     settle_backends(network, directory, tokens, autocast, mean_densities(masks, budget.total_steps))
     describe(network, reason, device, console)

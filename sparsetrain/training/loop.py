@@ -59,8 +59,8 @@ class Trainer:
         module: called with the ``inputs`` of a batch (tokens, targets, and slots if any), it returns the mean
             cross-entropy of the targets in nats; it holds all parameters and buffers that a checkpoint must contain.
         samples: the training data, one source per stream of the budget.
-        optimizer: its groups have ``initial_lr``, the peak learning rate of the group.
-        schedule: the factor of the peak learning rate at each step; its ``budget`` gives the number of steps and the
+        optimizer: one of `build_optimizer`, whose groups have their peak learning rate.
+        schedule: the settings of the optimizer at each step; its ``budget`` gives the number of steps and the
             batch size and samples of each step.
         config: settings of the loop.
         clip: maximum gradient norm; 0 disables clipping.
@@ -154,9 +154,7 @@ class Trainer:
         """Do one optimizer step, update the masks if an update is due, and return the facts about the step."""
         before = time.monotonic()
         phase, per_token = self.schedule.budget.at(state.step), self.flops_per_token(state.step)
-        factor = self.schedule.factor(state.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
+        factor = self.schedule.apply(self.optimizer.param_groups, state.step)
         # Dropout depends on (seed, step) only, so that a checkpoint need not contain the state of a generator.
         torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
         micro = phase.batch_size // self.config.accumulation

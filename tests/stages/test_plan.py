@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
+from sparsetrain.cli.plan import shown
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.data import prepare
 from sparsetrain.errors import UserError
@@ -310,3 +312,29 @@ def test_a_task_that_is_broken_does_not_matter_once_the_run_is_done(
     config.run_dir = str(tmp_path / "other")
     with pytest.raises(UserError, match=r"no ori_pqal\.json there"):
         plan_of(config)
+
+
+def test_a_scheduled_weight_decay_is_drawn_and_applied(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(
+        PretrainConfig,
+        {"budget.steps": 5, "optimizer.schedules.weight_decay": [{"shape": "linear", "to": 0.0}]},
+    )
+    prepare(config.data)
+    run = only(plan_of(config))
+    decay = config.optimizer.weight_decay
+    expected = [decay * (1 - step / 5) for step in range(5)]
+    assert run.curves["weight_decay"] == pytest.approx(expected)
+    lines = list(shown(Plan([run]), estimate([(config, run)])))
+    assert any(line.strip().startswith("weight_decay |") and line.endswith("at last 0.02") for line in lines)
+    assert any(line.strip().startswith("lr |") for line in lines)
+    applied: list[float] = []
+    take_step = torch.optim.AdamW.step
+
+    def watched(optimizer: Any, *arguments: Any) -> Any:
+        decayed = next(group for group in optimizer.param_groups if group["initial_weight_decay"] > 0)
+        applied.append(decayed["weight_decay"] / decayed["initial_weight_decay"])
+        return take_step(optimizer, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    pretrain(config)
+    assert applied == pytest.approx([value / decay for value in expected])
