@@ -6,6 +6,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
+from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.sparsity import (
     GMP,
@@ -43,6 +44,7 @@ __all__ = [
     "EvolutionConfig",
     "MaskManager",
     "ModelConfig",
+    "NoiseScale",
     "Parameterization",
     "Phase",
     "RigL",

@@ -158,7 +158,7 @@ class ScheduleConfig:
             raise UserError(f"schedule.warmup={self.warmup} must be a fraction of the steps, at least 0 and below 1")
         if self.warmup_steps is not None and self.warmup_steps < 0:
             raise UserError(f"schedule.warmup_steps={self.warmup_steps} must be at least 0")
-        self._check_stable(self.warmup)
+        self._check_stable(self.warmup if self.warmup_steps is None else 0.0)
         if self.cycles is not None:
             if self.cycles < 1:
                 raise UserError(f"schedule.cycles={self.cycles} must be at least 1")
