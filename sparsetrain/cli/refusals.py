@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +30,7 @@ _UNKNOWN = (
 )
 _FILE = re.compile(r"In '[^']*': ")
 # OmegaConf gives these errors no key, but the class of the section.
+_OVERRIDE = re.compile(r"(?:Could not override '|Error merging override )([\w.]+)")
 _NO_SECTION = re.compile(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)")
 
 
@@ -53,17 +54,22 @@ def refused(error: BaseException, root: type) -> UserError:
             return UserError(file + new)
     # Of the errors that OmegaConf raises for one setting, the outermost one knows its place.
     cause = next((cause for cause in _chain(error) if isinstance(cause, OmegaConfBaseException)), None)
-    said = None if cause is None else _said(cause, root)
+    override = _OVERRIDE.search(" ".join(map(str, _chain(error))))
+    said = None if cause is None else _said(cause, root, override[1] if override else None)
     return UserError(line if said is None else file + said)
 
 
-def _said(cause: OmegaConfBaseException, root: type) -> str | None:
-    """Return the line for an error of OmegaConf about one setting, or None for an error of another kind."""
+def _said(cause: OmegaConfBaseException, root: type, given: str | None) -> str | None:
+    """Return the line for an error of OmegaConf about one setting, or None for an error of another kind.
+
+    Args:
+        given: the setting that an override gave, or None if the value is from a file.
+    """
     if (section := _NO_SECTION.match(str(cause))) is not None:
-        place = next(_places(root, lambda kind: kind.__name__ == section[1]), section[1])
+        place = _likeliest(_places(root, lambda kind: kind.__name__ == section[1]), given) or section[1]
         return f"{place}={section[2]} must be a section of settings"
     kind, key = cause.object_type, str(cause.key)
-    place = _place(cause, root)
+    place = _place(cause, root, given)
     if isinstance(cause, ConfigKeyError) and dataclasses.is_dataclass(kind):
         known = [entry.name for entry in dataclasses.fields(kind)]
         if not (near := nearest(key, known)) and kind.__name__ in WITH_ALTERNATIVES:
@@ -80,7 +86,7 @@ def _said(cause: OmegaConfBaseException, root: type) -> str | None:
     return str(_must(hint, cause.value, place))
 
 
-def _place(cause: OmegaConfBaseException, root: type) -> str:
+def _place(cause: OmegaConfBaseException, root: type, given: str | None) -> str:
     """Return the dotted name of a setting; OmegaConf knows it only within an entry of a list."""
     top = cause.parent_node
     while top is not None and top._get_parent() is not None:
@@ -88,8 +94,15 @@ def _place(cause: OmegaConfBaseException, root: type) -> str:
     name, kind = str(cause.full_key or cause.key), OmegaConf.get_type(top) if top is not None else None
     if kind is None or kind is root:
         return name
-    outer = next(_places(root, lambda other: other is kind), None)
+    outer = _likeliest(_places(root, lambda other: other is kind), given)
     return name if outer is None else f"{outer}: {name}"
+
+
+def _likeliest(places: Iterable[str], given: str | None) -> str | None:
+    """Return the place that an override may have meant, several as a choice, or None if there is none."""
+    found = list(places)
+    inside = [place for place in found if given is not None and f"{place}.".startswith(f"{given}.")]
+    return " or ".join(inside or found) or None
 
 
 def _places(root: type, wanted: Callable[[Any], bool], prefix: str = "") -> Iterator[str]:

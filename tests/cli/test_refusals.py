@@ -98,6 +98,14 @@ def test_a_file_that_may_not_be_read_is_one_line(shell: Shell, monkeypatch: pyte
         ("schedule.segments=3", "schedule.segments=3 must be a list or null"),
         ("schedule.segments=[3]", "schedule.segments[0]=3 must be a section of settings"),
         ("schedule.segments=[{shap: linear}]", "schedule.segments: shap is no setting (did you mean 'shape'?)"),
+        (
+            "optimizer.schedules.beta1=[{shap: linear}]",
+            "optimizer.schedules.beta1: shap is no setting (did you mean 'shape'?)",
+        ),
+        (
+            "budget.phases=[{share: 1.0, schedule: {nam: cosine}}]",
+            "budget.phases: schedule.nam is no setting (did you mean 'name'?)",
+        ),
         ("schedule.segments=[{to: 0}]", "schedule.segments[0].shape is missing"),
         ("sparsity.groups=[{match: a}]", "sparsity.groups[0].sparsity is missing"),
         ("sparsity.sparsity=nan", "sparsity.sparsity=nan must be a number in [0, 1)"),
