@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,19 +42,10 @@ class CpuBackend(Backend):
     # Here the products are made of the two passes, and not the passes of the products.
 
     @abstractmethod
-    def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]: ...
+    def forward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
-    def backward(
-        self,
-        g: Tensor,
-        x: Tensor,
-        values: Tensor,
-        kept: Tensor,
-        pattern: SparsityPattern,
-        need_x: bool,
-        need_values: bool,
-    ) -> tuple[Tensor, Tensor]: ...
+    def backward(self, *arguments: Any, **options: Any) -> tuple[Tensor, Tensor]: ...
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         check_shapes(pattern, x=x, values=values)
