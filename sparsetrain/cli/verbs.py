@@ -136,6 +136,16 @@ VERBS: dict[str, Verb] = {
             "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
         ],
     ),
+    "fit": Verb(
+        about="Fit a law to the runs of a sweep: best timescale, best or critical batch, loss; law.yaml and a figure.",
+        parser="sparsetrain.cli.paths:fit_arguments",
+        run="sparsetrain.cli.paths:fit",
+        examples=[
+            "sparsetrain fit runs/decays law=tau out=laws/tau",
+            "sparsetrain fit runs/batches law=batch out=laws/batch",
+            "sparsetrain fit runs/batches/results.csv law=critical target=2.1",
+        ],
+    ),
     "tune": Verb(
         about="Measure from which sparsity the sparse kernels beat dense ones here; backend=auto uses the result.",
         configuration="sparsetrain.bench.tune:TuneConfig",
