@@ -213,7 +213,7 @@ def plan_text(
     facts = {"corpus": text} | ({"source": source_key(config.init_from)} if start is None else {})
     directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
     run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
-    model = model_config(config.model, _vocabulary(config, corpora, start))
+    model = model_config(config.model, vocabulary(config, corpora, start))
     if corpora is None and config.budget.epochs is not None:
         return run
     samples = None if corpora is None else samples_per_epoch(corpora, config)
@@ -356,7 +356,8 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
 
 
-def _vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None) -> int:
+def vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None = None) -> int:
+    """Return the size of a run's vocabulary; for a tokenizer that is not trained yet, the one that is wanted."""
     if corpora is not None:
         return corpora.tokenizer.vocab_size
     if config.data.tokenizer_path is not None:
