@@ -7,16 +7,19 @@ and the head differ, so laws are about hidden matrices, with the rates that the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from sparsetrain.cost.flops import matrices
+from sparsetrain.cost.flops import hidden_shapes, matrices
+from sparsetrain.cost.ledger import rule_of_length
 from sparsetrain.models import ModelConfig, matrix_traits
 from sparsetrain.optim import OptimizerConfig, timescale
 from sparsetrain.parameterization import Parameterization
-from sparsetrain.sparsity import Static
 from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
+from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.pretrain import budget_of
+
+_LONG = 1 << 20  # steps, where they are not known
 
 
 @dataclass(frozen=True)
@@ -73,21 +76,22 @@ def hidden_of(
     )
 
 
-def hidden_of_run(config: RunConfig, densities: Mapping[str, float] | None = None) -> Hidden:
-    """Return the hidden matrices of a pre-training at its start.
-
-    Args:
-        densities: of its sparse layers; None computes them from the configuration.
+def hidden_of_run(config: RunConfig) -> Hidden:
+    """Return the hidden matrices of a pre-training at its start, from its settings alone.
 
     Raises:
         UserError: the configuration cannot be used.
     """
     model = model_config(config.model, config.model.get("vocab_size") or 1)
-    if densities is None:
-        densities = {}
-        if config.sparsity.is_sparse:
-            shapes = {shape.name: (shape.out_features, shape.in_features) for shape in matrices(model)}
-            densities = allocated_densities(shapes, config.sparsity, Static())(0)
+    sized = config
+    if config.budget.epochs is not None:  # their steps depend on the text, and densities only on shares of them
+        sized = replace(config, budget=replace(config.budget, epochs=None, steps=_LONG))
+    budget = budget_of(sized, model, None)
+    section = sparsity_section(sized, budget)
+    densities = {}
+    if section.is_sparse:
+        rule = rule_of_length(section, budget.total_steps)
+        densities = allocated_densities(hidden_shapes(model), section, rule)(0)
     return hidden_of(model, config.parameterization, config.optimizer, densities)
 
 

@@ -11,11 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from shell import Shell
 
 import sparsetrain as st
+from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.report.run_files import COLUMNS
+from sparsetrain.report.sweep import write_rows
+from sparsetrain.runs.recorded import read_recorded
+from sparsetrain.stages.config import PretrainConfig, build
+from sparsetrain.stages.hidden import hidden_of_run
 from sparsetrain.studies.fit import FitRequest, fit_sweep
+from sparsetrain.studies.sweep import read_sweep
 
 ORDER = (*COLUMNS, "optimizer.weight_decay", "budget.batch_size", "budget.tokens", "status", "tokens", "seconds")
 ORDER += ("precision", "train_flops", "weights", "nonzeros", "tau", "run")
@@ -199,3 +206,55 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             FitRequest([tmp_path], **request)
+
+
+def test_the_verb_takes_paths_and_settings(shell: Shell) -> None:
+    path = table(shell.home / "results.csv", decays())
+    assert shell.run("fit", str(path), "law=tau", "out=laws")[0] == 0
+    law = st.Law.load(shell.home / "laws" / "law.yaml")
+    assert law.kind == "tau"
+    status, out, _ = shell.run("fit", "law=tau", str(path))
+    assert (status, "written" in out) == (0, False)
+    for words, said in (
+        (["law=tau"], "fit needs a sweep"),
+        ([str(path)], "fit needs a law: sparsetrain fit RUNS law=tau"),
+        ([str(path), "law=tua"], "law='tua' is not one of tau, batch, critical, loss (did you mean 'tau'?)"),
+        ([str(path), "lwa=tau"], "fit has no setting 'lwa' (did you mean 'law'?)"),
+        ([str(path), "law=tau", "law=batch"], "fit: law is given twice"),
+        ([str(path), "law=critical", "target=low"], "target=low must be a number"),
+        (["none", "law=tau"], "none holds no run"),
+        ([], "the following arguments are required: RUNS law=LAW"),
+    ):
+        assert said in shell.refused("fit", *words)
+
+
+def test_runs_give_the_columns_of_their_hidden_matrices_and_older_tables_are_read(shell: Shell) -> None:
+    for decay in (0.1, 0.0):
+        run = shell.trained(f"optimizer.weight_decay={decay}", "sparsity.sparsity=0.5", run_dir=f"runs/{decay}")
+    found = {row["optimizer.weight_decay"]: row for row in read_sweep([shell.home / "runs"]).rows}
+    hidden = hidden_of_run(build(PretrainConfig, read_recorded(run, PretrainConfig).values))
+    assert (found[0.1]["weights"], found[0.1]["nonzeros"]) == (hidden.weights, hidden.weights // 2)
+    assert found[0.1]["tau"] == pytest.approx(1 / (hidden.lr * hidden.decay_factor * 0.1 * 3))
+    assert found[0.0]["tau"] is None
+    write_rows(list(found.values()), shell.home / "new.csv")
+    again = read_sweep([shell.home / "new.csv"])
+    assert again.rows == sorted(found.values(), key=lambda row: row["optimizer.weight_decay"])
+    older = [{k: v for k, v in row.items() if k not in ("weights", "nonzeros", "tau")} for row in found.values()]
+    write_rows(older, shell.home / "old.csv")
+    rows = read_sweep([shell.home / "old.csv"]).rows
+    assert [row["tau"] for row in rows] == [None, None]
+    assert again.varied == read_sweep([shell.home / "old.csv"]).varied == ["optimizer.weight_decay"]
+
+
+def test_plan_shows_tokens_per_weight_and_the_timescale(shell: Shell) -> None:
+    words = ["plan", "pretrain", *shell.tiny, "sparsity.sparsity=0.5"]
+    out = shell.run(*words, "optimizer.weight_decay=100", "optimizer.lr=0.01")[1]
+    (line,) = [line for line in out.splitlines() if line.startswith("hidden matrices: ")]
+    run = load("pretrain", [*shell.tiny, "sparsity.sparsity=0.5", "optimizer.weight_decay=100", "optimizer.lr=0.01"])
+    hidden = hidden_of_run(run)
+    assert (
+        f"{3 * 4 * 48 / hidden.weights:.3g} tokens per weight, {3 * 4 * 48 / hidden.nonzeros:.3g} per nonzero" in line
+    )
+    assert line.endswith(f"tau = {hidden.tau(3):.3g} of the training")
+    assert "above 1 the weight decay is effectively off" in shell.run(*words)[1]
+    assert "; no weight decay" in shell.run(*words, "optimizer.weight_decay=0")[1]

@@ -22,6 +22,8 @@ from sparsetrain.scaling.critical import fit_critical_batch
 from sparsetrain.scaling.law import Quantity
 from sparsetrain.stages.config import PretrainConfig, model_config
 from sparsetrain.stages.hidden import hidden_of_run, steps_of
+from sparsetrain.stages.masks import mask_manager, sparsity_section
+from sparsetrain.stages.pretrain import budget_of
 from sparsetrain.stages.stage import build_model
 from sparsetrain.studies.suggest import suggestion
 
@@ -55,6 +57,25 @@ def test_rates_of_hidden_matrices_are_those_of_the_optimizers_groups(scheme: str
 
 def config(notes: Path, *words: str) -> Any:
     return load("suggest", [*SMALL, f"data.path={notes}", *words])
+
+
+@pytest.mark.parametrize(
+    "more", ["sparsity=gmp", "sparsity=erk", "budget.phases=[{share: 0.5, density: 1.0}, {share: 0.5}]"]
+)
+def test_rates_are_those_of_the_density_at_the_start(more: str, notes: Path) -> None:
+    """Of masks that evolve, and of layers with densities of their own."""
+    words = [*SMALL, f"data.path={notes}", "sparsity.sparsity=0.75", "budget.tokens=100000", more]
+    run = load("pretrain", words)
+    model = model_config(run.model, 257)
+    budget = budget_of(run, model, None)
+    built = build_model(run, 257, torch.device("cpu"), sparsity_section(run, budget))
+    mask_manager(run, built, budget)
+    groups = param_groups(built, run.parameterization, run.optimizer.lr, run.optimizer.weight_decay)
+    of = [group for group in groups if group["name"] in ("hidden", "output")]
+    hidden = hidden_of_run(run)
+    assert hidden.nonzeros == sum(parameter.numel() for group in of for parameter in group["params"])
+    assert (hidden.lr, hidden.weight_decay) in [pytest.approx((each["lr"], each["weight_decay"])) for each in of]
+    assert hidden_of_run(replace(run, budget=replace(run.budget, tokens=None, epochs=1.0))) == hidden
 
 
 def value(found: Any, name: str) -> Any:
