@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import import_module
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from sparsetrain import plugins
@@ -39,6 +40,9 @@ def _schema(kind: type, rules: Any) -> type:
             members.append((name, hint | None, dataclasses.field(default=None)))
     for entry in dataclasses.fields(kind):
         hint = ModelConfig if entry.name == "model" else hints[entry.name]
+        arms = set(get_args(hint)) - {type(None)} if get_origin(hint) is UnionType else set()
+        if len(arms) > 1 and any(map(dataclasses.is_dataclass, arms)):
+            hint = Any  # a number or a section: OmegaConf knows no such type
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             section = schema(hint)
             members.append((entry.name, section, dataclasses.field(default_factory=_section(entry, hint, section))))

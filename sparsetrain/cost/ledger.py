@@ -20,7 +20,7 @@ UPDATES = "mask_updates"
 
 
 class StepsOfPhase(Protocol):
-    """The properties of a phase that the ledger reads: its first step, and the context and tokens of a step."""
+    """The properties of a phase that the ledger reads: its first step, and the context and sequences of a step."""
 
     @property
     def first_step(self) -> int: ...
@@ -29,7 +29,7 @@ class StepsOfPhase(Protocol):
     def context(self) -> int: ...
 
     @property
-    def tokens_per_step(self) -> int: ...
+    def batch_size(self) -> int: ...
 
 
 class Steps(Protocol):
@@ -59,7 +59,8 @@ class FlopLedger:
         densities_at: maps a number of completed steps to the density of each sparse layer.
         rule: the evolution rule of the masks.
         budget: the steps of the run, each with its context and batch size.
-        accumulation: micro-batches per step; an update ranks connections by the dense gradient of the last one.
+        micro_batch: maps the sequences of a step to those of a micro-batch; an update ranks connections by the dense
+            gradient of the last one.
     """
 
     def __init__(
@@ -68,10 +69,10 @@ class FlopLedger:
         densities_at: Callable[[int], Mapping[str, float]],
         rule: Rule,
         budget: Steps,
-        accumulation: int,
+        micro_batch: Callable[[int], int],
     ) -> None:
         self.config, self.densities_at, self.rule = config, densities_at, rule
-        self.budget, self.accumulation = budget, accumulation
+        self.budget, self.micro_batch = budget, micro_batch
         self._terms: dict[tuple[float, ...], FlopTerms] = {}
 
     def per_token(self, steps_done: int) -> FlopTerms:
@@ -99,7 +100,8 @@ class FlopLedger:
         if self.rule.needs_gradient and updates:
             layers = self.densities_at(0)
             dense = sum(matrix.numel for matrix in matrices(self.config) if matrix.name in layers)
-            ranked = sum(self.budget.before(step).tokens_per_step // self.accumulation for step in updates)
+            phases = [self.budget.before(step) for step in updates]
+            ranked = sum(self.micro_batch(phase.batch_size) * phase.context for phase in phases)
             entries[UPDATES] = 2.0 * dense * ranked
             entries["total"] += entries[UPDATES]
         return entries
@@ -110,14 +112,14 @@ class FlopLedger:
 
 
 def planned_flops(
-    config: ModelConfig, section_of: Callable[[StepsT], SparsityConfig], accumulation: int
+    config: ModelConfig, section_of: Callable[[StepsT], SparsityConfig], micro_batch: Callable[[int], int]
 ) -> Callable[[StepsT], float]:
     """Return a function from a budget to its training FLOPs by formula; it does not build the model.
 
     Args:
         config: the model.
         section_of: returns the sparsity section for a budget, since the phases of a budget may change densities.
-        accumulation: micro-batches per step.
+        micro_batch: as `FlopLedger` has it.
     """
     shapes = hidden_shapes(config)
 
@@ -125,7 +127,7 @@ def planned_flops(
         section = section_of(budget)
         rule = rule_of_length(section, budget.total_steps)
         densities = allocated_densities(shapes, section, rule)
-        return FlopLedger(config, densities, rule, budget, accumulation).through(budget.total_steps)["total"]
+        return FlopLedger(config, densities, rule, budget, micro_batch).through(budget.total_steps)["total"]
 
     return flops
 

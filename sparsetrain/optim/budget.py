@@ -8,6 +8,10 @@ A budget consists of consecutive phases; a run without configured phases has one
   for a budget in tokens, so that no token is missing, to the nearest step for one in epochs, and is exact for one in
   steps. A budget in FLOPs is the largest number of steps that these FLOPs pay for.
 * A phase whose exact length is below one step is refused.
+* Where ``budget.batch_size`` is no number, a phase consists of parts of one batch size each, which end by the same
+  rounding; a part that is rounded to no step is left out. A run in tokens then has the fewest steps that see them all.
+* If the gradient noise scale leads the batch size, the run is one phase, and `Budget.decide` gives its remaining steps
+  another size.
 
 Steps are counted from 0: `Budget.at` (step) is the phase of the optimizer step that follows ``step`` steps.
 """
@@ -19,153 +23,24 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 from sparsetrain.errors import UserError
+from sparsetrain.optim.batch_size import Decision
+from sparsetrain.optim.budget_config import LENGTHS, BudgetConfig, PhaseConfig
 from sparsetrain.optim.schedule import ScheduleConfig
-
-LENGTHS = ("steps", "tokens", "epochs", "flops")
-"""Keys of ``budget`` that set the length of a run; exactly one of them is used."""
 
 _SHARES = 1e-9  # tolerance for shares that must add up to 1
 _ROUNDING = 1e-12  # relative rounding error of a length that should be an integer
 _LONGEST = 1 << 32  # maximum steps of a run whose length is given in FLOPs
 
 
-@dataclass
-class PhaseConfig:
-    """A phase of a run. Settings that it leaves out are those of the run.
-
-    Args:
-        share: share of the budget's tokens, above 0; the shares of all phases add up to 1.
-        tokens: length of this phase in tokens, instead of a share; it is rounded to the nearest step.
-        context: tokens per sequence.
-        batch_size: sequences per optimizer step.
-        density: density of the sparse layers, in (0, 1]; it replaces 1 - ``sparsity.sparsity``. If the density falls,
-            the smallest magnitudes are dropped; if it rises, weights grow as ``sparsity.evolution.grow`` says.
-        schedule: a schedule of this phase alone, over its own steps; null continues with the run's schedule.
-
-    Raises:
-        UserError: a field is out of range, or not exactly one of share and tokens is given.
-    """
-
-    share: float | None = None
-    tokens: int | None = None
-    context: int | None = None
-    batch_size: int | None = None
-    density: float | None = None
-    schedule: ScheduleConfig | None = None
-
-    def __post_init__(self) -> None:
-        where = "budget.phases"
-        if (self.share is None) == (self.tokens is None):
-            raise UserError(f"{where}: share={self.share}, tokens={self.tokens}: give exactly one of share and tokens")
-        if self.share is not None and not 0.0 < self.share <= 1.0:
-            raise UserError(f"{where}: share={self.share} must lie in (0, 1]")
-        for name in ("tokens", "context", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{where}: {name}={value} must be at least 1")
-        if self.density is not None and not 0.0 < self.density <= 1.0:
-            raise UserError(f"{where}: density={self.density} must lie in (0, 1]")
-
-
-@dataclass
-class BudgetConfig:
-    """The length of training, and its batch size and phases.
-
-    Args:
-        steps: number of optimizer steps.
-        tokens: number of training tokens; the number of steps is rounded up.
-        epochs: passes over the training examples.
-        flops: training FLOPs of a pre-training by formula, with the masks and the context of each step. Give exactly
-            one of steps, tokens, epochs and flops; some verbs have a default number of epochs.
-        batch_size: sequences per optimizer step.
-        phases: phases that differ in context, batch size, density or schedule; null for a single phase. If all phases
-            have ``tokens``, they set the length of the run.
-
-    Raises:
-        UserError: a field is out of range, there are two lengths, or the shares do not add up to 1.
-    """
-
-    steps: int | None = None
-    tokens: int | None = None
-    epochs: float | None = None
-    flops: float | None = None
-    batch_size: int = 32
-    phases: list[PhaseConfig] | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in LENGTHS if getattr(self, name) is not None]
-        if len(given) > 1:
-            said = " and ".join(f"budget.{name}={getattr(self, name)}" for name in given)
-            raise UserError(f"{said}: a run has one length; give only one of {', '.join(LENGTHS)}")
-        for name in ("steps", "tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"budget.{name}={value} must be at least 1")
-        for name in ("epochs", "flops"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise UserError(f"budget.{name}={value} must be above 0 and finite")
-        if self.batch_size < 1:
-            raise UserError(f"budget.batch_size={self.batch_size} must be at least 1")
-        if self.phases is not None:
-            self._check_phases(self.phases)
-
-    def _check_phases(self, phases: Sequence[PhaseConfig]) -> None:
-        if not phases:
-            raise UserError("budget.phases=[]: a run has at least one phase; leave phases out for a single phase")
-        shares = [phase.share for phase in phases if phase.share is not None]
-        if 0 < len(shares) < len(phases):
-            raise UserError("budget.phases: give every phase a share, or every phase tokens")
-        if shares and abs(sum(shares) - 1.0) > _SHARES:
-            raise UserError(f"budget.phases: the shares {shares} add up to {sum(shares):.10g}; they must add up to 1")
-        if not shares:
-            total = sum(phase.tokens or 0 for phase in phases)
-            said = self.length
-            if said is not None and (said != "tokens" or self.tokens != total):
-                raise UserError(
-                    f"budget.{said}={getattr(self, said)}: the phases have {total} tokens in total, which sets the "
-                    "length of the run"
-                )
-
-    @property
-    def length(self) -> str | None:
-        """The one of `LENGTHS` that is set, or None."""
-        return next((name for name in LENGTHS if getattr(self, name) is not None), None)
-
-    @property
-    def open(self) -> bool:
-        """Whether no setting determines the length of the run."""
-        return self.length is None and not (self.phases is not None and self.phases[0].tokens is not None)
-
-    def with_epochs(self, epochs: float) -> BudgetConfig:
-        """Return this budget, with a length of ``epochs`` if it has no length."""
-        return replace(self, epochs=epochs) if self.open else self
-
-    def named(self, setting: str, name: str, otherwise: int) -> dict[str, int]:
-        """Return the values of ``setting`` over all phases, by the configuration keys that set them.
-
-        Args:
-            name: the key of ``otherwise``, the value of phases that do not set their own.
-        """
-        phases = self.phases or []
-        own = {index: getattr(phase, setting) for index, phase in enumerate(phases)}
-        found = {f"budget.phases[{index}].{setting}": value for index, value in own.items() if value is not None}
-        return found if phases and len(found) == len(phases) else {**found, name: otherwise}
-
-    @property
-    def densities(self) -> list[float | None]:
-        """The density of each phase; None for a phase that does not set one."""
-        return [phase.density for phase in self.phases or []]
-
-
 @dataclass(frozen=True)
 class Phase:
-    """A phase of a run whose length in steps is known.
+    """A phase of a run whose length in steps is known, or the part of one that has one batch size.
 
     Args:
-        index: index from 0.
+        index: index of the configured phase, from 0; all its parts share it.
         first_step, end_step: number of optimizer steps before it, and up to its end.
         context: maximum tokens per sequence.
         batch_size: sequences per optimizer step.
@@ -205,15 +80,19 @@ SamplesPerEpoch = Callable[[int], int]
 """Maps a context to the number of samples of one pass over the data."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
-    """The phases of a run in steps, and what follows from them for each step."""
+    """The phases of a run in steps, and what follows from them for each step.
+
+    Args:
+        phases: one after the other; where the batch size changes within a phase, its parts.
+        config: the section that they follow from.
+        decisions: what the noise scale has led to so far.
+    """
 
     phases: tuple[Phase, ...]
-    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_ends", tuple(phase.end_step for phase in self.phases))
+    config: BudgetConfig = field(compare=False)
+    decisions: tuple[Decision, ...] = ()
 
     @classmethod
     def of(
@@ -238,20 +117,23 @@ class Budget:
             raise UserError(f"run length is not set: give one of {', '.join(f'budget.{name}' for name in LENGTHS)}")
         if config.flops is not None:
             return cls._of_flops(config, context, flops)
-        sized = _sized(config, context)
-        lengths = _exact_lengths(config, sized, samples_per_epoch)
+        parts = _parts(config, context)
+        lengths = _exact_lengths(config, parts, samples_per_epoch)
         total = sum(lengths)
         if config.steps is not None:
             steps = config.steps
         elif config.epochs is not None:
             steps = max(1, round(total))
-        elif config.tokens is not None and len(sized) == 1:
-            steps = -(-config.tokens // (sized[0][1] * sized[0][2]))  # integer arithmetic avoids rounding errors
-        elif sized[0][0].tokens is not None:
+        elif config.tokens is not None and len(parts) == 1:
+            steps = -(-config.tokens // parts[0].tokens_per_step)  # integer arithmetic avoids rounding errors
+        elif parts[0].phase.tokens is not None:
             steps = max(1, math.floor(total + 0.5))
         else:
             steps = max(1, math.ceil(total - _ROUNDING * max(1.0, total)))
-        return cls(_phases(sized, lengths, steps))
+        phases = _phases(parts, lengths, steps)
+        if config.changing is not None and config.tokens is not None:
+            phases = _covering(phases, config.tokens)
+        return cls(phases, config)
 
     @classmethod
     def _of_flops(cls, config: BudgetConfig, context: int, flops: Callable[[Budget], float] | None) -> Budget:
@@ -296,9 +178,20 @@ class Budget:
         """Tokens of the whole run, if every sequence has its context's number of tokens."""
         return sum(phase.tokens for phase in self.phases)
 
+    @property
+    def in_tokens(self) -> bool:
+        """Whether schedules are functions of the tokens seen, because the batch size is no number."""
+        return self.config.changing is not None
+
+    @property
+    def scheduled_tokens(self) -> int:
+        """Tokens that a schedule is spread over: those of the run, or, if the noise scale leads, those asked for."""
+        return self.tokens if self.config.led is None else int(self.config.tokens or 0)
+
     def at(self, step: int) -> Phase:
         """Return the phase of the optimizer step that follows ``step`` steps; after the last step, the last phase."""
-        return self.phases[min(bisect.bisect_right(self._ends, step), len(self.phases) - 1)]
+        found = bisect.bisect_right(self.phases, step, key=lambda phase: phase.end_step)
+        return self.phases[min(found, len(self.phases) - 1)]
 
     def before(self, step: int) -> Phase:
         """Return the phase of the optimizer step that led to ``step``; for 0, the first phase."""
@@ -326,58 +219,170 @@ class Budget:
 
     @property
     def largest(self) -> Phase:
-        """The phase whose steps have the most tokens."""
-        return max(self.phases, key=lambda phase: phase.tokens_per_step)
+        """The phase whose steps have, or may come to have, the most tokens."""
+        largest, led = max(self.phases, key=lambda phase: phase.tokens_per_step), self.config.led
+        return largest if led is None else replace(largest, batch_size=led.sizes[-1])
+
+    # -- a batch size that the noise scale leads -----------------------------------------------------------------------
+
+    def decides(self, step: int) -> bool:
+        """Whether the noise scale is looked at after ``step`` steps: it is at equal distances in tokens."""
+        led = self.config.led
+        if led is None or not 0 < step < self.total_steps:
+            return False
+        assert led.points is not None
+        points, tokens = led.points, self.scheduled_tokens
+        return self.tokens_at(step) * points // tokens > self.tokens_at(step - 1) * points // tokens
+
+    def decide(self, step: int, noise_scale: float) -> Decision:
+        """Give the steps after the first ``step`` the size that a measurement leads to, and return that decision.
+
+        Args:
+            noise_scale: in sequences; not finite if nothing is known.
+        """
+        led = self.config.led
+        assert led is not None
+        size = led.grown(self.at(step).batch_size, noise_scale)
+        found = Decision(step, self.tokens_at(step), noise_scale if math.isfinite(noise_scale) else None, size)
+        self.replay([found])
+        return found
+
+    def replay(self, decisions: Sequence[Decision]) -> None:
+        """Apply decisions that were made before, in order."""
+        for decision in decisions:
+            self.decisions += (decision,)
+            last, step = self.phases[-1], decision.step
+            if decision.batch_size != last.batch_size:
+                left = self.scheduled_tokens - self.tokens_at(step)
+                self.phases = (
+                    *self.phases[:-1],
+                    replace(last, end_step=step),
+                    replace(
+                        last,
+                        first_step=step,
+                        end_step=step - (-left // (decision.batch_size * last.context)),
+                        batch_size=decision.batch_size,
+                        first_sample=self.samples_at(step)[1],
+                        first_token=self.tokens_at(step),
+                    ),
+                )
+
+    def fewest_steps(self) -> int:
+        """Return the number of steps if every coming decision raises the batch size as far as it may."""
+        led, ahead, tokens = self.config.led, replace(self), self.scheduled_tokens
+        assert led is not None
+        assert led.points is not None
+        for point in range(1, led.points):
+            last, needed = ahead.phases[-1], -(-point * tokens // led.points)
+            step = last.first_step - (last.first_token - needed) // last.tokens_per_step
+            if step > last.first_step and ahead.decides(step):
+                ahead.decide(step, float(led.sizes[-1]) / (led.ratio or 1.0))
+        return ahead.total_steps
 
 
-_SizedPhase = tuple[PhaseConfig, int, int]  # a phase, its context and its batch size
+class _Part(NamedTuple):
+    """The part of a configured phase that has one batch size, with its share of the tokens or its tokens."""
+
+    number: int
+    phase: PhaseConfig
+    context: int
+    batch_size: int
+    share: float | None
+    tokens: float | None
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.context * self.batch_size
 
 
-def _sized(config: BudgetConfig, context: int) -> list[_SizedPhase]:
+def _parts(config: BudgetConfig, context: int) -> list[_Part]:
     phases = config.phases if config.phases is not None else [PhaseConfig(share=1.0)]
-    return [(phase, phase.context or context, phase.batch_size or config.batch_size) for phase in phases]
+    whole = [
+        _Part(*(index, phase, phase.context or context), phase.batch_size or config.first_batch, *_length(phase))
+        for index, phase in enumerate(phases)
+    ]
+    if config.changing is None:
+        return whole
+    tokens = config.tokens
+    if phases[0].tokens is not None:
+        tokens = sum(phase.tokens or 0 for phase in phases)
+    stretches = config.changing.stretches(tokens)
+    found: list[_Part] = []
+    first = 0.0
+    for part in whole:
+        last = first + (part.share if part.tokens is None else part.tokens / (tokens or 1))  # type: ignore[operator]
+        own = [(math.inf, part.batch_size)] if part.phase.batch_size else stretches
+        begin = first
+        for end, size in own:
+            # Up to the end of the stretch, or of the phase; rounding errors are no part of their own.
+            stop = last if end > last - _SHARES else end
+            if stop > begin + _SHARES:
+                share = stop - begin
+                length = (share, None) if part.tokens is None else (None, share * (tokens or 0))
+                found.append(_Part(part.number, part.phase, part.context, size, *length))
+                begin = stop
+        first = last
+    return found
+
+
+def _length(phase: PhaseConfig) -> tuple[float | None, float | None]:
+    return phase.share, phase.tokens
+
+
+def _covering(phases: tuple[Phase, ...], tokens: int) -> tuple[Phase, ...]:
+    """Return phases that have the fewest steps, and each at least one, with which the run sees ``tokens``."""
+    while len(phases) > 1 and phases[-1].first_token >= tokens and phases[-2].index == phases[-1].index:
+        phases = phases[:-1]
+    last = phases[-1]
+    steps = max(1, -(-(tokens - last.first_token) // last.tokens_per_step))
+    return (*phases[:-1], replace(last, end_step=last.first_step + steps))
 
 
 def _exact_lengths(
-    config: BudgetConfig, sized: Sequence[_SizedPhase], samples_per_epoch: SamplesPerEpoch | None
+    config: BudgetConfig, parts: Sequence[_Part], samples_per_epoch: SamplesPerEpoch | None
 ) -> list[float]:
-    """Return the length of each phase in steps, not rounded."""
+    """Return the length of each part in steps, not rounded."""
     if config.steps is not None:
         # Shares are shares of tokens, so the total number of tokens follows from the number of steps.
-        steps_per_token = [(phase.share or 0.0) / (context * batch) for phase, context, batch in sized]
+        steps_per_token = [(part.share or 0.0) / part.tokens_per_step for part in parts]
         return [config.steps * weight / sum(steps_per_token) for weight in steps_per_token]
     if config.epochs is not None:
         if samples_per_epoch is None:
             raise UserError(f"budget.epochs={config.epochs}: the number of samples per epoch is unknown here")
         return [
-            (phase.share or 0.0) * (config.epochs * samples_per_epoch(context) / batch)
-            for phase, context, batch in sized
+            (part.share or 0.0) * (config.epochs * samples_per_epoch(part.context) / part.batch_size) for part in parts
         ]
-    lengths = []
-    for phase, context, batch in sized:
-        tokens = phase.tokens if phase.tokens is not None else (phase.share or 0.0) * (config.tokens or 0)
-        lengths.append(tokens / (context * batch))
-    return lengths
+    return [
+        (part.tokens if part.tokens is not None else (part.share or 0.0) * (config.tokens or 0)) / part.tokens_per_step
+        for part in parts
+    ]
 
 
-def _phases(sized: Sequence[_SizedPhase], lengths: Sequence[float], steps: int) -> tuple[Phase, ...]:
+def _phases(parts: Sequence[_Part], lengths: Sequence[float], steps: int) -> tuple[Phase, ...]:
     ends = [min(math.floor(total + 0.5), steps) for total in accumulate(lengths)]
     ends[-1] = steps
     phases: list[Phase] = []
-    for (config, context, batch), length, end in zip(sized, lengths, ends, strict=True):
+    count = parts[-1].number + 1
+    for at, (part, end) in enumerate(zip(parts, ends, strict=True)):
         before = phases[-1] if phases else None
         first = before.end_step if before is not None else 0
-        # A single phase is as long as the run, which has at least one step.
-        if end <= first or (len(sized) > 1 and length < 1.0 - _SHARES):
-            said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
-            raise UserError(
-                f"budget.phases[{len(phases)}]: {said} of a run of {steps} steps is shorter than one step "
-                f"({context * batch} tokens)"
-            )
-        goes_on = before is not None and before.context == context
+        if at == 0 or parts[at - 1].number != part.number:
+            own = [place for place, other in enumerate(parts) if other.number == part.number]
+            length, last = sum(lengths[place] for place in own), ends[own[-1]]
+            # A single phase is as long as the run, which has at least one step.
+            if last <= first or (count > 1 and length < 1.0 - _SHARES):
+                config = part.phase
+                said = f"share={config.share}" if config.share is not None else f"tokens={config.tokens}"
+                raise UserError(
+                    f"budget.phases[{part.number}]: {said} of a run of {steps} steps is shorter than one step "
+                    f"({part.tokens_per_step} tokens)"
+                )
+        if end <= first:
+            continue
+        goes_on = before is not None and before.context == part.context
         phases.append(
             Phase(
-                *(len(phases), first, end, context, batch, config.density, config.schedule),
+                *(part.number, first, end, part.context, part.batch_size, part.phase.density, part.phase.schedule),
                 stream=0 if before is None else before.stream + (not goes_on),
                 first_sample=before.first_sample + before.steps * before.batch_size
                 if before is not None and goes_on

@@ -248,6 +248,7 @@ class Schedule:
         total_steps: T, the number of steps.
         steps_of_tokens: maps a number of tokens to the steps in which they are seen; for segments in tokens.
         start: the factor at which the first segment begins; by default 0 for a warmup and 1 for another shape.
+        unit: the first step's length, where the schedule counts tokens and every "step" here is one of them.
 
     Raises:
         UserError: the segments leave no step after the warmup, or do not fill the training; or a shape that is never
@@ -261,6 +262,7 @@ class Schedule:
         total_steps: int,
         steps_of_tokens: Callable[[int], float] | None = None,
         start: float | None = None,
+        unit: int = 1,
     ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps} must be at least 1")
@@ -272,6 +274,7 @@ class Schedule:
         segments = config.expanded()
         self._ends = _ends(segments, total_steps, steps_of_tokens)
         self._curves = [SEGMENTS[segment.shape] for segment in segments]
+        self._warms = [segment.shape == "warmup" for segment in segments]
         self._factors: list[tuple[float, float]] = []
         before = (0.0 if segments[0].shape == "warmup" else 1.0) if start is None else start
         for index, segment in enumerate(segments):
@@ -280,7 +283,7 @@ class Schedule:
                 raise UserError(f"schedule.segments[{index}]: {segment.shape} cannot begin at a rate of 0")
             after = segment.to
             if after is None:
-                after = default_end(segment.shape, before, self._ends[index] - length, length)
+                after = default_end(segment.shape, before, max(unit, self._ends[index] - length), length)
             if segment.shape == "constant":
                 after = before
             self._factors.append((before, after))
@@ -298,10 +301,13 @@ class Schedule:
     def _length(self, index: int) -> int:
         return self._ends[index] - (self._ends[index - 1] if index else 0)
 
-    def factor(self, step: int) -> float:
+    def factor(self, step: int, length: int = 1) -> float:
         """Return the factor of the peak learning rate in step number ``step`` (0-based).
 
         From ``total_steps`` on it is ``final``, which no step of the training uses.
+
+        Args:
+            length: in a schedule that counts tokens, those of the optimizer step that begins at token ``step``.
 
         Raises:
             ValueError: ``step`` is negative.
@@ -311,8 +317,11 @@ class Schedule:
         if step >= self.total_steps:
             return self.final
         index = bisect.bisect_right(self._ends, step)
-        length = self._length(index)
-        return self._curves[index](step - (self._ends[index] - length), length, *self._factors[index])
+        whole = self._length(index)
+        place = step - (self._ends[index] - whole)
+        if self._warms[index]:  # it reaches its end with the last step, and not behind it
+            place = min(place + length, whole) - 1
+        return self._curves[index](place, whole, *self._factors[index])
 
 
 def _ends(

@@ -68,13 +68,12 @@ def default_end(shape: str, start: float, before: int, n: int) -> float:
     """Return the factor at which a segment of n steps without ``to`` ends.
 
     Args:
-        shape: of the segment. start: the factor at its beginning. before: the steps in front of it.
+        shape: of the segment. start: the factor at its beginning. before: the steps in front of it, at least 1.
     """
     if shape == "warmup":
         return 1.0
     if shape == "inverse_sqrt":  # 1 / sqrt(t) from the first step on, as in arXiv 1706.03762, equation 3
-        done = max(1, before)
-        return start * math.sqrt(done / (done + n))
+        return start * math.sqrt(before / (before + n))
     return start
 
 

@@ -23,6 +23,7 @@ from sparsetrain.runs.recorded import Recorded, settled
 from sparsetrain.shapes import INT64, refused
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import check_backend
+from sparsetrain.sparsity.config import STATIC
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
@@ -83,7 +84,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.budget = self.budget.with_epochs(self.EPOCHS)
-        self._check_accumulation()
+        self._check_micro_batches()
+        if self.budget.led is not None and self.sparsity.evolution.rule != STATIC:
+            raise UserError(
+                f"sparsity.evolution.rule={self.sparsity.evolution.rule} acts at fractions of the steps, whose number "
+                "is unknown with budget.batch_size led by gns; it takes rule=static"
+            )
         check_choice("device", self.device, DEVICES)
         check_backend(self.sparsity.backend, "sparsity.backend")
         if self.seed < 0:
@@ -96,10 +102,15 @@ class RunConfig:
         self.parameterization.check_width(shape.d_model, "model.d_model")
         self.parameterization.check_optimizer(self.optimizer.name)
 
-    def _check_accumulation(self) -> None:
-        for name, size in self.budget.named("batch_size", "budget.batch_size", self.budget.batch_size).items():
-            if size % self.loop.accumulation:
-                raise UserError(f"{name}={size} is not divisible by loop.accumulation={self.loop.accumulation}")
+    def _check_micro_batches(self) -> None:
+        unit, changing = self.loop.micro_batch or self.loop.accumulation, self.budget.changing
+        by = f"loop.{'accumulation' if self.loop.micro_batch is None else 'micro_batch'}={unit}"
+        for name, size in self.budget.batch_sizes():
+            if size % unit:
+                hint = "" if changing is None else f"; budget.batch_size.multiple={unit} keeps all sizes divisible"
+                raise UserError(f"{name}={size} is not divisible by {by}{hint}")
+        if self.budget.led is not None and self.budget.led.multiple % unit:
+            raise UserError(f"budget.batch_size.multiple={self.budget.led.multiple} is not divisible by {by}")
 
     @property
     def samples_seed(self) -> int:
@@ -131,6 +142,8 @@ class FinetuneConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("mode", self.mode, FINETUNE_MODES)
+        if self.budget.changing is not None:
+            raise UserError("budget.batch_size must be a number in a training on a task; its phases may have their own")
         for index, phase in enumerate(self.budget.phases or []):
             for name in ("context", "density"):
                 if getattr(phase, name) is not None:

@@ -152,7 +152,7 @@ def _product_rate(config: RunConfig) -> float:
     """Return the FLOP/s of multiplying one step's tokens with a matrix of the model, timed for 0.25 s."""
     device = resolve_device(config.device)
     width = min(_WIDEST, int(config.model["d_model"]))
-    tokens = min(4096, config.budget.batch_size * config.data.context)
+    tokens = min(4096, config.budget.first_batch * config.data.context)
     x, w = torch.ones(tokens, width, device=device), torch.ones(4 * width, width, device=device)
     count, started = 0, time.monotonic()
     while (elapsed := time.monotonic() - started) < 0.25 or count < 2:

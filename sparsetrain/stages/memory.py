@@ -53,7 +53,7 @@ def training_workload(
         model,
         sparsity if sparsity is not None and sparsity.is_sparse else None,
         batch_size=batch_size,
-        micro_batch=batch_size // config.loop.accumulation,
+        micro_batch=config.loop.micro_batch_of(batch_size),
         context=context,
         evaluated=evaluated,
         cached=cached,
@@ -79,6 +79,8 @@ def adjustable(config: RunConfig, prefix: str = "", **more: str) -> dict[str, st
         "accumulation": f"{prefix}loop.accumulation",
         "context": "data.context",
     }
+    if config.loop.micro_batch is not None:  # neither of these changes what is in memory at a time
+        del known["batch_size"], known["accumulation"]
     if config.init_from is None:
         vocabulary = "data.vocab_size" if config.model.get("vocab_size") is None else "model.vocab_size"
         known |= {"d_model": "model.d_model", "n_layers": "model.n_layers", "vocab_size": vocabulary}

@@ -141,7 +141,7 @@ def _stage_settings(settings: RunConfig) -> Row:
         "lr": settings.optimizer.lr,
         "weight_decay": settings.optimizer.weight_decay,
         "schedule": settings.schedule.name,
-        "batch_size": settings.budget.batch_size,
+        "batch_size": settings.budget.first_batch,
         "context": settings.data.context,
     }
 

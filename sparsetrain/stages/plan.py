@@ -223,7 +223,7 @@ def plan_text(
             samples(context)  # raises if the text is shorter than the context
     section = sparsity_section(config, budget)
     rule, densities = _masks(config, model, section, budget, start)
-    ledger = FlopLedger(model, densities, rule, budget, config.loop.accumulation)
+    ledger = FlopLedger(model, densities, rule, budget, config.loop.micro_batch_of)
     phases = [
         PlannedPhase(
             phase.steps,
@@ -240,9 +240,18 @@ def plan_text(
     validation = len(corpora.only.validation) if corpora is not None else _UNKNOWN
     workload = workload_of(config, model, budget, section, validation)
     curves = inputs.curves(config, budget)
+    if budget.config.led is not None:
+        run = replace(run, notes=[*run.notes, _bounds(budget)])
     hidden = hidden_of(model, config.parameterization, config.optimizer, densities(0))
     planned = _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
     return replace(planned, hidden=hidden if config.optimizer.name == "adamw" else None)
+
+
+def _bounds(budget: Budget) -> str:
+    return (
+        f"The noise scale leads the batch size: the run has between {budget.fewest_steps()} and {budget.total_steps} "
+        f"steps, and what is shown is for {budget.phases[0].batch_size} sequences in each."
+    )
 
 
 def _masks(

@@ -92,8 +92,11 @@ class Inputs:
         """
         schedule, last = RunSchedule(config.schedule, budget, config.optimizer), budget.total_steps - 1
         steps = sorted({round(last * point / (CURVE - 1)) for point in range(CURVE)})
-        names = ("lr", *schedule.settings)
-        return {name: [schedule.value(config.optimizer, name, step) for step in steps] for name in names}
+        names = ("lr", *schedule.changing)
+        found = {name: [schedule.value(config.optimizer, name, step) for step in steps] for name in names}
+        if budget.in_tokens:
+            found["batch_size"] = [float(budget.at(step).batch_size) for step in steps]
+        return found
 
 
 def samples_per_epoch(corpora: Corpora, config: RunConfig) -> Callable[[int], int]:

@@ -105,7 +105,7 @@ class Pretraining(Stage[RunConfig]):
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
         workload = workload_of(self.config, self.model, self.budget, self.sparsity, len(self.corpora.only.validation))
         largest, model = self.budget.largest, self.model
-        if len(self.budget.phases) == 1:
+        if self.config.budget.phases is None:
             size = f"{prefix}budget.batch_size={largest.batch_size}, data.context={largest.context}"
         else:
             size = (
@@ -119,7 +119,7 @@ class Pretraining(Stage[RunConfig]):
         known, index = adjustable(self.config, prefix), self.budget.largest.index
         if self.config.budget.phases:
             for name in ("batch_size", "context"):
-                if getattr(self.config.budget.phases[index], name) is not None:
+                if name in known and getattr(self.config.budget.phases[index], name) is not None:
                     known[name] = f"{prefix}budget.phases[{index}].{name}"
         return known
 
@@ -145,7 +145,7 @@ class Pretraining(Stage[RunConfig]):
             masks.densities_at if masks is not None else lambda _step: {},
             masks.rule if masks is not None else Static(),
             self.budget,
-            self.config.loop.accumulation,
+            self.config.loop.micro_batch_of,
         )
 
     def flops_per_token(self, step: int) -> float:
@@ -219,7 +219,7 @@ def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesP
         UserError: see `Budget.of`; or a context is longer than the learned positions.
     """
     check_contexts(model, config)
-    flops = planned_flops(model, partial(sparsity_section, config), config.loop.accumulation)
+    flops = planned_flops(model, partial(sparsity_section, config), config.loop.micro_batch_of)
     return Budget.of(config.budget, config.data.context, samples_per_epoch, flops)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import glob
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 
 from sparsetrain.cost.flops import hidden_density
 from sparsetrain.cost.footprint import Workload
+from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget, RunSchedule, build_optimizer
 from sparsetrain.parameterization import param_groups
@@ -208,7 +209,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
     subject = stage.build(device)
     network, module, masks = subject.network, subject.module, subject.masks
     schedule = RunSchedule(config.schedule, budget, config.optimizer)
-    tokens = budget.largest.tokens_per_step // config.loop.accumulation
+    tokens = config.loop.micro_batch_of(budget.largest.batch_size) * budget.largest.context
     settle_backends(network, directory, tokens, autocast, mean_densities(masks, budget.total_steps))
     describe(network, reason, device, console)
     stage.describe()
@@ -247,6 +248,8 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         observers=[*usual_observers(directory, budget, masks, console), *more],
         masks=masks,
     )
+    if budget.config.led is not None:
+        trainer.noise_scale = noise_scale_of(more)
     try:
         with clock.paused():
             state = trainer.run()
@@ -263,6 +266,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         {
             **common,
             **progress_entries(state, clock),
+            **({"decisions": [asdict(made) for made in budget.decisions]} if budget.config.led is not None else {}),
             **scored,
             "trained_parameters": trained,
             "model": asdict(network.config),
@@ -274,7 +278,24 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
 def usual_observers(directory: Path, budget: Budget, masks: MaskManager | None, console: Console) -> list[Observer]:
     """Return the observers of every run: the progress line and the metrics file."""
     evolves = masks is not None and not isinstance(masks.rule, Static)
-    return [Progress(console, evolves), Metrics(directory / METRICS, phases=len(budget.phases) > 1)]
+    several = len({phase.index for phase in budget.phases}) > 1
+    metrics = Metrics(directory / METRICS, phases=several, sizes=budget.config.changing is not None)
+    return [Progress(console, evolves), metrics]
+
+
+def noise_scale_of(observers: Sequence[Observer]) -> Callable[[], float]:
+    """Return a function that gives the gradient noise scale in sequences, as the observer ``noise_scale`` measures it.
+
+    That observer has a `sparsetrain.NoiseScale` as its attribute ``scale``; its examples are sequences.
+
+    Raises:
+        UserError: there is no such observer.
+    """
+    for observer in observers:
+        scale = getattr(observer, "scale", None)
+        if observer.name == "noise_scale" and scale is not None:
+            return lambda: float(scale.value)
+    raise UserError("budget.batch_size=gns needs an observer that measures the noise scale: observe=noise_scale")
 
 
 def mean_densities(masks: MaskManager | None, total_steps: int) -> dict[str, float] | None:

@@ -102,7 +102,7 @@ class TaskStage(Stage[C]):
         self.task = self.known or load_task(config.task)
         self.budget = Budget.of(config.budget, config.data.context, lambda _context: len(self.task.train))
         self.examples = TaskBatches(
-            *(self.task.train, origin.tokenizer, self.task.answers, self.context, config.budget.batch_size),
+            *(self.task.train, origin.tokenizer, self.task.answers, self.context, config.budget.first_batch),
             *(config.samples_seed, self.kind, self.slots),
         )
 

@@ -197,11 +197,11 @@ def coord_check(config: CoordinatesConfig, console: Console | None = None) -> Ru
 
 def _check_memory(config: CoordinatesConfig, vocab_size: int) -> None:
     """Raise `UserError` if one point does not fit into memory, since the verdict needs all points."""
-    batch_size, context = config.budget.batch_size, config.data.context
+    batch_size, context = config.budget.first_batch, config.data.context
     for value in config.check.values:
         point = config.point(value, config.seed)
         model = model_config(point.model, vocab_size)
-        point = replace(point, loop=replace(point.loop, accumulation=1))
+        point = replace(point, loop=replace(point.loop, accumulation=1, micro_batch=None))
         workload = training_workload(
             point, model, point.sparsity, batch_size=batch_size, context=context, whole_logits=True
         )
@@ -298,7 +298,7 @@ def _read_one(config: CoordinatesConfig, corpora: Corpora, scheme: str, value: f
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     model = build_model(point, corpora.tokenizer.vocab_size, device)
-    opt, batch = config.optimizer, config.budget.batch_size
+    opt, batch = config.optimizer, config.budget.first_batch
     groups = param_groups(model, point.parameterization, opt.lr, opt.weight_decay, opt.eps)
     samples = PackedSamples(corpora.only.train, config.data.context, derive_seed(seed, "coord-check"), "pretrain")
 

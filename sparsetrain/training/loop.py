@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import torch
 from rich.console import Console
 from torch import nn
@@ -22,6 +23,7 @@ from torch import nn
 from sparsetrain import seeds
 from sparsetrain.data import Batch
 from sparsetrain.errors import NotFiniteError, UserError
+from sparsetrain.optim.batch_size import Decision
 from sparsetrain.optim.run_schedule import RunSchedule
 from sparsetrain.runs.checkpoint import (
     JSON,
@@ -34,6 +36,7 @@ from sparsetrain.runs.checkpoint import (
 )
 from sparsetrain.runs.layout import CHECKPOINTS
 from sparsetrain.screen import say
+from sparsetrain.shapes import check
 from sparsetrain.sparsity import MaskManager, Static
 from sparsetrain.training.observers import Evaluated, Observer, RunStart, StepDone
 from sparsetrain.training.state import Clock, Diverged, Interrupted, LoopConfig, TrainState, stop_requests
@@ -73,6 +76,8 @@ class Trainer:
         autocast: dtype of the autocast region, or None.
         observers: called at each step and evaluation; their state is part of every checkpoint.
         masks: changes the masks of sparse layers after a step; its state is part of every checkpoint.
+        noise_scale: returns the gradient noise scale in sequences, NaN if it is unknown; needed if it leads the batch
+            size of the budget. Its decisions are part of every checkpoint.
     """
 
     module: nn.Module
@@ -92,6 +97,7 @@ class Trainer:
     console: Console
     observers: Sequence[Observer] = ()
     masks: MaskManager | None = None
+    noise_scale: Callable[[], float] | None = None
 
     def run(self) -> TrainState:
         """Train to the end and return the final state.
@@ -104,21 +110,24 @@ class Trainer:
         if self.masks is not None:
             self.masks.attach(self.optimizer)
         state = self._resume()
-        total = self.schedule.total_steps
+        budget = self.schedule.budget
         clock = Clock(state.seconds)
         self.module.train()
         try:
             with stop_requests() as stop:
                 for observer in self.observers:
-                    observer.start(RunStart(self.title, self.directory, state.step, total, self.module, state.seconds))
+                    observer.start(
+                        RunStart(self.title, self.directory, state.step, budget.total_steps, self.module, state.seconds)
+                    )
                 if state.step == 0:
                     self._evaluate(state, False)
-                while state.step < total:
+                while state.step < budget.total_steps:
                     done = self._step(state, clock)
                     for observer in self.observers:
                         observer.step(done)
+                    self._decide(state.step)
                     self.optimizer.zero_grad(set_to_none=True)
-                    last = state.step == total
+                    last = state.step == budget.total_steps
                     if self._due(self.config.eval_every, state.step, last):
                         self._evaluate(state, last)
                         self.module.train()
@@ -131,7 +140,7 @@ class Trainer:
                 if stop.signal_number is not None:
                     # Raised after the last step too, since neither scoring nor another stage should begin.
                     raise Interrupted(
-                        f"stopped after step {state.step} of {total}, saved in {self.directory}; "
+                        f"stopped after step {state.step} of {budget.total_steps}, saved in {self.directory}; "
                         "the same command resumes it",
                         stop.signal_number,
                     )
@@ -144,6 +153,14 @@ class Trainer:
     def _due(every: int, step: int, last: bool) -> bool:
         return last or (every > 0 and step % every == 0)
 
+    def _decide(self, step: int) -> None:
+        """Let the noise scale set the size of the next batches, if a decision is due after ``step`` steps."""
+        if self.noise_scale is None or not self.schedule.budget.decides(step):
+            return
+        made = self.schedule.budget.decide(step, self.noise_scale())
+        for observer in self.observers:
+            observer.decision(made)
+
     def _layers(self) -> dict[str, Any]:
         """Return the metrics of masks that evolve, over all layers and for each, for the observers."""
         if self.masks is None or isinstance(self.masks.rule, Static):
@@ -153,14 +170,15 @@ class Trainer:
     def _step(self, state: TrainState, clock: Clock) -> StepDone:
         """Do one optimizer step, update the masks if an update is due, and return the facts about the step."""
         before = time.monotonic()
-        phase, per_token = self.schedule.budget.at(state.step), self.flops_per_token(state.step)
+        budget = self.schedule.budget
+        phase, per_token = budget.at(state.step), self.flops_per_token(state.step)
         factor = self.schedule.apply(self.optimizer.param_groups, state.step)
         # Dropout depends on (seed, step) only, so that a checkpoint need not contain the state of a generator.
         torch.manual_seed(seeds.derive_seed(self.seed, "dropout", state.step))
-        micro = phase.batch_size // self.config.accumulation
-        stream, first = self.schedule.budget.samples_at(state.step)
+        micro = self.config.micro_batch_of(phase.batch_size)
+        stream, first = budget.samples_at(state.step)
         batches = [
-            self.samples[stream].batch(first + index * micro, micro) for index in range(self.config.accumulation)
+            self.samples[stream].batch(first + index * micro, micro) for index in range(phase.batch_size // micro)
         ]
         targets = [int((batch.targets >= 0).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
@@ -200,6 +218,8 @@ class Trainer:
             seconds=clock.seconds(),
             phase=phase,
             logged=logged,
+            share=budget.tokens_at(state.step) / budget.tokens,
+            total_steps=budget.total_steps,
             masks=watched,
         )
 
@@ -256,6 +276,8 @@ class Trainer:
         watching = {observer.name: kept for observer in self.observers if (kept := observer.state())}
         if watching:
             document["observers"] = dict(watching)
+        if self.schedule.budget.decisions:
+            document["decisions"] = [asdict(made) for made in self.schedule.budget.decisions]
         if self.masks is not None:
             document["masks"], history = self.masks.state()
             # Stored with the optimizer's state: resuming needs it, but a run that starts from the weights does not.
@@ -278,8 +300,10 @@ class Trainer:
         stored = load_checkpoint(directory)
         load_weights(self.module, stored.model, str(stored.path))
         restore_optimizer(self.optimizer, stored.optimizer, self._trained())
-        say(self.console, f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
         state = dict(stored.state)
+        decisions = check(state.pop("decisions", []), list[Decision], f"checkpoint {stored.path}: decisions")
+        self.schedule.budget.replay(msgspec.convert(decisions, list[Decision]))
+        say(self.console, f"{self.title}: resuming after step {stored.step} of {self.schedule.total_steps}")
         self._resume_masks(state.pop("masks", None), stored)
         watching = state.pop("observers", {})
         assert isinstance(watching, dict)

@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from sparsetrain.optim.batch_size import Decision
 from sparsetrain.optim.budget import Phase
 from sparsetrain.runs.metrics import MetricsLog
 from sparsetrain.runs.optimizer_state import JSON
@@ -54,6 +55,8 @@ class StepDone:
         tokens_per_second, flops_per_second: speed of this step.
         seconds: time of the run so far.
         phase: phase of the budget that the step belongs to.
+        share: share of the run's tokens that was seen, by the budget.
+        total_steps: optimizer steps of the whole run, as far as it is known: the noise scale may lead to fewer.
         logged: whether to record this step (every ``loop.log_every`` steps, the first and the last).
         masks: metrics of the masks, at logged steps only.
     """
@@ -68,6 +71,8 @@ class StepDone:
     seconds: float
     phase: Phase
     logged: bool
+    share: float
+    total_steps: int
     masks: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -98,6 +103,9 @@ class Observer:
 
     def evaluation(self, found: Evaluated) -> None:
         """Called after every evaluation: before the first step, during training, and after the last step."""
+
+    def decision(self, made: Decision) -> None:
+        """Called when the noise scale was looked at, after the observers saw the step, to set the next batch size."""
 
     def state(self) -> dict[str, JSON]:
         """Return the state to save in a checkpoint. Files that the checkpoint relies on must be on disk on return."""
@@ -131,7 +139,11 @@ class Progress(Observer):
                 f"density {done.masks['density']:.3g} (target {done.masks['target_density']:.3g})  "
                 f"R_s {done.masks['itop_rate']:.2f}  overlap {done.masks['mask_overlap']:.2f}"
             )
-        self.bar.update(done.step, done.loss, done.lr, done.tokens_per_second, done.flops_per_second, more)
+        self.bar.update(
+            *(done.step, done.total_steps, done.share),
+            *(done.loss, done.lr, done.tokens_per_second, done.flops_per_second),
+            more,
+        )
 
     def close(self) -> None:
         if self.bar is not None:
@@ -144,12 +156,13 @@ class Metrics(Observer):
 
     Args:
         phases: whether the run has several phases; then each record of a step includes its phase.
+        sizes: whether the batch size changes during the run; then each record of a step includes it.
     """
 
     name = "metrics"
 
-    def __init__(self, path: Path, phases: bool = False) -> None:
-        self.path, self.phases = path, phases
+    def __init__(self, path: Path, phases: bool = False, sizes: bool = False) -> None:
+        self.path, self.phases, self.sizes = path, phases, sizes
         self.log: MetricsLog | None = None
 
     def start(self, run: RunStart) -> None:
@@ -169,7 +182,14 @@ class Metrics(Observer):
             flops_per_second=done.flops_per_second,
             seconds=done.seconds,
             **({"phase": done.phase.index} if self.phases else {}),
+            **({"batch_size": done.phase.batch_size} if self.sizes else {}),
             **done.masks,
+        )
+
+    def decision(self, made: Decision) -> None:
+        assert self.log is not None
+        self.log.write(
+            step=made.step, tokens=made.tokens, noise_scale=made.noise_scale, next_batch_size=made.batch_size
         )
 
     def evaluation(self, found: Evaluated) -> None:

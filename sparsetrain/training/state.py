@@ -24,6 +24,8 @@ class LoopConfig:
 
     Args:
         accumulation: micro-batches per optimizer step.
+        micro_batch: sequences per micro-batch, instead of ``accumulation``: their number then follows the batch size,
+            and a batch that grows during the run needs no more memory.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
         log_every, eval_every, checkpoint_every: intervals in steps; 0 keeps only the last (and the first evaluation).
         eval_sequences: sequences of held-out text, or examples, per evaluation during training.
@@ -31,6 +33,7 @@ class LoopConfig:
     """
 
     accumulation: int = 1
+    micro_batch: int | None = None
     precision: str = "auto"
     log_every: int = 10
     eval_every: int = 100
@@ -43,9 +46,21 @@ class LoopConfig:
         for name in ("accumulation", "keep_last", "eval_sequences"):
             if getattr(self, name) < 1:
                 raise UserError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        if self.micro_batch is not None:
+            if self.micro_batch < 1:
+                raise UserError(f"loop.micro_batch={self.micro_batch} must be at least 1")
+            if self.accumulation != 1:
+                raise UserError(
+                    f"loop.micro_batch={self.micro_batch} and loop.accumulation={self.accumulation}: one follows from "
+                    "the other; give one"
+                )
         for name in ("log_every", "eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"loop.{name}={getattr(self, name)} must be at least 0")
+
+    def micro_batch_of(self, batch_size: int) -> int:
+        """Return the sequences per micro-batch of a step with ``batch_size`` sequences."""
+        return self.micro_batch or batch_size // self.accumulation
 
 
 @dataclass

@@ -204,7 +204,7 @@ SHAPES = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in m
 def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> FlopLedger:
     """The ledger of a run with 256 tokens per step."""
     rule, budget = make_rule(plan, steps), Budget.of(BudgetConfig(steps=steps, batch_size=4), 64)
-    return FlopLedger(MODEL, allocated_densities(SHAPES, plan, rule), rule, budget, accumulation)
+    return FlopLedger(MODEL, allocated_densities(SHAPES, plan, rule), rule, budget, lambda size: size // accumulation)
 
 
 def plan_of(name: str) -> SparsityConfig:
@@ -239,7 +239,7 @@ def test_a_static_mask_costs_what_it_did() -> None:
 @pytest.mark.parametrize("name", ["static", *RULES])
 def test_a_budget_of_flops_is_met_from_below(name: str) -> None:
     plan = SparsityConfig(sparsity=0.75) if name == "static" else plan_of(name)
-    flops = planned_flops(MODEL, lambda _budget: plan, 1)
+    flops = planned_flops(MODEL, lambda _budget: plan, lambda size: size)
     steps = Budget.of(BudgetConfig(flops=3e9, batch_size=4), 64, flops=flops).total_steps
     assert ledger(plan, steps).through(steps)["total"] <= 3e9 < ledger(plan, steps + 1).through(steps + 1)["total"]
     with pytest.raises(UserError, match=r"budget\.flops=10 does not pay for one step"):
