@@ -5,7 +5,7 @@ from sparsetrain.data import register_source, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
-from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
+from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
 from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.scaling.power_law import fit_power_law
@@ -68,6 +68,7 @@ __all__ = [
     "densify",
     "ema_coefficients",
     "fit_power_law",
+    "follow_density",
     "param_groups",
     "parameterize",
     "register_backend",

@@ -2,6 +2,7 @@
 
 from sparsetrain.parameterization.apply import parameterize
 from sparsetrain.parameterization.coordinates import Coordinate, Spread, Trial, coordinate_check, spreads
+from sparsetrain.parameterization.follow import follow_density
 from sparsetrain.parameterization.groups import assign, assignment, decay_groups, param_groups
 from sparsetrain.parameterization.initial import initialise
 from sparsetrain.parameterization.rules import Parameterization, Role, TensorTraits
@@ -18,6 +19,7 @@ __all__ = [
     "assignment",
     "coordinate_check",
     "decay_groups",
+    "follow_density",
     "initialise",
     "input_scale",
     "param_groups",

@@ -64,7 +64,8 @@ def param_groups(
 
     Parameters with the same role and the same settings share a group. Frozen parameters are left out. Masks whose
     density changes later (`sparsetrain.sparsity.GMP`, variable sparsity) do not change the groups: learning rates and
-    weight decays keep the multipliers of the current density, and SμPar makes no claim about later densities.
+    weight decays keep the multipliers of the current density, and SμPar makes no claim about later densities. Under
+    rules with ``follow="density"``, each sparse matrix has a group of its own, which `follow_density` changes.
 
     Args:
         model: a `Transformer`, or a model that `parameterize` was applied to; either may be wrapped since.
@@ -75,7 +76,8 @@ def param_groups(
         optimizer: class of the optimizer, to check that the rules are derived for it.
 
     Returns:
-        Dicts with ``params``, ``name``, ``lr``, ``weight_decay`` and, under rules for Adam, ``eps``.
+        Dicts with ``params``, ``name``, ``lr``, ``weight_decay`` and, under rules for Adam, ``eps``. Those of matrices
+        whose density is followed have ``density``, ``base_lr`` and ``base_weight_decay`` too.
 
     Raises:
         UserError: the model has no roles or was initialised for other rules; a parameter has no role; a layer's density
@@ -89,6 +91,8 @@ def param_groups(
     if recorded.rules != rules:
         raise UserError(f"the model was initialised for {recorded.rules}, not for {rules}")
     _check_densities(model, traits_of)
+    modules = wrappers.named_modules(model)
+    sparse = {f"{name}.values" for name, module in modules if isinstance(module, SparseLinear)}
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, parameter in wrappers.named_parameters(model):
         if name not in traits_of:
@@ -102,7 +106,10 @@ def param_groups(
         }
         if rules.optimizer == "adam":
             settings["eps"] = rules.epsilon(traits, eps, depth)
-        key = (traits.role, *settings.values())
+        key: tuple[Any, ...] = (traits.role, *settings.values())
+        if rules.follow == "density" and name in sparse:
+            key = (*key, name)
+            settings |= {"density": traits.density, "base_lr": lr, "base_weight_decay": weight_decay}
         group = groups.setdefault(key, {"params": [], "name": str(traits.role), **settings})
         group["params"].append(parameter)
     return list(groups.values())

@@ -80,6 +80,7 @@ WD_RULES = ("coupled", "width", "width_density")
 EPS_RULES = ("auto", "fixed", "table", "everywhere")
 OUTPUT_RULES = ("shrunk", "plain")
 OPTIMIZERS = ("adam", "sgd")
+FOLLOWS = ("none", "density")
 
 
 @dataclass(frozen=True)
@@ -136,9 +137,11 @@ class Parameterization:
             as in the public code of CompleteP.
         optimizer: ``adam`` for the rules of Adam, AdamW and their relatives, ``sgd`` for those of plain and momentum
             SGD.
+        follow: ``none`` keeps the multipliers of the density at the start; ``density`` lets those of a sparse matrix
+            follow its density while masks evolve (`sparsetrain.follow_density`), for schemes with m_rho.
 
     Raises:
-        UserError: a choice is unknown, or a multiplier or base is not positive.
+        UserError: a choice is unknown, a multiplier or base is not positive, or the scheme has no density to follow.
     """
 
     scheme: str = "sp"
@@ -154,6 +157,7 @@ class Parameterization:
     eps_rule: str = "auto"
     output_rule: str = "shrunk"
     optimizer: str = "adam"
+    follow: str = "none"
 
     def __post_init__(self) -> None:
         check_choice("parameterization", self.scheme, SCHEMES)
@@ -162,6 +166,11 @@ class Parameterization:
         check_choice("parameterization.eps_rule", self.eps_rule, EPS_RULES)
         check_choice("parameterization.output_rule", self.output_rule, OUTPUT_RULES)
         check_choice("parameterization.optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("parameterization.follow", self.follow, FOLLOWS)
+        if self.follow == "density" and not self.uses_density:
+            raise UserError(
+                f"parameterization.follow=density: {self.scheme} has no multiplier m_rho; use supar or supar_completep"
+            )
         if self.eps_rule == "auto":
             object.__setattr__(self, "eps_rule", "table" if self.uses_depth else "fixed")
         if self.uses_width and not self.base_width:

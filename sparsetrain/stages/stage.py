@@ -9,9 +9,10 @@ from __future__ import annotations
 import glob
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -21,10 +22,9 @@ from torch import nn
 
 from sparsetrain.cost.flops import hidden_density
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget, RunSchedule, build_optimizer
-from sparsetrain.parameterization import param_groups
+from sparsetrain.parameterization import follow_density, param_groups
 from sparsetrain.runs.claim import claimed
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.origin import Origin
@@ -40,7 +40,7 @@ from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.masks import seeded, starts_sparse
 from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.training.loop import Samples, Trainer, load_weights
-from sparsetrain.training.observers import Metrics, Observer, Progress
+from sparsetrain.training.observers import Metrics, Observer, Progress, noise_scale_of
 from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
 
 C = TypeVar("C", bound=RunConfig)
@@ -248,6 +248,8 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         observers=[*usual_observers(directory, budget, masks, console), *more],
         masks=masks,
     )
+    if config.parameterization.follow == "density":
+        trainer.follow = partial(follow_density, module, optimizer)
     if budget.config.led is not None:
         trainer.noise_scale = noise_scale_of(more)
     try:
@@ -281,21 +283,6 @@ def usual_observers(directory: Path, budget: Budget, masks: MaskManager | None, 
     several = len({phase.index for phase in budget.phases}) > 1
     metrics = Metrics(directory / METRICS, phases=several, sizes=budget.config.changing is not None)
     return [Progress(console, evolves), metrics]
-
-
-def noise_scale_of(observers: Sequence[Observer]) -> Callable[[], float]:
-    """Return a function that gives the gradient noise scale in sequences, as the observer ``noise_scale`` measures it.
-
-    That observer has a `sparsetrain.NoiseScale` as its attribute ``scale``; its examples are sequences.
-
-    Raises:
-        UserError: there is no such observer.
-    """
-    for observer in observers:
-        scale = getattr(observer, "scale", None)
-        if observer.name == "noise_scale" and scale is not None:
-            return lambda: float(scale.value)
-    raise UserError("budget.batch_size=gns needs an observer that measures the noise scale: observe=noise_scale")
 
 
 def mean_densities(masks: MaskManager | None, total_steps: int) -> dict[str, float] | None:

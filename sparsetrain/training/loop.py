@@ -76,6 +76,7 @@ class Trainer:
         autocast: dtype of the autocast region, or None.
         observers: called at each step and evaluation; their state is part of every checkpoint.
         masks: changes the masks of sparse layers after a step; its state is part of every checkpoint.
+        follow: called after an update that changed the density of a layer, for what follows from it.
         noise_scale: returns the gradient noise scale in sequences, NaN if it is unknown; needed if it leads the batch
             size of the budget. Its decisions are part of every checkpoint.
     """
@@ -97,6 +98,7 @@ class Trainer:
     console: Console
     observers: Sequence[Observer] = ()
     masks: MaskManager | None = None
+    follow: Callable[[], object] | None = None
     noise_scale: Callable[[], float] | None = None
 
     def run(self) -> TrainState:
@@ -198,7 +200,9 @@ class Trainer:
         state.step += 1
         if self.masks is not None:
             with self._ranking(factor):
-                self.masks.step(self.optimizer)
+                update = self.masks.step(self.optimizer)
+            if update is not None and update.resized and self.follow is not None:
+                self.follow()
         logged = state.step == 1 or self._due(
             self.config.log_every, state.step, state.step == self.schedule.total_steps
         )

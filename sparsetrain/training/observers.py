@@ -6,7 +6,7 @@ observer is saved with every checkpoint, and a resumed run restores it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from sparsetrain.errors import UserError
 from sparsetrain.optim.batch_size import Decision
 from sparsetrain.optim.budget import Phase
 from sparsetrain.runs.metrics import MetricsLog
@@ -205,3 +206,18 @@ class Metrics(Observer):
         if self.log is not None:
             self.log.close()
             self.log = None
+
+
+def noise_scale_of(observers: Sequence[Observer]) -> Callable[[], float]:
+    """Return a function that gives the gradient noise scale in sequences, as the observer ``noise_scale`` measures it.
+
+    That observer has a `sparsetrain.NoiseScale` as its attribute ``scale``; its examples are sequences.
+
+    Raises:
+        UserError: there is no such observer.
+    """
+    for observer in observers:
+        scale = getattr(observer, "scale", None)
+        if observer.name == "noise_scale" and scale is not None:
+            return lambda: float(scale.value)
+    raise UserError("budget.batch_size=gns needs an observer that measures the noise scale: observe=noise_scale")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from runs import assert_same_run, on_loss, records, send
+from runs import assert_same_run, on_loss, records, send, stop_after
 
 from sparsetrain.cost.flops import matrices, training_flops_per_token
 from sparsetrain.cost.ledger import FlopLedger, planned_flops
@@ -263,3 +263,31 @@ def test_a_rule_that_never_acts_is_refused_and_leaves_no_trace(
     with pytest.raises(UserError, match=r"sparsity\.evolution: SET: every=100 .* no update within stop=9"):
         pretrain(configure(PretrainConfig, changes, run_dir=tmp_path / "run"), screen)
     assert not (tmp_path / "run").exists()
+
+
+FOLLOWED = {"model.n_layers": 1, "parameterization": {"scheme": "supar", "base_width": 16, "follow": "density"}}
+
+
+@pytest.mark.parametrize("name", ["gmp", "vspdf", "set", "phases"])
+def test_multipliers_follow_the_density_and_resume_to_the_same_bits(
+    name: str, configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = [{"share": 0.4, "density": 0.75}, {"share": 0.6, "density": 0.25}]
+    changes = {**FOLLOWED, **({"budget.phases": phases} if name == "phases" else sparsity(name))}
+    config = configure(PretrainConfig, changes, run_dir=tmp_path / "straight")
+    pretrain(config, screen)
+    cut = configure(PretrainConfig, changes, run_dir=tmp_path / "cut")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 7)
+        with pytest.raises(Interrupted):
+            pretrain(cut, screen)
+    pretrain(cut, screen)
+    assert_same_run(tmp_path / "straight", tmp_path / "cut")
+    # The rates at the end are those of the density at the end: eta / (m_d m_rho), with m_d = 2.
+    last = load_checkpoint(tmp_path / "straight" / "checkpoints")
+    groups = [group for group in last.optimizer.groups if isinstance(group, dict)]
+    followed = [group["options"] for group in groups if "density" in group["options"]]  # type: ignore[operator]
+    assert len(followed) == 4
+    for options in followed:
+        assert options["initial_lr"] == pytest.approx(4e-3 / (2.0 * options["density"]))  # type: ignore[index,call-overload]
+        assert options["density"] == pytest.approx(1.0 if name == "vspdf" else 0.25, abs=0.01)  # type: ignore[index,call-overload]

@@ -186,7 +186,8 @@ class GMP(_Periodic):
 
     **SμPar is not claimed to transfer here.** Magnitude masks change the distribution of the remaining weights, and the
     authors of SμPar found no stable optimum (arXiv 2405.15743). Learning rates and weight decays keep the multipliers
-    of the density at the *start*, usually that of a dense model, after the model has become sparse. In
+    of the density at the *start*, usually that of a dense model, after the model has become sparse, unless the rules
+    have ``follow="density"`` (`sparsetrain.follow_density`). In
     experiments/dynamic_masks_caveat the best rate at 93.75 % is 0.58 doublings (95 %: 0.37 to 0.78, three seeds) above
     that of static masks.
 
