@@ -187,9 +187,8 @@ class GMP(_Periodic):
     **SμPar is not claimed to transfer here.** Magnitude masks change the distribution of the remaining weights, and the
     authors of SμPar found no stable optimum (arXiv 2405.15743). Learning rates and weight decays keep the multipliers
     of the density at the *start*, usually that of a dense model, after the model has become sparse, unless the rules
-    have ``follow="density"`` (`sparsetrain.follow_density`). In
-    experiments/dynamic_masks_caveat the best rate at 93.75 % is 0.58 doublings (95 %: 0.37 to 0.78, three seeds) above
-    that of static masks.
+    have ``follow="density"`` (`sparsetrain.follow_density`). In experiments/dynamic_masks_caveat the best rate at
+    93.75 % is 0.58 doublings (95 %: 0.37 to 0.78, three seeds) above that of static masks.
 
     Args:
         sparsity: at the end; None takes that of the section ``sparsity``, or of ``plan``.
@@ -258,8 +257,8 @@ class VariableSparsity(Rule):
     largest gradients. A rising sparsity drops the smallest magnitudes. A layer with another sparsity, from a group or
     from ERK, keeps its ratio to the whole: its sparsity is ``own * s(t) / s(0)``.
 
-    Learning rates keep the SμPar multipliers of the density at the start; SμPar makes no claim about other densities
-    within one run.
+    Learning rates keep the SμPar multipliers of the density at the start, unless the rules have ``follow="density"``
+    (`sparsetrain.follow_density`); SμPar makes no claim about other densities within one run.
 
     Args:
         sparsity: at the start; layers are allocated by it.
