@@ -134,10 +134,10 @@ def sampled(g: Tensor, x: Tensor, layout: Layout) -> Tensor:
     chunks = max(1, min(_PROGRAMS // max(1, tiles), triton.cdiv(tokens, 4 * block_t)))
     chunk = triton.cdiv(triton.cdiv(tokens, chunks), block_t) * block_t
     chunks = max(1, triton.cdiv(tokens, max(1, chunk)))
-    out = torch.empty(chunks, nnz, dtype=_stored(x.dtype) if chunks == 1 else torch.float32, device=x.device)
+    out = torch.empty(chunks, nnz, dtype=stored(x.dtype) if chunks == 1 else torch.float32, device=x.device)
     if tiles:
         block_o = _fit(bh)
-        with _on_device_of(x):
+        with on_device_of(x):
             _sampled[(tiles, chunks)](
                 *(g, x, out, layout.rows.ptr, layout.rows.index, layout.tile_row, layout.tile_place),
                 *(tokens, chunk, nnz, *g.stride(), *x.stride()),
@@ -158,11 +158,11 @@ def _run_product(
 ) -> Tensor:
     """Launch `_product`; ``out`` and ``contracted`` are (size, stride) of the two sides of a stored block."""
     tokens, rows = x.shape[0], len(side.ptr) - 1
-    y = torch.empty(tokens, features, dtype=_stored(x.dtype), device=x.device)
+    y = torch.empty(tokens, features, dtype=stored(x.dtype), device=x.device)
     if tokens:
         block_t, block_o = min(128, _fit(tokens)), _fit(out[0])
         block_k = min(_depth(x.dtype), _fit(side.longest * contracted[0]))
-        with _on_device_of(x):
+        with on_device_of(x):
             _product[(rows * triton.cdiv(tokens, block_t),)](
                 *(x, values, y, side.ptr, side.index, side.index if side.order is None else side.order),
                 *(tokens, rows, features, *x.stride()),
@@ -222,7 +222,7 @@ def _widens(dtype: torch.dtype) -> bool:
     return INTERPRETED and dtype == torch.bfloat16
 
 
-def _stored(dtype: torch.dtype) -> torch.dtype:
+def stored(dtype: torch.dtype) -> torch.dtype:
     """Return the type in which a kernel writes results of ``dtype``.
 
     The interpreter also cuts bfloat16 off where a GPU rounds to nearest, so that torch has to round for it.
@@ -230,7 +230,7 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _widens(dtype) else dtype
 
 
-def _on_device_of(tensor: Tensor) -> Any:
+def on_device_of(tensor: Tensor) -> Any:
     # Triton launches on the current device, which need not be the tensor's.
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

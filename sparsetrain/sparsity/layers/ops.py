@@ -184,8 +184,8 @@ def _place(pattern: SparsityPattern, backend: str) -> tuple[Any, ...]:
     return pattern.row_ptr, pattern.col, list(pattern.shape), list(pattern.block), backend, layout_id(pattern)
 
 
-def _dispatched(*tensors: Tensor) -> bool:
-    """Whether the call must go through the registered op.
+def dispatched(*tensors: Tensor) -> bool:
+    """Return whether a call must go through an operation that torch knows.
 
     That is so while a compiler, a tracer or a dispatch mode is active, or if an argument is a Tensor subclass.
     """
@@ -217,7 +217,7 @@ def sparse_linear(
     """
     if x.ndim == 0 or x.shape[-1] != pattern.shape[1]:
         raise UserError(f"the input has shape {tuple(x.shape)}; its last dimension must be {pattern.shape[1]}")
-    traced = _dispatched(x, values)
+    traced = dispatched(x, values)
     if not traced:
         check_fit(pattern, values)
     if torch.is_autocast_enabled(x.device.type):
