@@ -47,7 +47,8 @@ fuzz: $(DEV_STAMP)
 # The kernels for a GPU, where there is none: by Triton's interpreter.
 test-triton: $(DEV_STAMP)
 	$(INSTALL) --editable ".[dev,triton]"
-	$(BIN)/python -m pytest tests/kernels/test_triton_bsr.py tests/sparsity/backends/test_triton_backend.py
+	$(BIN)/python -m pytest tests/kernels/test_triton_bsr.py tests/kernels/test_triton_norm.py \
+		tests/sparsity/backends/test_triton_backend.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -10,6 +10,8 @@ This module imports triton, so it must be imported late; see `sparsetrain.kernel
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, r
             biased=bias is not None,
             centred=not rms,
             block=block,
-            num_warps=_warps(block),
+            **_options(block),
         )
     return y.to(x.dtype), moments
 
@@ -73,7 +75,7 @@ def backward(
             centred=not rms,
             whole=pieces == 1,
             block=block,
-            num_warps=_warps(block),
+            **_options(block),
         )
     if pieces > 1:
         squares = sums.view(examples, pieces, 2, features).sum(1).square().sum(-1).t().contiguous()
@@ -91,9 +93,10 @@ def _given(parameter: Tensor | None, instead: Tensor) -> Tensor:
     return instead if parameter is None else parameter.contiguous()
 
 
-def _warps(block: int) -> int:
-    # Sixteen elements of a row a thread at most, in each of the seven rows that it holds.
-    return max(1, min(16, block // 256))
+def _options(block: int) -> dict[str, Any]:
+    # At most sixteen elements of a row for a thread, in each of the seven rows that it holds. Fusion is spelled out
+    # because its default differs between versions of Triton.
+    return {"num_warps": max(1, min(16, block // 256)), "enable_fp_fusion": True}
 
 
 # Not specialised to what counts tokens: text of another length must not mean another compilation.

@@ -132,9 +132,13 @@ def _on_gpu(x: Tensor) -> bool:
     return bool(x.shape[-1] <= _kernels(x).MAX_FEATURES)
 
 
-def _transformed() -> bool:
-    """Return whether a transform of `torch.func` is active, which must see what it differentiates or maps."""
-    return torch._C._are_functorch_transforms_active()
+def _transformed(g: Tensor | None = None) -> bool:
+    """Return whether a transform of `torch.func` is active, which must see what it differentiates or maps.
+
+    ``autograd.grad(..., is_grads_batched=True)`` has a transform of its own, which only a gradient tells.
+    """
+    batched = g is not None and torch._C._functorch.is_legacy_batchedtensor(g)
+    return batched or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache
@@ -173,7 +177,7 @@ class _Fused(torch.autograd.Function):
             return (None,) * 6
         x, weight, moments = ctx.saved_tensors
         _, need_weight, need_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or dispatched(g, x) or _transformed():
+        if torch.is_grad_enabled() or dispatched(g, x) or _transformed(g):
             if ctx.norms is not None:
                 _tell(ctx.norms, g, x, ctx.eps, ctx.rms, need_weight, need_bias)
             dx, of_weight, of_bias = _differentiable(g, x, weight, ctx.eps, ctx.rms)
@@ -238,7 +242,7 @@ def _tell(norms: Norms, g: Tensor, x: Tensor, eps: float, rms: bool, need_weight
     """Call ``norms`` with what torch's operations compute."""
     if not need_weight and not need_bias:
         return
-    if _transformed():
+    if _transformed(g):
         raise RuntimeError("norms of examples cannot be collected inside of a transform of torch.func")
     with torch.no_grad():
         g, h = _wider(g), _normal(x, eps, rms)[0]
@@ -247,7 +251,7 @@ def _tell(norms: Norms, g: Tensor, x: Tensor, eps: float, rms: bool, need_weight
 
 def _squares(terms: Tensor) -> Tensor:
     """Return the squared norm of the sum of each example's rows, float32 ``[B]``."""
-    sums = terms.reshape(_examples(terms), -1, terms.shape[-1]).sum(1)
+    sums = terms[None] if terms.ndim == 1 else terms.flatten(1, -2).sum(1) if terms.ndim > 2 else terms
     return sums.square().sum(1).float()
 
 

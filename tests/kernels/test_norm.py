@@ -180,4 +180,3 @@ def test_what_is_no_number_reaches_its_row_and_its_example(value: float, rms: bo
     assert torch.equal(mine.totals.isfinite(), other.totals.isfinite())
     assert torch.equal(mine.squares.isfinite(), other.squares.isfinite())
     assert mine.squares[:, [0, 1, 3]].isfinite().all()
-
