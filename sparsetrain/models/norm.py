@@ -29,9 +29,9 @@ from sparsetrain.sparsity.layers.ops import dispatched
 # Takes the squared norms of the gradients of weight and bias, float32 [B]; None for one that has no gradient.
 Norms = Callable[[Tensor | None, Tensor | None], None]
 
-# The elements of x from which the kernels are no slower than torch, forward and backward together and on one thread. A
-# call of theirs costs some 60 us beside its work. Torch computes RMSNorm by several operations.
-LEAST = {"LayerNorm": 1 << 17, "RMSNorm": 1 << 15}
+# The elements of x from which the kernels are no slower than torch, forward and backward together and on one thread,
+# since a call of theirs costs some 100 us beside its work. Torch computes RMSNorm by several operations.
+LEAST = {"LayerNorm": 1 << 20, "RMSNorm": 1 << 15}
 
 
 class LayerNorm(nn.LayerNorm):

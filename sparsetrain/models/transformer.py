@@ -20,6 +20,7 @@ from sparsetrain.models.decoding.score import continuation_scores
 from sparsetrain.models.head import Head, Reduction, head_loss
 from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.mlp import MLP
+from sparsetrain.models.norm import LayerNorm, RMSNorm
 from sparsetrain.models.soft_prompt import SoftPrompt
 from sparsetrain.parameterization import Parameterization, Role, TensorTraits, assign, initialise
 from sparsetrain.sparsity import SparseLinear, SparsityConfig, sparsify
@@ -290,5 +291,5 @@ def _role(module_name: str, leaf: str) -> Role:
 
 def _norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
-        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
-    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
+        return RMSNorm(config.d_model, eps=config.norm_eps)
+    return LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
