@@ -109,6 +109,8 @@ def _number(eps: float | None) -> float:
 
 def _fused(x: Tensor, weight: Tensor | None, bias: Tensor | None, rms: bool) -> bool:
     """Return whether the kernels compute this faster, and are what the caller may be given."""
+    if torch.compiler.is_compiling():
+        return False  # before anything that a compiler cannot read
     dtype = x.dtype
     if dtype not in (torch.float32, torch.bfloat16) or x.layout is not torch.strided:
         return False
