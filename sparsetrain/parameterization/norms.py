@@ -37,8 +37,10 @@ def starting_gain(name: str, module: nn.Module, parameter: nn.Parameter) -> floa
 
 
 def is_norm_of_torch(module: nn.Module) -> bool:
-    """Whether a module is one of torch's norms, and not a subclass that computes something else."""
-    return isinstance(module, TORCH_NORMS) and type(module).forward.__module__.startswith("torch.nn.")
+    """Whether a module is one of torch's norms, or of ours, and not a subclass that computes something else."""
+    # Those of `sparsetrain.models.norm` compute what torch's do; this room lies below that one.
+    computes = type(module).forward.__module__
+    return isinstance(module, TORCH_NORMS) and computes.startswith(("torch.nn.", "sparsetrain.models.norm"))
 
 
 def _with_gain(module: nn.Module, parameter: nn.Parameter, value: float) -> float | None:

@@ -22,6 +22,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import cpu_norm
 from sparsetrain.models import norm as module
 from sparsetrain.models.norm import LayerNorm, RMSNorm, normalise
+from sparsetrain.parameterization.norms import is_norm_of_torch
 
 EPS = 1e-5
 
@@ -406,6 +407,7 @@ def test_modules_are_those_of_torch(eps: float | None) -> None:
         assert list(mine.state_dict()) == list(other.state_dict())
         torch.testing.assert_close(mine(x), other(x), rtol=1e-5, atol=1e-5)
         assert repr(mine) == repr(other)
+        assert is_norm_of_torch(mine)
         with pytest.raises(RuntimeError, match="normalized_shape"):
             mine(torch.randn(2, 5, 11))
 
