@@ -3,6 +3,8 @@
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.data import register_source, register_task
 from sparsetrain.errors import UserError
+from sparsetrain.gradients.modules import register_example_gradients
+from sparsetrain.gradients.per_example import per_example_norms
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
@@ -71,7 +73,9 @@ __all__ = [
     "follow_density",
     "param_groups",
     "parameterize",
+    "per_example_norms",
     "register_backend",
+    "register_example_gradients",
     "register_pattern",
     "register_rule",
     "register_schedule",

@@ -254,7 +254,7 @@ def _gradients(
                 token = (2 * pair + half) * TILE
                 present = min(TILE, tokens - token)
                 pack(x, token * x_step, x_step, present, columns, x_packed, x_base + half * x_tile)
-            _sums(
+            sum_tiles(
                 *(g_packed, g_base, g_tile, x_packed, x_base, x_tile, many),
                 *(height, width, panels, ends, blocks),
                 *(cut(rows // height, piece, pieces, 1), cut(rows // height, after, pieces, 1), sums, own),
@@ -266,7 +266,7 @@ gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
 @inlined
-def _sums(
+def sum_tiles(
     g: Array,
     g_at: Int,
     g_tile: Int,

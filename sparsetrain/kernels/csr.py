@@ -120,7 +120,7 @@ def _multiply(
         tile, piece = first // pieces, first % pieces
         after = min(pieces, piece + last - first)
         begin, stop = cut(rows, piece, pieces, STEP), cut(rows, after, pieces, STEP)
-        _pack_tile(x, tile, x_step, tokens, columns, packed, base)
+        pack_tile(x, tile * TILE, x_step, tokens - tile * TILE, columns, packed, base)
         present = min(TILE, tokens - tile * TILE)
         _tile(packed, base, present, width, chunks, ends, offsets, values, rows, begin, stop, scratch, made)
         unpack(scratch, made + begin * TILE, present, stop - begin, y, tile * TILE * y_step + begin, y_step)
@@ -132,10 +132,12 @@ multiply_bfloat16 = Kernel(_multiply, "multiply_bfloat16", bfloat16)
 
 
 @inlined
-def _pack_tile(source: Array, tile: Int, step: Int, tokens: Int, features: Int, target: Array, to: Int) -> None:
-    """Pack one tile of a matrix, with the feature more, all zero, that blanks point at."""
-    token = tile * TILE
-    pack(source, token * step, step, min(TILE, tokens - token), features, target, to)
+def pack_tile(source: Array, token: Int, step: Int, left: Int, features: Int, target: Array, to: Int) -> None:
+    """Pack a tile of the at most 64 ``left`` tokens from ``token`` on.
+
+    It has a feature more, all zero, that blanks point at.
+    """
+    pack(source, token * step, step, min(TILE, left), features, target, to)
     clear(target, to + features * TILE, to + (features + 1) * TILE)
 
 
@@ -234,7 +236,7 @@ def _gradients(
         left, right = cut(columns, piece, pieces, STEP), cut(columns, after, pieces, STEP)
         for one in range(many):
             at, token = g_base + one * g_tile, (tile + one) * TILE
-            _pack_tile(g, tile + one, g_step, tokens, rows, g_packed, at)
+            pack_tile(g, token, g_step, tokens - token, rows, g_packed, at)
             if need_dx:
                 present = min(TILE, tokens - token)
                 _tile(
@@ -244,8 +246,9 @@ def _gradients(
                 unpack(scratch, x_base + left * TILE, present, right - left, dx, token * dx_step + left, dx_step)
         if need_values:
             for one in range(many):
-                _pack_tile(x, tile + one, x_step, tokens, columns, scratch, x_base + one * x_tile)
-            _sums(
+                token = (tile + one) * TILE
+                pack_tile(x, token, x_step, tokens - token, columns, scratch, x_base + one * x_tile)
+            sum_tiles(
                 *(g_packed, g_base, g_tile, scratch, x_base, x_tile, many),
                 *(rows, cut(rows, piece, pieces, 1), cut(rows, after, pieces, 1)),
                 *(width, chunks, ends, offsets, sums, own),
@@ -257,7 +260,7 @@ gradients_bfloat16 = Kernel(_gradients, "gradients_bfloat16", bfloat16)
 
 
 @inlined
-def _sums(
+def sum_tiles(
     g: Array,
     g_at: Int,
     g_tile: Int,

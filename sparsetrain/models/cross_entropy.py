@@ -5,11 +5,15 @@ Shapes: N tokens, D features, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from sparsetrain.gradients.functions import weight_gradient
+from sparsetrain.gradients.record import Use, positions
 
 IGNORED = -100  # a target that does not count
 # Maximum logits held at once. On a CPU a chunk should fit into the cache, but below 256 tokens the pass over the weight
@@ -17,7 +21,7 @@ IGNORED = -100  # a target that does not count
 _CPU_ELEMENTS, _GPU_ELEMENTS, _LEAST_TOKENS = 1 << 21, 1 << 26, 256
 
 
-def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, use: Use | None = None) -> Tensor:
     """Return the mean cross-entropy, in nats, of ``softmax(hidden @ weight.T)`` over targets that are not -100.
 
     Logits exist for one chunk of tokens at a time. If gradients are needed, the forward pass computes them from each
@@ -27,16 +31,20 @@ def cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         hidden: ``[N, D]``.
         weight: ``[V, D]``.
         targets: int64 ``[N]``.
+        use: receives the norms of the examples' own gradients of ``weight``; the N tokens are those of B examples, one
+            after the other.
 
     Returns:
         A float32 (float64 for float64 input) scalar; NaN if every target is -100, as from
         ``torch.nn.functional.cross_entropy``.
     """
     kept = targets != IGNORED
+    lengths = [len(targets)] if use is None else kept.view(use.examples, -1).sum(1).tolist()
     if not bool(kept.all()):
         # Rows of fine-tuning have few targets, and the head is the largest product of a small model: skip the others.
         hidden, targets = hidden[kept], targets[kept]
-    return _CrossEntropy.apply(hidden, weight, targets)
+        lengths = lengths if use is not None else [len(targets)]
+    return _CrossEntropy.apply(hidden, weight, targets, lengths, use)
 
 
 def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,23 +54,25 @@ def token_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tens
         chosen, weight = _in_autocast_dtype(hidden[kept], weight)
         losses = [
             F.cross_entropy(wide(h @ weight.t()), t, reduction="none")
-            for h, t in zip(*_chunks(chosen, targets[kept], weight.shape[0]), strict=True)
+            for h, t in _chunks(chosen, targets[kept], [len(chosen)], weight.shape[0])
         ]
         return wide(hidden.new_zeros(targets.shape)).masked_scatter(kept, torch.cat(losses))
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        needs_hidden, needs_weight, _ = ctx.needs_input_grad
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, lengths: list[int], use: Use | None
+    ) -> Tensor:
+        needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         inputs = (hidden, weight)
         hidden, weight = _in_autocast_dtype(hidden, weight)
         count = max(1, len(targets))  # avoids 0/0; with no targets the loss is NaN (below) and nothing has a gradient
         total = torch.zeros((), dtype=wide(hidden[:0]).dtype, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(inputs[1]) if needs_weight else None
+        grad_weight = _WeightGradient(inputs[1], lengths, use) if needs_weight else None
         start = 0
-        for h, t in zip(*_chunks(hidden, targets, weight.shape[0]), strict=True):
+        for h, t in _chunks(hidden, targets, lengths, weight.shape[0]):
             logits = wide(h @ weight.t())
             index = t[:, None]
             top = logits.amax(dim=1, keepdim=True)
@@ -76,19 +86,79 @@ class _CrossEntropy(torch.autograd.Function):
                 if grad_hidden is not None:
                     torch.mm(grad, weight, out=grad_hidden[start : start + len(h)])
                 if grad_weight is not None:
-                    _accumulate(grad_weight, grad, h)
+                    grad_weight.add(grad, h)
             start += len(h)
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.hidden_dtype = inputs[0].dtype
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
+        ctx.weight, ctx.hidden_dtype = grad_weight, inputs[0].dtype
         return total / count if len(targets) else total * torch.nan
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = (grad_hidden * grad).to(ctx.hidden_dtype)
-        return grad_hidden, None if grad_weight is None else grad_weight * grad, None
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad
+            ctx.weight.report(grad, grad_weight)
+        return grad_hidden, grad_weight, None, None, None
+
+
+class _WeightGradient:
+    """The gradient of the head's weight, summed over chunks of tokens, and of single examples if their norms are asked.
+
+    Args:
+        weight: ``[V, D]``. lengths: of the examples, in tokens. use: as in `cross_entropy`.
+    """
+
+    def __init__(self, weight: Tensor, lengths: list[int], use: Use | None) -> None:
+        self.total, self._use = torch.zeros_like(weight), use
+        if use is None:
+            return
+        self._left, self._example = list(lengths), 0
+        self._part: Tensor | None = None  # the gradient of an example of several chunks
+        self._squared = wide(weight[:0]).new_zeros(len(lengths))
+        tied = use.tied
+        self._ids = None if tied is None else tied.ids
+        self._rows = None if self._ids is None else wide(weight[:0]).new_zeros(*self._ids.shape, weight.shape[1])
+
+    def add(self, grad: Tensor, hidden: Tensor) -> None:
+        """Add ``grad.T @ hidden``, of tokens of one example, in the dtype of the total."""
+        if self._use is None:
+            _accumulate(self.total, grad, hidden)
+            return
+        while self._left[self._example] == 0:  # an example without targets
+            self._example += 1
+        example = self._example
+        ids = None if self._ids is None else self._ids[example]
+        self._left[example] -= len(grad)
+        whole = self._left[example] == 0
+        if whole and self._part is None:
+            _, squared, rows = weight_gradient(grad[None], hidden[None], None if ids is None else ids[None], self.total)
+            self._squared[example] = squared[0]
+            if rows is not None and self._rows is not None:
+                self._rows[example] = rows[0]
+            return
+        self._part = torch.zeros_like(self.total) if self._part is None else self._part
+        _accumulate(self._part, grad, hidden)
+        if whole:
+            self._squared[example] = wide(self._part).square().sum()
+            if ids is not None and self._rows is not None:
+                self._rows[example] = self._part[ids]
+            self.total += self._part
+            self._part = None
+
+    def report(self, scale: Tensor, total: Tensor) -> None:
+        """Record the norms in a backward pass whose gradient of the loss is ``scale`` and of the weight ``total``."""
+        use = self._use
+        if use is None:
+            return
+        squared = self._squared * wide(scale).square()
+        if self._rows is None:
+            use.add(squared)
+        else:
+            use.add_rows(squared, self._rows * wide(scale))
+        use.expect(total.reshape(-1)[positions(use.parameter)])
 
 
 def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
@@ -104,9 +174,12 @@ def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
         total += grad.t() @ hidden
 
 
-def _chunks(hidden: Tensor, targets: Tensor, vocabulary: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _chunks(hidden: Tensor, targets: Tensor, lengths: list[int], vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield chunks of tokens; none has tokens of two examples."""
     size = chunk_tokens(vocabulary, hidden.device.type)
-    return hidden.split(size), targets.split(size)
+    for h, t in zip(hidden.split(lengths), targets.split(lengths), strict=True):
+        if len(t) or len(lengths) == 1:
+            yield from zip(h.split(size), t.split(size), strict=True)
 
 
 def _in_autocast_dtype(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Head(nn.Linear):
         if targets is None:
             return super().forward(hidden)
         if getattr(self, "bias", None) is not None:  # set after construction; chunked cross-entropy supports no bias
-            return _loss_of_logits(super().forward(hidden), targets, reduction)
+            return loss_of_logits(super().forward(hidden), targets, reduction)
         rows, flat = hidden.flatten(0, -2), targets.flatten()
         if reduction == "none":
             return token_cross_entropy(rows, self.weight, flat).view_as(targets)
@@ -55,13 +55,15 @@ def head_loss(head: nn.Module, hidden: Tensor, targets: Tensor, reduction: Reduc
         hidden, targets, reduction: as in `Head.forward`.
     """
     inner = wrappers.unwrap(head)
+    own = vars(inner).get("forward")
     # An adapter or a quantized layer would ignore the targets or take them for something else.
-    if type(inner).forward is Head.forward and "forward" not in vars(inner):
+    if type(inner).forward is Head.forward and (own is None or getattr(own, "takes_targets", False)):
         loss: Tensor = head(hidden, targets, reduction)
         return loss
-    return _loss_of_logits(head(hidden), targets, reduction)
+    return loss_of_logits(head(hidden), targets, reduction)
 
 
-def _loss_of_logits(logits: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
+def loss_of_logits(logits: Tensor, targets: Tensor, reduction: Reduction = "mean") -> Tensor:
+    """Return the cross-entropy of ``targets`` ``[...]`` from logits ``[..., V]``, as `Head.forward` does."""
     losses = F.cross_entropy(wide(logits).flatten(0, -2), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
     return losses.view_as(targets) if reduction == "none" else losses

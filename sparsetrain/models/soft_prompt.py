@@ -52,6 +52,11 @@ class SoftPrompt(nn.Module):
                 f"slots {tuple(slots.shape)} and embeddings {tuple(embeddings.shape)} do not fit a soft prompt of "
                 f"width {self.vectors.shape[1]}"
             )
-        rows = self.vectors[slots.clamp_min(0)].to(embeddings.dtype)
+        rows = self(slots).to(embeddings.dtype)
         rows = rows if self.scale == 1.0 else rows * self.scale
         return torch.where((slots >= 0)[..., None], rows, embeddings)
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Return ``vectors[slots]`` ``[..., D]``, and any vector where ``slots`` ``[...]`` is negative."""
+        rows: Tensor = self.vectors[slots.clamp_min(0)]
+        return rows

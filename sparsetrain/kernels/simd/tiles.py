@@ -17,8 +17,8 @@ import numpy as np
 
 from sparsetrain.kernels.simd.arguments import MAX_THREADS, Array, Int, where
 from sparsetrain.kernels.simd.compile import inlined
-from sparsetrain.kernels.simd.lanes import load_head, store_head, transpose16
-from sparsetrain.kernels.simd.vectors import add, get, load, put, splat, store
+from sparsetrain.kernels.simd.lanes import load_head, store_head, sum_lanes, transpose16
+from sparsetrain.kernels.simd.vectors import add, fma, get, load, put, splat, store
 
 TILE = 64
 # Into how many pieces a tile may be cut; more pieces than threads have no use.
@@ -95,6 +95,22 @@ def add_to(source: Array, at: Int, target: Array, to: Int, count: Int) -> None:
         store(target, to + place, add(load(source, at + place), load(target, to + place)))
     for place in range(whole, count):
         target[to + place] += source[at + place]
+
+
+@inlined
+def add_and_square(source: Array, at: Int, target: Array, to: Int, count: Int) -> float:
+    """Add ``count`` float32 of ``source[at:]`` to ``target[to:]``, and return the sum of their squares."""
+    whole = count // 16 * 16
+    total = splat(np.float32(0.0))
+    for place in range(0, whole, 16):
+        one = load(source, at + place)
+        store(target, to + place, add(one, load(target, to + place)))
+        total = fma(one, one, total)
+    squares = sum_lanes(total)
+    for place in range(whole, count):
+        target[to + place] += source[at + place]
+        squares += source[at + place] * source[at + place]
+    return squares
 
 
 @inlined

@@ -21,7 +21,8 @@ class Backend(ABC):
     """Three contractions over a pattern, and how forward and backward share work between them.
 
     Subclasses define `matmul`, `matmul_t` and `sampled`, and that is enough. One that can reuse in the backward pass
-    what the forward pass computed (a scattered matrix) defines `forward`, `kept` and `backward` too.
+    what the forward pass computed (a scattered matrix) defines `forward`, `kept` and `backward` too, and one that
+    computes per-example norms in fewer calls `sampled_by_example`.
     """
 
     name: str
@@ -46,6 +47,24 @@ class Backend(ABC):
     @abstractmethod
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return the values ``[nnz]`` of ``g.T @ x`` at the stored positions."""
+
+    def sampled_by_example(
+        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return what `sampled` returns, and the squared norm of each example's part of it, float32 ``[examples]``.
+
+        Args:
+            examples: into which the N rows are divided, consecutive ones and equally many each.
+        """
+        parts = zip(g.chunk(examples), x.chunk(examples), strict=True)
+        total, squared = None, []
+        for of_g, of_x in parts:
+            values = self.sampled(of_g.contiguous(), of_x.contiguous(), pattern)
+            wide = values if values.dtype == torch.float64 else values.float()
+            squared.append(wide.square().sum())
+            total = wide if total is None else total.add_(wide)
+        assert total is not None
+        return total.to(g.dtype), torch.stack(squared).float()
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
         """Return ``x @ W.T`` and what `backward` needs beside x (an empty tensor for nothing).

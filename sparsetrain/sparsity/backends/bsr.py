@@ -17,16 +17,19 @@ from sparsetrain.sparsity.backends.cpu import (
     in_float32,
     nothing,
     pieces,
+    pieces_of,
     scratch,
     with_whole_rows,
     workers,
 )
+from sparsetrain.sparsity.backends.layouts import check_shapes
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 _MIN_BLOCK, _MAX_BLOCK = 4, 64  # as in the kernels, which would import a compiler
 
 
 class _Kernels(NamedTuple):
+    by_example: ModuleType
     bsr: ModuleType
     bsr_layout: ModuleType
 
@@ -34,9 +37,9 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels() -> _Kernels:
     # Imported late: importing the library must not import a compiler.
-    from sparsetrain.kernels import bsr, bsr_layout
+    from sparsetrain.kernels import bsr, bsr_layout, by_example
 
-    return _Kernels(bsr, bsr_layout)
+    return _Kernels(by_example, bsr, bsr_layout)
 
 
 @register_backend("bsr")
@@ -115,13 +118,48 @@ class BsrBackend(CpuBackend):
         )
         if not need_values:
             return grad_x, values.new_empty(0)
-        if threads == 1:
-            return grad_x, sums[0].to(values.dtype)
-        grad_values = scratch(nonzeros)
-        bsr.add_shares(
-            enough(threads, nonzeros), sums=sums, shares=threads, sharing=sharing, nonzeros=nonzeros, target=grad_values
+        return grad_x, _total(sums, threads, sharing).to(values.dtype)
+
+    def sampled_by_example(
+        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
+    ) -> tuple[Tensor, Tensor]:
+        check_shapes(pattern, g=g, x=x)
+        by_example, threads = _kernels().by_example, workers(len(g), pattern)
+        out_features, in_features = pattern.shape
+        parts = pieces_of(examples, threads)
+        sums, squared = scratch(threads, pattern.nnz), scratch(examples, parts)
+        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
+        gradients = by_example.bsr_gradients if g.dtype == torch.float32 else by_example.bsr_gradients_bfloat16
+        gradients(
+            threads,
+            g=with_whole_rows(g),
+            x=with_whole_rows(x.to(g.dtype)),
+            tokens=len(g),
+            examples=examples,
+            columns=in_features,
+            rows=out_features,
+            g_packed=scratch(threads, 2, out_features, TILE),
+            x_packed=scratch(threads, 2, in_features, TILE),
+            part=scratch(threads, pattern.nnz),
+            sums=sums,
+            squared=squared,
+            pieces=parts,
+            sharing=sharing,
+            **_blocks(pattern).arguments,
         )
-        return grad_x, grad_values.to(values.dtype)
+        return _total(sums, threads, sharing).to(g.dtype), squared.sum(1)
+
+
+def _total(sums: Tensor, threads: int, sharing: Tensor) -> Tensor:
+    """Return the sum of the threads' shares ``[threads, nnz]`` of a gradient, float32 ``[nnz]``."""
+    if threads == 1:
+        return sums[0]
+    nonzeros = sums.shape[1]
+    total = scratch(nonzeros)
+    _kernels().bsr.add_shares(
+        enough(threads, nonzeros), sums=sums, shares=threads, sharing=sharing, nonzeros=nonzeros, target=total
+    )
+    return total
 
 
 def _blocks(pattern: SparsityPattern) -> Any:

@@ -76,6 +76,11 @@ def pieces(tokens: int, tiles: int, threads: int) -> int:
     return threads // math.gcd(-(-tokens // (tiles * TILE)), threads)
 
 
+def pieces_of(examples: int, threads: int) -> int:
+    """Return into how many pieces a kernel cuts each example, so that all threads get equally many."""
+    return threads // math.gcd(examples, threads)
+
+
 def enough(threads: int, elements: int) -> int:
     """Return how many threads to wake for a pass over ``elements`` elements."""
     return max(1, min(threads, elements // 65536))

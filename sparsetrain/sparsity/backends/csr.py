@@ -17,14 +17,17 @@ from sparsetrain.sparsity.backends.cpu import (
     in_float32,
     nothing,
     pieces,
+    pieces_of,
     scratch,
     with_whole_rows,
     workers,
 )
+from sparsetrain.sparsity.backends.layouts import check_shapes
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
 class _Kernels(NamedTuple):
+    by_example: ModuleType
     csr: ModuleType
     csr_layout: ModuleType
 
@@ -32,9 +35,9 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels() -> _Kernels:
     # Imported late: importing the library must not import a compiler.
-    from sparsetrain.kernels import csr, csr_layout
+    from sparsetrain.kernels import by_example, csr, csr_layout
 
-    return _Kernels(csr, csr_layout)
+    return _Kernels(by_example, csr, csr_layout)
 
 
 @register_backend("csr")
@@ -126,17 +129,51 @@ class CsrBackend(CpuBackend):
         )
         if not need_values:
             return grad_x, values.new_empty(0)
-        grad_values, nonzeros = scratch(pattern.nnz), pattern.nnz
-        csr.add_shares(
-            enough(threads, nonzeros),
+        return grad_x, _total(sums, threads, sharing, pattern).to(values.dtype)
+
+    def sampled_by_example(
+        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
+    ) -> tuple[Tensor, Tensor]:
+        check_shapes(pattern, g=g, x=x)
+        csr, by_example, threads = _kernels().csr, _kernels().by_example, workers(len(g), pattern)
+        (out_features, in_features), layout = pattern.shape, _layout(pattern)
+        parts = pieces_of(examples, threads)
+        sums, squared = scratch(threads, layout.stored), scratch(examples, parts)
+        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
+        gradients = by_example.csr_gradients if g.dtype == torch.float32 else by_example.csr_gradients_bfloat16
+        gradients(
+            threads,
+            g=with_whole_rows(g),
+            x=with_whole_rows(x.to(g.dtype)),
+            tokens=len(g),
+            examples=examples,
+            columns=in_features,
+            rows=out_features,
+            g_packed=scratch(threads, csr.TOGETHER, out_features + 1, TILE),
+            x_packed=scratch(threads, csr.TOGETHER, in_features + 1, TILE),
+            part=scratch(threads, layout.stored),
             sums=sums,
-            shares=threads,
+            squared=squared,
+            pieces=parts,
             sharing=sharing,
-            target=grad_values,
-            nonzeros=nonzeros,
-            **layout.runs,
+            **layout.arguments,
         )
-        return grad_x, grad_values.to(values.dtype)
+        return _total(sums, threads, sharing, pattern).to(g.dtype), squared.sum(1)
+
+
+def _total(sums: Tensor, threads: int, sharing: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return the sum of the threads' shares of a gradient, in the order of the pattern, float32 ``[nnz]``."""
+    total, nonzeros = scratch(pattern.nnz), pattern.nnz
+    _kernels().csr.add_shares(
+        enough(threads, nonzeros),
+        sums=sums,
+        shares=threads,
+        sharing=sharing,
+        target=total,
+        nonzeros=nonzeros,
+        **_layout(pattern).runs,
+    )
+    return total
 
 
 def _layout(pattern: SparsityPattern) -> Any:

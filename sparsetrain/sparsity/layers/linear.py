@@ -13,6 +13,7 @@ from torch.nn.utils import skip_init
 
 from sparsetrain import seeds
 from sparsetrain.errors import UserError
+from sparsetrain.gradients.record import Use
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.backends.layouts import layout_id
 from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
@@ -281,11 +282,11 @@ class SparseLinear(nn.Module):
         """The dense matrix, read-only, for code that looks for a ``weight``; writing to it changes nothing."""
         return self.dense_weight()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``[..., in_features]`` to ``[..., out_features]``."""
+    def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
+        """Map ``[..., in_features]`` to ``[..., out_features]``; for ``use`` see `sparse_linear`."""
         if self._origin is not None and not torch.compiler.is_compiling():
             self._compare_with_origin()
-        return sparse_linear(x, self.values, self._current(), self.bias, self.backend)
+        return sparse_linear(x, self.values, self._current(), self.bias, self.backend, use)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         # From now on the layer computes with what is saved here, even if torch recorded no write. Nothing is refused,

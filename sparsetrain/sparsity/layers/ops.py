@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.gradients.record import Use, positions
 from sparsetrain.sparsity.backends.base import BACKENDS, resolve_backend
 from sparsetrain.sparsity.backends.layouts import LAYOUTS, check_fit, check_shapes, find, layout_id
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
@@ -130,10 +131,10 @@ class _Direct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, pattern: SparsityPattern, backend: str, use: Use | None) -> Tensor:
         y, kept = BACKENDS[backend].forward(_rows(x), values, pattern, keep=True)
         ctx.set_materialize_grads(False)
-        ctx.pattern, ctx.backend, ctx.changes = pattern, backend, pattern.changes
+        ctx.pattern, ctx.backend, ctx.changes, ctx.use = pattern, backend, pattern.changes, use
         given = x if ctx.needs_input_grad[1] else None
         if pattern.request is not None and given is not None:
             pattern.request.opened(ctx)
@@ -145,7 +146,7 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 4
+            return (None,) * 5
         need_x, need_values, *_ = ctx.needs_input_grad
         x, values, kept = ctx.saved_tensors
         pattern, leading = ctx.pattern, g.shape[:-1]
@@ -167,11 +168,31 @@ class _Direct(torch.autograd.Function):
                 pattern.request.add(g, x, ctx)
             if need_values and pattern.copied:
                 pattern.__dict__["trained"] = True
-            grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values)
+            by_example = need_values and ctx.use is not None
+            grads = BACKENDS[ctx.backend].backward(g, x, values, kept, pattern, need_x, need_values and not by_example)
+            if by_example:
+                grads = grads[0], _values_by_example(ctx.use, g, x, pattern, ctx.backend).to(values.dtype)
         grad_x = grads[0] if need_x else None
         if grad_x is not None and len(leading) != 1:
             grad_x = grad_x.view(*leading, grad_x.shape[1])
-        return (grad_x, grads[1] if need_values else None, None, None)
+        return (grad_x, grads[1] if need_values else None, None, None, None)
+
+
+def _values_by_example(use: Use, g: Tensor, x: Tensor, pattern: SparsityPattern, backend: str) -> Tensor:
+    """Return the gradient ``[nnz]`` of the values, and record its norms over examples.
+
+    Args:
+        g: ``[N, M]``. x: ``[N, K]``; rows of all examples, one after the other.
+    """
+    parts_of_g, parts_of_x = use.by_example(g), use.by_example(x)
+    if use.alone:
+        gradient, squared = BACKENDS[backend].sampled_by_example(g, x, pattern, use.examples)
+        use.add(squared)
+    else:
+        gradient = BACKENDS[backend].sampled(g, x, pattern)
+        use.defer(lambda one: BACKENDS[backend].sampled(parts_of_g[one], parts_of_x[one], pattern))
+    use.expect(gradient[positions(use.parameter)])
+    return gradient
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -198,7 +219,12 @@ def dispatched(*tensors: Tensor) -> bool:
 
 
 def sparse_linear(
-    x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None = None, backend: str = "auto"
+    x: Tensor,
+    values: Tensor,
+    pattern: SparsityPattern,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    use: Use | None = None,
 ) -> Tensor:
     """Return ``x @ W.T + bias`` for the matrix W that has ``values`` at the positions of ``pattern``.
 
@@ -208,6 +234,7 @@ def sparse_linear(
     Args:
         x: ``[..., K]``. values: ``[nnz]``, in the order of the pattern. bias: ``[M]`` or None.
         backend: a registered name, or ``auto``.
+        use: receives the norms of the examples' own gradients of ``values``, see `sparsetrain.per_example_norms`.
 
     Returns:
         ``[..., M]``.
@@ -220,6 +247,8 @@ def sparse_linear(
     traced = dispatched(x, values)
     if not traced:
         check_fit(pattern, values)
+    elif use is not None:
+        raise UserError(f"per-example norms of {use.name}: they are not computed inside a compiler, tracer or mode")
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
@@ -228,7 +257,7 @@ def sparse_linear(
     if traced:
         y, _ = _sparse_linear(_rows(x), values, *_place(pattern, name), keep)
     elif keep:
-        y = _Direct.apply(x, values, pattern, name)
+        y = _Direct.apply(x, values, pattern, name, use)
     else:
         if pattern.request is not None:
             pattern.request.passed()

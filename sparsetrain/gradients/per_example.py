@@ -1,0 +1,224 @@
+"""Squared norms of each example's own gradient, computed together with the gradients (arXiv 2411.00999)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsetrain import wrappers
+from sparsetrain.errors import UserError
+from sparsetrain.gradients.modules import Rule, kind_of, rule_of
+from sparsetrain.gradients.record import MicroBatch, Use, positions
+
+_CLOSE = 1.0 / 64.0  # of the largest sampled element; gradients may have been rounded to bfloat16 on their way
+
+
+class per_example_norms:  # noqa: N801 - it is called like a function
+    """A context in which forward and backward passes also give the squared norms of each example's own gradient.
+
+    ```python
+    with sparsetrain.per_example_norms(model) as norms:
+        loss = model(tokens, targets)  # the mean over B examples
+        loss.backward()
+    norms.squared["blocks.0.attn.qkv.weight"]  # [B]
+    ```
+
+    An example is a row of the batch, such as a sequence with all of its tokens. Its gradient is B times its share of
+    the gradient of the loss: for a loss that is a mean over B examples, the gradient of that example's own loss. Of a
+    sparse layer it exists at the kept weights only. The gradients themselves are those without the context, up to
+    rounding.
+
+    Several forward passes are micro-batches of one batch: divide each loss as for gradient accumulation. A scaled loss
+    scales all norms by the square. The passes may run under autocast, gradient checkpointing and DDP; there each
+    process gets the norms of its own examples.
+
+    Args:
+        model: its batch dimension is the first one, and all layers see the examples in their order.
+        include: patterns of qualified module names whose parameters are wanted, such as ``["*norm*"]``; None for all.
+        strict: refuse modules whose rule is unknown. Otherwise `left_out` lists their parameters. Rules of your own:
+            `sparsetrain.register_example_gradients`.
+        examples: B of each forward pass; None takes it from the first dimension of the model's first tensor.
+
+    Attributes:
+        left_out: qualified names of parameters without norms.
+
+    Raises:
+        UserError: a module with parameters has no rule, the model is compiled, or its parameters are sharded; in the
+            forward pass: a layer that does not see the examples in its first dimension; at the end: a parameter whose
+            gradient comes from elsewhere than its modules' calls.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: Sequence[str] | None = None,
+        strict: bool = True,
+        examples: int | None = None,
+    ) -> None:
+        if isinstance(include, str):
+            raise UserError(f"include={include!r} must be a list of patterns")
+        if examples is not None and examples < 1:
+            raise UserError(f"examples={examples} must be at least 1")
+        self._model, self._include, self._strict, self._examples = model, include, strict, examples
+        self.left_out: list[str] = []
+        self._batches: list[MicroBatch] = []
+        self._expected: dict[nn.Parameter, Tensor] = {}
+        self._arrived: dict[nn.Parameter, str] = {}  # parameters that have a gradient -> what is wrong, if anything
+        self._names: dict[nn.Parameter, str] = {}
+        self._patched: list[nn.Module] = []
+        self._handles: list[Any] = []
+
+    @property
+    def squared(self) -> dict[str, Tensor]:
+        """Squared norms ``[B]`` by qualified parameter name, for every parameter that has a gradient.
+
+        B counts the examples of all micro-batches, in their order. They are float32, or float64 for float64 gradients.
+
+        Raises:
+            UserError: a parameter's gradient does not come from the calls of its modules.
+        """
+        settled = [batch.settle() for batch in self._batches]
+        total = sum(batch.examples for batch in self._batches)
+        found = {}
+        for parameter, name in self._names.items():
+            if parameter not in self._arrived or name in self.left_out:
+                continue
+            wrong = self._arrived[parameter]
+            if not wrong and not any(parameter in squared for squared in settled):
+                wrong = "has a gradient that no call of its module computed"
+            if wrong:
+                if self._strict:
+                    raise UserError(f"per-example norms: {name} {wrong}; strict=False leaves it out")
+                self.left_out.append(name)
+                continue
+            parts = [
+                squared[parameter] if parameter in squared else torch.zeros(batch.examples, device=parameter.device)
+                for squared, batch in zip(settled, self._batches, strict=True)
+            ]
+            found[name] = torch.cat(parts) * float(total) ** 2
+        return found
+
+    def __enter__(self) -> per_example_norms:
+        try:
+            self._enter()
+        except BaseException:
+            self._leave()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave()
+        if error is None:
+            _ = self.squared  # raises if something is wrong
+
+    def _enter(self) -> None:
+        root = wrappers.unwrap(self._model)
+        if isinstance(self._model, nn.DataParallel):
+            raise UserError("per_example_norms: nn.DataParallel copies the modules; use DistributedDataParallel")
+        unknown = []
+        for name, module in wrappers.named_modules(self._model):
+            own = {leaf: one for leaf, one in module._parameters.items() if one is not None and one.requires_grad}
+            if not own or not self._wanted(name):
+                continue
+            for leaf, parameter in own.items():
+                self._names.setdefault(parameter, f"{name}.{leaf}" if name else leaf)
+            rule = rule_of(module)
+            if rule is None:
+                unknown.append(f"{name or 'the model'} ({type(module).__name__})")
+                self.left_out += [self._names[parameter] for parameter in own.values()]
+                continue
+            if any(type(parameter) is not nn.Parameter for parameter in own.values()):
+                raise UserError(f"per_example_norms: the parameters of {name} are {type(next(iter(own.values())))}")
+            if getattr(module, "_compiled_call_impl", None) is not None:
+                raise UserError(f"per_example_norms: {name} is compiled; use the model before it is compiled")
+            self._patch(name, module, rule)
+        if type(self._model).__name__ == "OptimizedModule":
+            raise UserError("per_example_norms: the model is compiled; pass the one that was given to torch.compile")
+        if unknown and self._strict:
+            raise UserError(
+                f"per_example_norms knows no rule for {', '.join(unknown)}: register_example_gradients adds one, "
+                "strict=False leaves their parameters out"
+            )
+        if not self._names:
+            raise UserError("per_example_norms: no parameter of these modules requires a gradient")
+        left_out = set(self.left_out)
+        for parameter, name in self._names.items():
+            if name not in left_out:
+                self._handles.append(parameter.register_hook(functools.partial(self._arrive, parameter)))
+        self._handles.append(root.register_forward_pre_hook(self._begin, with_kwargs=True))
+
+    def _wanted(self, name: str) -> bool:
+        return self._include is None or any(fnmatchcase(name, pattern) for pattern in self._include)
+
+    def _leave(self) -> None:
+        for module in self._patched:
+            del module.forward
+        for handle in self._handles:
+            handle.remove()
+        self._patched, self._handles = [], []
+
+    def _patch(self, name: str, module: nn.Module, rule: Rule) -> None:
+        forward = module.forward
+        names = {leaf: f"{name}.{leaf}" if name else leaf for leaf in module._parameters}
+
+        def recorded(*arguments: Any, **options: Any) -> Any:
+            own = {leaf: one for leaf, one in module._parameters.items() if one is not None and one in self._names}
+            batch = self._batch(name)
+            # Gradient checkpointing calls modules again inside the backward pass; that is the same use.
+            if torch._C._current_graph_task_id() == -1:
+                for leaf, parameter in own.items():
+                    batch.kinds.setdefault(parameter, []).append(kind_of(module, leaf))
+            if not torch.is_grad_enabled():
+                return forward(*arguments, **options)
+            uses = {leaf: Use(batch, one, names[leaf]) for leaf, one in own.items() if one.requires_grad}
+            return rule(module, forward, uses, *arguments, **options)
+
+        recorded.takes_targets = getattr(rule, "takes_targets", False)  # type: ignore[attr-defined]
+        module.forward = recorded
+        self._patched.append(module)
+
+    def _begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Begin a micro-batch, unless gradient checkpointing around the model calls it again."""
+        if torch._C._current_graph_task_id() != -1 and self._batches:
+            return
+        examples = self._examples
+        if examples is None:
+            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor) and x.ndim]
+            if not tensors:
+                raise UserError("per_example_norms: the model is called without a tensor; pass examples=B")
+            examples = len(tensors[0])
+        if examples < 1:
+            raise UserError("per_example_norms: the batch has no example")
+        self._batches.append(MicroBatch(examples, self._expected))
+
+    def _batch(self, name: str) -> MicroBatch:
+        if not self._batches:
+            if self._examples is None:
+                raise UserError(
+                    f"per_example_norms: {name} is called outside of the model's own forward pass; call the model "
+                    "inside the with block, or pass examples=B"
+                )
+            self._batches.append(MicroBatch(self._examples, self._expected))
+        return self._batches[-1]
+
+    def _arrive(self, parameter: nn.Parameter, g: Tensor) -> None:
+        """Compare the gradient of a parameter in this backward pass with what its modules computed."""
+        expected = self._expected.pop(parameter, None)
+        wrong = ""
+        if expected is None:
+            wrong = "has a gradient that no call of its module computed"
+        else:
+            found = g.detach()
+            found = (found.to_dense() if found.is_sparse else found).reshape(-1)[positions(parameter)].double()
+            bound = _CLOSE * torch.maximum(found.abs().amax(), expected.abs().amax())
+            if bool(((found - expected).abs() > bound).any()):
+                wrong = "has a gradient that its modules compute in part only"
+        self._arrived[parameter] = self._arrived.get(parameter) or wrong
