@@ -79,7 +79,7 @@ class Registry(Generic[T]):
         said = f"a function of ({', '.join(arguments)})"
         if not callable(function):
             raise UserError(f"{what} must be {said}")
-        with_options = arguments[-1] == "**options"
+        with_options = arguments[-1:] == ("**options",)
         try:
             signature = inspect.signature(function)
         except (TypeError, ValueError):

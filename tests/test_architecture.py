@@ -54,7 +54,7 @@ ORDER = [
         *("data.sources", "data.medline", "data.tasks", "data"),
         "optim",
     ),
-    *("runs", "training", "scaling", "report", "stages", "studies", "bench", "cli"),
+    *("runs", "scaling", "training", "report", "stages", "studies", "bench", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")

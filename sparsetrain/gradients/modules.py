@@ -86,13 +86,23 @@ def rule_of(module: nn.Module) -> Rule | None:
     names = {name for name, parameter in module._parameters.items() if parameter is not None}
     if is_conv1d(module) and names <= _AFFINE:
         return _conv1d
-    if type(module).__name__.endswith("RMSNorm") and names == {"weight"} and not isinstance(module, nn.RMSNorm):
+    if _is_foreign_norm(module):
         return _foreign_norm
     for kind, (rule, known) in _RULES.items():
         # A subclass with a forward method of its own may compute something else.
         if isinstance(module, kind) and type(module).forward is kind.forward and names <= known:
             return None if _unusual(module) else rule
     return None
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or RMSNorm with a rule."""
+    return rule_of(module) in (_norm, _foreign_norm)
+
+
+def _is_foreign_norm(module: nn.Module) -> bool:
+    names = [name for name, parameter in module._parameters.items() if parameter is not None]
+    return type(module).__name__.endswith("RMSNorm") and names == ["weight"] and not isinstance(module, nn.RMSNorm)
 
 
 def _unusual(module: nn.Module) -> bool:
@@ -284,4 +294,3 @@ _RULES: dict[type[nn.Module], tuple[Rule, set[str]]] = {
     nn.LayerNorm: (_norm, _AFFINE),
     nn.RMSNorm: (_norm, {"weight"}),
 }
-NORMS = (nn.LayerNorm, nn.RMSNorm)

@@ -49,6 +49,7 @@ SERIES: tuple[str, ...] = tuple(_SETTINGS["axes.prop_cycle"].by_key()["color"])
 MARKERS = ("o", "s", "^", "D", "v", "P")
 _WIDTH_INCHES = 5.2
 _MAX_POINTS = 600
+_NOISE_CAPTION = "Bands: 95 % intervals (Fieller) of averages over about 100 steps."
 _LOSS_CAPTION = (
     "Faint: the loss of each step. Line: its trailing mean. Points: validation. The vertical axis is fitted to what "
     "follows the first tenth."
@@ -79,6 +80,7 @@ def pictures(report: Report) -> list[Picture]:
     figures = [
         loss_curves(report, "pretrain"),
         bits_per_byte(report),
+        noise_scale(report),
         accuracy(report),
         loss_curves(report, "finetune"),
         loss_curves(report, "prompt"),
@@ -129,22 +131,41 @@ def loss_curves(report: Report, stage: str) -> Picture | None:
 
 def bits_per_byte(report: Report) -> Picture | None:
     """Return bits per byte of the validation text over training, or None; unlike losses, tokenizers do not matter."""
-    arms = [
-        (index, arm, *_series(_curve(arm, "pretrain"), "bits_per_byte")) for index, arm in enumerate(report["arms"])
-    ]
+    return _lines(report, "bits_per_byte", "Bits per byte, validation text", "bits per byte")
+
+
+def noise_scale(report: Report) -> Picture | None:
+    """Return the gradient noise scale of the norm layers over training, with its intervals; None if none was measured.
+
+    Where noise hides the gradient, the noise scale has no value and the line a gap.
+    """
+    return _lines(report, "noise_scale", "Gradient noise scale of the norm layers", "sequences", _NOISE_CAPTION)
+
+
+def _lines(report: Report, key: str, title: str, label: str, caption: str = "") -> Picture | None:
+    """Return a metric over the tokens of pre-training, with a band between ``key_low`` and ``key_high`` if there are.
+
+    A metric with a band has a logarithmic axis.
+    """
+    arms = [(index, arm, *_series(_curve(arm, "pretrain"), key)) for index, arm in enumerate(report["arms"])]
     arms = [entry for entry in arms if entry[2].size]
     if not arms:
         return None
-    title = "Bits per byte, validation text"
     with _axes(title) as (figure, axes):
-        for index, _, x, y in arms:
-            colour, marker = _look(index)
-            axes.plot(x, y, marker=marker, color=colour, linewidth=1.7, markersize=4.5)
-        _tokens_axis(axes, "bits per byte")
+        for index, arm, x, y in arms:
+            (colour, marker), points = _look(index), _curve(arm, "pretrain")
+            low, high = (dict(zip(*_series(points, f"{key}_{end}"), strict=True)) for end in ("low", "high"))
+            both = sorted(low.keys() & high.keys())
+            if both:
+                axes.fill_between(both, [low[at] for at in both], [high[at] for at in both], color=colour, alpha=0.15)
+                axes.set_yscale("log")
+            thinned = thin(x, y) if both else (x, y)
+            axes.plot(*thinned, marker=None if both else marker, color=colour, linewidth=1.7, markersize=4.5)
+        _tokens_axis(axes, label)
         _legend(axes, [(index, arm) for index, arm, _, _ in arms])
         svg = _svg(figure)
     ends = "; ".join(f"{clean(arm['name'])} ends at {y[-1]:.3f}" for _, arm, _, y in arms)
-    return Picture("bits-per-byte", title, svg, f"Line chart. {title} against tokens: {ends}.")
+    return Picture(key.replace("_", "-"), title, svg, f"Line chart. {title} against tokens: {ends}.", caption)
 
 
 def accuracy(report: Report) -> Picture | None:

@@ -36,6 +36,9 @@ class Point(TypedDict):
     lr: NotRequired[float | None]
     val_loss: NotRequired[float | None]
     bits_per_byte: NotRequired[float | None]
+    noise_scale: NotRequired[float | None]
+    noise_scale_low: NotRequired[float | None]
+    noise_scale_high: NotRequired[float | None]
 
 
 class Pretraining(TypedDict):

@@ -10,7 +10,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.bench import load_bench, print_bench
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
-from sparsetrain.report.tables import layer_masks, print_report, run_metrics
+from sparsetrain.report.tables import layer_masks, noise_scales, print_report, run_metrics
 from sparsetrain.report.text import scalar
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
@@ -77,6 +77,8 @@ def _show_stage(directory: Path, console: Console) -> None:
         if masks.get("rule", "Static") != "Static":
             say(console, f"{'masks':18} {scalar(masks['rule'])}")
             console.print(layer_masks(masks.get("layers", {})).rich())
+        if noise := result.get("noise_scale"):
+            console.print(noise_scales(noise).rich())
     else:
         say(console, f"{'status':18} {_status(directory)}; run the same command again to continue")
     if (directory / METRICS).exists():

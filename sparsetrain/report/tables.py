@@ -192,6 +192,16 @@ def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
     return Sheet("Masks", ("Layer", *keys.values()), tuple(rows))
 
 
+def noise_scales(found: Mapping[str, Any]) -> Sheet:
+    """Return the gradient noise scale of a run's norm layers, from its ``result.json``."""
+    rows = [
+        (clean(name), *(_metric(entry.get(key)) for key in ("value", "low", "high")))
+        for name, entry in {"all norm layers": found, **found.get("layers", {})}.items()
+    ]
+    note = "At the end, in sequences; 95 % interval. Empty: noise hides the gradient."
+    return Sheet("Gradient noise scale", ("Layer", "Noise scale", "From", "To"), tuple(rows), note)
+
+
 def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
     """Return the metrics of one run, from its ``metrics.jsonl``, in about ``limit`` rows at most.
 
@@ -200,7 +210,7 @@ def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
     masks changed.
     """
     columns = {"step": "Step", "tokens": "Tokens", "loss": "Loss", "val_loss": "Validation loss"}
-    columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate"}
+    columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate", "noise_scale": "Noise scale"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
     watched = {"density": "Density", "target_density": "Target", "itop_rate": "R_s", "mask_overlap": "Overlap"}
     changing = len({row["mask_overlap"] for row in rows if "mask_overlap" in row}) > 1

@@ -29,7 +29,7 @@ from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_
 # The weights to start from count by content (`origin.source_key`), not by path.
 INCIDENTAL = (
     *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
-    *("log_every", "checkpoint_every", "keep_last"),
+    *("log_every", "checkpoint_every", "keep_last", "observe"),
 )
 
 # Settings of the section data that the corpus does not depend on; the fingerprint of the corpus covers the others.

@@ -24,6 +24,15 @@ class Masks(TypedDict):
     layers: NotRequired[dict[str, dict[str, float | None]]]
 
 
+class NoiseScale(TypedDict):
+    """The gradient noise scale in sequences, with its 95 % interval; null where noise hides the gradient."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    layers: NotRequired[dict[str, NoiseScale]]
+
+
 class Result(TypedDict):
     """``result.json`` of a stage. Losses are in nats; a loss is null if the run diverged before it was measured."""
 
@@ -49,6 +58,7 @@ class Result(TypedDict):
     majority: NotRequired[Fraction | None]
     flops: NotRequired[dict[str, float] | None]
     masks: NotRequired[Masks | None]
+    noise_scale: NotRequired[NoiseScale | None]
 
 
 def load_result(path: Path) -> dict[str, Any]:

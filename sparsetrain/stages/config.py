@@ -24,6 +24,7 @@ from sparsetrain.shapes import INT64, refused
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.config import STATIC
+from sparsetrain.training.noise_scale import NOISE_SCALE, OBSERVERS
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
@@ -50,6 +51,7 @@ class RunConfig:
         schedule: the learning-rate schedule.
         budget: the length, batch size and phases of the run.
         loop: evaluation, checkpoints, precision and other settings of the training loop.
+        observe: an observer, such as ``noise_scale``, or a list of observers; they do not change the result.
         seed: seed of everything without a seed of its own.
         data_seed: seed of the order of the samples; null takes ``seed``.
         init_from: a run directory, whose model, tokenizer and weights the run starts from.
@@ -69,6 +71,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    observe: Any = None  # a name, or a list of names
     seed: int = 0
     data_seed: int | None = None
     init_from: str | None = None
@@ -91,6 +94,12 @@ class RunConfig:
                 "is unknown with budget.batch_size led by gns; it takes rule=static"
             )
         check_choice("device", self.device, DEVICES)
+        if not isinstance(self.observe, str | list | None):
+            raise UserError(f"observe={self.observe} must be the name of an observer, or a list of names")
+        for name in self.observers():
+            OBSERVERS.check(name)
+        if len(set(self.observers())) < len(self.observers()):
+            raise UserError(f"observe={self.observe} names an observer twice")
         check_backend(self.sparsity.backend, "sparsity.backend")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
@@ -111,6 +120,11 @@ class RunConfig:
                 raise UserError(f"{name}={size} is not divisible by {by}{hint}")
         if self.budget.led is not None and self.budget.led.multiple % unit:
             raise UserError(f"budget.batch_size.multiple={self.budget.led.multiple} is not divisible by {by}")
+
+    def observers(self) -> list[str]:
+        """Return the names of the observers, with the one that a batch size led by the noise scale needs."""
+        named = [self.observe] if isinstance(self.observe, str) else list(self.observe or [])
+        return named if self.budget.led is None or NOISE_SCALE in named else [*named, NOISE_SCALE]
 
     @property
     def samples_seed(self) -> int:

@@ -118,7 +118,8 @@ def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]
 
 
 def _curve(directory: Path) -> list[Row]:
-    keep = ("step", "tokens", "loss", "lr", "val_loss", "bits_per_byte")
+    noise = ("noise_scale", "noise_scale_low", "noise_scale_high")
+    keep = ("step", "tokens", "loss", "lr", "val_loss", "bits_per_byte", *noise)
     if not (directory / METRICS).exists():
         return []
     return [{key: record[key] for key in keep if key in record} for record in read_metrics(directory / METRICS)]

@@ -40,7 +40,7 @@ from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.masks import seeded, starts_sparse
 from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.training.loop import Samples, Trainer, load_weights
-from sparsetrain.training.observers import Metrics, Observer, Progress, noise_scale_of
+from sparsetrain.training.observers import OBSERVERS, Metrics, Observer, Progress, noise_scale_of
 from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
 
 C = TypeVar("C", bound=RunConfig)
@@ -229,6 +229,8 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         "commit": commit(),
         **stage.entries(),
     }
+    chosen = [OBSERVERS[name]() for name in config.observers()]
+    observers = [*usual_observers(directory, budget, masks, console), *chosen, *more]
     trainer = Trainer(
         module=module,
         samples=stage.samples(),
@@ -245,13 +247,13 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         autocast=autocast,
         title=stage.title,
         console=console,
-        observers=[*usual_observers(directory, budget, masks, console), *more],
+        observers=observers,
         masks=masks,
     )
     if config.parameterization.follow == "density":
         trainer.follow = partial(follow_density, module, optimizer)
     if budget.config.led is not None:
-        trainer.noise_scale = noise_scale_of(more)
+        trainer.noise_scale = noise_scale_of(observers)
     try:
         with clock.paused():
             state = trainer.run()
@@ -270,6 +272,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
             **progress_entries(state, clock),
             **({"decisions": [asdict(made) for made in budget.decisions]} if budget.config.led is not None else {}),
             **scored,
+            **{key: value for observer in observers for key, value in observer.result().items()},
             "trained_parameters": trained,
             "model": asdict(network.config),
             "config": as_plain(config),

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -184,13 +184,16 @@ class Trainer:
         ]
         targets = [int((batch.targets >= 0).sum()) for batch in batches]
         total = torch.zeros((), device=self.device)
-        for batch, count in zip(batches, targets, strict=True):
-            with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-                # Weighted by its number of targets, so that accumulation does not change the mean.
-                micro_loss = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
-            with self._ranking(factor):  # RigL ranks dense gradients inside the backward pass
-                micro_loss.backward()
-            total += micro_loss.detach()
+        with ExitStack() as watching:
+            for observer in self.observers:
+                watching.enter_context(observer.passes())
+            for batch, count in zip(batches, targets, strict=True):
+                with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+                    # Weighted by its number of targets, so that accumulation does not change the mean.
+                    micro_loss = self.module(**batch.to(self.device).inputs()) * (count / sum(targets))
+                with self._ranking(factor):  # RigL ranks dense gradients inside the backward pass
+                    micro_loss.backward()
+                total += micro_loss.detach()
         loss = total.item()
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         norm = float(nn.utils.clip_grad_norm_(parameters, self.clip if self.clip > 0 else math.inf))
@@ -207,6 +210,9 @@ class Trainer:
             self.config.log_every, state.step, state.step == self.schedule.total_steps
         )
         watched = self.masks.watch() if logged and self.masks is not None else {}
+        observed: dict[str, Any] = {}
+        for observer in self.observers if logged else ():
+            observed |= observer.measured()
         state.samples_seen += phase.batch_size
         tokens = sum(batch.tokens.numel() for batch in batches)
         state.tokens_seen += tokens
@@ -225,6 +231,8 @@ class Trainer:
             share=budget.tokens_at(state.step) / budget.tokens,
             total_steps=budget.total_steps,
             masks=watched,
+            observed=observed,
+            notes="  ".join(filter(None, (observer.note() for observer in self.observers if logged))),
         )
 
     @contextmanager

@@ -7,6 +7,7 @@ observer is saved with every checkpoint, and a resumed run restores it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import nn
 from sparsetrain.errors import UserError
 from sparsetrain.optim.batch_size import Decision
 from sparsetrain.optim.budget import Phase
+from sparsetrain.registry import Registry
 from sparsetrain.runs.metrics import MetricsLog
 from sparsetrain.runs.optimizer_state import JSON
 from sparsetrain.training.progress import ProgressBar
@@ -60,6 +62,8 @@ class StepDone:
         total_steps: optimizer steps of the whole run, as far as it is known: the noise scale may lead to fewer.
         logged: whether to record this step (every ``loop.log_every`` steps, the first and the last).
         masks: metrics of the masks, at logged steps only.
+        observed: what the observers measured, at logged steps only.
+        notes: what the progress line shows of that.
     """
 
     step: int
@@ -75,6 +79,8 @@ class StepDone:
     share: float
     total_steps: int
     masks: Mapping[str, float] = field(default_factory=dict)
+    observed: Mapping[str, Any] = field(default_factory=dict)
+    notes: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,21 @@ class Observer:
     def start(self, run: RunStart) -> None:
         """Called once before the first step, after ``restore`` if the run is resumed."""
 
+    def passes(self) -> AbstractContextManager[Any]:
+        """Return a context for the forward and backward passes of a step.
+
+        When it ends, the gradients are complete and not yet clipped.
+        """
+        return nullcontext()
+
+    def measured(self) -> Mapping[str, Any]:
+        """Return what this observer measured up to the present step, as entries of its record of metrics."""
+        return {}
+
+    def note(self) -> str:
+        """Return the same in a few words, for the progress line."""
+        return ""
+
     def step(self, done: StepDone) -> None:
         """Called after every optimizer step, before the gradients are freed."""
 
@@ -115,8 +136,40 @@ class Observer:
     def restore(self, state: Mapping[str, JSON]) -> None:
         """Restore the state that `state` returned for the checkpoint that the run resumes from."""
 
+    def result(self) -> Mapping[str, Any]:
+        """Return entries for the result of a complete run."""
+        return {}
+
     def close(self) -> None:
         """Called when the run ends, also after an error."""
+
+
+OBSERVERS: Registry[Callable[[], Observer]] = Registry("observer", "observe", calls={"": ()})
+"""The observers that ``observe`` can name."""
+
+
+def register_observer(name: str, make: Callable[[], Observer] | None = None) -> Any:
+    """Make an observer available by name, for ``observe=NAME`` of every verb that trains.
+
+    ```python
+    @register_observer("loudness")
+    class Loudness(Observer): ...
+    ```
+
+    Args:
+        name: ASCII letters, digits, ``_``, ``-`` and ``.``, the first one a letter.
+        make: a class of observers, or a function without arguments that returns one; without it the call returns a
+            decorator.
+
+    Returns:
+        ``make``, or the decorator.
+
+    Raises:
+        UserError: the name is malformed or taken, or ``make`` needs arguments.
+    """
+    if make is None:
+        return OBSERVERS.register(name)
+    return OBSERVERS.register(name, make)
 
 
 class Progress(Observer):
@@ -140,6 +193,7 @@ class Progress(Observer):
                 f"density {done.masks['density']:.3g} (target {done.masks['target_density']:.3g})  "
                 f"R_s {done.masks['itop_rate']:.2f}  overlap {done.masks['mask_overlap']:.2f}"
             )
+        more = "  ".join(filter(None, (more, done.notes)))
         self.bar.update(
             *(done.step, done.total_steps, done.share),
             *(done.loss, done.lr, done.tokens_per_second, done.flops_per_second),
@@ -185,6 +239,7 @@ class Metrics(Observer):
             **({"phase": done.phase.index} if self.phases else {}),
             **({"batch_size": done.phase.batch_size} if self.sizes else {}),
             **done.masks,
+            **done.observed,
         )
 
     def decision(self, made: Decision) -> None:

@@ -157,7 +157,7 @@ def test_every_setting_counts_but_the_incidental_ones_and_the_datas(configure: C
     run = identify(verb, settings_of(configure, verb), TEXT)
     incidental = {
         *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
-        *("log_every", "checkpoint_every", "keep_last"),
+        *("log_every", "checkpoint_every", "keep_last", "observe"),
     }
     for path in leaves(run.schema, run.values):
         changed = copy.deepcopy(run)
