@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.functions import Linear, bias_gradient, record_table
-from sparsetrain.gradients.record import Kind, Use, wide
+from sparsetrain.gradients.record import Kind, Use, positions, wide
 from sparsetrain.models.cross_entropy import cross_entropy
 from sparsetrain.models.head import Head, Reduction, loss_of_logits
+from sparsetrain.models.norm import LayerNorm, RMSNorm, normalise
 from sparsetrain.models.soft_prompt import SoftPrompt
 from sparsetrain.sparsity import SparseLinear
 from sparsetrain.sparsity.layers.foreign import is_conv1d
@@ -227,29 +228,43 @@ def _soft_prompt(module: SoftPrompt, forward: Rule, uses: Uses, slots: Tensor) -
 
 
 def _norm(module: Any, forward: Rule, uses: Uses, input: Tensor) -> Tensor:
-    """LayerNorm and RMSNorm over one or more last dimensions."""
-    output: Tensor = forward(input)
+    """LayerNorm and RMSNorm over the last dimension, or over several of them."""
     if not uses:
+        output: Tensor = forward(input)
         return output
     shape = tuple(module.normalized_shape)
+    some = next(iter(uses.values()))
+    rows = some.by_example(input.flatten(-len(shape)) if len(shape) > 1 else input)
+    rms = isinstance(module, nn.RMSNorm)
+    if len(shape) > 1 or input.is_nested:
+        return cast(Tensor, _watched(forward(input), lambda g: _gains(module, uses, input, g, rms)))
 
-    def record(g: Tensor) -> None:
-        some = next(iter(uses.values()))
-        if "weight" in uses:
-            # Without gain and bias the same function gives the normalised input.
-            x = wide(input.detach())
-            if isinstance(module, nn.LayerNorm):
-                x = F.layer_norm(x, shape, eps=module.eps)
-            else:
-                x = F.rms_norm(x, shape, eps=torch.finfo(input.dtype).eps if module.eps is None else module.eps)
-            uses["weight"].add_parts(_over_rows(some, wide(g) * x, shape))
-        if "bias" in uses:
-            uses["bias"].add_parts(_over_rows(some, wide(g), shape))
+    def collect(*found: Tensor | None) -> None:
+        for name, squares, total in zip(("weight", "bias"), found[:2], found[2:], strict=True):
+            if name in uses and squares is not None and total is not None and uses[name].alone:
+                uses[name].add(squares)
+                uses[name].expect(total[positions(total)])
 
-    for use in uses.values():
-        use.by_example(input.flatten(-len(shape)) if len(shape) > 1 else input)
-    result: Tensor = _watched(output, record)
-    return result
+    def share(g: Tensor) -> None:
+        several = {name: use for name, use in uses.items() if not use.alone}
+        if several:
+            _gains(module, several, input, g, rms)
+
+    output = normalise(rows, module.weight, None if rms else module.bias, module.eps, rms, collect).view_as(input)
+    return cast(Tensor, _watched(output, share))
+
+
+def _gains(module: Any, uses: Uses, x: Tensor, g: Tensor, rms: bool) -> None:
+    """Record the gradients of gain and bias of a norm from its input and the gradient of its output."""
+    shape = tuple(module.normalized_shape)
+    if "weight" in uses:
+        # Without gain and bias the same function gives the normalised input.
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        wider = wide(x.detach())
+        normal = F.rms_norm(wider, shape, eps=eps) if rms else F.layer_norm(wider, shape, eps=eps)
+        uses["weight"].add_parts(_over_rows(uses["weight"], wide(g) * normal, shape))
+    if "bias" in uses:
+        uses["bias"].add_parts(_over_rows(uses["bias"], wide(g), shape))
 
 
 def _foreign_norm(module: nn.Module, forward: Rule, uses: Uses, *arguments: Any, **options: Any) -> Any:
@@ -293,4 +308,6 @@ _RULES: dict[type[nn.Module], tuple[Rule, set[str]]] = {
     SoftPrompt: (_soft_prompt, {"vectors"}),
     nn.LayerNorm: (_norm, _AFFINE),
     nn.RMSNorm: (_norm, {"weight"}),
+    LayerNorm: (_norm, _AFFINE),
+    RMSNorm: (_norm, {"weight"}),
 }

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -26,8 +26,9 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import cpu_norm
 from sparsetrain.sparsity.layers.ops import dispatched
 
-# Takes the squared norms of the gradients of weight and bias, float32 [B]; None for one that has no gradient.
-Norms = Callable[[Tensor | None, Tensor | None], None]
+# Takes the squared norms of the examples' gradients of weight and of bias, float32 [B], and then the gradients of both,
+# [F]; None for a parameter that has no gradient.
+Norms = Callable[[Tensor | None, Tensor | None, Tensor | None, Tensor | None], None]
 
 # The elements of x from which the kernels are no slower than torch, forward and backward together and on one thread,
 # since a call of theirs costs some 100 us beside its work. Torch computes RMSNorm by several operations.
@@ -76,9 +77,9 @@ def normalise(
         eps: added to the variance, or to the mean square; None, for RMSNorm alone, is the machine epsilon.
         rms: whether to compute RMSNorm.
         norms: called in the backward pass with the squared norms of each example's gradient of ``weight`` and of
-            ``bias``, each float32 ``[B]``, or None for one that has no gradient; not called if neither has one. The
-            gradient of an example is its share of the gradient of what ``backward`` was called on. An ``x`` with one
-            dimension is one example.
+            ``bias``, each float32 ``[B]``, and then with the gradients of both, ``[F]``; None for a parameter without a
+            gradient; not called if neither has one. The gradient of an example is its share of the gradient of what
+            ``backward`` was called on. An ``x`` with one dimension is one example.
 
     Raises:
         UserError: RMSNorm with a bias, LayerNorm without ``eps``, or norms inside of a compiler, a tracer or a
@@ -188,7 +189,7 @@ class _Fused(torch.autograd.Function):
             dx, sums, squares = _kernels(x).backward(g, x, weight, moments, _examples(x), ctx.rms)
             of_weight, of_bias = sums
             if ctx.norms is not None and (need_weight or need_bias):
-                ctx.norms(squares[0] if need_weight else None, squares[1] if need_bias else None)
+                ctx.norms(*_needed(squares, need_weight, need_bias), *_needed(sums, need_weight, need_bias))
         return (
             dx,
             # Copies, since the two are parts of one tensor.
@@ -248,13 +249,18 @@ def _tell(norms: Norms, g: Tensor, x: Tensor, eps: float, rms: bool, need_weight
         raise RuntimeError("norms of examples cannot be collected inside of a transform of torch.func")
     with torch.no_grad():
         g, h = _wider(g), _normal(x, eps, rms)[0]
-        norms(_squares(g * h) if need_weight else None, _squares(g) if need_bias else None)
+        sums = [_by_example(g * h) if need_weight else None, _by_example(g) if need_bias else None]
+        squares = (None if one is None else one.square().sum(1).float() for one in sums)
+        norms(*squares, *(None if one is None else one.sum(0) for one in sums))
 
 
-def _squares(terms: Tensor) -> Tensor:
-    """Return the squared norm of the sum of each example's rows, float32 ``[B]``."""
-    sums = terms[None] if terms.ndim == 1 else terms.flatten(1, -2).sum(1) if terms.ndim > 2 else terms
-    return sums.square().sum(1).float()
+def _needed(pair: Sequence[Tensor], first: bool, second: bool) -> tuple[Tensor | None, Tensor | None]:
+    return pair[0] if first else None, pair[1] if second else None
+
+
+def _by_example(terms: Tensor) -> Tensor:
+    """Return the sum of each example's rows, ``[B, F]``."""
+    return terms[None] if terms.ndim == 1 else terms.flatten(1, -2).sum(1) if terms.ndim > 2 else terms
 
 
 def _differentiable(

@@ -34,10 +34,13 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Collected(list[tuple[Tensor | None, Tensor | None]]):
-    """Receives norms."""
+    """Receives norms, and the gradients."""
 
-    def __call__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+    gradients: tuple[Tensor | None, ...] = ()
+
+    def __call__(self, weight: Tensor | None, bias: Tensor | None, *gradients: Tensor | None) -> None:
         self.append((weight, bias))
+        self.gradients = gradients
 
 
 @contextlib.contextmanager
@@ -139,6 +142,8 @@ def test_norms_of_a_networks_mean_loss_are_right_to_a_hundred_thousandth(rms: bo
     collected = Collected()
     loss(*padded(given), collected).backward()  # type: ignore[arg-type]
     ((of_weight, of_bias),) = collected
+    for gradient, leaf in zip(collected.gradients, given[1:], strict=False):
+        torch.testing.assert_close(gradient, leaf.grad)
     wide = nn.Linear(64, 30).double()
     wide.load_state_dict(head.state_dict())
     for place in range(6):
