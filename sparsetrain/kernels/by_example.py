@@ -39,6 +39,24 @@ from sparsetrain.kernels.simd.tiles import PIECES, TILE, add_and_square, clear, 
 from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share, sharers
 
+
+@Kernel
+def add_part(
+    team: Team,
+    part: Annotated[Array, float32["== count"]],
+    total: Annotated[Output, float32["== count"]],
+    count: Int,
+    squares: Annotated[Output, float32["== threads"]],
+) -> None:
+    """Add one example's part of a dense gradient to the sum, and write the sum of its squares, by thread.
+
+    Args:
+        squares: of threads that did not take part, they stay as they are.
+    """
+    first, last, index = share(team, tiles(count))
+    squares[index] = add_and_square(part, first * TILE, total, first * TILE, min(count, last * TILE) - first * TILE)
+
+
 _EXAMPLES = where["examples > 0 and tokens % examples == 0"]
 
 
