@@ -229,7 +229,8 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
         "commit": commit(),
         **stage.entries(),
     }
-    chosen = [OBSERVERS[name]() for name in config.observers()]
+    given = {observer.name for observer in more}
+    chosen = [OBSERVERS[name]() for name in config.observers() if name not in given]
     observers = [*usual_observers(directory, budget, masks, console), *chosen, *more]
     trainer = Trainer(
         module=module,

@@ -17,12 +17,16 @@ from sparsetrain.gradients.modules import is_norm
 from sparsetrain.gradients.per_example import per_example_norms
 from sparsetrain.runs.optimizer_state import JSON
 from sparsetrain.scaling.noise import NoiseScale
-from sparsetrain.training.observers import OBSERVERS, Observer, RunStart, register_observer
+from sparsetrain.training.observers import NOISE_SCALE, OBSERVERS, Observer, RunStart, register_observer
 
-__all__ = ["OBSERVERS", "NoiseScaleObserver"]  # a configuration imports the registry from here, with its entries
+__all__ = [
+    "NOISE_SCALE",
+    "OBSERVERS",
+    "NoiseScaleObserver",
+]  # a configuration imports the registry from here, with its entries
 
 
-@register_observer("noise_scale")
+@register_observer(NOISE_SCALE)
 class NoiseScaleObserver(Observer):
     """Measures the gradient noise scale of the LayerNorms and RMSNorms of a model, and leaves the training as it is.
 
@@ -35,7 +39,7 @@ class NoiseScaleObserver(Observer):
         layers: of each norm layer, by qualified name.
     """
 
-    name = "noise_scale"
+    name = NOISE_SCALE
 
     def __init__(self) -> None:
         self.scale = NoiseScale()

@@ -144,6 +144,8 @@ class Observer:
         """Called when the run ends, also after an error."""
 
 
+NOISE_SCALE = "noise_scale"  # the observer that may lead the batch size
+
 OBSERVERS: Registry[Callable[[], Observer]] = Registry("observer", "observe", calls={"": ()})
 """The observers that ``observe`` can name."""
 
@@ -273,6 +275,6 @@ def noise_scale_of(observers: Sequence[Observer]) -> Callable[[], float]:
     """
     for observer in observers:
         scale = getattr(observer, "scale", None)
-        if observer.name == "noise_scale" and scale is not None:
+        if observer.name == NOISE_SCALE and scale is not None:
             return lambda: float(scale.value)
     raise UserError("budget.batch_size=gns needs an observer that measures the noise scale: observe=noise_scale")
