@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.runs.optimizer_state import JSON
 from sparsetrain.runs.result import RunResult
 from sparsetrain.stages import PretrainConfig, pretrain
-from sparsetrain.training.observers import Observer, StepDone
+from sparsetrain.training.observers import Observer, StepDone, noise_scale_of
 from sparsetrain.training.state import Interrupted
 
 Configure = Callable[..., Any]
@@ -145,8 +146,14 @@ def test_the_noise_scale_leads_and_what_it_led_to_is_written_down(configure: Con
     assert rates[-1] == pytest.approx(4e-3 * (1600 - 1344) / (1600 - 160))
 
 
-def test_without_a_measurement_no_run_is_led(configure: Configure, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"budget.batch_size=gns needs an observer that measures the noise scale"):
-        run(configure(PretrainConfig, changes("gns"), run_dir=tmp_path / "alone"))
+def test_a_led_run_brings_the_observer_and_refuses_masks_that_move(configure: Configure, tmp_path: Path) -> None:
+    directory = tmp_path / "led"
+    run(configure(PretrainConfig, changes("gns"), run_dir=directory))
+    result = json.loads((directory / "result.json").read_text())
+    values = {record["step"]: record["noise_scale"] for record in records(directory) if "noise_scale_low" in record}
+    assert result["decisions"]
+    assert all(made["noise_scale"] == values[made["step"]] for made in result["decisions"])
+    with pytest.raises(UserError, match="needs an observer that measures the noise scale"):
+        noise_scale_of([])
     with pytest.raises(UserError, match=r"sparsity.evolution.rule=rigl acts at fractions of the steps, whose number"):
         configure(PretrainConfig, {**changes("gns"), "sparsity.evolution": {"rule": "rigl"}})
