@@ -78,7 +78,7 @@ def _show_stage(directory: Path, console: Console) -> None:
             say(console, f"{'masks':18} {scalar(masks['rule'])}")
             console.print(layer_masks(masks.get("layers", {})).rich())
         if noise := result.get("noise_scale"):
-            console.print(noise_scales(noise).rich())
+            console.print(noise_scales(noise, result.get("noise_scale_all")).rich())
     else:
         say(console, f"{'status':18} {_status(directory)}; run the same command again to continue")
     if (directory / METRICS).exists():

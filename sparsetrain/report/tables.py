@@ -192,11 +192,15 @@ def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
     return Sheet("Masks", ("Layer", *keys.values()), tuple(rows))
 
 
-def noise_scales(found: Mapping[str, Any]) -> Sheet:
-    """Return the gradient noise scale of a run's norm layers, from its ``result.json``."""
+def noise_scales(found: Mapping[str, Any], whole: Mapping[str, Any] | None) -> Sheet:
+    """Return the gradient noise scale of a run's layers, from the entries of its ``result.json``.
+
+    Args:
+        found: of the norm layers, and of each layer. whole: of all parameters, if it was measured.
+    """
+    named = {"all norm layers": found, **({"all parameters": whole} if whole else {}), **found.get("layers", {})}
     rows = [
-        (clean(name), *(_metric(entry.get(key)) for key in ("value", "low", "high")))
-        for name, entry in {"all norm layers": found, **found.get("layers", {})}.items()
+        (clean(name), *(_metric(entry.get(key)) for key in ("value", "low", "high"))) for name, entry in named.items()
     ]
     note = "At the end, in sequences; 95 % interval. Empty: noise hides the gradient."
     return Sheet("Gradient noise scale", ("Layer", "Noise scale", "From", "To"), tuple(rows), note)

@@ -59,6 +59,7 @@ class Result(TypedDict):
     flops: NotRequired[dict[str, float] | None]
     masks: NotRequired[Masks | None]
     noise_scale: NotRequired[NoiseScale | None]
+    noise_scale_all: NotRequired[NoiseScale | None]
 
 
 def load_result(path: Path) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from sparsetrain.shapes import INT64, refused
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.config import STATIC
-from sparsetrain.training.noise_scale import NOISE_SCALE, OBSERVERS
+from sparsetrain.training.noise_scale import NOISE_SCALE, NOISE_SCALE_ALL, OBSERVERS
 from sparsetrain.training.state import DEVICES, LoopConfig
 
 T = TypeVar("T")
@@ -100,6 +100,8 @@ class RunConfig:
             OBSERVERS.check(name)
         if len(set(self.observers())) < len(self.observers()):
             raise UserError(f"observe={self.observe} names an observer twice")
+        if {NOISE_SCALE, NOISE_SCALE_ALL} <= set(self.observers()):
+            raise UserError(f"observe={self.observe}: {NOISE_SCALE_ALL} measures what {NOISE_SCALE} does; name one")
         check_backend(self.sparsity.backend, "sparsity.backend")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")
@@ -124,7 +126,8 @@ class RunConfig:
     def observers(self) -> list[str]:
         """Return the names of the observers, with the one that a batch size led by the noise scale needs."""
         named = [self.observe] if isinstance(self.observe, str) else list(self.observe or [])
-        return named if self.budget.led is None or NOISE_SCALE in named else [*named, NOISE_SCALE]
+        lead = self.budget.led is not None and not {NOISE_SCALE, NOISE_SCALE_ALL} & set(named)
+        return [*named, NOISE_SCALE] if lead else named
 
     @property
     def samples_seed(self) -> int:

@@ -17,7 +17,14 @@ from sparsetrain.gradients.modules import is_norm
 from sparsetrain.gradients.per_example import per_example_norms
 from sparsetrain.runs.optimizer_state import JSON
 from sparsetrain.scaling.noise import NoiseScale
-from sparsetrain.training.observers import NOISE_SCALE, OBSERVERS, Observer, RunStart, register_observer
+from sparsetrain.training.observers import (
+    NOISE_SCALE,
+    NOISE_SCALE_ALL,
+    OBSERVERS,
+    Observer,
+    RunStart,
+    register_observer,
+)
 
 __all__ = [
     "NOISE_SCALE",
@@ -31,35 +38,39 @@ class NoiseScaleObserver(Observer):
     """Measures the gradient noise scale of the LayerNorms and RMSNorms of a model, and leaves the training as it is.
 
     Their per-example norms cost next to nothing, and their noise scale follows that of all parameters up to a factor
-    (arXiv 2411.00999). Norms are measured before clipping. The noise scale of all norm layers is not the mean of theirs
+    (arXiv 2411.00999). Norms are measured before clipping. The noise scale of several layers is not the mean of theirs
     but that of the sums of their squared norms.
 
     Attributes:
         scale: of all norm layers together, in sequences; averages over about 100 steps.
-        layers: of each norm layer, by qualified name.
+        layers: of each layer, by qualified name.
     """
 
     name = NOISE_SCALE
+    everything = False
 
     def __init__(self) -> None:
         self.scale = NoiseScale()
         self.layers: dict[str, NoiseScale] = {}
         self._module: nn.Module | None = None
+        self._norms: set[str] = set()
 
     def start(self, run: RunStart) -> None:
-        """Find the norm layers.
+        """Find the layers.
 
         Raises:
             UserError: no norm layer has a parameter that trains.
         """
         self._module = run.module
-        names = [
-            name
+        trains = {
+            name: module
             for name, module in wrappers.named_modules(run.module)
-            if is_norm(module) and any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-        ]
-        if not names:
+            if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+        }
+        self._norms = {name for name, module in trains.items() if is_norm(module)}
+        if not self._norms:
             raise UserError("observe=noise_scale: no LayerNorm or RMSNorm of the model has a parameter that trains")
+        names = trains if self.everything else [name for name in trains if name in self._norms]
         self.layers = {name: self.layers.get(name, NoiseScale()) for name in names}
 
     @contextmanager
@@ -67,40 +78,46 @@ class NoiseScaleObserver(Observer):
         """Measure one step.
 
         Raises:
-            UserError: the step has a single example, from which noise cannot be told.
+            UserError: the step has a single example, from which noise cannot be told; or, if all parameters are
+                measured, a module has no rule.
         """
         assert self._module is not None
-        norms = per_example_norms(self._module, include=[glob.escape(name) for name in self.layers])
+        include = None if self.everything else [glob.escape(name) for name in self._norms]
+        norms = per_example_norms(self._module, include)
         with norms:
             yield
-        small: dict[str, float] = dict.fromkeys(self.layers, 0.0)
-        big = dict(small)
-        examples = 0
-        gradients = {name: one.grad for name, one in wrappers.named_parameters(self._module) if one.grad is not None}
-        with torch.no_grad():
-            for name, squared in norms.squared.items():
-                layer, examples = name.rpartition(".")[0], len(squared)
-                small[layer] += float(squared.double().mean())
-                big[layer] += float(gradients[name].double().square().sum())
+        squared = norms.squared
+        examples = len(next(iter(squared.values()), ()))
         if examples < 2:
             raise UserError(
                 f"observe=noise_scale: a step has {examples} example; budget.batch_size must be at least 2, since the "
                 "noise is the difference between examples"
             )
-        if not all(map(math.isfinite, (*small.values(), *big.values()))):
-            return  # the loop says that the run diverged
-        for name, scale in self.layers.items():
-            scale.update(small[name], big[name], big=examples)
-        self.scale.update(sum(small.values()), sum(big.values()), big=examples)
+        gradients = dict(wrappers.named_parameters(self._module))
+        small: dict[str, float] = {}
+        big: dict[str, float] = {}
+        with torch.no_grad():
+            for name, of_examples in squared.items():
+                layer, gradient = name.rpartition(".")[0], gradients[name].grad
+                assert gradient is not None
+                small[layer] = small.get(layer, 0.0) + float(of_examples.double().mean())
+                big[layer] = big.get(layer, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+        if all(map(math.isfinite, (*small.values(), *big.values()))):  # else the loop says that the run diverged
+            self.add(small, big, examples)
+
+    def add(self, small: Mapping[str, float], big: Mapping[str, float], examples: int) -> None:
+        """Add a step: by layer, the mean of the examples' squared norms, and that of the batch of ``examples``."""
+        for name in small:
+            self.layers[name].update(small[name], big[name], big=examples)
+        norms = self._norms & small.keys()
+        if norms:
+            self.scale.update(sum(small[name] for name in norms), sum(big[name] for name in norms), big=examples)
 
     def measured(self) -> Mapping[str, Any]:
         """Return the noise scale, its 95 % interval and that of each layer; null where noise hides the gradient."""
-        low, high = self.scale.interval()
         return {
-            "noise_scale": _finite(self.scale.value),
-            "noise_scale_low": _finite(low),
-            "noise_scale_high": _finite(high),
-            "noise_scale_layers": {name: _finite(scale.value) for name, scale in self.layers.items()},
+            **_entries(self.name, self.scale),
+            f"{self.name}_layers": {name: _finite(scale.value) for name, scale in self.layers.items()},
         }
 
     def note(self) -> str:
@@ -108,17 +125,11 @@ class NoiseScaleObserver(Observer):
         return f"noise scale {self.scale.value:.3g} [{low:.3g}, {high:.3g}]"
 
     def result(self) -> Mapping[str, Any]:
-        layers = {}
-        for name, scale in self.layers.items():
-            low, high = scale.interval()
-            layers[name] = {"value": _finite(scale.value), "low": _finite(low), "high": _finite(high)}
-        low, high = self.scale.interval()
-        whole = {"value": _finite(self.scale.value), "low": _finite(low), "high": _finite(high)}
-        return {"noise_scale": {**whole, "layers": layers}}
+        return {self.name: {**_ends(self.scale), "layers": {name: _ends(scale) for name, scale in self.layers.items()}}}
 
     def state(self) -> dict[str, JSON]:
         layers: dict[str, JSON] = {name: scale.state_dict() for name, scale in self.layers.items()}
-        return {"all": self.scale.state_dict(), "layers": layers}
+        return {"norms": self.scale.state_dict(), "layers": layers}
 
     def restore(self, state: Mapping[str, JSON]) -> None:
         """Go on from a checkpoint.
@@ -126,14 +137,65 @@ class NoiseScaleObserver(Observer):
         Raises:
             UserError: the state is damaged.
         """
-        whole, layers = state.get("all"), state.get("layers")
-        if not isinstance(whole, dict) or not isinstance(layers, dict):
-            raise UserError("the checkpoint's state of the observer noise_scale is damaged")
-        self.scale.load_state_dict(whole)
-        for name, one in layers.items():
-            if not isinstance(one, dict):
-                raise UserError(f"the checkpoint's state of the observer noise_scale is damaged at {name}")
-            self.layers.setdefault(name, NoiseScale()).load_state_dict(one)
+        self.scale.load_state_dict(_section(state, "norms"))
+        layers = _section(state, "layers")
+        for name in layers:
+            self.layers.setdefault(name, NoiseScale()).load_state_dict(_section(layers, name))
+
+
+@register_observer(NOISE_SCALE_ALL)
+class WholeNoiseScaleObserver(NoiseScaleObserver):
+    """Measures the gradient noise scale of all parameters too, by the per-example norms of every layer.
+
+    It costs some per cent of a step, and shows how far that of the norm layers stands for it.
+
+    Attributes:
+        whole: of all parameters together.
+    """
+
+    everything = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = NoiseScale()
+
+    def add(self, small: Mapping[str, float], big: Mapping[str, float], examples: int) -> None:
+        super().add(small, big, examples)
+        self.whole.update(sum(small.values()), sum(big.values()), big=examples)
+
+    def measured(self) -> Mapping[str, Any]:
+        return {**super().measured(), **_entries(NOISE_SCALE_ALL, self.whole)}
+
+    def note(self) -> str:
+        return f"{super().note()}, of all {self.whole.value:.3g}"
+
+    def result(self) -> Mapping[str, Any]:
+        return {**super().result(), NOISE_SCALE_ALL: _ends(self.whole)}
+
+    def state(self) -> dict[str, JSON]:
+        return {**super().state(), "whole": self.whole.state_dict()}
+
+    def restore(self, state: Mapping[str, JSON]) -> None:
+        super().restore(state)
+        if "whole" in state:
+            self.whole.load_state_dict(_section(state, "whole"))
+
+
+def _section(state: Mapping[str, JSON], name: str) -> dict[str, Any]:
+    found = state.get(name)
+    if not isinstance(found, dict):
+        raise UserError(f"the checkpoint's state of the observer {NOISE_SCALE} is damaged at {name}")
+    return found
+
+
+def _ends(scale: NoiseScale) -> dict[str, float | None]:
+    low, high = scale.interval()
+    return {"value": _finite(scale.value), "low": _finite(low), "high": _finite(high)}
+
+
+def _entries(name: str, scale: NoiseScale) -> dict[str, float | None]:
+    ends = _ends(scale)
+    return {name: ends["value"], f"{name}_low": ends["low"], f"{name}_high": ends["high"]}
 
 
 def _finite(number: float) -> float | None:

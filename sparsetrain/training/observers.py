@@ -144,7 +144,7 @@ class Observer:
         """Called when the run ends, also after an error."""
 
 
-NOISE_SCALE = "noise_scale"  # the observer that may lead the batch size
+NOISE_SCALE, NOISE_SCALE_ALL = "noise_scale", "noise_scale_all"  # either may lead the batch size
 
 OBSERVERS: Registry[Callable[[], Observer]] = Registry("observer", "observe", calls={"": ()})
 """The observers that ``observe`` can name."""

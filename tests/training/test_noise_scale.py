@@ -17,7 +17,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.show import show_run
 from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.stages import PretrainConfig, pretrain
-from sparsetrain.training.noise_scale import NoiseScaleObserver
+from sparsetrain.training.noise_scale import NoiseScaleObserver, WholeNoiseScaleObserver
 from sparsetrain.training.observers import RunStart
 from sparsetrain.training.state import Interrupted
 
@@ -36,34 +36,37 @@ class Net(nn.Module):
         return out
 
 
-def _start(module: nn.Module) -> NoiseScaleObserver:
-    observer = NoiseScaleObserver()
+def _start(module: nn.Module, observer: NoiseScaleObserver | None = None) -> NoiseScaleObserver:
+    observer = observer or NoiseScaleObserver()
     observer.start(RunStart("run", Path(), 0, 3, module))
     return observer
 
 
-def test_the_estimate_is_that_of_gradients_taken_one_by_one() -> None:
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_estimate_is_that_of_gradients_taken_one_by_one(everything: bool) -> None:
     net, generator, expected = Net(), torch.Generator().manual_seed(0), NoiseScale()
-    observer = _start(net)
+    observer = _start(net, WholeNoiseScaleObserver() if everything else NoiseScaleObserver())
+    measured = [one for one in net.parameters() if one.requires_grad] if everything else list(net.norm.parameters())
     for _ in range(3):
         x = torch.randn(4, 5, 6, generator=generator)
         singles = []
         for one in x:
             net.zero_grad()
             net(one[None]).square().mean().backward()
-            singles.append(torch.cat([net.norm.weight.grad, net.norm.bias.grad]))  # type: ignore[list-item]
+            singles.append(torch.cat([one.grad.flatten() for one in measured if one.grad is not None]))
         together = torch.stack(singles)
         expected.update(float(together.square().sum(1).mean()), float(together.mean(0).square().sum()), big=4)
         net.zero_grad()
         with observer.passes():
             for half in x.chunk(2):
                 (net(half).square().mean() / 2).backward()
-    assert list(observer.layers) == ["norm"]
-    assert observer.scale.value == pytest.approx(expected.value, rel=1e-4)
-    assert observer.scale.interval() == pytest.approx(expected.interval(), rel=1e-4)
+    assert list(observer.layers) == (["norm", "out"] if everything else ["norm"])
+    found = observer.whole if isinstance(observer, WholeNoiseScaleObserver) else observer.scale
+    assert found.value == pytest.approx(expected.value, rel=1e-4)
+    assert found.interval() == pytest.approx(expected.interval(), rel=1e-4)
 
 
-def test_what_cannot_be_measured_is_said_in_one_line() -> None:
+def test_what_cannot_be_measured_is_said_in_one_line(configure: Configure) -> None:
     with pytest.raises(UserError, match="no LayerNorm or RMSNorm of the model has a parameter that trains"):
         _start(nn.Linear(2, 2))
     net = Net()
@@ -97,8 +100,9 @@ def test_an_observed_run_has_the_bits_of_one_that_is_not_and_reports_the_noise_s
 def test_a_resumed_run_goes_on_with_its_averages(
     configure: Configure, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(configure(PretrainConfig, NOISE, run_dir=tmp_path / "whole"), screen)
-    config = configure(PretrainConfig, NOISE, run_dir=tmp_path / "cut")
+    noise = {**NOISE, "observe": "noise_scale_all"}
+    pretrain(configure(PretrainConfig, noise, run_dir=tmp_path / "whole"), screen)
+    config = configure(PretrainConfig, noise, run_dir=tmp_path / "cut")
     with monkeypatch.context() as patch:
         stop_after(patch, 7, accumulation=2)
         with pytest.raises(Interrupted):
