@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+import sparsetrain.report.registry
+import sparsetrain.training.observers  # noqa: F401 - all registries must exist before `registries` copies them
 from sparsetrain import plugins
 from sparsetrain.cli import main
 from sparsetrain.cli.verbs import VERBS
