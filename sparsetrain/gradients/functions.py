@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain.gradients.record import Use, positions, wide
+from sparsetrain.gradients.record import Use, direction, wide
 from sparsetrain.sparsity.backends.cpu import enough
 
 # Elements of one example's gradient that are computed at a time. Smaller products cost more than the caches save,
@@ -94,8 +94,19 @@ def matrix_gradient(use: Use, g: Tensor, x: Tensor, turn: bool = False) -> Tenso
     else:
         gradient = first.flatten(0, 1).t() @ second.flatten(0, 1)
         use.defer(lambda example: first[example].t().double() @ second[example].double())
-    use.expect(gradient.reshape(-1)[positions(use.parameter)])
+    use.expect(_digest_of_product(first, second), rounding(first) * float(wide(second).norm()))
     return gradient
+
+
+def _digest_of_product(g: Tensor, x: Tensor) -> Tensor:
+    """Return `digest` of ``sum_b g_b^T x_b`` from ``[B, T, M]`` and ``[B, T, K]``."""
+    left, right = (wide(one) @ direction(one.shape[2], one.device).to(wide(one).dtype) for one in (g, x))
+    return (left.double() * right.double()).sum()[None]
+
+
+def rounding(g: Tensor) -> float:
+    """Return the norm of a gradient times the unit roundoff of its type: what sums of its elements may be off by."""
+    return 64.0 * torch.finfo(g.dtype).eps * float(torch.linalg.vector_norm(g.detach(), dtype=torch.float64))
 
 
 class Linear(torch.autograd.Function):
@@ -113,7 +124,9 @@ class Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.uses, ctx.turn = (of_weight, of_bias), turn
-        return F.linear(x, weight.t() if turn else weight, bias)
+        y = F.linear(x.reshape(-1, x.shape[-1]), weight.t() if turn else weight, bias)
+        # Autograd must not see a view: views that a function returns cannot be changed in place.
+        return y if x.ndim == 2 else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[1]))
 
     @staticmethod
     @once_differentiable
@@ -136,7 +149,7 @@ class Linear(torch.autograd.Function):
 
 def bias_gradient(use: Use, g: Tensor) -> Tensor:
     """Return the gradient ``[M]`` of a bias from that of the output ``[..., M]``, and record its norms."""
-    return use.add_parts(wide(use.by_example(g)).sum(1))
+    return use.add_parts(wide(use.by_example(g)).sum(1), rounding(g))
 
 
 def record_table(use: Use, ids: Tensor, g: Tensor) -> None:
@@ -167,17 +180,5 @@ def record_table(use: Use, ids: Tensor, g: Tensor) -> None:
             return g.new_zeros(rows, width).index_add_(0, ids[example].clamp_min(0), g[example])
 
         use.defer(gradient)
-    use.expect(_sample_of_table(use.parameter, ids, g))
-
-
-def _sample_of_table(table: Tensor, ids: Tensor, g: Tensor) -> Tensor:
-    """Return the gradient of a table at its `positions`, from ids ``[B, T]`` and gradients ``[B, T, D]``."""
-    where = positions(table)
-    of_row, of_column = where // table.shape[1], where % table.shape[1]
-    sample = g.new_zeros(len(where), dtype=torch.float64)
-    flat, rows = ids.flatten(), g.flatten(0, 1)
-    wanted = torch.isin(flat, of_row).nonzero()[:, 0]
-    # Sampled elements by tokens whose row is sampled; several elements may lie in one row.
-    hits = flat[wanted][:, None] == of_row[None, :]
-    token, element = hits.nonzero(as_tuple=True)
-    return sample.index_add_(0, element, rows[wanted[token], of_column[element]].double())
+    left, right = (direction(size, g.device).to(g.dtype) for size in use.parameter.shape)
+    use.expect((left[ids.clamp_min(0)].double() * (g @ right).double()).sum()[None], rounding(g))

@@ -8,6 +8,7 @@ read the gradient of the output in a hook.
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.functions import Linear, bias_gradient, record_table
-from sparsetrain.gradients.record import Kind, Use, positions, wide
+from sparsetrain.gradients.record import Kind, Use, digest, wide
 from sparsetrain.models.cross_entropy import cross_entropy
 from sparsetrain.models.head import Head, Reduction, loss_of_logits
 from sparsetrain.models.norm import LayerNorm, RMSNorm, normalise
@@ -45,9 +46,9 @@ def register_example_gradients(kind: type[nn.Module], function: ExampleGradients
 
     Args:
         kind: the class of modules; subclasses need a registration of their own.
-        function: called in the backward pass with the module, the positional arguments of its forward call and the
-            gradient of its output; returns, for each parameter by its name in the module, the gradients that the B
-            examples contribute, ``[B, *shape]``. Without it the call returns a decorator.
+        function: called in the backward pass with the module, the arguments of its forward call, a tuple in the order
+            of its signature, and the gradient of its output; returns, for each parameter by its name in the module, the
+            gradients that the B examples contribute, ``[B, *shape]``. Without it the call returns a decorator.
 
     Returns:
         ``function``, or the decorator.
@@ -61,8 +62,13 @@ def register_example_gradients(kind: type[nn.Module], function: ExampleGradients
         return lambda decorated: register_example_gradients(kind, decorated)
 
     def rule(module: nn.Module, forward: Callable[..., Any], uses: Uses, *arguments: Any, **options: Any) -> Any:
+        inputs = inspect.signature(forward).bind(*arguments, **options).args
+
         def record(g: Tensor) -> None:
-            for name, parts in function(module, arguments, g).items():
+            found = function(module, inputs, g)
+            if not isinstance(found, Mapping):
+                raise UserError(f"the rule of {type(module).__name__} gave {found!r}; it must give {{name: gradients}}")
+            for name, parts in found.items():
                 if name in uses:
                     shape = (uses[name].examples, *uses[name].parameter.shape)
                     if parts.shape != shape:
@@ -80,7 +86,8 @@ def register_example_gradients(kind: type[nn.Module], function: ExampleGradients
 
 def rule_of(module: nn.Module) -> Rule | None:
     """Return the rule for a module with parameters of its own, or None if there is none."""
-    if "forward" in vars(module):  # somebody replaced it
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:  # somebody replaced it
         return None
     if type(module) in _OWN:
         return _OWN[type(module)]
@@ -148,12 +155,18 @@ def _product(module: Any, uses: Uses, x: Tensor, turn: bool) -> Tensor:
     return output
 
 
-def _linear(module: nn.Linear, forward: Rule, uses: Uses, input: Tensor) -> Tensor:
-    return _product(module, uses, input, turn=False)
+def _linear(module: nn.Linear, forward: Rule, uses: Uses, *arguments: Tensor, **options: Tensor) -> Tensor:
+    return _product(module, uses, _only(arguments, options), turn=False)
 
 
-def _conv1d(module: nn.Module, forward: Rule, uses: Uses, x: Tensor) -> Tensor:
-    return _product(module, uses, x, turn=True)
+def _only(arguments: tuple[Tensor, ...], options: Mapping[str, Tensor]) -> Tensor:
+    """Return the one argument of a call, whatever its name is."""
+    (x,) = (*arguments, *options.values())
+    return x
+
+
+def _conv1d(module: nn.Module, forward: Rule, uses: Uses, *arguments: Tensor, **options: Tensor) -> Tensor:
+    return _product(module, uses, _only(arguments, options), turn=True)
 
 
 def _head(
@@ -198,16 +211,14 @@ def _embedding(module: nn.Embedding, forward: Rule, uses: Uses, input: Tensor) -
     if use is None:
         return output
     ids = input
-    if ids.ndim < 2 or ids.shape[0] != use.examples:
+    if _shared(ids, use.examples):
         # Positions, which all examples share: each example gets a view of its own, so that its gradient is its own.
-        ids = ids if ids.ndim > 1 and ids.shape[0] == 1 else ids[None]
-        if ids.ndim > 2 and ids.shape[0] != 1:
-            use.by_example(output)
-        ids = ids.expand(use.examples, *ids.shape[1:])
-        output = (
-            output.expand(use.examples, *output.shape[-ids.ndim :])
-            if output.ndim == ids.ndim + 1
-            else (output[None].expand(use.examples, *output.shape))
+        ids = (ids if ids.ndim == 2 else ids[None]).expand(use.examples, -1)
+        output = (output if input.ndim == 2 else output[None]).expand(use.examples, -1, -1)
+    elif ids.ndim == 0 or ids.shape[0] != use.examples:
+        raise UserError(
+            f"per-example norms of {use.name}: its table is read at ids of shape {tuple(ids.shape)}, whose first "
+            f"dimension must be the {use.examples} examples of the batch, or 1"
         )
     ids = ids.reshape(use.examples, -1)
     if module.padding_idx is not None:
@@ -216,6 +227,13 @@ def _embedding(module: nn.Embedding, forward: Rule, uses: Uses, input: Tensor) -
     width = module.weight.shape[1]
     result: Tensor = _watched(output, lambda g: record_table(use, ids, g.reshape(use.examples, -1, width)))
     return result
+
+
+def _shared(ids: Tensor, examples: int) -> bool:
+    """Whether ids ``[T]`` or ``[1, T]`` are positions that all examples share, and not one id for each example."""
+    if ids.ndim == 2:
+        return ids.shape[0] == 1 and examples > 1
+    return ids.ndim == 1 and (len(ids) != examples or bool((ids.diff() == 1).all()))
 
 
 def _soft_prompt(module: SoftPrompt, forward: Rule, uses: Uses, slots: Tensor) -> Tensor:
@@ -227,8 +245,9 @@ def _soft_prompt(module: SoftPrompt, forward: Rule, uses: Uses, slots: Tensor) -
     return output
 
 
-def _norm(module: Any, forward: Rule, uses: Uses, input: Tensor) -> Tensor:
+def _norm(module: Any, forward: Rule, uses: Uses, *arguments: Tensor, **options: Tensor) -> Tensor:
     """LayerNorm and RMSNorm over the last dimension, or over several of them."""
+    input = _only(arguments, options)
     if not uses:
         output: Tensor = forward(input)
         return output
@@ -243,14 +262,17 @@ def _norm(module: Any, forward: Rule, uses: Uses, input: Tensor) -> Tensor:
         for name, squares, total in zip(("weight", "bias"), found[:2], found[2:], strict=True):
             if name in uses and squares is not None and total is not None and uses[name].alone:
                 uses[name].add(squares)
-                uses[name].expect(total[positions(total)])
+                uses[name].expect(digest(total))
 
     def share(g: Tensor) -> None:
         several = {name: use for name, use in uses.items() if not use.alone}
         if several:
             _gains(module, several, input, g, rms)
 
-    output = normalise(rows, module.weight, None if rms else module.bias, module.eps, rms, collect).view_as(input)
+    rows = input if input.ndim > 2 else rows
+    output = normalise(rows, module.weight, None if rms else module.bias, module.eps, rms, collect)
+    # A view could not be changed in place.
+    output = output if output.shape == input.shape else torch.ops.aten._unsafe_view(output, input.shape)
     return cast(Tensor, _watched(output, share))
 
 
@@ -278,7 +300,8 @@ def _foreign_norm(module: nn.Module, forward: Rule, uses: Uses, *arguments: Any,
         return output
 
     def record(g: Tensor) -> None:
-        one, none = (_with_gain(module, fill)(*arguments, **options) for fill in (1.0, 0.0))
+        # Not by a call, which would run the hooks of the module.
+        one, none = (_with_gain(module, fill).forward(*arguments, **options) for fill in (1.0, 0.0))
         shape = tuple(use.parameter.shape)
         use.add_parts(_over_rows(use, wide(g) * (wide(one) - wide(none)), shape))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from sparsetrain import wrappers
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import Rule, kind_of, rule_of
-from sparsetrain.gradients.record import MicroBatch, Use, positions
+from sparsetrain.gradients.record import MicroBatch, Use, digest
 
-_CLOSE = 1.0 / 64.0  # of the largest sampled element; gradients may have been rounded to bfloat16 on their way
+_CLOSE = 1.0 / 32.0  # of the size of a gradient, which may have been rounded to bfloat16 on its way
 
 
 class per_example_norms:  # noqa: N801 - it is called like a function
@@ -39,11 +39,12 @@ class per_example_norms:  # noqa: N801 - it is called like a function
     process gets the norms of its own examples.
 
     Args:
-        model: its batch dimension is the first one, and all layers see the examples in their order.
+        model: its batch dimension is the first one, and all layers see the examples in their order. A layer that sees
+            the tokens first is refused by its shape, so try a new model with another number of tokens than of examples.
         include: patterns of qualified module names whose parameters are wanted, such as ``["*norm*"]``; None for all.
         strict: refuse modules whose rule is unknown. Otherwise `left_out` lists their parameters. Rules of your own:
             `sparsetrain.register_example_gradients`.
-        examples: B of each forward pass; None takes it from the first dimension of the model's first tensor.
+        examples: B of each forward pass; None takes it from the first dimension of the model's tensors.
 
     Attributes:
         left_out: qualified names of parameters without norms.
@@ -68,7 +69,7 @@ class per_example_norms:  # noqa: N801 - it is called like a function
         self._model, self._include, self._strict, self._examples = model, include, strict, examples
         self.left_out: list[str] = []
         self._batches: list[MicroBatch] = []
-        self._expected: dict[nn.Parameter, Tensor] = {}
+        self._expected: dict[nn.Parameter, tuple[Tensor, float]] = {}
         self._arrived: dict[nn.Parameter, str] = {}  # parameters that have a gradient -> what is wrong, if anything
         self._names: dict[nn.Parameter, str] = {}
         self._patched: list[nn.Module] = []
@@ -78,13 +79,15 @@ class per_example_norms:  # noqa: N801 - it is called like a function
     def squared(self) -> dict[str, Tensor]:
         """Squared norms ``[B]`` by qualified parameter name, for every parameter that has a gradient.
 
-        B counts the examples of all micro-batches, in their order. They are float32, or float64 for float64 gradients.
+        B counts the examples of all micro-batches that had a backward pass, in their order. The norms are float32, or
+        float64 for float64 gradients.
 
         Raises:
             UserError: a parameter's gradient does not come from the calls of its modules.
         """
-        settled = [batch.settle() for batch in self._batches]
-        total = sum(batch.examples for batch in self._batches)
+        batches = [batch for batch in self._batches if not batch.open and batch.kinds]
+        settled = [batch.settle() for batch in batches]
+        total = sum(batch.examples for batch in batches)
         found = {}
         for parameter, name in self._names.items():
             if parameter not in self._arrived or name in self.left_out:
@@ -99,7 +102,7 @@ class per_example_norms:  # noqa: N801 - it is called like a function
                 continue
             parts = [
                 squared[parameter] if parameter in squared else torch.zeros(batch.examples, device=parameter.device)
-                for squared, batch in zip(settled, self._batches, strict=True)
+                for squared, batch in zip(settled, batches, strict=True)
             ]
             found[name] = torch.cat(parts) * float(total) ** 2
         return found
@@ -133,7 +136,10 @@ class per_example_norms:  # noqa: N801 - it is called like a function
             rule = rule_of(module)
             if rule is None:
                 unknown.append(f"{name or 'the model'} ({type(module).__name__})")
-                self.left_out += [self._names[parameter] for parameter in own.values()]
+                if isinstance(vars(module).get("forward"), _Recorded):
+                    raise UserError(f"per_example_norms: {name or 'the model'} is inside such a context already")
+                names = (self._names[parameter] for parameter in own.values())
+                self.left_out += [one for one in names if one not in self.left_out]
                 continue
             if any(type(parameter) is not nn.Parameter for parameter in own.values()):
                 raise UserError(f"per_example_norms: the parameters of {name} are {type(next(iter(own.values())))}")
@@ -166,38 +172,48 @@ class per_example_norms:  # noqa: N801 - it is called like a function
         self._patched, self._handles = [], []
 
     def _patch(self, name: str, module: nn.Module, rule: Rule) -> None:
-        forward = module.forward
-        names = {leaf: f"{name}.{leaf}" if name else leaf for leaf in module._parameters}
-
-        def recorded(*arguments: Any, **options: Any) -> Any:
-            own = {leaf: one for leaf, one in module._parameters.items() if one is not None and one in self._names}
-            batch = self._batch(name)
-            # Gradient checkpointing calls modules again inside the backward pass; that is the same use.
-            if torch._C._current_graph_task_id() == -1:
-                for leaf, parameter in own.items():
-                    batch.kinds.setdefault(parameter, []).append(kind_of(module, leaf))
-            if not torch.is_grad_enabled():
-                return forward(*arguments, **options)
-            uses = {leaf: Use(batch, one, names[leaf]) for leaf, one in own.items() if one.requires_grad}
-            return rule(module, forward, uses, *arguments, **options)
-
-        recorded.takes_targets = getattr(rule, "takes_targets", False)  # type: ignore[attr-defined]
-        module.forward = recorded
+        module.forward = _Recorded(self, name, module, rule)
         self._patched.append(module)
+
+    def call(self, recorded: _Recorded, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Call a module in the place of its forward method."""
+        module, name, forward = recorded.module, recorded.name, recorded.forward
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **options)
+        if torch._C._are_functorch_transforms_active():
+            raise UserError(f"per_example_norms: {name} is called inside a transform of torch.func")
+        in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and any(batch.open for batch in self._batches[:-1]):
+            raise UserError(
+                "per_example_norms: gradient checkpointing calls layers again while two forward passes await their "
+                "backward pass; call backward before the next forward pass"
+            )
+        batch, uses = self._batch(name), {}
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and parameter in self._names and parameter.requires_grad:
+                batch.count(parameter, kind_of(module, leaf), in_backward)
+                uses[leaf] = Use(batch, parameter, f"{name}.{leaf}" if name else leaf)
+        return recorded.rule(module, forward, uses, *arguments, **options)
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Begin a micro-batch, unless gradient checkpointing around the model calls it again."""
         if torch._C._current_graph_task_id() != -1 and self._batches:
             return
+        tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor) and x.ndim]
+        tensors = [x for x in tensors if x.ndim > 1] or tensors
+        sizes = {len(x) for x in tensors}
+        sizes = sizes - {1} or sizes
         examples = self._examples
         if examples is None:
-            tensors = [x for x in (*arguments, *options.values()) if isinstance(x, Tensor) and x.ndim]
-            if not tensors:
-                raise UserError("per_example_norms: the model is called without a tensor; pass examples=B")
-            examples = len(tensors[0])
+            if len(sizes) != 1:
+                shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "none"
+                raise UserError(f"per_example_norms: the model's tensors ({shapes}) do not tell B; pass examples=B")
+            (examples,) = sizes
         if examples < 1:
             raise UserError("per_example_norms: the batch has no example")
-        self._batches.append(MicroBatch(examples, self._expected))
+        first = next((x for x in tensors if len(x) == examples), None)
+        rows = examples if first is None or first.ndim < 2 else examples * first.shape[1]
+        self._batches.append(MicroBatch(examples, rows, self._expected))
 
     def _batch(self, name: str) -> MicroBatch:
         if not self._batches:
@@ -206,7 +222,7 @@ class per_example_norms:  # noqa: N801 - it is called like a function
                     f"per_example_norms: {name} is called outside of the model's own forward pass; call the model "
                     "inside the with block, or pass examples=B"
                 )
-            self._batches.append(MicroBatch(self._examples, self._expected))
+            self._batches.append(MicroBatch(self._examples, self._examples, self._expected))
         return self._batches[-1]
 
     def _arrive(self, parameter: nn.Parameter, g: Tensor) -> None:
@@ -216,9 +232,32 @@ class per_example_norms:  # noqa: N801 - it is called like a function
         if expected is None:
             wrong = "has a gradient that no call of its module computed"
         else:
-            found = g.detach()
-            found = (found.to_dense() if found.is_sparse else found).reshape(-1)[positions(parameter)].double()
-            bound = _CLOSE * torch.maximum(found.abs().amax(), expected.abs().amax())
-            if bool(((found - expected).abs() > bound).any()):
+            (computed, magnitude), found = expected, g.detach()
+            found = found.to_dense() if found.is_sparse else found
+            size = torch.linalg.vector_norm(found, torch.inf if found.ndim != 2 else 2, dtype=torch.float64)
+            apart = (digest(found) - computed).abs().amax()
+            if not bool(apart <= _CLOSE * torch.maximum(size, computed.abs().amax()) + magnitude):
                 wrong = "has a gradient that its modules compute in part only"
         self._arrived[parameter] = self._arrived.get(parameter) or wrong
+
+
+class _Recorded:
+    """Stands in for the forward method of a module; a copy of the module has its own forward method."""
+
+    def __init__(self, context: per_example_norms, name: str, module: nn.Module, rule: Rule) -> None:
+        self.context, self.name, self.module, self.rule = context, name, module, rule
+        self.forward = module.forward
+        self.takes_targets = getattr(rule, "takes_targets", False)
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        return self.context.call(self, arguments, options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _own_forward(memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> Any:
+        return _own_forward, (self.module,)
+
+
+def _own_forward(module: nn.Module) -> Any:
+    return MethodType(type(module).forward, module)

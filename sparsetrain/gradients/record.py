@@ -8,6 +8,7 @@ table that is embedding and head at once, see `Tied`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -19,13 +20,28 @@ from sparsetrain.errors import UserError
 Kind = Literal["matrix", "table", "other"]
 Gradient = Callable[[int], Tensor]  # from an example to its share of the gradient, in the parameter's shape
 
-_SAMPLE = 256  # elements of a gradient that are compared with what the layers computed
+_SAMPLE = 256  # elements of a vector that are compared with what the layers computed
 
 
-def positions(parameter: Tensor) -> Tensor:
-    """Return evenly spaced places of a parameter's elements, int64, at which gradients are compared."""
-    count = min(_SAMPLE, parameter.numel())
-    return torch.linspace(0, parameter.numel() - 1, count, dtype=torch.float64, device=parameter.device).long()
+@functools.lru_cache(maxsize=256)
+def direction(size: int, device: torch.device) -> Tensor:
+    """Return a vector ``[size]`` of normal draws, the same for a size, onto which gradients are projected."""
+    return torch.randn(size, generator=torch.Generator().manual_seed(size)).to(device)
+
+
+def digest(gradient: Tensor) -> Tensor:
+    """Return a few numbers that are linear in a parameter's gradient, by which two gradients are compared.
+
+    Of a matrix G ``[M, N]`` it is ``a^T G b`` for two random vectors, in which a difference of the size e shows as a
+    draw of the deviation e, wherever it is; of other shapes, evenly spaced elements.
+    """
+    gradient = wide(gradient.detach())
+    if gradient.ndim == 2:
+        left, right = (direction(size, gradient.device) for size in gradient.shape)
+        return ((gradient @ right.to(gradient.dtype)) @ left.to(gradient.dtype)).double()[None]
+    count = min(_SAMPLE, gradient.numel())
+    places = torch.linspace(0, gradient.numel() - 1, count, dtype=torch.float64, device=gradient.device).long()
+    return gradient.reshape(-1)[places].double()
 
 
 class MicroBatch:
@@ -33,16 +49,36 @@ class MicroBatch:
 
     Args:
         examples: B, the leading dimension of the model's input.
-        expected: receives samples of the gradients that the layers compute, see `Use.expect`.
+        rows: B times T, for an input ``[B, T, ...]``: how many rows a layer may see as one matrix.
+        expected: receives what the layers add to the gradients, see `Use.expect`.
     """
 
-    def __init__(self, examples: int, expected: dict[nn.Parameter, Tensor]) -> None:
-        self.examples, self.expected = examples, expected
+    def __init__(self, examples: int, rows: int, expected: dict[nn.Parameter, tuple[Tensor, float]]) -> None:
+        self.examples, self.rows, self.expected = examples, rows, expected
+        self.recomputed: dict[nn.Parameter, int] = {}  # calls inside the backward pass, by gradient checkpointing
         self.kinds: dict[nn.Parameter, list[Kind]] = {}  # of the uses in the forward pass
         self.ids: dict[nn.Parameter, Tensor] = {}  # [B, T], the rows that were taken of a table
         self.tied: dict[nn.Parameter, Tied] = {}
         self._squared: dict[nn.Parameter, Tensor] = {}
         self._deferred: dict[nn.Parameter, list[Gradient]] = {}
+
+    def count(self, parameter: nn.Parameter, kind: Kind, in_backward: bool) -> None:
+        """Count a use of a parameter.
+
+        Gradient checkpointing calls a layer again inside the backward pass. That is a use only if the first call was
+        without gradients, as the reentrant kind makes it.
+        """
+        uses = self.kinds.setdefault(parameter, [])
+        if in_backward:
+            self.recomputed[parameter] = self.recomputed.get(parameter, 0) + 1
+            if self.recomputed[parameter] <= len(uses):
+                return
+        uses.append(kind)
+
+    @property
+    def open(self) -> bool:
+        """Whether it has uses, and no backward pass has come."""
+        return bool(self.kinds) and not (self._squared or self._deferred)
 
     def add(self, parameter: nn.Parameter, squared: Tensor, name: str) -> None:
         """Record the squared norms ``[B]`` of a parameter."""
@@ -65,7 +101,8 @@ class MicroBatch:
                 for gradient in gradients[1:]:
                     whole = whole + gradient(example).double()
                 squared.append(whole.square().sum())
-            self._squared[parameter] = torch.stack(squared).float()
+            exact = torch.stack(squared).detach()
+            self._squared[parameter] = exact if parameter.dtype == torch.float64 else exact.float()
         self._deferred.clear()
         for parameter, tied in self.tied.items():
             if parameter not in self._squared and tied.squared is not None:
@@ -99,10 +136,12 @@ class Use:
     def by_example(self, x: Tensor) -> Tensor:
         """Return a layer's input or the gradient of its output as ``[B, rows, features]``.
 
+        A matrix may also have a row for each token of the model's input, example after example.
+
         Raises:
-            UserError: the leading dimension is not that of the examples, and the rows do not divide among them.
+            UserError: the leading dimension is not that of the examples.
         """
-        if x.ndim == 2 and x.shape[0] % self.examples == 0:  # rows of all examples, one after the other
+        if x.ndim == 2 and x.shape[0] == self.batch.rows:
             return x.reshape(self.examples, -1, x.shape[1])
         if x.ndim < 2 or x.shape[0] != self.examples:
             raise UserError(
@@ -121,21 +160,25 @@ class Use:
         """Keep this use's share of the gradients; for a parameter with several uses."""
         self.batch.defer(self.parameter, gradient, self.name)
 
-    def add_parts(self, parts: Tensor) -> Tensor:
-        """Record the gradients ``[B, *shape]`` themselves, and return their sum."""
+    def add_parts(self, parts: Tensor, magnitude: float = 0.0) -> Tensor:
+        """Record the gradients ``[B, *shape]`` themselves, and return their sum; for ``magnitude`` see `expect`."""
         total = parts.sum(0)
-        self.expect(total.reshape(-1)[positions(self.parameter)])
+        self.expect(digest(total), magnitude)
         if self.alone:
             self.add(wide(parts).square().flatten(1).sum(1))
         else:
             self.defer(lambda example: parts[example])
         return total
 
-    def expect(self, sample: Tensor) -> None:
-        """Say what this use adds to the gradient of the parameter at its `positions`."""
-        before = self.batch.expected.get(self.parameter)
-        sample = sample.detach().double()
-        self.batch.expected[self.parameter] = sample if before is None else before + sample
+    def expect(self, found: Tensor, magnitude: float = 0.0) -> None:
+        """Say what this use adds to the gradient of the parameter.
+
+        Args:
+            found: `digest` of it.
+            magnitude: norm of the terms that it is a sum of, where they may cancel: it bounds the rounding.
+        """
+        before, size = self.batch.expected.get(self.parameter, (None, 0.0))
+        self.batch.expected[self.parameter] = (found if before is None else before + found, size + magnitude)
 
     def add_rows(self, squared: Tensor, rows: Tensor) -> None:
         """Record a tied matrix's norms ``[B]`` and the rows ``[B, T, D]`` of its gradients at `Tied.ids`."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparsetrain.gradients.functions import weight_gradient
-from sparsetrain.gradients.record import Use, positions
+from sparsetrain.gradients.record import Use, digest
 
 IGNORED = -100  # a target that does not count
 # Maximum logits held at once. On a CPU a chunk should fit into the cache, but below 256 tokens the pass over the weight
@@ -89,7 +89,7 @@ class _CrossEntropy(torch.autograd.Function):
                     grad_weight.add(grad, h)
             start += len(h)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
-        ctx.weight, ctx.hidden_dtype = grad_weight, inputs[0].dtype
+        ctx.weight, ctx.hidden_dtype, ctx.weight_dtype = grad_weight, inputs[0].dtype, inputs[1].dtype
         return total / count if len(targets) else total * torch.nan
 
     @staticmethod
@@ -101,6 +101,7 @@ class _CrossEntropy(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight * grad
             ctx.weight.report(grad, grad_weight)
+            grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -115,6 +116,7 @@ class _WeightGradient:
         self.total, self._use = torch.zeros_like(weight), use
         if use is None:
             return
+        self.total = wide(self.total)  # of the examples' parts, which are added one after the other
         self._left, self._example = list(lengths), 0
         self._part: Tensor | None = None  # the gradient of an example of several chunks
         self._squared = wide(weight[:0]).new_zeros(len(lengths))
@@ -158,7 +160,7 @@ class _WeightGradient:
             use.add(squared)
         else:
             use.add_rows(squared, self._rows * wide(scale))
-        use.expect(total.reshape(-1)[positions(use.parameter)])
+        use.expect(digest(total))
 
 
 def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:

@@ -100,7 +100,12 @@ def normalise(
         return y
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or _transformed():
         raise UserError("normalise: norms cannot be collected inside of torch.compile, a tracer or torch.func")
-    return _Watched.apply(y, x, weight, bias, eps, rms, norms)
+    needed = tuple(one is not None and one.requires_grad for one in (weight, bias))
+    if y.requires_grad:
+        exact = torch.finfo(_wider(x[:0]).dtype).eps if eps is None else eps
+        seen = x.detach()
+        y.register_hook(lambda g: _tell(norms, g, seen, exact, rms, *needed))
+    return y
 
 
 def _number(eps: float | None) -> float:
@@ -197,35 +202,6 @@ class _Fused(torch.autograd.Function):
             of_bias.to(ctx.bias_dtype, copy=True) if need_bias else None,
             *(None,) * 3,
         )
-
-
-class _Watched(torch.autograd.Function):
-    """The identity on what torch normalised; its backward pass reads the norms."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float | None,
-        rms: bool,
-        norms: Norms,
-    ) -> Tensor:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x.detach())
-        ctx.needed = tuple(one is not None and one.requires_grad for one in (weight, bias))
-        ctx.eps, ctx.rms, ctx.norms = eps, rms, norms
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is not None:
-            (x,) = ctx.saved_tensors
-            eps = torch.finfo(_wider(x).dtype).eps if ctx.eps is None else ctx.eps
-            _tell(ctx.norms, g, x, eps, ctx.rms, *ctx.needed)
-        return (g, *(None,) * 6)
 
 
 def _wider(x: Tensor) -> Tensor:

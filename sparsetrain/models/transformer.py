@@ -175,7 +175,7 @@ class Transformer(nn.Module):
             end = first + x.shape[1]
             if end > self.config.max_context:
                 raise UserError(f"{end} tokens are more than the {self.config.max_context} learned positions")
-            x = x + self.positions(torch.arange(first, end, device=x.device))
+            x = x + self.positions(torch.arange(first, end, device=x.device)[None])
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if self.config.dropout > 0.0:

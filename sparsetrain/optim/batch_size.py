@@ -214,7 +214,8 @@ class BatchSizeConfig:
         assert self.end is not None
         if not math.isfinite(noise_scale):
             return size
-        wanted = math.ceil((self.ratio or 1.0) * noise_scale / self.multiple) * self.multiple
+        # Bounded before it is rounded: a ratio may be too large for an integer.
+        wanted = math.ceil(min((self.ratio or 1.0) * noise_scale, self.end) / self.multiple) * self.multiple
         return max(size, min(wanted, 2 * size, self.end))
 
 

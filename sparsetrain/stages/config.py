@@ -51,7 +51,8 @@ class RunConfig:
         schedule: the learning-rate schedule.
         budget: the length, batch size and phases of the run.
         loop: evaluation, checkpoints, precision and other settings of the training loop.
-        observe: an observer, such as ``noise_scale``, or a list of observers; they do not change the result.
+        observe: an observer, such as ``noise_scale``, or a list of observers; they do not change the result, except
+            that ``noise_scale_all`` changes the rounding of gradients.
         seed: seed of everything without a seed of its own.
         data_seed: seed of the order of the samples; null takes ``seed``.
         init_from: a run directory, whose model, tokenizer and weights the run starts from.
@@ -86,6 +87,8 @@ class RunConfig:
     """The length of a run whose budget gives none."""
 
     def __post_init__(self) -> None:
+        if self.budget.led is not None and self.budget.open:
+            raise UserError("budget.tokens is missing: with budget.batch_size led by gns the length is in tokens")
         self.budget = self.budget.with_epochs(self.EPOCHS)
         self._check_micro_batches()
         if self.budget.led is not None and self.sparsity.evolution.rule != STATIC:
@@ -102,6 +105,10 @@ class RunConfig:
             raise UserError(f"observe={self.observe} names an observer twice")
         if {NOISE_SCALE, NOISE_SCALE_ALL} <= set(self.observers()):
             raise UserError(f"observe={self.observe}: {NOISE_SCALE_ALL} measures what {NOISE_SCALE} does; name one")
+        if {NOISE_SCALE, NOISE_SCALE_ALL} & set(self.observers()):
+            for name, size in self.budget.batch_sizes():
+                if size < 2:
+                    raise UserError(f"{name}={size} must be at least 2: the noise scale is the difference of examples")
         check_backend(self.sparsity.backend, "sparsity.backend")
         if self.seed < 0:
             raise UserError(f"seed={self.seed} must be at least 0")

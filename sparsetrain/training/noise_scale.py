@@ -68,8 +68,11 @@ class NoiseScaleObserver(Observer):
             if any(parameter.requires_grad for parameter in module.parameters(recurse=False))
         }
         self._norms = {name for name, module in trains.items() if is_norm(module)}
-        if not self._norms:
-            raise UserError("observe=noise_scale: no LayerNorm or RMSNorm of the model has a parameter that trains")
+        if not self._norms and not self.everything:
+            raise UserError(
+                f"observe={NOISE_SCALE}: no LayerNorm or RMSNorm of the model has a parameter that trains; "
+                f"{NOISE_SCALE_ALL} measures all parameters"
+            )
         names = trains if self.everything else [name for name in trains if name in self._norms]
         self.layers = {name: self.layers.get(name, NoiseScale()) for name in names}
 
@@ -90,8 +93,7 @@ class NoiseScaleObserver(Observer):
         examples = len(next(iter(squared.values()), ()))
         if examples < 2:
             raise UserError(
-                f"observe=noise_scale: a step has {examples} example; budget.batch_size must be at least 2, since the "
-                "noise is the difference between examples"
+                f"the noise scale needs at least 2 examples in a step, which are different; this one has {examples}"
             )
         gradients = dict(wrappers.named_parameters(self._module))
         small: dict[str, float] = {}

@@ -67,12 +67,15 @@ def test_the_estimate_is_that_of_gradients_taken_one_by_one(everything: bool) ->
 
 
 def test_what_cannot_be_measured_is_said_in_one_line(configure: Configure) -> None:
+    for budget in (1, {"start": 8, "end": 1, "points": 2}):
+        with pytest.raises(UserError, match=r"budget\.batch_size=1 must be at least 2"):
+            configure(PretrainConfig, {"observe": "noise_scale", "budget.batch_size": budget})
     with pytest.raises(UserError, match="no LayerNorm or RMSNorm of the model has a parameter that trains"):
         _start(nn.Linear(2, 2))
     net = Net()
     observer = _start(net)
     with (
-        pytest.raises(UserError, match=r"a step has 1 example; budget\.batch_size must be at least 2"),
+        pytest.raises(UserError, match="at least 2 examples in a step"),
         observer.passes(),
     ):
         net(torch.randn(1, 5, 6)).mean().backward()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.gradients.record import Use, positions
+from sparsetrain.gradients.record import Use, digest
 from sparsetrain.sparsity.backends.base import BACKENDS, resolve_backend
 from sparsetrain.sparsity.backends.layouts import LAYOUTS, check_fit, check_shapes, find, layout_id
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
@@ -191,7 +191,7 @@ def _values_by_example(use: Use, g: Tensor, x: Tensor, pattern: SparsityPattern,
     else:
         gradient = BACKENDS[backend].sampled(g, x, pattern)
         use.defer(lambda one: BACKENDS[backend].sampled(parts_of_g[one], parts_of_x[one], pattern))
-    use.expect(gradient[positions(use.parameter)])
+    use.expect(digest(gradient))
     return gradient
 
 
