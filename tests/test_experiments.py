@@ -49,18 +49,24 @@ TINY: dict[str, list[str]] = {
     "supar_loss_gap": [*NARROW, *ONE, "seed=0", "parameterization=supar"],
     "completep_depth": ["model.n_layers=2,4", LR, "parameterization=completep"],
     "supar_completep": ["model.n_layers=2,3", LR, "parameterization=supar_completep"],
+    "batch_power_laws": [
+        *("budget.steps=null", "budget.tokens=48,96", "optimizer.weight_decay=0.0625,0.25"),
+        *("sparsity.sparsity=0.5", "seed=0"),
+    ],
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# The swept settings other than the rate.
+SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer.weight_decay"}
 # The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
 
 def swept(name: str) -> str:
-    return "model.init_std" if name == "supar_init_transfer" else "lr"
+    return SWEPT.get(name, "lr")
 
 
 @functools.cache
