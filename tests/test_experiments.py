@@ -16,7 +16,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
-from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
+from tests.helpers.claims import Claim, arm_claims, exponent_claims, item_claims, sweep_claims, unsupported
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
@@ -61,6 +61,8 @@ CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # The swept settings other than the rate.
 SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer.weight_decay"}
+# Of a sweep of laws, in tokens: the budget with several batch sizes, and the batch size with several budgets.
+LAWS = {"batch_power_laws": (552960, 1024)}
 # The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
@@ -74,7 +76,8 @@ def claims(name: str) -> list[Claim]:
     """Return the claims that the rows of an experiment support; empty for a table without arms or curves."""
     folder = ROOT / "experiments" / name
     if name in CURVES:
-        return sweep_claims(folder / "results.csv", swept(name))
+        exponents = exponent_claims(folder / "results.csv", *LAWS[name]) if name in LAWS else []
+        return sweep_claims(folder / "results.csv", swept(name)) + exponents
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])
@@ -204,7 +207,7 @@ def test_tables_say_how_many_tokens_there_are_per_weight_and_per_nonzero(name: s
             # The hidden matrices of a block: four of attention, and two of the MLP with four times as many features.
             per_weight = int(row["tokens"]) / (12 * int(row["width"]) ** 2 * int(row["depth"]))
             density = float(row.get("density") or 1.0 - float(row["sparsity"]))
-            expected.add(f"{per_weight:.2g} / {per_weight / density:.2g}")
+            expected.add(" / ".join(f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in (per_weight, per_weight / density)))
     cells = [
         cell
         for line in (folder / "README.md").read_text().splitlines()

@@ -84,6 +84,7 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
     """Return the claims of a sweep's table: optima, distances between them, and differences of losses in percent."""
     found = read_sweep([rows])
     lines = lines_of(found.rows, x, [name for name in found.varied if name != x])
+    lines = [line for line in lines if line.optimum.interval is not None]  # a minimum inside, and seeds
     bases = {line.scheme: line for line in reversed(lines)}
     own = [_vertices(line) for line in lines]
     claims = []
@@ -108,6 +109,62 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
             gap = _minus(logs[index, where], logs[other_index, other_where])
             claims += _percent(_minus(gap, _minus(logs[base, "own"], logs[other_base, "own"])))
     return claims
+
+
+def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
+    """Return the claims of a sweep of the weight decay over budgets and batch sizes, both in tokens, by sparsity.
+
+    They are the best tau of each curve, and two exponents, each the mean of the seeds' own lines: of the best weight
+    decay over the batch sizes at ``budget``, and of the best tau over the budgets at ``batch``.
+    """
+    curves: dict[tuple[float, int, int], dict[int, dict[float, float]]] = {}
+    with rows.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            tokens, steps = int(row["tokens"]), int(row["steps"])
+            tau = 1.0 / (float(row["lr"]) * float(row["optimizer.weight_decay"]) * steps)
+            of = curves.setdefault((float(row["sparsity"]), tokens, tokens // steps), {})
+            of.setdefault(int(row["seed"]), {})[math.log2(tau)] = float(row["loss"])
+    best = {key: found for key, of in curves.items() if (found := _minima(of))}
+    claims = []
+    for found in best.values():
+        mean, low, high = student(found.values())
+        claims.append(Claim((2**mean,), 2**low, 2**high))
+    over_budgets: dict[float, Seeds] = {}
+    for sparsity in {key[0] for key in best}:
+        of_batches = {key[2]: found for key, found in best.items() if key[:2] == (sparsity, budget)}
+        of_budgets = {key[1]: found for key, found in best.items() if key[0] == sparsity and key[2] == batch}
+        if len(of_batches) > 2:
+            mean, low, high = student(1.0 - slope for slope in _slopes(of_batches).values())
+            claims.append(Claim((mean,), low, high))
+        if len(of_budgets) > 2:
+            over_budgets[sparsity] = _slopes(of_budgets)
+            mean, low, high = student(over_budgets[sparsity].values())
+            claims.append(Claim((mean,), low, high))
+    return claims
+
+
+def _minima(losses: Mapping[int, Mapping[float, float]]) -> Seeds:
+    """Return log2 of each seed's best tau, on the three points around the lowest mean; empty without a minimum."""
+    points = sorted(set.intersection(*(set(of) for of in losses.values())))
+    means = [float(np.mean([of[point] for of in losses.values()])) for point in points]
+    middle = int(np.argmin(means))
+    if len(losses) < 2 or middle in (0, len(points) - 1):
+        return {}
+    near = points[middle - 1 : middle + 2]
+    found = {}
+    for seed, of in losses.items():
+        a, b, _ = np.polyfit(near, [of[point] for point in near], 2)
+        if a <= 0.0:
+            return {}
+        found[seed] = float(-b / (2.0 * a))
+    return found
+
+
+def _slopes(best: Mapping[int, Seeds]) -> Seeds:
+    """Return, by seed, the slope of NumPy's line through logarithms."""
+    seeds = set.intersection(*(set(found) for found in best.values()))
+    x = [math.log2(value) for value in best]
+    return {seed: float(np.polyfit(x, [found[seed] for found in best.values()], 1)[0]) for seed in seeds}
 
 
 def _vertices(line: Line) -> dict[int, float]:
