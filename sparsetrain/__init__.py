@@ -6,7 +6,9 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, param_groups, parameterize
+from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.noise import NoiseScale
+from sparsetrain.scaling.power_law import fit_power_law
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.sparsity import (
     GMP,
@@ -42,11 +44,13 @@ __all__ = [
     "AveragedModel",
     "Backend",
     "EvolutionConfig",
+    "Law",
     "MaskManager",
     "ModelConfig",
     "NoiseScale",
     "Parameterization",
     "Phase",
+    "PowerLaw",
     "RigL",
     "Rule",
     "SoftPrompt",
@@ -63,6 +67,7 @@ __all__ = [
     "decay_groups",
     "densify",
     "ema_coefficients",
+    "fit_power_law",
     "param_groups",
     "parameterize",
     "register_backend",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
 
 
@@ -50,6 +50,43 @@ def sweep(given: Namespace) -> None:
     places = [typed_path(place, "RUNS") for place in given.runs]
     out = None if given.out is None else typed_path(given.out, "--out")
     show_sweep(places, given.x, out, given.seeds, given.search, Console())
+
+
+def fit_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``fit``."""
+    about = (
+        "run directories, their parents, or results.csv; law=tau, batch, critical or loss; out=DIR for law.yaml and "
+    )
+    about += "law.png; per=weight or nonzero, the parameters that count; target=LOSS, for law=critical"
+    parser.usage = "sparsetrain fit RUNS ... law=LAW [out=DIR] [per=weight] [target=LOSS]"
+    parser.add_argument("words", nargs="+", metavar="RUNS law=LAW", help=about)
+
+
+def fit(given: Namespace) -> None:
+    """Fit a law to the runs of a sweep."""
+    from rich.console import Console
+
+    from sparsetrain.studies.fit import FitRequest, fit_sweep
+
+    settings = {}
+    for word in given.words:
+        name, equals, value = word.partition("=")
+        if equals and name in ("law", "out", "per", "target"):
+            if name in settings:
+                raise UserError(f"fit: {name} is given twice")
+            settings[name] = value
+        elif equals and not typed_path(word, "RUNS").exists():
+            raise UserError(f"fit has no setting '{name}'{nearest(name, ('law', 'out', 'per', 'target'))}")
+    places = [typed_path(word, "RUNS") for word in given.words if word.partition("=")[0] not in settings]
+    if "law" not in settings or not places:
+        raise UserError(f"fit needs {'a sweep' if places == [] else 'a law'}: sparsetrain fit RUNS law=tau")
+    out, target = settings.get("out"), settings.get("target")
+    try:
+        loss = None if target is None else float(target)
+    except ValueError:
+        raise UserError(f"target={target} must be a number") from None
+    place = None if out is None else typed_path(out, "out")
+    fit_sweep(FitRequest(places, settings["law"], place, settings.get("per", "weight"), loss), Console())
 
 
 def mask_arguments(parser: ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import REMAINDER, ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +14,7 @@ from sparsetrain.screen import sparkline
 if TYPE_CHECKING:
     from sparsetrain.cli.arguments import Arguments
     from sparsetrain.stages.estimate import Times
+    from sparsetrain.stages.hidden import Hidden
     from sparsetrain.stages.plan import Plan, PlannedPhase, PlannedRun
 
 PLANNED = ("pretrain", "finetune", "prompt", "pipeline")
@@ -89,6 +91,8 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             yield from (_row((str(number), *_cells(phase))) for number, phase in enumerate(run.phases))
             yield _row(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
             yield from (_curve(name, values) for name, values in run.curves.items())
+            if run.hidden is not None:
+                yield _timescale(run.hidden, run)
         else:
             yield "steps and tokens: not known yet"
         if run.memory is not None:
@@ -106,6 +110,18 @@ def _curve(name: str, values: Sequence[float]) -> str:
     """Return the line that draws how a setting of the optimizer changes, from the first step to the last."""
     drawn = sparkline(values, sys.stdout.encoding)
     return f"{name:>12} |{drawn}| {min(values):.3g} to {max(values):.3g}, at last {values[-1]:.3g}"
+
+
+def _timescale(hidden: Hidden, run: PlannedRun) -> str:
+    """Return the line about the timescale of AdamW and the tokens per parameter of the hidden matrices."""
+    tau, tokens = hidden.tau(run.steps), run.tokens
+    ratios = f"{tokens / hidden.weights:.3g} tokens per weight"
+    if hidden.nonzeros < hidden.weights:
+        ratios += f", {tokens / hidden.nonzeros:.3g} per nonzero"
+    if math.isinf(tau):
+        return f"hidden matrices: {ratios}; no weight decay"
+    off = "; above 1 the weight decay is effectively off" if tau > 1.0 else ""
+    return f"hidden matrices: {ratios}; timescale of AdamW tau = {tau:.3g} of the training{off}"
 
 
 def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[str]:

@@ -136,6 +136,27 @@ VERBS: dict[str, Verb] = {
             "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
         ],
     ),
+    "fit": Verb(
+        about="Fit a law to the runs of a sweep: best timescale, best or critical batch, loss; law.yaml and a figure.",
+        parser="sparsetrain.cli.paths:fit_arguments",
+        run="sparsetrain.cli.paths:fit",
+        examples=[
+            "sparsetrain fit runs/decays law=tau out=laws/tau",
+            "sparsetrain fit runs/batches law=batch out=laws/batch",
+            "sparsetrain fit runs/batches/results.csv law=critical target=2.1",
+        ],
+    ),
+    "suggest": Verb(
+        about="Suggest rate, weight decay, batch size and steps of a pre-training, from published laws or your own.",
+        configuration="sparsetrain.studies.suggest:SuggestConfig",
+        run="sparsetrain.studies.suggest:suggest",
+        examples=[
+            "sparsetrain suggest model=demo budget.tokens=20000000",
+            "sparsetrain suggest model=demo budget.tokens=20000000 sparsity.sparsity=0.75 laws=laws/tau/law.yaml",
+            "sparsetrain suggest model=demo seconds=3600 flops_per_second=5e10 format=json",
+        ],
+        inherits=["parameterization"],
+    ),
     "tune": Verb(
         about="Measure from which sparsity the sparse kernels beat dense ones here; backend=auto uses the result.",
         configuration="sparsetrain.bench.tune:TuneConfig",

@@ -123,14 +123,14 @@ def planned_flops(
 
     def flops(budget: StepsT) -> float:
         section = section_of(budget)
-        rule = _rule_of_length(section, budget.total_steps)
+        rule = rule_of_length(section, budget.total_steps)
         densities = allocated_densities(shapes, section, rule)
         return FlopLedger(config, densities, rule, budget, accumulation).through(budget.total_steps)["total"]
 
     return flops
 
 
-def _rule_of_length(sparsity: SparsityConfig, steps: int) -> Rule:
+def rule_of_length(sparsity: SparsityConfig, steps: int) -> Rule:
     """Return the configured rule for ``steps`` steps, or a static one if the run is too short for its updates."""
     try:
         return make_rule(sparsity, steps)

@@ -5,6 +5,15 @@ from sparsetrain.models.kv_cache import KVCache
 from sparsetrain.models.positions import alibi_slopes
 from sparsetrain.models.prompted import Prompted
 from sparsetrain.models.soft_prompt import SoftPrompt
-from sparsetrain.models.transformer import Transformer, tensor_traits
+from sparsetrain.models.transformer import Transformer, matrix_traits, tensor_traits
 
-__all__ = ["KVCache", "ModelConfig", "Prompted", "SoftPrompt", "Transformer", "alibi_slopes", "tensor_traits"]
+__all__ = [
+    "KVCache",
+    "ModelConfig",
+    "Prompted",
+    "SoftPrompt",
+    "Transformer",
+    "alibi_slopes",
+    "matrix_traits",
+    "tensor_traits",
+]

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D = d_model, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -256,6 +256,23 @@ def tensor_traits(model: Transformer, rules: Parameterization) -> dict[str, Tens
         wide = ("mlp.up", "mlp.gate") if leaf == "bias" else ("mlp.down",)
         traits_of[name] = TensorTraits(role, m_ffn if module_name.endswith(wide) else m_d, density)
     return traits_of
+
+
+def matrix_traits(
+    config: ModelConfig, rules: Parameterization, densities: Mapping[str, float]
+) -> dict[str, TensorTraits]:
+    """Return role, m_d and density of hidden matrices by the names of their layers, without building a model.
+
+    Args:
+        config: the model.
+        rules: the parameterization.
+        densities: density of each matrix, by name.
+    """
+    m_d, m_ffn = config.width_multipliers(rules.base_width or config.d_model)
+    return {
+        name: TensorTraits(_role(name, "weight"), m_ffn if name.endswith("mlp.down") else m_d, density)
+        for name, density in densities.items()
+    }
 
 
 def _role(module_name: str, leaf: str) -> Role:

@@ -72,12 +72,15 @@ class TableRow(TypedDict):
 
 
 class SweepRow(TableRow):
-    """A row of a sweep's table."""
+    """A row of a sweep's table. ``weights`` and ``nonzeros`` count the hidden matrices, and ``tau`` is theirs."""
 
     status: str
     seconds: float | None
     precision: str | None
     train_flops: float | None
+    weights: NotRequired[Count | None]
+    nonzeros: NotRequired[Count | None]
+    tau: NotRequired[Annotated[float, Meta(gt=0.0, le=1e300)] | None]
     run: str
 
 

@@ -28,6 +28,7 @@ from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
+from sparsetrain.stages.hidden import Hidden, hidden_of
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of
@@ -76,6 +77,7 @@ class PlannedRun:
         origin: text, tokenizer and weights that it starts from; None if its text is not prepared yet.
         final_densities: density of each sparse layer at its end; None if unknown.
         curves: the settings of the optimizer that change, by name, at steps from the first to the last.
+        hidden: its hidden matrices, for a pre-training; None for a task.
         notes: sentences about what is unknown.
     """
 
@@ -90,6 +92,7 @@ class PlannedRun:
     origin: Origin | None = None
     final_densities: Mapping[str, float] | None = None
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    hidden: Hidden | None = None
     notes: Sequence[str] = field(default_factory=list)
 
     @property
@@ -210,7 +213,7 @@ def plan_text(
     facts = {"corpus": text} | ({"source": source_key(config.init_from)} if start is None else {})
     directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
     run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
-    model = model_config(config.model, _vocabulary(config, corpora, start))
+    model = model_config(config.model, vocabulary(config, corpora, start))
     if corpora is None and config.budget.epochs is not None:
         return run
     samples = None if corpora is None else samples_per_epoch(corpora, config)
@@ -237,7 +240,9 @@ def plan_text(
     validation = len(corpora.only.validation) if corpora is not None else _UNKNOWN
     workload = workload_of(config, model, budget, section, validation)
     curves = inputs.curves(config, budget)
-    return _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
+    hidden = hidden_of(model, config.parameterization, config.optimizer, densities(0))
+    planned = _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
+    return replace(planned, hidden=hidden if config.optimizer.name == "adamw" else None)
 
 
 def _masks(
@@ -351,7 +356,8 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
     return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
 
 
-def _vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None) -> int:
+def vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None = None) -> int:
+    """Return the size of a run's vocabulary; for a tokenizer that is not trained yet, the one that is wanted."""
     if corpora is not None:
         return corpora.tokenizer.vocab_size
     if config.data.tokenizer_path is not None:

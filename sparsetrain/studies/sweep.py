@@ -7,6 +7,7 @@ killed, or that is started again with more values, therefore skips finished poin
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +37,14 @@ from sparsetrain.runs.recorded import read_recorded, renamed
 from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
 from sparsetrain.shapes import check
-from sparsetrain.stages.config import PretrainConfig
+from sparsetrain.stages.config import PretrainConfig, build
+from sparsetrain.stages.hidden import hidden_of_run, steps_of
 
 # Settings that `COLUMNS` contain, or that follow from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
-_LAST = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # the columns after the varied settings
+_REQUIRED = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # of a table, with `COLUMNS`
+_HIDDEN = ("weights", "nonzeros", "tau")  # of the hidden matrices; empty in rows of older tables
+_LAST = (*_REQUIRED[:-1], *_HIDDEN, "run")  # the columns after the varied settings
 _TEXTS = ("parameterization", "commit", "status", "precision", "run")
 
 
@@ -113,10 +117,10 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
         row |= {name: result.get(name) for name in _LAST[:4]}
-        row |= {"train_flops": result["flops"]["total"], "run": directory.name}
+        row |= {"train_flops": result["flops"]["total"], **_hidden(directory, result), "run": directory.name}
         rows.append(check(row, SweepRow, str(directory / RESULT)))
     order = (*COLUMNS, *varied, *_LAST)
-    rows += [{name: row[name] for name in order} for row, _ in earlier.values()]
+    rows += [{name: row.get(name) for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
     return SweepRows(rows, varied, unfinished)
 
@@ -127,6 +131,20 @@ def _swept(directory: Path) -> dict[str, Any]:
         described(read_recorded(directory, PretrainConfig)), SweptConfig, str(directory / CONFIG)
     )
     return config
+
+
+def _hidden(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns about the hidden matrices of a run; empty for one whose settings are no longer possible."""
+    recorded = read_recorded(directory, PretrainConfig)
+    empty = dict.fromkeys(_HIDDEN)
+    try:
+        config = build(PretrainConfig, recorded.values)
+        hidden = hidden_of_run(config)
+        steps = result.get("steps") or steps_of(config)
+    except UserError:
+        return empty
+    tau = hidden.tau(steps) if steps and config.optimizer.name == "adamw" else math.inf
+    return {"weights": hidden.weights, "nonzeros": hidden.nonzeros, "tau": tau if math.isfinite(tau) else None}
 
 
 def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:
@@ -145,7 +163,7 @@ def _table(path: Path) -> list[dict[str, Any]]:
     """
     rows = []
     for number, cells in enumerate(read_csv(path), start=1):
-        missing = [name for name in (*COLUMNS, *_LAST) if name not in cells]
+        missing = [name for name in (*COLUMNS, *_REQUIRED) if name not in cells]
         if missing:
             raise UserError(f"{path} is not the table of a sweep: it has no column {missing[0]}")
         row = {

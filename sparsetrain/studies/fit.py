@@ -1,0 +1,162 @@
+"""``sparsetrain fit``: laws from the runs of a sweep, with their files, table and figure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.files import file_errors
+from sparsetrain.report.law_plots import DrawnLaw, law_figure
+from sparsetrain.report.tables import print_sheets
+from sparsetrain.scaling.law import Law, PowerLaw
+from sparsetrain.scaling.published import batch_opt, tau_opt
+from sparsetrain.screen import say
+from sparsetrain.studies.fit_critical import fit_critical
+from sparsetrain.studies.fit_laws import fit_batch, fit_loss, fit_tau
+from sparsetrain.studies.fit_rows import PER, Fitted, Rows
+from sparsetrain.studies.sweep import read_sweep
+
+FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] = {
+    "tau": fit_tau,
+    "batch": fit_batch,
+    "critical": fit_critical,
+    "loss": fit_loss,
+}
+"""The laws that can be fitted to a sweep, by name."""
+
+PUBLISHED: Mapping[str, PowerLaw] = {"tau": tau_opt, "batch": batch_opt}
+
+
+@dataclass(frozen=True)
+class FitRequest:
+    """What to fit.
+
+    Args:
+        places: run directories, their parents, or tables that `sparsetrain sweep` wrote.
+        law: one of `FITS`.
+        out: where to write ``law.yaml`` and ``law.png``; None only prints.
+        per: whether parameters are the ``weight`` elements of the hidden matrices or their ``nonzero`` ones.
+        target: for ``critical``, the loss to reach; None takes several and fits B_crit over D_min.
+    """
+
+    places: Sequence[Path]
+    law: str
+    out: Path | None = None
+    per: str = "weight"
+    target: float | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("law", self.law, FITS)
+        check_choice("per", self.per, PER)
+        if self.target is not None and (self.law != "critical" or not 0.0 < self.target < float("inf")):
+            raise UserError(f"target={self.target} is the loss of law=critical, and must be above 0 and finite")
+
+
+def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, Law]:
+    """Fit a law for each sparsity of a sweep, print it, and write it to ``request.out``; return the laws by label.
+
+    Raises:
+        UserError: see `read_sweep`; or the runs of no sparsity give a law. A sparsity without a law beside others with
+            one is a line of the output.
+    """
+    console = console or Console()
+    tell = functools.partial(say, console)
+    found = read_sweep(request.places, apart=True)
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in found.rows:
+        groups.setdefault((str(row["parameterization"]), float(row["sparsity"])), []).append(row)
+    fitted: list[Fitted] = []
+    refused: list[str] = []
+    for (scheme, sparsity), rows in sorted(groups.items()):
+        label = f"sparsity {sparsity:g}" if len({key[0] for key in groups}) == 1 else f"{scheme}, sparsity {sparsity:g}"
+        try:
+            one = FITS[request.law](rows, found.varied, request.per, request.target)
+        except UserError as error:
+            refused.append(f"{label}: {error}")
+            continue
+        fitted.append(replace(one, label=label, law=_signed(one.law, rows, sparsity, request.places)))
+    if not fitted:
+        raise UserError("; ".join(refused))
+    for each in fitted:
+        print_sheets([replace(each.sheet, title=f"{each.sheet.title}, {each.label}")], console)
+        for note in each.notes:
+            tell(f"note: {note}")
+    for line in refused:
+        tell(f"no law: {line}")
+    tell("")
+    for each in fitted:
+        for line in described(each.label, each.law):
+            tell(line)
+    published = PUBLISHED.get(request.law)
+    if published is not None:
+        tell(f"published: {formula(published)}, {published.source}")
+    if request.out is not None:
+        _write(fitted, request.out, published, tell)
+    return {each.label: each.law for each in fitted}
+
+
+def _signed(law: Law, rows: Sequence[Mapping[str, Any]], sparsity: float, places: Sequence[Path]) -> Law:
+    """Return a law with where it comes from."""
+    names = ", ".join(dict.fromkeys(place.resolve().name for place in places[:3]))
+    more = f" and {len(places) - 3} more places" if len(places) > 3 else ""
+    commits = sorted({str(row["commit"])[:12] for row in rows if row.get("commit")})
+    at = f", commit {', '.join(commits[:3])}" if commits else ""
+    return replace(
+        law,
+        runs=len(rows),
+        sparsity=sparsity,
+        source=f"own fit of {names}{more}{at}",
+        verified="Fitted to the runs themselves; not checked on runs outside of the fit.",
+    )
+
+
+def described(label: str, law: Law) -> list[str]:
+    """Return lines that say what a law is, how sure, and where it holds."""
+    lines = [f"{label}: {formula(law)}"]
+    parts = []
+    for name in law.PARAMETERS:
+        ends = law.interval(0.95, name)
+        if ends is not None:
+            parts.append(f"{name} {law.parameters[name]:.4g} [{ends[0]:.3g}, {ends[1]:.3g}]")
+    if parts:
+        lines.append(f"  95 %: {', '.join(parts)}")
+    where = [
+        f"{quantity.name} {low:.4g} to {high:.4g}"
+        for quantity, (low, high) in zip(law.inputs, law.ranges or (), strict=bool(law.ranges))
+    ]
+    facts = [f"R^2 {law.r_squared:.3f}"] if law.r_squared is not None else []
+    facts += [f"{law.points} points"] if law.points else []
+    facts += [f"{law.seeds} seeds"] if law.seeds else []
+    lines.append(f"  fitted for {', '.join(where)}; {', '.join(facts)}")
+    return lines
+
+
+def formula(law: Law) -> str:
+    """Return the law as a formula with its numbers."""
+    p, x = law.parameters, law.inputs[0].name
+    if law.FORM == "power":
+        return f"{law.output.name} = {p['coefficient']:.4g} {x}^{p['exponent']:.4g}"
+    if law.FORM == "hyperbola":
+        return f"{law.output.name} = {p['d_min']:.4g} (1 + {x} / {p['b_crit']:.4g})"
+    powers = f"{p['a']:.4g} / {x}^{p['alpha']:.4g} + {p['b']:.4g} / {law.inputs[1].name}^{p['beta']:.4g}"
+    return f"{law.output.name} = {p['floor']:.4g} + {powers}"
+
+
+def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell: Any) -> None:
+    with file_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for each in fitted:
+        # A single law has a name that does not depend on its sparsity.
+        words = each.label.replace("sparsity ", "s").replace(", ", "-").replace(" ", "-").replace("/", "-")
+        path = out / ("law.yaml" if len(fitted) == 1 else f"law-{words}.yaml")
+        each.law.save(path)
+        written.append(path.name)
+    law_figure([DrawnLaw(each.label, each.law, each.points) for each in fitted], out / "law.png", published)
+    tell(f"written: {', '.join([*written, 'law.png'])} in {out}")

@@ -1,0 +1,99 @@
+"""The rows of a sweep as laws need them: in curves, by length of training, with the best settings that were tried."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sparsetrain.errors import UserError
+from sparsetrain.report.law_plots import LawPoint
+from sparsetrain.report.sweep import OVERRIDES
+from sparsetrain.report.tables import Sheet
+from sparsetrain.scaling.law import Law
+
+PER = ("weight", "nonzero")
+DECAY, BATCH = "optimizer.weight_decay", "budget.batch_size"
+LENGTHS = ("budget.tokens", "budget.steps", "budget.epochs", "budget.flops")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A law with the table and the points that it comes from; notes are sentences about what is missing."""
+
+    law: Law
+    sheet: Sheet
+    points: Sequence[LawPoint]
+    notes: Sequence[str]
+    label: str = ""
+
+
+def counted(per: str) -> str:
+    """Return the column of the parameters that a law counts."""
+    return f"{per}s"
+
+
+def loss_of(row: Mapping[str, Any]) -> float:
+    """Return the loss of a run, infinite if it diverged."""
+    return math.inf if row.get("loss") is None else float(row["loss"])
+
+
+def batch_of(row: Mapping[str, Any]) -> float:
+    """Return the tokens of a step."""
+    return float(row["tokens"]) / float(row["steps"])
+
+
+def check_varied(rows: Rows, setting: str) -> None:
+    """Raise `UserError` unless the runs of a sweep differ in a setting."""
+    if len({row.get(setting) for row in rows}) < 2:
+        raise UserError(f"{setting} has the same value in every run: there is no curve over it; give several")
+
+
+def left_out(count: int, why: str) -> list[str]:
+    """Return the sentence about runs that do not count, or nothing."""
+    return [f"{count} run{'s' * (count != 1)} {why} {'are' if count != 1 else 'is'} left out."] if count else []
+
+
+def grouped(rows: Rows, names: Sequence[str]) -> dict[tuple[Any, ...], list[Mapping[str, Any]]]:
+    """Return rows by the values of columns."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return groups
+
+
+def levels(rows: Rows) -> list[list[Mapping[str, Any]]]:
+    """Return rows in groups of as many tokens; a run is up to one batch longer than its budget."""
+    found: list[list[Mapping[str, Any]]] = []
+    for row in sorted(rows, key=lambda row: int(row["tokens"])):
+        first = found[-1][0] if found else None
+        if first is None or row["tokens"] - first["tokens"] >= max(batch_of(row), batch_of(first)):
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def tuned(rows: Rows, by: Sequence[str], varied: Sequence[str]) -> list[Mapping[str, Any]]:
+    """Return, for each value of ``by``, the runs of the settings with the lowest mean loss over seeds."""
+    kept: list[Mapping[str, Any]] = []
+    for of in grouped(rows, by).values():
+        tried = grouped(of, ("width", "depth", "lr", *varied))
+        most = max(len({row["seed"] for row in each}) for each in tried.values())
+        # The lowest mean of fewer seeds would be chosen for its luck.
+        full = [each for each in tried.values() if len({row["seed"] for row in each}) == most]
+        kept += min(full, key=lambda each: float(np.mean([loss_of(row) for row in each])))
+    return kept
+
+
+def named(names: Sequence[str], key: Sequence[Any], rows: Rows, sets: bool = False) -> str:
+    """Return a curve's settings that differ between curves, for a reader or as overrides."""
+    varying = [name for name in names if len({str(row.get(name)) for row in rows}) > 1]
+    pairs = [(name, value) for name, value in zip(names, key, strict=True) if name in varying]
+    if sets:
+        return " ".join(f"{OVERRIDES.get(name, name)}={value}" for name, value in pairs)
+    return ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in pairs) or "all runs"

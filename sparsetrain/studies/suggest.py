@@ -1,0 +1,303 @@
+"""``sparsetrain suggest``: rate, weight decay, batch size and steps of a pre-training, from laws, with their intervals.
+
+- Weight decay: the law of the best timescale says tau at the run's tokens per parameter, and
+  ``wd = 1 / (tau lr steps)`` with the adjusted rate of the hidden matrices ("Power Lines", arXiv 2505.13738).
+- Batch size: the law of the best batch at the run's tokens, at most the critical batch where a law says it.
+- Rate: the tuned base of the configuration, which the parameterization carries to the model.
+- Schedule: that of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.files import typed_path
+from sparsetrain.optim import BudgetConfig, RunSchedule, weight_decay_for
+from sparsetrain.scaling.law import Hyperbola, Interval, Law
+from sparsetrain.scaling.published import batch_opt, tau_opt
+from sparsetrain.stages.config import PretrainConfig, model_config
+from sparsetrain.stages.hidden import Hidden, hidden_of_run
+from sparsetrain.stages.plan import vocabulary
+from sparsetrain.stages.plan_inputs import Inputs, samples_per_epoch
+from sparsetrain.stages.pretrain import budget_of
+from sparsetrain.studies.fit import formula
+from sparsetrain.studies.fit_rows import PER
+
+FORMATS = ("text", "json")
+_ROUNDS = 100  # of the fixed point for D_min
+
+
+@dataclass
+class SuggestConfig(PretrainConfig):
+    """Suggest settings for a pre-training, whose settings these are, and some more.
+
+    Args:
+        laws: a file of `sparsetrain fit`, or a list of files; a published law stands in for a kind that none has.
+        flops: training FLOPs by formula that set the tokens, instead of ``budget``.
+        seconds: time that sets the tokens, instead of ``budget``, at ``flops_per_second``.
+        flops_per_second: training FLOPs by formula per second, as measured on a run of such a model.
+        per: the parameters that the published law of tau counts: the ``weight`` elements of the hidden matrices, or
+            their ``nonzero`` ones. A law of your own says it itself.
+        format: ``text`` or ``json``.
+    """
+
+    laws: Any = None
+    flops: float | None = None
+    seconds: float | None = None
+    flops_per_second: float | None = None
+    per: str = "weight"
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        check_choice("format", self.format, FORMATS)
+        check_choice("per", self.per, PER)
+        if self.budget.phases is not None:
+            raise UserError("budget.phases: suggest is for a run of one phase; leave phases out")
+        if self.optimizer.name != "adamw":
+            raise UserError(f"optimizer.name={self.optimizer.name}: the laws are about AdamW")
+        for name in ("flops", "seconds", "flops_per_second"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise UserError(f"{name}={value} must be above 0 and finite")
+        given = [name for name in ("flops", "seconds") if getattr(self, name) is not None]
+        if given and (len(given) > 1 or not self.budget.open):
+            said = " and ".join([*given, *([f"budget.{self.budget.length}"] if self.budget.length else [])])
+            raise UserError(f"{said}: give one length of the run")
+        if (self.seconds is None) != (self.flops_per_second is None):
+            raise UserError("seconds and flops_per_second belong together: what a second pays for has to be measured")
+        work = self.flops if self.seconds is None else self.seconds * (self.flops_per_second or 0.0)
+        if work is not None:
+            self.budget = replace(self.budget, flops=work)
+        super().__post_init__()
+
+    @property
+    def law_files(self) -> list[str]:
+        if self.laws is None:
+            return []
+        files = [self.laws] if isinstance(self.laws, str) else self.laws
+        if not isinstance(files, list | tuple) or not all(isinstance(file, str) for file in files):
+            raise UserError(f"laws={self.laws!r} must be a file of sparsetrain fit, or a list of files")
+        return list(files)
+
+
+@dataclass(frozen=True)
+class Suggested:
+    """A suggested value.
+
+    Args:
+        name: what it is.
+        value: a number, or the name of a schedule.
+        interval: 95 %, of what the law says there; None where it is not known.
+        says: how it follows.
+        source: where that comes from.
+        origin: ``published``, ``fit`` for a law of one's own, ``configuration`` or ``arithmetic``.
+        at_most: for a batch, the critical batch, up to which a larger one costs little; None where it is not known.
+        warnings: sentences.
+    """
+
+    name: str
+    value: float | str
+    says: str
+    source: str
+    origin: str
+    interval: Interval | None = None
+    at_most: float | None = None
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """What is suggested: values, the overrides that set them, and sentences about the whole."""
+
+    values: Sequence[Suggested]
+    overrides: Sequence[str]
+    tokens_per_weight: float
+    tokens_per_nonzero: float
+    notes: Sequence[str]
+
+
+def suggest(config: SuggestConfig) -> None:
+    """Print a suggestion, as text or JSON.
+
+    Raises:
+        UserError: see `suggestion`.
+    """
+    found = suggestion(config)
+    if config.format == "json":
+        print(json.dumps(asdict(found), indent=2, allow_nan=False))
+        return
+    for each in found.values:
+        value = each.value if isinstance(each.value, str) else f"{each.value:.6g}"
+        ends = "" if each.interval is None else f" [{each.interval[0]:.3g}, {each.interval[1]:.3g}]"
+        print(f"{each.name}: {value}{ends}")
+        published = "published: " if each.origin == "published" else ""
+        print(f"  {each.says} ({published}{each.source})")
+        for warning in each.warnings:
+            print(f"  warning: {warning}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print("append to the command of pretrain:")
+    print(f"  {' '.join(found.overrides)}")
+
+
+def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestion:
+    """Return what laws suggest for a pre-training.
+
+    Raises:
+        UserError: a file holds no law; the length of the run is not known; the schedule does not fit the steps; or the
+            best batch has more tokens than the text or the run.
+    """
+    inputs = inputs or Inputs()
+    laws = [Law.load(typed_path(file, "laws")) for file in config.law_files]
+    _, corpora = inputs.corpora(config.data)
+    model = model_config(config.model, vocabulary(config, corpora))
+    if corpora is None and config.budget.epochs is not None:
+        raise UserError("the text is not prepared yet, so budget.epochs says no number of tokens: give budget.tokens")
+    samples = None if corpora is None else samples_per_epoch(corpora, config)
+    tokens = budget_of(config, model, samples).tokens if config.budget.tokens is None else config.budget.tokens
+    text = None if corpora is None else len(corpora.only.train)
+    batch, sequences = _batch(config, laws, tokens, text)
+    length = BudgetConfig(tokens=tokens, batch_size=sequences)
+    settled = replace(config, budget=length, flops=None, seconds=None, flops_per_second=None)
+    budget = budget_of(settled, model, None)
+    schedule = RunSchedule(config.schedule, budget, config.optimizer)
+    hidden = hidden_of_run(settled)
+    tau, decay = _decay(config, laws, hidden, tokens, schedule.total_steps)
+    overrides = [
+        f"budget.tokens={tokens}",
+        f"budget.batch_size={sequences}",
+        f"optimizer.lr={config.optimizer.lr:.6g}",
+        f"optimizer.weight_decay={decay.value:.6g}",
+    ]
+    notes = []
+    if text is None:
+        notes.append("The text is not prepared yet, so it is not known how often the run reads it.")
+    elif tokens > text:
+        notes.append(f"The run reads the text {tokens / text:.3g} times; the laws are about texts that are read once.")
+    if hidden.others > 1.0 + 1e-9:
+        notes.append(
+            f"Learning rate times weight decay differs between hidden matrices by a factor of {hidden.others:.3g}, and "
+            "so does tau; the values are those of the matrices with the most weights."
+        )
+    values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
+    return Suggestion(values, overrides, tokens / hidden.weights, tokens / hidden.nonzeros, notes)
+
+
+def _rate(config: SuggestConfig, hidden: Hidden) -> Suggested:
+    scheme = config.parameterization.scheme
+    warnings = [] if scheme != "sp" else ["SP carries no rate from one size to another: tune it at this size."]
+    return Suggested(
+        "learning rate",
+        config.optimizer.lr,
+        f"the tuned base rate; {scheme} makes it {hidden.lr:.4g} for the hidden matrices",
+        "optimizer.lr",
+        "configuration",
+        warnings=warnings,
+    )
+
+
+def _curve(config: SuggestConfig) -> Suggested:
+    name = config.schedule.name if config.schedule.segments is None else "segments"
+    if name == "linear_to_zero":
+        return Suggested("schedule", name, "the default", "Straight to Zero, arXiv 2502.15938", "published")
+    return Suggested("schedule", name, "as configured", "schedule", "configuration")
+
+
+def _steps(steps: int, tokens: int, sequences: int) -> Suggested:
+    says = f"{tokens:,} tokens in batches of {sequences} sequences"
+    return Suggested("steps", steps, says, "budget", "arithmetic")
+
+
+def _decay(
+    config: SuggestConfig, laws: Sequence[Law], hidden: Hidden, tokens: int, steps: int
+) -> tuple[Suggested, Suggested]:
+    """Return the suggested timescale, and the base weight decay that gives it."""
+    law, warnings = _chosen(laws, "tau", config.sparsity.sparsity)
+    law = tau_opt if law is None else law
+    name = law.inputs[0].name
+    per = name.removeprefix("tokens_per_") if name.removeprefix("tokens_per_") in PER else config.per
+    ratio = tokens / hidden.count(per)
+    value, ends = law(ratio), law.predict_interval(ratio)
+    warnings += _outside(law, ratio, f"{ratio:.4g} tokens per {per}")
+    if value > 1.0:
+        warnings.append("tau above 1 averages over more than the whole training: the weight decay is effectively off.")
+    says = f"{formula(law)} at {ratio:.4g} tokens per {per}"
+    origin = "published" if law is tau_opt else "fit"
+    tau = Suggested("timescale tau", value, says, law.source, origin, ends, warnings=warnings)
+    adjusted = weight_decay_for(value, hidden.lr, steps)
+    base = adjusted / hidden.decay_factor
+    decays = None if ends is None else (base * value / ends[1], base * value / ends[0])
+    says = f"1 / (tau lr steps) = {adjusted:.4g} for the hidden matrices, {hidden.decay_factor:.4g} times the base"
+    return tau, Suggested("weight decay", base, says, law.source, origin, decays)
+
+
+def _batch(config: SuggestConfig, laws: Sequence[Law], tokens: int, text: int | None) -> tuple[Suggested, int]:
+    """Return the suggested batch in tokens, and in sequences."""
+    law, warnings = _chosen(laws, "batch", config.sparsity.sparsity)
+    law = batch_opt if law is None else law
+    value, ends = law(tokens), law.predict_interval(tokens)
+    warnings += _outside(law, tokens, f"{tokens:,} tokens")
+    says = f"{formula(law)} at {tokens:,} tokens is {value:.4g}"
+    critical, more = _chosen(laws, "critical", config.sparsity.sparsity)
+    most = None
+    if critical is not None:
+        most = _critical(critical, tokens, value)
+        warnings += more
+        says += f"; B_crit {most:.4g} by {critical.source}"
+        if value > most:
+            warnings.append(f"The best batch is above the critical one, so that is taken: {most:.4g} tokens.")
+            value = most
+    unit = config.loop.accumulation
+    sequences = max(unit, round(value / config.data.context / unit) * unit)
+    batch = sequences * config.data.context
+    for limit, what in ((text, "of the text"), (tokens, "of the run")):
+        if limit is not None and batch > limit:
+            raise UserError(
+                f"the best batch, {batch:,} tokens, has more than the {limit:,} tokens {what}: a law does not hold for "
+                "so few; give a longer one, or a batch of your own"
+            )
+    says += f"; {sequences} sequences of {config.data.context} tokens"
+    origin = "published" if law is batch_opt else "fit"
+    return Suggested("batch in tokens", batch, says, law.source, origin, ends, most, warnings), sequences
+
+
+def _critical(law: Law, tokens: int, batch: float) -> float:
+    """Return B_crit for a training of ``tokens`` at a batch; a law over D_min is solved for it."""
+    if isinstance(law, Hyperbola):
+        return law.parameters["b_crit"]
+    least = float(tokens)
+    for _ in range(_ROUNDS):
+        least = tokens / (1.0 + batch / law(least))
+    return law(least)
+
+
+def _chosen(laws: Sequence[Law], kind: str, sparsity: float) -> tuple[Law | None, list[str]]:
+    """Return the law of a kind whose sparsity is nearest, with a warning if it is another one."""
+    of_kind = [law for law in laws if law.kind == kind]
+    if not of_kind:
+        near = {"tau": tau_opt, "batch": batch_opt}.get(kind)
+        dense = [] if near is None or sparsity == 0.0 else ["The published law was fitted to dense models."]
+        return None, dense
+    law = min(of_kind, key=lambda law: abs((0.0 if law.sparsity is None else law.sparsity) - sparsity))
+    if law.sparsity is not None and abs(law.sparsity - sparsity) > 1e-9:
+        return law, [f"The law was fitted at a sparsity of {law.sparsity:g}, and the run has {sparsity:g}."]
+    return law, []
+
+
+def _outside(law: Law, x: float, shown: str) -> list[str]:
+    return [*_range(law, x, shown), *([] if law.covariance else ["No interval of the law's values is known."])]
+
+
+def _range(law: Law, x: float, shown: str) -> list[str]:
+    inside = law.inside(x)
+    if inside is None:
+        return ["The range in which the law was fitted is not known here."]
+    if inside:
+        return []
+    low, high = (law.ranges or ((0.0, 0.0),))[0]
+    return [f"{shown} is outside of the range of the fit, {low:.4g} to {high:.4g}: an extrapolation."]
