@@ -25,6 +25,7 @@ from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.cli.resolve import load
 from sparsetrain.data.sources.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
+from sparsetrain.scaling.law import Law
 from sparsetrain.studies.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,12 @@ def rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
+def assert_same_picture(one: Path, other: Path) -> None:
+    drawn, filed = imread(one), imread(other)
+    assert drawn.shape == filed.shape
+    assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
+
+
 def collecting(name: str) -> list[str]:
     """Return the arguments of the ``sparsetrain sweep`` command in the head of an experiment."""
     text = (config_directory() / "experiment" / f"{name}.yaml").read_text()
@@ -136,6 +143,8 @@ def test_the_commands_of_a_readme_are_valid(name: str) -> None:
             assert words[-2:] == ["--out", f"experiments/{name}"]
         elif verb == "sweep":
             assert sorted([verb, *words]) == sorted(collecting(name))
+        elif verb == "fit":
+            assert words == [f"experiments/{name}/results.csv", "law=tau", f"out=experiments/{name}"]
         elif program == "sparsetrain":
             sweep = "-m" in words
             check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)
@@ -165,6 +174,22 @@ def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: P
     assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
 
 
+@pytest.mark.parametrize("name", LAWS)
+def test_the_laws_of_an_experiment_follow_from_its_rows(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ROOT / "experiments" / name
+    assert main(["fit", str(folder / "results.csv"), "law=tau", f"out={tmp_path}"]) == 0
+    assert capsys.readouterr().err == ""
+    laws = sorted(path.name for path in tmp_path.glob("*.yaml"))
+    assert laws == sorted(path.name for path in folder.glob("*.yaml"))
+    for law in laws:
+        fitted, filed = Law.load(tmp_path / law), Law.load(folder / law)
+        assert fitted.parameters == pytest.approx(filed.parameters, rel=1e-9)
+        assert fitted.interval(0.95) == pytest.approx(filed.interval(0.95), rel=1e-6)
+    assert_same_picture(tmp_path / "law.png", folder / "law.png")
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -176,9 +201,7 @@ def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     assert texts == {"results.csv"} | ({"bars.md"} if (folder / "bars.md").exists() else set())
     for text in texts:
         assert (tmp_path / text).read_bytes() == (folder / text).read_bytes()
-    drawn, filed = imread(tmp_path / "figure.png"), imread(folder / "figure.png")
-    assert drawn.shape == filed.shape
-    assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
+    assert_same_picture(tmp_path / "figure.png", folder / "figure.png")
 
 
 @pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", *DOCUMENTS])
