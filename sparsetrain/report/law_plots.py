@@ -56,8 +56,8 @@ def law_figure(drawn: Sequence[DrawnLaw], path: Path, published: PowerLaw | None
                 axes.plot(x, [published(value) for value in x], color=MUTED, ls="--", lw=1.2, label=published.source)
             axes.set_xlabel(_axis(law.inputs[0].name, law.inputs[0].unit))
             axes.set_ylabel(_axis(law.output.name, law.output.unit))
-            axes.set_xscale("log")
-            axes.set_yscale("log")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
             log_axis(axes.xaxis)
             log_axis(axes.yaxis)
         else:
@@ -108,4 +108,4 @@ def _inputs(drawn: Sequence[DrawnLaw]) -> np.ndarray:
 
 def _axis(name: str, unit: str) -> str:
     shown = name.replace("_", " ")
-    return f"{shown}, {unit}" if unit else shown
+    return f"{shown}, {unit}" if unit and unit != shown and "_per_" not in name else shown

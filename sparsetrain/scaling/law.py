@@ -161,7 +161,8 @@ class Law:
     def predict_interval(self, *x: float, level: float = 0.95) -> Interval | None:
         """Return the interval of the law's value at an input; a single new run scatters more.
 
-        It is None for a law without a covariance.
+        It is None for a law without a covariance. It holds for one input: over all of them the band of a few seeds
+        pinches where their lines happen to cross.
 
         Raises:
             UserError: an input is not above 0 and finite, or ``level`` lies outside (0, 1).
@@ -169,10 +170,13 @@ class Law:
         given, quantile = self._checked(x), self._quantile(level)
         if self.covariance is None:
             return None
+        value = self(*x)
+        if not 0.0 < value < math.inf:  # too small or too large for a number
+            return 0.0, math.inf
         # The value is positive, so the error of its logarithm is carried over from the parameters.
         gradient = self._log_gradient(self._vector(), *given)
         spread = math.sqrt(max(0.0, float(gradient @ np.array(self.covariance) @ gradient)))
-        middle = math.log(self(*x))
+        middle = math.log(value)
         return _exp(middle - quantile * spread), _exp(middle + quantile * spread)
 
     def save(self, path: str | Path) -> None:
@@ -305,7 +309,7 @@ class PowerLaw(Law):
 
     @staticmethod
     def _value(parameters: np.ndarray, *x: Any) -> Any:
-        return math.exp(parameters[0]) * x[0] ** parameters[1]
+        return _exp(parameters[0] + parameters[1] * math.log(x[0]))
 
     def _log_gradient(self, parameters: np.ndarray, *x: float) -> np.ndarray:
         return np.array([1.0, math.log(x[0])])
@@ -326,7 +330,7 @@ class LossLaw(Law):
     @staticmethod
     def _value(parameters: np.ndarray, *x: Any) -> Any:
         floor, log_a, log_b, alpha, beta = parameters
-        return floor + np.exp(log_a - alpha * np.log(x[0])) + np.exp(log_b - beta * np.log(x[1]))
+        return floor + _exp(log_a - alpha * math.log(x[0])) + _exp(log_b - beta * math.log(x[1]))
 
     def _log_gradient(self, parameters: np.ndarray, *x: float) -> np.ndarray:
         _, log_a, log_b, alpha, beta = parameters
@@ -351,11 +355,10 @@ class Hyperbola(Law):
 
     @staticmethod
     def _value(parameters: np.ndarray, *x: Any) -> Any:
-        return np.exp(parameters[0] + np.log1p(x[0] * np.exp(-parameters[1])))
+        return _exp(parameters[0] + float(np.logaddexp(0.0, math.log(x[0]) - parameters[1])))
 
     def _log_gradient(self, parameters: np.ndarray, *x: float) -> np.ndarray:
-        ratio = x[0] * math.exp(-parameters[1])
-        return np.array([1.0, -ratio / (1.0 + ratio)])
+        return np.array([1.0, -1.0 / (1.0 + _exp(parameters[1] - math.log(x[0])))])
 
 
 _FORMS: dict[str, type[Law]] = {form.FORM: form for form in (PowerLaw, LossLaw, Hyperbola)}

@@ -6,6 +6,7 @@ and the head differ, so laws are about hidden matrices, with the rates that the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -44,6 +45,8 @@ class Hidden:
 
     def tau(self, steps: int) -> float:
         """Return the timescale over a number of steps; infinity without weight decay."""
+        if self.lr * self.weight_decay * steps == 0.0:  # also where the product is too small for a number
+            return math.inf
         return timescale(self.lr, self.weight_decay, steps)
 
     def count(self, per: str) -> int:
@@ -72,7 +75,7 @@ def hidden_of(
         lr=lr,
         weight_decay=factor * optimizer.weight_decay,
         decay_factor=factor,
-        others=max(products) / min(products),
+        others=max(products) / min(products) if min(products) > 0.0 else math.inf,
     )
 
 

@@ -194,7 +194,7 @@ def _rate(config: SuggestConfig, hidden: Hidden) -> Suggested:
     return Suggested(
         "learning rate",
         config.optimizer.lr,
-        f"the tuned base rate; {scheme} makes it {hidden.lr:.4g} for the hidden matrices",
+        f"the base rate, to be tuned at the base size; {scheme} makes it {hidden.lr:.4g} for the hidden matrices",
         "optimizer.lr",
         "configuration",
         warnings=warnings,

@@ -141,9 +141,9 @@ def _hidden(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
         config = build(PretrainConfig, recorded.values)
         hidden = hidden_of_run(config)
         steps = result.get("steps") or steps_of(config)
+        tau = hidden.tau(steps) if steps and config.optimizer.name == "adamw" else math.inf
     except UserError:
         return empty
-    tau = hidden.tau(steps) if steps and config.optimizer.name == "adamw" else math.inf
     return {"weights": hidden.weights, "nonzeros": hidden.nonzeros, "tau": tau if math.isfinite(tau) else None}
 
 

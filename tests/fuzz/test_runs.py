@@ -23,6 +23,8 @@ from sparsetrain.report.tables import print_report
 from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_config
+from sparsetrain.scaling.law import Law
+from sparsetrain.scaling.power_law import fit_power_law
 from sparsetrain.sparsity.backends.auto import from_plain
 from sparsetrain.stages.arms import show_arms
 from sparsetrain.studies.coordinates import _finished_trials
@@ -210,6 +212,19 @@ def checkpoint(mutated: str) -> Callable[[Path], Path]:
     return make
 
 
+def a_law(directory: Path) -> Path:
+    """A power law with its intervals."""
+    law = fit_power_law([1.0, 2.0, 4.0, 8.0], [4.0, 2.1, 0.9, 0.5])
+    law.save(directory / "law.yaml")
+    return directory / "law.yaml"
+
+
+def said_by_law(place: Path) -> Any:
+    """What a law says, and how sure it is."""
+    law = Law.load(place / "law.yaml")
+    return law(3.0), law.predict_interval(3.0), law.inside(3.0), [law.interval(0.9, name) for name in law.PARAMETERS]
+
+
 def stored(place: Path) -> Any:
     """The only checkpoint there."""
     found = load_checkpoint(place / "checkpoints")
@@ -256,6 +271,7 @@ READERS = [
     Reader(
         "config", a_run("config.yaml"), read_config, YAML, lambda content: yaml.safe_load(content.decode("utf-8-sig"))
     ),
+    Reader("law", a_law, said_by_law, YAML),
     Reader("sweep results", runs("result.json"), shown(lambda p, c: show_sweep([p], "lr", None, 3, False, c)), JSON),
     Reader("sweep configs", runs("config.yaml"), shown(lambda p, c: show_sweep([p], "lr", None, 3, False, c)), YAML),
     Reader("sweep search", runs("config.yaml"), shown(lambda p, c: show_sweep([p], "lr", None, 3, True, c)), YAML),
