@@ -111,60 +111,78 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
     return claims
 
 
+class Best(NamedTuple):
+    """The minimum of one curve in log2: of the mean over seeds, of each seed, and the ends of the grid."""
+
+    mean: float
+    own: Seeds
+    ends: tuple[float, float]
+
+
 def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
     """Return the claims of a sweep of the weight decay over budgets and batch sizes, both in tokens, by sparsity.
 
-    They are the best tau of each curve, and two exponents, each the mean of the seeds' own lines: of the best weight
-    decay over the batch sizes at ``budget``, and of the best tau over the budgets at ``batch``.
+    They are the best tau of each curve; two exponents, each the mean of the seeds' own lines: of the best weight decay
+    over the batch sizes at ``budget``, and of the best tau over the budgets at ``batch``; and how far the best tau of
+    sparse models lies from the dense one's along the dense law, as a share of the distance of tokens per nonzero from
+    tokens per weight.
     """
     curves: dict[tuple[float, int, int], dict[int, dict[float, float]]] = {}
     with rows.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             tokens, steps = int(row["tokens"]), int(row["steps"])
             tau = 1.0 / (float(row["lr"]) * float(row["optimizer.weight_decay"]) * steps)
-            of = curves.setdefault((float(row["sparsity"]), tokens, tokens // steps), {})
+            of = curves.setdefault((float(row["sparsity"]), tokens, round(tokens / steps)), {})
             of.setdefault(int(row["seed"]), {})[math.log2(tau)] = float(row["loss"])
-    best = {key: found for key, of in curves.items() if (found := _minima(of))}
+    best = {key: found for key, of in curves.items() if (found := _minimum(of)) is not None}
     claims = []
-    for found in best.values():
-        mean, low, high = student(found.values())
-        claims.append(Claim((2**mean,), 2**low, 2**high))
-    over_budgets: dict[float, Seeds] = {}
-    for sparsity in {key[0] for key in best}:
-        of_batches = {key[2]: found for key, found in best.items() if key[:2] == (sparsity, budget)}
-        of_budgets = {key[1]: found for key, found in best.items() if key[0] == sparsity and key[2] == batch}
+    for mean, own, (smallest, largest) in best.values():
+        middle, low, high = student(own.values())
+        low, high = (2**low if low >= smallest else -math.inf), (2**high if high <= largest else math.inf)
+        claims.append(Claim((2**middle, 2**mean), low, high))
+    slopes = {}
+    for sparsity in sorted({key[0] for key in best}):
+        of_batches = {key[2]: found.own for key, found in best.items() if key[:2] == (sparsity, budget)}
+        of_budgets = {key[1]: found.own for key, found in best.items() if (key[0], key[2]) == (sparsity, batch)}
         if len(of_batches) > 2:
-            mean, low, high = student(1.0 - slope for slope in _slopes(of_batches).values())
-            claims.append(Claim((mean,), low, high))
+            claims.append(_claim(1.0 - slope for slope in _slopes(of_batches)))
         if len(of_budgets) > 2:
-            over_budgets[sparsity] = _slopes(of_budgets)
-            mean, low, high = student(over_budgets[sparsity].values())
-            claims.append(Claim((mean,), low, high))
+            slopes[sparsity] = _slopes(of_budgets)
+            claims.append(_claim(slopes[sparsity]))
+            dense = {tokens: best[0.0, tokens, batch].own for tokens in of_budgets if (0.0, tokens, batch) in best}
+            whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity))
+            if whole:
+                apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
+                claims.append(_claim(float(np.mean([each[seed] for each in apart])) / whole for seed in apart[0]))
     return claims
 
 
-def _minima(losses: Mapping[int, Mapping[float, float]]) -> Seeds:
-    """Return log2 of each seed's best tau, on the three points around the lowest mean; empty without a minimum."""
-    points = sorted(set.intersection(*(set(of) for of in losses.values())))
-    means = [float(np.mean([of[point] for of in losses.values()])) for point in points]
-    middle = int(np.argmin(means))
+def _claim(samples: Iterable[float]) -> Claim:
+    mean, low, high = student(samples)
+    return Claim((mean,), low, high)
+
+
+def _minimum(losses: Mapping[int, Mapping[float, float]]) -> Best | None:
+    """Return the minimum of a curve, by parabolas through the three points around the lowest mean; None at an edge."""
+    grid = sorted(set().union(*losses.values()))
+    points = [point for point in grid if all(point in of for of in losses.values())]
+    middle = int(np.argmin([np.mean([of[point] for of in losses.values()]) for point in points]))
     if len(losses) < 2 or middle in (0, len(points) - 1):
-        return {}
+        return None
     near = points[middle - 1 : middle + 2]
-    found = {}
-    for seed, of in losses.items():
-        a, b, _ = np.polyfit(near, [of[point] for point in near], 2)
-        if a <= 0.0:
-            return {}
-        found[seed] = float(-b / (2.0 * a))
-    return found
+    table = np.array([[of[point] for point in near] for of in losses.values()])
+    a, b, _ = np.polyfit(near, np.vstack([table.mean(axis=0), table]).T, 2)
+    if (a <= 0.0).any():
+        return None
+    mean, *own = (-b / (2.0 * a)).tolist()
+    return Best(mean, dict(zip(losses, own, strict=True)), (grid[0], grid[-1]))
 
 
-def _slopes(best: Mapping[int, Seeds]) -> Seeds:
-    """Return, by seed, the slope of NumPy's line through logarithms."""
-    seeds = set.intersection(*(set(found) for found in best.values()))
+def _slopes(best: Mapping[int, Seeds]) -> list[float]:
+    """Return the slope of NumPy's line through the logarithms of each seed."""
     x = [math.log2(value) for value in best]
-    return {seed: float(np.polyfit(x, [found[seed] for found in best.values()], 1)[0]) for seed in seeds}
+    seeds = next(iter(best.values()))
+    return [float(np.polyfit(x, [own[seed] for own in best.values()], 1)[0]) for seed in seeds]
 
 
 def _vertices(line: Line) -> dict[int, float]:
