@@ -120,8 +120,8 @@ def _timescale(hidden: Hidden, run: PlannedRun) -> str:
         ratios += f", {tokens / hidden.nonzeros:.3g} per nonzero"
     if math.isinf(tau):
         return f"hidden matrices: {ratios}; no weight decay"
-    off = "; above 1 the weight decay is effectively off" if tau > 1.0 else ""
-    return f"hidden matrices: {ratios}; timescale of AdamW tau = {tau:.3g} of the training{off}"
+    off = ": above 1 the weight decay is effectively off" if tau > 1.0 else " of the training"
+    return f"hidden matrices: {ratios}; tau {tau:.3g}{off}"
 
 
 def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[str]:

@@ -255,6 +255,6 @@ def test_plan_shows_tokens_per_weight_and_the_timescale(shell: Shell) -> None:
     assert (
         f"{3 * 4 * 48 / hidden.weights:.3g} tokens per weight, {3 * 4 * 48 / hidden.nonzeros:.3g} per nonzero" in line
     )
-    assert line.endswith(f"tau = {hidden.tau(3):.3g} of the training")
+    assert line.endswith(f"tau {hidden.tau(3):.3g} of the training")
     assert "above 1 the weight decay is effectively off" in shell.run(*words)[1]
     assert "; no weight decay" in shell.run(*words, "optimizer.weight_decay=0")[1]
