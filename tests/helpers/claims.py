@@ -145,21 +145,28 @@ def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
         of_batches = {key[2]: found.own for key, found in best.items() if key[:2] == (sparsity, budget)}
         of_budgets = {key[1]: found.own for key, found in best.items() if (key[0], key[2]) == (sparsity, batch)}
         if len(of_batches) > 2:
-            claims.append(_claim(1.0 - slope for slope in _slopes(of_batches)))
+            claims += _claim(1.0 - slope for slope in _slopes(of_batches))
         if len(of_budgets) > 2:
             slopes[sparsity] = _slopes(of_budgets)
-            claims.append(_claim(slopes[sparsity]))
+            claims += _claim(slopes[sparsity])
+        whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity)) if 0.0 in slopes else 0.0
+        if whole:
             dense = {tokens: best[0.0, tokens, batch].own for tokens in of_budgets if (0.0, tokens, batch) in best}
-            whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity))
-            if whole:
-                apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
-                claims.append(_claim(float(np.mean([each[seed] for each in apart])) / whole for seed in apart[0]))
+            apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
+            claims += _claim(float(np.mean([each[seed] for each in apart])) / whole for seed in _common(apart))
     return claims
 
 
-def _claim(samples: Iterable[float]) -> Claim:
-    mean, low, high = student(samples)
-    return Claim((mean,), low, high)
+def _claim(samples: Iterable[float]) -> list[Claim]:
+    values = list(samples)
+    if len(values) < 2:
+        return []
+    mean, low, high = student(values)
+    return [Claim((mean,), low, high)]
+
+
+def _common(each: Iterable[Seeds]) -> list[int]:
+    return sorted(set.intersection(*map(set, each)))
 
 
 def _minimum(losses: Mapping[int, Mapping[float, float]]) -> Best | None:
@@ -181,8 +188,7 @@ def _minimum(losses: Mapping[int, Mapping[float, float]]) -> Best | None:
 def _slopes(best: Mapping[int, Seeds]) -> list[float]:
     """Return the slope of NumPy's line through the logarithms of each seed."""
     x = [math.log2(value) for value in best]
-    seeds = next(iter(best.values()))
-    return [float(np.polyfit(x, [own[seed] for own in best.values()], 1)[0]) for seed in seeds]
+    return [float(np.polyfit(x, [own[seed] for own in best.values()], 1)[0]) for seed in _common(best.values())]
 
 
 def _vertices(line: Line) -> dict[int, float]:
