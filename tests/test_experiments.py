@@ -16,7 +16,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
-from tests.helpers.claims import Claim, arm_claims, item_claims, sweep_claims, unsupported
+from tests.helpers.claims import Claim, arm_claims, exponent_claims, item_claims, sweep_claims, unsupported
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
@@ -25,6 +25,7 @@ from sparsetrain.cli.multirun import with_sweep
 from sparsetrain.cli.resolve import load
 from sparsetrain.data.sources.wheel import Wheel
 from sparsetrain.report.sweep import lines_of, write_optima
+from sparsetrain.scaling.law import Law
 from sparsetrain.studies.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -49,18 +50,26 @@ TINY: dict[str, list[str]] = {
     "supar_loss_gap": [*NARROW, *ONE, "seed=0", "parameterization=supar"],
     "completep_depth": ["model.n_layers=2,4", LR, "parameterization=completep"],
     "supar_completep": ["model.n_layers=2,3", LR, "parameterization=supar_completep"],
+    "batch_power_laws": [
+        *("budget.steps=null", "budget.tokens=48,96", "optimizer.weight_decay=0.0625,0.25"),
+        *("sparsity.sparsity=0.5", "seed=0"),
+    ],
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
+# The swept settings other than the rate.
+SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer.weight_decay"}
+# Of a sweep of laws, in tokens: the budget with several batch sizes, and the batch size with several budgets.
+LAWS = {"batch_power_laws": (552960, 1024)}
 # The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
 
 def swept(name: str) -> str:
-    return "model.init_std" if name == "supar_init_transfer" else "lr"
+    return SWEPT.get(name, "lr")
 
 
 @functools.cache
@@ -68,7 +77,8 @@ def claims(name: str) -> list[Claim]:
     """Return the claims that the rows of an experiment support; empty for a table without arms or curves."""
     folder = ROOT / "experiments" / name
     if name in CURVES:
-        return sweep_claims(folder / "results.csv", swept(name))
+        exponents = exponent_claims(folder / "results.csv", *LAWS[name]) if name in LAWS else []
+        return sweep_claims(folder / "results.csv", swept(name)) + exponents
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])
@@ -77,6 +87,12 @@ def claims(name: str) -> list[Claim]:
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
+
+
+def assert_same_picture(one: Path, other: Path) -> None:
+    drawn, filed = imread(one), imread(other)
+    assert drawn.shape == filed.shape
+    assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
 
 
 def collecting(name: str) -> list[str]:
@@ -127,6 +143,8 @@ def test_the_commands_of_a_readme_are_valid(name: str) -> None:
             assert words[-2:] == ["--out", f"experiments/{name}"]
         elif verb == "sweep":
             assert sorted([verb, *words]) == sorted(collecting(name))
+        elif verb == "fit":
+            assert words == [f"experiments/{name}/results.csv", "law=tau", f"out=experiments/{name}"]
         elif program == "sparsetrain":
             sweep = "-m" in words
             check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)
@@ -156,6 +174,22 @@ def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: P
     assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
 
 
+@pytest.mark.parametrize("name", LAWS)
+def test_the_laws_of_an_experiment_follow_from_its_rows(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = ROOT / "experiments" / name
+    assert main(["fit", str(folder / "results.csv"), "law=tau", f"out={tmp_path}"]) == 0
+    assert capsys.readouterr().err == ""
+    laws = sorted(path.name for path in tmp_path.glob("*.yaml"))
+    assert laws == sorted(path.name for path in folder.glob("*.yaml"))
+    for law in laws:
+        fitted, filed = Law.load(tmp_path / law), Law.load(folder / law)
+        assert fitted.parameters == pytest.approx(filed.parameters, rel=1e-9)
+        assert fitted.interval(0.95) == pytest.approx(filed.interval(0.95), rel=1e-6)
+    assert_same_picture(tmp_path / "law.png", folder / "law.png")
+
+
 @pytest.mark.parametrize("name", ARMS)
 def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -167,9 +201,7 @@ def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     assert texts == {"results.csv"} | ({"bars.md"} if (folder / "bars.md").exists() else set())
     for text in texts:
         assert (tmp_path / text).read_bytes() == (folder / text).read_bytes()
-    drawn, filed = imread(tmp_path / "figure.png"), imread(folder / "figure.png")
-    assert drawn.shape == filed.shape
-    assert np.abs(drawn - filed).mean() < 1e-3  # another version of FreeType shifts the edges of letters
+    assert_same_picture(tmp_path / "figure.png", folder / "figure.png")
 
 
 @pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", *DOCUMENTS])
@@ -198,7 +230,7 @@ def test_tables_say_how_many_tokens_there_are_per_weight_and_per_nonzero(name: s
             # The hidden matrices of a block: four of attention, and two of the MLP with four times as many features.
             per_weight = int(row["tokens"]) / (12 * int(row["width"]) ** 2 * int(row["depth"]))
             density = float(row.get("density") or 1.0 - float(row["sparsity"]))
-            expected.add(f"{per_weight:.2g} / {per_weight / density:.2g}")
+            expected.add(" / ".join(f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in (per_weight, per_weight / density)))
     cells = [
         cell
         for line in (folder / "README.md").read_text().splitlines()

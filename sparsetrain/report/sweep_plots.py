@@ -16,9 +16,15 @@ from sparsetrain.report.sweep import Line, labels_of
 
 
 def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
-    """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses."""
+    """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses.
+
+    Without a shift, because no base has an optimum inside its grid, it is one panel of curves above their own minima.
+    """
     schemes = list(dict.fromkeys(line.scheme for line in lines))
     labels = labels_of(lines, extra)
+    if len(lines) > 1 and not any(line.shift for line in lines):
+        _apart_figure(lines, labels, x, path)
+        return
     order = list(dict.fromkeys(labels))
     with styled():
         figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.6), layout="constrained")
@@ -46,6 +52,44 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
         bounds = any(line.shift is not None and line.shift.at_least for line in lines)
         columns = 4 if len(schemes) > 1 else 2  # narrow figures have no room for both legends in one row
         figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=columns, fontsize=7)
+        save_png(figure, path)
+
+
+def _apart_figure(lines: Sequence[Line], labels: Sequence[str], x: str, path: Path) -> None:
+    """Draw the losses of each curve in percent above its own lowest mean; bars are the range of the seeds."""
+    schemes = {line.scheme for line in lines}
+    with styled():
+        figure = Figure(figsize=(8.8, 4.6), layout="constrained")
+        axes = figure.subplots()
+        shown: list[float] = []
+        for index, (line, label) in enumerate(zip(lines, labels, strict=True)):
+            losses = line.curve.filled()
+            means = losses.mean(axis=1)
+            finite = np.isfinite(means)
+            if not finite.any():
+                continue
+            lowest = means[finite].min()
+            percents = 100.0 * (means[finite] / lowest - 1.0)
+            # Seeds differ in level; what they have in common is taken out before their range is drawn.
+            apart = (
+                100.0
+                * (losses[finite] - losses[finite].mean(axis=0) + means[finite].mean() - means[finite, None])
+                / lowest
+            )
+            ends = np.abs([apart.min(axis=1), apart.max(axis=1)])
+            colour, turn = SERIES[index % len(SERIES)], index // len(SERIES)
+            name = label if len(schemes) == 1 else f"{line.scheme}, {label}"
+            marker, style = MARKERS[turn % len(MARKERS)], ("-", "--", ":")[turn % 3]
+            xs = 2 ** line.curve.log2[finite]
+            axes.errorbar(xs, percents, ends, ms=4, lw=1.2, label=name, color=colour, marker=marker, ls=style)
+            shown += sorted(percents)[:3]
+        axes.set_ylim(-0.1 * max([0.1, *shown]), 1.1 * max([0.1, *shown]))
+        axes.set_xlabel(x)
+        axes.set_xscale("log", base=2)
+        log_axis(axes.xaxis)
+        axes.set_ylabel("validation loss, % above the curve's lowest mean")
+        axes.grid(True)
+        figure.legend(loc="outside right upper", fontsize=7)
         save_png(figure, path)
 
 

@@ -84,6 +84,7 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
     """Return the claims of a sweep's table: optima, distances between them, and differences of losses in percent."""
     found = read_sweep([rows])
     lines = lines_of(found.rows, x, [name for name in found.varied if name != x])
+    lines = [line for line in lines if line.optimum.interval is not None]  # a minimum inside, and seeds
     bases = {line.scheme: line for line in reversed(lines)}
     own = [_vertices(line) for line in lines]
     claims = []
@@ -108,6 +109,86 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
             gap = _minus(logs[index, where], logs[other_index, other_where])
             claims += _percent(_minus(gap, _minus(logs[base, "own"], logs[other_base, "own"])))
     return claims
+
+
+class Best(NamedTuple):
+    """The minimum of one curve in log2: of the mean over seeds, of each seed, and the ends of the grid."""
+
+    mean: float
+    own: Seeds
+    ends: tuple[float, float]
+
+
+def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
+    """Return the claims of a sweep of the weight decay over budgets and batch sizes, both in tokens, by sparsity.
+
+    They are the best tau of each curve; two exponents, each the mean of the seeds' own lines: of the best weight decay
+    over the batch sizes at ``budget``, and of the best tau over the budgets at ``batch``; and how far the best tau of
+    sparse models lies from the dense one's along the dense law, as a share of the distance of tokens per nonzero from
+    tokens per weight.
+    """
+    curves: dict[tuple[float, int, int], dict[int, dict[float, float]]] = {}
+    with rows.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            tokens, steps = int(row["tokens"]), int(row["steps"])
+            tau = 1.0 / (float(row["lr"]) * float(row["optimizer.weight_decay"]) * steps)
+            of = curves.setdefault((float(row["sparsity"]), tokens, round(tokens / steps)), {})
+            of.setdefault(int(row["seed"]), {})[math.log2(tau)] = float(row["loss"])
+    best = {key: found for key, of in curves.items() if (found := _minimum(of)) is not None}
+    claims = []
+    for mean, own, (smallest, largest) in best.values():
+        middle, low, high = student(own.values())
+        low, high = (2**low if low >= smallest else -math.inf), (2**high if high <= largest else math.inf)
+        claims.append(Claim((2**middle, 2**mean), low, high))
+    slopes = {}
+    for sparsity in sorted({key[0] for key in best}):
+        of_batches = {key[2]: found.own for key, found in best.items() if key[:2] == (sparsity, budget)}
+        of_budgets = {key[1]: found.own for key, found in best.items() if (key[0], key[2]) == (sparsity, batch)}
+        if len(of_batches) > 2:
+            claims += _claim(1.0 - slope for slope in _slopes(of_batches))
+        if len(of_budgets) > 2:
+            slopes[sparsity] = _slopes(of_budgets)
+            claims += _claim(slopes[sparsity])
+        whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity)) if 0.0 in slopes else 0.0
+        if whole:
+            dense = {tokens: best[0.0, tokens, batch].own for tokens in of_budgets if (0.0, tokens, batch) in best}
+            apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
+            claims += _claim(float(np.mean([each[seed] for each in apart])) / whole for seed in _common(apart))
+    return claims
+
+
+def _claim(samples: Iterable[float]) -> list[Claim]:
+    values = list(samples)
+    if len(values) < 2:
+        return []
+    mean, low, high = student(values)
+    return [Claim((mean,), low, high)]
+
+
+def _common(each: Iterable[Seeds]) -> list[int]:
+    return sorted(set.intersection(*map(set, each)))
+
+
+def _minimum(losses: Mapping[int, Mapping[float, float]]) -> Best | None:
+    """Return the minimum of a curve, by parabolas through the three points around the lowest mean; None at an edge."""
+    grid = sorted(set().union(*losses.values()))
+    points = [point for point in grid if all(point in of for of in losses.values())]
+    middle = int(np.argmin([np.mean([of[point] for of in losses.values()]) for point in points]))
+    if len(losses) < 2 or middle in (0, len(points) - 1):
+        return None
+    near = points[middle - 1 : middle + 2]
+    table = np.array([[of[point] for point in near] for of in losses.values()])
+    a, b, _ = np.polyfit(near, np.vstack([table.mean(axis=0), table]).T, 2)
+    if (a <= 0.0).any():
+        return None
+    mean, *own = (-b / (2.0 * a)).tolist()
+    return Best(mean, dict(zip(losses, own, strict=True)), (grid[0], grid[-1]))
+
+
+def _slopes(best: Mapping[int, Seeds]) -> list[float]:
+    """Return the slope of NumPy's line through the logarithms of each seed."""
+    x = [math.log2(value) for value in best]
+    return [float(np.polyfit(x, [own[seed] for own in best.values()], 1)[0]) for seed in _common(best.values())]
 
 
 def _vertices(line: Line) -> dict[int, float]:
