@@ -116,7 +116,7 @@ def _timescale(hidden: Hidden, run: PlannedRun) -> str:
     """Return the line about the timescale of AdamW and the tokens per parameter of the hidden matrices."""
     tau, tokens = hidden.tau(run.steps), run.tokens
     ratios = f"{tokens / hidden.weights:.3g} tokens per weight"
-    if hidden.nonzeros < hidden.weights:
+    if hidden.nonzeros < hidden.weights and not hidden.resizes:
         ratios += f", {tokens / hidden.nonzeros:.3g} per nonzero"
     if math.isinf(tau):
         return f"hidden matrices: {ratios}; no weight decay"

@@ -29,6 +29,8 @@ from sparsetrain.optim.budget import Budget, Phase
 from sparsetrain.optim.optimizer import OptimizerConfig, set_factor
 from sparsetrain.optim.schedule import Schedule, ScheduleConfig
 
+_PLACES = 1024  # steps at which the largest decay is looked for, before those around the best of them
+
 
 def _per_step(tokens_per_step: int, tokens: float) -> float:
     return tokens / tokens_per_step
@@ -113,6 +115,22 @@ class RunSchedule:
         if self.budget.config.wd_rule == "tau":
             factor *= self._larger(step) / self._of_batch(step)
         return factor
+
+    def peak(self) -> float:
+        """Return the largest product of the factors of learning rate and weight decay.
+
+        Where the batch changes, that of a step counts per token: it is multiplied by the mean batch over the step's. So
+        ``tau = 1 / (lr weight_decay peak steps)`` is the timescale of the strongest decay, as a share of all tokens.
+        """
+        last, mean = self.total_steps - 1, self.budget.tokens / self.total_steps
+
+        def product(step: int) -> float:
+            return self.factor(step) * self._decay(step) * (mean / self.budget.at(step).tokens_per_step)
+
+        stride = -(-self.total_steps // _PLACES)
+        best = max((*range(0, last, stride), last), key=product)
+        near = range(max(0, best - stride + 1), min(last, best + stride - 1) + 1)
+        return max(map(product, near))
 
     @property
     def changing(self) -> list[str]:

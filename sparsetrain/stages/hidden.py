@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from sparsetrain.cost.flops import hidden_shapes, matrices
 from sparsetrain.cost.ledger import rule_of_length
 from sparsetrain.models import ModelConfig, matrix_traits
-from sparsetrain.optim import OptimizerConfig, timescale
+from sparsetrain.optim import OptimizerConfig, RunSchedule, timescale
 from sparsetrain.parameterization import Parameterization
+from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
 from sparsetrain.stages.masks import sparsity_section
@@ -34,6 +36,8 @@ class Hidden:
             matrices that hold the most nonzeros.
         decay_factor: this weight decay divided by the base weight decay.
         others: factors between the smallest and the largest product of the two over all matrices; 1 if they agree.
+        peak: what the schedules make of that product at most, see `RunSchedule.peak`.
+        resizes: whether the evolution of masks changes the number of nonzeros, so that a run has no single one.
     """
 
     weights: int
@@ -42,12 +46,14 @@ class Hidden:
     weight_decay: float
     decay_factor: float
     others: float
+    peak: float = 1.0
+    resizes: bool = False
 
     def tau(self, steps: int) -> float:
         """Return the timescale over a number of steps; infinity without weight decay."""
-        if self.lr * self.weight_decay * steps == 0.0:  # also where the product is too small for a number
+        if self.lr * self.weight_decay * self.peak * steps == 0.0:  # also where the product is too small for a number
             return math.inf
-        return timescale(self.lr, self.weight_decay, steps)
+        return timescale(self.lr, self.weight_decay * self.peak, steps)
 
     def count(self, per: str) -> int:
         """Return the parameters that a law counts: ``weight`` or ``nonzero``."""
@@ -79,11 +85,21 @@ def hidden_of(
     )
 
 
-def hidden_of_run(config: RunConfig) -> Hidden:
-    """Return the hidden matrices of a pre-training at its start, from its settings alone.
+def densities_of(start: str, model: ModelConfig) -> dict[str, float]:
+    """Return the density of each sparse layer in the weights of the run ``start``.
 
     Raises:
-        UserError: the configuration cannot be used.
+        UserError: see `read_weights`.
+    """
+    shapes, stored = hidden_shapes(model), read_weights(Path(start)).stored
+    return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
+
+
+def hidden_of_run(config: RunConfig) -> Hidden:
+    """Return the hidden matrices of a pre-training at its start, from its settings and the run that it starts from.
+
+    Raises:
+        UserError: the configuration cannot be used, or its ``init_from`` cannot be read.
     """
     model = model_config(config.model, config.model.get("vocab_size") or 1)
     sized = config
@@ -91,11 +107,16 @@ def hidden_of_run(config: RunConfig) -> Hidden:
         sized = replace(config, budget=replace(config.budget, epochs=None, steps=_LONG))
     budget = budget_of(sized, model, None)
     section = sparsity_section(sized, budget)
-    densities = {}
-    if section.is_sparse:
+    densities: Mapping[str, float] = {}
+    resizes = False
+    if config.init_from is not None:
+        densities = densities_of(config.init_from, model)
+    elif section.is_sparse:
         rule = rule_of_length(section, budget.total_steps)
-        densities = allocated_densities(hidden_shapes(model), section, rule)(0)
-    return hidden_of(model, config.parameterization, config.optimizer, densities)
+        densities, resizes = allocated_densities(hidden_shapes(model), section, rule)(0), rule.resizes
+    hidden = hidden_of(model, config.parameterization, config.optimizer, densities)
+    peak = RunSchedule(config.schedule, budget, config.optimizer).peak()
+    return replace(hidden, peak=peak, resizes=resizes)
 
 
 def steps_of(config: PretrainConfig) -> int | None:

@@ -16,19 +16,18 @@ from sparsetrain.data import Corpora, Task, TaskConfig
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.optim import Budget
+from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.checkpoint import list_checkpoints
 from sparsetrain.runs.claim import check_same
 from sparsetrain.runs.layout import CHECKPOINTS, CONFIG, RESULT
 from sparsetrain.runs.origin import Origin, source_key
 from sparsetrain.runs.recorded import Recorded
 from sparsetrain.runs.result import load_result
-from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.hidden import Hidden, hidden_of
+from sparsetrain.stages.hidden import Hidden, densities_of, hidden_of
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of
@@ -244,6 +243,8 @@ def plan_text(
         run = replace(run, notes=[*run.notes, _bounds(budget)])
     hidden = hidden_of(model, config.parameterization, config.optimizer, densities(0))
     planned = _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
+    peak = RunSchedule(config.schedule, budget, config.optimizer).peak()
+    hidden = replace(hidden, peak=peak, resizes=rule.resizes and bool(densities(0)))
     return replace(planned, hidden=hidden if config.optimizer.name == "adamw" else None)
 
 
@@ -361,8 +362,7 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
         return allocated_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
     if start is not None:
         return start.final_densities or {}
-    stored = read_weights(Path(config.init_from)).stored
-    return {name: count / (shapes[name][0] * shapes[name][1]) for name, count in stored.items()}
+    return densities_of(config.init_from, model)
 
 
 def vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None = None) -> int:

@@ -112,12 +112,15 @@ class Suggested:
 
 @dataclass(frozen=True)
 class Suggestion:
-    """What is suggested: values, the overrides that set them, and sentences about the whole."""
+    """What is suggested: values, the overrides that set them, and sentences about the whole.
+
+    Tokens per nonzero are None where masks change their density.
+    """
 
     values: Sequence[Suggested]
     overrides: Sequence[str]
     tokens_per_weight: float
-    tokens_per_nonzero: float
+    tokens_per_nonzero: float | None
     notes: Sequence[str]
 
 
@@ -185,7 +188,8 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
             "so does tau; the values are those of the matrices with the most weights."
         )
     values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
-    return Suggestion(values, overrides, tokens / hidden.weights, tokens / hidden.nonzeros, notes)
+    per_nonzero = None if hidden.resizes else tokens / hidden.nonzeros
+    return Suggestion(values, overrides, tokens / hidden.weights, per_nonzero, notes)
 
 
 def _rate(config: SuggestConfig, hidden: Hidden) -> Suggested:
@@ -221,6 +225,11 @@ def _decay(
     law = tau_opt if law is None else law
     name = law.inputs[0].name
     per = name.removeprefix("tokens_per_") if name.removeprefix("tokens_per_") in PER else config.per
+    if per == "nonzero" and hidden.resizes:
+        rule = config.sparsity.evolution.rule
+        raise UserError(f"sparsity.evolution.rule={rule} changes the number of nonzeros: a law per nonzero needs one")
+    if hidden.peak == 0.0:
+        raise UserError("optimizer.schedules.weight_decay and schedule leave no weight decay, so there is no timescale")
     ratio = tokens / hidden.count(per)
     value, ends = law(ratio), law.predict_interval(ratio)
     warnings += _outside(law, ratio, f"{ratio:.4g} tokens per {per}")
@@ -229,10 +238,13 @@ def _decay(
     says = f"{formula(law)} at {ratio:.4g} tokens per {per}"
     origin = "published" if law is tau_opt else "fit"
     tau = Suggested("timescale tau", value, says, law.source, origin, ends, warnings=warnings)
-    adjusted = weight_decay_for(value, hidden.lr, steps)
+    adjusted = weight_decay_for(value, hidden.lr * hidden.peak, steps)
     base = adjusted / hidden.decay_factor
     decays = None if ends is None else (base * value / ends[1], base * value / ends[0])
-    says = f"1 / (tau lr steps) = {adjusted:.4g} for the hidden matrices, {hidden.decay_factor:.4g} times the base"
+    peak = "" if math.isclose(hidden.peak, 1.0) else f" {hidden.peak:.4g}"  # of the schedules
+    says = (
+        f"1 / (tau lr{peak} steps) = {adjusted:.4g} for the hidden matrices, {hidden.decay_factor:.4g} times the base"
+    )
     return tau, Suggested("weight decay", base, says, law.source, origin, decays)
 
 

@@ -141,10 +141,13 @@ def _hidden(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
         config = build(PretrainConfig, recorded.values)
         hidden = hidden_of_run(config)
         steps = result.get("steps") or steps_of(config)
-        tau = hidden.tau(steps) if steps and config.optimizer.name == "adamw" else math.inf
+        # Where the noise scale leads the batch, its settings do not say how much a token decays.
+        known = config.optimizer.name == "adamw" and config.budget.led is None
+        tau = hidden.tau(steps) if steps and known else math.inf
     except UserError:
         return empty
-    return {"weights": hidden.weights, "nonzeros": hidden.nonzeros, "tau": tau if math.isfinite(tau) else None}
+    nonzeros = None if hidden.resizes else hidden.nonzeros
+    return {"weights": hidden.weights, "nonzeros": nonzeros, "tau": tau if math.isfinite(tau) else None}
 
 
 def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:

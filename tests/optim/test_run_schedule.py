@@ -7,6 +7,7 @@ import torch
 
 from sparsetrain.errors import UserError
 from sparsetrain.optim import (
+    BatchSizeConfig,
     Budget,
     BudgetConfig,
     OptimizerConfig,
@@ -99,3 +100,23 @@ def test_a_setting_that_cannot_be_scheduled_so_is_refused() -> None:
         RunSchedule(ScheduleConfig(), budget(10), OptimizerConfig(schedules=long))
     with pytest.raises(UserError, match=r"optimizer.schedules.weight_decay: schedule.segments=\[\]: a schedule has at"):
         OptimizerConfig(schedules=SettingSchedules(weight_decay=[]))
+
+
+@pytest.mark.parametrize("rules", [("none", "none"), ("none", "tau"), ("sqrt", "tau"), ("linear", "none")])
+@pytest.mark.parametrize("batch", [4, BatchSizeConfig(start=2, end=32, points=5)])
+@pytest.mark.parametrize("steps", [37, 3000])
+def test_the_peak_is_the_largest_decay_per_token_that_is_applied(
+    rules: tuple[str, str], batch: int | BatchSizeConfig, steps: int
+) -> None:
+    """Against the rates of a real group in every step; the mean per token is that of equal batches."""
+    run = Budget.of(BudgetConfig(tokens=steps * 64, batch_size=batch, lr_rule=rules[0], wd_rule=rules[1]), 16)
+    rate = ScheduleConfig(segments=[SegmentConfig("warmup", 0.5, share=0.1), SegmentConfig("linear", 0.0, share=0.9)])
+    decay = [SegmentConfig("linear", 0.1, share=0.5), SegmentConfig("linear", 0.8, share=0.5)]
+    schedule = RunSchedule(rate, run, OptimizerConfig(schedules=SettingSchedules(weight_decay=decay)))
+    group = {"lr": 2.0, "initial_lr": 2.0, "weight_decay": 3.0}
+    applied, tokens = [], 0
+    for step in range(run.total_steps):
+        schedule.apply([group], step)
+        applied.append(group["lr"] * group["weight_decay"] / run.at(step).tokens_per_step)
+        tokens += run.at(step).tokens_per_step
+    assert 6.0 * schedule.peak() == pytest.approx(max(applied) * tokens / run.total_steps, rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.data import prepare_corpora
 from sparsetrain.errors import UserError
 from sparsetrain.parameterization import Parameterization, param_groups
+from sparsetrain.runs.result import RunResult
 from sparsetrain.scaling.critical import fit_critical_batch
 from sparsetrain.scaling.law import Quantity
 from sparsetrain.stages.config import PretrainConfig, model_config
 from sparsetrain.stages.hidden import hidden_of_run, steps_of
 from sparsetrain.stages.masks import mask_manager, sparsity_section
+from sparsetrain.stages.plan import plan_of
 from sparsetrain.stages.pretrain import budget_of
 from sparsetrain.stages.stage import build_model
 from sparsetrain.studies.suggest import suggestion
@@ -76,6 +79,53 @@ def test_rates_are_those_of_the_density_at_the_start(more: str, notes: Path) -> 
     assert hidden.nonzeros == sum(parameter.numel() for group in of for parameter in group["params"])
     assert (hidden.lr, hidden.weight_decay) in [pytest.approx((each["lr"], each["weight_decay"])) for each in of]
     assert hidden_of_run(replace(run, budget=replace(run.budget, tokens=None, epochs=1.0))) == hidden
+
+
+def test_continued_training_has_the_densities_of_its_start(sparse: RunResult) -> None:
+    start = sparse.directory
+    run = load("pretrain", [f"init_from={start}", f"data.path={sparse['config']['data']['path']}", "budget.steps=5"])
+    assert run.sparsity.sparsity == 0.75
+    hidden = hidden_of_run(run)
+    unsaid = replace(run, sparsity=replace(run.sparsity, sparsity=0.0))
+    assert hidden_of_run(unsaid) == plan_of(unsaid).runs[0].hidden == hidden
+    assert (hidden.nonzeros, hidden.resizes) == (hidden.weights // 4, False)
+    assert hidden_of_run(replace(run, init_from=None)) == hidden
+    shutil.rmtree(start)
+    with pytest.raises(UserError, match="no such run directory"):
+        hidden_of_run(run)
+
+
+@pytest.mark.parametrize(
+    ("words", "peak"),
+    [
+        (["schedule.segments=[{shape: warmup, share: 0.1, to: 0.5}, {shape: linear, share: 0.9, to: 0.0}]"], 0.5),
+        (
+            [
+                "schedule=constant",
+                "optimizer.schedules.weight_decay=[{shape: warmup, share: 0.1, to: 0.1}, {shape: linear, to: 0.05}]",
+            ],
+            0.1,
+        ),
+    ],
+)
+def test_tau_is_that_of_the_largest_decay_that_the_schedules_give(words: list[str], peak: float, notes: Path) -> None:
+    words = ["budget.tokens=200000", "sparsity=dense", *words]
+    run = load("pretrain", [*SMALL, f"data.path={notes}", "budget.batch_size=4", *words])
+    hidden = hidden_of_run(run)
+    assert hidden.peak == pytest.approx(peak)
+    assert hidden.tau(100) == pytest.approx(1 / (hidden.lr * hidden.weight_decay * peak * 100))
+    found = suggestion(config(notes, *words))
+    suggested = load("pretrain", [*SMALL, f"data.path={notes}", *words, *found.overrides])
+    tau = hidden_of_run(suggested).tau(steps_of(suggested) or 0)
+    assert tau == pytest.approx(value(found, "timescale tau").value, rel=1e-4)
+
+
+def test_a_law_per_nonzero_is_not_for_masks_whose_density_changes(notes: Path, tmp_path: Path) -> None:
+    file = own_laws(tmp_path)[0]
+    gmp = ["budget.tokens=400000", "sparsity=gmp", "sparsity.sparsity=0.75"]
+    with pytest.raises(UserError, match=r"sparsity\.evolution\.rule=gmp changes the number of nonzeros"):
+        suggestion(config(notes, *gmp, f"laws={file}"))
+    assert suggestion(config(notes, *gmp)).tokens_per_nonzero is None
 
 
 def value(found: Any, name: str) -> Any:
