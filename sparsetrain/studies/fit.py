@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.screen import say
 from sparsetrain.studies.fit_critical import fit_critical
 from sparsetrain.studies.fit_laws import fit_batch, fit_loss, fit_tau
-from sparsetrain.studies.fit_rows import PER, Fitted, Rows
+from sparsetrain.studies.fit_rows import BATCH, DECAY, PER, Fitted, Rows, distinguishing, grouped, named
 from sparsetrain.studies.sweep import read_sweep
 
 FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] = {
@@ -29,6 +30,12 @@ FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] =
     "loss": fit_loss,
 }
 """The laws that can be fitted to a sweep, by name."""
+
+_TUNED = ("lr", DECAY, BATCH)
+SWEPT: Mapping[str, Sequence[str]] = {"tau": (DECAY,), "batch": _TUNED, "critical": _TUNED, "loss": _TUNED}
+"""The settings whose values are part of a law, beside sizes and lengths; runs that differ in others have other laws."""
+
+_LONGEST = 100  # letters of a file's name that come from settings
 
 PUBLISHED: Mapping[str, PowerLaw] = {"tau": tau_opt, "batch": batch_opt}
 
@@ -59,28 +66,31 @@ class FitRequest:
 
 
 def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, Law]:
-    """Fit a law for each sparsity of a sweep, print it, and write it to ``request.out``; return the laws by label.
+    """Fit the laws of a sweep, print them, and write them to ``request.out``; return the laws by label.
+
+    There is one for each sparsity, and for each combination of the other settings in which runs of one law must agree.
 
     Raises:
-        UserError: see `read_sweep`; or the runs of no sparsity give a law. A sparsity without a law beside others with
-            one is a line of the output.
+        UserError: see `read_sweep`; or no group of runs gives a law. A group without a law beside others with one is
+            a line of the output.
     """
     console = console or Console()
     tell = functools.partial(say, console)
     found = read_sweep(request.places, apart=True)
-    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
-    for row in found.rows:
-        groups.setdefault((str(row["parameterization"]), float(row["sparsity"])), []).append(row)
+    names = distinguishing(found.rows, found.varied, SWEPT[request.law])
+    groups = grouped(found.rows, ("parameterization", "sparsity", *names))
     fitted: list[Fitted] = []
     refused: list[str] = []
-    for (scheme, sparsity), rows in sorted(groups.items()):
-        label = f"sparsity {sparsity:g}" if len({key[0] for key in groups}) == 1 else f"{scheme}, sparsity {sparsity:g}"
+    for (scheme, sparsity, *key), rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
+        words = [scheme] if len({of[0] for of in groups}) > 1 else []
+        words += [f"sparsity {sparsity:g}", *([named(names, key, found.rows)] if names else [])]
+        label = ", ".join(words)
         try:
             one = FITS[request.law](rows, found.varied, request.per, request.target)
         except UserError as error:
             refused.append(f"{label}: {error}")
             continue
-        fitted.append(replace(one, label=label, law=_signed(one.law, rows, sparsity, request.places)))
+        fitted.append(replace(one, label=label, law=_signed(one, rows, sparsity, request.places)))
     if not fitted:
         raise UserError("; ".join(refused))
     for each in fitted:
@@ -101,18 +111,20 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
     return {each.label: each.law for each in fitted}
 
 
-def _signed(law: Law, rows: Sequence[Mapping[str, Any]], sparsity: float, places: Sequence[Path]) -> Law:
+def _signed(one: Fitted, rows: Sequence[Mapping[str, Any]], sparsity: float, places: Sequence[Path]) -> Law:
     """Return a law with where it comes from."""
     names = ", ".join(dict.fromkeys(place.resolve().name for place in places[:3]))
     more = f" and {len(places) - 3} more places" if len(places) > 3 else ""
     commits = sorted({str(row["commit"])[:12] for row in rows if row.get("commit")})
     at = f", commit {', '.join(commits[:3])}" if commits else ""
     return replace(
-        law,
+        one.law,
         runs=len(rows),
         sparsity=sparsity,
         source=f"own fit of {names}{more}{at}",
-        verified="Fitted to the runs themselves; not checked on runs outside of the fit.",
+        verified=" ".join(
+            filter(None, ["Fitted to the runs themselves; not checked on runs outside of the fit.", one.caveat])
+        ),
     )
 
 
@@ -151,11 +163,12 @@ def formula(law: Law) -> str:
 def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell: Any) -> None:
     with file_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[str] = []
     for each in fitted:
         # A single law has a name that does not depend on its sparsity.
-        words = each.label.replace("sparsity ", "s").replace(", ", "-").replace(" ", "-").replace("/", "-")
-        path = out / ("law.yaml" if len(fitted) == 1 else f"law-{words}.yaml")
+        words = re.sub(r"[^\w.=-]+", "-", each.label.replace("sparsity ", "s"))[:_LONGEST]
+        name = "law.yaml" if len(fitted) == 1 else f"law-{words}.yaml"
+        path = out / (f"law-{words}-{len(written)}.yaml" if name in written else name)
         each.law.save(path)
         written.append(path.name)
     law_figure([DrawnLaw(each.label, each.law, each.points) for each in fitted], out / "law.png", published)

@@ -26,6 +26,7 @@ from sparsetrain.studies.fit_rows import (
     levels,
     loss_of,
     named,
+    of_one_batch,
     tuned,
 )
 
@@ -39,11 +40,12 @@ def fit_critical(rows: Rows, varied: Sequence[str], per: str, target: float | No
         UserError: no batch size varies, no loss is reached at three batch sizes, or fewer than three targets give a
             critical batch.
     """
+    rows, notes = of_one_batch(rows)
     check_varied(rows, BATCH)
     done = [row for row in rows if loss_of(row) < math.inf]
     names = ("width", "depth", *(name for name in varied if name not in (DECAY, BATCH, *LENGTHS)))
     found: list[tuple[str, float, Hyperbola, dict[int, Hyperbola], list[LawPoint]]] = []
-    reasons: list[str] = []
+    reasons: list[str] = list(notes)
     for key, of in grouped(done, names).items():
         name = named(names, key, done)
         best = [row for level in levels(of) for row in tuned(level, (BATCH,), varied)]

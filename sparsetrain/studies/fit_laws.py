@@ -35,6 +35,7 @@ from sparsetrain.studies.fit_rows import (
     levels,
     loss_of,
     named,
+    of_one_batch,
     tuned,
 )
 
@@ -78,20 +79,26 @@ def fit_tau(rows: Rows, varied: Sequence[str], per: str, target: float | None) -
     names = ("width", "depth", "lr", *(name for name in varied if name != DECAY))
     swept = []
     for key, of in grouped(known, names).items():
-        tokens = max((row["tokens"] or 0 for row in of if loss_of(row) < math.inf), default=0)
-        if tokens:
-            product = of[0]["tau"] * of[0][DECAY]
-            x, points = tokens / of[0][counted(per)], [(row["tau"], row) for row in of]
-            swept.append(_swept(names, key, known, x, points, DECAY, partial(_divided, product)))
+        lengths = _lengths(of)
+        for level in lengths:
+            tokens = max(row["tokens"] for row in level if loss_of(row) < math.inf)
+            product = level[0]["tau"] * level[0][DECAY]
+            x, points = tokens / level[0][counted(per)], [(row["tau"], row) for row in level]
+            more = (("tokens", f"{tokens:.4g}"),) if len(lengths) > 1 else ()
+            swept.append(_swept(names, key, known, x, points, DECAY, partial(_divided, product), more))
+        if not lengths:
+            notes.append(f"{named(names, key, known)}: every run diverged, so this curve is left out.")
+    if not swept:
+        raise UserError("every run diverged")
     law = _law(swept)
     unit = f"tokens / {per}"
-    named = replace(
+    law = replace(
         law,
         kind="tau",
         inputs=(Quantity(f"tokens_per_{per}", unit),),
         output=Quantity("tau", "share of the training"),
     )
-    return _of_optima(named, swept, f"tokens per {per}", "tau", notes)
+    return _of_optima(law, swept, f"tokens per {per}", "tau", notes)
 
 
 def fit_batch(rows: Rows, varied: Sequence[str], per: str, target: float | None) -> Fitted:
@@ -100,20 +107,39 @@ def fit_batch(rows: Rows, varied: Sequence[str], per: str, target: float | None)
     Raises:
         UserError: no batch size varies, or fewer than three curves have a minimum inside.
     """
+    rows, notes = of_one_batch(rows)
     check_varied(rows, BATCH)
     done = [row for row in rows if loss_of(row) < math.inf]
     names = ("width", "depth", *(name for name in varied if name not in (DECAY, BATCH, *LENGTHS)))
-    swept = []
+    swept, ends = [], []
     for key, of in grouped(done, names).items():
         for level in levels(of):
             best = tuned(level, (BATCH,), varied)
+            ends += _at_the_end(level, best)
             points = [(batch_of(row), row) for row in best]
             per_size = points[0][0] / points[0][1][BATCH]
             x = float(np.mean([row["tokens"] for row in best]))
             length = (("tokens", f"{x:.4g}"),)
             swept.append(_swept(names, key, done, x, points, BATCH, partial(_times, 1.0 / per_size), length))
     law = replace(_law(swept), kind="batch", inputs=(Quantity("tokens", "tokens"),), output=Quantity("batch", "tokens"))
-    return _of_optima(law, swept, "tokens", "batch in tokens", left_out(len(rows) - len(done), "that diverged"))
+    notes += left_out(len(rows) - len(done), "that diverged")
+    caveat = ""
+    if len({row.get(DECAY) for row in done}) < 2:
+        caveat = "Weight decay was the same at every batch: the best batch moves with it."
+    elif ends:
+        caveat = f"The best weight decay is at an end of those tried for batches of {'; '.join(ends)}."
+    notes += [caveat] if caveat else []
+    return replace(_of_optima(law, swept, "tokens", "batch in tokens", notes), caveat=caveat)
+
+
+def _at_the_end(level: Rows, best: Rows) -> list[str]:
+    """Return each batch of a length whose best weight decay is the smallest or largest that was tried at it."""
+    found = []
+    for (batch,), of in sorted(grouped(best, (BATCH,)).items()):
+        tried = [row[DECAY] for row in level if row[BATCH] == batch and row.get(DECAY) is not None]
+        if tried and of[0].get(DECAY) in (min(tried), max(tried)):
+            found.append(f"{batch_of(of[0]):,.0f} tokens at {of[0]['tokens']:,}")
+    return found
 
 
 def fit_loss(rows: Rows, varied: Sequence[str], per: str, target: float | None) -> Fitted:
@@ -152,6 +178,17 @@ def _swept(
     if not curve.usable:
         raise UserError(f"{name}: every run diverged")
     return _Swept(name, named(names, key, rows, sets=True), curve, best_of(x, curve), setting, value_of)
+
+
+def _lengths(rows: Rows) -> list[list[Mapping[str, Any]]]:
+    """Return the rows of a curve by their tokens; tables may say one length for all, and differ from each other."""
+    found = levels([row for row in rows if loss_of(row) < math.inf])
+    for row in rows if found else ():
+        if loss_of(row) == math.inf:  # tau times weight decay says the steps that a diverged run was meant to have
+            product = row["tau"] * row[DECAY]
+            distances = [abs(math.log(product / (of[0]["tau"] * of[0][DECAY]))) for of in found]
+            found[distances.index(min(distances))].append(row)
+    return found
 
 
 # -- optima ------------------------------------------------------------------------------------------------------------

@@ -24,13 +24,17 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Fitted:
-    """A law with the table and the points that it comes from; notes are sentences about what is missing."""
+    """A law with the table and the points that it comes from.
+
+    Notes are sentences about what is missing, and a caveat is one that the law's file has too.
+    """
 
     law: Law
     sheet: Sheet
     points: Sequence[LawPoint]
     notes: Sequence[str]
     label: str = ""
+    caveat: str = ""
 
 
 def counted(per: str) -> str:
@@ -76,6 +80,35 @@ def levels(rows: Rows) -> list[list[Mapping[str, Any]]]:
             found.append([])
         found[-1].append(row)
     return found
+
+
+def of_one_batch(rows: Rows) -> tuple[Rows, list[str]]:
+    """Return the runs whose batch size is a number, and a note about the others."""
+    kept = [row for row in rows if isinstance(row.get(BATCH), int | float)]
+    return kept, left_out(len(rows) - len(kept), "whose batch size changes")
+
+
+def distinguishing(rows: Rows, varied: Sequence[str], swept: Sequence[str]) -> list[str]:
+    """Return the settings that runs of one law must have in common.
+
+    These are all that differ, except the swept ones, seeds, lengths and sizes, and what a memory limit asks for. A rate
+    and a batch size may follow size and length.
+    """
+    lengths = [name for name in varied if name in LENGTHS]
+    names = []
+    for name in dict.fromkeys(("lr", *varied)):
+        if any(name == each or name.startswith(f"{each}.") for each in (*swept, *LENGTHS)):
+            continue
+        values = {row.get(name) for row in rows}
+        size = name.startswith("model.") and all(isinstance(value, int | float) for value in values)
+        if len(values) < 2 or size or name.endswith("seed") or name.startswith("loop."):
+            continue
+        if name in ("lr", BATCH):
+            own = grouped(rows, ("width", "depth", *lengths)).values()
+            if all(len({row.get(name) for row in of}) == 1 for of in own):
+                continue
+        names.append(name)
+    return names
 
 
 def tuned(rows: Rows, by: Sequence[str], varied: Sequence[str]) -> list[Mapping[str, Any]]:

@@ -258,3 +258,98 @@ def test_plan_shows_tokens_per_weight_and_the_timescale(shell: Shell) -> None:
     assert line.endswith(f"tau {hidden.tau(3):.3g} of the training")
     assert "above 1 the weight decay is effectively off" in shell.run(*words)[1]
     assert "; no weight decay" in shell.run(*words, "optimizer.weight_decay=0")[1]
+
+
+def test_tables_of_several_lengths_give_curves_of_their_own(tmp_path: Path) -> None:
+    """Each table has one length, which no column says, and its own runs that diverged."""
+    places = []
+    columns = tuple(name for name in ORDER if name not in ("budget.tokens", "budget.batch_size"))
+    rows = decays(ratios=(2, 5, 10, 20))
+    for each in rows:
+        if each["tau"] < 0.03:
+            each |= {"loss": None, "tokens": 10, "status": "diverged"}
+    for steps in (200, 500, 1000, 2000):
+        places.append(table(tmp_path / f"{steps}.csv", [each for each in rows if each["steps"] == steps], columns))
+        text = places[-1].read_text()
+        places[-1].write_text(text.replace("run-", f"run-{steps}-"))
+    stream = io.StringIO()
+    laws = fit_sweep(FitRequest(places, "tau"), Console(file=stream, width=160))
+    law = laws["sparsity 0"]
+    assert (law.exponent, law.range) == (pytest.approx(-0.5, abs=0.03), (2.0, 20.0))
+    whole, _ = fitted(table(tmp_path / "whole.csv", rows), "tau")
+    assert law.parameters == pytest.approx(whole["sparsity 0"].parameters)
+
+
+@pytest.mark.parametrize(("setting", "values"), [("schedule.name", ("linear", "constant")), ("lr", (0.01, 0.04))])
+def test_runs_that_differ_in_another_setting_have_laws_of_their_own(
+    setting: str, values: tuple[Any, Any], tmp_path: Path
+) -> None:
+    columns = (*ORDER[:9], *([] if setting == "lr" else [setting]), *ORDER[9:])
+    rows = [{**each, setting: values[0]} for each in decays()]
+    rows += [{**each, setting: values[1], "tau": 4 * each["tau"]} for each in decays()]
+    laws, _ = fitted(table(tmp_path / "results.csv", rows, columns), "tau", out=tmp_path / "out")
+    name = setting.rpartition(".")[2]
+    assert sorted(laws) == sorted(f"sparsity 0, {name} {value}" for value in values)
+    first, second = (laws[f"sparsity 0, {name} {value}"] for value in values)
+    assert second(10.0) == pytest.approx(4.0 * first(10.0))
+    assert len(list((tmp_path / "out").glob("law-s0-*.yaml"))) == 2
+
+
+def test_a_rate_of_each_size_is_no_other_setting(tmp_path: Path) -> None:
+    rows = [{**each, "width": each["tokens"] // 100, "lr": 1 / each["tokens"]} for each in decays()]
+    assert list(fitted(table(tmp_path / "results.csv", rows), "tau")[0]) == ["sparsity 0"]
+
+
+def test_losses_of_several_texts_are_not_compared(tmp_path: Path) -> None:
+    rows = []
+    for text, floor in (("a", 1.5), ("b", 2.5)):
+        for width, n in ((16, 4e4), (24, 1e5), (32, 3e5), (48, 1e6)):
+            for ratio in (5, 10, 20, 40):
+                d = int(n * ratio)
+                counts = {"weights": int(n), "tokens": d, "budget.tokens": d, "steps": d // 100, "data.path": text}
+                rows.append(row(width=width, loss=floor + 30.0 / n**0.3 + 60.0 / d**0.3, **counts))
+    laws, _ = fitted(table(tmp_path / "results.csv", rows, (*ORDER[:9], "data.path", *ORDER[9:])), "loss")
+    difference = laws["sparsity 0, path b"](2e5, 3e6) - laws["sparsity 0, path a"](2e5, 3e6)
+    assert difference == pytest.approx(1.0, rel=1e-2)
+
+
+def basin(b: float, d: float) -> float:
+    return 2.0 + 0.02 * (math.log2(b) - math.log2(4.0 * d**0.45)) ** 2
+
+
+def test_a_law_of_the_batch_says_what_is_not_known_about_weight_decay(tmp_path: Path) -> None:
+    rows = batches(basin)
+    fixed = [each for each in rows if each["optimizer.weight_decay"] == 0.1]
+    laws, said = fitted(table(tmp_path / "fixed.csv", fixed), "batch")
+    line = "Weight decay was the same at every batch"
+    assert line in said
+    assert line in laws["sparsity 0"].verified
+    # The better of two decays is always at an end; with a third one on its other side it is not.
+    laws, said = fitted(table(tmp_path / "two.csv", rows), "batch")
+    line = "The best weight decay is at an end of those tried for batches of 100 tokens at 50,000; "
+    assert line in said.replace("\n", " ")
+    assert line in laws["sparsity 0"].verified
+    worse = [{**each, "optimizer.weight_decay": 0.05, "loss": each["loss"] + 0.05} for each in fixed]
+    laws, said = fitted(table(tmp_path / "three.csv", [*rows, *worse]), "batch")
+    assert "weight decay" not in said + laws["sparsity 0"].verified
+
+
+@pytest.mark.parametrize("law", ["batch", "critical"])
+def test_batches_that_change_are_left_out_with_a_note(law: str, tmp_path: Path) -> None:
+    def losses(b: float, d: float) -> float:
+        return 1.5 + 100.0 * (d / (1 + b / 2000.0)) ** -0.4 + (basin(b, d) - 2.0 if law == "batch" else 0.0)
+
+    rows = batches(losses)
+    ramps = [{**each, "budget.batch_size": "gns"} for each in rows[:3]]
+    laws, said = fitted(table(tmp_path / "results.csv", [*ramps, *rows]), law, target=None)
+    assert "3 runs whose batch size changes are left out." in said
+    assert laws["sparsity 0"].parameters == fitted(table(tmp_path / "none.csv", rows), law)[0]["sparsity 0"].parameters
+
+
+def test_a_curve_whose_runs_all_diverged_is_named(tmp_path: Path) -> None:
+    rows = decays(ratios=(2, 5, 10, 20))
+    lost = [{**each, "loss": None, "status": "diverged"} if each["tokens"] == 20_000 else each for each in rows]
+    said = fitted(table(tmp_path / "results.csv", lost), "tau")[1]
+    assert "note: tokens 20000: every run diverged, so this curve is left out." in said
+    with pytest.raises(UserError, match="every run diverged"):
+        fitted(table(tmp_path / "none.csv", [{**each, "loss": None} for each in rows]), "tau")
