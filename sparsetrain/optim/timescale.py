@@ -18,6 +18,7 @@ Each parameter group has its own rate and weight decay, and so its own average: 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,30 +73,40 @@ def timescale(lr: float, weight_decay: float, steps: int) -> float:
         steps: T, optimizer steps of the training.
 
     Raises:
-        UserError: ``lr`` is not above 0, ``weight_decay`` below 0, or ``steps`` below 1.
+        UserError: ``lr`` is not above 0, ``weight_decay`` below 0, or ``steps`` below 1; or 1 over their product is too
+            large or too small for a float.
     """
     _check(lr, steps)
     if not 0.0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay={weight_decay} must be at least 0 and finite")
-    return math.inf if weight_decay == 0.0 else 1.0 / (lr * weight_decay * steps)
+    if weight_decay == 0.0:
+        return math.inf
+    return _inverse(lr * weight_decay * steps, f"lr={lr} times weight_decay={weight_decay} times steps={steps}")
 
 
 def weight_decay_for(tau: float, lr: float, steps: int) -> float:
     """Return the weight decay ``1 / (tau lr steps)`` that gives the timescale ``tau``; see `timescale`.
 
     Raises:
-        UserError: ``tau`` or ``lr`` is not above 0, or ``steps`` below 1.
+        UserError: ``tau`` or ``lr`` is not above 0, or ``steps`` below 1; or 1 over their product is too large or too
+            small for a float.
     """
     _check(lr, steps)
     if not 0.0 < tau < math.inf:
         raise UserError(f"tau={tau} must be above 0 and finite")
-    return 1.0 / (tau * lr * steps)
+    return _inverse(tau * lr * steps, f"tau={tau} times lr={lr} times steps={steps}")
+
+
+def _inverse(product: float, said: str) -> float:
+    if not sys.float_info.min <= product < math.inf:
+        raise UserError(f"{said} is {product}, and 1 over it is no usable number")
+    return 1.0 / product
 
 
 def _check(lr: float, steps: int) -> None:
     if not 0.0 < lr < math.inf:
         raise UserError(f"lr={lr} must be above 0 and finite")
-    if steps < 1:
+    if not 1 <= steps < math.inf:
         raise UserError(f"steps={steps} must be at least 1")
 
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from sparsetrain.errors import UserError
 from sparsetrain.scaling.intervals import Interval, mean_interval, paired
-from sparsetrain.scaling.law import Hyperbola, Numbers, Quantity, checked_numbers
+from sparsetrain.scaling.law import Hyperbola, Quantity
 from sparsetrain.scaling.loss_law import PowerSum, fit_power_sum
+from sparsetrain.scaling.points import Numbers, checked_numbers
 
 _FARTHEST = 1e6  # how far beyond the batch sizes B_crit is searched, as a factor
 

@@ -28,7 +28,6 @@ from sparsetrain.shapes import Count, Fraction
 
 FORMAT = 1
 Interval = tuple[float, float]
-Numbers = Sequence[float] | np.ndarray
 Kind = Literal["power", "tau", "batch", "critical", "loss"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
@@ -362,21 +361,6 @@ class Hyperbola(Law):
 
 
 _FORMS: dict[str, type[Law]] = {form.FORM: form for form in (PowerLaw, LossLaw, Hyperbola)}
-
-
-def checked_numbers(name: str, values: Numbers) -> np.ndarray:
-    """Return a list of numbers as an array.
-
-    Raises:
-        UserError: it is no list, or a number is not above 0 and finite.
-    """
-    given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1:
-        raise UserError(f"{name} has shape {list(given.shape)}; it must be a list of numbers")
-    wrong = np.flatnonzero(~((given > 0.0) & np.isfinite(given)))
-    if len(wrong):
-        raise UserError(f"{name}[{wrong[0]}]={given[wrong[0]]} must be above 0 and finite")
-    return given
 
 
 def _check_covariance(rows: list[list[float]], size: int, freedom: float | None, where: str) -> None:

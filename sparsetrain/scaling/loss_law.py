@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.scaling.law import LossLaw, Numbers, Quantity, checked_numbers
+from sparsetrain.scaling.law import LossLaw, Quantity
+from sparsetrain.scaling.points import Numbers, checked_numbers
 
 LOSSES = ("log_huber", "squared")
 _EXPONENTS = (0.02, 3.0)  # between which exponents are searched

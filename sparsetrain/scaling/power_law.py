@@ -15,7 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from sparsetrain.errors import UserError, check_choice
-from sparsetrain.scaling.law import Numbers, PowerLaw, checked_numbers
+from sparsetrain.scaling.law import PowerLaw
+from sparsetrain.scaling.points import Numbers, checked_numbers, checked_seeds
 
 LOSSES = ("least_squares", "log_huber")
 _SAMPLES = 300  # of a bootstrap
@@ -48,7 +49,7 @@ def fit_power_law(
 
     Raises:
         UserError: there are fewer than three different x, x or y is not above 0 and finite, their lengths differ,
-            fewer than two seeds have a line, or a choice is unknown.
+            fewer than two seeds have a line, a seed is no integer, or a choice is unknown.
     """
     check_choice("loss", loss, LOSSES)
     if not 0.0 < delta < np.inf:
@@ -61,7 +62,8 @@ def fit_power_law(
         raise UserError(f"x has {different} different values; a power law needs at least 3")
     huber = delta if loss == "log_huber" else None
     if seeds is not None:
-        lines, groups = _lines_by_seed(log_x, log_y, np.asarray(seeds), huber), len(set(np.asarray(seeds).tolist()))
+        given = checked_seeds(seeds)
+        lines, groups = _lines_by_seed(log_x, log_y, given, huber), len(np.unique(given))
         middle, freedom = lines.mean(axis=0), len(lines) - 1.0
         covariance = np.cov(lines.T) / len(lines)
     else:

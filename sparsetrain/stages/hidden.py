@@ -7,6 +7,7 @@ and the head differ, so laws are about hidden matrices, with the rates that the 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,9 +52,10 @@ class Hidden:
 
     def tau(self, steps: int) -> float:
         """Return the timescale over a number of steps; infinity without weight decay."""
-        if self.lr * self.weight_decay * self.peak * steps == 0.0:  # also where the product is too small for a number
+        decay = self.weight_decay * self.peak
+        if self.lr * decay * steps < sys.float_info.min:  # also where 1 over the product is too large for a number
             return math.inf
-        return timescale(self.lr, self.weight_decay * self.peak, steps)
+        return timescale(self.lr, decay, steps)
 
     def count(self, per: str) -> int:
         """Return the parameters that a law counts: ``weight`` or ``nonzero``."""

@@ -122,6 +122,12 @@ def test_timescale_and_weight_decay_are_inverse() -> None:
         (lambda: timescale(0.0, 0.1, 10), r"lr=0.0 must be above 0"),
         (lambda: timescale(0.1, -0.1, 10), r"weight_decay=-0.1 must be at least 0"),
         (lambda: timescale(0.1, 0.1, 0), r"steps=0 must be at least 1"),
+        (lambda: timescale(0.1, 0.1, math.nan), r"steps=nan must be at least 1"),  # type: ignore[arg-type]
+        (lambda: timescale(math.nan, 0.1, 10), r"lr=nan must be above 0"),
+        (lambda: timescale(1e-200, 1e-200, 1), r"lr=1e-200 times weight_decay=1e-200 times steps=1 is 0.0, and 1 over"),
+        (lambda: timescale(1e200, 1e200, 1), r"steps=1 is inf, and 1 over it is no usable number"),
+        (lambda: timescale(1e-200, 1e-115, 1), r"steps=1 is 1e-315, and 1 over it is no usable number"),
+        (lambda: weight_decay_for(1e-300, 1e-300, 1), r"tau=1e-300 times lr=1e-300 times steps=1 is 0.0"),
         (lambda: weight_decay_for(0.0, 0.1, 10), r"tau=0.0 must be above 0"),
     ],
 )

@@ -150,6 +150,12 @@ def test_optima_beyond_the_grid_give_no_points() -> None:
         (([1, 2, 3], [1, 2, 3], [0, 0]), r"seeds has shape \[2\] and x \[3\]"),
         (([1, 2, 3], [1, 2, 3], [0, 0, 0]), "1 of 1 seeds have two different x"),
         (([1, 2, 3], [1, 2, 3], [0, 0, 1]), "1 of 2 seeds have two different x"),
+        ((["a", "b", "c"], [1, 2, 3]), "x must be a list of numbers; it has values of the type <U1"),
+        (([1, None, 3], [1, 2, 3]), "x must be a list of numbers; it has values of the type object"),
+        (([1, 2, 3], [1j, 2, 3]), "y must be a list of numbers; it has values of the type complex128"),
+        (([1, 2, [3]], [1, 2, 3]), "x must be a list of numbers, not of lists"),
+        (([1, 2, 3], [1, 2, 3], [None, None, None]), "seeds must be a list of integers; it has values of the type obj"),
+        (([1, 2, 3], [1, 2, 3], [math.nan, 0, 1]), "seeds must be a list of integers; it has values of the type float"),
     ],
 )
 def test_points_that_make_no_law_are_named(arguments: tuple[Any, ...], message: str) -> None:
