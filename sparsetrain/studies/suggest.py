@@ -18,7 +18,7 @@ from typing import Any
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path
 from sparsetrain.optim import BudgetConfig, RunSchedule, weight_decay_for
-from sparsetrain.scaling.law import Hyperbola, Interval, Law
+from sparsetrain.scaling.law import Hyperbola, Interval, Law, PowerLaw
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.stages.config import PretrainConfig, model_config
 from sparsetrain.stages.hidden import Hidden, hidden_of_run
@@ -29,7 +29,8 @@ from sparsetrain.studies.fit import formula
 from sparsetrain.studies.fit_rows import PER
 
 FORMATS = ("text", "json")
-_ROUNDS = 100  # of the fixed point for D_min
+_FORMS = {"tau": (PowerLaw,), "batch": (PowerLaw,), "critical": (PowerLaw, Hyperbola)}
+_READABLE = 10**15  # tokens that are written out
 
 
 @dataclass
@@ -152,11 +153,12 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     """Return what laws suggest for a pre-training.
 
     Raises:
-        UserError: a file holds no law; the length of the run is not known; the schedule does not fit the steps; or the
-            best batch has more tokens than the text or the run.
+        UserError: a file holds no law, two of them are about the same, or a law's value is no usable number; the length
+            of the run is not known; the schedule does not fit the steps; or the best batch has more tokens than the
+            text or the run.
     """
     inputs = inputs or Inputs()
-    laws = [Law.load(typed_path(file, "laws")) for file in config.law_files]
+    laws, notes = _laws(config.law_files)
     _, corpora = inputs.corpora(config.data)
     model = model_config(config.model, vocabulary(config, corpora))
     if corpora is None and config.budget.epochs is not None:
@@ -171,13 +173,15 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     schedule = RunSchedule(config.schedule, budget, config.optimizer)
     hidden = hidden_of_run(settled)
     tau, decay = _decay(config, laws, hidden, tokens, schedule.total_steps)
+    # A run has one length, so a length of the command that these words are appended to has to go.
+    length_there = None if config.flops or config.seconds else config.budget.length
     overrides = [
+        *([] if length_there in (None, "tokens") else [f"budget.{length_there}=null"]),
         f"budget.tokens={tokens}",
         f"budget.batch_size={sequences}",
         f"optimizer.lr={config.optimizer.lr:.6g}",
         f"optimizer.weight_decay={decay.value:.6g}",
     ]
-    notes = []
     if text is None:
         notes.append("The text is not prepared yet, so it is not known how often the run reads it.")
     elif tokens > text:
@@ -190,6 +194,41 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
     per_nonzero = None if hidden.resizes else tokens / hidden.nonzeros
     return Suggestion(values, overrides, tokens / hidden.weights, per_nonzero, notes)
+
+
+def _laws(files: Sequence[str]) -> tuple[list[Law], list[str]]:
+    """Return the laws of files that suggest something, and notes about the others.
+
+    Raises:
+        UserError: a file holds no law, or one of a form that its kind does not have; or two laws are about the same.
+    """
+    laws: dict[tuple[str, float | None], tuple[str, Law]] = {}
+    notes = []
+    for file in files:
+        law = Law.load(typed_path(file, "laws"))
+        if law.kind not in _FORMS:
+            notes.append(f"{file} is a law of the kind {law.kind}, which suggests nothing here.")
+            continue
+        if not isinstance(law, _FORMS[law.kind]):
+            raise UserError(f"{file}: form={law.FORM}: a law of the kind {law.kind} does not have this form")
+        other = laws.setdefault((law.kind, law.sparsity), (file, law))
+        if other[1] is not law:
+            raise UserError(
+                f"laws: {other[0]} and {file} are both of the kind {law.kind} at the same sparsity; give one"
+            )
+    return [law for _, law in laws.values()], notes
+
+
+def _at(law: Law, x: float) -> tuple[float, Interval | None]:
+    """Return a law's value and its interval; None if that is unknown or so wide that its ends are no numbers.
+
+    Raises:
+        UserError: the value is no number above 0.
+    """
+    value, ends = law(x), law.predict_interval(x)
+    if not 0.0 < value < math.inf:
+        raise UserError(f"laws: {formula(law)} is {value:g} at {law.inputs[0].name} {x:.4g}, which is no usable number")
+    return value, None if ends is None or not 0.0 < ends[0] <= ends[1] < math.inf else ends
 
 
 def _rate(config: SuggestConfig, hidden: Hidden) -> Suggested:
@@ -231,7 +270,7 @@ def _decay(
     if hidden.peak == 0.0:
         raise UserError("optimizer.schedules.weight_decay and schedule leave no weight decay, so there is no timescale")
     ratio = tokens / hidden.count(per)
-    value, ends = law(ratio), law.predict_interval(ratio)
+    value, ends = _at(law, ratio)
     warnings += _outside(law, ratio, f"{ratio:.4g} tokens per {per}")
     if value > 1.0:
         warnings.append("tau above 1 averages over more than the whole training: the weight decay is effectively off.")
@@ -252,40 +291,44 @@ def _batch(config: SuggestConfig, laws: Sequence[Law], tokens: int, text: int | 
     """Return the suggested batch in tokens, and in sequences."""
     law, warnings = _chosen(laws, "batch", config.sparsity.sparsity)
     law = batch_opt if law is None else law
-    value, ends = law(tokens), law.predict_interval(tokens)
+    value, ends = _at(law, tokens)
+    source = law.source
     warnings += _outside(law, tokens, f"{tokens:,} tokens")
     says = f"{formula(law)} at {tokens:,} tokens is {value:.4g}"
     critical, more = _chosen(laws, "critical", config.sparsity.sparsity)
     most = None
     if critical is not None:
-        most = _critical(critical, tokens, value)
-        warnings += more
+        most, widest, beyond = _critical(critical, tokens)
+        warnings += [*more, *beyond]
         says += f"; B_crit {most:.4g} by {critical.source}"
         if value > most:
             warnings.append(f"The best batch is above the critical one, so that is taken: {most:.4g} tokens.")
-            value = most
+            value, ends, source = most, widest, critical.source
     unit = config.loop.accumulation
     sequences = max(unit, round(value / config.data.context / unit) * unit)
     batch = sequences * config.data.context
     for limit, what in ((text, "of the text"), (tokens, "of the run")):
         if limit is not None and batch > limit:
+            shown = f"{batch:,}" if batch < _READABLE else f"{batch:.4g}"
             raise UserError(
-                f"the best batch, {batch:,} tokens, has more than the {limit:,} tokens {what}: a law does not hold for "
+                f"the best batch, {shown} tokens, has more than the {limit:,} tokens {what}: a law does not hold for "
                 "so few; give a longer one, or a batch of your own"
             )
     says += f"; {sequences} sequences of {config.data.context} tokens"
-    origin = "published" if law is batch_opt else "fit"
-    return Suggested("batch in tokens", batch, says, law.source, origin, ends, most, warnings), sequences
+    origin = "published" if source is batch_opt.source else "fit"
+    return Suggested("batch in tokens", batch, says, source, origin, ends, most, warnings), sequences
 
 
-def _critical(law: Law, tokens: int, batch: float) -> float:
-    """Return B_crit for a training of ``tokens`` at a batch; a law over D_min is solved for it."""
+def _critical(law: Law, tokens: int) -> tuple[float, Interval | None, list[str]]:
+    """Return the critical batch of a training of ``tokens``, its interval, and warnings.
+
+    At ``B = B_crit`` a training reads twice the tokens that it needs, so a law over D_min holds at half of the tokens.
+    """
     if isinstance(law, Hyperbola):
-        return law.parameters["b_crit"]
-    least = float(tokens)
-    for _ in range(_ROUNDS):
-        least = tokens / (1.0 + batch / law(least))
-    return law(least)
+        most = law.parameters["b_crit"]
+        return most, law.interval(of="b_crit"), _range(law, most, f"a critical batch of {most:.4g} tokens")
+    least = tokens / 2.0
+    return *_at(law, least), _range(law, least, f"D_min = {least:,.0f} tokens of the critical batch")
 
 
 def _chosen(laws: Sequence[Law], kind: str, sparsity: float) -> tuple[Law | None, list[str]]:

@@ -191,9 +191,72 @@ def test_own_laws_take_the_place_of_published_ones(notes: Path, tmp_path: Path) 
     # The best batch of 1,900 tokens is above the critical one of 400, which leaves 12 sequences of 32 tokens.
     assert (batch.value, batch.at_most) == (pytest.approx(400, abs=16), pytest.approx(400, rel=1e-3))
     assert "above the critical one" in batch.warnings[-1]
+    assert batch.interval == st.Law.load(files[2]).interval(of="b_crit")
     assert {tau.origin, batch.origin, decay.origin} == {"fit"}
     other = suggestion(config(notes, "budget.tokens=400000", f"laws={files[0]}", "sparsity=dense"))
     assert value(other, "timescale tau").warnings[0].startswith("The law was fitted at a sparsity of 0.75, and the run")
+
+
+def saved(place: Path, name: str, **values: Any) -> str:
+    """Save a power law of B_opt, B_crit or tau; return its file."""
+    law = st.fit_power_law([1.0, 10.0, 100.0], [1.0, 1.1, 1.0])
+    law = replace(law, **{"sparsity": 0.0, "source": name, **values})
+    law.save(place / f"{name}.yaml")
+    return str(place / f"{name}.yaml")
+
+
+def test_a_critical_batch_over_d_min_is_that_of_half_of_the_tokens(notes: Path, tmp_path: Path) -> None:
+    """At B = B_crit a training reads 2 D_min tokens; the batch has the interval of what it was capped at."""
+    power = {"coefficient": 2.0, "exponent": 0.5}
+    best = saved(tmp_path, "best", kind="batch", parameters={"coefficient": 8000.0, "exponent": 0.01})
+    critical = saved(tmp_path, "crit", kind="critical", parameters=power, inputs=(Quantity("d_min", "tokens"),))
+    run = config(notes, "budget.tokens=2000000", "sparsity=dense", f"laws=[{best},{critical}]")
+    batch = value(suggestion(run), "batch in tokens")
+    assert (batch.value, batch.at_most) == (pytest.approx(2000, abs=16), pytest.approx(2000))
+    assert batch.interval == st.Law.load(critical).predict_interval(1e6)
+    assert batch.source == "crit"
+    assert any("D_min = 1,000,000 tokens of the critical batch is outside" in line for line in batch.warnings)
+
+
+def test_laws_that_suggest_nothing_are_named(notes: Path, tmp_path: Path) -> None:
+    words = ["budget.tokens=200000", "sparsity=dense"]
+    other = saved(tmp_path, "other")
+    found = suggestion(config(notes, *words, f"laws={other}"))
+    assert f"{other} is a law of the kind power, which suggests nothing here." in found.notes
+    first, second = saved(tmp_path, "a", kind="tau"), saved(tmp_path, "b", kind="tau")
+    with pytest.raises(UserError, match=r"a\.yaml and .*b\.yaml are both of the kind tau at the same sparsity; give"):
+        suggestion(config(notes, *words, f"laws=[{first},{second}]"))
+
+
+@pytest.mark.parametrize("kind", ["tau", "batch", "critical"])
+@pytest.mark.parametrize("power", [(1e300, 99.0), (1e-300, -99.0)])
+def test_values_of_laws_that_are_no_numbers_are_one_line(
+    kind: str, power: tuple[float, float], notes: Path, tmp_path: Path
+) -> None:
+    file = saved(tmp_path, kind, kind=kind, parameters=dict(zip(("coefficient", "exponent"), power, strict=True)))
+    with pytest.raises(UserError, match="which is no usable number") as raised:
+        suggestion(config(notes, "budget.tokens=2000000", "sparsity=dense", f"laws={file}"))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["budget.steps=3000"],
+        ["budget.flops=1e11"],
+        ["budget.epochs=1"],
+        ["budget.tokens=200000"],
+        ["budget.tokens=200000", "budget.batch_size={start: 2, end: 8}", "budget.wd_rule=tau"],
+        [],
+    ],
+)
+def test_the_command_with_what_is_appended_is_accepted(words: list[str], notes: Path) -> None:
+    prepare_corpora(config(notes).data, progress=False)
+    found = suggestion(config(notes, *words))
+    run = load("pretrain", [*SMALL, f"data.path={notes}", *words, *found.overrides])
+    assert run.budget.length == "tokens"
+    tau = hidden_of_run(run).tau(steps_of(run) or 0)
+    assert tau == pytest.approx(value(found, "timescale tau").value, rel=1e-4)
 
 
 def test_a_timescale_above_one_is_said_with_what_it_means(notes: Path) -> None:
