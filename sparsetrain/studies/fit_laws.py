@@ -37,6 +37,7 @@ from sparsetrain.studies.fit_rows import (
     named,
     of_one_batch,
     tuned,
+    unknown,
 )
 
 
@@ -72,9 +73,9 @@ def fit_tau(rows: Rows, varied: Sequence[str], per: str, target: float | None) -
     decayed = [row for row in rows if row[DECAY] != 0]
     known = [row for row in decayed if row.get("tau") and row.get(counted(per))]
     if not known:
-        raise UserError(f"no row has tau and {counted(per)}: an older table lacks them; give the run directories")
+        raise unknown(f"tau and {counted(per)}", per)
     notes = left_out(len(rows) - len(decayed), "without weight decay") + left_out(
-        len(decayed) - len(known), "whose tau is not known"
+        len(decayed) - len(known), f"whose tau or number of {counted(per)} is not known"
     )
     names = ("width", "depth", "lr", *(name for name in varied if name != DECAY))
     swept = []
@@ -150,7 +151,7 @@ def fit_loss(rows: Rows, varied: Sequence[str], per: str, target: float | None) 
     """
     done = [row for row in rows if loss_of(row) < math.inf and row.get(counted(per))]
     if not done:
-        raise UserError(f"no row has {counted(per)}: an older table lacks it; give the run directories")
+        raise unknown(counted(per), per)
     best: list[Mapping[str, Any]] = []
     for of in grouped(done, (counted(per),)).values():
         best += [row for level in levels(of) for row in tuned(level, (), varied)]

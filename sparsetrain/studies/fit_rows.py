@@ -42,6 +42,12 @@ def counted(per: str) -> str:
     return f"{per}s"
 
 
+def unknown(columns: str, per: str) -> UserError:
+    """Return the error about a sweep none of whose rows has the columns that a law needs."""
+    dense = "; masks that change their density leave nonzeros empty" if per == "nonzero" else ""
+    return UserError(f"no row has {columns}: an older table lacks them; give the run directories{dense}")
+
+
 def loss_of(row: Mapping[str, Any]) -> float:
     """Return the loss of a run, infinite if it diverged."""
     return math.inf if row.get("loss") is None else float(row["loss"])

@@ -120,7 +120,7 @@ def test_too_few_optima_are_one_line_that_says_what_to_run(tmp_path: Path) -> No
         ("critical", {}, ORDER, "budget.batch_size has the same value in every run"),
         ("loss", {}, ORDER, "runs of 1 sizes and 4 lengths: a law of loss needs"),
         ("tau", {}, (*ORDER[:-4], "run"), "no row has tau and weights: an older table lacks them"),
-        ("loss", {}, (*ORDER[:-4], "run"), "no row has weights: an older table lacks it"),
+        ("loss", {}, (*ORDER[:-4], "run"), "no row has weights: an older table lacks them"),
     ],
 )
 def test_sweeps_that_give_no_law_are_one_line(
@@ -236,6 +236,8 @@ def test_runs_give_the_columns_of_their_hidden_matrices_and_older_tables_are_rea
     assert (found[0.1]["weights"], found[0.1]["nonzeros"]) == (hidden.weights, hidden.weights // 2)
     assert found[0.1]["tau"] == pytest.approx(1 / (hidden.lr * hidden.decay_factor * 0.1 * 3))
     assert found[0.0]["tau"] is None
+    pruned = read_sweep([shell.trained("sparsity=gmp", "sparsity.evolution.every=1", run_dir="gmp")]).rows[0]
+    assert (pruned["weights"], pruned["nonzeros"]) == (hidden.weights, None)
     write_rows(list(found.values()), shell.home / "new.csv")
     again = read_sweep([shell.home / "new.csv"])
     assert again.rows == sorted(found.values(), key=lambda row: row["optimizer.weight_decay"])
@@ -311,6 +313,14 @@ def test_losses_of_several_texts_are_not_compared(tmp_path: Path) -> None:
     laws, _ = fitted(table(tmp_path / "results.csv", rows, (*ORDER[:9], "data.path", *ORDER[9:])), "loss")
     difference = laws["sparsity 0, path b"](2e5, 3e6) - laws["sparsity 0, path a"](2e5, 3e6)
     assert difference == pytest.approx(1.0, rel=1e-2)
+
+
+def test_a_law_per_nonzero_needs_runs_with_one_number_of_nonzeros(tmp_path: Path) -> None:
+    rows = [{**each, "nonzeros": None} for each in decays()]
+    path = table(tmp_path / "results.csv", rows)
+    assert fitted(path, "tau")[0]
+    with pytest.raises(UserError, match=r"no row has tau and nonzeros: .*; masks that change their density leave nonz"):
+        fitted(path, "tau", per="nonzero")
 
 
 def basin(b: float, d: float) -> float:
