@@ -13,6 +13,7 @@ have their covariance in natural logarithms, so that their intervals are positiv
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ class _LawFile(TypedDict):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Law:
+class Law(ABC):
     """What all laws have. `Law.load` returns the form that a file holds; each form is a subclass.
 
     Args:
@@ -242,13 +243,13 @@ class Law:
         return 1
 
     @staticmethod
+    @abstractmethod
     def _value(parameters: np.ndarray, *x: Any) -> Any:
         """Return the value of the form for parameters in the coordinates of the covariance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _log_gradient(self, parameters: np.ndarray, *x: float) -> np.ndarray:
         """Return the derivatives of the value's logarithm by the coordinates of the parameters."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------------------------------------------------------------
 

@@ -17,12 +17,10 @@ from sparsetrain.sparsity.backends.cpu import (
     in_float32,
     nothing,
     pieces,
-    pieces_of,
     scratch,
     with_whole_rows,
     workers,
 )
-from sparsetrain.sparsity.backends.layouts import check_shapes
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 _MIN_BLOCK, _MAX_BLOCK = 4, 64  # as in the kernels, which would import a compiler
@@ -120,34 +118,20 @@ class BsrBackend(CpuBackend):
             return grad_x, values.new_empty(0)
         return grad_x, _total(sums, threads, sharing).to(values.dtype)
 
-    def sampled_by_example(
-        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
-    ) -> tuple[Tensor, Tensor]:
-        check_shapes(pattern, g=g, x=x)
-        by_example, threads = _kernels().by_example, workers(len(g), pattern)
-        out_features, in_features = pattern.shape
-        parts = pieces_of(examples, threads)
-        sums, squared = scratch(threads, pattern.nnz), scratch(examples, parts)
-        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
-        gradients = by_example.bsr_gradients if g.dtype == torch.float32 else by_example.bsr_gradients_bfloat16
+    def by_example(self, threads: int, pattern: SparsityPattern, **arguments: Any) -> Tensor:
+        kernels = _kernels().by_example
+        gradients = kernels.bsr_gradients if arguments["g"].dtype == torch.float32 else kernels.bsr_gradients_bfloat16
+        sums = scratch(threads, pattern.nnz)
         gradients(
             threads,
-            g=with_whole_rows(g),
-            x=with_whole_rows(x.to(g.dtype)),
-            tokens=len(g),
-            examples=examples,
-            columns=in_features,
-            rows=out_features,
-            g_packed=scratch(threads, 2, out_features, TILE),
-            x_packed=scratch(threads, 2, in_features, TILE),
+            g_packed=scratch(threads, 2, arguments["rows"], TILE),
+            x_packed=scratch(threads, 2, arguments["columns"], TILE),
             part=scratch(threads, pattern.nnz),
             sums=sums,
-            squared=squared,
-            pieces=parts,
-            sharing=sharing,
+            **arguments,
             **_blocks(pattern).arguments,
         )
-        return _total(sums, threads, sharing).to(g.dtype), squared.sum(1)
+        return _total(sums, threads, arguments["sharing"])
 
 
 def _total(sums: Tensor, threads: int, sharing: Tensor) -> Tensor:

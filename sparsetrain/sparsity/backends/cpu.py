@@ -60,6 +60,32 @@ class CpuBackend(Backend):
         nothing = x.new_empty(0)
         return self.backward(g, x, x.new_empty(pattern.nnz), nothing, pattern, need_x=False, need_values=True)[1]
 
+    def sampled_by_example(
+        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
+    ) -> tuple[Tensor, Tensor]:
+        check_shapes(pattern, g=g, x=x)
+        threads = workers(len(g), pattern)
+        parts = pieces_of(examples, threads)
+        squared = scratch(examples, parts)
+        total = self.by_example(
+            threads,
+            pattern,
+            g=with_whole_rows(g),
+            x=with_whole_rows(x.to(g.dtype)),
+            tokens=len(g),
+            examples=examples,
+            rows=pattern.shape[0],
+            columns=pattern.shape[1],
+            squared=squared,
+            pieces=parts,
+            sharing=torch.empty(1, dtype=torch.int64, device=_CPU),
+        )
+        return total.to(g.dtype), squared.sum(1)
+
+    @abstractmethod
+    def by_example(self, threads: int, pattern: SparsityPattern, **arguments: Any) -> Tensor:
+        """Return what `sampled` returns, float32, by a kernel that takes these arguments and some more."""
+
 
 def in_float32(values: Tensor) -> Tensor:
     """Return values as kernels read them."""

@@ -17,12 +17,10 @@ from sparsetrain.sparsity.backends.cpu import (
     in_float32,
     nothing,
     pieces,
-    pieces_of,
     scratch,
     with_whole_rows,
     workers,
 )
-from sparsetrain.sparsity.backends.layouts import check_shapes
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
@@ -131,34 +129,20 @@ class CsrBackend(CpuBackend):
             return grad_x, values.new_empty(0)
         return grad_x, _total(sums, threads, sharing, pattern).to(values.dtype)
 
-    def sampled_by_example(
-        self, g: Tensor, x: Tensor, pattern: SparsityPattern, examples: int
-    ) -> tuple[Tensor, Tensor]:
-        check_shapes(pattern, g=g, x=x)
-        csr, by_example, threads = _kernels().csr, _kernels().by_example, workers(len(g), pattern)
-        (out_features, in_features), layout = pattern.shape, _layout(pattern)
-        parts = pieces_of(examples, threads)
-        sums, squared = scratch(threads, layout.stored), scratch(examples, parts)
-        sharing = torch.empty(1, dtype=torch.int64, device="cpu")
-        gradients = by_example.csr_gradients if g.dtype == torch.float32 else by_example.csr_gradients_bfloat16
+    def by_example(self, threads: int, pattern: SparsityPattern, **arguments: Any) -> Tensor:
+        csr, kernels, layout = _kernels().csr, _kernels().by_example, _layout(pattern)
+        gradients = kernels.csr_gradients if arguments["g"].dtype == torch.float32 else kernels.csr_gradients_bfloat16
+        sums = scratch(threads, layout.stored)
         gradients(
             threads,
-            g=with_whole_rows(g),
-            x=with_whole_rows(x.to(g.dtype)),
-            tokens=len(g),
-            examples=examples,
-            columns=in_features,
-            rows=out_features,
-            g_packed=scratch(threads, csr.TOGETHER, out_features + 1, TILE),
-            x_packed=scratch(threads, csr.TOGETHER, in_features + 1, TILE),
+            g_packed=scratch(threads, csr.TOGETHER, arguments["rows"] + 1, TILE),
+            x_packed=scratch(threads, csr.TOGETHER, arguments["columns"] + 1, TILE),
             part=scratch(threads, layout.stored),
             sums=sums,
-            squared=squared,
-            pieces=parts,
-            sharing=sharing,
+            **arguments,
             **layout.arguments,
         )
-        return _total(sums, threads, sharing, pattern).to(g.dtype), squared.sum(1)
+        return _total(sums, threads, arguments["sharing"], pattern)
 
 
 def _total(sums: Tensor, threads: int, sharing: Tensor, pattern: SparsityPattern) -> Tensor:

@@ -150,7 +150,7 @@ def test_a_backend_without_a_product_is_refused_when_it_is_registered(monkeypatc
 
     for kind, message in (
         (Half, r"backend 'mine': .*Half must define matmul_t, sampled"),
-        (Compiled, r"backend 'mine': .*Compiled must define backward, forward, unsuited"),
+        (Compiled, r"backend 'mine': .*Compiled must define backward, by_example, forward, unsuited"),
         (Odd, r"backend 'mine': matmul_t .* must be a function of \(g, values, pattern\)"),
         (int, r"backend 'mine': <class 'int'> must be a sparsetrain.Backend, or a class derived from it"),
     ):
