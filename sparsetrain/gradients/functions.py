@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparsetrain.gradients.record import Use, direction, wide
+from sparsetrain.gradients.record import Use, direction, length_of, wide
 from sparsetrain.sparsity.backends.cpu import enough
 
 # Elements of one example's gradient that are computed at a time. Smaller products cost more than the caches save,
@@ -94,7 +94,7 @@ def matrix_gradient(use: Use, g: Tensor, x: Tensor, turn: bool = False) -> Tenso
     else:
         gradient = first.flatten(0, 1).t() @ second.flatten(0, 1)
         use.defer(lambda example: first[example].t().double() @ second[example].double())
-    use.expect(_digest_of_product(first, second), rounding(first) * float(wide(second).norm()))
+    use.expect(_digest_of_product(first, second), rounding(first) * float(length_of(second)))
     return gradient
 
 
@@ -106,7 +106,7 @@ def _digest_of_product(g: Tensor, x: Tensor) -> Tensor:
 
 def rounding(g: Tensor) -> float:
     """Return the norm of a gradient times the unit roundoff of its type: what sums of its elements may be off by."""
-    return 64.0 * torch.finfo(g.dtype).eps * float(torch.linalg.vector_norm(g.detach(), dtype=torch.float64))
+    return 64.0 * torch.finfo(g.dtype).eps * float(length_of(g))
 
 
 class Linear(torch.autograd.Function):

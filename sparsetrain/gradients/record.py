@@ -44,6 +44,16 @@ def digest(gradient: Tensor) -> Tensor:
     return gradient.reshape(-1)[places].double()
 
 
+def length_of(x: Tensor) -> Tensor:
+    """Return the 2-norm of all elements as a float64 scalar, to about 1e-8.
+
+    The norms of the rows are taken in float32, or in float64 if x is: `torch.linalg.vector_norm` over everything has
+    an error of 1e-4 for millions of float32 elements, and costs 30 times as much if it converts them to float64.
+    """
+    rows = wide(x.detach()).flatten(0, -2) if x.ndim > 1 else wide(x.detach()).reshape(1, -1)
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(rows, dim=1).double())
+
+
 class MicroBatch:
     """The norms of one forward pass and its backward pass.
 

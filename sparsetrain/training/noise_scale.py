@@ -15,6 +15,7 @@ from sparsetrain import wrappers
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import is_norm
 from sparsetrain.gradients.per_example import per_example_norms
+from sparsetrain.gradients.record import length_of
 from sparsetrain.runs.optimizer_state import JSON
 from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.training.observers import (
@@ -103,7 +104,7 @@ class NoiseScaleObserver(Observer):
                 layer, gradient = name.rpartition(".")[0], gradients[name].grad
                 assert gradient is not None
                 small[layer] = small.get(layer, 0.0) + float(of_examples.double().mean())
-                big[layer] = big.get(layer, 0.0) + float(torch.linalg.vector_norm(gradient, dtype=torch.float64)) ** 2
+                big[layer] = big.get(layer, 0.0) + float(length_of(gradient)) ** 2
         if all(map(math.isfinite, (*small.values(), *big.values()))):  # else the loop says that the run diverged
             self.add(small, big, examples)
 
