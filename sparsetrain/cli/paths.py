@@ -55,9 +55,9 @@ def sweep(given: Namespace) -> None:
 def fit_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``fit``."""
     about = (
-        "run directories, their parents, or results.csv; law=tau, batch, critical or loss; out=DIR for law.yaml and "
+        "run directories, their parents, or results.csv; law=tau, batch, critical, loss or noise; out=DIR for law.yaml "
     )
-    about += "law.png; per=weight or nonzero, the parameters that count; target=LOSS, for law=critical"
+    about += "and law.png; per=weight or nonzero, the parameters that count; target=LOSS, for law=critical"
     parser.usage = "sparsetrain fit RUNS ... law=LAW [out=DIR] [per=weight] [target=LOSS]"
     parser.add_argument("words", nargs="+", metavar="RUNS law=LAW", help=about)
 

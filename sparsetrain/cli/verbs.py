@@ -137,13 +137,14 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "fit": Verb(
-        about="Fit a law to the runs of a sweep: best timescale, best or critical batch, loss; law.yaml and a figure.",
+        about="Fit a law to the runs of a sweep: best timescale, best or critical batch, loss, noise; law.yaml and a figure.",
         parser="sparsetrain.cli.paths:fit_arguments",
         run="sparsetrain.cli.paths:fit",
         examples=[
             "sparsetrain fit runs/decays law=tau out=laws/tau",
             "sparsetrain fit runs/batches law=batch out=laws/batch",
             "sparsetrain fit runs/batches/results.csv law=critical target=2.1",
+            "sparsetrain fit runs/observed law=noise out=laws/noise",
         ],
     ),
     "suggest": Verb(

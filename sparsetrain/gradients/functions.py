@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from sparsetrain.gradients.record import Use, direction, length_of, wide
 from sparsetrain.sparsity.backends.cpu import enough
 
-# Elements of one example's gradient that are computed at a time. Smaller products cost more than the caches save,
-# measured with an L2 of 2 MB.
-_CPU_ELEMENTS = 1 << 20
+# Elements of all examples' gradients that are computed at a time. Smaller products cost more than the caches save, and
+# larger ones are allocated anew each time; measured with an L2 of 2 MB.
+_CPU_ELEMENTS = 1 << 22
 _KERNEL = 1 << 12  # a call of the kernel pays from so many elements on
 _GPU_ELEMENTS = 1 << 24
 
@@ -36,16 +36,18 @@ def weight_gradient(
         total: a sum to add to, in place; None for a new one, float32 or float64.
     """
     (examples, length, outputs), inputs = g.shape, x.shape[2]
-    total = wide(x[:0]).new_zeros(outputs, inputs) if total is None else total
+    fresh = total is None
+    total = wide(x[:0]).new_empty(outputs, inputs) if total is None else total
     if length == 1 and ids is None:
         # A term is an outer product, whose norm is the product of two norms.
         squared = wide(g).square().sum((1, 2)) * wide(x).square().sum((1, 2))
-        return total.add_(g[:, 0].t() @ x[:, 0]), squared, None
+        product = g[:, 0].t() @ x[:, 0]
+        return total.copy_(product) if fresh else total.add_(product), squared, None
     squares = total.new_zeros(examples)
     rows = None if ids is None else total.new_zeros(examples, ids.shape[1], inputs)
-    on_gpu = g.device.type != "cpu"
-    height = outputs if on_gpu else min(outputs, max(16, _CPU_ELEMENTS // inputs))
-    at_once = min(examples, max(1, _GPU_ELEMENTS // (outputs * inputs))) if on_gpu else 1
+    room = _GPU_ELEMENTS if g.device.type != "cpu" else _CPU_ELEMENTS
+    height = outputs if g.device.type != "cpu" else min(outputs, max(16, room // (examples * inputs)))
+    at_once = min(examples, max(1, room // (height * inputs)))
     buffer = x.new_empty(at_once * height * inputs)
     for top in range(0, outputs, height):
         band, target = g[:, :, top : top + height].mT, total[top : top + height]
@@ -53,7 +55,7 @@ def weight_gradient(
             of_g, of_x = band[first : first + at_once], x[first : first + at_once]
             shape = (len(of_g), len(target), inputs)
             terms = torch.bmm(of_g, of_x, out=buffer[: math.prod(shape)].view(shape))
-            squares[first : first + at_once] += _add(terms, target)
+            squares[first : first + at_once] += _add(terms, target, fresh and first == 0)
             if ids is not None and rows is not None:
                 for example, term in enumerate(terms, start=first):
                     inside = (ids[example] >= top) & (ids[example] < top + len(target))
@@ -61,17 +63,34 @@ def weight_gradient(
     return total, squares, rows
 
 
-def _add(terms: Tensor, target: Tensor) -> Tensor:
-    """Add each of ``terms`` ``[b, m, K]`` to ``target`` ``[m, K]``, and return their squared norms ``[b]``."""
-    if len(terms) == 1 and terms.is_cpu and terms.dtype == torch.float32 and terms.numel() >= _KERNEL:
-        from sparsetrain.kernels.by_example import add_part  # imports a compiler
+def _add(terms: Tensor, target: Tensor, fresh: bool) -> Tensor:
+    """Add ``terms`` ``[b, m, K]`` to ``target`` ``[m, K]``, and return their squared norms ``[b]``.
 
+    Args:
+        fresh: whether ``target`` has no content yet.
+    """
+    if terms.is_cpu and terms.dtype == torch.float32 and terms[0].numel() >= _KERNEL:
+        from sparsetrain.kernels.by_example import add_parts  # imports a compiler
+
+        examples, count = len(terms), target.numel()
         threads = enough(torch.get_num_threads(), terms.numel())
-        squares = torch.zeros(threads, device="cpu")
-        add_part(threads, part=terms.view(-1), total=target.view(-1), count=terms.numel(), squares=squares)
-        return squares.sum(0, keepdim=True)
+        squares = torch.zeros(threads, examples, device="cpu")
+        add_parts(
+            threads,
+            parts=terms.view(-1),
+            examples=examples,
+            total=target.view(-1),
+            count=count,
+            fresh=int(fresh),
+            squares=squares,
+        )
+        return squares.sum(0)
     flat = wide(terms).view(len(terms), -1)
-    target += terms[0] if len(terms) == 1 else terms.sum(0)
+    total = terms[0] if len(terms) == 1 else terms.sum(0)
+    if fresh:
+        target.copy_(total)
+    else:
+        target += total
     return torch.linalg.vecdot(flat, flat)
 
 

@@ -40,24 +40,36 @@ from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share, sharers
 
 
+_EXAMPLES = where["examples > 0 and tokens % examples == 0"]
+_STRETCH = 64 * TILE  # elements of a sum that stay in the cache while the examples are added
+
+
 @Kernel
-def add_part(
+def add_parts(
     team: Team,
-    part: Annotated[Array, float32["== count"]],
+    parts: Annotated[Array, float32["== examples * count"]],
+    examples: Annotated[Int, where["examples > 0"]],
     total: Annotated[Output, float32["== count"]],
     count: Int,
-    squares: Annotated[Output, float32["== threads"]],
+    fresh: Int,
+    squares: Annotated[Output, float32["== threads", "== examples"]],
+    squares_step: Annotated[Int, step["squares"]],
 ) -> None:
-    """Add one example's part of a dense gradient to the sum, and write the sum of its squares, by thread.
+    """Add the examples' parts of a dense gradient, and add the sum of the squares of each to ``squares``, by thread.
 
     Args:
-        squares: of threads that did not take part, they stay as they are.
+        parts: one after another. fresh: 0 adds to what ``total`` has, 1 writes it anew.
     """
     first, last, index = share(team, tiles(count))
-    squares[index] = add_and_square(part, first * TILE, total, first * TILE, min(count, last * TILE) - first * TILE)
-
-
-_EXAMPLES = where["examples > 0 and tokens % examples == 0"]
+    end = min(count, last * TILE)
+    for start in range(first * TILE, end, _STRETCH):
+        size = min(_STRETCH, end - start)
+        if fresh != 0:
+            clear(total, start, start + size)
+        for example in range(examples):
+            squares[index * squares_step + example] += add_and_square(
+                parts, example * count + start, total, start, size
+            )
 
 
 def _csr_gradients(

@@ -29,7 +29,7 @@ from sparsetrain.shapes import Count, Fraction
 
 FORMAT = 1
 Interval = tuple[float, float]
-Kind = Literal["power", "tau", "batch", "critical", "loss"]
+Kind = Literal["power", "tau", "batch", "critical", "loss", "noise"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 _Positive = Annotated[float, Meta(gt=0.0, le=1e300)]
@@ -77,7 +77,7 @@ class Law(ABC):
 
     Args:
         parameters: values by name.
-        kind: what it says: ``tau``, ``batch``, ``critical``, ``loss``, or ``power`` for anything else.
+        kind: what it says: ``tau``, ``batch``, ``critical``, ``loss``, ``noise``, or ``power`` for anything else.
         inputs, output: what its numbers are.
         covariance: of the estimates, in the order of the parameters; None where it is not known. Rows and columns of
             positive parameters (`LOGARITHMIC`) are those of their natural logarithms.

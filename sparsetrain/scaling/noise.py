@@ -14,7 +14,10 @@ Each estimate is unbiased, and their ratio in one step is not: both are averaged
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from sparsetrain.errors import UserError
 
@@ -138,3 +141,30 @@ class NoiseScale:
             raise UserError(f"no state of a noise scale: it has {', '.join(sorted(map(str, state)))}")
         self.decay = float(state["decay"])
         self._sums = {name: float(state[name]) for name in self._SUMS}
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """How far a series y is proportional to a series x.
+
+    Args:
+        slope: of ``y = slope * x`` by least squares.
+        correlation: Pearson's r; NaN if one of them is constant.
+        variation: the standard deviation of ``y / x`` over its mean.
+    """
+
+    slope: float
+    correlation: float
+    variation: float
+
+
+def proportion(x: np.ndarray, y: np.ndarray) -> Proportion:
+    """Return how far ``y`` is proportional to ``x``, such as the noise scale of all parameters to that of a few.
+
+    Args:
+        x, y: ``[n]``, n of at least 2, above 0.
+    """
+    ratio = y / x
+    spread = float(x.std() * y.std())
+    correlation = float(((x - x.mean()) * (y - y.mean())).mean()) / spread if spread > 0.0 else math.nan
+    return Proportion(float(x @ y / (x @ x)), correlation, float(ratio.std(ddof=1) / ratio.mean()))

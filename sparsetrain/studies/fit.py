@@ -14,12 +14,15 @@ from rich.console import Console
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import file_errors
 from sparsetrain.report.law_plots import DrawnLaw, law_figure
+from sparsetrain.report.noise_plots import NoiseCourse, noise_figure
+from sparsetrain.report.sweep import write_rows
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.screen import say
 from sparsetrain.studies.fit_critical import fit_critical
 from sparsetrain.studies.fit_laws import fit_batch, fit_loss, fit_tau
+from sparsetrain.studies.fit_noise import TABLE, courses, fit_noise, read_noise
 from sparsetrain.studies.fit_rows import BATCH, DECAY, PER, Fitted, Rows, distinguishing, grouped, named
 from sparsetrain.studies.sweep import read_sweep
 
@@ -28,11 +31,16 @@ FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] =
     "batch": fit_batch,
     "critical": fit_critical,
     "loss": fit_loss,
+    "noise": fit_noise,
 }
 """The laws that can be fitted to a sweep, by name."""
 
 _TUNED = ("lr", DECAY, BATCH)
-SWEPT: Mapping[str, Sequence[str]] = {"tau": (DECAY,), "batch": _TUNED, "critical": _TUNED, "loss": _TUNED}
+SWEPT: Mapping[str, Sequence[str]] = {
+    "tau": (DECAY,),
+    **dict.fromkeys(("batch", "critical", "loss"), _TUNED),
+    "noise": (),
+}
 """The settings whose values are part of a law, beside sizes and lengths; runs that differ in others have other laws."""
 
 _LONGEST = 100  # letters of a file's name that come from settings
@@ -45,7 +53,8 @@ class FitRequest:
     """What to fit.
 
     Args:
-        places: run directories, their parents, or tables that `sparsetrain sweep` wrote.
+        places: run directories, their parents, or tables that `sparsetrain sweep` wrote; for ``noise``, tables that
+            this wrote.
         law: one of `FITS`.
         out: where to write ``law.yaml`` and ``law.png``; None only prints.
         per: whether parameters are the ``weight`` elements of the hidden matrices or their ``nonzero`` ones.
@@ -76,11 +85,13 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
     """
     console = console or Console()
     tell = functools.partial(say, console)
-    found = read_sweep(request.places, apart=True)
+    of_noise = request.law == "noise"
+    found = read_noise(request.places) if of_noise else read_sweep(request.places, apart=True)
     names = distinguishing(found.rows, found.varied, SWEPT[request.law])
     groups = grouped(found.rows, ("parameterization", "sparsity", *names))
     fitted: list[Fitted] = []
     refused: list[str] = []
+    shown: list[NoiseCourse] = []
     for (scheme, sparsity, *key), rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
         words = [scheme] if len({of[0] for of in groups}) > 1 else []
         words += [f"sparsity {sparsity:g}", *([named(names, key, found.rows)] if names else [])]
@@ -91,6 +102,7 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
             refused.append(f"{label}: {error}")
             continue
         fitted.append(replace(one, label=label, law=_signed(one, rows, sparsity, request.places)))
+        shown += courses(rows, label) if of_noise else []
     if not fitted:
         raise UserError("; ".join(refused))
     for each in fitted:
@@ -108,6 +120,10 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
         tell(f"published: {formula(published)}, {published.source}")
     if request.out is not None:
         _write(fitted, request.out, published, tell)
+        if of_noise:
+            write_rows(found.rows, request.out / TABLE)
+            noise_figure(shown, request.out / "noise_scale.png")
+            tell(f"written: {TABLE}, noise_scale.png in {request.out}")
     return {each.label: each.law for each in fitted}
 
 
@@ -119,7 +135,7 @@ def _signed(one: Fitted, rows: Sequence[Mapping[str, Any]], sparsity: float, pla
     at = f", commit {', '.join(commits[:3])}" if commits else ""
     return replace(
         one.law,
-        runs=len(rows),
+        runs=len({row["run"] for row in rows}),
         sparsity=sparsity,
         source=f"own fit of {names}{more}{at}",
         verified=" ".join(
@@ -134,7 +150,7 @@ def described(label: str, law: Law) -> list[str]:
     parts = []
     for name in law.PARAMETERS:
         ends = law.interval(0.95, name)
-        if ends is not None:
+        if ends is not None and ends[0] < ends[1]:
             parts.append(f"{name} {law.parameters[name]:.4g} [{ends[0]:.3g}, {ends[1]:.3g}]")
     if parts:
         lines.append(f"  95 %: {', '.join(parts)}")

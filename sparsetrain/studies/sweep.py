@@ -80,7 +80,7 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
     tables = [place for place in places if place.suffix == ".csv"]
     done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     unfinished: list[Path] = []
-    for directory in dict.fromkeys(found for place in places if place not in tables for found in _runs(place)):
+    for directory in dict.fromkeys(found for place in places if place not in tables for found in run_directories(place)):
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
@@ -184,7 +184,8 @@ def _sortable(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, str(value))
 
 
-def _runs(place: Path) -> list[Path]:
+def run_directories(place: Path) -> list[Path]:
+    """Return a run directory itself, or those below a directory; a `UserError` if there is none."""
     if (place / CONFIG).exists():
         return [place]
     found = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
