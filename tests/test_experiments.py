@@ -16,7 +16,16 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
-from tests.helpers.claims import Claim, arm_claims, exponent_claims, item_claims, sweep_claims, unsupported
+from tests.helpers.claims import (
+    Claim,
+    arm_claims,
+    exponent_claims,
+    item_claims,
+    noise_claims,
+    paired_claims,
+    sweep_claims,
+    unsupported,
+)
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
@@ -54,6 +63,7 @@ TINY: dict[str, list[str]] = {
         *("budget.steps=null", "budget.tokens=48,96", "optimizer.weight_decay=0.0625,0.25"),
         *("sparsity.sparsity=0.5", "seed=0"),
     ],
+    "gns_batch_schedule": [*NARROW, LR, "budget.tokens=null", "budget.batch_size=2,4"],
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
@@ -64,6 +74,9 @@ DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs"
 SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer.weight_decay"}
 # Of a sweep of laws, in tokens: the budget with several batch sizes, and the batch size with several budgets.
 LAWS = {"batch_power_laws": (552960, 1024)}
+# The tables of noise scales, and the columns of a sweep whose arms are compared at their own best rates.
+NOISE = ["gns_batch_schedule"]
+PAIRED = {"gns_batch_schedule": ("budget.batch_size", "budget.tokens")}
 # The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
@@ -78,7 +91,9 @@ def claims(name: str) -> list[Claim]:
     folder = ROOT / "experiments" / name
     if name in CURVES:
         exponents = exponent_claims(folder / "results.csv", *LAWS[name]) if name in LAWS else []
-        return sweep_claims(folder / "results.csv", swept(name)) + exponents
+        noise = noise_claims(folder / "noise_scale.csv") if name in NOISE else []
+        arms = paired_claims(folder / "results.csv", *PAIRED[name]) if name in PAIRED else []
+        return sweep_claims(folder / "results.csv", swept(name)) + exponents + noise + arms
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])
@@ -144,7 +159,10 @@ def test_the_commands_of_a_readme_are_valid(name: str) -> None:
         elif verb == "sweep":
             assert sorted([verb, *words]) == sorted(collecting(name))
         elif verb == "fit":
-            assert words == [f"experiments/{name}/results.csv", "law=tau", f"out=experiments/{name}"]
+            read = (
+                ["runs/gns_observed", "law=noise"] if name in NOISE else [f"experiments/{name}/results.csv", "law=tau"]
+            )
+            assert words == [*read, f"out=experiments/{name}"]
         elif program == "sparsetrain":
             sweep = "-m" in words
             check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)
@@ -174,20 +192,23 @@ def test_the_optima_of_an_experiment_follow_from_its_rows(name: str, tmp_path: P
     assert (tmp_path / "optima.csv").read_text() == (folder / "optima.csv").read_text()
 
 
-@pytest.mark.parametrize("name", LAWS)
+@pytest.mark.parametrize("name", [*LAWS, *NOISE])
 def test_the_laws_of_an_experiment_follow_from_its_rows(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = ROOT / "experiments" / name
-    assert main(["fit", str(folder / "results.csv"), "law=tau", f"out={tmp_path}"]) == 0
+    table, law = ("noise_scale.csv", "noise") if name in NOISE else ("results.csv", "tau")
+    assert main(["fit", str(folder / table), f"law={law}", f"out={tmp_path}"]) == 0
     assert capsys.readouterr().err == ""
     laws = sorted(path.name for path in tmp_path.glob("*.yaml"))
     assert laws == sorted(path.name for path in folder.glob("*.yaml"))
     for law in laws:
         fitted, filed = Law.load(tmp_path / law), Law.load(folder / law)
         assert fitted.parameters == pytest.approx(filed.parameters, rel=1e-9)
-        assert fitted.interval(0.95) == pytest.approx(filed.interval(0.95), rel=1e-6)
-    assert_same_picture(tmp_path / "law.png", folder / "law.png")
+        for parameter in fitted.PARAMETERS:
+            assert fitted.interval(0.95, parameter) == pytest.approx(filed.interval(0.95, parameter), rel=1e-6)
+    for picture in tmp_path.glob("*.png"):
+        assert_same_picture(picture, folder / picture.name)
 
 
 @pytest.mark.parametrize("name", ARMS)

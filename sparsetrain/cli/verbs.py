@@ -137,7 +137,7 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "fit": Verb(
-        about="Fit a law to the runs of a sweep: best timescale, best or critical batch, loss, noise; law.yaml and a figure.",
+        about="Fit a law to a sweep: best timescale, best or critical batch, loss, noise scale; law.yaml, figure.",
         parser="sparsetrain.cli.paths:fit_arguments",
         run="sparsetrain.cli.paths:fit",
         examples=[

@@ -39,7 +39,6 @@ from sparsetrain.kernels.simd.tiles import PIECES, TILE, add_and_square, clear, 
 from sparsetrain.kernels.simd.vectors import element
 from sparsetrain.kernels.simd.words import share, sharers
 
-
 _EXAMPLES = where["examples > 0 and tokens % examples == 0"]
 _STRETCH = 64 * TILE  # elements of a sum that stay in the cache while the examples are added
 

@@ -62,9 +62,11 @@ def read_noise(places: Sequence[Path]) -> SweepRows:
         directories = {path.name: path for place in others for path in run_directories(place)}
         for run in found.rows:
             known = {name: run[name] for name in (*COLUMNS, *varied, "run")}
-            for record in read_metrics(directories[run["run"]] / METRICS):
-                if _ALL in record and _NORMS in record:
-                    rows.append(known | {name: record.get(name) for name in _LAST[1:]})
+            rows += [
+                known | {name: record.get(name) for name in _LAST[1:]}
+                for record in read_metrics(directories[run["run"]] / METRICS)
+                if _ALL in record and _NORMS in record
+            ]
     own = {row["run"] for row in rows}
     for table in tables:
         earlier = _table(table)
@@ -146,7 +148,7 @@ def _series(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _law(slopes: Mapping[int, Sequence[float]], points: Sequence[LawPoint]) -> PowerLaw:
     """Return a power law whose exponent is 1, from the logarithms of slopes by seed."""
     own = [float(np.mean(of)) for of in slopes.values()]
-    x, y = (np.log([value for value in column]) for column in ([p.x[0] for p in points], [p.y for p in points]))
+    x, y = (np.log(np.array(column)) for column in ([p.x[0] for p in points], [p.y for p in points]))
     total = float(np.square(y - y.mean()).sum())
     rest = float(np.square(y - x - np.mean(own)).sum())
     law = PowerLaw(

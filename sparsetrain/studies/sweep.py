@@ -80,7 +80,9 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
     tables = [place for place in places if place.suffix == ".csv"]
     done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     unfinished: list[Path] = []
-    for directory in dict.fromkeys(found for place in places if place not in tables for found in run_directories(place)):
+    for directory in dict.fromkeys(
+        found for place in places if place not in tables for found in run_directories(place)
+    ):
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
@@ -93,13 +95,13 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
         earlier.pop(directory.name, None)
     if not done and not earlier:
         raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
-    plain = {directory: dict(_leaves(config)) for directory, (config, _) in done.items()}
+    plain = _settings({directory: config for directory, (config, _) in done.items()})
     _leave_paths_out(plain)
     sections = {directory: config["parameterization"] for directory, (config, _) in done.items()}
     labels = {directory: section["scheme"] for directory, section in sections.items()} if apart else _labels(sections)
     varied = [
         name
-        for name in next(iter(plain.values()), {})
+        for name in dict.fromkeys(name for leaves in plain.values() for name in leaves)
         if name not in _SAID
         and name != "parameterization.scheme"
         and (apart or not name.startswith("parameterization."))
@@ -192,6 +194,28 @@ def run_directories(place: Path) -> list[Path]:
     if not found:
         raise UserError(f"{place} holds no run: neither {CONFIG} nor */{CONFIG} is there")
     return found
+
+
+def _settings(configs: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]:
+    """Return the settings of each run by dotted name.
+
+    One that is a value in some runs and a section in others, such as a batch size that is a ramp, is one setting in
+    all of them, and a section is then written in command-line syntax.
+    """
+    plain = {directory: dict(_leaves(config)) for directory, config in configs.items()}
+    names = {name for leaves in plain.values() for name in leaves}
+    mixed = {name for name in names if any(other.startswith(f"{name}.") for other in names)}
+    for directory, leaves in plain.items():
+        for name in mixed - leaves.keys():
+            inner = [other for other in leaves if other.startswith(f"{name}.")]
+            if inner:
+                value: Any = configs[directory]
+                for part in name.split("."):
+                    value = value[part]
+                leaves[name] = _listed(value)
+            for other in inner:
+                del leaves[other]
+    return plain
 
 
 def _leaves(config: dict[str, Any]) -> Iterable[tuple[str, Any]]:

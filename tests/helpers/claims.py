@@ -157,6 +157,54 @@ def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
     return claims
 
 
+def arm_losses(rows: Path, *names: str) -> dict[tuple[str, ...], dict[int, float]]:
+    """Return the losses by seed of each arm, which the columns ``names`` identify, at its best rate of three seeds."""
+    found: dict[tuple[str, ...], dict[str, dict[int, float]]] = {}
+    with rows.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            rates = found.setdefault(tuple(row[name] for name in names), {})
+            rates.setdefault(row["lr"], {})[int(row["seed"])] = float(row["loss"])
+    whole = {arm: [of for of in rates.values() if len(of) > 2] for arm, rates in found.items()}
+    return {arm: min(of, key=lambda each: float(np.mean(list(each.values())))) for arm, of in whole.items() if of}
+
+
+def paired_claims(rows: Path, *names: str) -> list[Claim]:
+    """Return the mean loss of each arm of `arm_losses`, and the differences of any two, in nats and in percent."""
+    arms = arm_losses(rows, *names)
+    claims = [claim for of in arms.values() for claim in _claim(of.values())]
+    for one, other in itertools.permutations(arms.values(), 2):
+        seeds = sorted(set(one) & set(other))
+        claims += _claim(one[seed] - other[seed] for seed in seeds)
+        claims += _percent({seed: math.log(one[seed] / other[seed]) for seed in seeds})
+    return claims
+
+
+def noise_claims(rows: Path) -> list[Claim]:
+    """Return, by sparsity, the slope of the noise scale of all parameters over that of the norm layers, and its growth.
+
+    Both are means of logarithms over seeds. A slope is NumPy's of least squares through the origin, from step 100 on;
+    growth is the last value over that at the logged step nearest to 10 % of the tokens.
+    """
+    runs: dict[tuple[float, int], list[tuple[float, float, float]]] = {}
+    with rows.open(newline="", encoding="utf-8") as stream:
+        for row in csv.DictReader(stream):
+            if int(row["step"]) >= 100 and row["noise_scale"] and row["noise_scale_all"]:
+                numbers = (float(row[name]) for name in ("tokens", "noise_scale", "noise_scale_all"))
+                runs.setdefault((float(row["sparsity"]), int(row["seed"])), []).append(tuple(numbers))  # type: ignore[arg-type]
+    slopes: dict[float, list[float]] = {}
+    growths: dict[float, list[float]] = {}
+    for (sparsity, _), points in runs.items():
+        tokens, norms, whole = np.array(points).T
+        slopes.setdefault(sparsity, []).append(math.log(np.linalg.lstsq(norms[:, None], whole, rcond=None)[0][0]))
+        early = np.argmin(np.abs(tokens - 0.1 * tokens[-1]))
+        growths.setdefault(sparsity, []).append(math.log(whole[-1] / whole[early]))
+    claims = []
+    for logs in (*slopes.values(), *growths.values()):
+        mean, low, high = student(logs)
+        claims.append(Claim((math.exp(mean),), math.exp(low), math.exp(high)))
+    return claims
+
+
 def _claim(samples: Iterable[float]) -> list[Claim]:
     values = list(samples)
     if len(values) < 2:

@@ -286,6 +286,20 @@ def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> 
     assert set(labels_of(lines, ["optimizer.weight_decay"])) == {"weight_decay 0", "weight_decay 0.1"}
 
 
+def test_a_batch_size_that_is_a_number_a_ramp_or_led_is_one_setting(tmp_path: Path) -> None:
+    sizes = ("8", "16", "{start: 8, end: 64}", "{led_by: gns, start: 8, end: 64}")
+    for size in sizes:
+        for lr in (0.01, 0.02):
+            write_run(tmp_path, ["budget.tokens=4800", f"budget.batch_size={size}"], lr=lr)
+    found = read_sweep([tmp_path])
+    assert found.varied == ["budget.batch_size"]
+    shown = {row["budget.batch_size"] for row in found.rows}
+    assert {8, 16} < shown
+    sections = [yaml.safe_load(text) for text in shown if isinstance(text, str)]
+    assert {section["led_by"] for section in sections} == {"tokens", "gns"}
+    assert len(lines_of(found.rows, "lr", found.varied)) == len(sizes)
+
+
 def test_a_setting_that_follows_from_another_is_not_in_the_labels() -> None:
     extra = ["evolution.start", "evolution.rule"]
     same = {"parameterization": "supar", "sparsity": 0.9, "width": 32, "depth": 2, "seed": 0, "loss": 2.0}
