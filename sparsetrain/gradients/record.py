@@ -45,7 +45,7 @@ def digest(gradient: Tensor) -> Tensor:
 
 
 def length_of(x: Tensor) -> Tensor:
-    """Return the 2-norm of all elements as a float64 scalar, to about 1e-8.
+    """Return the 2-norm of all elements as a float64 scalar, to about 1e-6.
 
     The norms of the rows are taken in float32, or in float64 if x is: `torch.linalg.vector_norm` over everything has
     an error of 1e-4 for millions of float32 elements, and costs 30 times as much if it converts them to float64.

@@ -20,7 +20,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.scaling.intervals import Interval, mean_interval, paired
 from sparsetrain.scaling.law import Hyperbola, Quantity
 from sparsetrain.scaling.loss_law import PowerSum, fit_power_sum
-from sparsetrain.scaling.points import Numbers, checked_numbers
+from sparsetrain.scaling.points import Numbers, checked_numbers, checked_seeds
 
 _FARTHEST = 1e6  # how far beyond the batch sizes B_crit is searched, as a factor
 
@@ -81,7 +81,7 @@ def fit_critical_batch(
             grow with the batch, so that no critical batch can be told.
     """
     b, d = checked_numbers("batches", batches), checked_numbers("tokens", tokens)
-    given = np.zeros(len(b), dtype=int) if seeds is None else np.asarray(seeds)
+    given = np.zeros(len(b), dtype=int) if seeds is None else checked_seeds(seeds)
     if not len(b) == len(d) == len(given):
         raise UserError(
             f"batches, tokens and seeds have {len(b)}, {len(d)} and {len(given)} values; as many are needed"
@@ -197,7 +197,7 @@ def branched_critical_batch(
         UserError: there are fewer than two different batches, a number is not above 0 and finite, or the lengths
             differ.
     """
-    b, y, given = checked_numbers("batches", batches), checked_numbers("losses", losses), np.asarray(seeds)
+    b, y, given = checked_numbers("batches", batches), checked_numbers("losses", losses), checked_seeds(seeds)
     if not len(b) == len(y) == len(given):
         raise UserError(
             f"batches, losses and seeds have {len(b)}, {len(y)} and {len(given)} values; as many are needed"

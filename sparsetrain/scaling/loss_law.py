@@ -19,7 +19,7 @@ import numpy as np
 
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.scaling.law import LossLaw, Quantity
-from sparsetrain.scaling.points import Numbers, checked_numbers
+from sparsetrain.scaling.points import Numbers, checked_numbers, checked_seeds
 
 LOSSES = ("log_huber", "squared")
 _EXPONENTS = (0.02, 3.0)  # between which exponents are searched
@@ -170,7 +170,7 @@ def fit_loss_law(
             "3 lengths"
         )
     fitted = fit_power_sum(inputs, y, loss, delta)
-    given = None if seeds is None else np.asarray(seeds)
+    given = None if seeds is None else checked_seeds(seeds)
     if given is not None and given.shape != y.shape:
         raise UserError(f"seeds has shape {list(given.shape)}; it must have {len(y)} values")
     usable = [] if given is None else [seed for seed in np.unique(given) if _enough(inputs[given == seed])]

@@ -75,6 +75,7 @@ def test_over_seeds_the_interval_covers_the_truth() -> None:
         ((N[:10], D[:10], LOSSES[:10]), "10 runs of 2 sizes and 6 lengths"),
         ((N, D, LOSSES[:10]), "have 20, 20 and 10 values"),
         ((N, D, -LOSSES), r"losses\[0\]=.* must be above 0"),
+        ((N, D, LOSSES, [None] * 20), "seeds must be a list of integers"),
     ],
 )
 def test_runs_that_give_no_law_of_loss_are_named(arguments: tuple[Any, ...], message: str) -> None:
@@ -143,6 +144,8 @@ def test_batches_below_the_best_one_are_left_out_where_seeds_tell_them_apart() -
     assert fit_critical_batch(b, truth).ranges == ((1.0, 32.0),)  # one seed cannot tell
     with pytest.raises(UserError, match="2 batch sizes of at least 16 tokens: a critical batch needs 3"):
         fit_critical_batch(b, truth, b_opt=16.0)
+    with pytest.raises(UserError, match="seeds must be a list of integers"):
+        fit_critical_batch(b, truth, ["a"] * 6)
     with pytest.raises(UserError, match="the tokens do not grow with the batch"):
         fit_critical_batch(b, np.full(6, 1e6))
 
@@ -156,6 +159,8 @@ def test_a_critical_batch_by_branching_is_where_the_line_crosses_the_tolerance()
     assert branched_critical_batch(b, losses, seeds, tolerance=0.1).value == math.inf
     with pytest.raises(UserError, match="tolerance=0 must be above 0"):
         branched_critical_batch(b, losses, seeds, tolerance=0)
+    with pytest.raises(UserError, match="seeds must be a list of integers"):
+        branched_critical_batch(b, losses, seeds + 0.5, tolerance=0.1)
     with pytest.raises(UserError, match="1 different batches: branches need at least 2"):
         branched_critical_batch([1.0], [1.0], [0], tolerance=0.1)
 
