@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.scaling.law import Law, PowerLaw
 
+_MANY = 30  # points from which their marks are small
 _BEYOND = 1.5  # how far a law is drawn beyond its points, as a factor
 
 
@@ -46,18 +47,20 @@ def law_figure(drawn: Sequence[DrawnLaw], path: Path, published: PowerLaw | None
         figure = Figure(figsize=(5.6, 4.4), layout="constrained")
         axes = figure.subplots()
         one = len(drawn[0].law.inputs) == 1
+        if one:  # before anything is drawn: limits of a linear axis may be negative
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log", base=2)
         for index, each in enumerate(drawn):
             look = (SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)])
             (_over_input if one else _over_measured)(axes, each, *look)
         law = drawn[0].law
         if one:
+            _intervals(axes, drawn)
             if published is not None:
                 x = _inputs(drawn)
                 axes.plot(x, [published(value) for value in x], color=MUTED, ls="--", lw=1.2, label=published.source)
             axes.set_xlabel(_axis(law.inputs[0].name, law.inputs[0].unit))
             axes.set_ylabel(_axis(law.output.name, law.output.unit))
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log", base=2)
             log_axis(axes.xaxis)
             log_axis(axes.yaxis)
         else:
@@ -77,15 +80,20 @@ def _over_input(axes: Axes, drawn: DrawnLaw, colour: str, marker: str) -> None:
     if all(band is not None for band in bands):
         low, high = np.array(bands, dtype=float).T
         axes.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    many = len(drawn.points) > _MANY
     for point in drawn.points:
-        axes.plot(point.x[0], point.y, marker, color=colour, ms=5)
-    # Bars must not set the limits of the axis, since the interval of a point may be open.
-    limits = axes.get_ylim()
-    for point in drawn.points:
-        if point.ends is not None:
-            low_end, high_end = np.clip(point.ends, 1e-300, 1e300)
-            axes.plot([point.x[0]] * 2, [low_end, high_end], color=colour, lw=1.2)
-    axes.set_ylim(*limits)
+        axes.plot(point.x[0], point.y, marker, color=colour, ms=2 if many else 5)
+
+
+def _intervals(axes: Axes, drawn: Sequence[DrawnLaw]) -> None:
+    """Draw the intervals of points, which may be open: they must not set the limits of the axis."""
+    low, high = axes.get_ylim()
+    for index, each in enumerate(drawn):
+        for point in each.points:
+            if point.ends is not None:
+                ends = np.clip(point.ends, low / 2.0, high * 2.0)
+                axes.plot([point.x[0]] * 2, ends, color=SERIES[index % len(SERIES)], lw=1.2)
+    axes.set_ylim(low, high)
 
 
 def _over_measured(axes: Axes, drawn: DrawnLaw, colour: str, marker: str) -> None:

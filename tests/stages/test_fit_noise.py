@@ -16,6 +16,7 @@ from shell import Shell
 
 import sparsetrain as st
 from sparsetrain.errors import UserError
+from sparsetrain.report import law_plots
 from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.sweep import write_rows
 from sparsetrain.scaling.noise import proportion
@@ -71,6 +72,26 @@ def test_a_table_gives_the_law_of_each_sparsity_and_is_written_again(tmp_path: P
     assert (tmp_path / "laws" / "noise_scale.csv").read_bytes() == (tmp_path / "noise_scale.csv").read_bytes()
     again, _ = fitted(tmp_path / "laws" / "noise_scale.csv")
     assert [law.parameters for law in again.values()] == [law.parameters for law in laws.values()]
+
+
+def test_a_figure_shows_points_over_three_decades_and_the_ends_of_all_laws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = []
+    monkeypatch.setattr(law_plots, "save_png", lambda figure, path: limits.append(figure.axes[0].get_ylim()))
+    x = np.array([1.0, 30.0, 1000.0])
+    drawn = [
+        law_plots.DrawnLaw(
+            str(level),
+            st.fit_power_law(x, level * x),
+            [law_plots.LawPoint((a,), level * a, (0.0, np.inf)) for a in x],
+        )
+        for level in (1.0, 0.01)
+    ]
+    law_plots.law_figure(drawn, tmp_path / "law.png")
+    ((low, high),) = limits
+    assert 1e-4 < low < 0.01
+    assert 1000.0 < high < 1e5
 
 
 def test_the_interval_of_the_slope_is_students_over_seeds(tmp_path: Path) -> None:
