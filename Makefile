@@ -9,6 +9,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
+# Compiled Python is kept even where the environment says that it is not: without it every start compiles torch again,
+# which takes longer than most tests that start a process.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup demo test test-triton fuzz lint format docs clean
 
 setup: $(DEV_STAMP)

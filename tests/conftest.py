@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,12 @@ with contextlib.suppress(ImportError):
     settings.register_profile("quick", max_examples=25, **_any_speed)
     settings.register_profile("thorough", max_examples=300, **_any_speed)
     settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests, so that no process waits for another that begins one of them last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -316,6 +322,16 @@ def shell(
     monkeypatch.chdir(home)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # a sweep sets it; this restores it after the test
     return Shell(home, capfd, notes, questions)
+
+
+@pytest.fixture(scope="session")
+def fresh() -> Iterator[Any]:
+    """A `fresh.Fresh`, which starts programs in processes of their own that need not import torch again."""
+    from fresh import Fresh
+
+    started = Fresh()
+    yield started
+    started.close()
 
 
 TritonCases = Callable[[Path, str], None]

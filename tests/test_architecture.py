@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from fresh import Fresh
 
 import sparsetrain
 
@@ -70,12 +70,18 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+@functools.cache
+def nodes(source: str) -> tuple[ast.AST, ...]:
+    """Return the syntax tree as a list, made once for all tests that read a source."""
+    return tuple(ast.walk(ast.parse(source)))
+
+
 def imported(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str]]:
     """Yield the line and the absolute name of every import of ``source``, also inside functions.
 
     ``from a.b import c`` gives ``a.b.c``, because ``c`` may be a module.
     """
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
@@ -111,7 +117,7 @@ def upward_imports(source: str, module: str, is_package: bool = False, order: Se
                 found.append(f"{module}:{line} imports {name}, which is in no known part")
             elif there > here:
                 found.append(f"{module}:{line} imports {name}, from above")
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         # The bare package may be imported for `__version__` and `__file__`; its other attributes are public names.
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "sparsetrain":
             there = place(f"sparsetrain.{node.attr}", order)
@@ -159,7 +165,7 @@ def pickles(source: str) -> list[str]:
         for line, name in imported(source, "sparsetrain.any", False)
         if name.split(".")[0] in PICKLES or name in ("torch.load", "torch.save", "numpy.load")
     ]
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes(source):
         if not isinstance(node, ast.Attribute) or not isinstance(node.value, ast.Name):
             continue
         if node.value.id == "torch" and node.attr in ("load", "save"):
@@ -168,7 +174,7 @@ def pickles(source: str) -> list[str]:
             found.append(f"line {node.lineno}: read_pickle")
     found += [
         f"line {node.value.lineno}: allow_pickle"
-        for node in ast.walk(ast.parse(source))
+        for node in nodes(source)
         if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
     ]
     return found
@@ -200,13 +206,13 @@ def test_kernels_do_not_import_torch() -> None:
     assert found == []
 
 
-def test_importing_the_library_imports_nothing_heavy() -> None:
+def test_importing_the_library_imports_nothing_heavy(fresh: Fresh) -> None:
     code = (
         "import sys, sparsetrain\n"
         "for name in getattr(sparsetrain, '__all__', []): getattr(sparsetrain, name)\n"
         "print(*sorted({module.split('.')[0] for module in sys.modules}))"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = fresh.run(code)
     assert run.returncode == 0, run.stderr
     loaded = set(run.stdout.split())
     assert "sparsetrain" in loaded

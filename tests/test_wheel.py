@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from fresh import Fresh
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ def test_the_wheel_holds_the_configurations_and_the_data_files(unpacked: Path) -
     assert not (unpacked / "tests").exists()
 
 
-def test_the_wheel_works_from_another_directory(unpacked: Path, tmp_path: Path) -> None:
+def test_the_wheel_works_from_another_directory(fresh: Fresh, unpacked: Path, tmp_path: Path) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "import sparsetrain, sparsetrain.cli\n"
@@ -59,13 +60,6 @@ def test_the_wheel_works_from_another_directory(unpacked: Path, tmp_path: Path) 
         "assert str(config_directory()).startswith(sys.argv[1])\n"
         "assert [arm.name for arm in load('pipeline', ['experiment=demo']).arms] == ['dense', 'sparse-0.75']\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(unpacked)],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = fresh.run(script, str(unpacked), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "sparsetrain VERB" in done.stdout

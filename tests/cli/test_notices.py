@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+from fresh import Fresh
 
 from sparsetrain.cli import multirun
 from sparsetrain.cli.arguments import Arguments
@@ -47,7 +46,7 @@ def test_a_point_in_a_process_of_a_launcher_shows_its_warnings(
     assert capsys.readouterr() == ("", "warning: damaged\n")
 
 
-def test_a_program_that_has_not_configured_logging_sees_warnings_on_stderr(tmp_path: Path) -> None:
+def test_a_program_that_has_not_configured_logging_sees_warnings_on_stderr(fresh: Fresh, tmp_path: Path) -> None:
     script = (
         "import logging, pathlib, sys\n"
         "from sparsetrain.runs.checkpoint import OptimizerTensors, load_checkpoint, save_checkpoint\n"
@@ -58,7 +57,5 @@ def test_a_program_that_has_not_configured_logging_sees_warnings_on_stderr(tmp_p
         "logging.getLogger('sparsetrain').setLevel(logging.ERROR)\n"
         "load_checkpoint(place)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = fresh.run(script, str(tmp_path))
     assert (done.stdout, done.stderr) == ("", "checkpoint step-00000002 refused: state.json is missing\n")

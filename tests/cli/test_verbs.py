@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import shutil
-import subprocess
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import pytest
 import yaml
+from fresh import Fresh
 from shell import Shell
 
 from sparsetrain.cli import compose
@@ -118,10 +117,10 @@ def test_help_of_a_verb_that_takes_paths_describes_each_option(shell: Shell) -> 
     assert "picture=FILE" in shell.run("mask", "inspect", "--help")[1]
 
 
-def test_help_imports_nothing_that_takes_long() -> None:
+def test_help_imports_nothing_that_takes_long(fresh: Fresh) -> None:
     code = "import sys; from sparsetrain.cli import main; main(['--help']); main(['sweep', '--help'])\n"
     code += "print([name for name in ('hydra', 'rich', 'matplotlib', 'scipy', 'numba') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    done = fresh.run(code)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

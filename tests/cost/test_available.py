@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import Fresh
 
 from sparsetrain.cost.available import Available, available_memory
 
@@ -71,7 +70,7 @@ def test_what_is_read_here_is_what_the_machine_has() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not tell the size of a process")
-def test_a_limit_of_the_address_space_counts_less_what_is_used() -> None:
+def test_a_limit_of_the_address_space_counts_less_what_is_used(fresh: Fresh) -> None:
     """Under RLIMIT_AS, `mmap` succeeds just below the answer and fails just above it."""
     code = (
         "import mmap, resource; from sparsetrain.cost.available import available_memory as left\n"
@@ -80,7 +79,7 @@ def test_a_limit_of_the_address_space_counts_less_what_is_used() -> None:
         "try: mmap.mmap(-1, size + (64 << 20))\n"
         "except OSError: print('refused')"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False)
+    done = fresh.run(code)
     if "available on" in done.stdout or "control group" in done.stdout:
         pytest.skip("there is less memory here than the limit")
     assert done.stdout.split("\n")[:2] == ["left of RLIMIT_AS", "refused"], done.stderr

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 from torch import Tensor
 
 from sparsetrain.cost.fitting import what_fits
@@ -106,8 +105,9 @@ print(json.dumps([now("VmHWM") - before, found.least, found.likely]))
 MODEL = {"d_model": 384, "n_layers": 4, "n_heads": 6}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the system does not tell the size of a process")
-def test_the_estimate_holds_for_the_peak_of_a_run(tmp_path: Path) -> None:
+def test_the_estimate_holds_for_the_peak_of_a_run(fresh: Fresh, tmp_path: Path) -> None:
     """The growth of the resident size covers a whole sparse run, with evaluation and checkpoint.
 
     In other runs, ``likely`` was 0.95 of the growth if activations dominate, 1.14 to 1.20 if dense weights do, and 0.67
@@ -115,8 +115,7 @@ def test_the_estimate_holds_for_the_peak_of_a_run(tmp_path: Path) -> None:
     resident size also depends on the system.
     """
     values = {"model": MODEL, "context": 16, "batch": 2, "sparsity": {"sparsity": 0.5, "backend": "csr"}}
-    command = [sys.executable, "-c", RUN, json.dumps(values), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = fresh.run(RUN, json.dumps(values), str(tmp_path))
     assert done.returncode == 0, done.stderr[-500:]
     grown, least, likely = json.loads(done.stdout.splitlines()[-1])
     assert least <= grown

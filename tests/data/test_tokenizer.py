@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import tokenizers
 import torch
+from fresh import Fresh
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
@@ -68,14 +67,12 @@ def test_a_small_text_gives_a_small_vocabulary() -> None:
     assert small.decode(small.encode("cd")) == "cd"
 
 
-def test_training_is_deterministic_across_processes() -> None:
+def test_training_is_deterministic_across_processes(fresh: Fresh) -> None:
     code = (
         "import sys, json; from sparsetrain.data.tokenizer import Tokenizer;"
         "print(Tokenizer.train(json.load(sys.stdin), 280).sha256)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(TEXTS), capture_output=True, text=True, check=True
-    )
+    done = fresh.run(code, text=json.dumps(TEXTS))
     assert done.stdout.strip() == BPE.sha256
 
 

@@ -150,6 +150,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
             del sys.modules[name]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registries")
 def test_commands_of_the_pages_run(
     small_medline: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,12 +1,10 @@
-"""Per-example gradient norms against autograd, one example at a time."""
+"""What per-example gradient norms do around a model: repeats, checkpointing, accumulation, refusals, processes."""
 
 from __future__ import annotations
 
 import copy
 import math
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,265 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import gpt2
+from example_norms import assert_norms, batch, transformer
+from fresh import Fresh
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 import sparsetrain
-from sparsetrain import (
-    ModelConfig,
-    SoftPrompt,
-    SparseLinear,
-    SparsityConfig,
-    SparsityPattern,
-    Transformer,
-    UserError,
-)
-from sparsetrain.models.prompted import Prompted
-from sparsetrain.sparsity.backends import cpu as cpu_backend
-
-Share = Callable[[int], Tensor]  # from an example to its share of the batch's loss
-
-
-def one_at_a_time(model: nn.Module, share: Share, examples: int) -> dict[str, Tensor]:
-    """Return the squared norms of B times the gradient of each example's share of the loss."""
-    found: dict[str, list[Tensor]] = {}
-    for example in range(examples):
-        model.zero_grad()
-        (examples * share(example)).backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                found.setdefault(name, []).append(parameter.grad.double().square().sum())
-    model.zero_grad()
-    return {name: torch.stack(squares) for name, squares in found.items()}
-
-
-def assert_norms(
-    model: nn.Module, loss: Callable[[], Tensor], share: Share, examples: int, rtol: float = 1e-5, **options: Any
-) -> dict[str, Tensor]:
-    """Compare norms with the oracle, and the gradients with those without the context."""
-    expected = one_at_a_time(model, share, examples)
-    loss().backward()
-    plain = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad()
-    with sparsetrain.per_example_norms(model, **options) as norms:
-        loss().backward()
-    found = norms.squared
-    assert found.keys() == expected.keys() == plain.keys()
-    for name, squared in expected.items():
-        torch.testing.assert_close(found[name].double(), squared, rtol=rtol, atol=0.0, msg=f"{name}: {found[name]}")
-    for name, parameter in model.named_parameters():
-        if name in plain:
-            assert parameter.grad is not None
-            torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-4, atol=1e-6)
-    return found
-
-
-def language_model(targets: Tensor, tokens: Tensor, model: nn.Module) -> tuple[Callable[[], Tensor], Share]:
-    """Return the loss of a batch, and the share of each example in it."""
-    count = int((targets >= 0).sum())
-
-    def share(example: int) -> Tensor:
-        logits = model(tokens[example : example + 1])
-        logits = logits if isinstance(logits, Tensor) else logits.logits
-        return F.cross_entropy(logits[0], targets[example], ignore_index=-100, reduction="sum") / count
-
-    return lambda: model(tokens, targets), share
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "tied and dense": {},
-    "tied, sparse, biases": {"sparsity": 0.75, "bias": True},
-    "blocks": {"plan": SparsityConfig(sparsity=0.25, pattern="block", block=(4, 4))},
-    "learned positions, RMSNorm, SwiGLU": {"positions": "learned", "norm": "rmsnorm", "mlp": "swiglu", "sparsity": 0.5},
-    "untied head, few key heads, RoPE": {"tie_embeddings": False, "n_kv_heads": 1, "positions": "rope"},
-}
-
-
-def transformer(plan: SparsityConfig | None = None, **options: Any) -> Transformer:
-    given = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 47, "max_context": 32, "seed": 0} | options
-    return Transformer(ModelConfig(**given), plan=plan)
-
-
-def batch(examples: int = 3, length: int = 19, masked: float = 0.3) -> tuple[Tensor, Tensor]:
-    tokens, targets = torch.randint(0, 47, (2, examples, length))
-    targets[torch.rand(examples, length) < masked] = -100
-    targets[0] = -100  # an example without targets
-    targets[1, 0] = 5
-    return tokens, targets
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_a_transformer_with_masked_targets_matches_autograd(name: str) -> None:
-    model = transformer(**MODELS[name])
-    tokens, targets = batch()
-    found = assert_norms(model, *language_model(targets, tokens, model), len(tokens))
-    assert all(squared[0] == 0.0 and squared[1] > 0.0 for squared in found.values())
-
-
-def test_the_head_over_several_chunks_of_tokens_matches_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparsetrain.models.cross_entropy.chunk_tokens", lambda *_: 7)
-    for tied in (True, False):
-        model = transformer(tie_embeddings=tied)
-        tokens, targets = batch()
-        assert_norms(model, *language_model(targets, tokens, model), len(tokens))
-
-
-@settings(max_examples=25)
-@given(
-    examples=st.integers(1, 5),
-    length=st.integers(1, 70),
-    sizes=st.tuples(st.integers(1, 40), st.integers(1, 40)),
-    data=st.data(),
-)
-def test_a_sparse_layer_gives_the_norms_of_the_masked_dense_gradient(
-    examples: int, length: int, sizes: tuple[int, int], data: st.DataObject
-) -> None:
-    block = data.draw(st.sampled_from([(1, 1), (4, 8), (5, 4)]))
-    backend = data.draw(st.sampled_from(["csr" if block == (1, 1) else "bsr", "masked"]))
-    dtype = torch.float64 if backend == "masked" else torch.float32
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    occupied = torch.rand(sizes, generator=generator) < data.draw(st.sampled_from([0.1, 0.6]))
-    occupied[:, 0] = True  # no row is empty
-    mask = occupied.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
-    layer = SparseLinear(
-        mask.shape[1],
-        mask.shape[0],
-        pattern=SparsityPattern.from_mask(mask, block),
-        bias=data.draw(st.booleans()),
-        backend=backend,
-        seed=0,
-        dtype=dtype,
-    )
-    x = torch.randn(examples, length, mask.shape[1], generator=generator).to(dtype)
-    weights = torch.randn(examples, length, mask.shape[0], generator=generator).to(dtype)
-    found = assert_norms(
-        layer,
-        lambda: (layer(x) * weights).mean(),
-        lambda one: (layer(x[one]) * weights[one]).sum() / weights.numel(),
-        examples,
-    )
-    dense = torch.einsum("btm,btk->bmk", weights.double(), x.double()) * mask / weights.numel() * examples
-    torch.testing.assert_close(found["values"].double(), dense.square().sum((1, 2)), rtol=1e-5, atol=0.0)
-
-
-@pytest.mark.parametrize("backend", ["csr", "bsr"])
-def test_threads_share_examples_and_pieces_of_them(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_backend, "A_THREAD", 1)
-    layer = SparseLinear(48, 40, pattern=_pattern(40, 48, 1 if backend == "csr" else 8), backend=backend, seed=0)
-    before = torch.get_num_threads()
-    try:
-        for threads, examples, length in ((2, 4, 130), (3, 2, 64), (4, 1, 200), (2, 3, 5)):
-            torch.set_num_threads(threads)
-            x, weights = torch.randn(examples, length, 48), torch.randn(examples, length, 40)
-            assert_norms(
-                layer,
-                lambda x=x, w=weights: (layer(x) * w).mean(),  # type: ignore[misc]
-                lambda one, x=x, w=weights: (layer(x[one]) * w[one]).sum() / w.numel(),  # type: ignore[misc]
-                examples,
-            )
-    finally:
-        torch.set_num_threads(before)
-
-
-def _pattern(rows: int, columns: int, side: int) -> SparsityPattern:
-    occupied = torch.rand(rows // side, columns // side, generator=torch.Generator().manual_seed(0)) < 0.4
-    return SparsityPattern.from_mask(occupied.repeat_interleave(side, 0).repeat_interleave(side, 1), (side, side))
-
-
-class Scale(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.randn(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gain
-
-
-@sparsetrain.register_example_gradients(Scale)
-def of_scale(module: nn.Module, inputs: tuple[Any, ...], g: Tensor) -> dict[str, Tensor]:
-    return {"gain": (g * inputs[0]).flatten(1, -2).sum(1)}
-
-
-class Everything(nn.Module):
-    """Layers of torch in all shapes, one of them used twice, and a rule of our own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(11, 6, padding_idx=2)
-        self.norm = nn.LayerNorm(6)
-        self.wide_norm = nn.LayerNorm((2, 6), bias=False)
-        self.rms = nn.RMSNorm(6, eps=1e-3)
-        self.twice = nn.Linear(6, 6)
-        self.scale = Scale()
-        self.last = nn.Linear(6, 3)
-        self.bag = nn.Linear(3, 2)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.scale(self.norm(self.table(ids)))
-        x = self.twice(torch.tanh(self.twice(x)))
-        x = self.wide_norm(torch.stack([x, x.square()], 2)).flatten(1, 2)
-        return self.bag(torch.relu(self.last(self.rms(x))).mean(1))
-
-
-def test_layers_of_torch_repeats_padding_and_a_layer_used_twice_match_autograd() -> None:
-    model = Everything()
-    ids = torch.tensor([[1, 1, 1, 2], [2, 3, 4, 4], [5, 6, 7, 8]])
-    wanted = torch.randn(3, 2)
-    assert_norms(
-        model,
-        lambda: (model(ids) - wanted).square().mean(),
-        lambda one: (model(ids[one : one + 1]) - wanted[one]).square().mean() / 3,
-        3,
-    )
-
-
-def test_gpt2_of_transformers_matches_autograd() -> None:
-    model = gpt2()
-    tokens = torch.randint(0, 37, (3, 16))
-    _, share = language_model(tokens.roll(-1, 1), tokens, model)
-    found = assert_norms(
-        model,
-        lambda: F.cross_entropy(model(input_ids=tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten()),
-        share,
-        3,
-    )
-    assert "transformer.wpe.weight" in found
-    assert "lm_head.weight" not in found  # it is the table
-
-
-def test_a_sparse_llama_of_transformers_matches_autograd() -> None:
-    config = LlamaConfig(
-        vocab_size=37, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = sparsetrain.sparsify(LlamaForCausalLM(config).eval(), sparsity=0.5, seed=0)
-    tokens = torch.randint(0, 37, (2, 9))
-    _, share = language_model(tokens.roll(-1, 1), tokens, model)
-    loss = lambda: F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.roll(-1, 1).flatten())  # noqa: E731
-    assert_norms(model, loss, share, 2)
-
-
-def test_a_soft_prompt_in_a_frozen_model_matches_autograd() -> None:
-    model = Prompted(transformer(), SoftPrompt(4, 32, std=1.0))
-    model.model.requires_grad_(False)
-    tokens, targets = batch(masked=0.1)
-    slots = torch.full_like(tokens, -1)
-    slots[:, 3:7] = torch.arange(4)
-    slots[1, 9:11] = 2  # a vector three times in one example
-    count = int((targets >= 0).sum())
-    found = assert_norms(
-        model,
-        lambda: model(tokens, targets, slots),
-        lambda one: (
-            F.cross_entropy(model(tokens[one : one + 1], slots=slots[one : one + 1])[0], targets[one], reduction="sum")
-            / count
-        ),
-        3,
-    )
-    assert found.keys() == {"prompt.vectors"}
+from sparsetrain import UserError
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -434,19 +180,6 @@ def test_a_copy_made_inside_computes_with_its_own_weights_and_can_be_measured() 
         assert norms.squared.keys() == {"0.weight", "0.bias"}
 
 
-def test_a_sparse_bert_whose_key_biases_have_a_gradient_of_zero_is_measured() -> None:
-    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-    model = sparsetrain.sparsify(BertForSequenceClassification(config).eval(), sparsity=0.5, backend="csr", seed=0)
-    ids, labels = torch.randint(3, 60, (4, 6)), torch.tensor([0, 1, 1, 0])
-    expected = one_at_a_time(model, lambda b: F.cross_entropy(model(ids[b : b + 1]).logits, labels[b : b + 1]) / 4, 4)
-    with sparsetrain.per_example_norms(model) as norms:
-        F.cross_entropy(model(input_ids=ids).logits, labels).backward()
-    assert norms.squared.keys() == expected.keys()
-    for name, squared in expected.items():
-        if "key.bias" not in name:  # zero up to rounding
-            torch.testing.assert_close(norms.squared[name].double(), squared, rtol=1e-4, atol=1e-12, msg=name)
-
-
 def test_a_layer_used_twice_under_reentrant_checkpointing_needs_its_backward_pass_first() -> None:
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -560,10 +293,12 @@ def test_what_cannot_be_measured_is_said_in_one_line() -> None:
     assert "forward" not in vars(model.blocks[0].attn_norm)
 
 
-def test_each_process_of_ddp_gets_the_norms_of_its_own_examples(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_each_process_of_ddp_gets_the_norms_of_its_own_examples(fresh: Fresh, tmp_path: Path) -> None:
     script = Path(__file__).with_name("ddp_norms.py")
-    ranks = [subprocess.Popen([sys.executable, str(script), str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    for rank in [fresh.start(script, str(rank), str(tmp_path)) for rank in range(2)]:
+        ended = rank.wait()
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_the_mean_of_norms_and_the_norm_of_the_mean_give_the_noise_scale_of_a_known_problem() -> None:

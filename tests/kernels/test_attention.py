@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -16,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sparsetrain.kernels import attention
-from sparsetrain.kernels.simd import compile as compiling
-from sparsetrain.kernels.simd import gemm, vectors
+from sparsetrain.kernels.simd import gemm
 from sparsetrain.kernels.simd.arguments import Array, Int, Team, float32, step
 from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
 from sparsetrain.kernels.simd.kernel import Kernel
@@ -242,28 +237,3 @@ def test_other_sequences_and_heads_stay_numbers() -> None:
 def test_scratch_grows_with_tokens_only() -> None:
     assert attention.backward_scratch(8192, 64) * 4 < 12 * 2**20  # scores would take 256 MiB per head
     assert attention.forward_scratch(8192, 64) * 4 < 6 * 2**20
-
-
-_WIDE = """
-from sparsetrain.kernels.simd import vectors
-vectors.NATIVE_LANES = int(__import__("sys").argv[1])
-import sys; sys.path.insert(0, sys.argv[2])
-import torch; import test_attention as tests
-from sparsetrain.kernels.simd import gemm
-assert gemm.WIDTH == max(16, 2 * vectors.NATIVE_LANES)
-torch.manual_seed(0)
-for tokens, d in ((1, 16), (33, 48), (130, 80)):
-    tests.check(torch.randn(1, tokens, 4, d), 1, d**-0.5, torch.tensor([0.5, 0.1]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lanes", [8, 16])  # AVX-512 has 16; test_compile.py covers SSE2
-def test_right_for_other_processors(lanes: int, tmp_path: Path) -> None:
-    if lanes == vectors.NATIVE_LANES:
-        pytest.skip("what this processor has, and every other test runs on")
-    env = {key: value for key, value in os.environ.items() if not key.startswith("COV_")}
-    env[compiling.CACHE] = str(tmp_path)
-    command = [sys.executable, "-c", _WIDE, str(lanes), str(Path(__file__).parent)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from fresh import Fresh
 
 from sparsetrain import kernels
 from sparsetrain.kernels import csr
@@ -52,37 +52,61 @@ import sys
 import torch
 torch.set_num_threads(2)
 from sparsetrain import SparseLinear
-layer = SparseLinear(70, 45, density=0.4, seed=0, backend="csr")
+from sparsetrain.sparsity import block_pattern
+kinds, lanes, *target = sys.argv[1:]
+layers = {}
+if "csr" in kinds:
+    layers["csr"] = SparseLinear(70, 45, density=0.4, seed=0, backend="csr")
+if "bsr" in kinds:
+    blocks = block_pattern((84, 64), 0.5, torch.Generator().manual_seed(0), (14, 8))
+    layers["bsr"] = SparseLinear(64, 84, pattern=blocks, seed=0)
 assert "numba" not in sys.modules, "importing the library and making a layer imports no compiler"
-torch.manual_seed(0)
-x, g = torch.randn(150, 70, requires_grad=True), torch.randn(150, 45)
-results = []
-for layer.backend in ("csr", "masked"):
-    y = layer(x)
-    results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
-torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+if lanes != "own":
+    from sparsetrain import machine
+    features = f"{machine.target_features()},+avx512f"
+    machine.target_features = lambda: features
+    machine.target_name = lambda: "znver4" if lanes == "16 halved" else "x86-64-v4"
+from sparsetrain.kernels.simd import vectors
+if lanes != "own":
+    assert vectors.NATIVE_LANES == 16 and vectors.PATH_LANES == (16 if lanes == "16" else 8)
+for backend, layer in layers.items():
+    torch.manual_seed(0)
+    x, g = torch.randn(300, layer.in_features, requires_grad=True), torch.randn(300, layer.out_features)
+    results = []
+    for layer.backend in (backend, "masked"):
+        y = layer(x)
+        results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+if "attention" in kinds:
+    sys.path.insert(0, "FOLDER")
+    import test_attention
+    assert test_attention.gemm.WIDTH == max(16, 2 * vectors.NATIVE_LANES)
+    torch.manual_seed(0)
+    for tokens, d in ((1, 16), (33, 48), (130, 80)):
+        test_attention.check(torch.randn(1, tokens, 4, d), 1, d**-0.5, torch.tensor([0.5, 0.1]))
 from sparsetrain.kernels import csr
-hits = [bool(kernel.compiled.cache_hits) for kernel in (csr.reorder_runs, csr.reorder, csr.multiply, csr.gradients)]
-print(all(hits))
-if len(sys.argv) > 1:
+kernels = (csr.reorder_runs, csr.reorder, csr.multiply, csr.gradients) if "csr" in kinds else ()
+print(all(bool(kernel.compiled.cache_hits) for kernel in kernels))
+if target:
     from llvmlite import binding
     binding.initialize_all_targets(); binding.initialize_all_asmprinters()
     module = binding.parse_assembly(csr.multiply.compiled.inspect_llvm())
-    module.triple, cpu = sys.argv[1:]
+    module.triple, cpu = target
     machine = binding.Target.from_triple(module.triple).create_target_machine(cpu=cpu, opt=3)
     print(machine.emit_assembly(module))
-"""
+""".replace("FOLDER", str(Path(__file__).parent))
 
 
-def use(env: dict[str, str], *target: str) -> tuple[bool, str]:
-    """Compare a layer with a dense one in a new process; return whether kernels came from the cache, and assembly.
+def use(fresh: Fresh, env: dict[str, str], kinds: str, *target: str, lanes: str = "own") -> tuple[bool, str]:
+    """Compare kernels with dense products in a new process; return whether csr's came from the cache, and assembly.
 
     Args:
         env: the environment of the process.
+        kinds: words out of csr, bsr and attention.
         target: triple and name of a processor, for which a kernel is compiled as well.
+        lanes: of another kind of processor, instead of what ``env`` says.
     """
-    command = [sys.executable, "-c", _USE, *target]
-    run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    run = fresh.run(_USE, kinds, lanes, *target, env=env)
     assert run.returncode == 0, run.stderr
     hit, code = run.stdout.split("\n", 1)
     return hit == "True", code
@@ -94,66 +118,40 @@ def instructions(features: str) -> dict[str, str]:
     return {"NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": features} if x86 else {}
 
 
-# Compiling takes seconds, so the tests that need a new process share two of them.
+# Compiling takes seconds, so each process compares everything that its processor is needed for. LLVM splits 16 lanes
+# over registers of 8, so that every kind of kernel can be tested on every machine.
+_KIND = f"{vectors.NATIVE_LANES}" + (" halved" if vectors.PATH_LANES < vectors.NATIVE_LANES else "")
 
 
 @pytest.mark.slow
-def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm(tmp_path: Path) -> None:
+def test_products_are_right_without_avx_and_the_same_kernel_becomes_code_for_arm(fresh: Fresh, tmp_path: Path) -> None:
     # A kernel that uses AVX intrinsics could not be compiled for ARM.
-    hit, code = use(separate(tmp_path, **instructions("+sse2")), "aarch64-unknown-linux-gnu", "generic")
+    hit, code = use(fresh, separate(tmp_path, **instructions("+sse2")), "csr", "aarch64-unknown-linux-gnu", "generic")
     assert not hit
     assert "fmla" in code
 
 
 @pytest.mark.slow
-def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_first_compiled(tmp_path: Path) -> None:
+def test_products_are_right_with_avx2_alone_and_a_second_process_reads_what_the_first_compiled(
+    fresh: Fresh, tmp_path: Path
+) -> None:
     env = separate(tmp_path, **instructions("+sse4.2,+avx,+avx2,+fma"))
-    hit, code = use(env, "x86_64-unknown-linux-gnu", "skylake-avx512")
+    kinds = "csr" if vectors.NATIVE_LANES == 8 else "csr bsr attention"  # with 8 lanes all other tests run on them
+    hit, code = use(fresh, env, kinds, "x86_64-unknown-linux-gnu", "skylake-avx512")
     assert not hit
     assert "%zmm" in code
-    hit, *_ = use(env)
+    hit, *_ = use(fresh, env, "csr")
     assert hit
 
 
-_OTHER_LANES = """
-import sys
-from sparsetrain import machine
-features, kind = machine.target_features(), sys.argv[1]
-chosen = features.replace("+avx512f", "-avx512f") if kind == "8" else f"{features},+avx512f"
-machine.target_features = lambda: chosen
-machine.target_name = lambda: "znver4" if kind == "16 halved" else "x86-64-v4"
-from sparsetrain.kernels.simd import vectors
-assert vectors.NATIVE_LANES == int(kind.split()[0]) and vectors.PATH_LANES == (16 if kind == "16" else 8)
-import torch
-from sparsetrain import SparseLinear
-from sparsetrain.sparsity import block_pattern
-torch.set_num_threads(2)
-blocks = block_pattern((84, 64), 0.5, torch.Generator().manual_seed(0), (14, 8))
-layers = {}
-if kind != "16 halved":  # block kernels are those of 16 lanes there
-    layers["bsr"] = SparseLinear(64, 84, pattern=blocks, seed=0)
-if kind != "8":  # csr with 8 lanes is tested above, with AVX2 alone
-    layers["csr"] = SparseLinear(70, 45, density=0.4, seed=0)
-for backend, layer in layers.items():
-    torch.manual_seed(0)
-    x, g = torch.randn(300, layer.in_features, requires_grad=True), torch.randn(300, layer.out_features)
-    results = []
-    for layer.backend in (backend, "masked"):
-        y = layer(x)
-        results.append((y, *torch.autograd.grad(y, (x, layer.values), g)))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
-"""
-
-_KIND = f"{vectors.NATIVE_LANES}" + (" halved" if vectors.PATH_LANES < vectors.NATIVE_LANES else "")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [kind for kind in ("8", "16", "16 halved") if kind != _KIND])
-def test_products_are_right_with_the_lanes_of_another_kind_of_processor(tmp_path: Path, kind: str) -> None:
-    # LLVM splits 16 lanes over registers of 8, so every kind of kernel can be tested on every machine.
-    command = [sys.executable, "-c", _OTHER_LANES, kind]
-    run = subprocess.run(command, env=separate(tmp_path), capture_output=True, text=True, timeout=300, check=False)
-    assert run.returncode == 0, run.stderr
+@pytest.mark.parametrize("lanes", [kind for kind in ("16", "16 halved") if kind != _KIND])
+def test_products_are_right_with_the_lanes_of_another_kind_of_processor(
+    fresh: Fresh, tmp_path: Path, lanes: str
+) -> None:
+    # The other kernels are the same with 16 lanes, halved or not.
+    other = [] if vectors.NATIVE_LANES == 16 else ["bsr attention"] if lanes == "16" else []
+    use(fresh, separate(tmp_path), " ".join(["csr", *other]), lanes=lanes)
 
 
 _REORDER = """
@@ -173,19 +171,12 @@ print(*target)
 
 
 def test_processes_that_compile_at_once_leave_what_another_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fresh: Fresh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernels = tmp_path / "kernels"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", _REORDER, str(tmp_path / f"ready{number}")],
-            env=separate(kernels),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    assert [process.communicate(timeout=120)[0] for process in processes] == ["3.0 1.0 2.0\n"] * 2
+    env = separate(kernels)
+    processes = [fresh.start(_REORDER, str(tmp_path / f"ready{number}"), env=env) for number in range(2)]
+    assert [process.wait().stdout for process in processes] == ["3.0 1.0 2.0\n"] * 2
     monkeypatch.setattr(compiling, "compiled_directory", lambda: kernels / fingerprint())
     assert Kernel(csr.reorder.function).compiled.cache_hits
 

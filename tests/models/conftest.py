@@ -9,9 +9,15 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.models import ModelConfig, Transformer, norm
 
 VOCAB, LAYERS, WIDTH, HEADS = 61, 2, 24, 3
+
+
+@pytest.fixture
+def every_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give small inputs of norms to the kernels too."""
+    monkeypatch.setattr(norm, "LEAST", {"LayerNorm": 1, "RMSNorm": 1})
 
 
 def _scramble(model: PreTrainedModel) -> Mapping[str, Tensor]:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from fresh import Fresh
 
 OLD = Path(__file__).parents[1] / "data" / "old_runs"
 TINY = [
@@ -173,7 +172,8 @@ print("status", main([*words, "loop.average=0.5"]))
 """
 
 
-def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(moved: Path) -> None:
+@pytest.mark.slow
+def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(fresh: Fresh, moved: Path) -> None:
     """A field of the loop that no old directory records changes nothing at its default, which is not None."""
     runs, swept = moved / "finished", moved / "sweep" / "runs"
     for verb, words, place in (
@@ -182,9 +182,7 @@ def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(moved: Path
     ):
         before = set(place.iterdir())
         given = [*verb, *TINY, *words, f"data.path={moved}/notes.txt", f"runs_dir={place}"]
-        run = subprocess.run(
-            [sys.executable, "-c", LATER, *given], cwd=moved, capture_output=True, text=True, check=False
-        )
+        run = fresh.run(LATER, *given, cwd=moved)
         assert run.returncode == 0, run.stderr
         first, second = run.stdout.split("status 0")[:2]
         assert first.count("already done in") == len(before)

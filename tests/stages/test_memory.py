@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import re
 import resource
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 from shell import Shell
 
 from sparsetrain.cost.available import Available
@@ -171,7 +170,7 @@ def test_an_allocation_that_fails_is_one_line(error: Exception) -> None:
         raise RuntimeError("shapes differ")
 
 
-def test_a_forced_run_that_the_system_refuses_is_one_line(shell: Shell) -> None:
+def test_a_forced_run_that_the_system_refuses_is_one_line(fresh: Fresh, shell: Shell) -> None:
     """With 12 GiB of address space, the estimate refuses a batch of terabytes; if forced, the allocator does."""
     words = ["pretrain", *shell.tiny, "budget.batch_size=10000000", "run_dir=run"]
     code = (
@@ -180,8 +179,7 @@ def test_a_forced_run_that_the_system_refuses_is_one_line(shell: Shell) -> None:
         f"first = main({words!r}); print('next', file=sys.stderr); assert first == 2\n"
         f"sys.exit(main({[*words, 'loop.accumulation=4', 'model.d_model=65536', '--force']!r}))"
     )
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=shell.home, check=False)
+    done = fresh.run(code, cwd=shell.home)
     first, _, second = done.stderr.partition("next\n")
     assert (done.returncode, first.count("\n")) == (2, 1), done.stderr[-500:]
     assert "GiB are" in first

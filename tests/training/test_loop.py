@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 from rich.console import Console
 from runs import assert_same_run, on_loss, records, send, tensors
 
@@ -76,20 +74,13 @@ def test_a_signal_in_the_last_step_stops_too(
 
 
 @pytest.mark.slow
-def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure, tmp_path: Path) -> None:
+def test_ten_kills_at_random_moments_give_identical_weights(configure: Configure, fresh: Fresh, tmp_path: Path) -> None:
     changes = {"budget.steps": 20, "loop.checkpoint_every": 3, "model.dropout": 0.1, "model.n_layers": 1}
     changes |= {"model.d_model": 16, "data.context": 32}
     settings = as_plain(configure(PretrainConfig, changes))
     (tmp_path / "settings.json").write_text(json.dumps(settings))
     script = Path(__file__).with_name("killed_runs.py")
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path / "settings.json"), str(tmp_path), "10"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    done = fresh.run(script, str(tmp_path / "settings.json"), str(tmp_path), "10")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout) == 10
 

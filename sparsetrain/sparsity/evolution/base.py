@@ -9,6 +9,7 @@ the step and has no state. Steps count optimizer steps that are done, so the fir
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar, get_type_hints, overload
@@ -248,13 +249,20 @@ def register_rule(name: str, rule: Kind | None = None, *, replace: bool = False)
 
 def settings_of(rule: type[Rule]) -> dict[str, Setting]:
     """Return the settings that a configuration has for a rule: its fields without ``sparsity``."""
-    hints = get_type_hints(rule)
+    kind: Any = rule  # mypy takes the hash of its instances for that of the class
+    hints = _hints(kind)
     return {
         entry.name: _setting_of(entry, hints[entry.name])
         # First what only some rules have, then what `Rule` has a value for.
         for entry in sorted(fields(rule), key=lambda entry: hasattr(Rule, entry.name))
         if entry.init and entry.name != "sparsity"
     }
+
+
+@functools.lru_cache(maxsize=64)
+def _hints(kind: Any) -> dict[str, Any]:
+    """Return the types of a rule's fields; looking them up takes longer than everything else in `settings_of`."""
+    return get_type_hints(kind)
 
 
 def _setting_of(entry: Field[Any], hint: Any) -> Setting:

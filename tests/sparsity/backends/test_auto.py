@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh import Fresh
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import RegularGridInterpolator
@@ -266,7 +266,7 @@ def test_a_table_that_cannot_be_reached_is_none(again: Any, monkeypatch: pytest.
     assert again.tables().keys() == auto._shipped().keys()
 
 
-def test_a_compiler_that_asks_first_reads_the_tables_without_tracing_it() -> None:
+def test_a_compiler_that_asks_first_reads_the_tables_without_tracing_it(fresh: Fresh) -> None:
     """The first forward pass of a process may be a compiled one: the whole of it is one graph."""
     code = (
         "import torch, sparsetrain\n"
@@ -278,7 +278,7 @@ def test_a_compiler_that_asks_first_reads_the_tables_without_tracing_it() -> Non
         "assert auto._tables\n"
         "torch.testing.assert_close(compiled, x @ layer.dense_weight().t())\n"
     )
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    run = fresh.run(code)
     assert run.returncode == 0, run.stderr
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from fresh import Fresh
 
 SCRIPT = Path(__file__).with_name("fsdp_masks.py")
 
 
-def test_static_masks_train_under_fsdp_and_others_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_static_masks_train_under_fsdp_and_others_are_refused_in_one_line(fresh: Fresh, tmp_path: Path) -> None:
     files = [tmp_path / f"rank{rank}.json" for rank in range(2)]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(rank), "2", str(tmp_path / "rendezvous"), str(file)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, file in enumerate(files)
+        fresh.start(SCRIPT, str(rank), "2", str(tmp_path / "rendezvous"), str(file)) for rank, file in enumerate(files)
     ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    for ended in [rank.wait(120) for rank in ranks]:
+        assert ended.returncode == 0, ended.stderr
     for file in files:
         found = json.loads(file.read_text())
         assert found["local"] == found["values"] // 2  # it really is sharded

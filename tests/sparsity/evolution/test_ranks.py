@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh import Fresh
 
 SCRIPT = Path(__file__).with_name("ddp_masks.py")
 
@@ -27,20 +26,19 @@ class Rank:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
+def ranks(fresh: Fresh, tmp_path_factory: pytest.TempPathFactory) -> list[Rank]:
     """Both ranks, after all rules: starting a process takes longer than what it trains."""
     folder = tmp_path_factory.mktemp("ranks")
     outs = [folder / f"rank{rank}.json" for rank in range(2)]
     processes = []
     for rank, out in enumerate(outs):
         words = [str(word) for word in (rank, len(outs), folder / "rendezvous", out)]
-        command = [sys.executable, str(SCRIPT), *words]
-        processes.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
-    ended = [(process.communicate(timeout=120)[1], process.returncode) for process in processes]
-    for (errors, _), out in zip(ended, outs, strict=True):
-        assert out.exists(), errors
+        processes.append(fresh.start(SCRIPT, *words))
+    ended = [process.wait(120) for process in processes]
+    for rank, out in zip(ended, outs, strict=True):
+        assert out.exists(), rank.stderr
     return [
-        Rank(json.loads(out.read_text()), status, errors) for (errors, status), out in zip(ended, outs, strict=True)
+        Rank(json.loads(out.read_text()), rank.returncode, rank.stderr) for rank, out in zip(ended, outs, strict=True)
     ]
 
 
