@@ -211,11 +211,11 @@ def _embedding(module: nn.Embedding, forward: Rule, uses: Uses, input: Tensor) -
     if use is None:
         return output
     ids = input
-    if _shared(ids, use.examples):
+    if _shared(ids, use):
         # Positions, which all examples share: each example gets a view of its own, so that its gradient is its own.
         ids = (ids if ids.ndim == 2 else ids[None]).expand(use.examples, -1)
         output = (output if input.ndim == 2 else output[None]).expand(use.examples, -1, -1)
-    elif ids.ndim == 0 or ids.shape[0] != use.examples:
+    elif ids.ndim == 0 or (ids.shape[0] != use.examples and ids.shape != (use.batch.rows,)):
         raise UserError(
             f"per-example norms of {use.name}: its table is read at ids of shape {tuple(ids.shape)}, whose first "
             f"dimension must be the {use.examples} examples of the batch, or 1"
@@ -229,11 +229,25 @@ def _embedding(module: nn.Embedding, forward: Rule, uses: Uses, input: Tensor) -
     return result
 
 
-def _shared(ids: Tensor, examples: int) -> bool:
-    """Whether ids ``[T]`` or ``[1, T]`` are positions that all examples share, and not one id for each example."""
-    if ids.ndim == 2:
-        return ids.shape[0] == 1 and examples > 1
-    return ids.ndim == 1 and (len(ids) != examples or bool((ids.diff() == 1).all()))
+def _shared(ids: Tensor, use: Use) -> bool:
+    """Whether ids ``[T]`` or ``[1, T]`` are positions that all examples share.
+
+    Raises:
+        UserError: ids ``[B]`` or ``[B T]`` go up by one each: they are positions, or one id for each example or token.
+    """
+    examples = use.examples
+    if examples == 1 or ids.ndim == 0:
+        return False
+    if ids.ndim > 1:
+        return ids.ndim == 2 and ids.shape[0] == 1
+    own = len(ids) in (examples, use.batch.rows)
+    if own and bool((ids.diff() == 1).all()):
+        raise UserError(
+            f"per-example norms of {use.name}: its table is read at the ids {int(ids[0])} to {int(ids[-1])}, which are "
+            f"positions that all examples share, or an id for each of {len(ids)} examples or tokens; give positions "
+            "the shape [1, T], and ids of examples the shape [B, 1]"
+        )
+    return not own
 
 
 def _soft_prompt(module: SoftPrompt, forward: Rule, uses: Uses, slots: Tensor) -> Tensor:

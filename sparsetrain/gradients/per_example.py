@@ -154,7 +154,8 @@ class per_example_norms:  # noqa: N801 - it is called like a function
                 "strict=False leaves their parameters out"
             )
         if not self._names:
-            raise UserError("per_example_norms: no parameter of these modules requires a gradient")
+            chosen = "the model" if self._include is None else f"include={list(self._include)}"
+            raise UserError(f"per_example_norms: no parameter of {chosen} requires a gradient")
         left_out = set(self.left_out)
         for parameter, name in self._names.items():
             if name not in left_out:
@@ -236,7 +237,9 @@ class per_example_norms:  # noqa: N801 - it is called like a function
             found = found.to_dense() if found.is_sparse else found
             size = length_of(found) if found.ndim == 2 else found.abs().amax().double()
             apart = (digest(found) - computed).abs().amax()
-            if not bool(apart <= _CLOSE * torch.maximum(size, computed.abs().amax()) + magnitude):
+            close = apart <= _CLOSE * torch.maximum(size, computed.abs().amax()) + magnitude
+            # A loss that diverges, or a loss scale that is too large, makes gradients of which nothing can be told.
+            if not bool(close) and bool(torch.isfinite(size) & torch.isfinite(apart)):
                 wrong = "has a gradient that its modules compute in part only"
         self._arrived[parameter] = self._arrived.get(parameter) or wrong
 

@@ -270,6 +270,12 @@ class Schedule:
             raise UserError(
                 f"schedule.warmup_steps={config.warmup_steps} must be below the {total_steps} steps of the training"
             )
+        if config.cycles is not None and 2 * config.cycles * unit > max(total_steps, 2 * unit):
+            steps = total_steps // unit
+            raise UserError(
+                f"schedule.cycles={config.cycles} must be at most {max(1, steps // 2)}: the training has {steps} steps, "
+                "and a cycle takes at least 2"
+            )
         self.total_steps = total_steps
         segments = config.expanded()
         self._ends = _ends(segments, total_steps, steps_of_tokens)

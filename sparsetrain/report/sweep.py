@@ -263,7 +263,7 @@ def _override(name: str, value: Any) -> str:
     """Return the override that sets a column to its value on the command line."""
     if name == "parameterization":
         value = str(value).partition(" ")[0]  # drop the options in brackets
-    text = f"{OVERRIDES.get(name, name)}={value}"
+    text = f"{OVERRIDES.get(name, name)}={'null' if value is None else value}"
     return shlex.quote(text) if " " in text else text
 
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
+from typing import Annotated, Any, ClassVar, Literal, SupportsFloat, TypedDict, get_args
 
 import numpy as np
 from msgspec import Meta
@@ -111,12 +111,20 @@ class Law(ABC):
     source: str = ""
     verified: str = ""
 
-    def __call__(self, *x: float) -> float:
+    def __call__(self, *x: float, **named: float) -> float:
         """Return the law's value; also outside of its range, where it is an extrapolation: see `inside`.
 
+        Args:
+            x: the inputs in order. named: inputs by the names in `inputs`, as in ``tau_opt(tokens_per_parameter=20)``.
+
         Raises:
-            UserError: an input is not above 0 and finite.
+            UserError: an input is unknown, missing, or not a number above 0 and finite.
         """
+        if named:
+            names = [each.name for each in self.inputs[len(x) :]]
+            for name in named:
+                check_choice("the law's input", name, names)
+            x = (*x, *(named[name] for name in names if name in named))
         return float(self._value(self._vector(), *self._checked(x)))
 
     def inside(self, *x: float) -> bool | None:
@@ -264,7 +272,7 @@ class Law(ABC):
             names = ", ".join(each.name for each in self.inputs)
             raise UserError(f"the law takes {names}; {len(x)} numbers were given")
         for quantity, value in zip(self.inputs, x, strict=True):
-            if not 0.0 < value < math.inf:
+            if not isinstance(value, SupportsFloat) or not 0.0 < float(value) < math.inf:
                 raise UserError(f"{quantity.name}={value} must be above 0 and finite")
         return [float(value) for value in x]
 

@@ -54,7 +54,8 @@ def fit_power_law(
     check_choice("loss", loss, LOSSES)
     if not 0.0 < delta < np.inf:
         raise UserError(f"delta={delta} must be above 0 and finite")
-    log_x, log_y = (np.log(checked_numbers(name, values)) for name, values in (("x", x), ("y", y)))
+    x, y = checked_numbers("x", x), checked_numbers("y", y)
+    log_x, log_y = np.log(x), np.log(y)
     if len(log_x) != len(log_y):
         raise UserError(f"x has {len(log_x)} values and y has {len(log_y)}; they must have as many")
     different = len(np.unique(log_x))

@@ -23,7 +23,7 @@ from sparsetrain.screen import say
 from sparsetrain.studies.fit_critical import fit_critical
 from sparsetrain.studies.fit_laws import fit_batch, fit_loss, fit_tau
 from sparsetrain.studies.fit_noise import TABLE, courses, fit_noise, read_noise
-from sparsetrain.studies.fit_rows import BATCH, DECAY, PER, Fitted, Rows, distinguishing, grouped, named
+from sparsetrain.studies.fit_rows import BATCH, DECAY, PER, Fitted, Rows, check_rows, distinguishing, grouped, named
 from sparsetrain.studies.sweep import read_sweep
 
 FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] = {
@@ -87,6 +87,8 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
     tell = functools.partial(say, console)
     of_noise = request.law == "noise"
     found = read_noise(request.places) if of_noise else read_sweep(request.places, apart=True)
+    if not of_noise:
+        check_rows(found.rows)
     names = distinguishing(found.rows, found.varied, SWEPT[request.law])
     groups = grouped(found.rows, ("parameterization", "sparsity", *names))
     fitted: list[Fitted] = []
@@ -176,6 +178,23 @@ def formula(law: Law) -> str:
     return f"{law.output.name} = {p['floor']:.4g} + {powers}"
 
 
+def _remove_earlier(out: Path, written: Sequence[str], kind: str) -> list[str]:
+    """Remove the laws of a kind that an earlier fit left in a directory, which would be taken for this one's."""
+    removed = []
+    for path in sorted(out.glob("law*.yaml")):
+        if path.name in written:
+            continue
+        try:
+            earlier = Law.load(path)
+        except UserError:
+            continue  # no law of ours
+        if earlier.kind == kind:
+            with file_errors(out):
+                path.unlink()
+            removed.append(path.name)
+    return removed
+
+
 def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell: Any) -> None:
     with file_errors(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -187,5 +206,8 @@ def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell
         path = out / (f"law-{words}-{len(written)}.yaml" if name in written else name)
         each.law.save(path)
         written.append(path.name)
+    removed = _remove_earlier(out, written, fitted[0].law.kind)
+    if removed:
+        tell(f"removed, since this fit has none of these names: {', '.join(removed)}")
     law_figure([DrawnLaw(each.label, each.law, each.points) for each in fitted], out / "law.png", published)
     tell(f"written: {', '.join([*written, 'law.png'])} in {out}")

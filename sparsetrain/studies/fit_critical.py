@@ -45,7 +45,7 @@ def fit_critical(rows: Rows, varied: Sequence[str], per: str, target: float | No
     done = [row for row in rows if loss_of(row) < math.inf]
     names = ("width", "depth", *(name for name in varied if name not in (DECAY, BATCH, *LENGTHS)))
     found: list[tuple[str, float, Hyperbola, dict[int, Hyperbola], list[LawPoint]]] = []
-    reasons: list[str] = list(notes)
+    failed: list[str] = []
     for key, of in grouped(done, names).items():
         name = named(names, key, done)
         best = [row for level in levels(of) for row in tuned(level, (BATCH,), varied)]
@@ -53,9 +53,10 @@ def fit_critical(rows: Rows, varied: Sequence[str], per: str, target: float | No
             try:
                 found.append((name, loss, *_at_loss(best, loss)))
             except UserError as error:
-                reasons.append(f"{name}, loss {loss:.4g}: {error}")
+                failed.append(f"{name}, loss {loss:.4g}: {error}")
     if not found:
-        raise UserError(f"no critical batch: {reasons[0] if reasons else 'no loss is reached at three batch sizes'}")
+        raise UserError(f"no critical batch: {failed[0] if failed else 'no loss is reached at three batch sizes'}")
+    reasons = [*notes, *failed]
     sheet = Sheet(
         "Critical batches",
         ("runs", "loss", "D_min in tokens", "B_crit in tokens", "R^2", "batches"),
@@ -117,6 +118,8 @@ def _at_loss(rows: Rows, loss: float) -> tuple[Hyperbola, dict[int, Hyperbola], 
             own[seed] = reached
     if not own:
         reached = _reached(rows, loss)
+        if len(reached) < 3:
+            raise UserError(f"{len(reached)} batch sizes reach this loss; a critical batch needs 3")
         return fit_critical_batch(list(reached), list(reached.values())), {}, _points(reached)
     points = [(b, d, seed) for seed, reached in own.items() for b, d in reached.items()]
     batches, tokens, seeds = zip(*points, strict=True)

@@ -23,7 +23,7 @@ from sparsetrain.scaling.law import PowerLaw, Quantity
 from sparsetrain.scaling.noise import Proportion, proportion
 from sparsetrain.shapes import Count, check
 from sparsetrain.studies.fit_rows import Fitted, Rows, grouped, named
-from sparsetrain.studies.sweep import SweepRows, read_sweep, run_directories
+from sparsetrain.studies.sweep import SweepRows, read_sweep
 
 TABLE = "noise_scale.csv"
 _NORMS, _ALL = "noise_scale", "noise_scale_all"
@@ -59,12 +59,11 @@ def read_noise(places: Sequence[Path]) -> SweepRows:
     if others:
         found = read_sweep(others, apart=True)
         varied, unfinished = found.varied, found.unfinished
-        directories = {path.name: path for place in others for path in run_directories(place)}
         for run in found.rows:
             known = {name: run[name] for name in (*COLUMNS, *varied, "run")}
             rows += [
                 known | {name: record.get(name) for name in _LAST[1:]}
-                for record in read_metrics(directories[run["run"]] / METRICS)
+                for record in read_metrics(found.directories[run["run"]] / METRICS)
                 if _ALL in record and _NORMS in record
             ]
     own = {row["run"] for row in rows}
@@ -80,17 +79,24 @@ def read_noise(places: Sequence[Path]) -> SweepRows:
             f"{', '.join(map(str, places))}: no run has the noise scale of all parameters; train with "
             "observe=noise_scale_all"
         )
-    return SweepRows([check(row, NoiseRow, row["run"]) for row in rows], varied, unfinished)
+    return SweepRows([_checked(row, row["run"]) for row in rows], varied, unfinished)
 
 
 def _table(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, cells in enumerate(read_csv(path, (*COLUMNS, *_LAST)), start=1):
         row = {name: (text or None) if name in _TEXTS else table_cell(text) for name, text in cells.items()}
-        rows.append(check(row, NoiseRow, f"{path}, row {number}"))
+        rows.append(_checked(row, f"{path}, row {number}"))
     if not rows:
         raise UserError(f"{path} has no row")
     return rows
+
+
+def _checked(row: dict[str, Any], where: str) -> dict[str, Any]:
+    found: dict[str, Any] = check(row, NoiseRow, where)
+    if not found["tokens"]:
+        raise UserError(f"{where}: tokens={found['tokens'] or ''} must be at least 1")
+    return found
 
 
 def fit_noise(rows: Rows, varied: Sequence[str], per: str, target: float | None) -> Fitted:
@@ -118,16 +124,17 @@ def fit_noise(rows: Rows, varied: Sequence[str], per: str, target: float | None)
         growths.append(float(y[-1] / y[early]))
         found.append(one)
         slopes.setdefault(of[0]["seed"], []).append(np.log(one.slope))
-        numbers = (one.correlation, one.slope, 100.0 * one.variation, y[early], y[-1], growths[-1])
-        body.append((name, str(len(x)), *(f"{number:.3g}" for number in numbers)))
+        cells = [f"{number:.3g}" for number in (one.correlation, one.slope, 100.0 * one.variation)]
+        begins = f"{y[early]:.3g} at {100.0 * tokens[early] / tokens[-1]:.0f} %"
+        body.append((name, str(len(x)), *cells, begins, f"{y[-1]:.3g}", f"{growths[-1]:.3g}"))
         every = -(-len(x) // _SHOWN)
         points += [LawPoint((float(a),), float(b)) for a, b in zip(x[::every], y[::every], strict=True)]
     if not found:
         raise UserError(notes[0])
-    columns = ("run", "steps", "Pearson r", "slope", "ratio varies by, %", "at 10 %", "at the end", "growth")
+    columns = ("run", "steps", "Pearson r", "slope", "ratio varies by, %", "early", "at the end", "growth")
     note = (
-        "Of all parameters over that of the norm layers, averages over about 100 steps, in sequences; at 10 % of the "
-        "tokens and at the end: all parameters."
+        "Of all parameters over that of the norm layers, averages over about 100 steps, in sequences. Growth: of all "
+        "parameters, from 10 % of the tokens, or from step 100 where that is later, to the end."
     )
     over_seeds = {
         "slope": (float(np.exp(np.mean([np.mean(of) for of in slopes.values()]))), _of_logs(slopes)),
@@ -141,6 +148,7 @@ def fit_noise(rows: Rows, varied: Sequence[str], per: str, target: float | None)
 def _series(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the tokens and both noise scales of a run, where the averages are full and both have a value."""
     kept = [row for row in rows if row["step"] >= _AVERAGED and row[_NORMS] and row[_ALL]]
+    kept.sort(key=lambda row: int(row["step"]))
     tokens, x, y = (np.array([row[name] for row in kept], dtype=float) for name in ("tokens", _NORMS, _ALL))
     return tokens, x, y
 

@@ -58,6 +58,23 @@ def batch_of(row: Mapping[str, Any]) -> float:
     return float(row["tokens"]) / float(row["steps"])
 
 
+def check_rows(rows: Rows) -> None:
+    """Raise `UserError` unless all rows have the numbers that laws are made of."""
+    for row in rows:
+        for name in ("tokens", "steps"):  # a run may diverge in its first step
+            if not row[name] and row["loss"] is not None:
+                raise UserError(f"{row['run']}: {name}={_shown(row[name])} must be at least 1")
+        for name in ("lr", DECAY):
+            value = row.get(name, 0.0)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0.0 <= value < math.inf:
+                raise UserError(f"{row['run']}: {name}={_shown(value)} must be a number of at least 0 and finite")
+
+
+def _shown(value: Any) -> str:
+    return "" if value is None else f"{value!s:.60}"
+
+
 def check_varied(rows: Rows, setting: str) -> None:
     """Raise `UserError` unless the runs of a sweep differ in a setting."""
     if len({row.get(setting) for row in rows}) < 2:

@@ -191,6 +191,8 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
             f"Learning rate times weight decay differs between hidden matrices by a factor of {hidden.others:.3g}, and "
             "so does tau; the values are those of the matrices with the most weights."
         )
+    if config.budget.changing is not None:
+        notes.append("budget.batch_size changes during the run; the suggestion is for one size, and replaces it.")
     values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
     per_nonzero = None if hidden.resizes else tokens / hidden.nonzeros
     return Suggestion(values, overrides, tokens / hidden.weights, per_nonzero, notes)

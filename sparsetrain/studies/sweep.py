@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,13 @@ class SweepRows:
         rows: one dict per run: `COLUMNS`, the ``varied`` settings, status, tokens, seconds, precision, FLOPs and run.
         varied: settings that differ between runs and have no column in `COLUMNS`.
         unfinished: directories of runs that are not done.
+        directories: by the column ``run``, of the runs whose directories were read.
     """
 
     rows: list[dict[str, Any]]
     varied: list[str]
     unfinished: list[Path]
+    directories: Mapping[str, Path] = field(default_factory=dict)
 
 
 def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
@@ -91,8 +93,9 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
             check(result, SweptResult, str(directory / RESULT))
             done[directory] = (_swept(directory), result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}
+    names = _run_names(list(done))
     for directory in done:
-        earlier.pop(directory.name, None)
+        earlier.pop(names[directory], None)
     if not done and not earlier:
         raise UserError(f"{', '.join(map(str, places))}: no finished pre-training run ({len(unfinished)} unfinished)")
     plain = _settings({directory: config for directory, (config, _) in done.items()})
@@ -119,12 +122,27 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
         row |= {name: result.get(name) for name in _LAST[:4]}
-        row |= {"train_flops": result["flops"]["total"], **_hidden(directory, result), "run": directory.name}
+        row |= {"train_flops": result["flops"]["total"], **_hidden(directory, result), "run": names[directory]}
         rows.append(check(row, SweepRow, str(directory / RESULT)))
     order = (*COLUMNS, *varied, *_LAST)
     rows += [{name: row.get(name) for name in order} for row, _ in earlier.values()]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
-    return SweepRows(rows, varied, unfinished)
+    return SweepRows(rows, varied, unfinished, {name: directory for directory, name in names.items()})
+
+
+def _run_names(directories: Sequence[Path]) -> dict[Path, str]:
+    """Return a name of each run that no other has: that of its directory, with as many of its parents as it takes."""
+    alike: dict[str, list[Path]] = {}
+    for directory in directories:
+        alike.setdefault(directory.name, []).append(directory)
+    names = {}
+    for same in alike.values():
+        parts = [directory.resolve().parts for directory in same]
+        depth = 1
+        while len({of[-depth:] for of in parts}) < len({*parts}):
+            depth += 1
+        names.update({directory: "/".join(of[-depth:]) for directory, of in zip(same, parts, strict=True)})
+    return names
 
 
 def _swept(directory: Path) -> dict[str, Any]:
@@ -230,7 +248,7 @@ def _value(config: Any, path: Sequence[str], text: str) -> Any:
         if not isinstance(config, dict) or part not in config:
             return text
         config = config[part]
-    if isinstance(config, list) and any(isinstance(item, dict) for item in config):
+    if isinstance(config, list) and (not config or any(isinstance(item, dict) for item in config)):
         return _listed(config)
     return config if isinstance(config, int | float | str) or config is None else text
 

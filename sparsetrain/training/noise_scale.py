@@ -112,7 +112,7 @@ class NoiseScaleObserver(Observer):
         """Add a step: by layer, the mean of the examples' squared norms, and that of the batch of ``examples``."""
         for name in small:
             self.layers[name].update(small[name], big[name], big=examples)
-        norms = self._norms & small.keys()
+        norms = [name for name in small if name in self._norms]  # in an order that no hash seed changes
         if norms:
             self.scale.update(sum(small[name] for name in norms), sum(big[name] for name in norms), big=examples)
 

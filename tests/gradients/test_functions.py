@@ -41,7 +41,9 @@ def test_any_shape_and_any_room_give_the_sum_and_the_norms_of_its_terms(
 
 
 def test_the_norm_of_millions_of_elements_has_six_digits() -> None:
-    x = 3.0 + torch.randn(512, 4000, generator=torch.Generator().manual_seed(0))
+    x = 3.0 + torch.randn(512, 4001, generator=torch.Generator().manual_seed(0))
+    assert float(length_of(x.flatten())) == pytest.approx(float(x.double().norm()), rel=2e-6)
+    assert float(length_of(x.mT)) == pytest.approx(float(x.double().norm()), rel=2e-6)
     assert float(length_of(x)) == pytest.approx(float(x.double().norm()), rel=2e-6)
     assert float(length_of(x.bfloat16())) == pytest.approx(float(x.bfloat16().double().norm()), rel=2e-6)
     assert float(length_of(torch.empty(0, 3))) == 0.0

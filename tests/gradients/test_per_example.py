@@ -129,6 +129,52 @@ def test_labels_of_examples_are_told_from_positions() -> None:
     assert_norms(model, lambda: model(x, labels).mean(), lambda b: model(x[b : b + 1], labels[b : b + 1]).mean() / 4, 4)
 
 
+def test_ids_that_go_up_by_one_and_may_be_of_examples_are_refused_unless_their_shape_says_it() -> None:
+    model, x = Labelled(), torch.randn(4, 7, 6)
+    with (
+        pytest.raises(UserError, match=r"label\.weight: its table is read at the ids 1 to 4, .* the shape \[B, 1\]"),
+        sparsetrain.per_example_norms(model),
+    ):
+        model(x, torch.arange(1, 5))
+    with (
+        pytest.raises(UserError, match=r"position\.weight: its table is read at the ids 0 to 6, .* the shape \[1, T\]"),
+        sparsetrain.per_example_norms(model),
+    ):
+        model(torch.randn(7, 7, 6), torch.zeros(7).long())
+    # One example: there is nothing to tell apart, and the output keeps its shape.
+    one, label = x[:1], torch.tensor([2])
+    assert_norms(model, lambda: model(one, label).mean(), lambda b: model(one, label).mean(), 1)
+
+
+class Flat(nn.Module):
+    """A model that sees all tokens of all examples as one list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = nn.Embedding(11, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.out(torch.tanh(self.table(tokens.flatten())))
+        return out.square().mean()
+
+
+def test_a_table_that_is_read_at_a_list_of_all_tokens_matches_autograd() -> None:
+    model, tokens = Flat(), torch.randint(0, 11, (3, 5))
+    assert_norms(model, lambda: model(tokens), lambda b: model(tokens[b : b + 1]) / 3, 3)
+
+
+def test_gradients_that_are_not_finite_are_the_users_to_handle() -> None:
+    model, tokens = Flat(), torch.randint(0, 11, (3, 5))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    with sparsetrain.per_example_norms(model) as norms:
+        scaler.scale(1e6 * model(tokens)).backward()
+    assert not torch.isfinite(norms.squared["out.weight"]).all()
+    model.zero_grad()
+    with sparsetrain.per_example_norms(model) as norms:
+        (math.nan * model(tokens)).backward()
+    assert norms.squared["table.weight"].isnan().all()
+
+
 @pytest.mark.parametrize("layer", [nn.LayerNorm(6), nn.RMSNorm(6), nn.Linear(6, 6)])
 def test_outputs_can_be_changed_in_place(layer: nn.Module) -> None:
     x, weights = torch.randn(4, 7, 6), torch.randn(4, 7, 6)

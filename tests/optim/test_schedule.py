@@ -144,6 +144,12 @@ def test_after_the_warmup_they_match_transformers() -> None:
         assert factors(config, 60)[7:] == pytest.approx(expected, abs=1e-12)
 
 
+def test_cycles_without_a_step_to_decay_in_are_refused() -> None:
+    with pytest.raises(UserError, match="cycles=100 must be at most 15: the training has 30 steps, and a cycle takes"):
+        factors(ScheduleConfig("linear_to_zero", cycles=100), 30)
+    assert factors(ScheduleConfig("linear_to_zero", cycles=1), 1) == [1.0]
+
+
 def test_cycles_rise_again_from_where_the_last_one_ended() -> None:
     found = factors(ScheduleConfig("linear_10x", warmup=0.4, cycles=2), 20)
     once = [0.25, 0.5, 0.75, 1.0, *(1 - 0.9 * k / 6 for k in range(6))]

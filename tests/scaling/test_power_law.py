@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -162,6 +163,17 @@ def test_points_that_make_no_law_are_named(arguments: tuple[Any, ...], message: 
     with pytest.raises(UserError, match=message) as raised:
         sparsetrain.fit_power_law(*arguments)
     assert "\n" not in str(raised.value)
+
+
+def test_tensors_are_points_and_inputs_have_names() -> None:
+    law = sparsetrain.fit_power_law(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 2.0, 4.0]))
+    assert law.exponent == pytest.approx(1.0)
+    assert law.range == (1.0, 4.0)
+    assert sparsetrain.tau_opt(tokens_per_parameter=20) == sparsetrain.tau_opt(20)
+    assert sparsetrain.batch_opt(tokens=1e9) == sparsetrain.batch_opt(1e9)
+    for wrong in (lambda: sparsetrain.tau_opt(tokens=20), lambda: sparsetrain.tau_opt("20"), sparsetrain.tau_opt):
+        with pytest.raises(UserError):
+            wrong()
 
 
 def test_unknown_choices_are_refused() -> None:

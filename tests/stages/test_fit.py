@@ -208,6 +208,37 @@ def test_what_is_asked_wrongly_is_one_line(tmp_path: Path) -> None:
             FitRequest([tmp_path], **request)
 
 
+@pytest.mark.parametrize("law", ["tau", "batch", "critical", "loss"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tokens": None},
+        {"tokens": 0},
+        {"steps": None},
+        {"steps": 0},
+        {"optimizer.weight_decay": "x"},
+        {"optimizer.weight_decay": -1},
+        {"loss": None, "optimizer.weight_decay": None},
+    ],
+)
+def test_a_row_without_the_numbers_of_a_law_is_named(tmp_path: Path, law: str, change: dict[str, Any]) -> None:
+    rows = decays()
+    rows[3] |= change
+    (name,) = [name for name in change if name != "loss"]
+    with pytest.raises(UserError, match=rf"^run-3: {name}=.* must be"):
+        fitted(table(tmp_path / "results.csv", rows), law)
+
+
+def test_laws_of_an_earlier_fit_do_not_stay_beside_new_ones(tmp_path: Path) -> None:
+    out = tmp_path / "laws"
+    fitted(table(tmp_path / "one.csv", decays()), "tau", out=out)
+    (out / "law-of-mine.yaml").write_text("none of ours")
+    st.Law.load(out / "law.yaml")
+    _, said = fitted(table(tmp_path / "two.csv", decays((0.0, 0.5))), "tau", out=out)
+    assert "removed, since this fit has none of these names: law.yaml" in said
+    assert {path.name for path in out.glob("*.yaml")} == {"law-of-mine.yaml", "law-s0.yaml", "law-s0.5.yaml"}
+
+
 def test_the_verb_takes_paths_and_settings(shell: Shell) -> None:
     path = table(shell.home / "results.csv", decays())
     assert shell.run("fit", str(path), "law=tau", "out=laws")[0] == 0
@@ -218,7 +249,7 @@ def test_the_verb_takes_paths_and_settings(shell: Shell) -> None:
     for words, said in (
         (["law=tau"], "fit needs a sweep"),
         ([str(path)], "fit needs a law: sparsetrain fit RUNS law=tau"),
-        ([str(path), "law=tua"], "law='tua' is not one of tau, batch, critical, loss (did you mean 'tau'?)"),
+        ([str(path), "law=tua"], "law='tua' is not one of tau, batch, critical, loss, noise (did you mean 'tau'?)"),
         ([str(path), "lwa=tau"], "fit has no setting 'lwa' (did you mean 'law'?)"),
         ([str(path), "law=tau", "law=batch"], "fit: law is given twice"),
         ([str(path), "law=critical", "target=low"], "target=low must be a number"),

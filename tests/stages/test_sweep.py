@@ -19,7 +19,15 @@ from rich.console import Console
 from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
 from sparsetrain.report.run_files import COLUMNS
-from sparsetrain.report.sweep import findings, labels_of, lines_of, next_commands, optima_sheet, write_optima
+from sparsetrain.report.sweep import (
+    findings,
+    labels_of,
+    lines_of,
+    next_commands,
+    optima_sheet,
+    write_optima,
+    write_rows,
+)
 from sparsetrain.stages.config import as_plain
 from sparsetrain.studies.sweep import read_sweep, show_sweep
 
@@ -284,6 +292,35 @@ def test_other_settings_become_columns_and_tell_curves_apart(tmp_path: Path) -> 
     assert len(lines) == 4
     assert {line.optimum.log2 for line in lines} == {math.log2(0.02)}
     assert set(labels_of(lines, ["optimizer.weight_decay"])) == {"weight_decay 0", "weight_decay 0.1"}
+
+
+def test_runs_whose_directories_have_the_same_name_are_told_apart(tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        write_run(tmp_path / place, [f"optimizer.weight_decay={0.1 if place == 'a' else 0.2}"], loss_last=2.0)
+    write_run(tmp_path / "b", ["optimizer.weight_decay=0.3"])
+    found = read_sweep([tmp_path / "a", tmp_path / "b"])
+    assert {row["run"]: row["optimizer.weight_decay"] for row in found.rows} == {
+        "a/run-0": 0.1,
+        "b/run-0": 0.2,
+        "run-1": 0.3,
+    }
+    assert {name: path.parent.name for name, path in found.directories.items()} == {
+        "a/run-0": "a",
+        "b/run-0": "b",
+        "run-1": "b",
+    }
+    write_rows(found.rows, tmp_path / "results.csv")
+    assert read_sweep([tmp_path / "results.csv"]).rows == found.rows
+
+
+def test_what_to_run_next_says_null_and_an_empty_list_as_the_command_line_takes_them(tmp_path: Path) -> None:
+    for place, phases in enumerate(("null", "[]")):
+        for lr in (0.01, 0.02):
+            write_run(tmp_path, [f"budget.phases={phases}", "budget.steps=3"], lr=lr, loss_last=2.0 + place + lr)
+    found = read_sweep([tmp_path])
+    commands = " ".join(next_commands(lines_of(found.rows, "lr", found.varied), "lr", found.varied, [0]))
+    assert "budget.phases=null" in commands
+    assert "budget.phases=[]" in commands
 
 
 def test_a_batch_size_that_is_a_number_a_ramp_or_led_is_one_setting(tmp_path: Path) -> None:

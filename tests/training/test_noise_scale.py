@@ -19,7 +19,7 @@ from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.stages import PretrainConfig, pretrain
 from sparsetrain.training.noise_scale import NoiseScaleObserver, WholeNoiseScaleObserver
 from sparsetrain.training.observers import RunStart
-from sparsetrain.training.state import Interrupted
+from sparsetrain.training.state import Diverged, Interrupted
 
 Configure = Callable[..., Any]
 NOISE = {"observe": "noise_scale", "loop.accumulation": 2}
@@ -79,6 +79,42 @@ def test_what_cannot_be_measured_is_said_in_one_line(configure: Configure) -> No
         observer.passes(),
     ):
         net(torch.randn(1, 5, 6)).mean().backward()
+
+
+class Name(str):
+    """A text whose place in a set is that of its number."""
+
+    def __new__(cls, text: str, number: int) -> Name:
+        made = super().__new__(cls, text)
+        made.number = number
+        return made
+
+    def __hash__(self) -> int:
+        return int(self.number)
+
+    __eq__ = str.__eq__
+    number: int
+
+
+def test_the_value_does_not_depend_on_the_order_of_a_set() -> None:
+    observer = NoiseScaleObserver()
+    names = [Name("a", 3), Name("b", 2), Name("c", 1)]
+    observer._norms, observer.layers = set(names), {name: NoiseScale() for name in names}
+    small = dict(zip(names, (2.0**53, 1.0, 1.0), strict=True))
+    observer.add(small, dict.fromkeys(names, 0.0), 2)
+    expected = NoiseScale()
+    expected.update(2.0**53, 0.0, big=2)  # from the largest on, each 1 is lost in rounding
+    assert observer.scale.noise == expected.noise
+
+
+def test_an_observed_run_that_diverges_is_recorded_as_diverged(
+    configure: Configure, tmp_path: Path, screen: Console
+) -> None:
+    for observe in ("noise_scale", "noise_scale_all"):
+        settings = {**NOISE, "observe": observe, "optimizer.lr": 1e18}
+        with pytest.raises(Diverged):
+            pretrain(configure(PretrainConfig, settings, run_dir=tmp_path / observe), screen)
+        assert json.loads((tmp_path / observe / "result.json").read_text())["status"] == "diverged"
 
 
 def test_an_observed_run_has_the_bits_of_one_that_is_not_and_reports_the_noise_scale(
