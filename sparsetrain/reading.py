@@ -276,23 +276,31 @@ def read_yaml(path: Path, shape: Any = Any, *, finite: bool = False, max_bytes: 
     Raises:
         UserError: there is no such file, it is not YAML within the limits of this module, or has another shape.
     """
+    return parse_yaml(read_text(path, max_bytes), str(path), shape, finite=finite)
+
+
+def parse_yaml(text: str, where: str, shape: Any = Any, *, finite: bool = False) -> Any:
+    """Return the value of a YAML text within the limits of `read_yaml`; ``where`` is its name in messages.
+
+    Raises:
+        UserError: see `read_yaml`.
+    """
     import yaml
 
-    text = read_text(path, max_bytes)
     try:
         _check_events(yaml.parse(text, Loader=yaml.SafeLoader))
         value = yaml.safe_load(text)
     except _Unreadable as error:
-        raise UserError(f"{path}{error}") from None
+        raise UserError(f"{where}{error}") from None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{place} is not valid YAML: {error.problem or error.context}") from None
+        raise UserError(f"{where}{place} is not valid YAML: {error.problem or error.context}") from None
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not valid YAML: {reason}") from None
-    _check_nested(value, str(path), finite=finite)
-    return check(value, shape, str(path))
+        raise UserError(f"{where} is not valid YAML: {reason}") from None
+    _check_nested(value, where, finite=finite)
+    return check(value, shape, where)
 
 
 def _check_events(events: Iterable[Any]) -> None:

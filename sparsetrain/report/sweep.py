@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file
+from sparsetrain.reading import parse_yaml
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import percent
 from sparsetrain.scaling.transfer import (
@@ -148,8 +150,9 @@ def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
         if i >= len(SHAPE) and any(values(j, i) == values(j) for j in others):
             varying.remove(i)
     texts = []
+    short = {i: _shortened([line.shape[i] for line in lines]) for i in varying}
     for line in lines:
-        settings = [f"{names[i].rpartition('.')[2]} {_number(line.shape[i])}" for i in varying]
+        settings = [f"{names[i].rpartition('.')[2]} {short[i](line.shape[i])}" for i in varying]
         texts.append(", ".join(settings) or "all")
     return texts
 
@@ -305,7 +308,34 @@ def _power(log2: float) -> float:
 
 
 def _number(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, int | float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(values: Sequence[Any]) -> Callable[[Any], str]:
+    """Return how to write the values of a setting; of sections, such as ramps of the batch, only what tells them apart.
+
+    That is one entry with a different text in each, such as ``led_by gns``, or else all that differ.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    for text in {value for value in values if isinstance(value, str) and value.startswith("{")}:
+        with contextlib.suppress(UserError):  # a text that only looks like a section
+            sections[text] = parse_yaml(text, "a setting", dict[str, Any])
+    keys = dict.fromkeys(key for found in sections.values() for key in found)
+    differing = [key for key in keys if len({str(found.get(key)) for found in sections.values()}) > 1]
+    telling = [
+        key
+        for key in differing
+        if all(isinstance(found.get(key), str) for found in sections.values())
+        and len({found[key] for found in sections.values()}) == len(sections)
+    ]
+    shown = telling[:1] or differing
+
+    def write(value: Any) -> str:
+        if value not in sections or not shown:
+            return _number(value)
+        return " ".join(f"{key} {_number(sections[value][key])}" for key in shown if key in sections[value])
+
+    return write
 
 
 def _interval(interval: tuple[float, float] | None, show: Any) -> str:

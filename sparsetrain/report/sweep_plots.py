@@ -14,6 +14,8 @@ from matplotlib.lines import Line2D
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.report.sweep import Line, labels_of
 
+_LONG = 30  # letters of a label that leave room for three columns of them
+
 
 def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
     """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses.
@@ -48,7 +50,8 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
         _transfer(grid[-1], lines, labels, order, schemes)
         # Legends stand above the panels, since inside they would cover points.
         curves = [Line2D([], [], color=SERIES[place % len(SERIES)], marker="o", ms=3) for place in range(len(order))]
-        figure.legend(curves, order, loc="outside upper left", ncols=4, fontsize=7)
+        wide = max(map(len, order)) > _LONG
+        figure.legend(curves, order, loc="outside upper left", ncols=3 if wide else 4, fontsize=7)
         bounds = any(line.shift is not None and line.shift.at_least for line in lines)
         columns = 4 if len(schemes) > 1 else 2  # narrow figures have no room for both legends in one row
         figure.legend(handles=_keys(schemes, bounds), loc="outside upper right", ncols=columns, fontsize=7)
