@@ -273,8 +273,8 @@ class Schedule:
         if config.cycles is not None and 2 * config.cycles * unit > max(total_steps, 2 * unit):
             steps = total_steps // unit
             raise UserError(
-                f"schedule.cycles={config.cycles} must be at most {max(1, steps // 2)}: the training has {steps} steps, "
-                "and a cycle takes at least 2"
+                f"schedule.cycles={config.cycles} must be at most {max(1, steps // 2)}: the training has {steps} "
+                "steps, and a cycle takes at least 2"
             )
         self.total_steps = total_steps
         segments = config.expanded()
