@@ -13,7 +13,7 @@ DEV_STAMP := $(VENV)/.installed-dev
 # which takes longer than most tests that start a process.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup demo test test-triton fuzz lint format docs clean
+.PHONY: setup demo test coverage test-triton fuzz lint format docs clean
 
 setup: $(DEV_STAMP)
 
@@ -40,13 +40,19 @@ $(DEV_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(RUN_STAMP)
 	$(BIN)/sparsetrain pipeline experiment=demo
 
-# --cov needs one file per process; torch with one thread per test process is as fast as the machine allows.
+# torch with one thread per test process is as fast as the machine allows.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
 test: $(DEV_STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal --cov --cov-report=term --cov-fail-under=85 tests
+	$(PYTEST) tests
+
+# The same tests with their coverage of branches, which takes about twice as long.
+coverage: $(DEV_STAMP)
+	$(PYTEST) --cov --cov-report=term --cov-fail-under=85 tests
 
 # Ten thousand mutated inputs for each reader of files; `make test` takes some of them.
 fuzz: $(DEV_STAMP)
-	OMP_NUM_THREADS=1 SPARSETRAIN_FUZZ=10000 $(BIN)/python -m pytest -n auto --dist worksteal tests/fuzz
+	SPARSETRAIN_FUZZ=10000 $(PYTEST) tests/fuzz
 
 # The kernels for a GPU, where there is none: by Triton's interpreter.
 test-triton: $(DEV_STAMP)

@@ -43,6 +43,7 @@ def test_the_hosted_workflow_runs_the_check_of_a_clone() -> None:
     steps = {name: [step.get("run") for step in job["steps"]] for name, job in jobs.items()}
     assert ".ci/run" in steps["check"]
     assert "make docs" in steps["docs"]
+    assert "make coverage" in steps["coverage"]
     versions = [
         step["with"]["python-version"] for job in jobs.values() for step in job["steps"] if "python" in str(step)
     ]
