@@ -45,8 +45,8 @@ def weight_gradient(
         return total.copy_(product) if fresh else total.add_(product), squared, None
     squares = total.new_zeros(examples)
     rows = None if ids is None else total.new_zeros(examples, ids.shape[1], inputs)
-    room = _GPU_ELEMENTS if g.device.type != "cpu" else _CPU_ELEMENTS
-    height = outputs if g.device.type != "cpu" else min(outputs, max(16, room // (examples * inputs)))
+    room = _CPU_ELEMENTS if g.is_cpu else _GPU_ELEMENTS
+    height = min(outputs, max(16, room // (examples * inputs))) if g.is_cpu else outputs
     at_once = min(examples, max(1, room // (height * inputs)))
     buffer = x.new_empty(at_once * height * inputs)
     for top in range(0, outputs, height):

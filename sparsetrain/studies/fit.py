@@ -14,38 +14,54 @@ from rich.console import Console
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import file_errors
 from sparsetrain.report.law_plots import DrawnLaw, law_figure
-from sparsetrain.report.noise_plots import NoiseCourse, noise_figure
-from sparsetrain.report.sweep import write_rows
 from sparsetrain.report.tables import print_sheets
 from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.screen import say
 from sparsetrain.studies.fit_critical import fit_critical
 from sparsetrain.studies.fit_laws import fit_batch, fit_loss, fit_tau
-from sparsetrain.studies.fit_noise import TABLE, courses, fit_noise, read_noise
+from sparsetrain.studies.fit_noise import fit_noise, read_noise, write_noise
 from sparsetrain.studies.fit_rows import BATCH, DECAY, PER, Fitted, Rows, check_rows, distinguishing, grouped, named
-from sparsetrain.studies.sweep import read_sweep
+from sparsetrain.studies.sweep import SweepRows, read_sweep
 
-FITS: Mapping[str, Callable[[Rows, Sequence[str], str, float | None], Fitted]] = {
-    "tau": fit_tau,
-    "batch": fit_batch,
-    "critical": fit_critical,
-    "loss": fit_loss,
-    "noise": fit_noise,
+
+def _read(places: Sequence[Path]) -> SweepRows:
+    found = read_sweep(places, apart=True)
+    check_rows(found.rows)
+    return found
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of law that can be fitted to a sweep.
+
+    Args:
+        fit: makes it from the rows of one group.
+        swept: settings whose values are part of the law, beside sizes and lengths; runs that differ in others have
+            other laws.
+        published: the law of a paper to show beside it.
+        read: reads the rows.
+        write: writes what the kind has besides laws and their figure, given all rows, the rows by label and a
+            directory, and returns the names of the files.
+    """
+
+    fit: Callable[[Rows, Sequence[str], str, float | None], Fitted]
+    swept: Sequence[str] = ("lr", DECAY, BATCH)
+    published: PowerLaw | None = None
+    read: Callable[[Sequence[Path]], SweepRows] = _read
+    write: Callable[[SweepRows, Mapping[str, Rows], Path], list[str]] | None = None
+
+
+FITS: Mapping[str, Kind] = {
+    "tau": Kind(fit_tau, (DECAY,), tau_opt),
+    "batch": Kind(fit_batch, published=batch_opt),
+    "critical": Kind(fit_critical),
+    "loss": Kind(fit_loss),
+    "noise": Kind(fit_noise, (), read=read_noise, write=write_noise),
 }
 """The laws that can be fitted to a sweep, by name."""
 
-_TUNED = ("lr", DECAY, BATCH)
-SWEPT: Mapping[str, Sequence[str]] = {
-    "tau": (DECAY,),
-    **dict.fromkeys(("batch", "critical", "loss"), _TUNED),
-    "noise": (),
-}
-"""The settings whose values are part of a law, beside sizes and lengths; runs that differ in others have other laws."""
-
 _LONGEST = 100  # letters of a file's name that come from settings
-
-PUBLISHED: Mapping[str, PowerLaw] = {"tau": tau_opt, "batch": batch_opt}
 
 
 @dataclass(frozen=True)
@@ -85,26 +101,24 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
     """
     console = console or Console()
     tell = functools.partial(say, console)
-    of_noise = request.law == "noise"
-    found = read_noise(request.places) if of_noise else read_sweep(request.places, apart=True)
-    if not of_noise:
-        check_rows(found.rows)
-    names = distinguishing(found.rows, found.varied, SWEPT[request.law])
+    kind = FITS[request.law]
+    found = kind.read(request.places)
+    names = distinguishing(found.rows, found.varied, kind.swept)
     groups = grouped(found.rows, ("parameterization", "sparsity", *names))
     fitted: list[Fitted] = []
     refused: list[str] = []
-    shown: list[NoiseCourse] = []
+    fitted_to: dict[str, Rows] = {}
     for (scheme, sparsity, *key), rows in sorted(groups.items(), key=lambda item: tuple(map(str, item[0]))):
         words = [scheme] if len({of[0] for of in groups}) > 1 else []
         words += [f"sparsity {sparsity:g}", *([named(names, key, found.rows)] if names else [])]
         label = ", ".join(words)
         try:
-            one = FITS[request.law](rows, found.varied, request.per, request.target)
+            one = kind.fit(rows, found.varied, request.per, request.target)
         except UserError as error:
             refused.append(f"{label}: {error}")
             continue
         fitted.append(replace(one, label=label, law=_signed(one, rows, sparsity, request.places)))
-        shown += courses(rows, label) if of_noise else []
+        fitted_to[label] = rows
     if not fitted:
         raise UserError("; ".join(refused))
     for each in fitted:
@@ -117,15 +131,12 @@ def fit_sweep(request: FitRequest, console: Console | None = None) -> dict[str, 
     for each in fitted:
         for line in described(each.label, each.law):
             tell(line)
-    published = PUBLISHED.get(request.law)
-    if published is not None:
-        tell(f"published: {formula(published)}, {published.source}")
+    if kind.published is not None:
+        tell(f"published: {formula(kind.published)}, {kind.published.source}")
     if request.out is not None:
-        _write(fitted, request.out, published, tell)
-        if of_noise:
-            write_rows(found.rows, request.out / TABLE)
-            noise_figure(shown, request.out / "noise_scale.png")
-            tell(f"written: {TABLE}, noise_scale.png in {request.out}")
+        written = _write(fitted, request.out, kind.published, tell)
+        written += kind.write(found, fitted_to, request.out) if kind.write else []
+        tell(f"written: {', '.join(written)} in {request.out}")
     return {each.label: each.law for each in fitted}
 
 
@@ -195,7 +206,8 @@ def _remove_earlier(out: Path, written: Sequence[str], kind: str) -> list[str]:
     return removed
 
 
-def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell: Any) -> None:
+def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell: Any) -> list[str]:
+    """Write the laws and their figure, and return the names of the files."""
     with file_errors(out):
         out.mkdir(parents=True, exist_ok=True)
     written: list[str] = []
@@ -208,6 +220,6 @@ def _write(fitted: Sequence[Fitted], out: Path, published: PowerLaw | None, tell
         written.append(path.name)
     removed = _remove_earlier(out, written, fitted[0].law.kind)
     if removed:
-        tell(f"removed, since this fit has none of these names: {', '.join(removed)}")
+        tell(f"removed laws of an earlier fit: {', '.join(removed)}")
     law_figure([DrawnLaw(each.label, each.law, each.points) for each in fitted], out / "law.png", published)
-    tell(f"written: {', '.join([*written, 'law.png'])} in {out}")
+    return [*written, "law.png"]

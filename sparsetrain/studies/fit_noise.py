@@ -13,19 +13,20 @@ from msgspec import Meta
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
 from sparsetrain.report.law_plots import LawPoint
-from sparsetrain.report.noise_plots import NoiseCourse
+from sparsetrain.report.noise_plots import NoiseCourse, noise_figure
 from sparsetrain.report.run_files import COLUMNS, TableRow, table_cell
+from sparsetrain.report.sweep import write_rows
 from sparsetrain.report.tables import Sheet
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.scaling.intervals import mean_interval
 from sparsetrain.scaling.law import PowerLaw, Quantity
-from sparsetrain.scaling.noise import Proportion, proportion
+from sparsetrain.scaling.noise import proportion
 from sparsetrain.shapes import Count, check
 from sparsetrain.studies.fit_rows import Fitted, Rows, grouped, named
 from sparsetrain.studies.sweep import SweepRows, read_sweep
 
-TABLE = "noise_scale.csv"
+TABLE, FIGURE = "noise_scale.csv", "noise_scale.png"
 _NORMS, _ALL = "noise_scale", "noise_scale_all"
 _LAST = ("run", "step", "tokens", _NORMS, _ALL)
 _TEXTS = ("parameterization", "commit", "run")
@@ -110,9 +111,9 @@ def fit_noise(rows: Rows, varied: Sequence[str], per: str, target: float | None)
     """
     keys = ("width", "depth", "seed", "run")
     body, points, notes = [], [], []
-    slopes: dict[int, list[float]] = {}
-    found: list[Proportion] = []
-    growths: list[float] = []
+    slopes: dict[int, list[float]] = {}  # logarithms, by seed
+    growths: dict[int, list[float]] = {}
+    series: list[tuple[np.ndarray, np.ndarray]] = []
     for key, of in grouped(rows, keys).items():
         name = named(keys[:3], key[:3], rows)
         tokens, x, y = _series(of)
@@ -121,28 +122,30 @@ def fit_noise(rows: Rows, varied: Sequence[str], per: str, target: float | None)
             continue
         one = proportion(x, y)
         early = int(np.abs(tokens - _EARLY * tokens[-1]).argmin())
-        growths.append(float(y[-1] / y[early]))
-        found.append(one)
+        growth = float(y[-1] / y[early])
+        growths.setdefault(of[0]["seed"], []).append(np.log(growth))
         slopes.setdefault(of[0]["seed"], []).append(np.log(one.slope))
+        series.append((x, y))
         cells = [f"{number:.3g}" for number in (one.correlation, one.slope, 100.0 * one.variation)]
         begins = f"{y[early]:.3g} at {100.0 * tokens[early] / tokens[-1]:.0f} %"
-        body.append((name, str(len(x)), *cells, begins, f"{y[-1]:.3g}", f"{growths[-1]:.3g}"))
+        body.append((name, str(len(x)), *cells, begins, f"{y[-1]:.3g}", f"{growth:.3g}"))
         every = -(-len(x) // _SHOWN)
         points += [LawPoint((float(a),), float(b)) for a, b in zip(x[::every], y[::every], strict=True)]
-    if not found:
+    if not series:
         raise UserError(notes[0])
     columns = ("run", "steps", "Pearson r", "slope", "ratio varies by, %", "early", "at the end", "growth")
     note = (
         "Of all parameters over that of the norm layers, averages over about 100 steps, in sequences. Growth: of all "
         "parameters, from 10 % of the tokens, or from step 100 where that is later, to the end."
     )
-    over_seeds = {
-        "slope": (float(np.exp(np.mean([np.mean(of) for of in slopes.values()]))), _of_logs(slopes)),
-        "growth": (float(np.exp(np.mean(np.log(growths)))), _exp(mean_interval(np.log(growths)))),
-    }
-    said = [f"{name} {mid:.3g} [{ends[0]:.3g}, {ends[1]:.3g}]" for name, (mid, ends) in over_seeds.items() if ends]
+    said = []
+    for what, logs in (("slope", slopes), ("growth", growths)):
+        own = [float(np.mean(of)) for of in logs.values()]
+        if ends := mean_interval(own):
+            said.append(f"{what} {np.exp(np.mean(own)):.3g} [{np.exp(ends[0]):.3g}, {np.exp(ends[1]):.3g}]")
     note += f" 95 %, over {len(slopes)} seeds: {', '.join(said)}." if said else ""
-    return Fitted(_law(slopes, points), Sheet("Noise scales", columns, tuple(body), note), points, notes)
+    law = _law([float(np.mean(of)) for of in slopes.values()], *map(np.concatenate, zip(*series, strict=True)))
+    return Fitted(law, Sheet("Noise scales", columns, tuple(body), note), points, notes)
 
 
 def _series(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -153,38 +156,39 @@ def _series(rows: Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tokens, x, y
 
 
-def _law(slopes: Mapping[int, Sequence[float]], points: Sequence[LawPoint]) -> PowerLaw:
-    """Return a power law whose exponent is 1, from the logarithms of slopes by seed."""
-    own = [float(np.mean(of)) for of in slopes.values()]
-    x, y = (np.log(np.array(column)) for column in ([p.x[0] for p in points], [p.y for p in points]))
-    total = float(np.square(y - y.mean()).sum())
-    rest = float(np.square(y - x - np.mean(own)).sum())
+def _law(slopes: Sequence[float], x: np.ndarray, y: np.ndarray) -> PowerLaw:
+    """Return a power law whose exponent is 1, from the logarithms of the slopes of the seeds and from all points."""
+    log_y = np.log(y)
+    total = float(np.square(log_y - log_y.mean()).sum())
+    rest = float(np.square(log_y - np.log(x) - np.mean(slopes)).sum())
     law = PowerLaw(
-        parameters={"coefficient": float(np.exp(np.mean(own))), "exponent": 1.0},
+        parameters={"coefficient": float(np.exp(np.mean(slopes))), "exponent": 1.0},
         kind="noise",
         inputs=(Quantity("noise_scale_of_norms", "sequences"),),
         output=Quantity("noise_scale_of_all", "sequences"),
-        ranges=((float(np.exp(x.min())), float(np.exp(x.max()))),),
+        ranges=((float(x.min()), float(x.max())),),
         r_squared=1.0 - rest / total if total > 0.0 else None,
-        points=len(points),
-        seeds=len(own),
+        points=len(x),
+        seeds=len(slopes),
     )
-    if len(own) < 2:
+    if len(slopes) < 2:
         return law
-    variance = float(np.var(own, ddof=1)) / len(own)
-    return replace(law, covariance=((variance, 0.0), (0.0, 0.0)), freedom=len(own) - 1.0)
+    variance = float(np.var(slopes, ddof=1)) / len(slopes)
+    return replace(law, covariance=((variance, 0.0), (0.0, 0.0)), freedom=len(slopes) - 1.0)
 
 
-def _of_logs(slopes: Mapping[int, Sequence[float]]) -> tuple[float, float] | None:
-    return _exp(mean_interval([float(np.mean(of)) for of in slopes.values()]))
+def write_noise(found: SweepRows, groups: Mapping[str, Rows], out: Path) -> list[str]:
+    """Write the table and the figure of noise scales over tokens, and return their names.
+
+    Args:
+        groups: the rows of each law, by label.
+    """
+    write_rows(found.rows, out / TABLE)
+    noise_figure([course for label, rows in groups.items() for course in _courses(rows, label)], out / FIGURE)
+    return [TABLE, FIGURE]
 
 
-def _exp(ends: tuple[float, float] | None) -> tuple[float, float] | None:
-    return None if ends is None else (float(np.exp(ends[0])), float(np.exp(ends[1])))
-
-
-def courses(rows: Rows, label: str) -> list[NoiseCourse]:
-    """Return both noise scales of each run over its tokens, for a figure."""
+def _courses(rows: Rows, label: str) -> list[NoiseCourse]:
     return [
         NoiseCourse(label, *(np.array([row[name] or np.nan for row in of], float) for name in ("tokens", _NORMS, _ALL)))
         for of in grouped(rows, ("run",)).values()

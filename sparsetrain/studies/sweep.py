@@ -82,9 +82,7 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
     tables = [place for place in places if place.suffix == ".csv"]
     done: dict[Path, tuple[dict[str, Any], dict[str, Any]]] = {}
     unfinished: list[Path] = []
-    for directory in dict.fromkeys(
-        found for place in places if place not in tables for found in run_directories(place)
-    ):
+    for directory in dict.fromkeys(found for place in places if place not in tables for found in _runs(place)):
         if not (directory / RESULT).exists():
             unfinished.append(directory)
             continue
@@ -204,8 +202,7 @@ def _sortable(value: Any) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, str(value))
 
 
-def run_directories(place: Path) -> list[Path]:
-    """Return a run directory itself, or those below a directory; a `UserError` if there is none."""
+def _runs(place: Path) -> list[Path]:
     if (place / CONFIG).exists():
         return [place]
     found = sorted(path.parent for path in place.glob(f"*/{CONFIG}"))
@@ -227,10 +224,7 @@ def _settings(configs: dict[Path, dict[str, Any]]) -> dict[Path, dict[str, Any]]
         for name in mixed - leaves.keys():
             inner = [other for other in leaves if other.startswith(f"{name}.")]
             if inner:
-                value: Any = configs[directory]
-                for part in name.split("."):
-                    value = value[part]
-                leaves[name] = _listed(value)
+                leaves[name] = _value(configs[directory], name.split("."), "")
             for other in inner:
                 del leaves[other]
     return plain
@@ -248,7 +242,9 @@ def _value(config: Any, path: Sequence[str], text: str) -> Any:
         if not isinstance(config, dict) or part not in config:
             return text
         config = config[part]
-    if isinstance(config, list) and (not config or any(isinstance(item, dict) for item in config)):
+    if isinstance(config, dict) or (
+        isinstance(config, list) and (not config or any(isinstance(item, dict) for item in config))
+    ):
         return _listed(config)
     return config if isinstance(config, int | float | str) or config is None else text
 

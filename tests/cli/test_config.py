@@ -350,33 +350,6 @@ def test_a_schema_that_goes_to_another_process_and_back_is_the_same(verb: str) -
 # Presets.
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "Methods: we did a, b and c",
-        "In patients (n = 20)",
-        "Don't stop",
-        "[1] it is",
-        "50 % {of} them",
-        "a = b",
-        "plain",
-    ],
-)
-def test_a_prompt_may_be_any_sentence(text: str, tmp_path: Path) -> None:
-    assert load("generate", [f"init_from={tmp_path}", f"prompt={text}"]).prompt == text
-
-
-def test_a_quoted_text_and_null_mean_what_hydra_says() -> None:
-    assert load("generate", ["init_from='a b'", "prompt='it is'"]).prompt == "it is"
-    assert load("pretrain", ["data.path=null"]).data.path is None
-
-
-def test_a_path_may_have_brackets_and_spaces(tmp_path: Path) -> None:
-    path = tmp_path / "my notes (1), b=2.txt"
-    path.write_text("some text")
-    assert load("pretrain", [f"data.path={path}"]).data.path == str(path)
-
-
 def test_completep_by_its_name_has_its_eps_rule() -> None:
     words = ["parameterization.scheme=completep", "parameterization.base_layers=4"]
     assert load("pretrain", words).parameterization.eps_rule == "table"

@@ -170,13 +170,7 @@ def arm_losses(rows: Path, *names: str) -> dict[tuple[str, ...], dict[int, float
 
 def paired_claims(rows: Path, *names: str) -> list[Claim]:
     """Return the mean loss of each arm of `arm_losses`, and the differences of any two, in nats and in percent."""
-    arms = arm_losses(rows, *names)
-    claims = [claim for of in arms.values() for claim in _claim(of.values())]
-    for one, other in itertools.permutations(arms.values(), 2):
-        seeds = sorted(set(one) & set(other))
-        claims += _claim(one[seed] - other[seed] for seed in seeds)
-        claims += _percent({seed: math.log(one[seed] / other[seed]) for seed in seeds})
-    return claims
+    return _compared(list(arm_losses(rows, *names).values()), in_percent=True)
 
 
 def noise_claims(rows: Path) -> list[Claim]:
@@ -185,12 +179,12 @@ def noise_claims(rows: Path) -> list[Claim]:
     Both are means of logarithms over seeds. A slope is NumPy's of least squares through the origin, from step 100 on;
     growth is the last value over that at the logged step nearest to 10 % of the tokens.
     """
-    runs: dict[tuple[float, int], list[tuple[float, float, float]]] = {}
+    runs: dict[tuple[float, int], list[list[float]]] = {}
     with rows.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             if int(row["step"]) >= 100 and row["noise_scale"] and row["noise_scale_all"]:
-                numbers = (float(row[name]) for name in ("tokens", "noise_scale", "noise_scale_all"))
-                runs.setdefault((float(row["sparsity"]), int(row["seed"])), []).append(tuple(numbers))  # type: ignore[arg-type]
+                numbers = [float(row[name]) for name in ("tokens", "noise_scale", "noise_scale_all")]
+                runs.setdefault((float(row["sparsity"]), int(row["seed"])), []).append(numbers)
     slopes: dict[float, list[float]] = {}
     growths: dict[float, list[float]] = {}
     for (sparsity, _), points in runs.items():
@@ -275,14 +269,17 @@ def arm_claims(rows: Path, *names: str) -> list[Claim]:
         for row in table:
             if row.get(key):
                 arms.setdefault(tuple(row[name] for name in names), {})[int(row["seed"])] = factor * float(row[key])
-        for values in arms.values():
-            mean, low, high = student(values.values())
-            claims.append(Claim((mean,), low, high))
-        for one, other in itertools.permutations(arms.values(), 2):
-            mean, low, high = student(_minus(one, other).values())
-            claims.append(Claim((mean,), low, high))
-            if factor == 1.0:
-                claims += _percent(_minus(*({s: math.log(v) for s, v in arm.items()} for arm in (one, other))))
+        claims += _compared(list(arms.values()), in_percent=factor == 1.0)
+    return claims
+
+
+def _compared(arms: Sequence[Seeds], in_percent: bool) -> list[Claim]:
+    """Return the mean of each arm, and the paired differences of any two, also in percent of the second."""
+    claims = [claim for arm in arms for claim in _claim(arm.values())]
+    for one, other in itertools.permutations(arms, 2):
+        claims += _claim(_minus(one, other).values())
+        if in_percent:
+            claims += _percent(_minus(*({s: math.log(v) for s, v in arm.items()} for arm in (one, other))))
     return claims
 
 

@@ -235,7 +235,7 @@ def test_laws_of_an_earlier_fit_do_not_stay_beside_new_ones(tmp_path: Path) -> N
     (out / "law-of-mine.yaml").write_text("none of ours")
     st.Law.load(out / "law.yaml")
     _, said = fitted(table(tmp_path / "two.csv", decays((0.0, 0.5))), "tau", out=out)
-    assert "removed, since this fit has none of these names: law.yaml" in said
+    assert "removed laws of an earlier fit: law.yaml" in said
     assert {path.name for path in out.glob("*.yaml")} == {"law-of-mine.yaml", "law-s0.yaml", "law-s0.5.yaml"}
 
 

@@ -134,7 +134,7 @@ def test_runs_are_read_and_join_an_earlier_table(shell: Shell) -> None:
     run = shell.trained(*small, "observe=noise_scale_all", "threads=1", run_dir="runs/one")
     status, out, err = shell.run("fit", "runs", "law=noise", "out=laws")
     assert status == 0, err
-    assert "written: noise_scale.csv, noise_scale.png in laws" in out
+    assert "written: law.yaml, law.png, noise_scale.csv, noise_scale.png in laws" in out
     with (shell.home / "laws" / "noise_scale.csv").open(newline="") as stream:
         rows = list(csv.DictReader(stream))
     measured = [
