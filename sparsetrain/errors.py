@@ -7,6 +7,7 @@ import os
 import sysconfig
 import traceback
 from collections.abc import Iterable
+from typing import Any, SupportsFloat
 
 
 class UserError(ValueError):
@@ -22,6 +23,16 @@ class NotFiniteError(UserError):
 
     The training loop treats it as divergence, because the input was usable before training.
     """
+
+
+def within(place: str, section: str, error: UserError) -> UserError:
+    """Return an error that begins with the name of a section as one about the section at ``place``.
+
+    Any other error gets ``place`` in front.
+    """
+    said = str(error)
+    rest = said.removeprefix(section)
+    return UserError(f"{place}{rest}" if rest != said and not rest[:1].isalnum() else f"{place}: {said}")
 
 
 def single_line(error: BaseException) -> str:
@@ -54,6 +65,20 @@ def nearest(word: str, options: Iterable[str]) -> str:
     """Return ``" (did you mean 'x'?)"`` for the option closest to ``word``, or an empty string if none is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+def as_number(field: str, value: Any) -> float:
+    """Return a number, or what holds one, such as a tensor of one element, as a float.
+
+    Raises:
+        UserError: ``value`` is none.
+    """
+    try:
+        if isinstance(value, SupportsFloat):  # a text is none
+            return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of an array of several, or of a huge integer
+        pass
+    raise UserError(f"{field}={' '.join(repr(value).split()):.60} must be a number")
 
 
 def check_choice(field: str, value: str, options: Iterable[str]) -> None:

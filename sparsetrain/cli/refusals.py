@@ -32,6 +32,9 @@ _FILE = re.compile(r"In '[^']*': ")
 # OmegaConf gives these errors no key, but the class of the section.
 _OVERRIDE = re.compile(r"(?:Could not override '|Error merging override )([\w.]+)")
 _NO_SECTION = re.compile(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)")
+# It names neither key nor value, and the override is the one that was given.
+_OTHER_FORM = re.compile(r"(?:Error merging override (.+?): )?Cannot merge (Dict|List)Config with ")
+_FORMS = {"Dict": ("a section of settings", "a list"), "List": ("a list", "a section of settings")}
 
 
 def refused(error: BaseException, root: type) -> UserError:
@@ -47,6 +50,9 @@ def refused(error: BaseException, root: type) -> UserError:
         return UserError(f"{FileConfigSource.latest}: its defaults list leads back to the file itself")
     line = one_line(error)
     file = found[0] if (found := _FILE.match(line)) else ""
+    if (mixed := _OTHER_FORM.search(line)) is not None:
+        there, needed = _FORMS[mixed[2]]
+        return UserError(f"{file}{mixed[1] or 'a setting'} has {there} where {needed} is needed")
     for pattern in _UNKNOWN:
         unknown = pattern.search(str(error))
         new = moved_within(unknown[1]) if unknown else None

@@ -52,7 +52,7 @@ class per_example_norms:  # noqa: N801 - it is called like a function
     Raises:
         UserError: a module with parameters has no rule, the model is compiled, or its parameters are sharded; in the
             forward pass: a layer that does not see the examples in its first dimension; at the end: a parameter whose
-            gradient comes from elsewhere than its modules' calls.
+            gradient comes from elsewhere than its modules' calls, or no backward pass inside the context.
     """
 
     def __init__(
@@ -83,8 +83,13 @@ class per_example_norms:  # noqa: N801 - it is called like a function
         float64 for float64 gradients.
 
         Raises:
-            UserError: a parameter's gradient does not come from the calls of its modules.
+            UserError: a parameter's gradient does not come from the calls of its modules, or there was a forward pass
+                with gradients and no backward pass inside the context.
         """
+        if not self._arrived and any(batch.kinds for batch in self._batches):
+            raise UserError(
+                "per-example norms: no backward pass has reached the parameters; call loss.backward() inside the with"
+            )
         batches = [batch for batch in self._batches if not batch.open and batch.kinds]
         settled = [batch.settle() for batch in batches]
         total = sum(batch.examples for batch in batches)

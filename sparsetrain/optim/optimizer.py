@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError, check_choice, within
 from sparsetrain.optim.schedule import ScheduleConfig
 from sparsetrain.optim.segments import SegmentConfig
 
@@ -47,7 +47,7 @@ class SettingSchedules:
                 try:
                     found[name] = ScheduleConfig(segments=segments)
                 except UserError as error:
-                    raise UserError(f"optimizer.schedules.{name}: {error}") from None
+                    raise within(f"optimizer.schedules.{name}", "schedule.segments", error) from None
         return found
 
 

@@ -24,7 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, within
 from sparsetrain.optim.budget import Budget, Phase
 from sparsetrain.optim.optimizer import OptimizerConfig, set_factor
 from sparsetrain.optim.schedule import Schedule, ScheduleConfig
@@ -60,11 +60,11 @@ class RunSchedule:
         self._first = {phase.index: phase for phase in reversed(budget.phases)}  # the first part of each phase
         for index, phase in sorted(self._first.items()):
             if phase.schedule is not None:
-                start = self._end(phase) if phase.schedule.continues else None
                 try:
+                    start = self._end(phase) if phase.schedule.continues else None
                     self.own[index] = self._alone(phase, phase.schedule, start)
                 except UserError as error:
-                    raise UserError(f"budget.phases[{index}]: {error}") from None
+                    raise within(f"budget.phases[{index}].schedule", "schedule", error) from None
 
         self.settings = {} if optimizer is None else _settings(optimizer, budget)
 
@@ -79,7 +79,7 @@ class RunSchedule:
     def _end(self, phase: Phase) -> float:
         """Return the factor at which the phase before ``phase`` ends."""
         if phase.index == 0:
-            raise UserError("budget.phases[0]: schedule.continues=true needs a phase before it")
+            raise UserError("schedule.continues=true needs a phase before it")
         own = self.own.get(phase.index - 1)
         return self.whole.factor(*_place(self.budget, phase.first_step)) if own is None else own.final
 
@@ -203,7 +203,7 @@ def _settings(optimizer: OptimizerConfig, budget: Budget) -> dict[str, Schedule]
         try:
             found[name] = _whole(config, budget)
         except UserError as error:
-            raise UserError(f"{key}: {error}") from None
+            raise within(key, "schedule.segments", error) from None
         value, most = getattr(optimizer, name), found[name].highest
         if name != "weight_decay" and value * most >= 1.0:
             raise UserError(f"{key}: optimizer.{name}={value} times {most:g} is {value * most:g}; it must stay below 1")

@@ -22,7 +22,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import overload
+from typing import ClassVar, overload
 
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.optim.segments import NEVER_ZERO, SEGMENTS, Curve, SegmentConfig, default_end
@@ -136,6 +136,8 @@ class ScheduleConfig:
     Raises:
         UserError: a field is out of range, or two fields contradict each other.
     """
+
+    SECTION: ClassVar[str] = "schedule"  # in messages
 
     name: str = "linear_to_zero"
     warmup: float | None = None

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
@@ -101,6 +102,8 @@ class SegmentConfig:
     Raises:
         UserError: a field is out of range, or there are two lengths.
     """
+
+    SECTION: ClassVar[str] = "schedule.segments"  # in messages
 
     shape: str
     to: float | None = None

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, as_number
 
 
 def ema_coefficients(lrs: Sequence[float] | Tensor, weight_decay: float | Sequence[float] | Tensor) -> Tensor:
@@ -43,8 +43,7 @@ def ema_coefficients(lrs: Sequence[float] | Tensor, weight_decay: float | Sequen
     Raises:
         UserError: no step, another number of weight decays than of rates, or a product of the two outside [0, 1].
     """
-    rates = torch.as_tensor(lrs, dtype=torch.float64).detach().cpu()
-    decay = torch.as_tensor(weight_decay, dtype=torch.float64).detach().cpu()
+    rates, decay = _float64("lrs", lrs), _float64("weight_decay", weight_decay)
     if rates.ndim != 1 or len(rates) == 0:
         raise UserError(f"lrs has shape {list(rates.shape)}; it must be [T], the rate of each step, with T at least 1")
     if decay.ndim > 1 or (decay.ndim == 1 and decay.shape != rates.shape):
@@ -77,11 +76,12 @@ def timescale(lr: float, weight_decay: float, steps: int) -> float:
             large or too small for a float.
     """
     _check(lr, steps)
+    weight_decay = as_number("weight_decay", weight_decay)
     if not 0.0 <= weight_decay < math.inf:
         raise UserError(f"weight_decay={weight_decay} must be at least 0 and finite")
     if weight_decay == 0.0:
         return math.inf
-    return _inverse(lr * weight_decay * steps, f"lr={lr} times weight_decay={weight_decay} times steps={steps}")
+    return _inverse(float(lr * weight_decay * steps), f"lr={lr} times weight_decay={weight_decay} times steps={steps}")
 
 
 def weight_decay_for(tau: float, lr: float, steps: int) -> float:
@@ -92,9 +92,10 @@ def weight_decay_for(tau: float, lr: float, steps: int) -> float:
             small for a float.
     """
     _check(lr, steps)
+    tau = as_number("tau", tau)
     if not 0.0 < tau < math.inf:
         raise UserError(f"tau={tau} must be above 0 and finite")
-    return _inverse(tau * lr * steps, f"tau={tau} times lr={lr} times steps={steps}")
+    return _inverse(float(tau * lr * steps), f"tau={tau} times lr={lr} times steps={steps}")
 
 
 def _inverse(product: float, said: str) -> float:
@@ -104,10 +105,18 @@ def _inverse(product: float, said: str) -> float:
 
 
 def _check(lr: float, steps: int) -> None:
-    if not 0.0 < lr < math.inf:
+    if not 0.0 < as_number("lr", lr) < math.inf:
         raise UserError(f"lr={lr} must be above 0 and finite")
-    if not 1 <= steps < math.inf:
+    if not 1 <= as_number("steps", steps) < math.inf:
         raise UserError(f"steps={steps} must be at least 1")
+
+
+def _float64(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        shown = " ".join(repr(values).split())
+        raise UserError(f"{name}={shown:.60} must be a number, or a list of numbers") from None
 
 
 @dataclass(frozen=True)
@@ -134,7 +143,7 @@ def average(lrs: Sequence[float] | Tensor, weight_decay: float | Sequence[float]
     """
     coefficients = ema_coefficients(lrs, weight_decay)
     updates, steps = coefficients[1:], len(coefficients) - 1
-    alphas = torch.as_tensor(lrs, dtype=torch.float64) * torch.as_tensor(weight_decay, dtype=torch.float64)
+    alphas = _float64("lrs", lrs) * _float64("weight_decay", weight_decay)
     peak = float(alphas.max())
     return Average(
         tau=1.0 / (peak * steps) if peak > 0.0 else math.inf,
@@ -154,5 +163,5 @@ def group_averages(groups: Iterable[Mapping[str, Any]], factors: Sequence[float]
     Raises:
         UserError: see `ema_coefficients`.
     """
-    scale = torch.as_tensor(factors, dtype=torch.float64)
+    scale = _float64("factors", factors)
     return [average(group.get("initial_lr", group["lr"]) * scale, group["weight_decay"]) for group in groups]

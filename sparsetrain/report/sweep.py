@@ -152,7 +152,7 @@ def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
     texts = []
     short = {i: _shortened([line.shape[i] for line in lines]) for i in varying}
     for line in lines:
-        settings = [f"{names[i].rpartition('.')[2]} {short[i](line.shape[i])}" for i in varying]
+        settings = [f"{_noun(names[i])} {short[i](line.shape[i])}" for i in varying]
         texts.append(", ".join(settings) or "all")
     return texts
 
@@ -305,6 +305,11 @@ def _power(log2: float) -> float:
     """Return 2 to a power: exactly for an integer power, as in the usual grids, else to six digits."""
     whole = round(log2)
     return 2.0**whole if abs(log2 - whole) < 1e-9 else float(f"{2**log2:.6g}")
+
+
+def _noun(setting: str) -> str:
+    """Return the last word of a dotted setting; of a name, what it is the name of, as in ``schedule cosine``."""
+    return setting.removesuffix(".name").rpartition(".")[2]
 
 
 def _number(value: Any) -> str:

@@ -17,12 +17,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, SupportsFloat, TypedDict, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypedDict, get_args
 
 import numpy as np
 from msgspec import Meta
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError, as_number, check_choice
 from sparsetrain.files import write_text
 from sparsetrain.reading import read_yaml
 from sparsetrain.shapes import Count, Fraction
@@ -272,12 +272,12 @@ class Law(ABC):
             names = ", ".join(each.name for each in self.inputs)
             raise UserError(f"the law takes {names}; {len(x)} numbers were given")
         for quantity, value in zip(self.inputs, x, strict=True):
-            if not isinstance(value, SupportsFloat) or not 0.0 < float(value) < math.inf:
+            if not 0.0 < as_number(quantity.name, value) < math.inf:
                 raise UserError(f"{quantity.name}={value} must be above 0 and finite")
         return [float(value) for value in x]
 
     def _quantile(self, level: float) -> float:
-        if not 0.0 < level < 1.0:
+        if not 0.0 < as_number("level", level) < 1.0:
             raise UserError(f"level={level} must lie in (0, 1)")
         if self.covariance is None or self.freedom is None:
             return math.nan

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, as_number
 
 
 class NoiseScale:
@@ -44,6 +44,7 @@ class NoiseScale:
     _SUMS = ("w", "u", "v", "ww", "wwu", "wwv", "wwuu", "wwuv", "wwvv")
 
     def __init__(self, decay: float = 0.99) -> None:
+        decay = as_number("decay", decay)
         if not 0.0 <= decay <= 1.0:
             raise UserError(f"decay={decay} must lie in [0, 1]")
         self.decay = decay
@@ -61,12 +62,13 @@ class NoiseScale:
         Raises:
             UserError: ``big`` is missing or not above ``small``, or a norm is negative or not finite.
         """
-        if big is None or not 0 < small < big:
+        if big is None or not 0 < as_number("small", small) < as_number("big", big):
             raise UserError(f"small={small}, big={big}: the big batch must have more examples than the small one")
-        for name, norm in (("mean_squared_small", mean_squared_small), ("squared_big", squared_big)):
-            if not 0.0 <= float(norm) < math.inf:
-                raise UserError(f"{name}={float(norm)} must be a squared norm, at least 0 and finite")
-        n_small, n_big = float(mean_squared_small), float(squared_big)
+        n_small = as_number("mean_squared_small", mean_squared_small)
+        n_big = as_number("squared_big", squared_big)
+        for name, norm in (("mean_squared_small", n_small), ("squared_big", n_big)):
+            if not 0.0 <= norm < math.inf:
+                raise UserError(f"{name}={norm} must be a squared norm, at least 0 and finite")
         u = (n_small - n_big) / (1.0 / small - 1.0 / big)
         v = (big * n_big - small * n_small) / (big - small)
         new = {"w": 1.0, "u": u, "v": v, "ww": 1.0, "wwu": u, "wwv": v, "wwuu": u * u, "wwuv": u * v, "wwvv": v * v}
@@ -106,7 +108,7 @@ class NoiseScale:
         """
         from scipy.stats import t as student  # slow to import
 
-        if not 0.0 < level < 1.0:
+        if not 0.0 < as_number("level", level) < 1.0:
             raise UserError(f"level={level} must lie in (0, 1)")
         sums = self._sums
         effective = sums["w"] ** 2 / sums["ww"] if sums["ww"] else 0.0

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from sparsetrain.errors import UserError, check_choice
+from sparsetrain.errors import UserError, as_number, check_choice
 from sparsetrain.scaling.law import PowerLaw
 from sparsetrain.scaling.points import Numbers, checked_numbers, checked_seeds
 
@@ -52,7 +52,7 @@ def fit_power_law(
             fewer than two seeds have a line, a seed is no integer, or a choice is unknown.
     """
     check_choice("loss", loss, LOSSES)
-    if not 0.0 < delta < np.inf:
+    if not 0.0 < as_number("delta", delta) < np.inf:
         raise UserError(f"delta={delta} must be above 0 and finite")
     x, y = checked_numbers("x", x), checked_numbers("y", y)
     log_x, log_y = np.log(x), np.log(y)

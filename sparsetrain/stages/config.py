@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Meta
 
 from sparsetrain.data import DataConfig, TaskConfig
-from sparsetrain.errors import UserError, check_choice, nearest
+from sparsetrain.errors import UserError, check_choice, nearest, within
 from sparsetrain.models import ModelConfig
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
@@ -269,7 +269,9 @@ def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
     try:
         return kind(**arguments)
     except UserError as error:
-        # A section that is also used outside of a configuration names only its own field.
+        # A section of several places names the first of them, and one that is also used alone only its own field.
+        if (usual := getattr(kind, "SECTION", None)) is not None and str(error).startswith(usual):
+            raise within(path.removesuffix("."), usual, error) from None
         named = re.match(r"(\w+)=", str(error))
         raise (UserError(f"{path}{error}") if named and named[1] in known else error) from None
 

@@ -30,6 +30,11 @@ from sparsetrain.studies.fit_rows import PER
 
 FORMATS = ("text", "json")
 _FORMS = {"tau": (PowerLaw,), "batch": (PowerLaw,), "critical": (PowerLaw, Hyperbola)}
+_INPUTS = {  # x is the name of an input that was given none
+    "tau": ("tokens_per_parameter", *(f"tokens_per_{per}" for per in PER), "x"),
+    "batch": ("tokens", "x"),
+    "critical": ("d_min", "x"),
+}
 _READABLE = 10**15  # tokens that are written out
 
 
@@ -202,7 +207,8 @@ def _laws(files: Sequence[str]) -> tuple[list[Law], list[str]]:
     """Return the laws of files that suggest something, and notes about the others.
 
     Raises:
-        UserError: a file holds no law, or one of a form that its kind does not have; or two laws are about the same.
+        UserError: a file holds no law, or one whose form or input its kind does not have; or two laws are about the
+            same.
     """
     laws: dict[tuple[str, float | None], tuple[str, Law]] = {}
     notes = []
@@ -213,6 +219,9 @@ def _laws(files: Sequence[str]) -> tuple[list[Law], list[str]]:
             continue
         if not isinstance(law, _FORMS[law.kind]):
             raise UserError(f"{file}: form={law.FORM}: a law of the kind {law.kind} does not have this form")
+        if isinstance(law, PowerLaw) and (name := law.inputs[0].name) not in _INPUTS[law.kind]:
+            taken = ", ".join(_INPUTS[law.kind])
+            raise UserError(f"{file}: inputs[0].name={name}: a law of the kind {law.kind} takes one of {taken}")
         other = laws.setdefault((law.kind, law.sparsity), (file, law))
         if other[1] is not law:
             raise UserError(

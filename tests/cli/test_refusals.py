@@ -99,6 +99,18 @@ def test_a_file_that_may_not_be_read_is_one_line(shell: Shell, monkeypatch: pyte
         ("schedule.segments=[3]", "schedule.segments[0]=3 must be a section of settings"),
         ("schedule.segments=[{shap: linear}]", "schedule.segments: shap is no setting (did you mean 'shape'?)"),
         (
+            "optimizer.schedules.beta1=[{shape: foo}]",
+            "optimizer.schedules.beta1[0]: shape='foo' is not one of warmup, linear",
+        ),
+        (
+            "optimizer.schedules.beta1={to: 1}",
+            "optimizer.schedules.beta1={to: 1} has a section of settings where a li",
+        ),
+        (
+            "budget.phases=[{share: 1, schedule: {warmup: 20}}]",
+            "budget.phases[0].schedule.warmup=20.0 must be a fract",
+        ),
+        (
             "optimizer.schedules.beta1=[{shap: linear}]",
             "optimizer.schedules.beta1: shap is no setting (did you mean 'shape'?)",
         ),

@@ -288,6 +288,19 @@ class Functional(nn.Module):
         return F.linear(self.table(ids), self.table.weight).sum() + self.layer(self.table(ids))
 
 
+def test_a_backward_pass_outside_of_the_context_is_refused() -> None:
+    model = torch.nn.Linear(3, 2)
+    with (
+        pytest.raises(UserError, match=r"no backward pass has reached the parameters; call loss.backward\(\) inside"),
+        sparsetrain.per_example_norms(model),
+    ):
+        loss = model(torch.ones(4, 3)).mean()
+    loss.backward()
+    with sparsetrain.per_example_norms(model) as norms, torch.no_grad():
+        model(torch.ones(4, 3))
+    assert norms.squared == {}
+
+
 @pytest.mark.parametrize(("embed", "named"), [(True, "layer.weight"), (False, "table.weight")])
 def test_a_weight_that_is_also_read_elsewhere_is_refused(embed: bool, named: str) -> None:
     model, ids = Functional(embed), torch.arange(8).view(2, 4)

@@ -353,7 +353,7 @@ HALVES: Phases = [{"share": 0.5, "density": 0.5}, {"share": 0.5}]
         (
             [{"share": 0.5}, {"share": 0.5, "schedule": {"warmup_steps": 30}}],
             {},
-            r"budget\.phases\[1\]: schedule\.warmup_steps=30 must be below the 6 steps",
+            r"budget\.phases\[1\]\.schedule\.warmup_steps=30 must be below the 6 steps",
         ),
     ],
 )

@@ -223,6 +223,9 @@ def test_laws_that_suggest_nothing_are_named(notes: Path, tmp_path: Path) -> Non
     other = saved(tmp_path, "other")
     found = suggestion(config(notes, *words, f"laws={other}"))
     assert f"{other} is a law of the kind power, which suggests nothing here." in found.notes
+    foreign = saved(tmp_path, "foreign", kind="tau", inputs=(Quantity("steps"),))
+    with pytest.raises(UserError, match=r"inputs\[0\].name=steps: a law of the kind tau takes one of tokens_per_param"):
+        suggestion(config(notes, *words, f"laws={foreign}"))
     first, second = saved(tmp_path, "a", kind="tau"), saved(tmp_path, "b", kind="tau")
     with pytest.raises(UserError, match=r"a\.yaml and .*b\.yaml are both of the kind tau at the same sparsity; give"):
         suggestion(config(notes, *words, f"laws=[{first},{second}]"))
