@@ -233,7 +233,7 @@ Configure = Callable[..., Any]
 @pytest.fixture(scope="session")
 def configure(notes: Path, questions: Path) -> Configure:
     """Return the configuration of a tiny run: ``configure(PretrainConfig, {"budget.steps": 5}, run_dir=...)``."""
-    from sparsetrain.stages.config import build
+    from sparsetrain.settings import build
 
     run = {
         "optimizer": {"lr": 4e-3},

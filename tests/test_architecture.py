@@ -28,6 +28,7 @@ ORDER = [
         "seeds",
         "machine",
         "shapes",
+        "settings",
         "reading",
         "files",
         "plugins",

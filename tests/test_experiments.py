@@ -20,6 +20,7 @@ from tests.helpers.claims import (
     Claim,
     arm_claims,
     exponent_claims,
+    gap_claims,
     item_claims,
     noise_claims,
     paired_claims,
@@ -64,6 +65,7 @@ TINY: dict[str, list[str]] = {
         *("sparsity.sparsity=0.5", "seed=0"),
     ],
     "gns_batch_schedule": [*NARROW, LR, "budget.tokens=null", "budget.batch_size=2,4"],
+    "schedule_to_zero": [*NARROW, LR, "budget.steps=null", "budget.tokens=96", "seed=0"],
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
@@ -76,7 +78,12 @@ SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer
 LAWS = {"batch_power_laws": (552960, 1024)}
 # The tables of noise scales, and the columns of a sweep whose arms are compared at their own best rates.
 NOISE = ["gns_batch_schedule"]
-PAIRED = {"gns_batch_schedule": ("budget.batch_size", "budget.tokens")}
+PAIRED = {
+    "gns_batch_schedule": ("budget.batch_size", "budget.tokens"),
+    "schedule_to_zero": ("schedule.name", "tokens", "sparsity"),
+}
+# Those in which the gap between two values of the first of these columns is compared over the others.
+GAPS = ["schedule_to_zero"]
 # The columns that identify the arms of the other tables.
 ARMS = {"demo": ("arm", "stage"), "mediswift_pipeline": ("arm", "how", "task"), "dynamic_masks": ("rule",)}
 
@@ -93,7 +100,8 @@ def claims(name: str) -> list[Claim]:
         exponents = exponent_claims(folder / "results.csv", *LAWS[name]) if name in LAWS else []
         noise = noise_claims(folder / "noise_scale.csv") if name in NOISE else []
         arms = paired_claims(folder / "results.csv", *PAIRED[name]) if name in PAIRED else []
-        return sweep_claims(folder / "results.csv", swept(name)) + exponents + noise + arms
+        gaps = gap_claims(folder / "results.csv", *PAIRED[name]) if name in GAPS else []
+        return gaps + sweep_claims(folder / "results.csv", swept(name)) + exponents + noise + arms
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])

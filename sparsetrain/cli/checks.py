@@ -19,6 +19,7 @@ from sparsetrain.cli.overrides import (
     check_moved,
     choices,
     is_hydras,
+    is_open,
     keys_of,
     parse,
 )
@@ -39,7 +40,8 @@ def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[s
     without = {f"{name}=null": f"~{name}" for name, there in groups(verb).items() if "null" in there}
     given = [without.get(override, override) for override in overrides]
     # Hydra has a mark for settings that no schema names.
-    given = [f"++{override}" if override.startswith((f"{OPEN}.", f"{OPEN}={{")) else override for override in given]
+    sections = tuple(f"{section}={{" for section in OPEN)
+    given = [f"++{override}" if is_open(override) or override.startswith(sections) else override for override in given]
     for key in keys_of(given):
         check_moved(key)
     return quoted(numbered(verb, given), text_settings(schema_of(verb)), leaves.__contains__, sweep)
@@ -86,8 +88,8 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
                 stages = _without_stage_settings(verb, parsed)
             _check_stage_setting(*stage_setting(stages, key))
             continue
-        if key.startswith(f"{OPEN}."):
-            continue  # the pattern checks its options
+        if is_open(key):
+            continue  # the section checks its settings
         _check_key(verb, key, tree, known_groups)
         value = None if override.is_sweep_override() else plain_value(override.value())
         # Hydra reads `budget=3` as the choice of a file.
@@ -124,7 +126,7 @@ def _without_stage_settings(verb: str, parsed: Iterable[Override]) -> DictConfig
 
 def _check_stage_setting(stage: str, run: str, setting: str) -> None:
     """Raise `UserError` if the verb ``run``, which a pipeline's stage runs, does not have the setting."""
-    if setting in ("name", "run", "from", "once", "arms") or run not in VERBS or setting.startswith(f"{OPEN}."):
+    if setting in ("name", "run", "from", "once", "arms") or run not in VERBS or is_open(setting):
         return
     known = known_settings(defaults(run))
     section = defaults(run).get(setting.partition(".")[0])

@@ -15,7 +15,7 @@ from sparsetrain.cli.quoting import without_interpolation
 from sparsetrain.errors import UserError
 from sparsetrain.runs.recorded import RENAMED
 
-OPEN = "sparsity.options"  # a section whose settings no schema names
+OPEN = ("sparsity.options", "data.sources", "data.mixture")  # sections whose settings no schema names
 SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for more directories of configurations
 
 # Renamed settings, sections and groups: {old: new}. A renamed section renames everything in it.
@@ -41,6 +41,11 @@ _WHOLE = {
 _OF_STAGE = re.compile(r"(pipeline\.stages\.[^.]+\.)(.+)")
 
 _MOST_VALUES = 10_000  # in one range
+
+
+def is_open(key: str) -> bool:
+    """Whether no schema names a setting, because a section of `OPEN` holds it."""
+    return key.startswith(tuple(f"{section}." for section in OPEN))
 
 
 def moved(key: str) -> str | None:

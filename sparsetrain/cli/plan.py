@@ -26,6 +26,7 @@ _MIB = 1 << 20
 def plan_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``plan``."""
     parser.epilog = "the settings are those of the verb: sparsetrain pretrain --help"
+    parser.add_argument("--step", type=int, metavar="N", help="also name the documents that step N of a pretrain reads")
     parser.add_argument("verb", metavar="VERB", help=", ".join(PLANNED))
     parser.add_argument("arguments", nargs=REMAINDER, metavar="...", help="arguments of that verb, -m included")
 
@@ -42,12 +43,14 @@ def plan(given: Namespace) -> int:
         asked = next(name for name in arguments.options if name != "--multirun")
         raise UserError(f"plan does not take {asked}; ask the verb: sparsetrain {given.verb} {asked} ...")
     try:
-        return _multirun(given.verb, arguments) if arguments.multirun else _single(given.verb, arguments)
+        if given.step is not None and (given.verb != "pretrain" or arguments.multirun):
+            raise UserError(f"--step={given.step} is for a single pretrain")
+        return _multirun(given.verb, arguments) if arguments.multirun else _single(given.verb, arguments, given.step)
     except UserError as error:
         raise UserError(arguments.said(error)) from None
 
 
-def _single(verb: str, arguments: Arguments) -> int:
+def _single(verb: str, arguments: Arguments, step: int | None) -> int:
     from sparsetrain.cli.resolve import load
     from sparsetrain.stages.estimate import estimate
     from sparsetrain.stages.plan import plan_of
@@ -56,7 +59,27 @@ def _single(verb: str, arguments: Arguments) -> int:
     found = plan_of(config)
     for line in shown(found, estimate([(config, run) for run in found.runs])):
         print(line)
+    if step is not None:
+        for line in _documents(config, step):
+            print(line)
     return 0
+
+
+def _documents(config: Any, step: int) -> Iterator[str]:
+    """Yield a line for each sample of a step: its corpus, the document in which it begins, and its first tokens."""
+    from sparsetrain.data import find_corpora
+    from sparsetrain.stages.config import model_config
+    from sparsetrain.stages.pretrain import budget_of
+    from sparsetrain.stages.text import Text
+
+    _, corpora = find_corpora(config.data)
+    if corpora is None:
+        raise UserError(f"--step={step}: the text is not prepared yet; sparsetrain data with the same settings does it")
+    text = Text(corpora, config)
+    budget = budget_of(config, model_config(config.model, corpora.tokenizer.vocab_size), text.samples_per_epoch)
+    samples = text.first_documents(budget, step)
+    yield f"step {step} reads {len(samples)} samples, which begin in these documents:"
+    yield from (f"  {each.corpus}: {each.document}: {each.beginning!r:.60}" for each in samples)
 
 
 def _multirun(verb: str, arguments: Arguments) -> int:
@@ -90,6 +113,7 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             yield _row(_TITLES)
             yield from (_row((str(number), *_cells(phase))) for number, phase in enumerate(run.phases))
             yield _row(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
+            yield from _reads(run)
             yield from (_curve(name, values) for name, values in run.curves.items())
             if run.hidden is not None:
                 yield _timescale(run.hidden, run)
@@ -104,6 +128,22 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
     if plan.directory is not None:
         yield ""
         yield from _in_all(plan.runs, times)
+
+
+def _reads(run: PlannedRun) -> Iterator[str]:
+    """Yield a line for each phase, and for all, about what it reads of each of several corpora."""
+    from sparsetrain.stages.text import total
+
+    reads = {f"phase {number}": phase.reads for number, phase in enumerate(run.phases) if phase.reads}
+    if len(reads) > 1:
+        reads["the run"] = total(list(reads.values()))
+    for what, read in reads.items():
+        tokens = sum(reading.tokens for reading in read.values())
+        parts = (
+            f"{name} {reading.tokens:,} tokens ({reading.tokens / tokens:.1%}, {reading.epochs:.3g} epochs)"
+            for name, reading in read.items()
+        )
+        yield f"{what} reads {', '.join(parts)}"
 
 
 def _curve(name: str, values: Sequence[float]) -> str:

@@ -130,7 +130,7 @@ def _hint(cause: OmegaConfBaseException) -> Any:
 
 
 def _must(hint: Any, value: Any, place: str) -> UserError | None:
-    """Return the error that `sparsetrain.stages.config.build` raises for a value of another type."""
+    """Return the error that `sparsetrain.settings.build` raises for a value of another type."""
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     shape: Any = Union[tuple(map(_shape, _arms(hint)))]  # noqa: UP007  # the number of arms is not known here
     try:

@@ -19,7 +19,8 @@ from sparsetrain.optim import LENGTHS
 from sparsetrain.runs.identity import value_differences
 from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
 from sparsetrain.runs.recorded import read_recorded
-from sparsetrain.stages.config import PATHS, RUNS, RunConfig, build
+from sparsetrain.settings import build
+from sparsetrain.stages.config import PATHS, RUNS, RunConfig, paths_in
 
 
 def load(verb: str, overrides: Iterable[str]) -> Any:
@@ -77,12 +78,8 @@ def use_paths(values: dict[str, Any]) -> None:
     Raises:
         UserError: a value cannot be a path; the message names the setting.
     """
-    for *sections, name in (*PATHS, *((name,) for name in RUNS)):
-        section: Any = values
-        for part in sections:
-            section = section.get(part)
-        if section and section.get(name) is not None:
-            section[name] = str(typed_path(section[name], ".".join((*sections, name))))
+    for section, name, place in paths_in(values, (*PATHS, *((name,) for name in RUNS))):
+        section[name] = str(typed_path(section[name], place))
 
 
 def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:

@@ -4,9 +4,10 @@ import importlib
 import pkgutil
 
 from sparsetrain.data import medline, sources, tasks
-from sparsetrain.data.config import DataConfig
+from sparsetrain.data.config import CorpusConfig, DataConfig
 from sparsetrain.data.corpora import Corpora, find_corpora, prepare_corpora
 from sparsetrain.data.corpus import Corpus, open_corpus, prepare
+from sparsetrain.data.mixture import Mixture
 from sparsetrain.data.sources.base import Document, Section, Source
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
 from sparsetrain.data.split import split_of
@@ -14,7 +15,7 @@ from sparsetrain.data.tasks.base import Example, Task, take
 from sparsetrain.data.tasks.batches import ScoringBatch, TaskBatches, answer_tokens, scoring_batches
 from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_task, register_task
 from sparsetrain.data.tokenizer import Tokenizer
-from sparsetrain.data.tokens import Batch, PackedSamples, TokenFile, sequential_windows
+from sparsetrain.data.tokens import Batch, PackedSamples, Samples, TokenFile, sequential_windows
 
 # The file that defines a source or a task also registers it, so importing every file of these packages is enough.
 for _wing in (medline, sources, tasks):
@@ -27,10 +28,13 @@ __all__ = [
     "Batch",
     "Corpora",
     "Corpus",
+    "CorpusConfig",
     "DataConfig",
     "Document",
     "Example",
+    "Mixture",
     "PackedSamples",
+    "Samples",
     "ScoringBatch",
     "Section",
     "Source",

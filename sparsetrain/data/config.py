@@ -2,18 +2,52 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
+from sparsetrain.data.mixture import normalised
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig
 from sparsetrain.data.split import VALIDATION_FRACTION, check_fractions
 from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY
 from sparsetrain.data.tokens import token_dtype
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.settings import build
+
+_NAME = re.compile(r"[a-z][a-z0-9_]*")
+
+
+@dataclass
+class CorpusConfig(SourceConfig):
+    """One of several named corpora.
+
+    Args:
+        max_documents: as `DataConfig` has it; null takes that one.
+        max_epochs: a run that would read this corpus more often is refused; null is no limit.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range.
+    """
+
+    SECTION: ClassVar[str] = "data"  # in messages
+
+    max_documents: int | None = None
+    max_epochs: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_documents(self.max_documents)
+        if self.max_epochs is not None and not 0.0 < self.max_epochs < math.inf:
+            raise UserError(f"data.max_epochs={self.max_epochs} must be above 0 and finite")
 
 
 @dataclass
 class DataConfig(SourceConfig):
-    """The text of a corpus, its tokenizer and its splits.
+    """The text of a run, its tokenizer and its splits.
+
+    The text is one source, or several named ``sources``, which share the tokenizer.
 
     Args:
         name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, or a registered source.
@@ -31,6 +65,10 @@ class DataConfig(SourceConfig):
         test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
             ``file`` and ``hub``.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
+        sources: several corpora by name, each a section with the settings of `CorpusConfig`, instead of ``name``,
+            ``path`` and ``hub_name``. A tokenizer that is trained reads as much of the training text of each.
+        mixture: the weights of the sources by tokens; null weights them by the tokens that they have. A phase of the
+            budget may have its own.
 
     Raises:
         UserError: a setting is unknown, missing or out of range.
@@ -44,6 +82,8 @@ class DataConfig(SourceConfig):
     validation_fraction: float = VALIDATION_FRACTION
     test_fraction: float | None = None
     token_dtype: str = "auto"
+    sources: Any = None  # dict[str, CorpusConfig]
+    mixture: Any = None  # dict[str, float]
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,16 +91,60 @@ class DataConfig(SourceConfig):
         check_fractions(self.validation_fraction, self.resolved_test_fraction)
         if self.context < 1:
             raise UserError(f"data.context={self.context} is too small; the least is 1")
-        if self.max_documents is not None and self.max_documents < 2:
-            raise UserError(f"data.max_documents={self.max_documents} is too small; the least is 2")
+        _check_documents(self.max_documents)
         trained = self.tokenizer == "bpe" and self.tokenizer_path is None
         if trained and self.vocab_size < SMALLEST_VOCABULARY:
             raise UserError(
                 f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
             )
         token_dtype(self.token_dtype, self.vocab_size if trained else 1)
+        self._check_sources()
+
+    def _check_sources(self) -> None:
+        given = {} if self.sources is None else self.sources
+        if not isinstance(given, Mapping):
+            raise UserError(f"data.sources={given!r:.60} must be sections of settings by name")
+        for name in given:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise UserError(f"data.sources: the name {name!r:.60} must be small letters, digits and underscores")
+            if not isinstance(given[name], Mapping | CorpusConfig):
+                raise UserError(f"data.sources.{name}={given[name]!r:.60} must be a section of settings")
+        if given:
+            self.sources = {
+                name: each if isinstance(each, CorpusConfig) else build(CorpusConfig, each, f"data.sources.{name}.")
+                for name, each in given.items()
+            }
+            for setting in ("path", "hub_name"):
+                if getattr(self, setting) is not None:
+                    raise UserError(f"data.{setting}={getattr(self, setting)} cannot be combined with data.sources")
+        self.check_mixture("data.mixture", self.mixture)
+
+    def check_mixture(self, key: str, weights: Mapping[str, float] | None) -> None:
+        """Raise `UserError` for weights that do not fit the sources; ``key`` is the setting that has them."""
+        if weights is None:
+            return
+        if not self.sources:
+            raise UserError(f"{key}={weights} needs data.sources, the corpora to be mixed")
+        normalised(weights, list(self.sources), key)
+
+    def members(self) -> dict[str, DataConfig]:
+        """Return the settings of each corpus by its name; a run with one source has one, named by its source."""
+        if not self.sources:
+            return {self.kind: self}
+        single = replace(self, sources=None, mixture=None)
+        found = {}
+        for name, corpus in self.sources.items():
+            own = {each.name: getattr(corpus, each.name) for each in fields(SourceConfig)}
+            most = self.max_documents if corpus.max_documents is None else corpus.max_documents
+            found[name] = replace(single, **own, max_documents=most)
+        return found
 
     @property
     def resolved_test_fraction(self) -> float:
         """The share of documents held out for tests."""
         return SOURCES[self.kind].test_fraction if self.test_fraction is None else self.test_fraction
+
+
+def _check_documents(most: int | None) -> None:
+    if most is not None and most < 2:
+        raise UserError(f"data.max_documents={most} is too small; the least is 2")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparsetrain.cache import clear_leftovers
 from sparsetrain.data.config import DataConfig
 from sparsetrain.data.corpus import Corpus, find_prepared, prepare
+from sparsetrain.data.shared_tokenizer import naming, place_of, train_shared
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
 
@@ -53,11 +57,7 @@ class Corpora(Mapping[str, Corpus]):
     @property
     def key(self) -> str:
         """The identity of the text that a run records: a single corpus's directory name, or a hash over several."""
-        directories = {name: corpus.directory.name for name, corpus in self.items()}
-        if len(directories) == 1:
-            return next(iter(directories.values()))
-        digest = hashlib.blake2b(json.dumps(directories, sort_keys=True).encode(), digest_size=8).hexdigest()
-        return f"{'+'.join(sorted(directories))}-{digest}"
+        return key_of({name: corpus.directory.name for name, corpus in self.items()})
 
     @property
     def only(self) -> Corpus:
@@ -66,21 +66,77 @@ class Corpora(Mapping[str, Corpus]):
             raise ValueError(f"there are {len(self)} corpora: {', '.join(self)}")
         return next(iter(self.values()))
 
+    @property
+    def train_tokens(self) -> dict[str, int]:
+        """The training tokens of each corpus."""
+        return {name: len(corpus.train) for name, corpus in self.items()}
+
+    @property
+    def validation_tokens(self) -> int:
+        """The validation tokens of all corpora."""
+        return sum(len(corpus.validation) for corpus in self.values())
+
     def train_ids(self) -> set[str]:
         """Return the ids of the documents in the training text of any corpus."""
         return set().union(*(corpus.train_ids() for corpus in self.values()))
 
 
+def key_of(directories: Mapping[str, str]) -> str:
+    """Return `Corpora.key` from the names of the corpora's directories."""
+    if len(directories) == 1:
+        return next(iter(directories.values()))
+    digest = hashlib.blake2b(json.dumps(dict(directories), sort_keys=True).encode(), digest_size=8).hexdigest()
+    return f"{'+'.join(sorted(directories))}-{digest}"
+
+
 def prepare_corpora(config: DataConfig, progress: bool = True, console: Console | None = None) -> Corpora:
-    """Return the corpora that ``config`` describes, each made by `prepare`: today one corpus, named by its source."""
-    return Corpora({config.kind: prepare(config, progress, console)})
+    """Return the corpora that ``config`` describes, each made by `prepare`.
+
+    A single corpus is named by its source. Several share a tokenizer, which is trained first unless one is given.
+
+    Raises:
+        UserError: an input cannot be read or used, or the disk is full. No partial corpus is left behind.
+    """
+    from rich.console import Console  # slow to import
+
+    screen = console or Console()
+    members = config.members()
+    if _trains_shared(config):
+        clear_leftovers()
+        members = _encoded_by(train_shared(members, progress, screen), members)
+    found = {}
+    for name, member in members.items():
+        with naming(name, bool(config.sources)):
+            found[name] = prepare(member, progress, screen)
+    return Corpora(found)
 
 
 def find_corpora(config: DataConfig) -> tuple[str, Corpora | None]:
     """Return the `Corpora.key` of ``config``, and the corpora if the cache has them; nothing is written.
 
+    While a tokenizer that several corpora share is not trained yet, the key names no text.
+
     Raises:
-        UserError: the text cannot be read, as in `prepare`.
+        UserError: a text cannot be read, as in `prepare`.
     """
-    key, corpus = find_prepared(config)
-    return key, None if corpus is None else Corpora({config.kind: corpus})
+    members = config.members()
+    if _trains_shared(config):
+        place = place_of(members)
+        if not place.is_file():
+            return f"{'+'.join(sorted(members))}-not-prepared", None
+        members = _encoded_by(place, members)
+    found = {}
+    for name, member in members.items():
+        with naming(name, bool(config.sources)):
+            found[name] = find_prepared(member)
+    corpora = {name: corpus for name, (_, corpus) in found.items() if corpus is not None}
+    key = key_of({name: directory for name, (directory, _) in found.items()})
+    return key, Corpora(corpora) if len(corpora) == len(found) else None
+
+
+def _trains_shared(config: DataConfig) -> bool:
+    return bool(config.sources) and config.tokenizer == "bpe" and config.tokenizer_path is None
+
+
+def _encoded_by(tokenizer: Path, members: Mapping[str, DataConfig]) -> dict[str, DataConfig]:
+    return {name: replace(member, tokenizer_path=str(tokenizer)) for name, member in members.items()}

@@ -45,7 +45,7 @@ _FORMAT = 1  # of a corpus directory; a new number rebuilds every corpus
 _CHUNK_CHARACTERS = 1 << 20  # texts are encoded this many characters at a time
 # A tokenizer is trained on about this much text, spread evenly over the training documents. More text costs time and
 # hardly changes the tokens per byte (on MEDLINE, by 0.1 %).
-_TOKENIZER_BYTES = 1 << 24
+TOKENIZER_BYTES = 1 << 24
 _TOKENIZER = "tokenizer.json"
 
 Report = Callable[[float], None]
@@ -64,7 +64,11 @@ class Corpus:
 
     def train_ids(self) -> set[str]:
         """Return the ids of the training documents."""
-        return read_train_ids(self.directory, self.manifest)
+        return set(read_train_ids(self.directory, self.manifest))
+
+    def document_at(self, place: int) -> str:
+        """Return the id of the training document that the token at ``place`` of the training text belongs to."""
+        return read_train_ids(self.directory, self.manifest)[self.train.count(self.tokenizer.eos_id, place)]
 
     def describe(self) -> str:
         """Return one line with the corpus's place and size."""
@@ -95,7 +99,7 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
     source, given, key, directory = _place(config)
     cached = directory.is_dir()
     if not cached:
-        with _Display(screen, progress) as display:
+        with Display(screen, progress) as display:
             source.open(display.task("read"))
             # The token files take two bytes per byte of text with a byte tokenizer, less than one with a trained one.
             with whole_directory(directory, 2 * source.size_estimate()) as temporary:
@@ -169,7 +173,7 @@ def _key(config: DataConfig, source: Source, given: Tokenizer | None) -> dict[st
     }
 
 
-class _Display:
+class Display:
     """One progress bar per step, shown only if enabled and on a terminal."""
 
     def __init__(self, console: Console, enabled: bool) -> None:
@@ -178,7 +182,7 @@ class _Display:
         columns = (TextColumn("{task.description:>16}"), BarColumn(), TimeElapsedColumn())
         self._bars = Progress(*columns, console=console, disable=not (enabled and console.is_terminal), transient=True)
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         self._bars.start()
         return self
 
@@ -195,16 +199,10 @@ def _tokenizer(config: DataConfig, division: Division, source: Source, report: R
     if config.tokenizer == "bytes":
         return Tokenizer.bytes()
 
-    share = _TOKENIZER_BYTES / division.bytes
-
     def texts() -> Iterator[str]:
-        done = taken = 0
-        for split, document in division.assigned(source.documents()):
-            if split == "train" and taken <= share * done:
-                taken += len(document.text)
-                report(0.99 * done / division.bytes)  # reading only: the merges are computed after the last text
-                yield document.text
-            done += len(document.text)
+        for share, text in division.sampled(source.documents(), TOKENIZER_BYTES):
+            report(0.99 * share)  # reading only: the merges are computed after the last text
+            yield text
 
     return Tokenizer.train(texts(), config.vocab_size)
 
@@ -249,16 +247,21 @@ def _encode(
     return counts, left_out
 
 
+def division_of(config: DataConfig, source: Source) -> Division:
+    """Return the split of each document of a source, as its settings say; see `divide`."""
+    where = f"path={config.path}" if config.path is not None else f"source {config.kind}"
+    return divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
+
+
 def _build(
     directory: Path,
     config: DataConfig,
     source: Source,
     given: Tokenizer | None,
     key: dict[str, Any],
-    display: _Display,
+    display: Display,
 ) -> None:
-    where = f"path={config.path}" if config.path is not None else f"source {config.kind}"
-    division = divide(source, where, config.max_documents, config.validation_fraction, config.resolved_test_fraction)
+    division = division_of(config, source)
     tokenizer = given or _tokenizer(config, division, source, display.task("train tokenizer"))
     dtype = token_dtype(config.token_dtype, tokenizer.vocab_size)
     tokenizer.save(directory / _TOKENIZER)

@@ -91,8 +91,8 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
             )
 
 
-def read_train_ids(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
-    """Return the ids of the training documents.
+def read_train_ids(directory: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """Return the ids of the training documents, in the order of their tokens.
 
     Raises:
         UserError: the file is missing or has changed since it was written.
@@ -106,4 +106,4 @@ def read_train_ids(directory: Path, manifest: Mapping[str, Any]) -> set[str]:
     checksum = manifest.get("train_ids_sha256", hashlib.sha256(content).hexdigest())
     if hashlib.sha256(content).hexdigest() != checksum or len(ids) != manifest["splits"]["train"]["documents"]:
         raise UserError(f"{path} is damaged: it is not what {MANIFEST} says; delete the directory to build it again")
-    return set(ids)
+    return ids

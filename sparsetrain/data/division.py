@@ -36,6 +36,23 @@ class Division:
                 return
             yield split, document
 
+    def sampled(self, documents: Iterable[Document], most: int) -> Iterator[tuple[float, str]]:
+        """Yield the texts of training documents, spread evenly, of about ``most`` bytes in all.
+
+        Args:
+            documents: those of the source, in its order.
+
+        Yields:
+            The share of the documents that was read before it, and a text.
+        """
+        share = most / self.bytes
+        done = taken = 0
+        for split, document in self.assigned(documents):
+            if split == "train" and taken <= share * done:
+                taken += len(document.text)
+                yield done / self.bytes, document.text
+            done += len(document.text)
+
 
 def _cut(text: str) -> tuple[str, str]:
     """Cut a text in two at the last white space within its first 90 %."""

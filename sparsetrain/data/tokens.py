@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -116,12 +116,24 @@ class TokenFile:
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         return torch.from_numpy(self._data[start : start + length].astype(np.int64))
 
+    def count(self, token: int, end: int) -> int:
+        """Return how often a token occurs before the place ``end``."""
+        return int(np.count_nonzero(self._data[:end] == token))
+
     def windows(self, starts: npt.NDArray[np.int64], length: int) -> torch.Tensor:
         """Return LongTensor [len(starts), length], one window per start."""
         out = np.empty((len(starts), length), dtype=np.int64)
         for row, start in zip(out, starts, strict=True):
             row[:] = self._data[start : start + length]
         return torch.from_numpy(out)
+
+
+class Samples(Protocol):
+    """Training data as a pure function of the sample index."""
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Return samples ``first`` to ``first + count - 1``."""
+        ...
 
 
 class PackedSamples:
@@ -164,12 +176,13 @@ class PackedSamples:
         offset = int(random.integers(self._largest_offset + 1))
         return offset + random.permutation(self.samples_per_epoch) * self._width
 
+    def start(self, index: int) -> int:
+        """Return the place in the file at which a sample begins."""
+        return int(self._starts(index // self.samples_per_epoch)[index % self.samples_per_epoch])
+
     def batch(self, first: int, count: int) -> Batch:
         """Return samples ``first`` to ``first + count - 1``; tokens and targets are [count, context]."""
-        starts = [
-            self._starts(index // self.samples_per_epoch)[index % self.samples_per_epoch]
-            for index in range(first, first + count)
-        ]
+        starts = [self.start(index) for index in range(first, first + count)]
         rows = self._file.windows(np.asarray(starts, dtype=np.int64), self._width)
         return Batch(tokens=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous())
 

@@ -31,6 +31,7 @@ class PhaseConfig:
         density: density of the sparse layers, in (0, 1]; it replaces 1 - ``sparsity.sparsity``. If the density falls,
             the smallest magnitudes are dropped; if it rises, weights grow as ``sparsity.evolution.grow`` says.
         schedule: a schedule of this phase alone, over its own steps; null continues with the run's schedule.
+        mixture: weights by tokens of the corpora of ``data.sources``; null takes ``data.mixture``.
 
     Raises:
         UserError: a field is out of range, or not exactly one of share and tokens is given.
@@ -42,6 +43,7 @@ class PhaseConfig:
     batch_size: int | None = None
     density: float | None = None
     schedule: ScheduleConfig | None = None
+    mixture: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         where = "budget.phases"
@@ -74,8 +76,8 @@ class BudgetConfig:
             ``none`` is 1, ``sqrt`` is sqrt(b), ``linear`` is b.
         wd_rule: factor of the weight decay there: ``none`` is 1, ``tau`` is b divided by the factor of the learning
             rate, so that the decay per token, and tau in tokens, stay the same.
-        phases: phases that differ in context, batch size, density or schedule; null for a single phase. If all phases
-            have ``tokens``, they set the length of the run.
+        phases: phases that differ in context, batch size, density, schedule or mixture; null for a single phase. If
+            all phases have ``tokens``, they set the length of the run.
 
     Raises:
         UserError: a field is out of range, there are two lengths, or the shares do not add up to 1.

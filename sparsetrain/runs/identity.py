@@ -23,7 +23,8 @@ from sparsetrain.files import sha256_of
 from sparsetrain.reading import MAX_YAML_BYTES, read_text
 from sparsetrain.runs.layout import CONFIG, RESULT, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.origin import MAX_ID_BYTES, Origin
-from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of, settled
+from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of
+from sparsetrain.settings import settled
 
 # Settings that do not change the result and are not part of the identity.
 # The weights to start from count by content (`origin.source_key`), not by path.
@@ -33,7 +34,7 @@ INCIDENTAL = (
 )
 
 # Settings of the section data that the corpus does not depend on; the fingerprint of the corpus covers the others.
-_BESIDE_CORPUS = ("context",)
+_BESIDE_CORPUS = ("context", "mixture")
 
 _ABSENT = object()
 # An anchor, an alias or a tag: only the strict reader may read a file that contains one.

@@ -18,6 +18,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.reading import read_yaml
 from sparsetrain.runs.former import densities_in_phases, stages_of_pipeline, without_other_rules
 from sparsetrain.runs.layout import CONFIG
+from sparsetrain.settings import settled
 
 FORMAT = 2
 KINDS = {"pipeline": "pipeline", "n_tokens": "prompt", "task": "finetune", "check": "coord-check"}
@@ -118,15 +119,6 @@ def recorded_of(content: Mapping[str, Any], schema: type, directory: Path) -> Re
             raise UserError(f"{path}: {name}={reprlib.repr(value)} must be text")
     values = {key: value for key, value in content.items() if key not in ("format", "kind", *FACTS)}
     return Recorded(str(kind), schema, modernise(values, schema, written), facts, written, directory)
-
-
-def settled(schema: type, values: Mapping[str, Any]) -> tuple[type, Mapping[str, Any]]:
-    """Return the dataclass of settings, where it follows from the settings themselves, and the settings that count.
-
-    Such a section has a class method ``settle``, as `sparsetrain.sparsity.config.EvolutionConfig` has it.
-    """
-    settle = getattr(schema, "settle", None)
-    return (schema, values) if settle is None else settle(values)
 
 
 def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict[str, Any]:

@@ -27,9 +27,10 @@ from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
+from sparsetrain.settings import build
 from sparsetrain.shapes import Positive, check
 from sparsetrain.sparsity.evolution.base import RULES
-from sparsetrain.stages.config import PretrainConfig, RunConfig, build
+from sparsetrain.stages.config import PretrainConfig, RunConfig
 from sparsetrain.stages.pipeline_config import PipelineConfig
 
 _DEPTH = 3  # a stage of a pipeline lies three levels below: pipeline, arm, stage

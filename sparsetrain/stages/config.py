@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import functools
 import os
-import re
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from types import UnionType
-from typing import Annotated, Any, ClassVar, TypeVar, Union, get_args, get_origin, get_type_hints
-
-import msgspec
-from msgspec import Meta
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
 
 from sparsetrain.data import DataConfig, TaskConfig
-from sparsetrain.errors import UserError, check_choice, nearest, within
+from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.models import ModelConfig
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
-from sparsetrain.runs.recorded import Recorded, settled
-from sparsetrain.shapes import INT64, refused
+from sparsetrain.runs.recorded import Recorded
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.config import STATIC
 from sparsetrain.training.noise_scale import NOISE_SCALE, NOISE_SCALE_ALL, OBSERVERS
 from sparsetrain.training.state import DEVICES, LoopConfig
 
-T = TypeVar("T")
-
-PATHS = (("data", "path"), ("data", "tokenizer_path"), ("task", "path"))
+PATHS = (("data", "path"), ("data", "tokenizer_path"), ("data", "sources", "*", "path"), ("task", "path"))
 RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
 
 TRAINABLE = ("prompt", "both")
@@ -91,6 +82,8 @@ class RunConfig:
             raise UserError("budget.tokens is missing: with budget.batch_size led by gns the length is in tokens")
         self.budget = self.budget.with_epochs(self.EPOCHS)
         self._check_micro_batches()
+        for index, phase in enumerate(self.budget.phases or []):
+            self.data.check_mixture(f"budget.phases[{index}].mixture", phase.mixture)
         if self.budget.led is not None and self.sparsity.evolution.rule != STATIC:
             raise UserError(
                 f"sparsity.evolution.rule={self.sparsity.evolution.rule} acts at fractions of the steps, whose number "
@@ -169,7 +162,7 @@ class FinetuneConfig(RunConfig):
         if self.budget.changing is not None:
             raise UserError("budget.batch_size must be a number in a training on a task; its phases may have their own")
         for index, phase in enumerate(self.budget.phases or []):
-            for name in ("context", "density"):
+            for name in ("context", "density", "mixture"):
                 if getattr(phase, name) is not None:
                     raise UserError(
                         f"budget.phases[{index}].{name}={getattr(phase, name)}: the phases of a task may differ only "
@@ -236,80 +229,32 @@ def as_plain(config: Any) -> dict[str, Any]:
     A run saves it, so the paths of files are made absolute: they must stay valid in another working directory.
     """
     plain = asdict(config)
-    for section, name in PATHS:
-        if plain.get(section) and plain[section].get(name) is not None:
-            plain[section][name] = os.path.abspath(os.path.expanduser(plain[section][name]))
+    for section, name, _ in paths_in(plain, PATHS):
+        section[name] = os.path.abspath(os.path.expanduser(section[name]))
     return plain
+
+
+def paths_in(values: Mapping[str, Any], places: Iterable[Sequence[str]]) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Yield the paths in nested plain values: the section that holds one, its key there, and its dotted name.
+
+    Args:
+        places: names of sections and of the path; ``*`` is every section.
+    """
+    for place in places:
+        found: list[tuple[Any, tuple[str, ...]]] = [(values, ())]
+        for part in place[:-1]:
+            inner = [(section, names) for section, names in found if isinstance(section, Mapping)]
+            found = [
+                (section[key], (*names, str(key)))
+                for section, names in inner
+                for key in (section if part == "*" else [part])
+                if key in section
+            ]
+        for section, names in found:
+            if isinstance(section, dict) and section.get(place[-1]) is not None:
+                yield section, place[-1], ".".join((*names, place[-1]))
 
 
 def identify(verb: str, config: RunConfig, origin: Origin, facts: Mapping[str, str | None] | None = None) -> Recorded:
     """Return the record that identifies a run, for its directory; ``facts`` are added to the facts of the origin."""
     return Recorded(verb, type(config), as_plain(config), {**origin.facts, **(facts or {})})
-
-
-def build(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """Return the dataclass ``kind`` from nested plain values.
-
-    Sections are built here, since msgspec ignores unknown keys of a dataclass and cannot choose its class by a value;
-    msgspec checks and converts all other values.
-
-    Raises:
-        UserError: a key is unknown or missing, or a value is refused; the message names the setting.
-    """
-    kind, values = settled(kind, values)
-    hints, known = _hints(kind), {f.name: f for f in fields(kind)}  # type: ignore[arg-type]
-    arguments = {}
-    for key, value in values.items():
-        if key not in known and not hasattr(kind, "settle"):  # a class with `settle` checks its own keys
-            raise UserError(f"{path}{key} is no setting{nearest(str(key), known)}")
-        arguments[str(key)] = _converted(hints.get(key, Any), value, f"{path}{key}")
-    for name, entry in known.items():
-        if name not in arguments and entry.default is MISSING and entry.default_factory is MISSING:
-            raise UserError(f"{path}{name} is missing")
-    try:
-        return kind(**arguments)
-    except UserError as error:
-        # A section of several places names the first of them, and one that is also used alone only its own field.
-        if (usual := getattr(kind, "SECTION", None)) is not None and str(error).startswith(usual):
-            raise within(path.removesuffix("."), usual, error) from None
-        named = re.match(r"(\w+)=", str(error))
-        raise (UserError(f"{path}{error}") if named and named[1] in known else error) from None
-
-
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _converted(hint: Any, value: Any, place: str) -> Any:
-    """Return ``value`` converted to a type hint; ``place`` is the name of the setting.
-
-    Raises:
-        UserError: ``value`` does not have the type of the hint.
-    """
-    for arm in get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,):
-        if is_dataclass(arm):
-            assert isinstance(arm, type)
-            if isinstance(value, arm):
-                return value
-            if isinstance(value, Mapping):
-                return build(arm, value, f"{place}.")
-        elif get_origin(arm) is list and is_dataclass(item := get_args(arm)[0]) and isinstance(value, list | tuple):
-            return [_converted(item, inner, f"{place}[{index}]") for index, inner in enumerate(value)]
-    bounded = _bounded(hint)
-    try:
-        return msgspec.convert(value, bounded)
-    except msgspec.ValidationError as error:
-        raise refused(error, value, bounded, place=place, mapping="a section of settings") from None
-
-
-@functools.cache
-def _bounded(hint: Any) -> Any:
-    """Return a type hint whose integers must fit into 64 bits, as numbers of steps and tokens must on disk."""
-    if hint is int:
-        return Annotated[int, Meta(ge=-INT64, le=INT64)]
-    if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(map(_bounded, get_args(hint)))]  # noqa: UP007  # the number of arms is not known here
-    if get_origin(hint) is list:
-        return list[_bounded(get_args(hint)[0])]  # type: ignore[misc]
-    return hint

@@ -13,7 +13,8 @@ from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.weights import read_weights
-from sparsetrain.stages.config import RunConfig, build, model_config
+from sparsetrain.settings import build
+from sparsetrain.stages.config import RunConfig, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.stages.stage import restored_model
 from sparsetrain.training.state import DEVICES, resolve_device

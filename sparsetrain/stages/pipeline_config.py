@@ -14,9 +14,10 @@ from sparsetrain.optim import LENGTHS
 from sparsetrain.runs.identity import beyond
 from sparsetrain.runs.layout import CONFIG, PAGE, REPORT, RESULT
 from sparsetrain.runs.recorded import complete
+from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.config import of_rule
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, build
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig
 
 KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
 """Kinds of stage, each with its configuration."""

@@ -61,13 +61,18 @@ def report(
         "machine": shown["machine"],
         "task": {} if main is None else {"name": main["task"], "n_train": main["n_train"], "n_test": main["n_test"]},
         "model": shown["model"],
-        "data": {
-            key: corpora.only.manifest[key] for key in ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
-        },
+        "data": _data(corpora),
         "settings": _settings(config),
         "limits": _limits(config, corpora, shown, {run["task"] for run in scored}, scratch is not None),
         **({"once": {name: result_of(run) for name, run in once.items()}} if once else {}),
     }
+
+
+def _data(corpora: Corpora) -> dict[str, Any]:
+    """Return what the report says about the text: of a single corpus, or of each by its name."""
+    keys = ("source", "licence", "vocab_size", "splits", "tokenizer_sha256")
+    found = {name: {key: corpus.manifest[key] for key in keys} for name, corpus in corpora.items()}
+    return next(iter(found.values())) if len(found) == 1 else found
 
 
 def main_stage(entries: Sequence[StageEntry], kind: str) -> StageEntry | None:

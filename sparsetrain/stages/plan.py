@@ -32,9 +32,10 @@ from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of
 from sparsetrain.stages.pipeline_config import PipelineConfig
-from sparsetrain.stages.plan_inputs import Inputs, samples_per_epoch
+from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.stages.pretrain import budget_of, workload_of
 from sparsetrain.stages.task_stage import TaskStage, task_facts
+from sparsetrain.stages.text import Reading, Text
 from sparsetrain.training.state import resolve_device
 
 _UNKNOWN = 1 << 30  # validation tokens to assume for an unprepared text: enough for every evaluation
@@ -58,6 +59,7 @@ class PlannedPhase:
     context: int
     batch_size: int
     flops: float
+    reads: Mapping[str, Reading] = field(default_factory=dict)  # of each of several corpora
 
 
 @dataclass(frozen=True)
@@ -201,25 +203,26 @@ def plan_text(
     Raises:
         UserError: the run itself would refuse the input.
     """
-    text, corpora = "", None
+    key, corpora = "", None
     if own_text and start is not None and config.data.tokenizer_path is None:
         notes = [f"The text needs the tokenizer of {start.directory}, which does not exist yet."]
     else:
-        text, corpora = inputs.corpora(config.data)
+        key, corpora = inputs.corpora(config.data)
         notes = [] if corpora is not None else [_unprepared(config)]
     seen = None if start is not None else config.init_from
     origin = None if corpora is None else inputs.origin(corpora, seen)
-    facts = {"corpus": text} | ({"source": source_key(config.init_from)} if start is None else {})
+    facts = {"corpus": key} | ({"source": source_key(config.init_from)} if start is None else {})
     directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
     run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
     model = model_config(config.model, vocabulary(config, corpora, start))
     if corpora is None and config.budget.epochs is not None:
         return run
-    samples = None if corpora is None else samples_per_epoch(corpora, config)
-    budget = budget_of(config, model, samples)
-    if samples is not None:
-        for context in budget.contexts:
-            samples(context)  # raises if the text is shorter than the context
+    text = None if corpora is None else Text(corpora, config)
+    budget = budget_of(config, model, None if text is None else text.samples_per_epoch)
+    reads: list[dict[str, Reading]] = [{} for _ in budget.phases]
+    if text is not None:
+        text.check(budget)
+        reads = text.read(budget) if config.data.sources else reads
     section = sparsity_section(config, budget)
     rule, densities = _masks(config, model, section, budget, start)
     ledger = FlopLedger(model, densities, rule, budget, config.loop.micro_batch_of)
@@ -232,11 +235,12 @@ def plan_text(
             phase.context,
             phase.batch_size,
             ledger.between(phase.first_step, phase.end_step)["total"],
+            read,
         )
-        for phase, rates in zip(budget.phases, inputs.rates(config, budget), strict=True)
+        for phase, rates, read in zip(budget.phases, inputs.rates(config, budget), reads, strict=True)
     ]
     dense = sum(training_flops_per_token(model, 1.0, phase.context).total * phase.tokens for phase in budget.phases)
-    validation = len(corpora.only.validation) if corpora is not None else _UNKNOWN
+    validation = corpora.validation_tokens if corpora is not None else _UNKNOWN
     workload = workload_of(config, model, budget, section, validation)
     curves = inputs.curves(config, budget)
     if budget.config.led is not None:

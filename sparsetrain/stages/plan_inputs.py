@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from sparsetrain.data import Corpora, DataConfig, PackedSamples, Task, TaskConfig, find_corpora, find_task
+from sparsetrain.data import Corpora, DataConfig, Task, TaskConfig, find_corpora, find_task
 from sparsetrain.errors import UserError
 from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.origin import Origin
@@ -97,8 +97,3 @@ class Inputs:
         if budget.in_tokens:
             found["batch_size"] = [float(budget.at(step).batch_size) for step in steps]
         return found
-
-
-def samples_per_epoch(corpora: Corpora, config: RunConfig) -> Callable[[int], int]:
-    """Return a function from a context to the samples per epoch; it raises `UserError` if the text is too short."""
-    return lambda context: PackedSamples(corpora.only.train, context, config.samples_seed, "pretrain").samples_per_epoch

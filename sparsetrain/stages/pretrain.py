@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from rich.console import Console
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.ledger import FlopLedger, planned_flops
 from sparsetrain.cost.memory import state_bytes
-from sparsetrain.data import Batch, Corpora, PackedSamples, prepare_corpora, sequential_windows
+from sparsetrain.data import Batch, Corpora, Samples, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim.budget import Budget, SamplesPerEpoch
@@ -38,8 +38,8 @@ from sparsetrain.stages.stage import (
     restored_model,
     train,
 )
-from sparsetrain.training.evaluate import score_text
-from sparsetrain.training.loop import Samples
+from sparsetrain.stages.text import Text, total
+from sparsetrain.training.evaluate import TextScore, score_text
 from sparsetrain.training.observers import Observer
 from sparsetrain.training.state import TrainState, peak_rss_bytes
 
@@ -89,21 +89,16 @@ class Pretraining(Stage[RunConfig]):
     def prepare(self, origin: Origin | None = None) -> None:
         config = self.config
         self.model = model_config(config.model, self.corpora.tokenizer.vocab_size)
-        self.budget = budget_of(config, self.model, lambda context: self._stream(0, context).samples_per_epoch)
+        self.text = Text(self.corpora, config)
+        self.budget = budget_of(config, self.model, self.text.samples_per_epoch)
         self.sparsity = sparsity_section(config, self.budget)
-        for stream, context in enumerate(self.budget.contexts):
-            self._stream(stream, context)  # raises if the text is shorter than the context
-
-    def _stream(self, stream: int, context: int) -> PackedSamples:
-        # A run without phases has one stream, and it must keep its name: samples are drawn from it.
-        name = self.kind if stream == 0 else f"{self.kind}-{stream}"
-        return PackedSamples(self.corpora.only.train, context, self.config.samples_seed, name)
+        self.text.check(self.budget)
 
     def samples(self) -> Sequence[Samples]:
-        return [self._stream(stream, context) for stream, context in enumerate(self.budget.contexts)]
+        return self.text.streams(self.budget)
 
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
-        workload = workload_of(self.config, self.model, self.budget, self.sparsity, len(self.corpora.only.validation))
+        workload = workload_of(self.config, self.model, self.budget, self.sparsity, self.corpora.validation_tokens)
         largest, model = self.budget.largest, self.model
         if self.config.budget.phases is None:
             size = f"{prefix}budget.batch_size={largest.batch_size}, data.context={largest.context}"
@@ -154,15 +149,21 @@ class Pretraining(Stage[RunConfig]):
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
         phase, model = self.budget.before(step), self.training.network
         limit = FINAL_EVALUATION if final else self.config.loop.eval_sequences
-        windows = sequential_windows(self.corpora.only.validation, phase.context, limit)
 
         def losses(batch: Batch) -> torch.Tensor:
             batch = batch.to(self.training.device)
             with self.training.autocasting():
                 return model.token_losses(batch.tokens, batch.targets)
 
-        score = score_text(model, losses, windows.split(phase.batch_size), self.corpora.tokenizer.token_bytes)
-        numbers = {"val_loss": score.loss, "bits_per_byte": score.bits_per_byte}
+        scores = {}
+        for name, corpus in self.corpora.items():
+            windows = sequential_windows(corpus.validation, phase.context, limit)
+            batches = windows.split(phase.batch_size)
+            scores[name] = score_text(model, losses, batches, self.corpora.tokenizer.token_bytes)
+        numbers = _numbers(TextScore.of(list(scores.values())))
+        if len(scores) > 1:
+            for name, score in scores.items():
+                numbers |= _numbers(score, f"_{name}")
         return {**numbers, "context": phase.context} if len(self.budget.contexts) > 1 else numbers
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
@@ -173,11 +174,24 @@ class Pretraining(Stage[RunConfig]):
             "loss_first": records[0]["val_loss"],
             "loss_last": records[-1]["val_loss"],
             "bits_per_byte": records[-1]["bits_per_byte"],
+            **self._by_corpus(records[-1]),
             "density": overall_density(model),
             "flops": self.flops.through(state.step),
             **_mask_entries(self.training.subject.masks),
             "bytes": {"parameters": used.parameters, "optimizer": used.optimizer, "index": used.index},
             **({"phases": self._phases()} if len(self.budget.phases) > 1 else {}),
+        }
+
+    def _by_corpus(self, last: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the entries about each of several corpora for the result."""
+        if len(self.corpora) == 1:
+            return {}
+        read = total(self.text.read(self.budget))
+        names = ("val_loss", "bits_per_byte")
+        return {
+            "corpora": {
+                name: {**{key: last[f"{key}_{name}"] for key in names}, **vars(read[name])} for name in self.corpora
+            }
         }
 
     def _phases(self) -> list[dict[str, Any]]:
@@ -207,6 +221,10 @@ class Pretraining(Stage[RunConfig]):
             "bytes": {},
             "model": asdict(self.training.network.config),
         }
+
+
+def _numbers(score: TextScore, suffix: str = "") -> dict[str, float]:
+    return {f"val_loss{suffix}": score.loss, f"bits_per_byte{suffix}": score.bits_per_byte}
 
 
 def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesPerEpoch | None) -> Budget:

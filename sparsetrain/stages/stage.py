@@ -22,6 +22,7 @@ from torch import nn
 
 from sparsetrain.cost.flops import hidden_density
 from sparsetrain.cost.footprint import Workload
+from sparsetrain.data import Samples
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget, RunSchedule, build_optimizer
 from sparsetrain.parameterization import follow_density, param_groups
@@ -39,7 +40,7 @@ from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.masks import seeded, starts_sparse
 from sparsetrain.stages.memory import check_memory, memory_errors
-from sparsetrain.training.loop import Samples, Trainer, load_weights
+from sparsetrain.training.loop import Trainer, load_weights
 from sparsetrain.training.observers import OBSERVERS, Metrics, Observer, Progress, noise_scale_of
 from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
 

@@ -17,6 +17,7 @@ from sparsetrain.cost.footprint import Workload
 from sparsetrain.data import (
     Batch,
     Example,
+    Samples,
     Task,
     TaskBatches,
     TaskConfig,
@@ -44,7 +45,6 @@ from sparsetrain.stages.stage import (
     restored_model,
 )
 from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
-from sparsetrain.training.loop import Samples
 from sparsetrain.training.state import Diverged, TrainState
 
 C = TypeVar("C", bound=FinetuneConfig)

@@ -23,8 +23,9 @@ from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.stages.config import PretrainConfig, model_config
 from sparsetrain.stages.hidden import Hidden, hidden_of_run
 from sparsetrain.stages.plan import vocabulary
-from sparsetrain.stages.plan_inputs import Inputs, samples_per_epoch
+from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.stages.pretrain import budget_of
+from sparsetrain.stages.text import Text
 from sparsetrain.studies.fit import formula
 from sparsetrain.studies.fit_rows import PER
 
@@ -168,9 +169,9 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     model = model_config(config.model, vocabulary(config, corpora))
     if corpora is None and config.budget.epochs is not None:
         raise UserError("the text is not prepared yet, so budget.epochs says no number of tokens: give budget.tokens")
-    samples = None if corpora is None else samples_per_epoch(corpora, config)
+    samples = None if corpora is None else Text(corpora, config).samples_per_epoch
     tokens = budget_of(config, model, samples).tokens if config.budget.tokens is None else config.budget.tokens
-    text = None if corpora is None else len(corpora.only.train)
+    text = None if corpora is None else sum(corpora.train_tokens.values())
     batch, sequences = _batch(config, laws, tokens, text)
     length = BudgetConfig(tokens=tokens, batch_size=sequences)
     settled = replace(config, budget=length, flops=None, seconds=None, flops_per_second=None)

@@ -36,8 +36,9 @@ from sparsetrain.runs.layout import CONFIG, RESULT
 from sparsetrain.runs.recorded import read_recorded, renamed
 from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
+from sparsetrain.settings import build
 from sparsetrain.shapes import check
-from sparsetrain.stages.config import PretrainConfig, build
+from sparsetrain.stages.config import PretrainConfig
 from sparsetrain.stages.hidden import hidden_of_run, steps_of
 
 # Settings that `COLUMNS` contain, or that follow from them.

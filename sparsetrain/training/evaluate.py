@@ -6,7 +6,7 @@ Shapes: B rows, T positions, E examples, C labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,6 +32,15 @@ class TextScore:
     bits_per_byte: float
     tokens: int
     bytes: int
+
+    @classmethod
+    def of(cls, parts: Sequence[TextScore]) -> TextScore:
+        """Return the score over the targets of all parts."""
+        if len(parts) == 1:
+            return parts[0]
+        tokens, size = (sum(getattr(part, name) for part in parts) for name in ("tokens", "bytes"))
+        loss = sum(part.loss * part.tokens for part in parts) / tokens
+        return cls(loss, sum(part.bits_per_byte * part.bytes for part in parts) / size, tokens, size)
 
 
 @dataclass(frozen=True)

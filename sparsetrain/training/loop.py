@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import torch
@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import nn
 
 from sparsetrain import seeds
-from sparsetrain.data import Batch
+from sparsetrain.data import Samples
 from sparsetrain.errors import NotFiniteError, UserError
 from sparsetrain.optim.batch_size import Decision
 from sparsetrain.optim.run_schedule import RunSchedule
@@ -44,14 +44,6 @@ from sparsetrain.training.state import Clock, Diverged, Interrupted, LoopConfig,
 _log = logging.getLogger(__name__)
 
 MASK_HISTORY = "mask_history/"  # prefix of the mask manager's tensors in a checkpoint
-
-
-class Samples(Protocol):
-    """Training data as a pure function of the sample index."""
-
-    def batch(self, first: int, count: int) -> Batch:
-        """Return samples ``first`` to ``first + count - 1``."""
-        ...
 
 
 @dataclass

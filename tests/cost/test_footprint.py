@@ -77,7 +77,7 @@ import torch
 from rich.console import Console
 from sparsetrain.cost.footprint import Footprint
 from sparsetrain.stages import PretrainConfig, pretrain
-from sparsetrain.stages.config import build
+from sparsetrain.settings import build
 from sparsetrain.stages.pretrain import Pretraining
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

@@ -173,6 +173,25 @@ def paired_claims(rows: Path, *names: str) -> list[Claim]:
     return _compared(list(arm_losses(rows, *names).values()), in_percent=True)
 
 
+def gap_claims(rows: Path, *names: str) -> list[Claim]:
+    """Return how much wider, in points of a percent, one pair of arms lies apart than another, of `arm_losses`.
+
+    The arms of a pair differ in the first of the columns ``names`` only, and both pairs have the same two values there.
+    """
+    logs = {arm: {seed: math.log(loss) for seed, loss in of.items()} for arm, of in arm_losses(rows, *names).items()}
+    gaps: dict[tuple[str, str], list[Seeds]] = {}
+    for one, other in itertools.permutations(logs, 2):
+        if one[1:] == other[1:]:
+            gap = {seed: 100 * -math.expm1(apart) for seed, apart in _minus(logs[one], logs[other]).items()}
+            gaps.setdefault((one[0], other[0]), []).append(gap)
+    return [
+        claim
+        for of in gaps.values()
+        for first, second in itertools.permutations(of, 2)
+        for claim in _claim(_minus(first, second).values())
+    ]
+
+
 def noise_claims(rows: Path) -> list[Claim]:
     """Return, by sparsity, the slope of the noise scale of all parameters over that of the norm layers, and its growth.
 

@@ -19,7 +19,8 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.run_files import COLUMNS
 from sparsetrain.report.sweep import write_rows
 from sparsetrain.runs.recorded import read_recorded
-from sparsetrain.stages.config import PretrainConfig, build
+from sparsetrain.settings import build
+from sparsetrain.stages.config import PretrainConfig
 from sparsetrain.stages.hidden import hidden_of_run
 from sparsetrain.studies.fit import FitRequest, fit_sweep
 from sparsetrain.studies.sweep import read_sweep

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from sparsetrain.cli.resolve import load
 from sparsetrain.errors import UserError
+from sparsetrain.settings import build
 from sparsetrain.stages import (
     FinetuneConfig,
     PretrainConfig,
@@ -21,7 +22,6 @@ from sparsetrain.stages import (
     pretrain,
     prompt,
 )
-from sparsetrain.stages.config import build
 
 Configure = Callable[..., Any]
 

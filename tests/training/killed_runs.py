@@ -22,8 +22,8 @@ from rich.console import Console
 
 from sparsetrain.runs.checkpoint import list_checkpoints, load_checkpoint
 from sparsetrain.runs.metrics import TIMED, read_metrics
+from sparsetrain.settings import build
 from sparsetrain.stages import PretrainConfig, pretrain
-from sparsetrain.stages.config import build
 
 
 def train(settings: dict, directory: Path) -> None:

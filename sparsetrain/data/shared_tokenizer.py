@@ -1,0 +1,90 @@
+"""One tokenizer for several corpora, trained on as much text of each and kept in the cache.
+
+Its file is named by a hash of everything that it depends on, so the corpora that it encodes are found again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparsetrain.cache import cache_directory, whole_file
+from sparsetrain.data.config import DataConfig
+from sparsetrain.data.corpus import TOKENIZER_BYTES, Display, division_of
+from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.errors import UserError, within
+from sparsetrain.screen import say
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_FORMAT = 1  # a new number trains every shared tokenizer again
+
+
+@contextlib.contextmanager
+def naming(name: str, several: bool = True) -> Iterator[None]:
+    """Name a corpus in the errors about it, if it is one of several."""
+    try:
+        yield
+    except UserError as error:
+        raise (within(f"data.sources.{name}", "data", error) if several else error) from None
+
+
+def place_of(members: Mapping[str, DataConfig]) -> Path:
+    """Return the file of the tokenizer that corpora share; it need not exist.
+
+    Raises:
+        UserError: a text cannot be read.
+    """
+    corpora = []
+    for name, member in members.items():
+        with naming(name):
+            corpora.append(
+                {
+                    "source": member.kind,
+                    **member.source().identity(),
+                    "max_documents": member.max_documents,
+                    "validation_fraction": member.validation_fraction,
+                    "test_fraction": member.resolved_test_fraction,
+                }
+            )
+    # Neither the names of the corpora nor their order matters.
+    corpora.sort(key=lambda corpus: json.dumps(corpus, sort_keys=True))
+    vocab_size = next(iter(members.values())).vocab_size
+    key = {"format": _FORMAT, "vocab_size": vocab_size, "corpora": corpora}
+    digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
+    return cache_directory() / "tokenizers" / f"bpe-{digest}.json"
+
+
+def train_shared(members: Mapping[str, DataConfig], progress: bool, console: Console) -> Path:
+    """Return the file of the tokenizer that corpora share; train it if the cache does not have it.
+
+    Raises:
+        UserError: a text cannot be read or used, or the disk is full. No partial file is left behind.
+    """
+    place = place_of(members)
+    if place.is_file():
+        return place
+    with Display(console, progress) as display:
+
+        def texts() -> Iterator[str]:
+            for name, member in members.items():
+                with naming(name):
+                    source = member.source()
+                    source.open(display.task(f"read {name}"))
+                    division, report = division_of(member, source), display.task(f"sample {name}")
+                    for share, text in division.sampled(source.documents(), TOKENIZER_BYTES // len(members)):
+                        report(share)
+                        yield text
+                report(1.0)
+
+        tokenizer = Tokenizer.train(texts(), next(iter(members.values())).vocab_size)
+        with whole_file(place) as temporary:
+            tokenizer.save(temporary)
+    if progress:
+        say(console, f"tokenizer: trained on {len(members)} corpora, {tokenizer.vocab_size:,} tokens, kept in {place}")
+    return place
