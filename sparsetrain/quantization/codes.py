@@ -55,6 +55,8 @@ def _encode(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
     counted = counted.view(-1, group)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     centre, half, levels = (low + high) / 2, (high - low) / 2, 2**bits - 1
+    # Errors are compared in units of the range, whose squares neither vanish nor overflow.
+    unit = torch.where(half > 0, half, 1.0)
     least = torch.full_like(centre, torch.inf)
     codes = torch.zeros_like(x)
     scales, offsets = torch.zeros_like(centre), torch.zeros_like(centre)
@@ -63,7 +65,7 @@ def _encode(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
         scale = (2 * half * share / levels).to(SCALES).float()
         offset = (centre - half * share).to(SCALES).float()
         code = ((x - offset) / torch.where(scale > 0, scale, 1.0)).round_().clamp_(0, levels)
-        error = (code * scale + offset - x).square_().mul_(counted).sum(-1, keepdim=True)
+        error = (code * scale + offset - x).div_(unit).square_().mul_(counted).sum(-1, keepdim=True)
         better = error < least
         least = torch.where(better, error, least)
         codes = torch.where(better, code, codes)

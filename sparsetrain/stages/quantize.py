@@ -106,10 +106,8 @@ def quantize_run(directory: Path, out: Path, bits: int, group: int, console: Con
     if corpora.tokenizer.sha256 != tokenizer.sha256:
         raise UserError(f"{directory}: its text has another tokenizer than its model, so there is no loss to compare")
     nonzeros = sum(layer.values.numel() for layer in model.modules() if isinstance(layer, SparseLinear))
-    width = {name: 2 / parameter.element_size() for name, parameter in model.named_parameters()}
     before, wide = _losses(model, corpora, config.data.context), sizes(model)
-    # All parameters of a run have one type.
-    factor = next(iter(width.values()))
+    factor = 2 / next(model.parameters()).element_size()  # all parameters of a run have one type
     bf16 = {part: size if part == "sparse index" else round(size * factor) for part, size in wide.items()}
     quantize(model, bits, group)
     measured = Sizes(sizes(model), bf16, nonzeros)

@@ -30,7 +30,7 @@ def plain(group: np.ndarray, bits: int) -> np.ndarray:
     return codes * scale + offset
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(1, 4),
     columns=st.integers(1, 70),
@@ -61,7 +61,7 @@ def test_codes_are_those_of_numpy_and_no_worse_than_a_plain_quantizer(
             exact = part.astype(np.float64) / size  # so that the squares neither vanish nor overflow
             ours = np.square(decoded[row, first : first + group].astype(np.float64) / size - exact).sum()
             theirs = np.square(plain(part, bits).astype(np.float64) / size - exact).sum()
-            assert size == 1e30 or size == 1e-30 or ours <= theirs * (1 + 1e-4) + 1e-12
+            assert ours <= theirs * (1 + 1e-4) + 1e-12
 
 
 def test_equal_weights_and_zeros_are_kept() -> None:
@@ -76,7 +76,7 @@ def test_a_weight_without_a_code_is_refused(bad: float) -> None:
         encode(torch.tensor([[0.0, bad]]), 4, 64)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     places=st.integers(1, 3000),
     density=st.sampled_from([1.0, 0.9, 0.5, 0.25, 0.05, 0.01, 0.001]),
