@@ -8,6 +8,8 @@ from sparsetrain.gradients.per_example import per_example_norms
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
+from sparsetrain.quantization import quantize
+from sparsetrain.runs.quantized import load_quantized, save_quantized
 from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.scaling.power_law import fit_power_law
@@ -72,9 +74,11 @@ __all__ = [
     "ema_coefficients",
     "fit_power_law",
     "follow_density",
+    "load_quantized",
     "param_groups",
     "parameterize",
     "per_example_norms",
+    "quantize",
     "register_backend",
     "register_example_gradients",
     "register_pattern",
@@ -82,6 +86,7 @@ __all__ = [
     "register_schedule",
     "register_source",
     "register_task",
+    "save_quantized",
     "sparse_linear",
     "sparsify",
     "summary",

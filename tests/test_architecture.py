@@ -49,6 +49,7 @@ ORDER = [
         "gradients.functions",
         "parameterization",
         "models",
+        "quantization",
         "gradients",
         "cost",
         *("data.checksums", "data.split", "data.bpe_training", "data.tokenizer_file", "data.tokenizer", "data.tokens"),

@@ -114,3 +114,39 @@ def mask(given: Namespace) -> None:
         raise UserError("mask inspect takes one path and at most one picture=FILE")
     picture = typed_path(pictures[0], "picture") if pictures else None
     inspect_masks(typed_path(paths[0], "PATH"), Console(), picture)
+
+
+def quantize_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of ``quantize``."""
+    parser.usage = "sparsetrain quantize RUN_DIR out=DIR [bits=4] [group=64]"
+    about = "a run; out=DIR, a new directory; bits=4 or 8; group=N, the weights that share a scale and an offset"
+    parser.add_argument("words", nargs="+", metavar="RUN_DIR out=DIR", help=about)
+
+
+def quantize(given: Namespace) -> None:
+    """Write the model of a run in 4 or 8 bits."""
+    from rich.console import Console
+
+    from sparsetrain.stages.quantize import quantize_run
+
+    settings: dict[str, str] = {}
+    runs = []
+    for word in given.words:
+        name, equals, value = word.partition("=")
+        if not equals or typed_path(word, "RUN_DIR").is_dir():
+            runs.append(word)
+        elif name not in ("out", "bits", "group"):
+            raise UserError(f"quantize has no setting '{name}'{nearest(name, ('out', 'bits', 'group'))}")
+        elif name in settings:
+            raise UserError(f"quantize: {name} is given twice")
+        else:
+            settings[name] = value
+    if len(runs) != 1 or "out" not in settings:
+        raise UserError("quantize takes one run and a new directory: sparsetrain quantize RUN_DIR out=DIR")
+    numbers = {}
+    for name, default in (("bits", "4"), ("group", "64")):
+        if not settings.get(name, default).isdecimal():
+            raise UserError(f"{name}={settings[name]} must be a whole number")
+        numbers[name] = int(settings.get(name, default))
+    place = typed_path(settings["out"], "out")
+    quantize_run(typed_path(runs[0], "RUN_DIR"), place, numbers["bits"], numbers["group"], Console())

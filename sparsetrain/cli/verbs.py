@@ -115,6 +115,12 @@ VERBS: dict[str, Verb] = {
         run="sparsetrain.cli.start:generate",
         examples=["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
     ),
+    "quantize": Verb(
+        about="Write the model of a run in 4 or 8 bits; print its bytes and its validation loss before and after.",
+        parser="sparsetrain.cli.paths:quantize_arguments",
+        run="sparsetrain.cli.paths:quantize",
+        examples=["sparsetrain quantize RUN_DIR out=DIR", "sparsetrain quantize RUN_DIR out=DIR bits=8 group=32"],
+    ),
     "coord-check": Verb(
         about="Check that activations and updates keep their scale across sparsity, width or depth.",
         configuration="sparsetrain.studies.coordinates:CoordinatesConfig",

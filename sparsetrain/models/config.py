@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sparsetrain.errors import UserError, check_choice
+from sparsetrain.parameterization.initial import LEAST_TRUNCATION
 from sparsetrain.sparsity.patterns.spec import PATTERNS
 
 MLPS = ("gelu", "swiglu")
@@ -37,6 +38,14 @@ class ModelConfig:
         rope_base: base of the geometric sequence of rotary wavelengths.
         tie_embeddings: whether the head shares the embedding's weight.
         init_std: standard deviation sigma of the initial weights, before the parameterization scales it.
+        init_truncation: initial weights lie within this many standard deviations of 0, each matrix's own; numbers
+            beyond are drawn again. Sigma is that of the normal distribution before the cut, as in the configurations
+            of BTLM (arXiv 2309.11568) and Crystal (arXiv 2411.04156), which cut at 2: the deviation that is left is
+            0.880 sigma. At least 0.5; None cuts nothing.
+        scale_glu_init: whether the gate of ``"swiglu"`` starts like the other matrices, as under
+            ``scale_glu_initialization: true`` in the configuration of Crystal. False draws it uniformly within
+            +-1 / sqrt(fan_in), the values that ``nn.Linear`` is born with, whatever the parameterization; Cerebras'
+            Model Zoo of July 2023, which knew the flag, left the gate so without it.
         sparsity: fraction of zeros in each hidden matrix, in [0, 1). 0 builds plain ``nn.Linear`` layers.
         sparsity_pattern: how the positions of nonzeros are chosen; see `sparsetrain.sparsity`.
         seed: seed of masks and initial values; None draws one from torch's global generator.
@@ -65,6 +74,8 @@ class ModelConfig:
     sparsity_pattern: str = "random"
     seed: int | None = None
     dropout: float = 0.0
+    init_truncation: float | None = None
+    scale_glu_init: bool = True
 
     def __post_init__(self) -> None:
         for name in ("d_model", "n_layers", "n_heads", "vocab_size", "max_context"):
@@ -85,7 +96,7 @@ class ModelConfig:
             raise UserError(
                 f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs and needs an even head width"
             )
-        for name in ("bias", "tie_embeddings"):
+        for name in ("bias", "tie_embeddings", "scale_glu_init"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)!r} is not true or false")
         for name in ("sparsity", "dropout"):
@@ -96,6 +107,12 @@ class ModelConfig:
             _check_real(name, getattr(self, name))
             if getattr(self, name) <= 0.0:
                 raise UserError(f"{name}={getattr(self, name)} is not positive")
+        if self.init_truncation is not None:
+            _check_real("init_truncation", self.init_truncation)
+            if self.init_truncation < LEAST_TRUNCATION:
+                raise UserError(f"init_truncation={self.init_truncation} is not at least {LEAST_TRUNCATION}, or null")
+        if not self.scale_glu_init and self.mlp != "swiglu":
+            raise UserError(f"scale_glu_init=False: only mlp='swiglu' has a gate, and mlp is {self.mlp!r}")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise UserError(f"seed={self.seed!r} is not a non-negative integer or null")
 

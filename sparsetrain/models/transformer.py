@@ -120,7 +120,10 @@ class Transformer(nn.Module):
         traits_of = tensor_traits(self, rules)
         if reinitialise:
             sigma = config.init_std if sigma is None else sigma
-            initialise(self, traits_of, rules, sigma, config.n_layers, seeds.resolve_seed(seed))
+            # Under torch's own rule a gate takes no part in the scales of the parameterization.
+            gates = () if config.scale_glu_init else [name for name in traits_of if _is_gate(name)]
+            drawn = seeds.resolve_seed(seed)
+            initialise(self, traits_of, rules, sigma, config.n_layers, drawn, config.init_truncation, gates)
         else:
             assign(self, traits_of, rules, config.n_layers)
         return self
@@ -287,6 +290,11 @@ def _role(module_name: str, leaf: str) -> Role:
     if module_name.endswith("_norm"):
         return Role.NORM
     return Role.OUTPUT if module_name.endswith((".attn.out", ".mlp.down")) else Role.HIDDEN
+
+
+def _is_gate(name: str) -> bool:
+    """Whether a parameter is the matrix of a gate; its bias starts at zero like all biases."""
+    return name.endswith((".mlp.gate.weight", ".mlp.gate.values"))
 
 
 def _norm(config: ModelConfig) -> nn.Module:

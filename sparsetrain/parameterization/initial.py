@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from sparsetrain.parameterization.rules import Parameterization, Role, TensorTra
 from sparsetrain.sparsity import SparseLinear
 from sparsetrain.sparsity.layers.surgery import is_conv1d
 
+LEAST_TRUNCATION = 0.5
+"""Numbers beyond a cut are drawn again, which takes long if nearly all are beyond it."""
+
 
 def initialise(
     model: nn.Module,
@@ -23,6 +27,8 @@ def initialise(
     sigma: float,
     n_layers: int,
     seed: int,
+    truncation: float | None = None,
+    uniform: Collection[str] = (),
 ) -> None:
     """Initialise every parameter by its rule, each from its own seed, and record the assignment for `param_groups`.
 
@@ -37,6 +43,10 @@ def initialise(
         sigma: base standard deviation.
         n_layers: number of transformer blocks.
         seed: seed of all draws; see `sparsetrain.seeds`.
+        truncation: draw numbers again that are more than this many standard deviations from 0; at least
+            `LEAST_TRUNCATION`. The other numbers are those without a truncation.
+        uniform: names of matrices that are drawn as ``nn.Linear`` draws its own, uniformly within
+            +-1 / sqrt(fan_in). In a sparse one fan_in is the mean number of inputs that an output keeps.
 
     Raises:
         UserError: a parameter has no traits, or a trained norm whose initial gain is unknown.
@@ -56,7 +66,7 @@ def initialise(
         assign(model, traits_of, rules, n_layers)
         if _hold_no_values([homes[name] for name in gains]):
             gains = dict.fromkeys(gains, 1.0)
-        draws = _Draws(seed)
+        draws, whole = _Draws(seed, truncation), _Draws(seed)
         for name, place in homes.items():
             traits, parameter = traits_of[name], place.parameter
             if parameter.is_meta or traits.role is Role.KEEP:
@@ -69,7 +79,10 @@ def initialise(
             if traits.role in (Role.BIAS, Role.FINAL_BIAS):
                 parameter.zero_()
                 continue
-            draws.fill(place, rules.init_std(traits, sigma, n_layers))
+            if name in uniform:
+                whole.fill_uniformly(place, traits.density)
+            else:
+                draws.fill(place, rules.init_std(traits, sigma, n_layers))
             for row in padding.get(id(parameter), ()):
                 parameter[row] = 0.0
 
@@ -77,8 +90,8 @@ def initialise(
 class _Draws:
     """Standard normal numbers for dense tensors, each a function of the seed and the tensor's name."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, truncation: float | None = None) -> None:
+        self._seed, self._truncation = seed, truncation
         self._whole: tuple[str, Tensor] | None = None  # the last dense tensor that a slice was taken from
 
     def fill(self, place: Place, std: float) -> None:
@@ -95,6 +108,16 @@ class _Draws:
             draws = pattern.gather(draws.to(parameter.device))
         parameter.copy_(draws.t() if transposed else draws)
 
+    def fill_uniformly(self, place: Place, density: float) -> None:
+        """Fill a matrix with numbers that are uniform within +-1 / sqrt(density K), K its inputs; never truncated."""
+        module, parameter = place.module, place.parameter
+        pattern = module.pattern if isinstance(module, SparseLinear) else None
+        shape = tuple(parameter.shape) if pattern is None else pattern.shape
+        # The normal distribution function makes uniform numbers of the normal ones, so these too follow the name.
+        draws = torch.special.ndtr(self._matrix(place, shape)).mul_(2.0).sub_(1.0)
+        draws = draws.div_(math.sqrt(max(1.0, density * shape[1])))
+        parameter.copy_(draws if pattern is None else pattern.gather(draws.to(parameter.device)))
+
     def _matrix(self, place: Place, shape: tuple[int, ...]) -> Tensor:
         name = ".".join(part for part in place.dense if part)
         if place.slice is None:
@@ -106,7 +129,16 @@ class _Draws:
     def _draw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         # On the CPU in float32, because torch's default device and dtype must not change the numbers.
         draws = torch.empty(shape, dtype=torch.float32, device="cpu")
-        return draws.normal_(0.0, 1.0, generator=seeds.generator(self._seed, "init", name))
+        generator = seeds.generator(self._seed, "init", name)
+        draws.normal_(0.0, 1.0, generator=generator)
+        if self._truncation is not None:
+            beyond = (draws.abs() > self._truncation).nonzero(as_tuple=True)
+            while len(beyond[0]):
+                again = draws.new_empty(len(beyond[0])).normal_(0.0, 1.0, generator=generator)
+                draws[beyond] = again
+                still = again.abs() > self._truncation
+                beyond = tuple(index[still] for index in beyond)
+        return draws
 
 
 def _hold_no_values(gains: list[Place]) -> bool:

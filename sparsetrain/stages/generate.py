@@ -11,9 +11,11 @@ from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.runs.origin import run_tokenizer
+from sparsetrain.runs.quantized import is_quantized, load_quantized
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.settings import build
+from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import RunConfig, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.stages.stage import restored_model
@@ -25,7 +27,7 @@ class GenerateConfig:
     """Continue a text with the model of a run.
 
     Args:
-        init_from: the run directory.
+        init_from: the run directory, or a directory that ``sparsetrain quantize`` wrote.
         prompt: the text to continue.
         max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
         temperature: sampling temperature; 0 takes the most likely token.
@@ -71,17 +73,22 @@ def generate(config: GenerateConfig) -> str:
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
-    saved, tokenizer = run_config(directory), run_tokenizer(directory)
+    quantized = load_quantized(directory) if is_quantized(directory) else None
+    tokenizer = run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
-    sparsity = saved.sparsity if saved.sparsity.is_sparse else None
+    if quantized is None:
+        saved = run_config(directory)
+        shape, sparsity = model_config(saved.model, tokenizer.vocab_size), saved.sparsity
+    else:
+        # It holds less than the dense model that is counted here.
+        shape, sparsity = quantized.config, SparsityConfig()
     length = len(ids) + max(0, config.max_new_tokens)
-    workload = Workload(
-        model_config(saved.model, tokenizer.vocab_size), sparsity, evaluated=1, context=len(ids), cached=length
-    )
+    plan = sparsity if sparsity.is_sparse else None
+    workload = Workload(shape, plan, evaluated=1, context=len(ids), cached=length)
     what = f"generation with max_new_tokens={config.max_new_tokens} behind {len(ids)} tokens"
     check_memory(workload, what, {"cached": "prompt and max_new_tokens together"}, device, config.force)
     with memory_errors("this generation"):
-        model, prompt = load_run(directory, device)
+        model, prompt = load_run(directory, device) if quantized is None else (quantized.to(device), None)
         tokens = model.generate(
             torch.tensor([ids], device=device),
             config.max_new_tokens,

@@ -38,7 +38,7 @@ def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> No
     assert all(f"  {example}\n" in out + "\n" for example in VERBS[verb].examples)
     if verb in ("pretrain", "pipeline"):
         assert re.search(r"^  optimizer\.lr = ", out, re.MULTILINE)
-        assert re.search(r"^  model +btlm-3b, cerebras-111m, demo", out, re.MULTILINE)
+        assert re.search(r"^  model +btlm-3b, cerebras-111m, crystal, demo", out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verb", with_settings())

@@ -20,7 +20,8 @@ def preset(name: str) -> Any:
 
 
 def test_presets_are_those_of_the_documentation() -> None:
-    assert set(options("model")) == {"tiny", "demo", "cerebras-111m", "mediswift-med", "mediswift-xl", "btlm-3b"}
+    small = {"tiny", "demo", "cerebras-111m"}
+    assert set(options("model")) == small | {"mediswift-med", "mediswift-xl", "btlm-3b", "crystal"}
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,18 @@ def test_parameter_counts_of_presets_match_the_published_ones(name: str, entry: 
 
 def test_btlm_has_two_point_six_billion_parameters() -> None:
     assert 2.6e9 < parameter_count(preset("btlm-3b")).total < 2.7e9
+
+
+def test_crystal_has_the_shape_and_the_initial_values_of_its_configuration() -> None:
+    """LLM360/crystalcoder-train, pretrain/params/phase1/params.yaml: filter_size, and a and b of the initializers."""
+    config = preset("crystal")
+    assert config.ffn_width == 10922
+    # The arithmetic of the configuration: 4 d^2 of attention, three matrices d x d_ff, biases, two norms, tied tokens.
+    d, d_ff = 4096, 10922
+    block = 4 * d * d + 4 * d + 3 * d * d_ff + 2 * d_ff + d + 4 * d
+    assert parameter_count(config).total == 32 * block + 32032 * d + 2 * d
+    assert (config.init_truncation, config.scale_glu_init) == (2.0, True)
+    assert preset("btlm-3b").init_truncation == 2.0  # Model Zoo, params_btlm_2p7b_2k.yaml: std 0.073 within +-0.146
 
 
 @pytest.mark.parametrize(("name", "ratio"), [("mediswift-med", 2.00), ("mediswift-xl", 2.49)])

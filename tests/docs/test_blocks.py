@@ -51,6 +51,7 @@ SMALL = {
         *("budget.batch_size=2", "check.steps=1", "check.values=[0,0.5]"),
     ],
     "mask": [],
+    "quantize": [],
 }
 SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [

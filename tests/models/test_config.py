@@ -18,6 +18,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (config.max_context, config.mlp, config.norm, config.bias) == (2048, "gelu", "layernorm", False)
     assert (config.positions, config.tie_embeddings, config.init_std) == ("alibi", True, 0.02)
     assert (config.sparsity, config.sparsity_pattern, config.seed, config.dropout) == (0.0, "random", None, 0.0)
+    assert (config.init_truncation, config.scale_glu_init) == (None, True)
     assert (config.kv_heads, config.d_head) == (4, 16)
 
 
@@ -55,6 +56,10 @@ def test_width_multipliers(options: dict[str, Any], base: int, expected: tuple[f
         ({"vocab_size": True}, "vocab_size=True is not a positive integer"),
         ({"d_ff": -1}, "d_ff=-1 is not a positive integer"),
         ({"d_model": 66}, "d_model=66 is not divisible by n_heads=4"),
+        ({"init_truncation": 0.4}, "init_truncation=0.4 is not at least 0.5, or null"),
+        ({"init_truncation": float("nan")}, "init_truncation=nan is not a finite number"),
+        ({"scale_glu_init": 1}, "scale_glu_init=1 is not true or false"),
+        ({"scale_glu_init": False}, "scale_glu_init=False: only mlp='swiglu' has a gate, and mlp is 'gelu'"),
         ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
         ({"mlp": "swiglo"}, "mlp='swiglo' is not one of gelu, swiglu \\(did you mean 'swiglu'\\?\\)"),
         ({"norm": "rms"}, "norm='rms' is not one of layernorm, rmsnorm"),
