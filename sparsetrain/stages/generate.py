@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
+from sparsetrain.models.config import ROPE_SCALINGS
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.weights import read_weights
@@ -20,11 +23,29 @@ from sparsetrain.training.state import DEVICES, resolve_device
 
 
 @dataclass
+class Adjusted:
+    """Settings of a model that may differ from those it was trained with; null keeps the run's.
+
+    Args:
+        positions_scale: factor of the positions, or ``dynamic``, for more tokens than the run was trained with.
+        rope_scaling: what RoPE does with the factor: ``linear``, ``ntk`` or ``yarn``.
+    """
+
+    positions_scale: float | str | None = None
+    rope_scaling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            check_choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+
+
+@dataclass
 class GenerateConfig:
     """Continue a text with the model of a run.
 
     Args:
         init_from: the run directory.
+        model: settings of its model that may be changed.
         prompt: the text to continue.
         max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
         temperature: sampling temperature; 0 takes the most likely token.
@@ -34,6 +55,7 @@ class GenerateConfig:
     """
 
     init_from: str | None = None
+    model: Adjusted = field(default_factory=Adjusted)
     prompt: str = ""
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -56,9 +78,28 @@ def run_config(directory: Path) -> RunConfig:
     return build(RunConfig, {key: value for key, value in saved.items() if key in common})
 
 
-def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPrompt | None]:
-    """Return the model of a run, with the sparse layers of its checkpoint, and its soft prompt or None."""
-    config = run_config(directory)
+def adjusted(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return settings whose model has the ``changes`` that are not None.
+
+    Raises:
+        UserError: the model refuses one.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(config, model={**config.model, **changes}) if changes else config
+
+
+def load_run(
+    directory: Path, device: torch.device, changes: Mapping[str, Any] | None = None
+) -> tuple[Transformer, SoftPrompt | None]:
+    """Return the model of a run, with the sparse layers of its checkpoint, and its soft prompt or None.
+
+    Args:
+        changes: fields of `Adjusted` to change in the model; None, and a field that is None, keep the run's.
+
+    Raises:
+        UserError: there is no such run, or its model refuses a change.
+    """
+    config = adjusted(run_config(directory), changes or {})
     weights = read_weights(directory)
     prompt = None if weights.prompt is None else SoftPrompt.from_embeddings(weights.prompt).to(device)
     model = restored_model(config, weights, run_tokenizer(directory).vocab_size, device, directory)
@@ -70,7 +111,8 @@ def generate(config: GenerateConfig) -> str:
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
-    saved, tokenizer = run_config(directory), run_tokenizer(directory)
+    changes = asdict(config.model)
+    saved, tokenizer = adjusted(run_config(directory), changes), run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
     sparsity = saved.sparsity if saved.sparsity.is_sparse else None
     length = len(ids) + max(0, config.max_new_tokens)
@@ -80,7 +122,7 @@ def generate(config: GenerateConfig) -> str:
     what = f"generation with max_new_tokens={config.max_new_tokens} behind {len(ids)} tokens"
     check_memory(workload, what, {"cached": "prompt and max_new_tokens together"}, device, config.force)
     with memory_errors("this generation"):
-        model, prompt = load_run(directory, device)
+        model, prompt = load_run(directory, device, changes)
         tokens = model.generate(
             torch.tensor([ids], device=device),
             config.max_new_tokens,
