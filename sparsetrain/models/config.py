@@ -41,8 +41,8 @@ class ModelConfig:
         positions: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
         positions_scale: factor s, at least 1, by which ALiBi or RoPE is stretched for sequences beyond the trained
             length. ALiBi divides its slopes by s (arXiv 2310.13017); `rope_scaling` says what RoPE does. ``"dynamic"``
-            takes s = max(1, T / ``max_context``) from the T tokens of each forward pass, with a cache counting those
-            in it, so that passes up to the trained length stay bit for bit the same.
+            takes s = max(1, T / ``max_context``) from the T tokens of each pass, with padding and the tokens of a
+            cache, so that passes up to the trained length stay bit for bit the same.
         rope_base: base of the geometric sequence of rotary wavelengths.
         rope_fraction: part of each head that RoPE rotates, in (0, 1]: its first ``d_rotary`` features.
         rope_scaling: what RoPE does with the factor s. ``"linear"`` divides positions by s (arXiv 2306.15595).
