@@ -89,7 +89,7 @@ def use_paths(values: dict[str, Any]) -> None:
 def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:
     """Replace the model, the sparsity and the sections ``inherited`` in ``values`` by those of the run ``init_from``.
 
-    Typed settings of the model that may change after training (`ADJUSTABLE`) stay.
+    Typed settings of the model that may change after training (`ADJUSTABLE`) stay, unless they are null.
 
     Raises:
         UserError: there is no such run, or an ``overridden`` setting would change the shape of its model.
@@ -115,7 +115,7 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
                 if asked:
                     raise UserError(f"init_from={directory}: its checkpoint has another shape: {asked[0]}")
         typed = {free[key]: values["model"][free[key]] for key in overridden if section == "model" and key in free}
-        values[section] = {**saved[section], **typed}
+        values[section] = {**saved[section], **{name: value for name, value in typed.items() if value is not None}}
     for section in inherited:
         if section in overridden:
             continue

@@ -66,6 +66,9 @@ def test_fine_tuning_at_a_fixed_factor_hands_it_on(
     same = ["model=tiny", "model.max_context=64", "model.init_std=0.02"]
     assert load("finetune", [f"init_from={tuned.directory}", *same]).model["positions_scale"] == 2
     assert load("prompt", [f"init_from={tuned.directory}", "model.positions_scale=1"]).model["positions_scale"] == 1
+    assert (
+        load("finetune", [f"init_from={tuned.directory}", "model.positions_scale=null"]).model["positions_scale"] == 2
+    )
     assert load_run(tuned.directory, CPU)[0].config.positions_scale == 2
     assert load_run(tuned.directory, CPU, {"positions_scale": "dynamic"})[0].config.positions_scale == "dynamic"
 
