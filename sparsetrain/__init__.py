@@ -5,7 +5,7 @@ from sparsetrain.data import Mixture, register_source, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import register_example_gradients
 from sparsetrain.gradients.per_example import per_example_norms
-from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
+from sparsetrain.models import ModelConfig, SoftPrompt, Transformer, alibi_slopes
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
 from sparsetrain.quantization import quantize
@@ -68,6 +68,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "VariableSparsity",
+    "alibi_slopes",
     "batch_opt",
     "decay_groups",
     "densify",

@@ -22,7 +22,6 @@ from sparsetrain.cli.schema import alternatives, schema_of, union
 from sparsetrain.cli.stages import prefer_typed_arms
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError
-from sparsetrain.models import ModelConfig
 from sparsetrain.runs.recorded import complete, entries
 
 
@@ -83,8 +82,9 @@ def _entries(listed: Any) -> list[str]:
 def _sections(path: str, kind: type) -> list[tuple[str, type]]:
     """Return the dataclasses whose docstrings explain the settings of a configuration, each once with its path."""
     found: dict[type, str] = {kind: path}
+    named = {entry.name: entry.metadata["section"] for entry in dataclasses.fields(kind) if "section" in entry.metadata}
     for name, hint in get_type_hints(kind).items():
-        for arm in (ModelConfig,) if name == "model" else _inner(hint):
+        for arm in _inner(named.get(name, hint)):
             if isinstance(arm, type) and dataclasses.is_dataclass(arm):
                 for inner_path, inner in _sections(name, arm):
                     found.setdefault(inner, inner_path)

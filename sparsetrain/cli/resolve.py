@@ -15,6 +15,7 @@ from sparsetrain.cli.stages import check_entries, prefer_typed_arms
 from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
+from sparsetrain.models.config import ADJUSTABLE
 from sparsetrain.optim import LENGTHS
 from sparsetrain.runs.identity import value_differences
 from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
@@ -85,6 +86,8 @@ def use_paths(values: dict[str, Any]) -> None:
 def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:
     """Replace the model, the sparsity and the sections ``inherited`` in ``values`` by those of the run ``init_from``.
 
+    Typed settings of the model that may change after training (`ADJUSTABLE`) stay, unless they are null.
+
     Raises:
         UserError: there is no such run, or an ``overridden`` setting would change the shape of its model.
     """
@@ -99,14 +102,17 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
     for section in ("model", "sparsity", *inherited):
         if not isinstance(saved.get(section), dict):
             raise UserError(f"{directory / CONFIG} is incomplete: it has no section {section}")
+    free = {f"model.{name}": name for name in ADJUSTABLE}
     for section in ("model", "sparsity"):
         for key in overridden:
             if key == section or key.startswith(f"{section}."):
                 changed = value_differences({section: values[section]}, {section: saved[section]}, RunConfig)
+                changed = [text for text in changed if text.partition("=")[0] not in free]
                 asked = [text for text in changed if key == section or text.startswith(f"{key}=")]
                 if asked:
                     raise UserError(f"init_from={directory}: its checkpoint has another shape: {asked[0]}")
-        values[section] = saved[section]
+        typed = {free[key]: values["model"][free[key]] for key in overridden if section == "model" and key in free}
+        values[section] = {**saved[section], **{name: value for name, value in typed.items() if value is not None}}
     for section in inherited:
         if section in overridden:
             continue

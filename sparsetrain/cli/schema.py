@@ -11,7 +11,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from sparsetrain import plugins
 from sparsetrain.cli.verbs import find
-from sparsetrain.models import ModelConfig
 from sparsetrain.sparsity.evolution.base import RULES
 
 WITH_ALTERNATIVES: dict[str, type] = {}
@@ -39,10 +38,11 @@ def _schema(kind: type, rules: Any) -> type:
         if name not in known:
             members.append((name, hint | None, dataclasses.field(default=None)))
     for entry in dataclasses.fields(kind):
-        hint = ModelConfig if entry.name == "model" else hints[entry.name]
+        hint = entry.metadata.get("section", hints[entry.name])
         arms = set(get_args(hint)) - {type(None)} if get_origin(hint) is UnionType else set()
-        if len(arms) > 1 and any(map(dataclasses.is_dataclass, arms)):
-            hint = Any  # a number or a section: OmegaConf knows no such type
+        if len(arms) > 1 and (str in arms or any(map(dataclasses.is_dataclass, arms))):
+            # A number or a section: OmegaConf knows no such type. A number or a word: as text, 2 would become '2'.
+            hint = Any
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             section = schema(hint)
             members.append((entry.name, section, dataclasses.field(default_factory=_section(entry, hint, section))))

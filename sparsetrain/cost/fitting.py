@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -52,7 +53,7 @@ def _largest(workload: Workload, name: str, size: int) -> int | None:
         values = (n for n in range(now + 1, min(rows, _MOST_MICRO_BATCHES) + 1) if rows % n == 0)
         return next((n for n in values if fits(lambda n: replace(workload, micro_batch=rows // n), n)), None)
     if name == "d_model":
-        step = model.n_heads * (2 if model.positions == "rope" else 1)
+        step = model.n_heads * (math.ceil(2 / model.rope_fraction) if model.positions == "rope" else 1)
         found = _bisect(lambda k: fits(of_model("d_model"), k * step), model.d_model // step)
         return None if found is None else found * step
     changes: dict[str, tuple[Callable[[int], Workload], int]] = {

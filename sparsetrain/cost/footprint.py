@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from sparsetrain.cost.flops import matrices
-from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.config import DYNAMIC, ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
 from sparsetrain.sparsity.config import SparsityConfig
 from sparsetrain.sparsity.evolution.base import RULES
@@ -127,10 +127,15 @@ class Workload:
 
     def _evaluation(self) -> list[Part]:
         """A forward pass without gradients, which holds the activations of one block at a time."""
-        model, tokens = self.model, self.evaluated * self.context
+        model, rows = self.model, self.evaluated
+        # Beyond the trained length, dynamic positions read all cached tokens again, from their embeddings.
+        dynamic = model.positions_scale == DYNAMIC
+        again = dynamic and self.cached > model.max_context
+        tokens = rows * (max(self.context, self.cached) if again else self.context)
         least = tokens * (2 * model.d_model + (3 if model.mlp == "swiglu" else 2) * model.ffn_width)
         likely = least + tokens * model.d_model
-        cache = 2 * self.evaluated * self.cached * model.n_layers * model.kv_heads * model.d_head * _FLOAT
+        cached = 2 * model.n_layers * model.kv_heads * model.d_head + (model.d_model if dynamic else 0)
+        cache = rows * self.cached * cached * _FLOAT
         chunk = self._chunk(tokens)
         return [
             *self._state(1, 1 + (self.moments if self.trained and self.batch_size else 0)),

@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.cpu_attention import fused_attention, suits
 from sparsetrain.models.kv_cache import KVCache
-from sparsetrain.models.positions import alibi_bias, alibi_features, alibi_slopes, rope_tables, rotate
+from sparsetrain.models.positions import (
+    alibi_bias,
+    alibi_features,
+    alibi_slopes,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
 
 _QUERY_BLOCK = 128  # queries per explicit mask [H, block, S]; a mask for all queries could be too large
 
@@ -27,13 +34,15 @@ class Span:
     Attributes:
         first: position of the first token; above 0 only with a cache.
         length: T.
-        rope: cosines and sines ``[T, 1, D]`` for rotary positions.
+        factor: s, by which ALiBi or RoPE is stretched in this call; see `ModelConfig.positions_scale`.
+        rope: cosines and sines ``[T, 1, R]`` for rotary positions.
         slopes: ALiBi slopes ``[H]``, or zeros without ALiBi; set if `fused_attention` computes the call.
         alibi: extra features ``[T, 3 H, E]`` for ALiBi; set if torch's kernel computes a call without a filled cache.
     """
 
     first: int
     length: int
+    factor: float = 1.0
     rope: tuple[Tensor, Tensor] | None = None
     slopes: Tensor | None = None
     alibi: Tensor | None = None
@@ -42,13 +51,16 @@ class Span:
 def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
     """Return the span of tokens ``x`` ``[B, T, d_model]`` whose first position is ``first``."""
     length = x.shape[1]
-    span = Span(first, length)
+    span = Span(first, length, config.positions_factor(first + length))
     if config.positions == "rope":
-        span.rope = rope_tables(first, length, config.d_head, config.rope_base, x.device)
+        frequencies, multiplier = rope_frequencies(
+            config.d_rotary, config.rope_base, config.rope_scaling, span.factor, config.max_context
+        )
+        span.rope = rope_tables(first, length, frequencies, x.device, multiplier)
     if first > 0:
         return span
     alibi, dtype = config.positions == "alibi", attention_dtype(x)
-    slopes = alibi_slopes(config.n_heads)
+    slopes = alibi_slopes(config.n_heads) / span.factor
     if suits(dtype, x.device):
         span.slopes = slopes.float() if alibi else torch.zeros_like(slopes, dtype=torch.float32)
     elif alibi:
@@ -95,7 +107,7 @@ class Attention(nn.Module):
             q, k, v = qkv.split((self.n_heads, self.kv_heads, self.kv_heads), dim=2)
             k, v = cache.append(layer, k, v)
             if span.first > 0:
-                return self.out(self._attend_to_cache(q, k, v, span.first))
+                return self.out(self._attend_to_cache(q, k, v, span))
         return self.out(self._attend(qkv, span))
 
     def _attend(self, qkv: Tensor, span: Span) -> Tensor:
@@ -116,18 +128,19 @@ class Attention(nn.Module):
         y = self._fused(q, k, v, mask=None)[..., : self.d_head]
         return rearrange(y, "b h t d -> b t (h d)").to(dtype)
 
-    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """Attention of queries ``[B, T, H, D]`` from position ``first`` to keys ``[B, S, K, D]``: ``[B, T, H D]``."""
+    def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
+        """Attention of the queries ``[B, T, H, D]`` of a span to keys ``[B, S, K, D]``: ``[B, T, H D]``."""
         dtype = attention_dtype(q)
         k, v = self._repeat(k.to(dtype)), self._repeat(v.to(dtype))
         blocks = []
         for start in range(0, q.shape[1], _QUERY_BLOCK):
             block = q[:, start : start + _QUERY_BLOCK].to(dtype)
-            y = self._fused(block, k, v, self._mask(first + start, block.shape[1], k.shape[1], block))
+            mask = self._mask(span.first + start, block.shape[1], k.shape[1], block, span.factor)
+            y = self._fused(block, k, v, mask)
             blocks.append(rearrange(y, "b h t d -> b t (h d)"))
         return torch.cat(blocks, dim=1).to(q.dtype)
 
-    def _mask(self, first: int, n_queries: int, n_keys: int, like: Tensor) -> Tensor | None:
+    def _mask(self, first: int, n_queries: int, n_keys: int, like: Tensor, factor: float) -> Tensor | None:
         """Return the additive mask of queries from position ``first``: ``[1 or H, n_queries, n_keys]``."""
         alibi = self.positions == "alibi"
         if not alibi and n_queries == 1 and first == n_keys - 1:
@@ -135,7 +148,7 @@ class Attention(nn.Module):
         shape = (n_queries, n_keys)
         hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu(first + 1)
         if alibi:
-            bias = alibi_bias(alibi_slopes(self.n_heads), first, n_queries, n_keys, like)
+            bias = alibi_bias(alibi_slopes(self.n_heads) / factor, first, n_queries, n_keys, like)
         else:
             bias = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
         return bias.masked_fill(hidden, -torch.inf)

@@ -12,6 +12,10 @@ from sparsetrain.sparsity.patterns.spec import PATTERNS
 MLPS = ("gelu", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("alibi", "rope", "learned", "none")
+ROPE_SCALINGS = ("linear", "ntk", "yarn")
+DYNAMIC = "dynamic"
+ADJUSTABLE = ("positions_scale", "rope_scaling")
+"""Fields that may differ from those that the weights were trained with."""
 
 # Indices of a sparse matrix have 32 bits. Blocks are Python objects, whose list must not exhaust the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 2**16
@@ -27,7 +31,8 @@ class ModelConfig:
         n_heads: number of query heads; must divide ``d_model``.
         vocab_size: rows of the embedding and of the head.
         n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None means ``n_heads``.
-        max_context: tokens in the longest training sequence. It limits the length only with learned positions.
+        max_context: tokens in the longest training sequence, the trained length. It limits the length only with learned
+            positions.
         mlp: ``"gelu"`` (up, down) or ``"swiglu"`` (gate, up, down).
         d_ff: width inside the MLP; None means ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, which
             give both the same number of parameters.
@@ -35,7 +40,15 @@ class ModelConfig:
         norm_eps: epsilon that a norm adds to the variance (layernorm) or the mean square (rmsnorm).
         bias: whether linear layers and layer norms have a bias. RMSNorm never has one.
         positions: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
+        positions_scale: factor s, at least 1, by which ALiBi or RoPE is stretched for sequences beyond the trained
+            length. ALiBi divides its slopes by s (arXiv 2310.13017); `rope_scaling` says what RoPE does. ``"dynamic"``
+            takes s = max(1, T / ``max_context``) from the T tokens of each pass, with padding and the tokens of a
+            cache, so that passes up to the trained length stay bit for bit the same.
         rope_base: base of the geometric sequence of rotary wavelengths.
+        rope_fraction: part of each head that RoPE rotates, in (0, 1]: its first ``d_rotary`` features.
+        rope_scaling: what RoPE does with the factor s. ``"linear"`` divides positions by s (arXiv 2306.15595).
+            ``"ntk"`` multiplies ``rope_base`` by s^(R / (R - 2)) for R rotated features. ``"yarn"`` divides only the
+            slow frequencies, and multiplies the scores of rotated features by (0.1 ln s + 1)^2 (arXiv 2309.00071).
         tie_embeddings: whether the head shares the embedding's weight.
         init_std: standard deviation sigma of the initial weights, before the parameterization scales it.
         init_truncation: initial weights lie within this many standard deviations of 0, each matrix's own; numbers
@@ -67,7 +80,10 @@ class ModelConfig:
     norm_eps: float = 1e-5
     bias: bool = False
     positions: str = "alibi"
+    positions_scale: float | str = 1.0
     rope_base: float = 10000.0
+    rope_fraction: float = 1.0
+    rope_scaling: str = "linear"
     tie_embeddings: bool = True
     init_std: float = 0.02
     sparsity: float = 0.0
@@ -92,10 +108,6 @@ class ModelConfig:
         check_choice("positions", self.positions, POSITIONS)
         if self.sparsity_pattern not in PATTERNS:
             check_choice("sparsity_pattern", self.sparsity_pattern, PATTERNS)
-        if self.positions == "rope" and self.d_head % 2:
-            raise UserError(
-                f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs and needs an even head width"
-            )
         for name in ("bias", "tie_embeddings", "scale_glu_init"):
             if not isinstance(getattr(self, name), bool):
                 raise UserError(f"{name}={getattr(self, name)!r} is not true or false")
@@ -113,8 +125,50 @@ class ModelConfig:
                 raise UserError(f"init_truncation={self.init_truncation} is not at least {LEAST_TRUNCATION}, or null")
         if not self.scale_glu_init and self.mlp != "swiglu":
             raise UserError(f"scale_glu_init=False: only mlp='swiglu' has a gate, and mlp is {self.mlp!r}")
+        self._check_positions()
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0):
             raise UserError(f"seed={self.seed!r} is not a non-negative integer or null")
+
+    def _check_positions(self) -> None:
+        check_choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+        _check_real("rope_fraction", self.rope_fraction)
+        if not 0.0 < self.rope_fraction <= 1.0:
+            raise UserError(f"rope_fraction={self.rope_fraction} is not in (0, 1]")
+        scale, stretched = self.positions_scale, self.positions in ("alibi", "rope")
+        number = isinstance(scale, int | float) and not isinstance(scale, bool) and 1.0 <= scale < math.inf
+        if scale != DYNAMIC and not number:
+            raise UserError(f"positions_scale={scale!r} is neither a number of at least 1 nor {DYNAMIC!r}")
+        if scale != 1.0 and not stretched:
+            raise UserError(
+                f"positions_scale={scale} needs positions=alibi or rope: positions={self.positions} has none"
+            )
+        if self.positions != "rope":
+            for name, usual in (("rope_fraction", 1.0), ("rope_scaling", ROPE_SCALINGS[0])):
+                if getattr(self, name) != usual:
+                    raise UserError(f"{name}={getattr(self, name)} needs positions=rope, not {self.positions}")
+            return
+        if self.rope_fraction == 1.0 and self.d_head % 2:
+            raise UserError(
+                f"d_model / n_heads = {self.d_head} is odd: positions='rope' rotates pairs and needs an even head width"
+            )
+        if self.d_rotary < 2 or self.d_rotary % 2:
+            raise UserError(
+                f"rope_fraction={self.rope_fraction} rotates {self.d_rotary} of d_model / n_heads = {self.d_head} "
+                "features, but positions='rope' rotates pairs and needs an even number of them"
+            )
+        if self.rope_scaling == "yarn" and self.rope_base <= 1.0:
+            raise UserError(f"rope_base={self.rope_base} must be above 1 with rope_scaling=yarn")
+
+    @property
+    def d_rotary(self) -> int:
+        """Features of a head that RoPE rotates: ``rope_fraction`` of them, rounded down."""
+        return int(self.d_head * self.rope_fraction)
+
+    def positions_factor(self, tokens: int) -> float:
+        """Return the factor s of ``positions_scale`` for a pass over ``tokens`` tokens, with those in a cache."""
+        if isinstance(self.positions_scale, str):
+            return max(1.0, tokens / self.max_context)
+        return float(self.positions_scale)
 
     @property
     def d_head(self) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
-from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.config import DYNAMIC, ModelConfig
 
 
 class KVCache:
@@ -14,6 +14,13 @@ class KVCache:
 
     Keys are stored after rotation (for RoPE) and without the ALiBi bias, which depends on the distance to the query and
     is added at each read.
+
+    With ``positions_scale=dynamic`` the factor follows the number of tokens, and everything behind the first layer
+    depends on it. The cache then also holds the embeddings of its tokens, ``[batch, capacity, d_model]``, so that
+    `inputs` can have the pass repeated.
+
+    Attributes:
+        factor: the factor of ``positions_scale`` that the keys and values were computed with.
     """
 
     def __init__(
@@ -24,6 +31,32 @@ class KVCache:
         self.values = torch.empty(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.length = 0
+        self.factor = 1.0
+        self._factor_of = config.positions_factor if config.positions_scale == DYNAMIC else None
+        self._embeddings: Tensor | None = None
+
+    def inputs(self, embeddings: Tensor) -> Tensor:
+        """Return the embeddings ``[B, S, d_model]`` that a pass over the next tokens has to read.
+
+        These are the given ones ``[B, T, d_model]``, or those of all tokens if the T tokens change the factor of
+        ``positions_scale=dynamic``. The cache is then emptied and the pass is the same as without a cache. Beyond
+        ``max_context`` each call changes the factor, so generation there reads all tokens again for each new one.
+
+        Raises:
+            UserError: the tokens exceed the capacity.
+        """
+        if self._factor_of is None:
+            return embeddings
+        end = self.length + embeddings.shape[1]
+        self._check(end)
+        if self._embeddings is None:
+            self._embeddings = embeddings.new_empty(len(embeddings), self.capacity, embeddings.shape[2])
+        self._embeddings[:, self.length : end] = embeddings
+        before, self.factor = self.factor, self._factor_of(end)
+        if self.length > 0 and self.factor != before:
+            self.length = 0
+            return self._embeddings[:, :end]
+        return embeddings
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store ``[B, T, kv_heads, d_head]`` after the tokens of layer ``layer``; return views of all its tokens.
@@ -32,11 +65,14 @@ class KVCache:
             UserError: the tokens exceed the capacity.
         """
         end = self.length + keys.shape[1]
-        if end > self.capacity:
-            raise UserError(f"the cache holds {self.capacity} tokens; {end} do not fit")
+        self._check(end)
         self.keys[layer, :, self.length : end] = keys
         self.values[layer, :, self.length : end] = values
         return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def _check(self, end: int) -> None:
+        if end > self.capacity:
+            raise UserError(f"the cache holds {self.capacity} tokens; {end} do not fit")
 
     def rewind(self, length: int) -> None:
         """Keep only the first ``length`` tokens; later tokens overwrite the others."""

@@ -1,6 +1,6 @@
 """Position encodings: ALiBi as extra features of queries and keys, and rotary embeddings.
 
-Shapes: B batch, T tokens, H heads, D head width, E extra features.
+Shapes: B batch, T tokens, H heads, D head width, R features of a head that are rotated, E extra features.
 
 ALiBi (Press et al. 2022; arXiv 2310.13017) adds ``-m_h (i - j)`` to the score of query i and key j. A term that depends
 only on i cancels in the softmax, so ``m_h j`` suffices. That is an inner product: one extra feature of the key holds
@@ -15,8 +15,12 @@ import math
 import torch
 from torch import Tensor
 
+from sparsetrain.errors import UserError
+
 _EXACT_DTYPES = (torch.float32, torch.float64)
 _SUMMANDS = 3  # of 8 (bfloat16) or 11 (float16) bits each; together they represent the bias as exactly as float32
+# Turns within the trained length from which YaRN keeps a frequency, and up to which it divides it.
+_FAST, _SLOW = 32.0, 1.0
 _ALIGNMENT = 8  # fused kernels are fastest for head widths that are multiples of 8; others cost twice as much on a CPU
 
 
@@ -24,8 +28,13 @@ def alibi_slopes(n_heads: int) -> Tensor:
     """Return the slopes ``m_h > 0``, float64 ``[H]``.
 
     For a power of two, ``m_h = 2^(-8 h / H)`` for h = 1..H. Otherwise the slopes are those of the next lower power of
-    two p, followed by every other slope of 2p.
+    two p, followed by every other slope of 2p, as in the authors' code.
+
+    Raises:
+        UserError: ``n_heads`` is not positive.
     """
+    if isinstance(n_heads, bool) or not isinstance(n_heads, int) or n_heads < 1:
+        raise UserError(f"n_heads={n_heads!r} is not a positive integer")
     power = 1 << (n_heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * h / power) for h in range(1, power + 1)]
     slopes += [2.0 ** (-4.0 * h / power) for h in range(1, 2 * (n_heads - power), 2)]
@@ -81,19 +90,69 @@ def alibi_bias(slopes: Tensor, first_query: int, n_queries: int, n_keys: int, li
     return (-slopes.to(like.device, wide)[:, None, None] * distance).to(like.dtype)
 
 
-def rope_tables(first: int, length: int, d_head: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of the rotary angles, float32 ``[T, 1, D]``, for positions ``first .. first + T - 1``.
+def rope_frequencies(d_rotary: int, base: float, kind: str, factor: float, max_context: int) -> tuple[Tensor, float]:
+    """Return the rotary frequencies, float64 ``[R / 2]``, in radians per token, and the factor of the tables.
 
-    Feature pair p consists of features p and p + D/2 and is rotated by ``position * base^(-2 p / D)`` (Su et al. 2021).
+    Pair p has the frequency ``base^(-2 p / R)`` (Su et al. 2021). A factor s above 1 changes it:
+
+    * ``linear``: it is divided by s (arXiv 2306.15595).
+    * ``ntk``: the base is multiplied by ``s^(R / (R - 2))``, so that the slowest pair is divided by s and the fastest
+      stays. A single pair is the fastest.
+    * ``yarn``: a pair that turns at least 32 times within ``max_context`` stays, one that turns at most once is divided
+      by s, and a ramp over p lies between them. The tables, and with them queries and keys, are multiplied by
+      ``0.1 ln s + 1`` (arXiv 2309.00071).
+
+    Args:
+        d_rotary: R.
+        base: base of the geometric sequence.
+        kind: ``linear``, ``ntk`` or ``yarn``.
+        factor: s, at least 1.
+        max_context: the trained length, in tokens.
     """
-    frequencies = base ** (-torch.arange(0, d_head, 2, dtype=torch.float64, device="cpu") / d_head)
+    pairs = torch.arange(0, d_rotary, 2, dtype=torch.float64, device="cpu")
+    frequencies = base ** (-pairs / d_rotary)
+    if factor == 1.0:
+        return frequencies, 1.0
+    if kind == "linear":
+        return frequencies / factor, 1.0
+    if kind == "ntk":
+        return frequencies * factor ** (-pairs / max(1, d_rotary - 2)), 1.0
+    first, last = (_pair_of_turns(turns, d_rotary, base, max_context) for turns in (_FAST, _SLOW))
+    low = max(math.floor(first), 0)
+    high = max(min(math.ceil(last), d_rotary - 1), low)
+    # Both ends of the ramp may be the same pair.
+    ramp = ((pairs / 2 - low) / (high - low or 0.001)).clamp(0.0, 1.0)
+    return frequencies * (1.0 - ramp) + frequencies / factor * ramp, 0.1 * math.log(factor) + 1.0
+
+
+def _pair_of_turns(turns: float, d_rotary: int, base: float, max_context: int) -> float:
+    """Return the pair, as a real number, that turns ``turns`` times within ``max_context`` tokens."""
+    return d_rotary * math.log(max_context / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+
+def rope_tables(
+    first: int, length: int, frequencies: Tensor, device: torch.device, factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of the rotary angles, float32 ``[T, 1, R]``, for positions ``first .. first + T - 1``.
+
+    Pair p consists of features p and p + R/2 and is rotated by ``position * frequencies[p]`` (Su et al. 2021).
+
+    Args:
+        frequencies: ``[R / 2]``, and ``factor``, by which the tables are multiplied: see `rope_frequencies`.
+    """
     positions = torch.arange(first, first + length, dtype=torch.float64, device="cpu")
     angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None, :]
-    return angles.cos().float().to(device), angles.sin().float().to(device)
+    cos, sin = angles.cos(), angles.sin()
+    if factor != 1.0:
+        cos, sin = cos * factor, sin * factor
+    return cos.float().to(device), sin.float().to(device)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate ``x`` ``[B, T, H, D]`` with the tables ``[T, 1, D]``; the dtype of ``x`` is kept."""
+    """Rotate the first R features of ``x`` ``[B, T, H, D]`` with tables ``[T, 1, R]``; the dtype of ``x`` is kept."""
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat((rotate(x[..., :width], cos, sin), x[..., width:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos.to(x.dtype) + turned * sin.to(x.dtype)

@@ -162,7 +162,8 @@ class Transformer(nn.Module):
         Args:
             tokens: ``[B, T]``; give these or ``embeddings``.
             embeddings: ``[B, T, D]``, as `embed_tokens` returns them.
-            cache: the tokens before these; the cache grows by T.
+            cache: the tokens before these; the cache grows by T. The result is that of one pass over all tokens, also
+                under ``positions_scale=dynamic``; see `KVCache.inputs`.
 
         Raises:
             UserError: neither or both inputs are given, or there are more tokens than learned positions.
@@ -172,8 +173,9 @@ class Transformer(nn.Module):
         if embeddings is None:
             assert tokens is not None
             embeddings = self.embed_tokens(tokens)
+        asked = embeddings.shape[1]
+        x = embeddings if cache is None else cache.inputs(embeddings)
         first = 0 if cache is None else cache.length
-        x = embeddings
         if self.positions is not None:
             end = first + x.shape[1]
             if end > self.config.max_context:
@@ -188,7 +190,7 @@ class Transformer(nn.Module):
             x = block(x, span, cache, layer)
         if cache is not None:
             cache.advance(span.length)
-        return self.final_norm(x)
+        return self.final_norm(x if x.shape[1] == asked else x[:, -asked:])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map the output of `hidden` ``[..., D]`` to logits ``[..., V]``."""

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
+from sparsetrain.models.config import ROPE_SCALINGS
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.quantized import is_quantized, load_quantized
 from sparsetrain.runs.recorded import read_recorded
@@ -23,11 +26,29 @@ from sparsetrain.training.state import DEVICES, resolve_device
 
 
 @dataclass
+class Adjusted:
+    """Settings of a model that may differ from those it was trained with; null keeps the run's.
+
+    Args:
+        positions_scale: factor of the positions, or ``dynamic``, for more tokens than the run was trained with.
+        rope_scaling: what RoPE does with the factor: ``linear``, ``ntk`` or ``yarn``.
+    """
+
+    positions_scale: float | str | None = None
+    rope_scaling: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.rope_scaling is not None:
+            check_choice("rope_scaling", self.rope_scaling, ROPE_SCALINGS)
+
+
+@dataclass
 class GenerateConfig:
     """Continue a text with the model of a run.
 
     Args:
         init_from: the run directory, or a directory that ``sparsetrain quantize`` wrote.
+        model: settings of its model that may be changed.
         prompt: the text to continue.
         max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
         temperature: sampling temperature; 0 takes the most likely token.
@@ -37,6 +58,7 @@ class GenerateConfig:
     """
 
     init_from: str | None = None
+    model: Adjusted = field(default_factory=Adjusted)
     prompt: str = ""
     max_new_tokens: int = 100
     temperature: float = 0.8
@@ -59,9 +81,28 @@ def run_config(directory: Path) -> RunConfig:
     return build(RunConfig, {key: value for key, value in saved.items() if key in common})
 
 
-def load_run(directory: Path, device: torch.device) -> tuple[Transformer, SoftPrompt | None]:
-    """Return the model of a run, with the sparse layers of its checkpoint, and its soft prompt or None."""
-    config = run_config(directory)
+def adjusted(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return settings whose model has the ``changes`` that are not None.
+
+    Raises:
+        UserError: the model refuses one.
+    """
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return replace(config, model={**config.model, **changes}) if changes else config
+
+
+def load_run(
+    directory: Path, device: torch.device, changes: Mapping[str, Any] | None = None
+) -> tuple[Transformer, SoftPrompt | None]:
+    """Return the model of a run, with the sparse layers of its checkpoint, and its soft prompt or None.
+
+    Args:
+        changes: fields of `Adjusted` to change in the model; None, and a field that is None, keep the run's.
+
+    Raises:
+        UserError: there is no such run, or its model refuses a change.
+    """
+    config = adjusted(run_config(directory), changes or {})
     weights = read_weights(directory)
     prompt = None if weights.prompt is None else SoftPrompt.from_embeddings(weights.prompt).to(device)
     model = restored_model(config, weights, run_tokenizer(directory).vocab_size, device, directory)
@@ -73,14 +114,16 @@ def generate(config: GenerateConfig) -> str:
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
+    changes = {name: value for name, value in asdict(config.model).items() if value is not None}
     quantized = load_quantized(directory) if is_quantized(directory) else None
     tokenizer = run_tokenizer(directory)
     ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
     if quantized is None:
-        saved = run_config(directory)
+        saved = adjusted(run_config(directory), changes)
         shape, sparsity = model_config(saved.model, tokenizer.vocab_size), saved.sparsity
     else:
         # It holds less than the dense model that is counted here.
+        quantized.config = replace(quantized.config, **changes)
         shape, sparsity = quantized.config, SparsityConfig()
     length = len(ids) + max(0, config.max_new_tokens)
     plan = sparsity if sparsity.is_sparse else None
@@ -88,7 +131,7 @@ def generate(config: GenerateConfig) -> str:
     what = f"generation with max_new_tokens={config.max_new_tokens} behind {len(ids)} tokens"
     check_memory(workload, what, {"cached": "prompt and max_new_tokens together"}, device, config.force)
     with memory_errors("this generation"):
-        model, prompt = load_run(directory, device) if quantized is None else (quantized.to(device), None)
+        model, prompt = load_run(directory, device, changes) if quantized is None else (quantized.to(device), None)
         tokens = model.generate(
             torch.tensor([ids], device=device),
             config.max_new_tokens,

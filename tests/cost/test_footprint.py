@@ -13,7 +13,7 @@ from fresh import Fresh
 from torch import Tensor
 
 from sparsetrain.cost.fitting import what_fits
-from sparsetrain.cost.footprint import ACTIVATIONS, BATCH, EMBEDDINGS, WEIGHTS, Workload, hidden_matrices
+from sparsetrain.cost.footprint import ACTIVATIONS, BATCH, CACHE, EMBEDDINGS, WEIGHTS, Workload, hidden_matrices
 from sparsetrain.cost.memory import training_bytes
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
@@ -58,6 +58,31 @@ def test_activations_are_those_that_autograd_saves(change: dict[str, Any]) -> No
     found = {part.name: part for part in workload._forward()}[ACTIVATIONS]
     assert 0.85 * measured <= found.least <= measured
     assert measured / 1.1 <= found.likely <= 1.3 * measured
+
+
+@pytest.mark.parametrize("scale", [1.0, "dynamic"])
+def test_a_cache_takes_the_bytes_of_its_tensors(scale: float | str) -> None:
+    """Dynamic positions keep the embeddings of the tokens too, and read all of them again beyond ``max_context``."""
+    config = ModelConfig(**SMALL, max_context=16, n_kv_heads=1, positions_scale=scale)
+    model, tokens = Transformer(config), torch.randint(config.vocab_size, (2, 12))
+    with torch.no_grad():
+        cache = model.new_cache(model.embed_tokens(tokens), 40)
+        model.hidden(tokens, cache=cache)
+    tensors = [value for value in vars(cache).values() if isinstance(value, Tensor)]
+    parts = {part.name: part for part in Workload(config, evaluated=2, context=12, cached=40)._evaluation()}
+    assert parts[CACHE].likely == sum(tensor.nbytes for tensor in tensors)
+    read = 40 if scale == "dynamic" else 12
+    passed = {part.name: part for part in Workload(config, evaluated=2, context=read)._evaluation()}
+    assert parts[ACTIVATIONS] == passed[ACTIVATIONS]
+
+
+def test_advice_on_the_width_keeps_a_part_of_each_head_that_can_be_rotated() -> None:
+    config = ModelConfig(512, 2, 4, 64, positions="rope", rope_fraction=0.25)
+    workload = Workload(config, batch_size=1, micro_batch=1)
+    (advice,) = what_fits(workload, workload.footprint().likely // 2, {"d_model": "d_model"})
+    width = int(advice.partition("=")[2])
+    assert replace(config, d_model=width).d_rotary % 2 == 0
+    assert 256 < width < 512
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.75])

@@ -35,6 +35,62 @@ def scramble() -> Callable[[PreTrainedModel], Mapping[str, Tensor]]:
     return _scramble
 
 
+def _llama_state(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of transformers' Llama under our names; the head is not tied."""
+    state = {
+        "embed.weight": source["model.embed_tokens.weight"],
+        "final_norm.weight": source["model.norm.weight"],
+        "head.weight": source["lm_head.weight"],
+    }
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat(
+            [source[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"]
+        )
+        for ours, other in (
+            ("attn_norm", "input_layernorm"),
+            ("attn.out", "self_attn.o_proj"),
+            ("mlp_norm", "post_attention_layernorm"),
+            ("mlp.gate", "mlp.gate_proj"),
+            ("mlp.up", "mlp.up_proj"),
+            ("mlp.down", "mlp.down_proj"),
+        ):
+            state[f"blocks.{i}.{ours}.weight"] = source[f"{layer}{other}.weight"]
+    return state
+
+
+@pytest.fixture
+def llama_state() -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """The weights of transformers' Llama under our names."""
+    return _llama_state
+
+
+def _mpt_state(source: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of transformers' MPT under our names."""
+    state = {
+        "embed.weight": source["transformer.wte.weight"],
+        "head.weight": source["transformer.wte.weight"],
+        "final_norm.weight": source["transformer.norm_f.weight"],
+    }
+    for i in range(LAYERS):
+        for ours, other in (
+            ("attn_norm", "norm_1"),
+            ("attn.qkv", "attn.Wqkv"),
+            ("attn.out", "attn.out_proj"),
+            ("mlp_norm", "norm_2"),
+            ("mlp.up", "ffn.up_proj"),
+            ("mlp.down", "ffn.down_proj"),
+        ):
+            state[f"blocks.{i}.{ours}.weight"] = source[f"transformer.blocks.{i}.{other}.weight"]
+    return state
+
+
+@pytest.fixture
+def mpt_state() -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """The weights of transformers' MPT under our names."""
+    return _mpt_state
+
+
 @pytest.fixture
 def gpt2_pair() -> tuple[Transformer, GPT2LMHeadModel]:
     """Our model and transformers' GPT-2: learned positions, exact GELU, biases, tied embeddings."""

@@ -42,7 +42,9 @@ def test_learned_positions_gelu_and_biases_match_transformers_gpt2(
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(
-    kv_heads: int, scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]]
+    kv_heads: int,
+    scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]],
+    llama_state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> None:
     config = LlamaConfig(
         vocab_size=VOCAB,
@@ -57,25 +59,6 @@ def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(
     )
     theirs = LlamaForCausalLM(config)
     source = scramble(theirs)
-    state = {
-        "embed.weight": source["model.embed_tokens.weight"],
-        "final_norm.weight": source["model.norm.weight"],
-        "head.weight": source["lm_head.weight"],
-    }
-    for i in range(LAYERS):
-        layer = f"model.layers.{i}."
-        state[f"blocks.{i}.attn.qkv.weight"] = torch.cat(
-            [source[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"]
-        )
-        for ours, other in (
-            ("attn_norm", "input_layernorm"),
-            ("attn.out", "self_attn.o_proj"),
-            ("mlp_norm", "post_attention_layernorm"),
-            ("mlp.gate", "mlp.gate_proj"),
-            ("mlp.up", "mlp.up_proj"),
-            ("mlp.down", "mlp.down_proj"),
-        ):
-            state[f"blocks.{i}.{ours}.weight"] = source[f"{layer}{other}.weight"]
     model = Transformer(
         ModelConfig(
             32,
@@ -91,30 +74,18 @@ def test_rope_swiglu_rmsnorm_and_grouped_queries_match_transformers_llama(
             seed=0,
         )
     )
-    _assert_same_logits(model, theirs, state)
+    _assert_same_logits(model, theirs, llama_state(source))
 
 
 @pytest.mark.parametrize("n_heads", [4, 8])
 def test_alibi_matches_transformers_mpt(
-    n_heads: int, scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]]
+    n_heads: int,
+    scramble: Callable[[PreTrainedModel], Mapping[str, Tensor]],
+    mpt_state: Callable[[Mapping[str, Tensor]], dict[str, Tensor]],
 ) -> None:
     config = MptConfig(
         vocab_size=VOCAB, d_model=32, n_heads=n_heads, n_layers=LAYERS, expansion_ratio=4, max_seq_len=64
     )
     theirs = MptForCausalLM(config)
     source = scramble(theirs)
-    state = {
-        "embed.weight": source["transformer.wte.weight"],
-        "final_norm.weight": source["transformer.norm_f.weight"],
-    }
-    for i in range(LAYERS):
-        for ours, other in (
-            ("attn_norm", "norm_1"),
-            ("attn.qkv", "attn.Wqkv"),
-            ("attn.out", "attn.out_proj"),
-            ("mlp_norm", "norm_2"),
-            ("mlp.up", "ffn.up_proj"),
-            ("mlp.down", "ffn.down_proj"),
-        ):
-            state[f"blocks.{i}.{ours}.weight"] = source[f"transformer.blocks.{i}.{other}.weight"]
-    _assert_same_logits(Transformer(ModelConfig(32, LAYERS, n_heads, VOCAB, seed=0)), theirs, state)
+    _assert_same_logits(Transformer(ModelConfig(32, LAYERS, n_heads, VOCAB, seed=0)), theirs, mpt_state(source))

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from sparsetrain.models import ModelConfig, alibi_slopes
 from sparsetrain.models.attention import Attention, make_span
-from sparsetrain.models.positions import alibi_bias, alibi_features, rope_tables, rotate
+from sparsetrain.models.positions import alibi_bias, alibi_features, rope_frequencies, rope_tables, rotate
 
 
 @pytest.mark.parametrize("n_heads", [1, 2, 3, 4, 6, 8, 12, 20, 32])
@@ -142,7 +142,8 @@ def test_rope_matches_transformers_llama(device: torch.device) -> None:
     positions = torch.arange(first, first + length, device=device)[None].expand(2, -1)
     cos, sin = LlamaRotaryEmbedding(config).to(device)(q, positions)
     theirs = apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), cos, sin)
-    tables = rope_tables(first, length, d_head, 10000.0, device)
+    frequencies, _ = rope_frequencies(d_head, 10000.0, "linear", 1.0, 64)
+    tables = rope_tables(first, length, frequencies, device)
     for ours, other in zip((rotate(q, *tables), rotate(k, *tables)), theirs, strict=True):
         torch.testing.assert_close(ours, other.transpose(1, 2), atol=2e-5, rtol=1e-4)
 
@@ -151,10 +152,11 @@ def test_rope_matches_transformers_llama(device: torch.device) -> None:
 @settings(max_examples=20)
 def test_rope_scores_depend_on_distance_only(first: int, shift: int) -> None:
     cpu = torch.device("cpu")
+    frequencies, _ = rope_frequencies(8, 100.0, "linear", 1.0, 64)
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def score(start: int) -> float:
-        at_q, at_k = rope_tables(start + 7, 1, 8, 100.0, cpu), rope_tables(start, 1, 8, 100.0, cpu)
+        at_q, at_k = rope_tables(start + 7, 1, frequencies, cpu), rope_tables(start, 1, frequencies, cpu)
         return float((rotate(q, *at_q) * rotate(k, *at_k)).sum())
 
     assert score(first) == pytest.approx(score(first + shift), abs=1e-5)

@@ -23,6 +23,10 @@ def generate(
 ) -> Tensor:
     """Continue each row of ``tokens``, without dropout, with a key-value cache.
 
+    Every token is drawn from the logits of a pass over all tokens before it. With a cache each token is read once. A
+    `Transformer` with ``positions_scale=dynamic`` does so up to ``max_context`` tokens; beyond, it reads all tokens
+    again for each new one.
+
     Args:
         tokens: ``[B, T]``, rows of equal length.
         max_new_tokens: maximum number of new tokens.

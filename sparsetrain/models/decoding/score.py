@@ -18,7 +18,9 @@ from sparsetrain.models.decoding.protocol import AnyCache, Decoder
 def continuation_scores(model: Decoder[AnyCache], embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
     """Return the log-probability, in nats, of each continuation after each row: float32 ``[B, C]``.
 
-    The rows are read once; each continuation then starts from their cached keys and values.
+    The rows are read once; each continuation then starts from their cached keys and values. With
+    ``positions_scale=dynamic`` the first token of a continuation is scored by a pass over the row alone, and the others
+    by a pass over the row and the continuation but its last token, whose factor may be larger.
 
     Args:
         embeddings: ``[B, T, D]``, rows of equal length without padding, as the model's ``embed_tokens`` returns them.
