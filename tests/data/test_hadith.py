@@ -68,7 +68,7 @@ def test_the_wheel_s_bytes_identify_the_content(place: Callable[[Any], Path]) ->
         ([{"hadith_key": "a"}], "line 1: no field text_field='text'"),
         ([ROWS[0], {"hadith_key": None, "text": "لا"}], "line 2: the id is NoneType"),
         ("[]\n", "must be a mapping"),
-        ("{\n", "is not JSON"),
+        ("{\n", "is not valid JSON"),
     ],
 )
 def test_a_row_that_is_no_narration_is_one_line(place: Callable[[Any], Path], rows: Any, message: str) -> None:
