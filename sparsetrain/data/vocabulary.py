@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,8 @@ _BATCH = 256  # texts per call of the library
 # GPT-2's pattern of words, with further characters beside the letters. Without them it is the pattern of ByteLevel.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{{L}}{marks}]+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}{marks}]+|\s+(?!\S)|\s+"
 
+_ESCAPED = re.compile(r"\\x\{([0-9A-F]{1,5})\}")
+
 
 def extend_tokenizer(
     tokenizer: Tokenizer | str | Path,
@@ -40,8 +43,9 @@ def extend_tokenizer(
     gives. New blocks are those of which ``texts`` has a letter and the old tokens have no character. So Arabic extends
     a tokenizer of English as arXiv 2407.12869 does, and no sentence of English changes.
 
-    If the tokenizer cuts words by GPT-2's pattern, the combining marks of the new blocks become parts of words. The
-    pattern alone would end a word at each vowel sign. It treats all other characters as before.
+    If the tokenizer cuts words by GPT-2's pattern, the combining marks of the new blocks become parts of words (and
+    with ``shared`` those of ``texts``), unless they are in ``keep``. The pattern alone would end a word at each vowel
+    sign. It treats all other characters as before.
 
     Args:
         tokenizer: a tokenizer, or the path of a ``tokenizer.json``.
@@ -66,18 +70,19 @@ def extend_tokenizer(
     new_blocks = _new_blocks(old, learned_from)
     if not new_blocks and not shared:
         raise UserError(
-            "texts: no letter of a script that the tokenizer does not have yet; give keep= texts of the first language "
-            "and shared=True to learn tokens of a common script"
+            "texts: no letter of a script that the tokenizer has no tokens of yet; give keep= texts of the first "
+            "language and shared=True to learn more tokens of a script that it has"
         )
     layout: dict[str, Any] = json.loads(old.content)
-    _join_marks(layout, _marks(new_blocks) - set().union(*kept))
+    marks = _marks(new_blocks) | (_of_kind(learned_from, "M") if shared else set())
+    _join_marks(layout, marks - set().union(*kept))
     with library_errors("extend_tokenizer: the tokenizers library cannot split the texts"):
-        guard = _Guard(old, kept)
+        kept_pairs = _kept_pairs(old, kept)
         words = _split_words(layout, learned_from)
     names = _names(old)
 
     def allowed(left: int, right: int) -> bool:
-        if (left, right) in guard.pairs or names[left] + names[right] in guard.words:
+        if (left, right) in kept_pairs:
             return False
         one, other = old.spellings[left], old.spellings[right]
         assert isinstance(one, bytes)  # a special token is no part of a word
@@ -120,12 +125,16 @@ def _checked(texts: Iterable[str], name: str) -> list[str]:
 
 def _new_blocks(old: Tokenizer, texts: Sequence[str]) -> set[bytes]:
     """Return the blocks of which the texts have a letter and the old tokens no character."""
-    characters = {character for character in set().union(*texts) if not character.isascii()}
-    letters = {character for character in characters if unicodedata.category(character)[0] in "LM"}
+    letters = _of_kind(texts, "LM")
     # Every byte is a token, whether the first language had it or not.
     longer = [spelling for spelling in old.spellings if isinstance(spelling, bytes) and len(spelling) > 1]
     used = {block for spelling in longer for block in blocks(spelling)}
     return {block for character in letters for block in blocks(character.encode())} - used
+
+
+def _of_kind(texts: Sequence[str], kinds: str) -> set[str]:
+    """Return the characters of texts whose Unicode category begins with one of ``kinds``."""
+    return {character for character in set().union(*texts) if unicodedata.category(character)[0] in kinds}
 
 
 def _marks(new_blocks: Iterable[bytes]) -> set[str]:
@@ -135,37 +144,46 @@ def _marks(new_blocks: Iterable[bytes]) -> set[str]:
 
 
 def _join_marks(layout: dict[str, Any], marks: set[str]) -> None:
-    """Make marks parts of words, if the tokenizer has GPT-2's pattern of words."""
+    """Make marks parts of words, if the tokenizer has GPT-2's pattern of words, or has it with other marks already."""
     step = layout["pre_tokenizer"]
-    if not marks or step["type"] != "ByteLevel" or not step.get("use_regex", True):
+    if step["type"] == "ByteLevel" and step.get("use_regex", True):
+        present, last = set(), {**step, "use_regex": False}
+    elif step["type"] == "Sequence" and len(step["pretokenizers"]) == 2:
+        first, last = step["pretokenizers"]
+        given = first.get("pattern")
+        regex = given.get("Regex", "") if isinstance(given, dict) else ""
+        present = {chr(int(point, 16)) for point in _ESCAPED.findall(regex)}
+        if first != _split_at(present):
+            return
+    else:
         return
+    if marks - present:
+        layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [_split_at(present | marks), last]}
+
+
+def _split_at(marks: set[str]) -> dict[str, Any]:
+    """Return the step that cuts words by GPT-2's pattern, with marks as parts of words."""
     escaped = "".join(rf"\x{{{ord(mark):X}}}" for mark in sorted(marks))
     pattern = {"Regex": _WORDS.format(marks=escaped)}
-    split = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
-    layout["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, {**step, "use_regex": False}]}
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
 
 
 # -------------------------------------------------------------------------------------------------------- words
 
 
-class _Guard:
-    """The neighbours in the old split of texts, and their words if the tokenizer looks whole words up.
+def _kept_pairs(tokenizer: Tokenizer, texts: Sequence[str]) -> set[Pair]:
+    """Return the pairs of tokens that are neighbours in a word of one of the texts.
 
-    With ``ignore_merges`` a word that is a token is that token, whatever the merges are.
+    They are enough also for a tokenizer that looks whole words up before it merges (``ignore_merges``): a new token
+    that is a word of the texts would consist of the same old tokens as the word, so its first merge would be a pair.
     """
-
-    def __init__(self, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-        inner = _library(tokenizer.content.decode())
-        whole = bool(json.loads(tokenizer.content)["model"].get("ignore_merges"))
-        self.pairs: set[Pair] = set()
-        self.words: set[str] = set()
-        for batch in _batches(texts):
-            for encoding in inner.encode_batch(batch, add_special_tokens=False):
-                self.pairs |= neighbours(encoding.ids, encoding.word_ids)
-                if whole:
-                    places = zip(encoding.word_ids, encoding.tokens, strict=True)
-                    groups = itertools.groupby(places, key=lambda place: place[0])
-                    self.words |= {"".join(token for _, token in group) for _, group in groups}
+    inner = _library(tokenizer.content.decode())
+    return {
+        pair
+        for batch in _batches(texts)
+        for encoding in inner.encode_batch(batch, add_special_tokens=False)
+        for pair in neighbours(encoding.ids, encoding.word_ids)
+    }
 
 
 def _split_words(layout: dict[str, Any], texts: Sequence[str]) -> Counter[Word]:
