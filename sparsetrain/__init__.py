@@ -2,6 +2,7 @@
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.data import Mixture, register_source, register_task
+from sparsetrain.data.vocabulary import extend_tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import register_example_gradients
 from sparsetrain.gradients.per_example import per_example_norms
@@ -39,6 +40,7 @@ from sparsetrain.sparsity import (
     sparsify,
     summary,
 )
+from sparsetrain.vocabulary import extend_embeddings
 
 __version__ = "0.1.0"
 
@@ -73,6 +75,8 @@ __all__ = [
     "decay_groups",
     "densify",
     "ema_coefficients",
+    "extend_embeddings",
+    "extend_tokenizer",
     "fit_power_law",
     "follow_density",
     "load_quantized",

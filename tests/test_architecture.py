@@ -56,7 +56,7 @@ ORDER = [
         *("data.sources", "data.medline", "data.tasks", "data"),
         "optim",
     ),
-    *("runs", "scaling", "training", "report", "stages", "studies", "bench", "cli"),
+    *("runs", "vocabulary", "scaling", "training", "report", "stages", "studies", "bench", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import tokenizers
@@ -17,7 +18,14 @@ import torch
 from tokenizers import models
 
 from sparsetrain.data import bpe_training
-from sparsetrain.data.tokenizer_file import byte_symbols, check_ids, check_layout, check_round_trip, library_errors
+from sparsetrain.data.tokenizer_file import (
+    byte_symbols,
+    check_ids,
+    check_layout,
+    check_round_trip,
+    decoded,
+    library_errors,
+)
 from sparsetrain.errors import UserError
 from sparsetrain.files import typed_path
 from sparsetrain.reading import read_bytes
@@ -27,6 +35,11 @@ END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 _CHECKED: set[str] = set()  # checksums of files that passed the round trip
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
+
+# `Tokenizer` has a method ``bytes``, so its other methods need another name for the type.
+Bytes: TypeAlias = bytes
+Spelling: TypeAlias = bytes | str
+"""What a token stands for: the bytes of a text or, as a string, the name of a special token."""
 
 
 class Tokenizer:
@@ -110,6 +123,11 @@ class Tokenizer:
         """Write the tokenizer's ``tokenizer.json``, with the bytes that it was made from."""
         path.write_bytes(self._content)
 
+    @property
+    def content(self) -> Bytes:
+        """The bytes of the ``tokenizer.json`` that the tokenizer was made from."""
+        return self._content
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without a token for its end."""
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
@@ -137,6 +155,25 @@ class Tokenizer:
         for index, added in self._inner.get_added_tokens_decoder().items():
             lengths[index] = 0 if added.special else len(added.content.encode())
         return torch.from_numpy(lengths)
+
+    @cached_property
+    def spellings(self) -> tuple[Spelling, ...]:
+        """What each token stands for, by id.
+
+        The token that ends a document has the same name in every tokenizer, `END_OF_TEXT`.
+        """
+        found: list[Spelling] = [b""] * self.vocab_size
+        for token, index in self._inner.get_vocab(with_added_tokens=True).items():
+            found[index] = decoded(token)
+        for index, added in self._inner.get_added_tokens_decoder().items():
+            found[index] = added.content if added.special else added.content.encode()
+        found[self.eos_id] = END_OF_TEXT
+        return tuple(found)
+
+    def cut(self, content: Bytes) -> list[int]:
+        """Return the ids into which the merges alone cut bytes, which need not be whole characters."""
+        symbols = byte_symbols()
+        return [token.id for token in self._inner.model.tokenize("".join(symbols[byte] for byte in content))]
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
