@@ -1,7 +1,7 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
-from sparsetrain.data import register_source, register_task
+from sparsetrain.data import fill_in_the_middle, register_source, register_task
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import register_example_gradients
 from sparsetrain.gradients.per_example import per_example_norms
@@ -69,6 +69,7 @@ __all__ = [
     "decay_groups",
     "densify",
     "ema_coefficients",
+    "fill_in_the_middle",
     "fit_power_law",
     "follow_density",
     "param_groups",

@@ -7,6 +7,7 @@ from sparsetrain.data import medline, sources, tasks
 from sparsetrain.data.config import DataConfig
 from sparsetrain.data.corpora import Corpora, find_corpora, prepare_corpora
 from sparsetrain.data.corpus import Corpus, open_corpus, prepare
+from sparsetrain.data.fim import fill_in_the_middle
 from sparsetrain.data.sources.base import Document, Section, Source
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
 from sparsetrain.data.split import split_of
@@ -41,6 +42,7 @@ __all__ = [
     "TokenFile",
     "Tokenizer",
     "answer_tokens",
+    "fill_in_the_middle",
     "find_corpora",
     "find_task",
     "load_task",

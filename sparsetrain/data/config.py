@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparsetrain.data.fim import check_rate
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig
 from sparsetrain.data.split import VALIDATION_FRACTION, check_fractions
-from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY
+from sparsetrain.data.tokenizer import SENTINELS, SMALLEST_VOCABULARY, Tokenizer
 from sparsetrain.data.tokens import token_dtype
 from sparsetrain.errors import UserError, check_choice
 
@@ -31,6 +32,9 @@ class DataConfig(SourceConfig):
         test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
             ``file`` and ``hub``.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
+        fim_rate: share of the training documents whose middle moves to their end, see `fill_in_the_middle`. Above 0,
+            the tokenizer gets three sentinel tokens if it has none; a trained one has them within ``vocab_size``.
+        fim_spm_rate: share of these documents in the order suffix, prefix, middle; the others keep the prefix first.
 
     Raises:
         UserError: a setting is unknown, missing or out of range.
@@ -44,6 +48,8 @@ class DataConfig(SourceConfig):
     validation_fraction: float = VALIDATION_FRACTION
     test_fraction: float | None = None
     token_dtype: str = "auto"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +59,20 @@ class DataConfig(SourceConfig):
             raise UserError(f"data.context={self.context} is too small; the least is 1")
         if self.max_documents is not None and self.max_documents < 2:
             raise UserError(f"data.max_documents={self.max_documents} is too small; the least is 2")
+        check_rate("data.fim_rate", self.fim_rate)
+        check_rate("data.fim_spm_rate", self.fim_spm_rate)
         trained = self.tokenizer == "bpe" and self.tokenizer_path is None
-        if trained and self.vocab_size < SMALLEST_VOCABULARY:
-            raise UserError(
-                f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
-            )
+        least = SMALLEST_VOCABULARY + (len(SENTINELS) if self.fim_rate > 0 else 0)
+        if trained and self.vocab_size < least:
+            raise UserError(f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {least}")
         token_dtype(self.token_dtype, self.vocab_size if trained else 1)
+
+    def fixed_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer, or None if it is trained on the text; raises `UserError` as `Tokenizer.load` does."""
+        if self.tokenizer_path is None and self.tokenizer == "bpe":
+            return None
+        found = Tokenizer.bytes() if self.tokenizer_path is None else Tokenizer.load(self.tokenizer_path)
+        return found.with_sentinels() if self.fim_rate > 0 else found
 
     @property
     def resolved_test_fraction(self) -> float:

@@ -25,6 +25,13 @@ from sparsetrain.reading import read_bytes
 END_OF_TEXT = "<|endoftext|>"
 # Names that common tokenizers give to the token that ends a document.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+# Names that common tokenizers give to the sentinels of fill-in-the-middle: before the prefix, the middle, the suffix.
+SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+_SENTINEL_NAMES = (
+    SENTINELS,
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
+)
 _CHECKED: set[str] = set()  # checksums of files that passed the round trip
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
@@ -105,6 +112,31 @@ class Tokenizer:
         if not place.is_file():
             raise UserError(f"data.tokenizer_path={path}: no such file")
         return cls(read_bytes(place), origin=str(path))
+
+    @property
+    def sentinels(self) -> tuple[int, int, int] | None:
+        """The ids of the special tokens before prefix, middle and suffix, for `fill_in_the_middle`; None without."""
+        special = {
+            added.content: index for index, added in self._inner.get_added_tokens_decoder().items() if added.special
+        }
+        for names in _SENTINEL_NAMES:
+            if all(name in special for name in names):
+                return special[names[0]], special[names[1]], special[names[2]]
+        return None
+
+    def with_sentinels(self) -> Tokenizer:
+        """Return this tokenizer if it has `sentinels`, else one that has, as special tokens.
+
+        A file may name them without declaring them special. They keep their ids, and text no longer gives them. Other
+        files get ``<|fim_prefix|>``, ``<|fim_middle|>`` and ``<|fim_suffix|>`` as the three ids after the vocabulary.
+        """
+        if self.sentinels is not None:
+            return self
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        named = [names for names in _SENTINEL_NAMES if all(name in vocabulary for name in names)]
+        inner = tokenizers.Tokenizer.from_str(self._content.decode())
+        inner.add_special_tokens(list(named[0] if named else SENTINELS))
+        return Tokenizer(inner.to_str(pretty=True).encode(), self._where.partition("=")[2])
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's ``tokenizer.json``, with the bytes that it was made from."""
