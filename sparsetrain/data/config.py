@@ -17,11 +17,14 @@ class DataConfig(SourceConfig):
     """The text of a corpus, its tokenizer and its splits.
 
     Args:
-        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, or a registered source.
+        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, ``python``, or a registered
+            source.
         path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory or glob of such files. It implies
             ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        packages: installed packages whose files ``name=python`` reads beside the standard library, by the name under
+            which they are imported.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
         tokenizer_path: a ``tokenizer.json`` that is used instead.
         vocab_size: largest vocabulary of the trained tokenizer.
@@ -30,7 +33,7 @@ class DataConfig(SourceConfig):
         context: tokens per sample; does not change the corpus.
         validation_fraction: share of the documents held out for validation.
         test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
-            ``file`` and ``hub``.
+            the other sources here.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
         fim_rate: share of the training documents whose middle moves to their end, see `fill_in_the_middle`. Above 0,
             the tokenizer gets three sentinel tokens if it has none; a trained one has them within ``vocab_size``.

@@ -7,6 +7,7 @@ of UTF-8 bytes. A loss in nats per token therefore converts to bits per byte wit
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -113,6 +114,16 @@ class Tokenizer:
             raise UserError(f"data.tokenizer_path={path}: no such file")
         return cls(read_bytes(place), origin=str(path))
 
+    @cached_property
+    def _is_bytes(self) -> bool:
+        """Whether the ids of a text are its bytes; then the library, which joins nothing, is not asked."""
+        vocabulary = self._inner.get_vocab(with_added_tokens=False)
+        added = self._inner.get_added_tokens_decoder().values()
+        if len(vocabulary) != 256 or any(not token.special for token in added):
+            return False
+        same = all(vocabulary[symbol] == byte for byte, symbol in enumerate(byte_symbols()))
+        return same and not json.loads(self._content)["model"]["merges"]
+
     @property
     def sentinels(self) -> tuple[int, int, int] | None:
         """The ids of the special tokens before prefix, middle and suffix, for `fill_in_the_middle`; None without."""
@@ -145,12 +156,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without a token for its end."""
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            if self._is_bytes:
+                return list(text.encode())
             return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
-        # The fast form leaves out the character offsets.
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            if self._is_bytes:
+                return [list(text.encode()) for text in texts]
+            # The fast form leaves out the character offsets.
             return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
