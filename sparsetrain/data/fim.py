@@ -55,7 +55,7 @@ def fill_in_the_middle(
     sentinels P, M and S, the two orders are those of arXiv 2207.14255:
 
     - PSM: ``P prefix S suffix M middle``
-    - SPM: ``P S suffix M prefix middle``, the variant of its Appendix D that shares its sentinels with PSM
+    - SPM: ``P S suffix M prefix middle``, variant 2 of its Appendix D, which places the sentinels as PSM does
 
     The result is a function of the arguments alone. A higher ``rate`` transforms the documents of a lower one and
     more, with the same cuts. Call the function once per document, before documents are packed, so that no part comes

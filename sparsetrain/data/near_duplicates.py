@@ -113,10 +113,10 @@ class Signatures:
         for band in range(self.bands):
             column = keys[:, band]
             order = np.argsort(column, kind="stable")
-            starts = np.flatnonzero(np.diff(column[order])) + 1
-            for group in np.split(order, starts):
-                if len(group) > 1:
-                    yield group
+            borders = np.flatnonzero(np.diff(column[order])) + 1
+            borders = np.concatenate([[0], borders, [len(order)]])
+            for number in np.flatnonzero(np.diff(borders) > 1):
+                yield order[borders[number] : borders[number + 1]]
             report((band + 1) / self.bands)
 
 

@@ -135,14 +135,11 @@ def _places(name: str) -> list[Path]:
 def _licence(distribution: str) -> str:
     """Return the name, the version and the licence of a distribution, as far as it says."""
     about = metadata.metadata(distribution)
-    said = about.get("License-Expression") or about.get("License") or "; ".join(about.get_all("Classifier") or ())
-    line = next(iter(said.splitlines()), "") if "License ::" not in said else _classified(said)
-    return f"{distribution} {about['Version']}: {line[:100] or 'not given'}"
-
-
-def _classified(classifiers: str) -> str:
-    found = [entry.rpartition(" :: ")[2] for entry in classifiers.split("; ") if entry.startswith("License ::")]
-    return ", ".join(found)
+    said = about.get_all("License-Expression") or about.get_all("License") or []
+    classes = [entry for entry in about.get_all("Classifier") or [] if entry.startswith("License ::")]
+    named = said or [", ".join(entry.rpartition(" :: ")[2] for entry in classes)]
+    line = next(iter(named[0].splitlines()), "")[:100]  # some give the whole text of the licence
+    return f"{distribution} {about['Version']}: {line or 'not given'}"
 
 
 @register_source("python")
