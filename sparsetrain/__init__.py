@@ -1,7 +1,7 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
-from sparsetrain.data import Mixture, register_source, register_task
+from sparsetrain.data import Mixture, fill_in_the_middle, register_source, register_task
 from sparsetrain.data.vocabulary import extend_tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import register_example_gradients
@@ -77,6 +77,7 @@ __all__ = [
     "ema_coefficients",
     "extend_embeddings",
     "extend_tokenizer",
+    "fill_in_the_middle",
     "fit_power_law",
     "follow_density",
     "load_quantized",

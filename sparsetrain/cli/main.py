@@ -13,6 +13,7 @@ from sparsetrain import __version__, plugins, process
 from sparsetrain.cli.notices import notices_on_stderr
 from sparsetrain.cli.parsers import Parser, parsed, parser_of
 from sparsetrain.cli.verbs import VERBS, find, named
+from sparsetrain.cli.verbs import typed as typed_verb
 from sparsetrain.errors import UserError, single_line
 from sparsetrain.files import NO_SPACE, file_errors
 
@@ -75,7 +76,7 @@ def _run(given: list[str]) -> int:
     if given[0] in ("-V", "--version"):
         print(f"sparsetrain {__version__}")
         return 0
-    name, rest = given[0], given[1:]
+    name, rest = typed_verb(given)
     verb = find(name)
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(name))

@@ -67,6 +67,15 @@ VERBS: dict[str, Verb] = {
         run="sparsetrain.cli.start:data",
         examples=["sparsetrain data", "sparsetrain data data.path=notes.txt data.vocab_size=2048"],
     ),
+    "data-dedup": Verb(
+        about="Remove duplicates and near-duplicates from a corpus; also typed: data dedup.",
+        configuration="sparsetrain.data.dedup:DedupConfig",
+        run="sparsetrain.data.dedup:dedup",
+        examples=[
+            "sparsetrain data dedup data.path=notes.txt out=deduplicated",
+            "sparsetrain data dedup data=python threshold=0.7 out=deduplicated",
+        ],
+    ),
     "pretrain": Verb(
         about="Train a language model on text, dense or sparse from the first step.",
         configuration="sparsetrain.stages:PretrainConfig",
@@ -220,6 +229,12 @@ def find(name: str) -> Verb:
     if name not in VERBS:
         raise UserError(f"no verb '{name}'{nearest(name, VERBS)}; there are {', '.join(VERBS)}")
     return VERBS[name]
+
+
+def typed(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the name of the typed verb and the words behind it; ``data dedup`` is the verb ``data-dedup``."""
+    joined = "-".join(words[:2])
+    return (joined, list(words[2:])) if len(words) > 1 and joined in VERBS else (words[0], list(words[1:]))
 
 
 def with_settings() -> list[str]:

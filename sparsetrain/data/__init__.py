@@ -7,6 +7,7 @@ from sparsetrain.data import medline, sources, tasks
 from sparsetrain.data.config import CorpusConfig, DataConfig
 from sparsetrain.data.corpora import Corpora, find_corpora, prepare_corpora
 from sparsetrain.data.corpus import Corpus, open_corpus, prepare
+from sparsetrain.data.fim import fill_in_the_middle
 from sparsetrain.data.mixture import Mixture
 from sparsetrain.data.sources.base import Document, Section, Source
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
@@ -45,6 +46,7 @@ __all__ = [
     "TokenFile",
     "Tokenizer",
     "answer_tokens",
+    "fill_in_the_middle",
     "find_corpora",
     "find_task",
     "load_task",

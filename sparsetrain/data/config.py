@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
+from sparsetrain.data.fim import check_rate
 from sparsetrain.data.mixture import normalised
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig
 from sparsetrain.data.split import VALIDATION_FRACTION, check_fractions
-from sparsetrain.data.tokenizer import SMALLEST_VOCABULARY
+from sparsetrain.data.tokenizer import SENTINELS, SMALLEST_VOCABULARY, Tokenizer
 from sparsetrain.data.tokens import token_dtype
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.settings import build
@@ -26,6 +27,7 @@ class CorpusConfig(SourceConfig):
     Args:
         max_documents: as `DataConfig` has it; null takes that one.
         max_epochs: a run that would read this corpus more often is refused; null is no limit.
+        fim_rate, fim_spm_rate: as `DataConfig` has them; null takes those.
 
     Raises:
         UserError: a setting is unknown, missing or out of range.
@@ -35,12 +37,17 @@ class CorpusConfig(SourceConfig):
 
     max_documents: int | None = None
     max_epochs: float | None = None
+    fim_rate: float | None = None
+    fim_spm_rate: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_documents(self.max_documents)
         if self.max_epochs is not None and not 0.0 < self.max_epochs < math.inf:
             raise UserError(f"data.max_epochs={self.max_epochs} must be above 0 and finite")
+        for name in ("fim_rate", "fim_spm_rate"):
+            if getattr(self, name) is not None:
+                check_rate(f"data.{name}", getattr(self, name))
 
 
 @dataclass
@@ -50,11 +57,14 @@ class DataConfig(SourceConfig):
     The text is one source, or several named ``sources``, which share the tokenizer.
 
     Args:
-        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, or a registered source.
+        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, ``python``, or a registered
+            source.
         path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory or glob of such files. It implies
             ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        packages: installed packages whose files ``name=python`` reads beside the standard library, by the name under
+            which they are imported.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
         tokenizer_path: a ``tokenizer.json`` that is used instead.
         vocab_size: largest vocabulary of the trained tokenizer.
@@ -63,8 +73,11 @@ class DataConfig(SourceConfig):
         context: tokens per sample; does not change the corpus.
         validation_fraction: share of the documents held out for validation.
         test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
-            ``file`` and ``hub``.
+            the other sources here.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
+        fim_rate: share of the training documents whose middle moves to their end, see `fill_in_the_middle`. Above 0,
+            the tokenizer gets three sentinel tokens if it has none; a trained one has them within ``vocab_size``.
+        fim_spm_rate: share of these documents in the order suffix, prefix, middle; the others keep the prefix first.
         sources: several corpora by name, each a section with the settings of `CorpusConfig`, instead of ``name``,
             ``path`` and ``hub_name``. A tokenizer that is trained reads as much of the training text of each.
         mixture: the weights of the sources by tokens; null weights them by the tokens that they have. A phase of the
@@ -82,6 +95,8 @@ class DataConfig(SourceConfig):
     validation_fraction: float = VALIDATION_FRACTION
     test_fraction: float | None = None
     token_dtype: str = "auto"
+    fim_rate: float = 0.0
+    fim_spm_rate: float = 0.0
     sources: Any = None  # dict[str, CorpusConfig]
     mixture: Any = None  # dict[str, float]
 
@@ -92,11 +107,12 @@ class DataConfig(SourceConfig):
         if self.context < 1:
             raise UserError(f"data.context={self.context} is too small; the least is 1")
         _check_documents(self.max_documents)
+        check_rate("data.fim_rate", self.fim_rate)
+        check_rate("data.fim_spm_rate", self.fim_spm_rate)
         trained = self.tokenizer == "bpe" and self.tokenizer_path is None
-        if trained and self.vocab_size < SMALLEST_VOCABULARY:
-            raise UserError(
-                f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {SMALLEST_VOCABULARY}"
-            )
+        least = SMALLEST_VOCABULARY + (len(SENTINELS) if self.fim_rate > 0 else 0)
+        if trained and self.vocab_size < least:
+            raise UserError(f"data.vocab_size={self.vocab_size} is too small for byte-level BPE; the least is {least}")
         token_dtype(self.token_dtype, self.vocab_size if trained else 1)
         self._check_sources()
 
@@ -135,9 +151,18 @@ class DataConfig(SourceConfig):
         found = {}
         for name, corpus in self.sources.items():
             own = {each.name: getattr(corpus, each.name) for each in fields(SourceConfig)}
-            most = self.max_documents if corpus.max_documents is None else corpus.max_documents
-            found[name] = replace(single, **own, max_documents=most)
+            for setting in ("max_documents", "fim_rate", "fim_spm_rate"):
+                given = getattr(corpus, setting)
+                own[setting] = getattr(self, setting) if given is None else given
+            found[name] = replace(single, **own)
         return found
+
+    def fixed_tokenizer(self) -> Tokenizer | None:
+        """Return the tokenizer, or None if it is trained on the text; raises `UserError` as `Tokenizer.load` does."""
+        if self.tokenizer_path is None and self.tokenizer == "bpe":
+            return None
+        found = Tokenizer.bytes() if self.tokenizer_path is None else Tokenizer.load(self.tokenizer_path)
+        return found.with_sentinels() if self.fim_rate > 0 else found
 
     @property
     def resolved_test_fraction(self) -> float:

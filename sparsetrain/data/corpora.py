@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from sparsetrain.cache import clear_leftovers
 from sparsetrain.data.config import DataConfig
 from sparsetrain.data.corpus import Corpus, find_prepared, prepare
-from sparsetrain.data.shared_tokenizer import naming, place_of, train_shared
+from sparsetrain.data.shared_tokenizer import is_needed, naming, place_of, train_shared
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
 
@@ -101,7 +101,7 @@ def prepare_corpora(config: DataConfig, progress: bool = True, console: Console 
 
     screen = console or Console()
     members = config.members()
-    if _trains_shared(config):
+    if is_needed(members):
         clear_leftovers()
         members = _encoded_by(train_shared(members, progress, screen), members)
     found = {}
@@ -120,7 +120,7 @@ def find_corpora(config: DataConfig) -> tuple[str, Corpora | None]:
         UserError: a text cannot be read, as in `prepare`.
     """
     members = config.members()
-    if _trains_shared(config):
+    if is_needed(members):
         place = place_of(members)
         if not place.is_file():
             return f"{'+'.join(sorted(members))}-not-prepared", None
@@ -132,10 +132,6 @@ def find_corpora(config: DataConfig) -> tuple[str, Corpora | None]:
     corpora = {name: corpus for name, (_, corpus) in found.items() if corpus is not None}
     key = key_of({name: directory for name, (directory, _) in found.items()})
     return key, Corpora(corpora) if len(corpora) == len(found) else None
-
-
-def _trains_shared(config: DataConfig) -> bool:
-    return bool(config.sources) and config.tokenizer == "bpe" and config.tokenizer_path is None
 
 
 def _encoded_by(tokenizer: Path, members: Mapping[str, DataConfig]) -> dict[str, DataConfig]:

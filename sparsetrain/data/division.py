@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -74,29 +75,38 @@ def divide(source: Source, where: str, max_documents: int | None, validation: fl
         test: share of the documents held out for tests of tasks.
 
     Raises:
-        UserError: the source has no text, only one character, or a document that cannot be used.
+        UserError: the source has no text, only one character, or a document that cannot be used; or all documents
+            outside of the test split are of one group.
     """
-    ids: list[str] = []
-    sizes: list[int] = []
+    # For each document, what decides its split; ids are kept apart only if groups do. Large corpora need compact lists.
+    names: list[str] = []
+    ids: list[str] | None = None
+    sizes = array("q")
     length = 0
     for document in source.documents():
         check_document(document, where)
-        ids.append(document.id)
+        if document.group is not None and ids is None:
+            ids = names.copy()
+        if ids is not None:
+            ids.append(document.id)
+        names.append(document.id if document.group is None else document.group)
         sizes.append(len(document.text))
         length += len(document.text.encode())
-    if not ids:
+    if not names:
         raise UserError(f"{where}: no text in it")
-    splits: list[Split | None] = ["test" if split_of(name, 0.0, test) == "test" else None for name in ids]
-    kept = [index for index, split in enumerate(splits) if split is None]
+    ids = names if ids is None else ids
+    splits: list[Split | None] = ["test" if split_of(name, 0.0, test) == "test" else None for name in names]
+    kept = array("q", (index for index, split in enumerate(splits) if split is None))
     if max_documents is not None:
         by_place = sorted(kept, key=lambda index: (position(ids[index], "subset"), index))
-        kept = sorted(by_place[:max_documents])
-    if len({ids[index] for index in kept}) == 1:
+        kept = array("q", sorted(by_place[:max_documents]))
+    first = ids[kept[0]] if kept else ""
+    if kept and all(ids[index] == first for index in kept):
         if sizes[kept[0]] < 2:
             raise UserError("the corpus is one character; it needs a text to train on and one to validate on")
         splits[kept[0]] = "train"
         return Division(splits, True, length)
-    chosen = assign([ids[index] for index in kept], [sizes[index] for index in kept], validation, test)
+    chosen = assign([names[index] for index in kept], [sizes[index] for index in kept], validation, test)
     for index, split in zip(kept, chosen, strict=True):
         splits[index] = split
     return Division(splits, False, length)

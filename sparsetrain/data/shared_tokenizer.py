@@ -1,4 +1,4 @@
-"""One tokenizer for several corpora, trained on as much text of each and kept in the cache.
+"""One tokenizer for several corpora, kept in the cache: trained on as much text of each, or with sentinels for some.
 
 Its file is named by a hash of everything that it depends on, so the corpora that it encodes are found again.
 """
@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from sparsetrain.cache import cache_directory, whole_file
 from sparsetrain.data.config import DataConfig
-from sparsetrain.data.corpus import TOKENIZER_BYTES, Display, division_of
-from sparsetrain.data.tokenizer import Tokenizer
+from sparsetrain.data.corpus import TOKENIZER_BYTES, division_of
+from sparsetrain.data.display import Display
+from sparsetrain.data.tokenizer import SENTINELS, Tokenizer
 from sparsetrain.errors import UserError, within
 from sparsetrain.screen import say
 
@@ -54,10 +55,28 @@ def place_of(members: Mapping[str, DataConfig]) -> Path:
             )
     # Neither the names of the corpora nor their order matters.
     corpora.sort(key=lambda corpus: json.dumps(corpus, sort_keys=True))
-    vocab_size = next(iter(members.values())).vocab_size
-    key = {"format": _FORMAT, "vocab_size": vocab_size, "corpora": corpora}
+    first, fixed = next(iter(members.values())), _fixed(members)
+    key = {"format": _FORMAT, "vocab_size": first.vocab_size, "sentinels": _with_sentinels(members), "corpora": corpora}
+    if fixed is not None:
+        key = {"format": _FORMAT, "sha256": fixed.sha256}
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
     return cache_directory() / "tokenizers" / f"bpe-{digest}.json"
+
+
+def is_needed(members: Mapping[str, DataConfig]) -> bool:
+    """Whether the corpora share a tokenizer that their settings alone do not give."""
+    return len(members) > 1 and (_fixed(members) is None or _with_sentinels(members))
+
+
+def _with_sentinels(members: Mapping[str, DataConfig]) -> bool:
+    """Whether a corpus has documents whose middle is moved, which takes three sentinel tokens."""
+    return any(member.fim_rate > 0 for member in members.values())
+
+
+def _fixed(members: Mapping[str, DataConfig]) -> Tokenizer | None:
+    """Return the tokenizer of all corpora, or None if it is trained."""
+    found = next(iter(members.values())).fixed_tokenizer()
+    return found.with_sentinels() if found is not None and _with_sentinels(members) else found
 
 
 def train_shared(members: Mapping[str, DataConfig], progress: bool, console: Console) -> Path:
@@ -82,9 +101,15 @@ def train_shared(members: Mapping[str, DataConfig], progress: bool, console: Con
                         yield text
                 report(1.0)
 
-        tokenizer = Tokenizer.train(texts(), next(iter(members.values())).vocab_size)
+        tokenizer = _fixed(members)
+        if tokenizer is None:
+            size = next(iter(members.values())).vocab_size
+            if _with_sentinels(members):
+                tokenizer = Tokenizer.train(texts(), size - len(SENTINELS)).with_sentinels()
+            else:
+                tokenizer = Tokenizer.train(texts(), size)
         with whole_file(place) as temporary:
             tokenizer.save(temporary)
     if progress:
-        say(console, f"tokenizer: trained on {len(members)} corpora, {tokenizer.vocab_size:,} tokens, kept in {place}")
+        say(console, f"tokenizer: of {len(members)} corpora, {tokenizer.vocab_size:,} tokens, kept in {place}")
     return place

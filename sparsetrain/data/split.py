@@ -1,13 +1,13 @@
 """The split of documents into train, validation and test, shared by corpora and tasks.
 
-The split is a function of the document's id alone. A task made from the documents of a pre-training corpus therefore
-has its test documents outside of that corpus, although neither refers to the other.
+The split is a function of the document's id alone, or of its group if it has one. A task made from the documents of a
+pre-training corpus therefore has its test documents outside of that corpus, although neither refers to the other.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from sparsetrain.errors import UserError
@@ -56,7 +56,7 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
     of the text. At least one document stays in train. Equal ids share a split.
 
     Args:
-        ids: the ids of the documents.
+        ids: the ids of the documents, or the groups whose documents share a split.
         sizes: characters of each document.
         validation: share of the documents held out for validation.
         test: share of the documents held out for tests of tasks.
@@ -71,16 +71,15 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
             size_of[name] = size_of.get(name, 0) + size
     if len(size_of) < 2:
         raise UserError(
-            f"the corpus has {len(size_of)} distinct documents outside of the test split; it needs at least 2"
+            f"the corpus has {len(size_of)} distinct documents, or groups of them, outside of the test split; it needs "
+            "at least 2"
         )
-    line = sorted(size_of, key=lambda name: (position(name), name))
     total = sum(size_of.values())
     floor = min(_SMALLEST_VALIDATION, _LARGEST_SHARE * total)
     held_out: set[str] = set()
     characters = 0
-    for name in line:
-        drawn = split_of(name, validation, test) == "validation"
-        if len(held_out) == len(line) - 1 or (not drawn and held_out and characters >= floor):
+    for name, drawn in _by_position(size_of, validation, test):
+        if len(held_out) == len(size_of) - 1 or (not drawn and held_out and characters >= floor):
             break
         if drawn or size_of[name] <= total / 2:
             held_out.add(name)
@@ -89,3 +88,14 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
         split if split == "test" else ("validation" if name in held_out else "train")
         for name, split in zip(ids, splits, strict=True)
     ]
+
+
+def _by_position(names: Iterable[str], validation: float, test: float) -> Iterator[tuple[str, bool]]:
+    """Yield the names outside of the test split by their `position`, with whether they are drawn for validation.
+
+    The drawn ones have the lowest positions. The others, which are many, are sorted only if they are asked for.
+    """
+    for drawn in (True, False):
+        some = [name for name in names if (split_of(name, validation, test) == "validation") == drawn]
+        for name in sorted(some, key=lambda name: (position(name), name)):
+            yield name, drawn

@@ -7,6 +7,7 @@ of UTF-8 bytes. A loss in nats per token therefore converts to bits per byte wit
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,13 @@ from sparsetrain.reading import read_bytes
 END_OF_TEXT = "<|endoftext|>"
 # Names that common tokenizers give to the token that ends a document.
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
+# Names that common tokenizers give to the sentinels of fill-in-the-middle: before the prefix, the middle, the suffix.
+SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+_SENTINEL_NAMES = (
+    SENTINELS,
+    ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
+    ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
+)
 _CHECKED: set[str] = set()  # checksums of files that passed the round trip
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
@@ -119,6 +127,41 @@ class Tokenizer:
             raise UserError(f"data.tokenizer_path={path}: no such file")
         return cls(read_bytes(place), origin=str(path))
 
+    @cached_property
+    def _is_bytes(self) -> bool:
+        """Whether the ids of a text are its bytes; then the library, which joins nothing, is not asked."""
+        vocabulary = self._inner.get_vocab(with_added_tokens=False)
+        added = self._inner.get_added_tokens_decoder().values()
+        if len(vocabulary) != 256 or any(not token.special for token in added):
+            return False
+        same = all(vocabulary[symbol] == byte for byte, symbol in enumerate(byte_symbols()))
+        return same and not json.loads(self._content)["model"]["merges"]
+
+    @property
+    def sentinels(self) -> tuple[int, int, int] | None:
+        """The ids of the special tokens before prefix, middle and suffix, for `fill_in_the_middle`; None without."""
+        special = {
+            added.content: index for index, added in self._inner.get_added_tokens_decoder().items() if added.special
+        }
+        for names in _SENTINEL_NAMES:
+            if all(name in special for name in names):
+                return special[names[0]], special[names[1]], special[names[2]]
+        return None
+
+    def with_sentinels(self) -> Tokenizer:
+        """Return this tokenizer if it has `sentinels`, else one that has, as special tokens.
+
+        A file may name them without declaring them special. They keep their ids, and text no longer gives them. Other
+        files get ``<|fim_prefix|>``, ``<|fim_middle|>`` and ``<|fim_suffix|>`` as the three ids after the vocabulary.
+        """
+        if self.sentinels is not None:
+            return self
+        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        named = [names for names in _SENTINEL_NAMES if all(name in vocabulary for name in names)]
+        inner = tokenizers.Tokenizer.from_str(self._content.decode())
+        inner.add_special_tokens(list(named[0] if named else SENTINELS))
+        return Tokenizer(inner.to_str(pretty=True).encode(), self._where.partition("=")[2])
+
     def save(self, path: Path) -> None:
         """Write the tokenizer's ``tokenizer.json``, with the bytes that it was made from."""
         path.write_bytes(self._content)
@@ -131,12 +174,16 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Return the ids of ``text``, without a token for its end."""
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            if self._is_bytes:
+                return list(text.encode())
             return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
-        # The fast form leaves out the character offsets.
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            if self._is_bytes:
+                return [list(text.encode()) for text in texts]
+            # The fast form leaves out the character offsets.
             return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:

@@ -13,7 +13,6 @@ from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops
 from sparsetrain.cost.footprint import Footprint, Workload
 from sparsetrain.cost.ledger import FlopLedger
 from sparsetrain.data import Corpora, Task, TaskConfig
-from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim import Budget, RunSchedule
@@ -373,11 +372,10 @@ def vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | N
     """Return the size of a run's vocabulary; for a tokenizer that is not trained yet, the one that is wanted."""
     if corpora is not None:
         return corpora.tokenizer.vocab_size
-    if config.data.tokenizer_path is not None:
-        return Tokenizer.load(config.data.tokenizer_path).vocab_size
-    if start is not None and start.origin is not None:
+    if config.data.tokenizer_path is None and start is not None and start.origin is not None:
         return start.origin.tokenizer.vocab_size
-    return Tokenizer.bytes().vocab_size if config.data.tokenizer == "bytes" else config.data.vocab_size
+    fixed = config.data.fixed_tokenizer()
+    return config.data.vocab_size if fixed is None else fixed.vocab_size
 
 
 def _unprepared(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from shell import Shell
 import sparsetrain
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.resolve import load
-from sparsetrain.cli.verbs import VERBS, with_settings
+from sparsetrain.cli.verbs import VERBS, typed, with_settings
 
 # Help texts and configurations.
 
@@ -44,8 +44,9 @@ def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> No
 @pytest.mark.parametrize("verb", with_settings())
 def test_the_examples_of_help_are_valid(verb: str, shell: Shell) -> None:
     for example in VERBS[verb].examples:
-        program, said, *words = shlex.split(example)
-        assert (program, said) == ("sparsetrain", verb)
+        program, *said = shlex.split(example)
+        name, words = typed(said)
+        assert (program, name) == ("sparsetrain", verb)
         sweep = "-m" in words
         if "init_from=RUN_DIR" in words or sweep:
             check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)

@@ -19,6 +19,7 @@ from sparsetrain.errors import UserError
 TEXTS = [f"The {word} sat on the mat, and the naïve {word} slept." for word in ("cat", "dog", "owl", "fox")] * 5
 BPE = Tokenizer.train(TEXTS, 280)
 BYTES = Tokenizer.bytes()
+MARKED = BYTES.with_sentinels()
 
 any_text = st.text(alphabet=st.characters(exclude_categories=["Cs"]))
 
@@ -39,6 +40,14 @@ def test_round_trip_and_bytes_of_any_text(tokenizer: Tokenizer, text: str) -> No
 def test_byte_tokenizer_matches_utf8(text: str) -> None:
     assert BYTES.encode(text) == list(text.encode())
     assert (BYTES.vocab_size, BYTES.eos_id) == (257, 256)
+
+
+@given(any_text)
+def test_bytes_are_not_sent_to_the_library_which_gives_the_same(text: str) -> None:
+    for tokenizer in (BYTES, MARKED):
+        expected = tokenizer._inner.encode(text, add_special_tokens=False).ids
+        assert tokenizer.encode(text) == tokenizer.encode_batch([text])[0] == expected
+    assert not BPE._is_bytes
 
 
 @given(st.lists(any_text, max_size=5))

@@ -24,7 +24,7 @@ import sparsetrain.report.registry
 import sparsetrain.training.observers  # noqa: F401 - all registries must exist before `registries` copies them
 from sparsetrain import plugins
 from sparsetrain.cli import main
-from sparsetrain.cli.verbs import VERBS
+from sparsetrain.cli.verbs import VERBS, typed
 from sparsetrain.data.sources.wheel import Wheel
 from sparsetrain.registry import Registry
 
@@ -37,6 +37,7 @@ BLOCK = re.compile(r"^(?:<!-- ([^\n]*) -->\n)?```(\w*)\n(.*?)^```$", re.DOTALL |
 TINY = ["model=tiny", "parameterization.base_width=32"]
 SMALL = {
     "data": ["data.vocab_size=300"],
+    "data-dedup": [],
     "pretrain": [*TINY, "data.vocab_size=300", "data.context=64", "budget.batch_size=2", "runs_dir=runs"],
     "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "budget.steps=3", "budget.batch_size=4"],
     "generate": ["max_new_tokens=5"],
@@ -90,7 +91,10 @@ def lines(program: str) -> Iterator[list[str]]:
             if block.language == "bash" and not block.file:
                 for line in block.code.replace("\\\n", " ").splitlines():
                     first, *words = shlex.split(line, comments=True) or [""]
-                    if first == program:
+                    if first == program == "sparsetrain":
+                        name, rest = typed(words)
+                        yield [name, *rest]
+                    elif first == program:
                         yield words
 
 

@@ -24,12 +24,16 @@ class Section:
 
 @dataclass(frozen=True)
 class Document:
-    """One document of a corpus. Models are trained on ``text``, which has neither the title nor section labels."""
+    """One document of a corpus. Models are trained on ``text``, which has neither the title nor section labels.
+
+    Documents with the same ``group`` share a split, for example the files of a package. Without one, the id decides.
+    """
 
     id: str
     text: str
     title: str = ""
     sections: tuple[Section, ...] = ()
+    group: str | None = None
 
 
 class Source(ABC):

@@ -6,7 +6,6 @@ import contextlib
 import glob
 import importlib
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from sparsetrain.reading import parse_json
 
 _CUT_CHARACTERS = 1000
 _READERS = (".txt", ".jsonl", ".parquet")
-_BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
 
 
 @contextlib.contextmanager
@@ -32,15 +30,32 @@ def _readable(path: Path) -> Iterator[None]:
         raise UserError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
 
 
-def _decode(path: Path) -> str:
-    with _readable(path):
-        raw = path.read_bytes()
+def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, each with the offset of its first byte."""
+    offset = 0
+    with _readable(path), path.open("rb") as stream:
+        for raw in stream:
+            yield offset, raw
+            offset += len(raw)
+
+
+def _decoded(path: Path, offset: int, raw: bytes) -> str:
+    """Return a line as text; a byte-order mark at the start of the file is no part of it."""
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        byte = raw[error.start]
-        raise UserError(f"{path} is not UTF-8: byte 0x{byte:02x} at offset {error.start}") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n")
+        place = offset + error.start
+        raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {place}") from error
+    return text.removeprefix("\ufeff") if offset == 0 else text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Yield the lines of a text without their ends."""
+    for offset, raw in _raw_lines(path):
+        line = _decoded(path, offset, raw)
+        if line.endswith("\n"):
+            line = line.removesuffix("\n").removesuffix("\r")
+        yield line
 
 
 def split_text(text: str) -> list[str]:
@@ -49,14 +64,45 @@ def split_text(text: str) -> list[str]:
     Blank lines separate documents. In a text without blank lines, each line is a document. A text of a single line is
     cut at white space into documents of about 1000 characters.
     """
-    text = text.strip()
-    if _BLANK_LINE.search(text):
-        pieces = _BLANK_LINE.split(text)
-    elif "\n" in text:
-        pieces = text.split("\n")
-    else:
-        pieces = _cut(text)
-    return [piece.strip() for piece in pieces if piece.strip()]
+    return list(_pieces(lambda: iter(text.split("\n"))))
+
+
+def _pieces(lines: Callable[[], Iterator[str]]) -> Iterator[str]:
+    """Yield the documents of `split_text`; ``lines`` yields the lines anew at each call, so that none is kept."""
+    paragraphs = 0
+    several = False  # whether the first paragraph has more than one line
+    for number, _ in _paragraph_lines(lines()):
+        if number > 1:
+            paragraphs = number
+            break
+        several, paragraphs = paragraphs > 0, number
+    if paragraphs == 0:
+        return
+    if paragraphs == 1:
+        for _, line in _paragraph_lines(lines()):
+            pieces = [line] if several else _cut(line.strip())
+            yield from (piece.strip() for piece in pieces if piece.strip())
+        return
+    held: list[str] = []
+    last = 1
+    for number, line in _paragraph_lines(lines()):
+        if number > last:
+            yield "\n".join(held).strip()
+            held, last = [], number
+        held.append(line)
+    yield "\n".join(held).strip()
+
+
+def _paragraph_lines(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank, each with the number of its paragraph, from 1."""
+    number, blank = 0, True
+    for line in lines:
+        if not line.strip():
+            blank = True
+            continue
+        number += blank
+        blank = False
+        yield number, line
 
 
 def _cut(text: str) -> list[str]:
@@ -76,7 +122,7 @@ def _cut(text: str) -> list[str]:
 
 def _read_text(path: Path, text_field: str) -> Iterator[Document]:
     del text_field  # plain text has no fields
-    for text in split_text(_decode(path)):
+    for text in _pieces(lambda: _lines(path)):
         yield Document(content_id(text), text)
 
 
@@ -89,27 +135,20 @@ def _document(row: dict[str, Any], text_field: str, where: str) -> Document | No
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
-    offset = 0
-    with _readable(path), path.open("rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            where = f"{path}, line {number}"
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                place = offset + error.start
-                raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {place}") from error
-            offset += len(raw)
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line, "the line", finite=False)
-            except UserError as error:
-                raise UserError(f"{where}: not JSON ({error})") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-            document = _document(row, text_field, where)
-            if document is not None:
-                yield document
+    for number, (offset, raw) in enumerate(_raw_lines(path), start=1):
+        line = _decoded(path, offset, raw)
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = parse_json(line, "the line", finite=False)
+        except UserError as error:
+            raise UserError(f"{where}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {text_field!r}")
+        document = _document(row, text_field, where)
+        if document is not None:
+            yield document
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:

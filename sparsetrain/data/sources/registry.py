@@ -23,6 +23,7 @@ class SourceConfig:
         path: the files for ``file``. It implies ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        packages: installed packages whose files the source ``python`` reads beside the standard library.
 
     Raises:
         UserError: the name is unknown, or a setting that the source needs is missing.
@@ -34,6 +35,7 @@ class SourceConfig:
     hub_config: str | None = None
     hub_split: str = "train"
     text_field: str = "text"
+    packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         SOURCES.check(self.name)
