@@ -14,17 +14,20 @@ from matplotlib.lines import Line2D
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.report.sweep import Line, labels_of
 
+_MOST = 9  # curves whose long names fit below a panel
 _LONG = 30  # letters of a label that leave room for three columns of them
 
 
 def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str] = ()) -> None:
     """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses.
 
-    Without a shift, because no base has an optimum inside its grid, it is one panel of curves above their own minima.
+    It is one panel of curves above their own minima if there is no shift, because no base has an optimum inside its
+    grid, or if there are so many curves with long names that they could not be told apart in small panels.
     """
     schemes = list(dict.fromkeys(line.scheme for line in lines))
     labels = labels_of(lines, extra)
-    if len(lines) > 1 and not any(line.shift for line in lines):
+    crowded = len(set(labels)) > _MOST and max(map(len, labels)) > _LONG
+    if len(lines) > 1 and (crowded or not any(line.shift for line in lines)):
         _apart_figure(lines, labels, x, path)
         return
     order = list(dict.fromkeys(labels))
