@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,3 +54,25 @@ def test_two_tokenizers_in_a_set_are_refused(texts: dict[str, DataConfig]) -> No
     texts["letters"] = DataConfig(path=texts["letters"].path, vocab_size=300)
     with pytest.raises(UserError, match=r"^the corpora notes and letters have different tokenizers; a run has one$"):
         Corpora(prepared(texts))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_named_corpora_share_the_sentinels_that_one_of_them_needs(texts: dict[str, DataConfig], tokenizer: str) -> None:
+    sources: dict[str, dict[str, Any]] = {name: {"path": config.path} for name, config in texts.items()}
+    plain = DataConfig(sources=sources, tokenizer=tokenizer, vocab_size=300)
+    assert find_corpora(plain)[1] is None
+    before = prepare_corpora(plain, progress=False)
+    sources["letters"]["fim_rate"] = 1.0
+    moved = DataConfig(sources=sources, tokenizer=tokenizer, vocab_size=300)
+    assert find_corpora(moved)[1] is None
+    after = prepare_corpora(moved, progress=False)
+    key, found = find_corpora(moved)
+    assert found is not None
+    assert found.key == key == after.key != before.key
+    assert after.tokenizer.vocab_size <= (260 if tokenizer == "bytes" else 300)
+    sentinels = after.tokenizer.sentinels
+    assert sentinels is not None
+    for name, corpus in after.items():
+        counts = [corpus.train.count(sentinel, len(corpus.train)) for sentinel in sentinels]
+        documents = corpus.manifest["splits"]["train"]["documents"]
+        assert counts == ([documents] * 3 if name == "letters" else [0] * 3)
