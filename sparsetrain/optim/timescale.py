@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,7 +57,10 @@ def ema_coefficients(lrs: Sequence[float] | Tensor, weight_decay: float | Sequen
             f"lr times weight_decay is {float(alphas[step]):.6g} in step {step}; it must lie in [0, 1], since a step "
             "takes that share away from the weights"
         )
-    kept = torch.cat([(1.0 - alphas).flip(0).cumprod(0).flip(0), torch.ones(1, dtype=torch.float64)])
+    # 1 - alpha would be rounded the same way in each of many steps, and so would their product.
+    with np.errstate(divide="ignore"):  # an alpha of 1
+        logs = np.log1p(-alphas.numpy().astype(np.longdouble))[::-1].cumsum()[::-1]
+    kept = torch.cat([torch.from_numpy(np.exp(logs).astype(np.float64)), torch.ones(1, dtype=torch.float64)])
     return torch.cat([kept[:1], alphas * kept[1:]])
 
 

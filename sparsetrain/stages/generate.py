@@ -116,15 +116,14 @@ def generate(config: GenerateConfig) -> str:
     device = resolve_device(config.device)
     changes = {name: value for name, value in asdict(config.model).items() if value is not None}
     quantized = load_quantized(directory) if is_quantized(directory) else None
-    tokenizer = run_tokenizer(directory)
-    ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
     if quantized is None:
-        saved = adjusted(run_config(directory), changes)
+        saved, tokenizer = adjusted(run_config(directory), changes), run_tokenizer(directory)
         shape, sparsity = model_config(saved.model, tokenizer.vocab_size), saved.sparsity
     else:
         # It holds less than the dense model that is counted here.
         quantized.config = replace(quantized.config, **changes)
-        shape, sparsity = quantized.config, SparsityConfig()
+        tokenizer, shape, sparsity = run_tokenizer(directory), quantized.config, SparsityConfig()
+    ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
     length = len(ids) + max(0, config.max_new_tokens)
     plan = sparsity if sparsity.is_sparse else None
     workload = Workload(shape, plan, evaluated=1, context=len(ids), cached=length)

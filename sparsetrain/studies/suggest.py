@@ -316,9 +316,14 @@ def _batch(config: SuggestConfig, laws: Sequence[Law], tokens: int, text: int | 
         if value > most:
             warnings.append(f"The best batch is above the critical one, so that is taken: {most:.4g} tokens.")
             value, ends, source = most, widest, critical.source
-    unit = config.loop.accumulation
-    sequences = max(unit, round(value / config.data.context / unit) * unit)
+    unit = config.loop.micro_batch or config.loop.accumulation
+    smallest = unit * config.data.context
+    sequences = max(1, round(value / smallest)) * unit
+    if most is not None:  # rounding must not pass it
+        sequences = max(unit, min(sequences, math.floor(most / smallest) * unit))
     batch = sequences * config.data.context
+    if smallest > min(1.5 * value, math.inf if most is None else most):
+        warnings.append(f"The smallest batch here has {smallest:,} tokens, more than the laws say: {value:.4g}.")
     for limit, what in ((text, "of the text"), (tokens, "of the run")):
         if limit is not None and batch > limit:
             shown = f"{batch:,}" if batch < _READABLE else f"{batch:.4g}"

@@ -209,3 +209,18 @@ def test_a_sparse_bert_whose_key_biases_have_a_gradient_of_zero_is_measured() ->
     for name, squared in expected.items():
         if "key.bias" not in name:  # zero up to rounding
             torch.testing.assert_close(norms.squared[name].double(), squared, rtol=1e-4, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_in_bfloat16_is_not_refused(bias: bool) -> None:
+    """torch adds the gradients of a LayerNorm in 16 bits, which is wrong by some percent."""
+    for seed in range(4):
+        torch.manual_seed(seed)
+        shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "vocab_size": 60, "sparsity": 0.5}
+        model = sparsetrain.Transformer(sparsetrain.ModelConfig(**shape, bias=bias)).bfloat16()
+        tokens = torch.randint(0, 60, (4, 129))
+        with sparsetrain.per_example_norms(model) as norms:
+            model(tokens[:, :-1], tokens[:, 1:]).backward()
+        assert norms.squared.keys() == {
+            name for name, parameter in model.named_parameters() if parameter.grad is not None
+        }

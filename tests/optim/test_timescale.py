@@ -30,10 +30,16 @@ def test_coefficients_are_a_convex_combination(lrs: list[float], weight_decay: f
     assert float(coefficients.sum()) == pytest.approx(1.0, abs=1e-12)
 
 
-@pytest.mark.parametrize("steps", [1, 1000, 200_000])
+@pytest.mark.parametrize("steps", [1, 1000, 20_000])
 def test_they_sum_to_one_however_long_the_training(steps: int) -> None:
     factors = [Schedule(ScheduleConfig(), steps).factor(step) * 0.1 for step in range(steps)]
     assert float(ema_coefficients(factors, 0.01).sum()) == pytest.approx(1.0, abs=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "steps"), [(1e-7, 1_000_000), (1e-5, 160_000), (1.0, 3)])
+def test_they_sum_to_one_at_the_same_small_decay_in_every_step(alpha: float, steps: int) -> None:
+    rates = torch.full((steps,), alpha, dtype=torch.float64)
+    assert float(ema_coefficients(rates, 1.0).sum()) == pytest.approx(1.0, abs=1e-12)
 
 
 @pytest.mark.parametrize("name", SCHEDULES.names())

@@ -218,6 +218,22 @@ def test_a_critical_batch_over_d_min_is_that_of_half_of_the_tokens(notes: Path, 
     assert any("D_min = 1,000,000 tokens of the critical batch is outside" in line for line in batch.warnings)
 
 
+def test_a_batch_is_whole_micro_batches_and_never_above_the_critical_one(notes: Path, tmp_path: Path) -> None:
+    words = ["budget.tokens=200000", "budget.batch_size=6", "loop.micro_batch=6"]
+    batch = value(suggestion(config(notes, *words)), "batch in tokens")
+    assert isinstance(batch.value, int)
+    context = config(notes).data.context
+    assert batch.value % (6 * context) == 0
+    b = np.array([100.0, 200.0, 400.0, 800.0])
+    for critical in (2.9 * 6 * context, 0.5 * context):
+        fit_critical_batch(b, 1e5 * (1 + b / critical)).save(tmp_path / "critical.yaml")
+        found = value(suggestion(config(notes, *words, f"laws={tmp_path / 'critical.yaml'}")), "batch in tokens")
+        smallest = 6 * context
+        assert found.value == (2 * smallest if critical > smallest else smallest)
+        said = "The smallest batch here has" in " ".join(found.warnings)
+        assert said == (critical < smallest)
+
+
 def test_laws_that_suggest_nothing_are_named(notes: Path, tmp_path: Path) -> None:
     words = ["budget.tokens=200000", "sparsity=dense"]
     other = saved(tmp_path, "other")
