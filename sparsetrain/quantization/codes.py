@@ -55,8 +55,8 @@ def _encode(matrix: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tens
     counted = counted.view(-1, group)
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     centre, half, levels = (low + high) / 2, (high - low) / 2, 2**bits - 1
-    # Errors are compared in units of the range, whose squares neither vanish nor overflow.
-    unit = torch.where(half > 0, half, 1.0)
+    # Errors are compared in units of the range, or of equal weights, whose squares neither vanish nor overflow.
+    unit = torch.where(half > 0, half, torch.where(centre == 0, 1.0, centre.abs()))
     least = torch.full_like(centre, torch.inf)
     codes = torch.zeros_like(x)
     scales, offsets = torch.zeros_like(centre), torch.zeros_like(centre)

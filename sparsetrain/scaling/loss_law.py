@@ -24,6 +24,7 @@ from sparsetrain.scaling.points import Numbers, checked_numbers, checked_seeds
 LOSSES = ("log_huber", "squared")
 _EXPONENTS = (0.02, 3.0)  # between which exponents are searched
 _GRID = 16  # exponents of the grid, for each input
+_NOTHING = 1e-3  # share of the loss below which a term is not told from noise
 _SMALLEST = 1e-12  # of an amplitude relative to the loss, below which its logarithm means nothing
 
 
@@ -202,6 +203,23 @@ def fit_loss_law(
         runs=len(y),
         seeds=None if given is None else len(np.unique(given)),
     )
+
+
+def unidentified(law: LossLaw) -> list[str]:
+    """Return a sentence for each part of a fitted law that the losses do not tell, in whose numbers is no meaning."""
+    found = []
+    ranges = law.ranges or ()
+    for of, amplitude, exponent, ends in zip(("parameters", "tokens"), "ab", ("alpha", "beta"), ranges, strict=False):
+        power = law.parameters[exponent]
+        largest, whole = law.parameters[amplitude] / ends[0] ** power, law(*(low for low, _ in ranges))
+        if largest < _NOTHING * whole or not _EXPONENTS[0] <= power <= _EXPONENTS[1]:
+            found.append(
+                f"The losses do not tell how they depend on {of}: {exponent} = {power:.3g}, and the term is at most "
+                f"{largest / whole:.2%} of the loss."
+            )
+    if law.r_squared is not None and law.r_squared <= 0.0:
+        found.append("The law explains none of the differences between the losses.")
+    return found
 
 
 def _enough(inputs: np.ndarray) -> bool:

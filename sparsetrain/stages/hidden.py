@@ -121,6 +121,16 @@ def hidden_of_run(config: RunConfig) -> Hidden:
     return replace(hidden, peak=peak, resizes=resizes)
 
 
+def follows(rules: Parameterization, hidden: Hidden) -> list[str]:
+    """Return a sentence if the product of rate and weight decay changes with the density, which tau does not know."""
+    if not (hidden.resizes and rules.follow == "density" and rules.wd_rule == "coupled"):
+        return []
+    return [
+        "tau is that of the density at the start: parameterization.follow=density changes the rate with the density, "
+        "and wd_rule=coupled does not change the weight decay with it."
+    ]
+
+
 def steps_of(config: PretrainConfig) -> int | None:
     """Return the steps that a pre-training was meant to have, or None where they depend on its text.
 

@@ -26,7 +26,7 @@ from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.hidden import Hidden, densities_of, hidden_of
+from sparsetrain.stages.hidden import Hidden, densities_of, follows, hidden_of
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
 from sparsetrain.stages.pipeline import planned_stages, stage_of
@@ -248,7 +248,9 @@ def plan_text(
     planned = _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
     peak = RunSchedule(config.schedule, budget, config.optimizer).peak()
     hidden = replace(hidden, peak=peak, resizes=rule.resizes and bool(densities(0)))
-    return replace(planned, hidden=hidden if config.optimizer.name == "adamw" else None)
+    if config.optimizer.name != "adamw":
+        return planned
+    return replace(planned, hidden=hidden, notes=[*planned.notes, *follows(config.parameterization, hidden)])
 
 
 def _bounds(budget: Budget) -> str:

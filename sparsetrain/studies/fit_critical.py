@@ -72,7 +72,10 @@ def fit_critical(rows: Rows, varied: Sequence[str], per: str, target: float | No
     )
     if target is not None:
         clearest = max(found, key=lambda each: each[2].r_squared or 0.0)
-        return Fitted(clearest[2], sheet, clearest[4], reasons)
+        name, loss, hyperbola, _, its_points = clearest
+        if len(found) > 1:
+            reasons.append(f"{len(found)} models reach this loss; the law is that of {name}, whose R^2 is the highest.")
+        return Fitted(hyperbola, sheet, its_points, reasons, caveat=f"It holds for a loss of {loss:.6g} and {name}.")
     points = [
         (of_seed.parameters["d_min"], of_seed.parameters["b_crit"], seed)
         for _, _, _, own, _ in found

@@ -18,7 +18,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.law_plots import LawPoint
 from sparsetrain.report.tables import Sheet
 from sparsetrain.scaling.law import Law, Quantity
-from sparsetrain.scaling.loss_law import fit_loss_law
+from sparsetrain.scaling.loss_law import fit_loss_law, unidentified
 from sparsetrain.scaling.optima import Best, best_of, law_of_optima
 from sparsetrain.scaling.transfer import Curve, Row, make_curves, to_run
 from sparsetrain.studies.fit_rows import (
@@ -161,7 +161,9 @@ def fit_loss(rows: Rows, varied: Sequence[str], per: str, target: float | None) 
     points = [LawPoint((float(a), float(b)), float(c)) for a, b, c in zip(n, d, losses, strict=True)]
     body = [(f"{p.x[0]:,.0f}", f"{p.x[1]:,.0f}", f"{p.y:.4f}", f"{law(*p.x):.4f}") for p in points]
     sheet = Sheet("Losses", (f"hidden {per}s", "tokens", "loss", "by the law"), tuple(body))
-    return Fitted(law, sheet, points, left_out(len(rows) - len(done), "that diverged or lack their number of weights"))
+    doubts = unidentified(law)
+    notes = left_out(len(rows) - len(done), "that diverged or lack their number of weights")
+    return Fitted(law, sheet, points, [*notes, *doubts], caveat=" ".join(doubts))
 
 
 def _swept(

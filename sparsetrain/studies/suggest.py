@@ -21,7 +21,7 @@ from sparsetrain.optim import BudgetConfig, RunSchedule, weight_decay_for
 from sparsetrain.scaling.law import Hyperbola, Interval, Law, PowerLaw
 from sparsetrain.scaling.published import batch_opt, tau_opt
 from sparsetrain.stages.config import PretrainConfig, model_config
-from sparsetrain.stages.hidden import Hidden, hidden_of_run
+from sparsetrain.stages.hidden import Hidden, follows, hidden_of_run
 from sparsetrain.stages.plan import vocabulary
 from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.stages.pretrain import budget_of
@@ -197,6 +197,7 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
             f"Learning rate times weight decay differs between hidden matrices by a factor of {hidden.others:.3g}, and "
             "so does tau; the values are those of the matrices with the most weights."
         )
+    notes += follows(config.parameterization, hidden)
     if config.budget.changing is not None:
         notes.append("budget.batch_size changes during the run; the suggestion is for one size, and replaces it.")
     values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]

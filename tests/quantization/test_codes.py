@@ -64,6 +64,13 @@ def test_codes_are_those_of_numpy_and_no_worse_than_a_plain_quantizer(
             assert ours <= theirs * (1 + 1e-4) + 1e-12
 
 
+@pytest.mark.parametrize("weight", [1e-30, 3.0, 1e30])
+def test_a_group_of_equal_weights_keeps_them(weight: float) -> None:
+    matrix = torch.full((2, 3), weight)
+    found = decode(*encode(matrix, 4, 2), 3, 4, 2)
+    assert torch.allclose(found, matrix, rtol=2**-8, atol=0.0)
+
+
 def test_equal_weights_and_zeros_are_kept() -> None:
     weights = torch.tensor([[0.0, 0.0, 0.0, 1.5, 1.5]])
     codes, scales, offsets = encode(weights, 4, 3)

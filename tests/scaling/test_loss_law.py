@@ -20,7 +20,7 @@ from sparsetrain.scaling.critical import (
     tokens_to_reach,
 )
 from sparsetrain.scaling.law import LossLaw
-from sparsetrain.scaling.loss_law import fit_loss_law
+from sparsetrain.scaling.loss_law import fit_loss_law, unidentified
 from sparsetrain.scaling.pareto import pareto_trainings, tokens_for
 
 TRUTH = {"floor": 1.7, "a": 400.0, "b": 900.0, "alpha": 0.36, "beta": 0.42}
@@ -192,3 +192,12 @@ def test_pareto_trainings_are_those_that_brute_force_keeps() -> None:
         pareto_trainings(law, 1.7, sizes, batch_opt, critical)
     with pytest.raises(UserError, match="must be at least 1"):
         pareto_trainings(law, 5.0, sizes, batch_opt, critical, factors=[0.5])
+
+
+def test_a_term_that_the_losses_do_not_tell_is_named() -> None:
+    clear = fit_loss_law(N, D, LOSSES, samples=2)
+    assert unidentified(clear) == []
+    noise = np.exp(np.random.default_rng(1).normal(0.0, 0.001, len(D)))
+    flat = fit_loss_law(N, D, (1.7 + 900.0 / D**0.45) * noise, samples=2)
+    (said,) = unidentified(flat)
+    assert said.startswith("The losses do not tell how they depend on parameters: alpha = ")

@@ -174,6 +174,7 @@ def test_the_critical_batch_is_found_at_a_loss_and_over_d_min(tmp_path: Path) ->
     low, high = law.interval(of="b_crit")
     assert low < 5 * 1e5**0.5 < high
     assert law.parameters["d_min"] == pytest.approx(1e5, rel=0.1)
+    assert f"It holds for a loss of {target:.6g} and " in law.verified
     over = fitted(path, "critical", out=tmp_path)[0]["sparsity 0"]
     assert over(1e5) == pytest.approx(5 * 1e5**0.5, rel=0.15)
     one = [each for each in batches(losses) if each["seed"] == 0]
