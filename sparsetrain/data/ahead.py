@@ -20,7 +20,7 @@ def read_ahead(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
 
     Args:
         items: what to read. Only the thread uses it.
-        depth: items that wait at most, at least 1; so many more are held in memory.
+        depth: items that wait at most, at least 1; as many more are held in memory.
     """
     waiting: queue.Queue[tuple[T | None, BaseException | None, bool]] = queue.Queue(depth)
     gone = threading.Event()

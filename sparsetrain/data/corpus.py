@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -142,6 +142,24 @@ def open_corpus(directory: Path) -> Corpus:
     return Corpus(directory, manifest, tokenizer, train, validation, cached=True)
 
 
+def text_key(config: DataConfig, source: Source) -> dict[str, Any]:
+    """Return everything that the texts of a corpus and their splits depend on, as JSON values."""
+    return {
+        "source": config.kind,
+        **source.identity(),
+        "max_documents": config.max_documents,
+        "validation_fraction": config.validation_fraction,
+        "test_fraction": config.resolved_test_fraction,
+    }
+
+
+def trained(texts: Iterable[str], vocab_size: int, sentinels: bool) -> Tokenizer:
+    """Return a tokenizer of at most ``vocab_size`` tokens, of which three may be sentinels; see `Tokenizer.train`."""
+    if not sentinels:
+        return Tokenizer.train(texts, vocab_size)
+    return Tokenizer.train(texts, vocab_size - len(SENTINELS)).with_sentinels()
+
+
 def _key(config: DataConfig, source: Source, fixed: Tokenizer | None) -> dict[str, Any]:
     """Return everything that the corpus's content depends on, as JSON values.
 
@@ -155,12 +173,8 @@ def _key(config: DataConfig, source: Source, fixed: Tokenizer | None) -> dict[st
     fim = {"rate": config.fim_rate, "spm_rate": config.fim_spm_rate}
     return {
         "format": _FORMAT,
-        "source": config.kind,
-        **source.identity(),
+        **text_key(config, source),
         "tokenizer": tokenizer,
-        "max_documents": config.max_documents,
-        "validation_fraction": config.validation_fraction,
-        "test_fraction": config.resolved_test_fraction,
         "token_dtype": config.token_dtype,
         **({"fill_in_the_middle": fim} if config.fim_rate > 0 else {}),
     }
@@ -173,9 +187,7 @@ def _tokenizer(config: DataConfig, division: Division, source: Source, report: R
             report(0.99 * share)  # reading only: the merges are computed after the last text
             yield text
 
-    if config.fim_rate > 0:
-        return Tokenizer.train(texts(), config.vocab_size - len(SENTINELS)).with_sentinels()
-    return Tokenizer.train(texts(), config.vocab_size)
+    return trained(texts(), config.vocab_size, config.fim_rate > 0)
 
 
 def division_of(config: DataConfig, source: Source) -> Division:

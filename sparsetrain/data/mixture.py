@@ -3,7 +3,7 @@
 All samples of a stream have the same number of tokens, so shares of samples are shares of tokens.
 
 The stream is cut into windows. A window's samples are divided among the corpora by largest remainders (Hamilton's
-method): a corpus with weight w is due w times the samples so far, minus those that earlier windows gave it. So no
+method): a corpus with weight w is due w times the samples so far, minus what earlier windows gave it. So no
 corpus is ever further than one sample from its share at the end of a window. Inside a window the samples of a corpus
 are spread evenly, each at a random place of its own stratum, so that a window that is cut short has the shares too.
 """

@@ -147,7 +147,7 @@ class Clusters:
         return root
 
     def join(self, group: npt.NDArray[np.int64]) -> None:
-        """Compare the texts of a group of candidates, and join those that are near-duplicates.
+        """Compare the texts of a group of candidates, and join near-duplicates.
 
         A pair that is joined already is not compared: its similarity would not change the clusters. Nor is a pair
         whose numbers of shingles alone keep it below the threshold.

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from sparsetrain.cache import cache_directory, whole_file
 from sparsetrain.data.config import DataConfig
-from sparsetrain.data.corpus import TOKENIZER_BYTES, division_of
+from sparsetrain.data.corpus import TOKENIZER_BYTES, division_of, text_key, trained
 from sparsetrain.data.display import Display
-from sparsetrain.data.tokenizer import SENTINELS, Tokenizer
+from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError, within
 from sparsetrain.screen import say
 
@@ -44,15 +44,7 @@ def place_of(members: Mapping[str, DataConfig]) -> Path:
     corpora = []
     for name, member in members.items():
         with naming(name):
-            corpora.append(
-                {
-                    "source": member.kind,
-                    **member.source().identity(),
-                    "max_documents": member.max_documents,
-                    "validation_fraction": member.validation_fraction,
-                    "test_fraction": member.resolved_test_fraction,
-                }
-            )
+            corpora.append(text_key(member, member.source()))
     # Neither the names of the corpora nor their order matters.
     corpora.sort(key=lambda corpus: json.dumps(corpus, sort_keys=True))
     first, fixed = next(iter(members.values())), _fixed(members)
@@ -60,7 +52,7 @@ def place_of(members: Mapping[str, DataConfig]) -> Path:
     if fixed is not None:
         key = {"format": _FORMAT, "sha256": fixed.sha256}
     digest = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=8).hexdigest()
-    return cache_directory() / "tokenizers" / f"bpe-{digest}.json"
+    return cache_directory() / "tokenizers" / f"{digest}.json"
 
 
 def is_needed(members: Mapping[str, DataConfig]) -> bool:
@@ -104,10 +96,7 @@ def train_shared(members: Mapping[str, DataConfig], progress: bool, console: Con
         tokenizer = _fixed(members)
         if tokenizer is None:
             size = next(iter(members.values())).vocab_size
-            if _with_sentinels(members):
-                tokenizer = Tokenizer.train(texts(), size - len(SENTINELS)).with_sentinels()
-            else:
-                tokenizer = Tokenizer.train(texts(), size)
+            tokenizer = trained(texts(), size, _with_sentinels(members))
         with whole_file(place) as temporary:
             tokenizer.save(temporary)
     if progress:

@@ -15,7 +15,7 @@ POSITIONS = ("alibi", "rope", "learned", "none")
 ROPE_SCALINGS = ("linear", "ntk", "yarn")
 DYNAMIC = "dynamic"
 ADJUSTABLE = ("positions_scale", "rope_scaling")
-"""Fields that may differ from those that the weights were trained with."""
+"""Fields that may differ from the settings of the training."""
 
 # Indices of a sparse matrix have 32 bits. Blocks are Python objects, whose list must not exhaust the memory.
 _MOST, _MOST_LAYERS = 2**31 - 1, 2**16

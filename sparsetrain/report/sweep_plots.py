@@ -22,7 +22,7 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
     """Draw a PNG: one panel of curves per parameterization, a panel of shifts, and a panel of transferred losses.
 
     It is one panel of curves above their own minima if there is no shift, because no base has an optimum inside its
-    grid, or if there are so many curves with long names that they could not be told apart in small panels.
+    grid, or if there are more curves with long names than small panels can tell apart.
     """
     schemes = list(dict.fromkeys(line.scheme for line in lines))
     labels = labels_of(lines, extra)

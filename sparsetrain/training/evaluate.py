@@ -106,8 +106,13 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
 def score_labels(predicted: np.ndarray, truth: np.ndarray) -> TaskScore:
     """Return accuracy with its Wilson interval, and macro F1, for int arrays ``[E]`` of label indices."""
     n, right = len(truth), int((predicted == truth).sum())
+    return TaskScore(n, right / n, wilson(right, n), macro_f1(predicted, truth))
+
+
+def wilson(right: int, n: int) -> tuple[float, float]:
+    """Return the Wilson interval of 95 % of an accuracy of ``right`` in ``n``."""
     interval = binomtest(right, n).proportion_ci(0.95, method="wilson")
-    return TaskScore(n, right / n, (float(interval.low), float(interval.high)), macro_f1(predicted, truth))
+    return float(interval.low), float(interval.high)
 
 
 def macro_f1(predicted: np.ndarray, truth: np.ndarray) -> float:

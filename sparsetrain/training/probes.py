@@ -12,13 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 
 from sparsetrain.data import Tokenizer
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import Transformer
 from sparsetrain.seeds import derive_seed
-from sparsetrain.training.evaluate import evaluating
+from sparsetrain.training.evaluate import evaluating, wilson
 
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 """Usual sizes in bytes."""
@@ -146,9 +145,8 @@ def probe_accuracy(model: Transformer, tokenizer: Tokenizer, asked: Sequence[Pro
             embeddings = model.embed_tokens(torch.tensor([ids], device=device))
             scores = model.continuation_scores(embeddings, answers)[0]
             right += int(scores.argmax()) == probe.right and not bool(scores.isnan().any())
-    interval = binomtest(right, len(asked)).proportion_ci(0.95, method="wilson")
-    low, high = float(interval.low), float(interval.high)
-    return ProbeScore(len(asked), right / len(asked), (low, high), 1 / len(asked[0].choices))
+    n = len(asked)
+    return ProbeScore(n, right / n, wilson(right, n), 1 / len(asked[0].choices))
 
 
 def _random(kind: str, size: int, seed: int, index: int) -> np.random.Generator:
