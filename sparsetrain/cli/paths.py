@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
 
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
@@ -68,16 +70,7 @@ def fit(given: Namespace) -> None:
 
     from sparsetrain.studies.fit import FitRequest, fit_sweep
 
-    settings = {}
-    for word in given.words:
-        name, equals, value = word.partition("=")
-        if equals and name in ("law", "out", "per", "target"):
-            if name in settings:
-                raise UserError(f"fit: {name} is given twice")
-            settings[name] = value
-        elif equals and not typed_path(word, "RUNS").exists():
-            raise UserError(f"fit has no setting '{name}'{nearest(name, ('law', 'out', 'per', 'target'))}")
-    places = [typed_path(word, "RUNS") for word in given.words if word.partition("=")[0] not in settings]
+    places, settings = _divided("fit", given.words, ("law", "out", "per", "target"), "RUNS")
     if "law" not in settings or not places:
         raise UserError(f"fit needs {'a sweep' if places == [] else 'a law'}: sparsetrain fit RUNS law=tau")
     out, target = settings.get("out"), settings.get("target")
@@ -87,6 +80,24 @@ def fit(given: Namespace) -> None:
         raise UserError(f"target={target} must be a number") from None
     place = None if out is None else typed_path(out, "out")
     fit_sweep(FitRequest(places, settings["law"], place, settings.get("per", "weight"), loss), Console())
+
+
+def _divided(verb: str, words: Sequence[str], known: Sequence[str], path: str) -> tuple[list[Path], dict[str, str]]:
+    """Return the paths among the words of a verb, and its settings, which are written ``name=value``."""
+    places: list[Path] = []
+    settings: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in known:
+            place = typed_path(word, path)
+            if equals and not place.exists():
+                raise UserError(f"{verb} has no setting '{name}'{nearest(name, known)}")
+            places.append(place)
+        elif name in settings:
+            raise UserError(f"{verb}: {name} is given twice")
+        else:
+            settings[name] = value
+    return places, settings
 
 
 def mask_arguments(parser: ArgumentParser) -> None:
@@ -129,18 +140,7 @@ def quantize(given: Namespace) -> None:
 
     from sparsetrain.stages.quantize import quantize_run
 
-    settings: dict[str, str] = {}
-    runs = []
-    for word in given.words:
-        name, equals, value = word.partition("=")
-        if not equals or typed_path(word, "RUN_DIR").is_dir():
-            runs.append(word)
-        elif name not in ("out", "bits", "group"):
-            raise UserError(f"quantize has no setting '{name}'{nearest(name, ('out', 'bits', 'group'))}")
-        elif name in settings:
-            raise UserError(f"quantize: {name} is given twice")
-        else:
-            settings[name] = value
+    runs, settings = _divided("quantize", given.words, ("out", "bits", "group"), "RUN_DIR")
     if len(runs) != 1 or "out" not in settings:
         raise UserError("quantize takes one run and a new directory: sparsetrain quantize RUN_DIR out=DIR")
     numbers = {}
@@ -149,4 +149,4 @@ def quantize(given: Namespace) -> None:
             raise UserError(f"{name}={settings[name]} must be a whole number")
         numbers[name] = int(settings.get(name, default))
     place = typed_path(settings["out"], "out")
-    quantize_run(typed_path(runs[0], "RUN_DIR"), place, numbers["bits"], numbers["group"], Console())
+    quantize_run(runs[0], place, numbers["bits"], numbers["group"], Console())

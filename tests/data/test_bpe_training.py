@@ -10,9 +10,10 @@ import time
 from typing import Any
 
 import pytest
+from bpe import trained_by_the_library
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers
 
 from sparsetrain.data import bpe_training
 from sparsetrain.data.bpe_training import LONGEST_WORD, bounded, byte_level
@@ -27,16 +28,7 @@ WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 def by_the_library_alone(texts: list[str], vocab_size: int) -> str:
     """Return the file that the library writes when it trains on the texts directly."""
-    inner = byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer=trainer)
-    return str(inner.to_str(pretty=True))
+    return str(trained_by_the_library(byte_level(models.BPE()), texts, vocab_size).to_str(pretty=True))
 
 
 def words(texts: list[str]) -> list[str]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import tokenizers
+from bpe import trained_by_the_library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from languages import ARABIC, ENGLISH, LATIN, VOWELS, WRITTEN_ARABIC, documents, words
-from tokenizers import AddedToken, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, models, pre_tokenizers
 
 from sparsetrain.data.bpe_extension import learn_merges
 from sparsetrain.data.tokenizer import END_OF_TEXT, Tokenizer
@@ -36,15 +37,7 @@ def by_the_library(texts: list[str], vocab_size: int, pre_tokenizer: Any) -> tok
     """Return a BPE that the library learns on the texts alone, with the words of a pre-tokenizer."""
     inner = tokenizers.Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizer
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    inner.train_from_iterator(texts, trainer=trainer)
-    return inner
+    return trained_by_the_library(inner, texts, vocab_size)
 
 
 def file(tokenizer: Tokenizer, **model: Any) -> dict[str, Any]:
