@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sparsetrain.data import Corpora, prepare_corpora
+from sparsetrain.data import Corpora, DataConfig, prepare_corpora
 from sparsetrain.errors import UserError
 from sparsetrain.files import write_json
 from sparsetrain.optim import RunSchedule
@@ -143,7 +143,7 @@ def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, direc
     if start is not None and isinstance(settings, PretrainConfig) and settings.data.tokenizer_path is None:
         tokenizer = Path(start) / TOKENIZER
         # New text must be read with the tokenizer of the weights, which exists as soon as they do.
-        if "data" in entry.settings and tokenizer.exists():
+        if ("data" in entry.settings or _texts(settings) != _texts(config)) and tokenizer.exists():
             settings.data = replace(settings.data, tokenizer_path=str(tokenizer))
     return settings
 
@@ -155,7 +155,7 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
     for arm, entry, settings in planned_stages(config, directory):
         if finished(stage_directory(directory, arm, entry)) is not None:
             continue
-        own_text = isinstance(settings, PretrainConfig) and "data" in entry.settings
+        own_text = isinstance(settings, PretrainConfig) and _texts(settings) != _texts(config)
         if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
             continue  # its text needs the tokenizer of a run that does not exist yet
         stage = stage_of(settings, console, None if own_text else corpora)
@@ -163,6 +163,11 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
         # Raises if a schedule does not fit the length.
         RunSchedule(settings.schedule, stage.budget, settings.optimizer)
         check_memory(*stage.workload(f"pipeline.stages.{entry.name}."), device, config.force)
+
+
+def _texts(config: RunConfig) -> dict[str, DataConfig]:
+    """Return what determines the text and the tokenizer of a run, by corpus."""
+    return {name: replace(corpus, context=1) for name, corpus in config.data.members().items()}
 
 
 def needed_first(config: PipelineConfig) -> list[StageEntry]:

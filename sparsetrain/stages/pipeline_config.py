@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,24 +16,12 @@ from sparsetrain.runs.recorded import complete
 from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.config import of_rule
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig
+from sparsetrain.stages.config import RunConfig
+from sparsetrain.stages.kinds import KINDS, OWN, RUN_SETTINGS, known_settings
+from sparsetrain.stages.pipeline_arms import SPARSITY, Arm, arms_of, canonical_arms, set_setting
 
-KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
-"""Kinds of stage, each with its configuration."""
-
-OWN = ("optimizer", "schedule", "budget", "loop")
-"""Sections that a pipeline gives only to its pre-training; the other kinds use their own defaults."""
-
-PLACED = ("init_from", "run_dir", "runs_dir", "device", "threads", "force", "draw")
-"""Settings that a stage cannot set: the pipeline sets them."""
-
-RUN_SETTINGS = {each.name for each in dataclasses.fields(RunConfig)} | {"task"}
-"""Settings that a stage takes from the pipeline unless its entry sets them."""
-
-_SECTIONS = {"model", "data", "sparsity", "parameterization", "optimizer", "schedule", "budget", "loop", "task"}
 _TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # files that lie beside the directories of stages and arms
 _ABOUT_STAGE = ("name", "run", "from", "once", "arms")
-_SPARSITY = "sparsity.sparsity"
 _RULE = "sparsity.evolution.rule"
 
 
@@ -64,7 +51,8 @@ class PipelineSection:
     """The arms and stages of a pipeline.
 
     Args:
-        arms: dotted names of settings, each with a list of values; every combination is an arm.
+        arms: dotted names of settings, each with a list of values, and names of choices, each with several settings
+            by name: ``recipe: {long: {data.context: 512}, short: {data.context: 128}}``. Every combination is an arm.
             ``sparsity.sparsity: [0, 0.75]`` gives a sparse arm and a dense one, which ignores the rest of ``sparsity``.
         stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune or prompt; default: the name);
             ``from``, the name of the stage whose weights it starts from; ``once: true`` if it should not be repeated
@@ -132,7 +120,7 @@ class PipelineConfig(RunConfig):
     @property
     def arms(self) -> list[Arm]:
         """The arms, one for each distinct combination of settings."""
-        return list(dict.fromkeys(_arms(self.pipeline.arms)))
+        return arms_of(self.pipeline.arms)
 
     def of_arm(self, arm: Arm) -> list[StageEntry]:
         """Return the stages that run in an arm, in running order."""
@@ -153,7 +141,7 @@ class PipelineConfig(RunConfig):
         values: dict[str, Any] = {name: shared[name] for name in taken if name in shared}
         for name, value in arm.settings if arm is not None else ():
             if name.partition(".")[0] in taken:
-                _set(values, name, value)
+                set_setting(values, name, value)
                 if name == _RULE:
                     values["sparsity"]["evolution"] = of_rule(values["sparsity"]["evolution"])
         for name in sorted(known - values.keys() - {"init_from", "run_dir"}):
@@ -168,7 +156,7 @@ class PipelineConfig(RunConfig):
             isinstance(phases, list | tuple) and all(isinstance(phase, Mapping) for phase in phases)
         ):
             raise UserError(f"{where}: budget.phases={phases} must be a list of sections of settings")
-        if arm is not None and dict(arm.settings).get(_SPARSITY) == 0.0:
+        if arm is not None and dict(arm.settings).get(SPARSITY) == 0.0:
             values["budget"] = _without_densities(values["budget"])  # phases cannot make the dense arm sparse
         densities = any(phase.get("density") is not None for phase in values["budget"].get("phases") or [])
         if not densities and not values["sparsity"].get("sparsity") and not values["sparsity"].get("nnz"):
@@ -191,12 +179,8 @@ def canonical(section: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a stage or an arm is invalid.
     """
-    arms: dict[str, list[Any]] = {}
-    for arm in _arms(section.get("arms") or {}):
-        for name, value in arm.settings:
-            arms.setdefault(name, []).append(value)
     stages = [_canonical_entry(entry) for entry in _entries(section.get("stages") or [])]
-    return {"arms": {name: list(dict.fromkeys(values)) for name, values in arms.items()}, "stages": stages}
+    return {"arms": canonical_arms(section.get("arms") or {}), "stages": stages}
 
 
 def _canonical_entry(entry: StageEntry) -> dict[str, Any]:
@@ -225,50 +209,6 @@ def _canonical_entry(entry: StageEntry) -> dict[str, Any]:
         if more.get(name, {}) != {}:
             found |= more
     return found
-
-
-def known_settings(kind: type[RunConfig]) -> set[str]:
-    """Return the settings of a kind of stage that the pipeline does not set itself."""
-    return {each.name for each in dataclasses.fields(kind)} - set(PLACED)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One combination of the settings of ``pipeline.arms``, as (dotted name, value) pairs."""
-
-    settings: tuple[tuple[str, Any], ...]
-
-    @property
-    def name(self) -> str:
-        """Name of the arm in directories and reports: dense, sparse-0.75, or the last parts of settings and values."""
-        return "_".join(_part(name, value) for name, value in self.settings) or "run"
-
-
-def _part(name: str, value: Any) -> str:
-    if name == _SPARSITY:
-        return f"sparse-{value:g}" if value else "dense"
-    return f"{name.rpartition('.')[2]}-{value:g}" if isinstance(value, float) else f"{name.rpartition('.')[2]}-{value}"
-
-
-def _arms(section: Mapping[str, Any]) -> Iterator[Arm]:
-    fields = {each.name for each in dataclasses.fields(RunConfig)} - set(PLACED) | {"task"}
-    for name, values in section.items():
-        if str(name).partition(".")[0] not in fields:
-            raise UserError(f"pipeline.arms: {name} is not a setting{nearest(str(name).partition('.')[0], fields)}")
-        if not isinstance(values, list | tuple) or not values:
-            raise UserError(f"pipeline.arms: {name}={values} must be a list of values")
-        for value in values:
-            if isinstance(value, list | tuple | Mapping):
-                raise UserError(f"pipeline.arms: {name}={value} must be a single value")
-            if "/" in str(value) or "\\" in str(value):
-                raise UserError(f"pipeline.arms: {name}={value} contains a slash, which a directory name cannot")
-            if name in _SECTIONS:
-                raise UserError(f"pipeline.arms: {name} is a section; name one of its settings, such as {_SPARSITY}")
-            if name == _SPARSITY and (isinstance(value, bool) or not isinstance(value, int | float)):
-                raise UserError(f"pipeline.arms: {name}={value} must be a number")
-    for chosen in itertools.product(*section.values()):
-        settings = zip(map(str, section), chosen, strict=True)
-        yield Arm(tuple((name, float(value) if name == _SPARSITY else value) for name, value in settings))
 
 
 def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
@@ -347,14 +287,6 @@ def _default(kind: type[RunConfig], name: str) -> Any:
     each = next(each for each in dataclasses.fields(kind) if each.name == name)
     value = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-
-
-def _set(values: dict[str, Any], name: str, value: Any) -> None:
-    *sections, last = name.split(".")
-    for section in sections:
-        values[section] = dict(values.get(section) or {})
-        values = values[section]
-    values[last] = value
 
 
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from sparsetrain.report.schema import validate_report
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import EvolutionConfig, SparsityConfig
 from sparsetrain.stages import PipelineConfig, pipeline
+from sparsetrain.stages.pipeline_config import canonical
 from sparsetrain.stages.stage import train
 from sparsetrain.training.state import Interrupted
 
@@ -162,6 +163,25 @@ def test_arms_follow_from_the_sparsity_section(configure: Configure) -> None:
     assert sparse == config.sparsity
 
 
+def test_an_arm_may_be_a_named_choice_of_several_settings() -> None:
+    recipes = "recipe: {long: {data.context: 64, budget.tokens: 4096}, swiglu: {model.mlp: swiglu}}"
+    words = ["model=tiny", "pipeline=pretrain", "budget.steps=7"]
+    config = load("pipeline", [*words, f"pipeline.arms={{sparsity.sparsity: [0, 0.5], {recipes}}}"])
+    assert [arm.name for arm in config.arms] == ["dense_long", "dense_swiglu", "sparse-0.5_long", "sparse-0.5_swiglu"]
+    dense, *_, sparse = (config.stage_config(config.stages[0], arm) for arm in config.arms)
+    assert (dense.data.context, dense.budget.tokens, dense.budget.steps) == (64, 4096, None)
+    assert (sparse.model["mlp"], sparse.budget.steps, sparse.sparsity.sparsity) == ("swiglu", 7, 0.5)
+    # A value takes the place of the whole setting, even where that is a section.
+    sources = "data.sources={a: {name: medline}, b: {name: python}}"
+    mixed = "pipeline.arms={text: {a: {data.mixture: {a: 1}}, b: {data.mixture: {b: 2}}}}"
+    config = load("pipeline", [*words, sources, mixed])
+    found = [config.stage_config(config.stages[0], arm).data.mixture for arm in config.arms]
+    assert found == [{"a": 1}, {"b": 2}]
+    assert canonical({"arms": {"sparsity.sparsity": [0, 0.5, 0.0]}, "stages": [{"name": "pretrain"}]})["arms"] == {
+        "sparsity.sparsity": [0.0, 0.5]
+    }
+
+
 def test_an_arm_or_a_stage_of_another_rule_has_the_settings_of_that_rule() -> None:
     rules = "pipeline.arms={sparsity.evolution.rule: [set, gmp, static]}"
     config = load("pipeline", ["model=tiny", "sparsity=rigl", "sparsity.evolution.every=7", rules])
@@ -202,6 +222,20 @@ def test_an_arm_or_a_stage_of_another_rule_has_the_settings_of_that_rule() -> No
         ({"pipeline.stages": [{"name": "report.json", "run": "pretrain"}]}, "cannot be a directory name"),
         ({"pipeline.arms": {"sparsity": ["dense"]}}, "pipeline.arms: sparsity is a section; name one of its settings"),
         ({"pipeline.arms": {"data.path": ["../x"]}}, "data.path=../x contains a slash"),
+        ({"pipeline.arms": {"recipe": {}}}, "pipeline.arms: recipe has no choice"),
+        ({"pipeline.arms": {"recipe": {"a/b": {"seed": 1}}}}, "recipe: the name 'a/b' of a choice must be letters"),
+        ({"pipeline.arms": {"recipe": {"a": 1}}}, "recipe: a=1 must be settings by dotted names"),
+        ({"pipeline.arms": {"recipe": {"a": {"modl.mlp": 1}}}}, "recipe: a: modl.mlp is not a setting.*'model'"),
+        ({"pipeline.arms": {"recipe": {"a": {"model": 1}}}}, "recipe: a: model is a section; name one"),
+        ({"pipeline.arms": {"recipe": {"a": {"model.mlp": "x"}}}}, "pipeline.stages: pretrain: model: mlp='x'"),
+        (
+            {"pipeline.arms": {"one": {"a": {"seed": 1}}, "seed": [1, 2]}},
+            "a_seed-1: two entries set seed; one of them must not",
+        ),
+        (
+            {"pipeline.arms": {"one": {"a": {"seed": 1}, "a_b": {"seed": 2}}, "two": {"b_c": {}, "c": {}}}},
+            "two arms would be called a_b_c; rename a choice",
+        ),
         (
             {"pipeline.stages.pretrain.arms": ["dense"]},
             "pipeline.stages: finetune: from=pretrain is not a stage of the arm sparse-0.75",
