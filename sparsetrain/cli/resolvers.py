@@ -7,6 +7,9 @@
 ``${aspect:RATIO}``        width of a model with RATIO times as many features as layers
 ``${iso_sparsity:D}``      sparsity at which hidden matrices have as many weights as dense ones of width D:
                            1 - (D / d_model)^2
+``${longer:FACTOR}``        FACTOR times ``data.context``, for the context of a phase
+``${fewer:FACTOR}``         the batch size whose steps have as many tokens as the run's at FACTOR times the context:
+                           ``budget.batch_size`` / FACTOR
 ``${draw:NAME,LOW,HIGH}``  value of NAME at point ``draw`` of a random search: log-uniform in [LOW, HIGH], to three
                            digits. It depends on ``draw`` and NAME alone: every process computes the same list of
                            points, which can be split between processes and extended without changing
@@ -53,6 +56,23 @@ def iso_sparsity(base_width: int, *, _root_: DictConfig) -> float:
     return 1.0 - (base_width / d_model) ** 2
 
 
+def longer(factor: int, *, _root_: DictConfig) -> int:
+    """Return ``factor * data.context``."""
+    if factor < 1:
+        raise UserError(f"longer:{factor}: the factor must be at least 1")
+    return int(factor * _root_.data.context)
+
+
+def fewer(factor: int, *, _root_: DictConfig) -> int:
+    """Return ``budget.batch_size / factor``."""
+    size = _root_.budget.batch_size
+    if not isinstance(size, int) or factor < 1 or size % factor:
+        raise UserError(
+            f"budget.batch_size={size} must be a number that {factor} divides: a phase has {factor} times fewer"
+        )
+    return size // factor
+
+
 def draw(name: str, low: float, high: float, *, _root_: DictConfig) -> float:
     """Return the value of the setting ``name`` at point ``draw`` of a random search."""
     number = _root_.draw
@@ -84,5 +104,5 @@ def _checked(resolver: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def register_resolvers() -> None:
     """Register the resolvers with OmegaConf."""
-    for resolver in (heads, base_width, aspect, iso_sparsity, draw):
+    for resolver in (heads, base_width, aspect, iso_sparsity, longer, fewer, draw):
         OmegaConf.register_new_resolver(resolver.__name__, _checked(resolver), replace=True)

@@ -11,6 +11,7 @@ from sparsetrain.cli.multirun import points, with_sweep
 from sparsetrain.cli.resolve import load
 from sparsetrain.data import Tokenizer
 from sparsetrain.errors import UserError
+from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.identity import digest
 from sparsetrain.runs.origin import Origin
 from sparsetrain.stages.config import identify
@@ -71,6 +72,22 @@ def test_width_and_sparsity_follow_the_depth_in_the_product_experiment() -> None
     ]
 
 
+def test_the_recipe_of_btlm_has_the_published_phases() -> None:
+    full = ["model=btlm-3b", "parameterization=mup", "data.context=2048", "budget.batch_size=1920"]
+    config = load("pretrain", [*full, "recipe=btlm", "budget.steps=159636"])
+    budget = Budget.of(config.budget, config.data.context)
+    # Steps, context and sequences a step from Cerebras' params_btlm_2p7b_2k.yaml and _8k.yaml.
+    found = [(phase.steps, phase.context, phase.batch_size) for phase in budget.phases]
+    assert found == [(119727, 2048, 1920), (39909, 8192, 480)]
+    rate = RunSchedule(config.schedule, budget, config.optimizer)
+    assert rate.factor(159635) * config.optimizer.lr == pytest.approx(1.0138e-4, rel=2e-3)
+    model = config.model
+    assert (model["mlp"], model["positions"], model["max_context"], model["d_ff"]) == ("swiglu", "alibi", 8192, None)
+    small = load("pretrain", ["model=demo", "recipe=btlm"])
+    assert [phase.context for phase in small.budget.phases] == [None, 512]
+    assert small.parameterization.base_width == 128
+
+
 @pytest.mark.parametrize("scheme", ["mup", "supar", "completep", "supar_completep"])
 def test_a_model_narrower_than_the_tuned_one_is_its_own_base(scheme: str) -> None:
     widths = {
@@ -87,6 +104,8 @@ def test_a_model_narrower_than_the_tuned_one_is_its_own_base(scheme: str) -> Non
         (["experiment=supar_iso_parameter", "model.d_model=64"], ["model.d_model=64", "128"]),
         (["experiment=supar_lr_transfer", "model.d_model=200"], ["model.d_model=200", "head width 32"]),
         (["optimizer.lr=${draw:lr,1,0.5}", "draw=0"], ["draw:lr,1,0.5", "0 < LOW < HIGH"]),
+        (["recipe=btlm", "budget.batch_size=6"], ["budget.phases[1].batch_size", "budget.batch_size=6", "4 divides"]),
+        (["data.context=${longer:0}"], ["longer:0", "at least 1"]),
     ],
 )
 def test_what_does_not_follow_is_one_line(overrides: list[str], words: list[str]) -> None:
