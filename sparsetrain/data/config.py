@@ -63,6 +63,7 @@ class DataConfig(SourceConfig):
             ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        group_field: the field of such rows that holds the group of a document; documents of one group share a split.
         packages: installed packages whose files ``name=python`` reads beside the standard library, by the name under
             which they are imported.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.

@@ -40,8 +40,8 @@ class DedupConfig:
 
     Args:
         data: the documents.
-        out: a new directory for ``kept.jsonl``, which ``data.path`` can name, ``removed.jsonl``, ``report.json`` and
-            ``report.md``.
+        out: a new directory for ``kept.jsonl``, which ``data.path`` can name (its field ``group``, if documents have
+            one, is for ``data.group_field``), ``removed.jsonl``, ``report.json`` and ``report.md``.
         threshold: least Jaccard similarity of near-duplicates, above 0 and at most 1.
         shingle: words or characters per shingle.
         unit: ``words`` or ``characters``; the latter is for text without spaces between words.
@@ -98,7 +98,8 @@ def dedup(config: DedupConfig, console: Console | None = None, progress: bool = 
             (temporary / REPORT).write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             (temporary / TABLE).write_text(table(found), encoding="utf-8")
     say(screen, table(found).rstrip())
-    say(screen, f"written: {out / KEPT}")
+    hint = "; data.group_field=group keeps its groups together in a split" if texts.grouped else ""
+    say(screen, f"written: {out / KEPT}{hint}")
     return found
 
 
@@ -133,6 +134,7 @@ class _Texts:
         self._first_of = array("q")
         self._sizes = array("q")  # shingles of each distinct text
         self._clusters: Clusters | None = None
+        self.grouped = False
 
     def __enter__(self) -> _Texts:
         self._file: IO[bytes] = self._path.open("w+b")
@@ -161,7 +163,11 @@ class _Texts:
                 self._signatures.add(found)
             self._same.append(number)
             self._places.append(place)
-            line = json.dumps({"id": document.id, "text": document.text}, ensure_ascii=False).encode() + b"\n"
+            row = {"id": document.id, "text": document.text}
+            if document.group is not None:
+                row["group"] = document.group
+                self.grouped = True
+            line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
             self._file.write(line)
             place += len(line)
             report(min(0.99, place / expected))

@@ -21,6 +21,7 @@ from shell import Shell
 from sparsetrain.data import SourceConfig
 from sparsetrain.data.dedup import DedupConfig, dedup
 from sparsetrain.data.near_duplicates import RECALL, Signatures, choose_bands, jaccard, recall, shingles
+from sparsetrain.data.sources.base import Fields
 from sparsetrain.data.sources.files import LocalFiles
 from sparsetrain.errors import UserError
 
@@ -112,6 +113,16 @@ def test_what_is_kept_is_a_corpus_and_the_report_can_be_read(tmp_path: Path, cap
     assert (out / "report.md").read_text() in shown
     assert f"| kept             | {len(found):10,} |" in shown
     assert "Jaccard similarity of at least 0.8 over shingles of 5 words" in shown
+
+
+def test_groups_survive(tmp_path: Path, capsys: Any) -> None:
+    place = tmp_path / "a.jsonl"
+    rows = [{"id": f"d{i}", "text": text, "package": f"p{i % 5}"} for i, text in enumerate(documents(40))]
+    place.write_text("\n".join(map(json.dumps, rows)))
+    dedup(DedupConfig(SourceConfig(path=str(place), group_field="package"), str(tmp_path / "out")), progress=False)
+    kept = LocalFiles(str(tmp_path / "out" / "kept.jsonl"), Fields(group="group"))
+    assert all(document.group == f"p{int(document.id[1:]) % 5}" for document in kept.documents())
+    assert "data.group_field=group keeps its groups together" in capsys.readouterr().out
 
 
 def test_the_same_settings_give_the_same_bytes_and_another_seed_the_same_documents(tmp_path: Path) -> None:

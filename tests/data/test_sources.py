@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsetrain.data.sources.base import content_id
+from sparsetrain.data.sources.base import Fields, content_id
 from sparsetrain.data.sources.files import LocalFiles, split_text
 from sparsetrain.errors import UserError
 
 
-def texts(path: Path | str, text_field: str = "text") -> list[str]:
-    return [document.text for document in LocalFiles(str(path), text_field).documents()]
+def texts(path: Path | str) -> list[str]:
+    return [document.text for document in LocalFiles(str(path)).documents()]
 
 
 def test_blank_lines_separate_documents_of_text(tmp_path: Path) -> None:
@@ -54,8 +54,24 @@ def test_jsonl_takes_field_and_id(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     rows = [{"body": "one", "id": 7}, {"body": "two"}, {"body": " "}]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    documents = list(LocalFiles(str(file), "body").documents())
+    documents = list(LocalFiles(str(file), Fields("body")).documents())
     assert [(document.id, document.text) for document in documents] == [("7", "one"), (content_id("two"), "two")]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_group_is_a_field_of_every_row(tmp_path: Path, suffix: str) -> None:
+    file, rows = tmp_path / f"a.{suffix}", [{"text": "one", "package": "x  y"}, {"text": "two", "package": "z"}]
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)
+    else:
+        file.write_text("\n".join(map(json.dumps, rows)))
+    plain, grouped = LocalFiles(str(file)), LocalFiles(str(file), Fields(group="package"))
+    assert [document.group for document in plain.documents()] == [None, None]
+    assert [document.group for document in grouped.documents()] == ["x y", "z"]
+    assert "group_field" not in plain.identity()  # corpora that exist keep their identity
+    assert grouped.identity() == {**plain.identity(), "group_field": "package"}
+    with pytest.raises(UserError, match=r"no field group_field='packages'; it has package, text \(did you mean"):
+        list(LocalFiles(str(file), Fields(group="packages")).documents())
 
 
 def test_parquet_matches_pyarrow(tmp_path: Path) -> None:

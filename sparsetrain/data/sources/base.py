@@ -74,8 +74,8 @@ def content_id(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def clean_id(value: object, where: str) -> str:
-    """Return a document id, which is text or a whole number, as one line without surrounding space.
+def clean_id(value: object, where: str, what: str = "id") -> str:
+    """Return a document's id or group, which is text or a whole number, as one line without surrounding space.
 
     Raises:
         UserError: the id has another type, or is not valid text; the line begins with ``where``.
@@ -83,7 +83,7 @@ def clean_id(value: object, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise UserError(f"{where}: the id is {type(value).__name__}, neither text nor a whole number")
+        raise UserError(f"{where}: the {what} is {type(value).__name__}, neither text nor a whole number")
     return " ".join(check_text(value, where).split())
 
 
@@ -105,12 +105,44 @@ def check_text(text: object, where: str) -> str:
     return text
 
 
-def pick_field(row: dict[str, Any], field: str, where: str) -> Any:
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a row that become a document, besides ``id``, which counts wherever a row has one.
+
+    Args:
+        text: the field with the text.
+        group: the field with the group, which every row has; None for no groups.
+    """
+
+    text: str = "text"
+    group: str | None = None
+
+    def document(self, row: dict[str, Any], where: str) -> Document | None:
+        """Return the document of a row; None if the row has no text.
+
+        Raises:
+            UserError: a field is missing or has the wrong type; the line begins with ``where``.
+        """
+        text = pick_field(row, self.text, where)
+        if text is None or not check_text(text, where).strip():
+            return None
+        name = row.get("id")
+        group = None
+        if self.group is not None:
+            group = clean_id(pick_field(row, self.group, where, "group_field"), where, "group")
+        return Document(content_id(text) if name is None else clean_id(name, where), text, group=group)
+
+    def identity(self) -> dict[str, object]:
+        """Return what identifies the choice of fields; groups count only if there are some."""
+        return {"text_field": self.text, **({} if self.group is None else {"group_field": self.group})}
+
+
+def pick_field(row: dict[str, Any], field: str, where: str, setting: str = "text_field") -> Any:
     """Return ``row[field]``, or raise `UserError` with the names of the row's fields."""
     if field not in row:
         options = ", ".join(_shown(name) for name in sorted(row)[:_NAMES_SHOWN]) or "none"
         options += ", …" if len(row) > _NAMES_SHOWN else ""
-        raise UserError(f"{where}: no field text_field={field!r}; it has {options}{_shown(nearest(field, row))}")
+        raise UserError(f"{where}: no field {setting}={field!r}; it has {options}{_shown(nearest(field, row))}")
     return row[field]
 
 

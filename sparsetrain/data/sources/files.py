@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.data.checksums import sha256_once
-from sparsetrain.data.sources.base import Document, Source, check_text, clean_id, content_id, pick_field
+from sparsetrain.data.sources.base import Document, Fields, Source, content_id, pick_field
 from sparsetrain.data.sources.registry import FILE, SourceConfig, register_source
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
@@ -120,21 +120,13 @@ def _cut(text: str) -> list[str]:
     return pieces
 
 
-def _read_text(path: Path, text_field: str) -> Iterator[Document]:
-    del text_field  # plain text has no fields
+def _read_text(path: Path, fields: Fields) -> Iterator[Document]:
+    del fields  # plain text has none
     for text in _pieces(lambda: _lines(path)):
         yield Document(content_id(text), text)
 
 
-def _document(row: dict[str, Any], text_field: str, where: str) -> Document | None:
-    text = check_text(pick_field(row, text_field, where), where)
-    if not text.strip():
-        return None
-    name = row.get("id")
-    return Document(content_id(text) if name is None else clean_id(name, where), text)
-
-
-def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
+def _read_jsonl(path: Path, fields: Fields) -> Iterator[Document]:
     for number, (offset, raw) in enumerate(_raw_lines(path), start=1):
         line = _decoded(path, offset, raw)
         if not line.strip():
@@ -145,30 +137,28 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
         except UserError as error:
             raise UserError(f"{where}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {text_field!r}")
-        document = _document(row, text_field, where)
+            raise UserError(f"{where}: a JSON {type(row).__name__}, not an object with a field {fields.text!r}")
+        document = fields.document(row, where)
         if document is not None:
             yield document
 
 
-def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
+def _read_parquet(path: Path, fields: Fields) -> Iterator[Document]:
     try:
         parquet = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise UserError(f"reading {path} needs pyarrow: pip install 'sparsetrain[parquet]'") from error
     row_number = 0
-    for rows in _parquet_rows(parquet, path, text_field):
+    for rows in _parquet_rows(parquet, path, fields):
         for row in rows:
             row_number += 1
-            if row[text_field] is None:
-                continue
-            document = _document(row, text_field, f"{path}, row {row_number}")
+            document = fields.document(row, f"{path}, row {row_number}")
             if document is not None:
                 yield document
 
 
-def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet file in batches, with the columns ``text_field`` and, if present, ``id``."""
+def _parquet_rows(parquet: Any, path: Path, fields: Fields) -> Iterator[list[dict[str, Any]]]:
+    """Yield the rows of a Parquet file in batches, with the columns of ``fields`` and, if present, ``id``."""
     # pyarrow raises its own errors, and built-in ones for the file system, for decoding and for numbers out of range.
     kinds = (importlib.import_module("pyarrow").ArrowException, OSError, ValueError, OverflowError, MemoryError)
     try:
@@ -178,10 +168,13 @@ def _parquet_rows(parquet: Any, path: Path, text_field: str) -> Iterator[list[di
     except kinds as error:
         raise UserError(f"{path} is not a Parquet file: {_reason(error)}") from error
     with table:
-        pick_field(dict.fromkeys(names), text_field, str(path))
-        if twice := [name for name in (text_field, "id") if names.count(name) > 1]:
+        pick_field(dict.fromkeys(names), fields.text, str(path))
+        if fields.group is not None:
+            pick_field(dict.fromkeys(names), fields.group, str(path), "group_field")
+        wanted = dict.fromkeys(name for name in (fields.text, fields.group, "id") if name is not None)
+        if twice := [name for name in wanted if names.count(name) > 1]:
             raise UserError(f"{path}: the column {twice[0]} occurs twice")
-        columns = [name for name in (text_field, "id") if name in names]
+        columns = [name for name in wanted if name in names]
         number = 0
         try:
             batches = table.iter_batches(batch_size=1024, columns=columns)
@@ -199,7 +192,7 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _reader(path: Path) -> Callable[[Path, str], Iterator[Document]]:
+def _reader(path: Path) -> Callable[[Path, Fields], Iterator[Document]]:
     return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_text)
 
 
@@ -255,9 +248,9 @@ class LocalFiles(Source):
 
     licence = "as given by the owner of the files"
 
-    def __init__(self, path: str, text_field: str = "text") -> None:
+    def __init__(self, path: str, fields: Fields | None = None) -> None:
         self.path = path
-        self.text_field = text_field
+        self.fields = fields or Fields()
         self.files = find_files(path)
 
     def identity(self) -> dict[str, object]:
@@ -266,12 +259,12 @@ class LocalFiles(Source):
         for file in self.files:
             with _readable(file):
                 files.append({"bytes": file.stat().st_size, "sha256": sha256_once(file)})
-        return {"files": files, "text_field": self.text_field}
+        return {"files": files, **self.fields.identity()}
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents, file by file; raises `UserError` with the file and the line or row of an error."""
         for file in self.files:
-            yield from _reader(file)(file, self.text_field)
+            yield from _reader(file)(file, self.fields)
 
     def note(self) -> dict[str, object]:
         """Return the file names."""
@@ -285,4 +278,4 @@ class LocalFiles(Source):
 @register_source(FILE, needs={"path": "a .txt, .jsonl or .parquet file or a directory"})
 def _files(config: SourceConfig) -> LocalFiles:
     assert config.path is not None  # `SourceConfig` checks the needs
-    return LocalFiles(config.path, config.text_field)
+    return LocalFiles(config.path, config.fields)

@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from sparsetrain.data.sources.base import Document, Source, check_text, clean_id, content_id, pick_field
+from sparsetrain.data.sources.base import Document, Fields, Source
 from sparsetrain.data.sources.registry import SourceConfig, register_source
 from sparsetrain.errors import UserError
 
@@ -43,11 +43,11 @@ def load_rows(name: str, config: str | None, split: str, otherwise: str = "give 
 class HubDataset(Source):
     """The documents of one split of a hub data set."""
 
-    def __init__(self, hub_name: str, config: str | None, split: str, text_field: str = "text") -> None:
+    def __init__(self, hub_name: str, config: str | None, split: str, fields: Fields | None = None) -> None:
         self.hub_name = hub_name
         self.config = config
         self.split = split
-        self.text_field = text_field
+        self.fields = fields or Fields()
         self.licence = f"see https://huggingface.co/datasets/{hub_name}"
         self._rows: Any = None
 
@@ -57,7 +57,7 @@ class HubDataset(Source):
             "hub_name": self.hub_name,
             "hub_config": self.config,
             "hub_split": self.split,
-            "text_field": self.text_field,
+            **self.fields.identity(),
         }
 
     def open(self, report: Callable[[float], None]) -> None:
@@ -68,12 +68,9 @@ class HubDataset(Source):
     def documents(self) -> Iterator[Document]:
         """Yield the rows with text; raises `UserError` if the field is missing or holds no text."""
         for number, row in enumerate(self._loaded(), start=1):
-            where = f"hub data set {self.hub_name}, row {number}"
-            text = pick_field(row, self.text_field, where)
-            if text is None or not check_text(text, where).strip():
-                continue
-            name = row.get("id")
-            yield Document(content_id(text) if name is None else clean_id(name, where), text)
+            document = self.fields.document(row, f"hub data set {self.hub_name}, row {number}")
+            if document is not None:
+                yield document
 
     def note(self) -> dict[str, object]:
         """Return the fingerprint that `datasets` computed for the rows."""
@@ -92,4 +89,4 @@ class HubDataset(Source):
 @register_source("hub", needs={"hub_name": "OWNER/DATASET"})
 def _hub(config: SourceConfig) -> HubDataset:
     assert config.hub_name is not None  # `SourceConfig` checks the needs
-    return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.text_field)
+    return HubDataset(config.hub_name, config.hub_config, config.hub_split, config.fields)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import overload
 
-from sparsetrain.data.sources.base import Source
+from sparsetrain.data.sources.base import Fields, Source
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
@@ -23,6 +23,7 @@ class SourceConfig:
         path: the files for ``file``. It implies ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
+        group_field: the field that holds the group of a document; documents of one group share a split. Null for none.
         packages: installed packages whose files the source ``python`` reads beside the standard library.
 
     Raises:
@@ -35,6 +36,7 @@ class SourceConfig:
     hub_config: str | None = None
     hub_split: str = "train"
     text_field: str = "text"
+    group_field: str | None = None
     packages: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -47,6 +49,11 @@ class SourceConfig:
     def kind(self) -> str:
         """The name of the source that is read: ``file`` if a path is given and the named source takes none."""
         return FILE if self.path is not None and not SOURCES[self.name].takes_path else self.name
+
+    @property
+    def fields(self) -> Fields:
+        """The fields of a row that become a document."""
+        return Fields(self.text_field, self.group_field)
 
     def source(self) -> Source:
         """Return the source; raises `UserError` if it cannot be read."""
