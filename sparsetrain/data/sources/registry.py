@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from sparsetrain.data.sources.base import Source
+from sparsetrain.data.sources.pairs import KeyValuesConfig
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
@@ -24,6 +25,7 @@ class SourceConfig:
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         packages: installed packages whose files the source ``python`` reads beside the standard library.
+        key_values: the documents that the source ``key_values`` generates.
 
     Raises:
         UserError: the name is unknown, or a setting that the source needs is missing.
@@ -36,6 +38,7 @@ class SourceConfig:
     hub_split: str = "train"
     text_field: str = "text"
     packages: list[str] = field(default_factory=list)
+    key_values: KeyValuesConfig = field(default_factory=KeyValuesConfig)
 
     def __post_init__(self) -> None:
         SOURCES.check(self.name)
