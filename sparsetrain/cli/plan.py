@@ -118,7 +118,7 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             if run.hidden is not None:
                 yield _timescale(run.hidden, run)
         else:
-            yield "steps and tokens: not known yet"
+            yield "steps and tokens: not known yet" if run.trains else "an evaluation, which trains nothing"
         if run.memory is not None:
             yield f"memory: about {_mebibytes(run)} MiB, {run.memory.main.name} most of it"
         if seconds is not None:
@@ -188,6 +188,7 @@ def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[
         time = "" if seconds is None else f", about {_duration(seconds)}"
         memory = "" if run.memory is None else f", {_mebibytes(run)} MiB"
         counts = f"{run.steps} steps, {run.tokens} tokens, {run.flops:.4g} FLOPs" if run.phases else "length not known"
+        counts = counts if run.trains else "an evaluation"
         yield f"{run.directory}: {run.status}: {counts}{memory}{time}"
     yield from (f"note: {note}" for note in notes)
     yield from _in_all([run for _, run in planned], times)
@@ -196,7 +197,7 @@ def _sweep(configs: Iterable[Any | None], refused: list[UserError]) -> Iterator[
 def _in_all(runs: Sequence[PlannedRun], times: Times) -> Iterator[str]:
     steps, tokens = sum(run.steps for run in runs), sum(run.tokens for run in runs)
     done, count = sum(run.done for run in runs), f"{len(runs)} run{'s' * (len(runs) != 1)}"
-    unknown = sum(not run.phases for run in runs)
+    unknown = sum(not run.phases and run.trains for run in runs)
     open_ = f", without {unknown} of unknown length" if unknown else ""
     yield f"in all: {count}, {steps} steps, {tokens} tokens, {sum(run.flops for run in runs):.4g} FLOPs{open_}"
     yield f"done: {done} of {count}"

@@ -99,11 +99,12 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
     if recorded.kind == "pipeline":
         stages = ", ".join(map(str, stage_directories(directory)))
         raise UserError(f"init_from={directory} is a pipeline; choose one of its stages: {stages}")
-    for section in ("model", "sparsity", *inherited):
+    shaped = [section for section in ("model", "sparsity") if section in values]  # an evaluation takes all of the model
+    for section in (*shaped, *inherited):
         if not isinstance(saved.get(section), dict):
             raise UserError(f"{directory / CONFIG} is incomplete: it has no section {section}")
     free = {f"model.{name}": name for name in ADJUSTABLE}
-    for section in ("model", "sparsity"):
+    for section in shaped:
         for key in overridden:
             if key == section or key.startswith(f"{section}."):
                 changed = value_differences({section: values[section]}, {section: saved[section]}, RunConfig)

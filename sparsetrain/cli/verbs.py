@@ -108,6 +108,18 @@ VERBS: dict[str, Verb] = {
         ],
         inherits=["parameterization", "data"],
     ),
+    "evaluate": Verb(
+        about="Measure the model of a run at several context lengths and on probes; nothing is trained.",
+        configuration="sparsetrain.stages:EvaluateConfig",
+        run="sparsetrain.stages:evaluate",
+        examples=[
+            "sparsetrain evaluate init_from=RUN_DIR",
+            "sparsetrain evaluate init_from=RUN_DIR lengths=[64,128,256,512] scales=[1,dynamic,2] probes=[]",
+            "sparsetrain evaluate init_from=RUN_DIR probes=[title] sizes=[512,1024] n_probes=100",
+            "sparsetrain evaluate init_from=RUN_DIR data.path=notes.txt",
+        ],
+        inherits=["data"],
+    ),
     "pipeline": Verb(
         about="Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
         configuration="sparsetrain.stages:PipelineConfig",

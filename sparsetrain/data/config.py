@@ -57,8 +57,8 @@ class DataConfig(SourceConfig):
     The text is one source, or several named ``sources``, which share the tokenizer.
 
     Args:
-        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, ``python``, or a registered
-            source.
+        name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, ``python``, ``hadith``,
+            ``key_values``, or a registered source.
         path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory or glob of such files. It implies
             ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
@@ -66,6 +66,7 @@ class DataConfig(SourceConfig):
         group_field: the field of such rows that holds the group of a document; documents of one group share a split.
         packages: installed packages whose files ``name=python`` reads beside the standard library, by the name under
             which they are imported.
+        key_values: the documents that ``name=key_values`` generates.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
         tokenizer_path: a ``tokenizer.json`` that is used instead.
         vocab_size: largest vocabulary of the trained tokenizer.

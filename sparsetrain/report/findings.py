@@ -12,6 +12,7 @@ STAGE_NAMES = {
     "finetune": "fine-tuning",
     "prompt": "soft prompt",
     "scratch": "scratch",
+    "evaluate": "evaluation",
 }
 
 FLOPS_ARE_THEORETICAL = (

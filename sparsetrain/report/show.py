@@ -8,9 +8,10 @@ from rich.console import Console
 
 from sparsetrain.errors import UserError
 from sparsetrain.report.bench import load_bench, print_bench
+from sparsetrain.report.evaluation import evaluation_sheets
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
-from sparsetrain.report.tables import layer_masks, noise_scales, print_report, run_metrics
+from sparsetrain.report.tables import layer_masks, noise_scales, print_report, print_sheets, run_metrics
 from sparsetrain.report.text import scalar
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
@@ -79,6 +80,7 @@ def _show_stage(directory: Path, console: Console) -> None:
             console.print(layer_masks(masks.get("layers", {})).rich())
         if noise := result.get("noise_scale"):
             console.print(noise_scales(noise, result.get("noise_scale_all")).rich())
+        print_sheets(evaluation_sheets(result), console)
     else:
         say(console, f"{'status':18} {_status(directory)}; run the same command again to continue")
     if (directory / METRICS).exists():

@@ -50,7 +50,7 @@ class Recorded:
     """A run as its directory records it, or as this process is about to record it.
 
     Args:
-        kind: ``pretrain``, ``finetune``, ``prompt``, ``pipeline`` or ``coord-check``.
+        kind: ``pretrain``, ``finetune``, ``prompt``, ``evaluate``, ``pipeline`` or ``coord-check``.
         schema: the dataclass of the settings.
         values: the settings as nested plain values, under the names of the schema.
         facts: the known ones of `FACTS`; older versions recorded fewer.

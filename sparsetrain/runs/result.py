@@ -12,7 +12,7 @@ from typing import Any, NotRequired, TypedDict
 from sparsetrain.files import write_json
 from sparsetrain.reading import read_json
 from sparsetrain.runs.layout import RESULT
-from sparsetrain.shapes import Count, Fraction, NonNegative
+from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
 MAX_BYTES = 16 << 20
 
@@ -31,6 +31,51 @@ class NoiseScale(TypedDict):
     low: float | None
     high: float | None
     layers: NotRequired[dict[str, NoiseScale]]
+
+
+class TextRow(TypedDict):
+    """Loss of a corpus in nats per token and in bits per byte, over ``tokens`` targets in windows of ``context``."""
+
+    corpus: str
+    context: Positive
+    loss: float
+    bits_per_byte: float
+    tokens: Count
+
+
+class PositionRow(TypedDict):
+    """Loss of the same targets at the end of passes of ``length`` tokens, and its difference to the trained length.
+
+    Losses are in nats. The errors are standard errors over blocks of targets, null for a single block; the difference
+    is paired. ``scale`` is a factor of the positions, or ``dynamic``.
+    """
+
+    corpus: str
+    scale: str
+    length: Positive
+    loss: float
+    standard_error: float | None
+    difference: float
+    difference_error: float | None
+
+
+class ProbeRow(TypedDict):
+    """Share of ``n`` probes of ``size`` bytes answered rightly, with its Wilson interval of 95 %.
+
+    ``tokens`` are those of the longest probe, and ``chance`` is what guessing gives. The accuracy is null where it was
+    not measured, and ``why`` says why.
+    """
+
+    kind: str
+    size: Positive
+    tokens: Positive
+    scale: str
+    n: Count
+    accuracy: Fraction | None
+    ci_low: Fraction | None
+    ci_high: Fraction | None
+    chance: Fraction
+    why: str
 
 
 class Result(TypedDict):
@@ -60,6 +105,10 @@ class Result(TypedDict):
     masks: NotRequired[Masks | None]
     noise_scale: NotRequired[NoiseScale | None]
     noise_scale_all: NotRequired[NoiseScale | None]
+    trained_length: NotRequired[Positive]
+    texts: NotRequired[list[TextRow]]
+    positions: NotRequired[list[PositionRow]]
+    probes: NotRequired[list[ProbeRow]]
 
 
 def load_result(path: Path) -> dict[str, Any]:

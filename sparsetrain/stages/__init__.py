@@ -1,7 +1,9 @@
-"""Stages of training (pre-training, fine-tuning, soft prompts), and pipelines of stages."""
+"""Stages (pre-training, fine-tuning, soft prompts, evaluation), and pipelines of stages."""
 
 from sparsetrain.runs.result import RunResult
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages.evaluate import evaluate
+from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.generate import GenerateConfig, generate
 from sparsetrain.stages.pipeline import pipeline
@@ -10,12 +12,14 @@ from sparsetrain.stages.pretrain import pretrain
 from sparsetrain.stages.prompt import prompt
 
 __all__ = [
+    "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",
     "PipelineConfig",
     "PretrainConfig",
     "PromptConfig",
     "RunResult",
+    "evaluate",
     "finetune",
     "generate",
     "pipeline",

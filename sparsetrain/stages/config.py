@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
@@ -22,6 +22,20 @@ from sparsetrain.training.state import DEVICES, LoopConfig
 
 PATHS = (("data", "path"), ("data", "tokenizer_path"), ("data", "sources", "*", "path"), ("task", "path"))
 RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
+
+
+class StageConfig(Protocol):
+    """The settings that every stage has, also one that trains nothing."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    seed: int
+    init_from: str | None
+    run_dir: str | None
+    runs_dir: str
+    device: str
+    threads: int | None
+    force: bool
+
 
 TRAINABLE = ("prompt", "both")
 FINETUNE_MODES = ("dense", "sparse")
@@ -255,6 +269,6 @@ def paths_in(values: Mapping[str, Any], places: Iterable[Sequence[str]]) -> Iter
                 yield section, place[-1], ".".join((*names, place[-1]))
 
 
-def identify(verb: str, config: RunConfig, origin: Origin, facts: Mapping[str, str | None] | None = None) -> Recorded:
+def identify(verb: str, config: StageConfig, origin: Origin, facts: Mapping[str, str | None] | None = None) -> Recorded:
     """Return the record that identifies a run, for its directory; ``facts`` are added to the facts of the origin."""
     return Recorded(verb, type(config), as_plain(config), {**origin.facts, **(facts or {})})

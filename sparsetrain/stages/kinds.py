@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig
+from sparsetrain.stages.evaluate_config import EvaluateConfig
 
-KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
+KINDS: dict[str, type[StageConfig]] = {
+    "pretrain": PretrainConfig,
+    "finetune": FinetuneConfig,
+    "prompt": PromptConfig,
+    "evaluate": EvaluateConfig,
+}
 """Kinds of stage, each with its configuration."""
 
 OWN = ("optimizer", "schedule", "budget", "loop")
@@ -19,6 +25,6 @@ RUN_SETTINGS = {each.name for each in dataclasses.fields(RunConfig)} | {"task"}
 """Settings that a stage takes from the pipeline unless its entry sets them."""
 
 
-def known_settings(kind: type[RunConfig]) -> set[str]:
+def known_settings(kind: type[StageConfig]) -> set[str]:
     """Return the settings of a kind of stage that the pipeline does not set itself."""
     return {each.name for each in dataclasses.fields(kind)} - set(PLACED)

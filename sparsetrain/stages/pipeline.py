@@ -21,12 +21,14 @@ from sparsetrain.runs.layout import PAGE, REPORT, TOKENIZER
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.result import RunResult, finish, finished
 from sparsetrain.screen import say
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, identify
+from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig, identify
 from sparsetrain.stages.directories import run_directory
+from sparsetrain.stages.evaluate import check_evaluation, evaluate
+from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.memory import check_memory
-from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.pipeline_config import KINDS, Arm, PipelineConfig, StageEntry
 from sparsetrain.stages.pipeline_report import report
 from sparsetrain.stages.pretrain import Pretraining
 from sparsetrain.stages.prompt import Prompting
@@ -70,7 +72,7 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     corpora = prepare_corpora(config.data, progress=True, console=console)
     origin = Origin.of_corpora(corpora)
     # A pipeline without a stage on a task needs no task.
-    tasked = any(entry.run != "pretrain" for entry in config.stages)
+    tasked = needs_task(config)
     run = identify("pipeline", config, origin, task_facts(available_task(config.task) if tasked else None))
     directory = run_directory(run, config, origin)
     with claimed(directory, run, origin) as done:
@@ -121,7 +123,12 @@ def stage_directory(directory: Path, arm: Arm | None, entry: StageEntry) -> Path
     return directory / entry.name / entry.run if arm is None else directory / arm.name / entry.name
 
 
-def planned_stages(config: PipelineConfig, directory: Path) -> Iterator[tuple[Arm | None, StageEntry, RunConfig]]:
+def needs_task(config: PipelineConfig) -> bool:
+    """Whether a stage of a pipeline learns a task."""
+    return any(issubclass(KINDS[entry.run], FinetuneConfig) for entry in config.stages)
+
+
+def planned_stages(config: PipelineConfig, directory: Path) -> Iterator[tuple[Arm | None, StageEntry, StageConfig]]:
     """Yield each stage in running order: its arm (None for a stage that runs once), its entry and its configuration.
 
     ``init_from`` is the directory of the stage that it starts from, which may not exist yet.
@@ -133,7 +140,7 @@ def planned_stages(config: PipelineConfig, directory: Path) -> Iterator[tuple[Ar
             yield arm, entry, _config_of(config, entry, arm, directory)
 
 
-def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, directory: Path) -> RunConfig:
+def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, directory: Path) -> StageConfig:
     by_name = {stage.name: stage for stage in config.stages}
     start = None
     if entry.start is not None:
@@ -152,7 +159,15 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
     """Raise `UserError` before the first stage trains if the task, the schedule or the memory of any stage is wrong."""
     device = resolve_device(config.device)
     origin = Origin.of_corpora(corpora)
+    by_name = {entry.name: entry for entry in config.stages}
+    trainings: dict[str | None, RunConfig] = {}
     for arm, entry, settings in planned_stages(config, directory):
+        if isinstance(settings, EvaluateConfig):
+            same = "data" not in entry.settings and "data" not in by_name[entry.start or ""].settings
+            _check_evaluation(settings, trainings[settings.init_from], corpora if same else None, entry)
+            continue
+        assert isinstance(settings, RunConfig)
+        trainings[settings.run_dir] = settings
         if finished(stage_directory(directory, arm, entry)) is not None:
             continue
         own_text = isinstance(settings, PretrainConfig) and _texts(settings) != _texts(config)
@@ -168,6 +183,13 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
 def _texts(config: RunConfig) -> dict[str, DataConfig]:
     """Return what determines the text and the tokenizer of a run, by corpus."""
     return {name: replace(corpus, context=1) for name, corpus in config.data.members().items()}
+
+
+def _check_evaluation(settings: EvaluateConfig, run: RunConfig, corpora: Corpora | None, entry: StageEntry) -> None:
+    try:
+        check_evaluation(settings, run, corpora)
+    except UserError as error:
+        raise UserError(f"pipeline.stages: {entry.name}: {error}") from None
 
 
 def needed_first(config: PipelineConfig) -> list[StageEntry]:
@@ -197,8 +219,11 @@ def _run_stages(config: PipelineConfig, directory: Path, console: Console) -> di
     return runs
 
 
-def _attempt(config: RunConfig, console: Console) -> RunResult:
+def _attempt(config: StageConfig, console: Console) -> RunResult:
     """Run a stage; if it diverges, return its result, so that the other arms continue."""
+    if isinstance(config, EvaluateConfig):
+        return evaluate(config, console)
+    assert isinstance(config, RunConfig)
     try:
         return train(stage_of(config, console))
     except Diverged as error:

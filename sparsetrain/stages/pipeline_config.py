@@ -16,7 +16,8 @@ from sparsetrain.runs.recorded import complete
 from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.config import of_rule
-from sparsetrain.stages.config import RunConfig
+from sparsetrain.stages.config import RunConfig, StageConfig
+from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.kinds import KINDS, OWN, RUN_SETTINGS, known_settings
 from sparsetrain.stages.pipeline_arms import SPARSITY, Arm, arms_of, canonical_arms, set_setting
 
@@ -54,11 +55,11 @@ class PipelineSection:
         arms: dotted names of settings, each with a list of values, and names of choices, each with several settings
             by name: ``recipe: {long: {data.context: 512}, short: {data.context: 128}}``. Every combination is an arm.
             ``sparsity.sparsity: [0, 0.75]`` gives a sparse arm and a dense one, which ignores the rest of ``sparsity``.
-        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune or prompt; default: the name);
-            ``from``, the name of the stage whose weights it starts from; ``once: true`` if it should not be repeated
-            in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75] (default: all); and
-            settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``, ``budget`` and ``loop``
-            of the pipeline; the other kinds take the defaults of their own verb.
+        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune, prompt or evaluate; default: the
+            name); ``from``, the name of the stage whose weights it starts from or measures; ``once: true`` if it should
+            not be repeated in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75]
+            (default: all); and settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``,
+            ``budget`` and ``loop`` of the pipeline; the other kinds take the defaults of their own verb.
     """
 
     arms: dict[str, Any] = field(default_factory=dict)
@@ -128,7 +129,7 @@ class PipelineConfig(RunConfig):
 
     def stage_config(
         self, entry: StageEntry, arm: Arm | None, init_from: str | None = None, run_dir: str | None = None
-    ) -> RunConfig:
+    ) -> StageConfig:
         """Return the configuration of a stage in an arm; ``arm`` is None for a stage that runs once.
 
         Raises:
@@ -138,6 +139,8 @@ class PipelineConfig(RunConfig):
         known = {each.name for each in dataclasses.fields(kind)}
         shared = dataclasses.asdict(self)
         taken = known - {"init_from", "run_dir"} - (set() if entry.run == "pretrain" else set(OWN))
+        if kind is EvaluateConfig and "data" not in entry.settings:
+            taken.remove("data")  # it reads the text of the run that it measures
         values: dict[str, Any] = {name: shared[name] for name in taken if name in shared}
         for name, value in arm.settings if arm is not None else ():
             if name.partition(".")[0] in taken:
@@ -148,24 +151,34 @@ class PipelineConfig(RunConfig):
             values[name] = _default(kind, name)
         _merge(values, entry.settings)
         where = f"pipeline.stages: {entry.name}"
-        for name in ("sparsity", "budget"):
-            if not isinstance(values[name], Mapping):
-                raise UserError(f"{where}: {name}={values[name]} must be a section of settings")
-        phases = values["budget"].get("phases")
-        if phases is not None and not (
-            isinstance(phases, list | tuple) and all(isinstance(phase, Mapping) for phase in phases)
-        ):
-            raise UserError(f"{where}: budget.phases={phases} must be a list of sections of settings")
-        if arm is not None and dict(arm.settings).get(SPARSITY) == 0.0:
-            values["budget"] = _without_densities(values["budget"])  # phases cannot make the dense arm sparse
-        densities = any(phase.get("density") is not None for phase in values["budget"].get("phases") or [])
-        if not densities and not values["sparsity"].get("sparsity") and not values["sparsity"].get("nnz"):
-            values["sparsity"] = {**vars(SparsityConfig()), "seed": values["sparsity"].get("seed")}
-            values["sparsity"]["evolution"] = {}
+        if issubclass(kind, RunConfig):
+            _settle_training(values, arm, where)
         try:
             return build(kind, {**values, "init_from": init_from, "run_dir": run_dir})
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
+
+
+def _settle_training(values: dict[str, Any], arm: Arm | None, where: str) -> None:
+    """Make the settings of a training dense where its arm is, or where it has no sparsity.
+
+    Raises:
+        UserError: a section is none; the line begins with ``where``.
+    """
+    for name in ("sparsity", "budget"):
+        if not isinstance(values[name], Mapping):
+            raise UserError(f"{where}: {name}={values[name]} must be a section of settings")
+    phases = values["budget"].get("phases")
+    if phases is not None and not (
+        isinstance(phases, list | tuple) and all(isinstance(phase, Mapping) for phase in phases)
+    ):
+        raise UserError(f"{where}: budget.phases={phases} must be a list of sections of settings")
+    if arm is not None and dict(arm.settings).get(SPARSITY) == 0.0:
+        values["budget"] = _without_densities(values["budget"])  # phases cannot make the dense arm sparse
+    densities = any(phase.get("density") is not None for phase in values["budget"].get("phases") or [])
+    if not densities and not values["sparsity"].get("sparsity") and not values["sparsity"].get("nnz"):
+        values["sparsity"] = {**vars(SparsityConfig()), "seed": values["sparsity"].get("seed")}
+        values["sparsity"]["evolution"] = {}
 
 
 def _without_densities(budget: Mapping[str, Any]) -> dict[str, Any]:
@@ -203,7 +216,7 @@ def _canonical_entry(entry: StageEntry) -> dict[str, Any]:
         full = complete({name: value}, kind)
         if name in OWN and not isinstance(value, Mapping):
             raise UserError(f"pipeline.stages: {entry.name}: {name}={value} must be a section of settings")
-        if name == "budget" and full["budget"]["epochs"] == kind.EPOCHS:
+        if name == "budget" and issubclass(kind, RunConfig) and full["budget"]["epochs"] == kind.EPOCHS:
             full["budget"] = {**full["budget"], "epochs": None}
         more = beyond({name: full[name]}, kind)
         if more.get(name, {}) != {}:
@@ -242,8 +255,9 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
         for key in settings:
             if key not in known:
                 raise UserError(f"{where}.{key} is not a setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
-        if run == "prompt" and start is None:
-            raise UserError(f"{where}: a soft prompt needs a trained model; add from: STAGE")
+        for needy, what in (("prompt", "a soft prompt"), ("evaluate", "an evaluation")):
+            if run == needy and start is None:
+                raise UserError(f"{where}: {what} needs a trained model; add from: STAGE")
         yield StageEntry(name, run, start, once, tuple(arms), settings)
 
 
@@ -257,6 +271,8 @@ def _in_order(entries: Sequence[StageEntry]) -> list[StageEntry]:
             raise UserError(
                 f"{where} names no stage{nearest(str(entry.start), by_name)}; there are {', '.join(by_name)}"
             )
+        if by_name[entry.start].run == "evaluate":
+            raise UserError(f"{where} is an evaluation, which has no weights to start from")
         if entry.once and not by_name[entry.start].once:
             raise UserError(f"{where}: a stage with once=true cannot start from a stage that runs in every arm")
     ordered: list[StageEntry] = []
@@ -283,7 +299,7 @@ def _circle(entries: Sequence[StageEntry]) -> list[str]:
     return [*path[path.index(start) :], start]
 
 
-def _default(kind: type[RunConfig], name: str) -> Any:
+def _default(kind: type[StageConfig], name: str) -> Any:
     each = next(each for each in dataclasses.fields(kind) if each.name == name)
     value = each.default_factory() if each.default_factory is not dataclasses.MISSING else each.default
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -13,7 +13,7 @@ from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
 from sparsetrain.runs.result import RunResult
 from sparsetrain.stages.config import PromptConfig, RunConfig
-from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.pipeline_config import RUN_SETTINGS, Arm, PipelineConfig, StageEntry
 
 Row = dict[str, Any]
 
@@ -47,7 +47,8 @@ def report(
     scratch = next((run for run in once.values() if run.complete and "accuracy" in run.values), None)
     first = main_stage(arms[0].entries, "pretrain")
     pretrained = [runs.runs[first.name] for runs in arms if first is not None and first.name in runs.runs]
-    shown = next((run for run in [*pretrained, *every] if run.complete), every[0])
+    trained = [run for run in every if run["stage"] != "evaluate"]
+    shown = next((run for run in [*pretrained, *trained] if run.complete), trained[0])
     main = scored[0] if scored else None
     return {
         "arms": entries,
@@ -94,7 +95,8 @@ def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]
     pretrained = runs.runs.get(first.name) if first is not None else None
     # Arms without a pre-training of their own show the shared one that they start from.
     pretrained = pretrained or next((run for run in once.values() if run["stage"] == "pretrain"), None)
-    base = pretrained or next(iter(runs.runs.values()))
+    # An evaluation trains nothing; what it measures is a training of the arm, or one that runs once.
+    base = pretrained or next(run for run in [*runs.runs.values(), *once.values()] if run["stage"] != "evaluate")
     entry: Row = {
         "name": runs.name,
         "sparsity": base["sparsity"],
@@ -136,6 +138,10 @@ def _settings(config: PipelineConfig) -> Row:
     arm = config.arms[0]
     for entry in config.stages:
         settings = config.stage_config(entry, None if entry.once else arm, "from" if entry.start else None)
+        if not isinstance(settings, RunConfig):
+            own = {each.name for each in dataclasses.fields(settings)} - RUN_SETTINGS
+            shown[entry.name] = {name: getattr(settings, name) for name in sorted(own)}
+            continue
         shown[entry.name] = _stage_settings(settings)
         if isinstance(settings, PromptConfig):
             shown[entry.name] |= {"n_tokens": settings.n_tokens, "train": settings.train, "start": entry.start}

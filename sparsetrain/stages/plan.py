@@ -26,10 +26,11 @@ from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
 from sparsetrain.stages.directories import run_directory
+from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.hidden import Hidden, densities_of, follows, hidden_of
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
-from sparsetrain.stages.pipeline import planned_stages, stage_of
+from sparsetrain.stages.pipeline import needs_task, planned_stages, stage_of
 from sparsetrain.stages.pipeline_config import PipelineConfig
 from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.stages.pretrain import budget_of, workload_of
@@ -79,6 +80,7 @@ class PlannedRun:
         curves: the settings of the optimizer that change, by name, at steps from the first to the last.
         hidden: its hidden matrices, for a pre-training; None for a task.
         notes: sentences about what is unknown.
+        trains: whether it trains; an evaluation does not.
     """
 
     name: str
@@ -94,6 +96,7 @@ class PlannedRun:
     curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
     hidden: Hidden | None = None
     notes: Sequence[str] = field(default_factory=list)
+    trains: bool = True
 
     @property
     def done(self) -> bool:
@@ -162,7 +165,7 @@ def plan_of(config: RunConfig, inputs: Inputs | None = None) -> Plan:
 def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
     name, corpora = inputs.corpora(config.data)
     origin = None if corpora is None else inputs.origin(corpora, None)
-    tasked = any(entry.run != "pretrain" for entry in config.stages)
+    tasked = needs_task(config)
     task, notes = _task_and_notes(inputs, config.task, config) if tasked else (None, [])
     known = task if isinstance(task, Task) else None
     facts = {"corpus": name, "source": None, **task_facts(known)}
@@ -173,7 +176,10 @@ def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
         assert settings.run_dir is not None
         start = None if settings.init_from is None else runs[settings.init_from]
         try:
-            if isinstance(settings, PretrainConfig):
+            if isinstance(settings, EvaluateConfig):
+                place = Path(settings.run_dir)
+                runs[settings.run_dir] = PlannedRun(title, place, *status_of(place), trains=False)
+            elif isinstance(settings, PretrainConfig):
                 own_text = "data" in entry.settings and start is not None
                 runs[settings.run_dir] = plan_text(title, settings, inputs, start, own_text)
             else:

@@ -53,6 +53,7 @@ SMALL = {
     ],
     "mask": [],
     "quantize": [],
+    "evaluate": ["n_probes=3", "blocks=3"],
 }
 SMALL["prompt"] = SMALL["finetune"]
 SMALL["pipeline"] = [

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import overload
 
 from sparsetrain.data.sources.base import Fields, Source
+from sparsetrain.data.sources.pairs import KeyValuesConfig
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
@@ -25,6 +26,7 @@ class SourceConfig:
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         group_field: the field that holds the group of a document; documents of one group share a split. Null for none.
         packages: installed packages whose files the source ``python`` reads beside the standard library.
+        key_values: the documents that the source ``key_values`` generates.
 
     Raises:
         UserError: the name is unknown, or a setting that the source needs is missing.
@@ -38,6 +40,7 @@ class SourceConfig:
     text_field: str = "text"
     group_field: str | None = None
     packages: list[str] = field(default_factory=list)
+    key_values: KeyValuesConfig = field(default_factory=KeyValuesConfig)
 
     def __post_init__(self) -> None:
         SOURCES.check(self.name)
