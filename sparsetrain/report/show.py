@@ -7,10 +7,11 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsetrain.errors import UserError
+from sparsetrain.report.adaptation import adaptation_sheet, adaptations
 from sparsetrain.report.bench import load_bench, print_bench
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
-from sparsetrain.report.tables import layer_masks, noise_scales, print_report, run_metrics
+from sparsetrain.report.tables import layer_masks, noise_scales, print_report, print_sheets, run_metrics
 from sparsetrain.report.text import scalar
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
@@ -27,7 +28,9 @@ def show_report(directory: Path, console: Console) -> None:
     Raises:
         UserError: the directory has no readable ``report.json``.
     """
-    print_report(load_report(directory / REPORT), console)
+    report = load_report(directory / REPORT)
+    print_report(report, console)
+    print_sheets(adaptations(report), console)
     say(console, f"report: {(directory / PAGE).absolute()}")
 
 
@@ -77,6 +80,8 @@ def _show_stage(directory: Path, console: Console) -> None:
         if masks.get("rule", "Static") != "Static":
             say(console, f"{'masks':18} {scalar(masks['rule'])}")
             console.print(layer_masks(masks.get("layers", {})).rich())
+        if adaptation := result.get("adaptation"):
+            print_sheets([adaptation_sheet(adaptation)], console)
         if noise := result.get("noise_scale"):
             console.print(noise_scales(noise, result.get("noise_scale_all")).rich())
     else:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,16 +18,18 @@ from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_report
 from sparsetrain.runs.claim import claimed
-from sparsetrain.runs.layout import PAGE, REPORT, TOKENIZER
+from sparsetrain.runs.layout import CONFIG, PAGE, REPORT, TOKENIZER
 from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.result import RunResult, finish, finished
 from sparsetrain.screen import say
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, identify
+from sparsetrain.stages.adapt import Adaptation
+from sparsetrain.stages.config import AdaptConfig, FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, identify
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.memory import check_memory
-from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.pipeline_config import TEXT, Arm, PipelineConfig, StageEntry
 from sparsetrain.stages.pipeline_report import report
 from sparsetrain.stages.pretrain import Pretraining
 from sparsetrain.stages.prompt import Prompting
@@ -70,7 +73,7 @@ def pipeline(config: PipelineConfig, console: Console | None = None) -> RunResul
     corpora = prepare_corpora(config.data, progress=True, console=console)
     origin = Origin.of_corpora(corpora)
     # A pipeline without a stage on a task needs no task.
-    tasked = any(entry.run != "pretrain" for entry in config.stages)
+    tasked = any(entry.run not in TEXT for entry in config.stages)
     run = identify("pipeline", config, origin, task_facts(available_task(config.task) if tasked else None))
     directory = run_directory(run, config, origin)
     with claimed(directory, run, origin) as done:
@@ -112,6 +115,8 @@ def stage_of(config: RunConfig, console: Console | None = None, corpora: Corpora
         return Prompting(config, console)  # type: ignore[return-value]
     if isinstance(config, FinetuneConfig):
         return Finetuning(config, console)  # type: ignore[return-value]
+    if isinstance(config, AdaptConfig):
+        return Adaptation(config, console, corpora)
     assert isinstance(config, PretrainConfig)
     return Pretraining(config, console, corpora)
 
@@ -140,12 +145,42 @@ def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, direc
         first = by_name[entry.start]
         start = str(stage_directory(directory, None if first.once else arm, first))
     settings = config.stage_config(entry, arm, start, str(stage_directory(directory, arm, entry)))
-    if start is not None and isinstance(settings, PretrainConfig) and settings.data.tokenizer_path is None:
+    if start is None:
+        return settings
+    if earlier := adaptations_before(config, entry):
+        settings.model = _adapted(settings.model, earlier, Path(start))
+    if isinstance(settings, PretrainConfig) and not isinstance(settings, AdaptConfig):
         tokenizer = Path(start) / TOKENIZER
-        # New text must be read with the tokenizer of the weights, which exists as soon as they do.
-        if "data" in entry.settings and tokenizer.exists():
+        # Text must be read with the tokenizer of the weights, which exists as soon as they do.
+        if own_text(config, entry) and settings.data.tokenizer_path is None and tokenizer.exists():
             settings.data = replace(settings.data, tokenizer_path=str(tokenizer))
     return settings
+
+
+def adaptations_before(config: PipelineConfig, entry: StageEntry) -> list[StageEntry]:
+    """Return the adaptations from whose weights a stage starts, directly or through others."""
+    by_name = {stage.name: stage for stage in config.stages}
+    found = []
+    while entry.start is not None:
+        entry = by_name[entry.start]
+        if entry.run == "adapt":
+            found.append(entry)
+    return found
+
+
+def own_text(config: PipelineConfig, entry: StageEntry) -> bool:
+    """Whether a stage reads its text with a tokenizer, or from sources, that the first stages do not share."""
+    if entry.run not in TEXT:
+        return False
+    return "data" in entry.settings or entry.run == "adapt" or bool(adaptations_before(config, entry))
+
+
+def _adapted(model: dict[str, Any], earlier: list[StageEntry], start: Path) -> dict[str, Any]:
+    """Return the section ``model`` of the pipeline with what adaptations have made of the model."""
+    found = {**model, "n_layers": model["n_layers"] + sum(entry.settings.get("new_blocks", 0) for entry in earlier)}
+    if (start / CONFIG).exists():
+        found["vocab_size"] = read_recorded(start, RunConfig).values["model"].get("vocab_size")
+    return found
 
 
 def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, console: Console) -> None:
@@ -155,10 +190,11 @@ def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, cons
     for arm, entry, settings in planned_stages(config, directory):
         if finished(stage_directory(directory, arm, entry)) is not None:
             continue
-        own_text = isinstance(settings, PretrainConfig) and "data" in entry.settings
-        if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
+        own = own_text(config, entry)
+        waits = isinstance(settings, AdaptConfig) or settings.data.tokenizer_path is None
+        if own and settings.init_from is not None and waits and finished(Path(settings.init_from)) is None:
             continue  # its text needs the tokenizer of a run that does not exist yet
-        stage = stage_of(settings, console, None if own_text else corpora)
+        stage = stage_of(settings, console, None if own else corpora)
         stage.prepare(origin)
         # Raises if a schedule does not fit the length.
         RunSchedule(settings.schedule, stage.budget, settings.optimizer)

@@ -17,10 +17,18 @@ from sparsetrain.runs.recorded import complete
 from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.sparsity.config import of_rule
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig
+from sparsetrain.stages.config import AdaptConfig, FinetuneConfig, PretrainConfig, PromptConfig, RunConfig
 
-KINDS: dict[str, type[RunConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "prompt": PromptConfig}
+KINDS: dict[str, type[RunConfig]] = {
+    "pretrain": PretrainConfig,
+    "adapt": AdaptConfig,
+    "finetune": FinetuneConfig,
+    "prompt": PromptConfig,
+}
 """Kinds of stage, each with its configuration."""
+
+TEXT = ("pretrain", "adapt")
+"""Kinds of stage that train on text; the others need a task."""
 
 OWN = ("optimizer", "schedule", "budget", "loop")
 """Sections that a pipeline gives only to its pre-training; the other kinds use their own defaults."""
@@ -34,6 +42,7 @@ RUN_SETTINGS = {each.name for each in dataclasses.fields(RunConfig)} | {"task"}
 _SECTIONS = {"model", "data", "sparsity", "parameterization", "optimizer", "schedule", "budget", "loop", "task"}
 _TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # files that lie beside the directories of stages and arms
 _ABOUT_STAGE = ("name", "run", "from", "once", "arms")
+_NEED_START = {"prompt": "a soft prompt", "adapt": "an adaptation"}
 _SPARSITY = "sparsity.sparsity"
 _RULE = "sparsity.evolution.rule"
 
@@ -66,11 +75,11 @@ class PipelineSection:
     Args:
         arms: dotted names of settings, each with a list of values; every combination is an arm.
             ``sparsity.sparsity: [0, 0.75]`` gives a sparse arm and a dense one, which ignores the rest of ``sparsity``.
-        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune or prompt; default: the name);
-            ``from``, the name of the stage whose weights it starts from; ``once: true`` if it should not be repeated
-            in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75] (default: all); and
-            settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``, ``budget`` and ``loop``
-            of the pipeline; the other kinds take the defaults of their own verb.
+        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, adapt, finetune or prompt; default: the
+            name); ``from``, the name of the stage whose weights it starts from; ``once: true`` if it should not be
+            repeated in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75] (default:
+            all); and settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``, ``budget`` and
+            ``loop`` of the pipeline; the other kinds take the defaults of their own verb.
     """
 
     arms: dict[str, Any] = field(default_factory=dict)
@@ -158,6 +167,8 @@ class PipelineConfig(RunConfig):
                     values["sparsity"]["evolution"] = of_rule(values["sparsity"]["evolution"])
         for name in sorted(known - values.keys() - {"init_from", "run_dir"}):
             values[name] = _default(kind, name)
+        if entry.run == "adapt":  # a given tokenizer would replace that of the start
+            values["data"] = {**values["data"], "tokenizer_path": None}
         _merge(values, entry.settings)
         where = f"pipeline.stages: {entry.name}"
         for name in ("sparsity", "budget"):
@@ -302,8 +313,8 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
         for key in settings:
             if key not in known:
                 raise UserError(f"{where}.{key} is not a setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
-        if run == "prompt" and start is None:
-            raise UserError(f"{where}: a soft prompt needs a trained model; add from: STAGE")
+        if run in _NEED_START and start is None:
+            raise UserError(f"{where}: {_NEED_START[run]} needs a trained model; add from: STAGE")
         yield StageEntry(name, run, start, once, tuple(arms), settings)
 
 

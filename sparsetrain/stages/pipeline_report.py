@@ -12,7 +12,7 @@ from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
 from sparsetrain.runs.result import RunResult
-from sparsetrain.stages.config import PromptConfig, RunConfig
+from sparsetrain.stages.config import AdaptConfig, PromptConfig, RunConfig
 from sparsetrain.stages.pipeline_config import Arm, PipelineConfig, StageEntry
 
 Row = dict[str, Any]
@@ -139,6 +139,10 @@ def _settings(config: PipelineConfig) -> Row:
         shown[entry.name] = _stage_settings(settings)
         if isinstance(settings, PromptConfig):
             shown[entry.name] |= {"n_tokens": settings.n_tokens, "train": settings.train, "start": entry.start}
+        if isinstance(settings, AdaptConfig):
+            vocabulary = {"n_tokens": settings.vocabulary.n_tokens, "method": settings.vocabulary.method}
+            own = {"train": settings.train, "new_blocks": settings.new_blocks, "start": entry.start}
+            shown[entry.name] |= {**vocabulary, **own}
     return shown
 
 
