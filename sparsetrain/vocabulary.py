@@ -106,7 +106,7 @@ def extend_embeddings(
         raise UserError(
             f"old has {before.vocab_size} tokens, more than the {model.config.vocab_size} rows of the model"
         )
-    change = _change(before, after, model.config.vocab_size, multiple_of)
+    change = row_change(before, after, model.config.vocab_size, multiple_of)
     lender = None if donor is None else _lender(donor)
     parameters = vocabulary_matrices(model)
     matrices = {}
@@ -129,7 +129,7 @@ def extend_embeddings(
 
 
 @dataclass(frozen=True)
-class _Change:
+class RowChange:
     """The rows of a model under another tokenizer.
 
     Attributes:
@@ -149,7 +149,8 @@ class _Change:
         return result
 
 
-def _change(old: Tokenizer, new: Tokenizer, rows: int, multiple_of: int) -> _Change:
+def row_change(old: Tokenizer, new: Tokenizer, rows: int, multiple_of: int = 1) -> RowChange:
+    """Return the rows of a model of ``rows`` rows under another tokenizer; see `extend_embeddings`."""
     extends = new.spellings[: old.vocab_size] == old.spellings
     needed = max(new.vocab_size, rows) if extends else new.vocab_size
     source = torch.full((math.ceil(needed / multiple_of) * multiple_of,), -1)
@@ -160,7 +161,7 @@ def _change(old: Tokenizer, new: Tokenizer, rows: int, multiple_of: int) -> _Cha
         places = {spelling: index for index, spelling in reversed(list(enumerate(old.spellings)))}
         source[: new.vocab_size] = torch.tensor([places.get(spelling, -1) for spelling in new.spellings])
     fresh = (source[: new.vocab_size] < 0).nonzero().flatten().tolist()
-    return _Change(source, fresh)
+    return RowChange(source, fresh)
 
 
 def _made(
@@ -212,22 +213,33 @@ class _Lender:
         """
         matrix = self.head if of_head and self.head is not None else self.embedding
         places = {spelling: index for index, spelling in enumerate(self.tokenizer.spellings)}
-        # Every tokenizer has all single bytes, whether its text had them or not, so they tell nothing.
-        shared = [
-            (index, places[spelling])
-            for index, spelling in enumerate(old.spellings)
-            if isinstance(spelling, bytes) and len(spelling) > 1 and spelling in places
-        ]
-        if not shared:
-            raise UserError(
-                "donor: it shares no token of two or more bytes with the old tokenizer; give a donor that knows the "
-                "old language too"
-            )
+        shared = shared_tokens(old, self.tokenizer)
         ids, theirs = torch.tensor(shared).T
         pieces = [
             [places[spelling]] if spelling in places else _pieces(self.tokenizer, spelling) for spelling in spellings
         ]
         return DonorRows(ids, matrix[theirs], new_rows.subword_rows(matrix, pieces))
+
+
+def shared_tokens(old: Tokenizer, donor: Tokenizer) -> list[tuple[int, int]]:
+    """Return the ids, here and in a donor's tokenizer, of the tokens of two or more bytes that both have.
+
+    Raises:
+        UserError: there are none.
+    """
+    places = {spelling: index for index, spelling in enumerate(donor.spellings)}
+    # Every tokenizer has all single bytes, whether its text had them or not, so they tell nothing.
+    found = [
+        (index, places[spelling])
+        for index, spelling in enumerate(old.spellings)
+        if isinstance(spelling, bytes) and len(spelling) > 1 and spelling in places
+    ]
+    if not found:
+        raise UserError(
+            "donor: it shares no token of two or more bytes with the old tokenizer; give a donor that knows the old "
+            "language too"
+        )
+    return found
 
 
 def _lender(donor: Donor) -> _Lender:

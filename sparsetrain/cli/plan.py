@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparsetrain.stages.hidden import Hidden
     from sparsetrain.stages.plan import Plan, PlannedPhase, PlannedRun
 
-PLANNED = ("pretrain", "finetune", "prompt", "pipeline")
+PLANNED = ("pretrain", "adapt", "finetune", "prompt", "pipeline")
 _TITLES = ("phase", "steps", "tokens", "learning rate", "density", "context", "batch", "FLOPs")
 _WIDTHS = (5, 8, 12, 20, 16, 8, 6, 10)
 _MIB = 1 << 20

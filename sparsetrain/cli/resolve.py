@@ -119,5 +119,7 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
             continue
         own = {key.partition(".")[2] for key in overridden if key.startswith(f"{section}.")}
         values[section] = {**saved[section], **{key: values[section][key] for key in own}}
-    if "data" not in inherited and values["data"]["tokenizer_path"] is None:
+    # An adaptation reads the tokenizer of the run itself, since a given one would replace it.
+    reads_own = "data" in inherited or "vocabulary" in values
+    if not reads_own and values["data"]["tokenizer_path"] is None:
         values["data"]["tokenizer_path"] = str(directory / TOKENIZER)

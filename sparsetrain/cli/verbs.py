@@ -88,6 +88,19 @@ VERBS: dict[str, Verb] = {
         inherits=["parameterization"],
         cost="sparsetrain.stages.estimate:sweep_cost",
     ),
+    "adapt": Verb(
+        about="Adapt a trained model to another language: add tokens and blocks, train on both, say what is forgotten.",
+        configuration="sparsetrain.stages:AdaptConfig",
+        run="sparsetrain.stages:adapt",
+        examples=[
+            "sparsetrain adapt init_from=RUN_DIR vocabulary.n_tokens=1024 train=embeddings "
+            "'data.sources={english: {name: medline}, arabic: {name: hadith}}'",
+            "sparsetrain adapt init_from=RUN_DIR data.mixture.arabic=1 data.mixture.english=1 "
+            "'data.sources={english: {name: medline}, arabic: {name: hadith}}'",
+            "sparsetrain adapt init_from=RUN_DIR new_blocks=2 train=blocks data=hadith",
+        ],
+        inherits=["parameterization"],
+    ),
     "finetune": Verb(
         about="Train a pre-trained or freshly initialised model on a labelled task, dense or with its masks.",
         configuration="sparsetrain.stages:FinetuneConfig",

@@ -67,7 +67,7 @@ def extend_tokenizer(
         raise UserError("shared=True needs keep=, texts of the first language that must be split as before")
     learned_from = _checked(texts, "texts")
     kept = [] if keep is None else _checked(keep, "keep")
-    new_blocks = _new_blocks(old, learned_from)
+    new_blocks = new_blocks_of(old, learned_from)
     if not new_blocks and not shared:
         raise UserError(
             "texts: no letter of a script that the tokenizer has no tokens of yet; give keep= texts of the first "
@@ -123,8 +123,8 @@ def _checked(texts: Iterable[str], name: str) -> list[str]:
     return found
 
 
-def _new_blocks(old: Tokenizer, texts: Sequence[str]) -> set[bytes]:
-    """Return the blocks of which the texts have a letter and the old tokens no character."""
+def new_blocks_of(old: Tokenizer, texts: Iterable[str]) -> set[bytes]:
+    """Return the blocks of which the texts have a letter and the old tokens no character; see `blocks`."""
     letters = _of_kind(texts, "LM")
     # Every byte is a token, whether the first language had it or not.
     longer = [spelling for spelling in old.spellings if isinstance(spelling, bytes) and len(spelling) > 1]
@@ -132,7 +132,7 @@ def _new_blocks(old: Tokenizer, texts: Sequence[str]) -> set[bytes]:
     return {block for character in letters for block in blocks(character.encode())} - used
 
 
-def _of_kind(texts: Sequence[str], kinds: str) -> set[str]:
+def _of_kind(texts: Iterable[str], kinds: str) -> set[str]:
     """Return the characters of texts whose Unicode category begins with one of ``kinds``."""
     return {character for character in set().union(*texts) if unicodedata.category(character)[0] in kinds}
 

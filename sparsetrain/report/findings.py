@@ -9,6 +9,7 @@ from sparsetrain.report.text import brackets, clean, percent
 
 STAGE_NAMES = {
     "pretrain": "pre-training",
+    "adapt": "adaptation",
     "finetune": "fine-tuning",
     "prompt": "soft prompt",
     "scratch": "scratch",

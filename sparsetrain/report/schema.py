@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
+from sparsetrain.runs.result import Adaptation
 from sparsetrain.shapes import Count, Fraction, NonNegative, check
 
 STAGES: tuple[Literal["finetune"], Literal["prompt"]] = ("finetune", "prompt")
@@ -79,6 +80,12 @@ class MaskEnd(TypedDict):
     dead_rows: NotRequired[Count]
 
 
+class StageEnd(TypedDict):
+    """The part of a stage's result that sections read."""
+
+    adaptation: NotRequired[Adaptation | None]
+
+
 class Arm(TypedDict):
     """One sparsity of the pipeline.
 
@@ -98,6 +105,7 @@ class Arm(TypedDict):
     bytes: NotRequired[dict[str, NonNegative]]
     seconds: NotRequired[dict[str, NonNegative]]
     masks: NotRequired[MaskEnd]
+    stages: NotRequired[dict[str, StageEnd]]
 
 
 class Report(TypedDict):
@@ -117,6 +125,7 @@ class Report(TypedDict):
     data: NotRequired[dict[str, Any]]
     settings: NotRequired[dict[str, Any]]
     limits: NotRequired[list[str]]
+    once: NotRequired[dict[str, StageEnd]]
 
 
 def load_report(path: Path) -> Report:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sparsetrain.report import tables
+from sparsetrain.report.adaptation import adaptations
 from sparsetrain.report.findings import cautions, findings
 from sparsetrain.report.registry import register_section
 from sparsetrain.report.schema import Report
@@ -28,6 +29,11 @@ def found(report: Report) -> Mapping[str, Any]:
 @register_section("curves", "Training curves", 20, "sections/curves.html.j2")
 def curves(report: Report) -> Mapping[str, Any]:
     return {}
+
+
+@register_section("adaptation", "Adaptation", 25, "sections/adaptation.html.j2")
+def adaptation(report: Report) -> Mapping[str, Any]:
+    return {"sheets": adaptations(report)}
 
 
 @register_section("cost", "Cost", 30, "sections/cost.html.j2")

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sparsetrain.errors import UserError
+from sparsetrain.report.adaptation import adaptation_sheet, adaptations
 from sparsetrain.report.bench import load_bench, print_bench
 from sparsetrain.report.evaluation import evaluation_sheets
 from sparsetrain.report.html import write_html
@@ -28,7 +29,9 @@ def show_report(directory: Path, console: Console) -> None:
     Raises:
         UserError: the directory has no readable ``report.json``.
     """
-    print_report(load_report(directory / REPORT), console)
+    report = load_report(directory / REPORT)
+    print_report(report, console)
+    print_sheets(adaptations(report), console)
     say(console, f"report: {(directory / PAGE).absolute()}")
 
 
@@ -78,6 +81,8 @@ def _show_stage(directory: Path, console: Console) -> None:
         if masks.get("rule", "Static") != "Static":
             say(console, f"{'masks':18} {scalar(masks['rule'])}")
             console.print(layer_masks(masks.get("layers", {})).rich())
+        if adaptation := result.get("adaptation"):
+            print_sheets([adaptation_sheet(adaptation)], console)
         if noise := result.get("noise_scale"):
             console.print(noise_scales(noise, result.get("noise_scale_all")).rich())
         print_sheets(evaluation_sheets(result), console)

@@ -27,9 +27,9 @@ from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_
 from sparsetrain.settings import settled
 
 # Settings that do not change the result and are not part of the identity.
-# The weights to start from count by content (`origin.source_key`), not by path.
+# The weights of the start and of a donor count by content (`origin.source_key`), not by path.
 INCIDENTAL = (
-    *("init_from", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
+    *("init_from", "donor", "run_dir", "runs_dir", "device", "threads", "draw", "force"),
     *("log_every", "checkpoint_every", "keep_last", "observe"),
 )
 
@@ -146,7 +146,7 @@ def differences(ours: Recorded, theirs: Recorded, origin: Origin | None = None) 
         named = [text for text in _data_differences(ours, theirs) if text not in found]
         found += named or [f"corpus={ours.facts.get('corpus')} (there: {theirs.facts.get('corpus')})"]
     # Facts that an older version did not record cannot differ.
-    known = [name for name in ("source",) if name in ours.facts and name in theirs.facts]
+    known: list[str] = [name for name in ("source", "donor") if name in ours.facts and name in theirs.facts]
     known += ["task_fingerprint"] if _knows_task(ours) and _knows_task(theirs) else []
     return found + [text for name in known for text in _compare(ours.facts[name], theirs.facts[name], name)]
 

@@ -24,8 +24,8 @@ FORMAT = 2
 KINDS = {"pipeline": "pipeline", "n_tokens": "prompt", "task": "finetune", "check": "coord-check"}
 """For format 1: a key that only one kind of run has, to the kind. They are checked in this order."""
 
-FACTS = ("corpus", "source", "task_fingerprint")
-"""Facts beside the settings: the content of the text, of the weights to start from, and of the task."""
+FACTS = ("corpus", "source", "task_fingerprint", "donor")
+"""Facts beside the settings: the content of the text, of the weights to start from, of the task, and of a donor."""
 
 # Settings of format 1 and their new names; the name of a section renames its remaining settings.
 RENAMED = {
@@ -50,7 +50,7 @@ class Recorded:
     """A run as its directory records it, or as this process is about to record it.
 
     Args:
-        kind: ``pretrain``, ``finetune``, ``prompt``, ``evaluate``, ``pipeline`` or ``coord-check``.
+        kind: ``pretrain``, ``adapt``, ``finetune``, ``prompt``, ``evaluate``, ``pipeline`` or ``coord-check``.
         schema: the dataclass of the settings.
         values: the settings as nested plain values, under the names of the schema.
         facts: the known ones of `FACTS`; older versions recorded fewer.

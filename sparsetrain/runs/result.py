@@ -78,6 +78,51 @@ class ProbeRow(TypedDict):
     why: str
 
 
+class OldNew(TypedDict):
+    """A number under the old and the new tokenizer, or over old and new rows; null if there are none."""
+
+    old: float | None
+    new: float | None
+
+
+class Moments(TypedDict):
+    """A number of the model before an adaptation, after its extension, and after its training."""
+
+    before: float
+    initialised: float
+    after: float
+
+
+class AdaptedCorpus(TypedDict):
+    """What an adaptation changed for a corpus, on ``bytes`` bytes of its validation text."""
+
+    bytes: Count
+    tokens_per_byte: OldNew
+    tokens_per_word: OldNew
+    val_loss: Moments
+    bits_per_byte: Moments
+
+
+class RowNorms(TypedDict):
+    """Mean norms of rows, by the name of the matrix."""
+
+    initialised: dict[str, OldNew]
+    after: dict[str, OldNew]
+
+
+class Adaptation(TypedDict):
+    """What an adaptation gained and forgot; ``forgetting`` is in bits per byte of the corpus ``first``."""
+
+    first: str
+    forgetting: float | None
+    new_tokens: Count
+    new_rows: Count
+    new_blocks: Count
+    row_norms: RowNorms
+    corpora: dict[str, AdaptedCorpus]
+    origin: dict[str, dict[str, float]]
+
+
 class Result(TypedDict):
     """``result.json`` of a stage. Losses are in nats; a loss is null if the run diverged before it was measured."""
 
@@ -103,6 +148,7 @@ class Result(TypedDict):
     majority: NotRequired[Fraction | None]
     flops: NotRequired[dict[str, float] | None]
     masks: NotRequired[Masks | None]
+    adaptation: NotRequired[Adaptation | None]
     noise_scale: NotRequired[NoiseScale | None]
     noise_scale_all: NotRequired[NoiseScale | None]
     trained_length: NotRequired[Positive]

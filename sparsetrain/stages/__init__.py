@@ -1,7 +1,8 @@
-"""Stages (pre-training, fine-tuning, soft prompts, evaluation), and pipelines of stages."""
+"""Stages (pre-training, adaptation, fine-tuning, soft prompts, evaluation), and pipelines of stages."""
 
 from sparsetrain.runs.result import RunResult
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig
+from sparsetrain.stages.adapt import adapt
+from sparsetrain.stages.config import AdaptConfig, FinetuneConfig, PretrainConfig, PromptConfig
 from sparsetrain.stages.evaluate import evaluate
 from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.finetune import finetune
@@ -12,6 +13,7 @@ from sparsetrain.stages.pretrain import pretrain
 from sparsetrain.stages.prompt import prompt
 
 __all__ = [
+    "AdaptConfig",
     "EvaluateConfig",
     "FinetuneConfig",
     "GenerateConfig",
@@ -19,6 +21,7 @@ __all__ = [
     "PretrainConfig",
     "PromptConfig",
     "RunResult",
+    "adapt",
     "evaluate",
     "finetune",
     "generate",

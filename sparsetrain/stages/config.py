@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Protocol
 from sparsetrain.data import DataConfig, TaskConfig
 from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.models import ModelConfig
+from sparsetrain.models.new_rows import DONOR_METHODS, METHODS
 from sparsetrain.optim import BudgetConfig, OptimizerConfig, ScheduleConfig
 from sparsetrain.parameterization import Parameterization
 from sparsetrain.runs.origin import Origin
@@ -20,7 +21,10 @@ from sparsetrain.sparsity.config import STATIC
 from sparsetrain.training.noise_scale import NOISE_SCALE, NOISE_SCALE_ALL, OBSERVERS
 from sparsetrain.training.state import DEVICES, LoopConfig
 
-PATHS = (("data", "path"), ("data", "tokenizer_path"), ("data", "sources", "*", "path"), ("task", "path"))
+PATHS = (
+    *(("data", "path"), ("data", "tokenizer_path"), ("data", "sources", "*", "path"), ("task", "path")),
+    ("vocabulary", "donor"),
+)
 RUNS = ("init_from", "run_dir", "runs_dir")  # paths of runs
 
 
@@ -39,6 +43,7 @@ class StageConfig(Protocol):
 
 TRAINABLE = ("prompt", "both")
 FINETUNE_MODES = ("dense", "sparse")
+ADAPTED = ("all", "embeddings", "new_rows", "blocks")
 PROMPT_INITS = ("words", "random")
 
 
@@ -151,6 +156,106 @@ class RunConfig:
 @dataclass
 class PretrainConfig(RunConfig):
     """Train on text, from scratch or from the weights of ``init_from``."""
+
+
+@dataclass
+class VocabularyConfig:
+    """The tokens that an adaptation adds, and the first values of their rows.
+
+    Args:
+        n_tokens: tokens that are learned on the training text of ``corpus`` and added; 0 keeps the tokenizer.
+        corpus: name of that corpus; null takes the last of ``data.sources``. The text of the others stays split as
+            before.
+        method: first values of the new rows, see `sparsetrain.extend_embeddings`.
+        donor: directory of a run whose tokenizer knows the new tokens; ``similarity``, ``omp`` and ``least_squares``
+            need it.
+        k: tokens that a row is combined from; null means 10 for ``similarity`` and 64 for ``omp``.
+        multiple_of: the number of rows is rounded up to a multiple of this.
+
+    Raises:
+        UserError: a number is out of range, the method is unknown, or a donor is missing or not used.
+    """
+
+    SECTION: ClassVar[str] = "vocabulary"  # in messages
+
+    n_tokens: int = 0
+    corpus: str | None = None
+    method: str = "subword_mean"
+    donor: str | None = None
+    k: int | None = None
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.n_tokens < 0:
+            raise UserError(f"vocabulary.n_tokens={self.n_tokens} must be at least 0")
+        check_choice("vocabulary.method", self.method, METHODS)
+        if self.donor is None and self.method in DONOR_METHODS:
+            raise UserError(f"vocabulary.method={self.method} needs vocabulary.donor, the directory of a run")
+        if self.donor is not None and self.method not in DONOR_METHODS:
+            raise UserError(
+                f"vocabulary.donor={self.donor}: method={self.method} uses no donor; these do: "
+                f"{', '.join(DONOR_METHODS)}"
+            )
+        for name, value in (("k", self.k), ("multiple_of", self.multiple_of)):
+            if value is not None and value < 1:
+                raise UserError(f"vocabulary.{name}={value} must be at least 1")
+
+
+@dataclass
+class AdaptConfig(PretrainConfig):
+    """Adapt a trained model to the text of another language (arXiv 2407.12869).
+
+    ``model`` is that of ``init_from``. A given ``data.tokenizer_path`` replaces its tokenizer: rows of tokens that both
+    have are kept.
+
+    Args:
+        vocabulary: the tokens that are added, and the first values of their rows.
+        train: ``all``; ``embeddings``, the embedding and an untied head; ``new_rows``, their rows of new tokens; or
+            ``blocks``, the new blocks. All but ``all`` keep the masks.
+        new_blocks: blocks that are added (LLaMA Pro, arXiv 2401.02415): copies of blocks spread evenly over the depth,
+            each behind its original, with output projections of zero, so that the function stays the same at first.
+    """
+
+    # Weights that were trained on other text need a smaller learning rate than new ones.
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-3))
+    vocabulary: VocabularyConfig = field(default_factory=VocabularyConfig)
+    train: str = "all"
+    new_blocks: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("train", self.train, ADAPTED)
+        names = list(self.data.members())
+        if self.vocabulary.corpus is not None:
+            check_choice("vocabulary.corpus", self.vocabulary.corpus, names)
+        replaced = self.data.tokenizer_path is not None
+        if replaced and self.vocabulary.n_tokens:
+            raise UserError(
+                f"vocabulary.n_tokens={self.vocabulary.n_tokens} cannot be combined with data.tokenizer_path="
+                f"{self.data.tokenizer_path}, which replaces the tokenizer"
+            )
+        if not replaced and not self.vocabulary.n_tokens:
+            if self.train == "new_rows":
+                raise UserError("train=new_rows needs new tokens: vocabulary.n_tokens=0 adds none")
+            if self.vocabulary.donor is not None:
+                raise UserError(
+                    f"vocabulary.donor={self.vocabulary.donor} is not used: vocabulary.n_tokens=0 adds no token"
+                )
+        layers = model_config(self.model, self.model.get("vocab_size") or 1).n_layers
+        if not 0 <= self.new_blocks <= layers:
+            raise UserError(f"new_blocks={self.new_blocks} must be at least 0 and at most {layers}, the model's blocks")
+        if self.train == "blocks" and not self.new_blocks:
+            raise UserError("train=blocks needs new blocks: new_blocks=0 adds none")
+        if self.new_blocks and self.parameterization.uses_depth:
+            raise UserError(
+                f"new_blocks={self.new_blocks} would change what the old blocks compute: parameterization "
+                f"{self.parameterization.scheme} multiplies each branch by a power of the depth"
+            )
+
+    @property
+    def learned_on(self) -> str:
+        """The name of the corpus on which tokens are learned."""
+        return self.vocabulary.corpus or list(self.data.members())[-1]
 
 
 @dataclass

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig
+from sparsetrain.stages.config import AdaptConfig, FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig
 from sparsetrain.stages.evaluate_config import EvaluateConfig
 
 KINDS: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
+    "adapt": AdaptConfig,
     "finetune": FinetuneConfig,
     "prompt": PromptConfig,
     "evaluate": EvaluateConfig,

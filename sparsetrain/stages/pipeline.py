@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -17,18 +18,30 @@ from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_report
 from sparsetrain.runs.claim import claimed
-from sparsetrain.runs.layout import PAGE, REPORT, TOKENIZER
+from sparsetrain.runs.layout import CONFIG, PAGE, REPORT, TOKENIZER
 from sparsetrain.runs.origin import Origin
+from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.result import RunResult, finish, finished
 from sparsetrain.screen import say
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig, identify
+from sparsetrain.stages.adapt import Adaptation
+from sparsetrain.stages.config import (
+    AdaptConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    PromptConfig,
+    RunConfig,
+    StageConfig,
+    identify,
+)
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.evaluate import check_evaluation, evaluate
 from sparsetrain.stages.evaluate_config import EvaluateConfig
 from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.finished import skipped
+from sparsetrain.stages.kinds import KINDS
 from sparsetrain.stages.memory import check_memory
-from sparsetrain.stages.pipeline_config import KINDS, Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.pipeline_arms import Arm
+from sparsetrain.stages.pipeline_config import PipelineConfig, StageEntry
 from sparsetrain.stages.pipeline_report import report
 from sparsetrain.stages.pretrain import Pretraining
 from sparsetrain.stages.prompt import Prompting
@@ -114,6 +127,8 @@ def stage_of(config: RunConfig, console: Console | None = None, corpora: Corpora
         return Prompting(config, console)  # type: ignore[return-value]
     if isinstance(config, FinetuneConfig):
         return Finetuning(config, console)  # type: ignore[return-value]
+    if isinstance(config, AdaptConfig):
+        return Adaptation(config, console, corpora)
     assert isinstance(config, PretrainConfig)
     return Pretraining(config, console, corpora)
 
@@ -147,33 +162,67 @@ def _config_of(config: PipelineConfig, entry: StageEntry, arm: Arm | None, direc
         first = by_name[entry.start]
         start = str(stage_directory(directory, None if first.once else arm, first))
     settings = config.stage_config(entry, arm, start, str(stage_directory(directory, arm, entry)))
-    if start is not None and isinstance(settings, PretrainConfig) and settings.data.tokenizer_path is None:
+    if start is None:
+        return settings
+    earlier = adaptations_before(config, entry)
+    if earlier and isinstance(settings, RunConfig):
+        settings.model = _adapted(settings.model, earlier, Path(start))
+    if isinstance(settings, PretrainConfig) and not isinstance(settings, AdaptConfig):
         tokenizer = Path(start) / TOKENIZER
-        # New text must be read with the tokenizer of the weights, which exists as soon as they do.
-        if ("data" in entry.settings or _texts(settings) != _texts(config)) and tokenizer.exists():
+        # Text must be read with the tokenizer of the weights, which exists as soon as they do.
+        if own_text(config, entry, settings) and settings.data.tokenizer_path is None and tokenizer.exists():
             settings.data = replace(settings.data, tokenizer_path=str(tokenizer))
     return settings
+
+
+def adaptations_before(config: PipelineConfig, entry: StageEntry) -> list[StageEntry]:
+    """Return the adaptations from whose weights a stage starts, directly or through others."""
+    by_name = {stage.name: stage for stage in config.stages}
+    found = []
+    while entry.start is not None:
+        entry = by_name[entry.start]
+        if entry.run == "adapt":
+            found.append(entry)
+    return found
+
+
+def own_text(config: PipelineConfig, entry: StageEntry, settings: StageConfig) -> bool:
+    """Whether a stage reads its text with a tokenizer, or from sources, that the first stages do not share."""
+    if not isinstance(settings, PretrainConfig):
+        return False
+    adapted = isinstance(settings, AdaptConfig) or bool(adaptations_before(config, entry))
+    return adapted or "data" in entry.settings or _texts(settings) != _texts(config)
+
+
+def _adapted(model: dict[str, Any], earlier: list[StageEntry], start: Path) -> dict[str, Any]:
+    """Return the section ``model`` of the pipeline with what adaptations have made of the model."""
+    found = {**model, "n_layers": model["n_layers"] + sum(entry.settings.get("new_blocks", 0) for entry in earlier)}
+    if (start / CONFIG).exists():
+        found["vocab_size"] = read_recorded(start, RunConfig).values["model"].get("vocab_size")
+    return found
 
 
 def check_stages(config: PipelineConfig, corpora: Corpora, directory: Path, console: Console) -> None:
     """Raise `UserError` before the first stage trains if the task, the schedule or the memory of any stage is wrong."""
     device = resolve_device(config.device)
     origin = Origin.of_corpora(corpora)
-    by_name = {entry.name: entry for entry in config.stages}
     trainings: dict[str | None, RunConfig] = {}
+    others: set[str | None] = set()  # the stages that do not read ``corpora``
     for arm, entry, settings in planned_stages(config, directory):
         if isinstance(settings, EvaluateConfig):
-            same = "data" not in entry.settings and "data" not in by_name[entry.start or ""].settings
+            same = "data" not in entry.settings and settings.init_from not in others
             _check_evaluation(settings, trainings[settings.init_from], corpora if same else None, entry)
             continue
         assert isinstance(settings, RunConfig)
         trainings[settings.run_dir] = settings
+        if own := own_text(config, entry, settings):
+            others.add(settings.run_dir)
         if finished(stage_directory(directory, arm, entry)) is not None:
             continue
-        own_text = isinstance(settings, PretrainConfig) and _texts(settings) != _texts(config)
-        if own_text and settings.init_from is not None and settings.data.tokenizer_path is None:
+        waits = isinstance(settings, AdaptConfig) or settings.data.tokenizer_path is None
+        if own and settings.init_from is not None and waits and finished(Path(settings.init_from)) is None:
             continue  # its text needs the tokenizer of a run that does not exist yet
-        stage = stage_of(settings, console, None if own_text else corpora)
+        stage = stage_of(settings, console, None if own else corpora)
         stage.prepare(origin)
         # Raises if a schedule does not fit the length.
         RunSchedule(settings.schedule, stage.budget, settings.optimizer)

@@ -23,6 +23,7 @@ from sparsetrain.stages.pipeline_arms import SPARSITY, Arm, arms_of, canonical_a
 
 _TAKEN = (CONFIG, RESULT, REPORT, PAGE)  # files that lie beside the directories of stages and arms
 _ABOUT_STAGE = ("name", "run", "from", "once", "arms")
+_NEED_START = {"prompt": "a soft prompt", "adapt": "an adaptation", "evaluate": "an evaluation"}
 _RULE = "sparsity.evolution.rule"
 
 
@@ -55,9 +56,9 @@ class PipelineSection:
         arms: dotted names of settings, each with a list of values, and names of choices, each with several settings
             by name: ``recipe: {long: {data.context: 512}, short: {data.context: 128}}``. Every combination is an arm.
             ``sparsity.sparsity: [0, 0.75]`` gives a sparse arm and a dense one, which ignores the rest of ``sparsity``.
-        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, finetune, prompt or evaluate; default: the
-            name); ``from``, the name of the stage whose weights it starts from or measures; ``once: true`` if it should
-            not be repeated in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75]
+        stages: a list of entries. Each has a ``name``; ``run`` (pretrain, adapt, finetune, prompt or evaluate; default:
+            the name); ``from``, the stage whose weights it starts from or measures; ``once: true`` if it should not be
+            repeated in every arm; ``arms``, the names of the arms that include it, such as [sparse-0.75]
             (default: all); and settings of its kind. Pre-training takes the sections ``optimizer``, ``schedule``,
             ``budget`` and ``loop`` of the pipeline; the other kinds take the defaults of their own verb.
     """
@@ -149,6 +150,8 @@ class PipelineConfig(RunConfig):
                     values["sparsity"]["evolution"] = of_rule(values["sparsity"]["evolution"])
         for name in sorted(known - values.keys() - {"init_from", "run_dir"}):
             values[name] = _default(kind, name)
+        if entry.run == "adapt":  # a given tokenizer would replace that of the start
+            values["data"] = {**values["data"], "tokenizer_path": None}
         _merge(values, entry.settings)
         where = f"pipeline.stages: {entry.name}"
         if issubclass(kind, RunConfig):
@@ -255,9 +258,8 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
         for key in settings:
             if key not in known:
                 raise UserError(f"{where}.{key} is not a setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
-        for needy, what in (("prompt", "a soft prompt"), ("evaluate", "an evaluation")):
-            if run == needy and start is None:
-                raise UserError(f"{where}: {what} needs a trained model; add from: STAGE")
+        if run in _NEED_START and start is None:
+            raise UserError(f"{where}: {_NEED_START[run]} needs a trained model; add from: STAGE")
         yield StageEntry(name, run, start, once, tuple(arms), settings)
 
 

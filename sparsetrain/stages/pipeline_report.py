@@ -12,8 +12,10 @@ from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
 from sparsetrain.runs.result import RunResult
-from sparsetrain.stages.config import PromptConfig, RunConfig
-from sparsetrain.stages.pipeline_config import RUN_SETTINGS, Arm, PipelineConfig, StageEntry
+from sparsetrain.stages.config import AdaptConfig, PromptConfig, RunConfig
+from sparsetrain.stages.kinds import RUN_SETTINGS
+from sparsetrain.stages.pipeline_arms import Arm
+from sparsetrain.stages.pipeline_config import PipelineConfig, StageEntry
 
 Row = dict[str, Any]
 
@@ -139,12 +141,16 @@ def _settings(config: PipelineConfig) -> Row:
     for entry in config.stages:
         settings = config.stage_config(entry, None if entry.once else arm, "from" if entry.start else None)
         if not isinstance(settings, RunConfig):
-            own = {each.name for each in dataclasses.fields(settings)} - RUN_SETTINGS
-            shown[entry.name] = {name: getattr(settings, name) for name in sorted(own)}
+            names = {each.name for each in dataclasses.fields(settings)} - RUN_SETTINGS
+            shown[entry.name] = {name: getattr(settings, name) for name in sorted(names)}
             continue
         shown[entry.name] = _stage_settings(settings)
         if isinstance(settings, PromptConfig):
             shown[entry.name] |= {"n_tokens": settings.n_tokens, "train": settings.train, "start": entry.start}
+        if isinstance(settings, AdaptConfig):
+            vocabulary = {"n_tokens": settings.vocabulary.n_tokens, "method": settings.vocabulary.method}
+            own = {"train": settings.train, "new_blocks": settings.new_blocks, "start": entry.start}
+            shown[entry.name] |= {**vocabulary, **own}
     return shown
 
 

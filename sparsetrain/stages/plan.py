@@ -6,15 +6,16 @@ A corpus that is not prepared yet stays so. Numbers that depend on its length ar
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops_per_token
-from sparsetrain.cost.footprint import Footprint, Workload
+from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.ledger import FlopLedger
 from sparsetrain.data import Corpora, Task, TaskConfig
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.new_blocks import deepened
 from sparsetrain.optim import Budget, RunSchedule
 from sparsetrain.runs.checkpoint import list_checkpoints
 from sparsetrain.runs.claim import check_same
@@ -24,115 +25,32 @@ from sparsetrain.runs.recorded import Recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import Rule, SparsityConfig, Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities, check_allocated_evolution
-from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, as_plain, model_config
+from sparsetrain.stages.adapt import donor_facts
+from sparsetrain.stages.config import (
+    AdaptConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    PromptConfig,
+    RunConfig,
+    as_plain,
+    model_config,
+)
 from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.evaluate_config import EvaluateConfig
-from sparsetrain.stages.hidden import Hidden, densities_of, follows, hidden_of
+from sparsetrain.stages.hidden import densities_of, follows, hidden_of
 from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.memory import memory_fits
-from sparsetrain.stages.pipeline import needs_task, planned_stages, stage_of
+from sparsetrain.stages.pipeline import needs_task, own_text, planned_stages, stage_of
 from sparsetrain.stages.pipeline_config import PipelineConfig
+from sparsetrain.stages.plan_adapt import planned_adaptation
 from sparsetrain.stages.plan_inputs import Inputs
+from sparsetrain.stages.planned import Plan, PlannedPhase, PlannedRun
 from sparsetrain.stages.pretrain import budget_of, workload_of
 from sparsetrain.stages.task_stage import TaskStage, task_facts
 from sparsetrain.stages.text import Reading, Text
 from sparsetrain.training.state import resolve_device
 
 _UNKNOWN = 1 << 30  # validation tokens to assume for an unprepared text: enough for every evaluation
-
-
-@dataclass(frozen=True)
-class PlannedPhase:
-    """A phase of a run.
-
-    Args:
-        tokens: tokens that the model reads in it.
-        rates: lowest and highest base learning rate.
-        densities: density of the hidden matrices at its first and at its last step.
-        flops: training FLOPs by formula.
-    """
-
-    steps: int
-    tokens: int
-    rates: tuple[float, float]
-    densities: tuple[float, float]
-    context: int
-    batch_size: int
-    flops: float
-    reads: Mapping[str, Reading] = field(default_factory=dict)  # of each of several corpora
-
-
-@dataclass(frozen=True)
-class PlannedRun:
-    """What a run would do.
-
-    Args:
-        name: arm and name of a pipeline's stage, or the verb.
-        directory: the run directory.
-        status: ``done``, ``stopped at step N`` or ``new``.
-        steps_done: that N, or 0.
-        phases: empty if the length of the run is not known yet.
-        workload: what it holds in memory.
-        fits: whether that much memory is available.
-        dense_flops: FLOPs of the same training computed densely.
-        origin: text, tokenizer and weights that it starts from; None if its text is not prepared yet.
-        final_densities: density of each sparse layer at its end; None if unknown.
-        curves: the settings of the optimizer that change, by name, at steps from the first to the last.
-        hidden: its hidden matrices, for a pre-training; None for a task.
-        notes: sentences about what is unknown.
-        trains: whether it trains; an evaluation does not.
-    """
-
-    name: str
-    directory: Path
-    status: str
-    steps_done: int = 0
-    phases: Sequence[PlannedPhase] = ()
-    workload: Workload | None = None
-    fits: bool = True
-    dense_flops: float = 0.0
-    origin: Origin | None = None
-    final_densities: Mapping[str, float] | None = None
-    curves: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    hidden: Hidden | None = None
-    notes: Sequence[str] = field(default_factory=list)
-    trains: bool = True
-
-    @property
-    def done(self) -> bool:
-        return self.status.startswith("done")
-
-    @property
-    def steps(self) -> int:
-        return sum(phase.steps for phase in self.phases)
-
-    @property
-    def tokens(self) -> int:
-        return sum(phase.tokens for phase in self.phases)
-
-    @property
-    def flops(self) -> float:
-        return sum(phase.flops for phase in self.phases)
-
-    @property
-    def memory(self) -> Footprint | None:
-        """The estimated peak memory."""
-        return None if self.workload is None else self.workload.footprint()
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The runs of a configuration: a single run, or all stages of a pipeline.
-
-    Args:
-        directory: directory of the pipeline; None for a single run.
-        status: progress of the pipeline.
-    """
-
-    runs: Sequence[PlannedRun]
-    directory: Path | None = None
-    status: str = ""
-    notes: Sequence[str] = ()
 
 
 def status_of(directory: Path) -> tuple[str, int]:
@@ -159,7 +77,7 @@ def plan_of(config: RunConfig, inputs: Inputs | None = None) -> Plan:
         return _pipeline(config, inputs)
     if isinstance(config, FinetuneConfig):
         return Plan([_task("prompt" if isinstance(config, PromptConfig) else "finetune", config, inputs)])
-    return Plan([plan_text("pretrain", config, inputs)])
+    return Plan([plan_text("adapt" if isinstance(config, AdaptConfig) else "pretrain", config, inputs)])
 
 
 def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
@@ -180,8 +98,8 @@ def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
                 place = Path(settings.run_dir)
                 runs[settings.run_dir] = PlannedRun(title, place, *status_of(place), trains=False)
             elif isinstance(settings, PretrainConfig):
-                own_text = "data" in entry.settings and start is not None
-                runs[settings.run_dir] = plan_text(title, settings, inputs, start, own_text)
+                own = own_text(config, entry, settings) and start is not None
+                runs[settings.run_dir] = plan_text(title, settings, inputs, start, own)
             else:
                 assert isinstance(settings, FinetuneConfig)
                 runs[settings.run_dir] = _task(title, settings, inputs, start)
@@ -199,7 +117,7 @@ def _pipeline(config: PipelineConfig, inputs: Inputs) -> Plan:
 def plan_text(
     name: str, config: RunConfig, inputs: Inputs, start: PlannedRun | None = None, own_text: bool = False
 ) -> PlannedRun:
-    """Return what a pre-training would do.
+    """Return what a pre-training or an adaptation would do.
 
     Args:
         start: the planned run that it starts from; None if that run exists or there is none.
@@ -208,16 +126,20 @@ def plan_text(
     Raises:
         UserError: the run itself would refuse the input.
     """
-    key, corpora = "", None
-    if own_text and start is not None and config.data.tokenizer_path is None:
+    key, corpora, kind, facts = "", None, "pretrain", {}
+    if isinstance(config, AdaptConfig):
+        kind, facts = "adapt", donor_facts(config)
+        config, key, corpora, notes = planned_adaptation(config, inputs)
+        notes += [] if corpora is not None or notes else [_unprepared(config)]
+    elif own_text and start is not None and config.data.tokenizer_path is None:
         notes = [f"The text needs the tokenizer of {start.directory}, which does not exist yet."]
     else:
         key, corpora = inputs.corpora(config.data)
         notes = [] if corpora is not None else [_unprepared(config)]
     seen = None if start is not None else config.init_from
     origin = None if corpora is None else inputs.origin(corpora, seen)
-    facts = {"corpus": key} | ({"source": source_key(config.init_from)} if start is None else {})
-    directory = _directory(Recorded("pretrain", type(config), as_plain(config), facts), config, origin)
+    facts |= {"corpus": key} | ({"source": source_key(config.init_from)} if start is None else {})
+    directory = _directory(Recorded(kind, type(config), as_plain(config), facts), config, origin)
     run = PlannedRun(name, directory, *status_of(directory), origin=origin, notes=notes)
     model = model_config(config.model, vocabulary(config, corpora, start))
     if corpora is None and config.budget.epochs is not None:
@@ -276,7 +198,8 @@ def _masks(
         check_allocated_evolution(shapes, section, rule)
         return rule, allocated_densities(shapes, section, rule)
     kept = _start_densities(config, model, start)
-    return (Static() if rule.resizes or not kept else rule), lambda _step: kept
+    static = rule.resizes or not kept or (isinstance(config, AdaptConfig) and config.train != "all")
+    return (Static() if static else rule), lambda _step: kept
 
 
 def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun | None = None) -> PlannedRun:
@@ -371,15 +294,18 @@ def _start_densities(config: RunConfig, model: ModelConfig, start: PlannedRun | 
     shapes = hidden_shapes(model)
     if config.init_from is None:
         return allocated_densities(shapes, config.sparsity, Static())(0) if config.sparsity.is_sparse else {}
-    if start is not None:
-        return start.final_densities or {}
-    return densities_of(config.init_from, model)
+    found = densities_of(config.init_from, model) if start is None else start.final_densities or {}
+    if isinstance(config, AdaptConfig):
+        return deepened(found, model.n_layers - config.new_blocks, config.new_blocks)
+    return found
 
 
 def vocabulary(config: RunConfig, corpora: Corpora | None, start: PlannedRun | None = None) -> int:
     """Return the size of a run's vocabulary; for a tokenizer that is not trained yet, the one that is wanted."""
     if corpora is not None:
         return corpora.tokenizer.vocab_size
+    if isinstance(config, AdaptConfig):
+        return 1  # its model has a number of rows
     if config.data.tokenizer_path is None and start is not None and start.origin is not None:
         return start.origin.tokenizer.vocab_size
     fixed = config.data.fixed_tokenizer()

@@ -165,6 +165,10 @@ class Stage(ABC, Generic[C]):
     def describe(self) -> None:
         """Print what the model learns from, if the line about the model does not say it."""
 
+    def trained_parameters(self) -> int:
+        """Return the number of weights that the training may change."""
+        return sum(p.numel() for group in self.training.optimizer.param_groups for p in group["params"])
+
     def diverged(self, directory: Path, clock: Stopwatch) -> dict[str, Any]:
         """Return the entries for the result of a training that diverged."""
         return {}
@@ -186,8 +190,8 @@ def train(stage: Stage[Any], observers: Sequence[Observer] = ()) -> RunResult:
         Interrupted: a signal stopped the run, which can be resumed.
         Diverged: the training diverged; the result has the status ``diverged``.
     """
-    config, console = stage.config, stage.console
     origin = stage.origin()
+    config, console = stage.config, stage.console  # the origin may complete the configuration
     run = identify(stage.kind, config, origin, stage.facts())
     directory = run_directory(run, config, origin)
     with claimed(directory, run, origin) as done:
@@ -266,7 +270,6 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
             {**common, "status": "diverged", "message": str(error), **stage.diverged(directory, clock)},
         )
         raise
-    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     return finish(
         directory,
         {
@@ -275,7 +278,7 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
             **({"decisions": [asdict(made) for made in budget.decisions]} if budget.config.led is not None else {}),
             **scored,
             **{key: value for observer in observers for key, value in observer.result().items()},
-            "trained_parameters": trained,
+            "trained_parameters": stage.trained_parameters(),
             "model": asdict(network.config),
             "config": as_plain(config),
         },
