@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any, Literal
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
@@ -25,6 +26,7 @@ from sparsetrain.report.findings import (
 )
 from sparsetrain.report.schema import STAGES, Arm, Report, Scored, terms
 from sparsetrain.report.text import ABSENT, brackets, byte_size, clean, duration, percent, scalar, si
+from sparsetrain.scaling.intervals import mean_interval
 
 Group = Literal["flops", "bytes", "seconds"]
 
@@ -223,12 +225,29 @@ def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
         columns |= watched
         present += watched
     evaluated = [index for index, row in enumerate(rows) if row.get("val_loss") is not None]
-    kept = set(_spread(evaluated, limit)) or set(_spread(range(len(rows)), limit))
+    kept = set(spread(evaluated, limit)) or set(spread(range(len(rows)), limit))
     if rows:
         kept |= {0, len(rows) - 1}
     body = tuple(tuple(_metric(rows[index].get(key)) for key in present) for index in sorted(kept))
     shown = f"{len(body)} of {len(rows)} rows." if len(body) < len(rows) else ""
     return Sheet("Metrics", tuple(columns[key] for key in present), body, shown)
+
+
+def spread(indices: Sequence[int], limit: int) -> list[int]:
+    """Return at most ``limit`` of ``indices``, evenly spaced, including both ends."""
+    if len(indices) <= limit:
+        return list(indices)
+    stride = (len(indices) - 1) / max(limit - 1, 1)
+    return [indices[round(i * stride)] for i in range(limit)]
+
+
+def mean_cell(samples: Sequence[float], factor: float, digits: int) -> str:
+    """Return the mean with its interval (Student's t), such as ``1.970 [1.963, 1.976]``; a dash for no samples."""
+    if not samples:
+        return ABSENT
+    interval = mean_interval(samples)
+    text = f"{factor * float(np.mean(samples)):.{digits}f}"
+    return text if interval is None else f"{text} [{', '.join(f'{factor * end:.{digits}f}' for end in interval)}]"
 
 
 def term_names(arms: Sequence[Arm], group: Group) -> list[str]:
@@ -270,14 +289,6 @@ def _loss(value: float | None) -> str:
 
 def _metric(value: object) -> str:
     return ABSENT if value is None else scalar(value)
-
-
-def _spread(indices: Sequence[int], limit: int) -> list[int]:
-    """Return at most ``limit`` of ``indices``, evenly spaced, including both ends."""
-    if len(indices) <= limit:
-        return list(indices)
-    stride = (len(indices) - 1) / max(limit - 1, 1)
-    return [indices[round(i * stride)] for i in range(limit)]
 
 
 def _line(cells: Sequence[str]) -> str:
