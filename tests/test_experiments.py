@@ -10,29 +10,25 @@ import re
 import shlex
 import signal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
 from tests.helpers.claims import (
+    FURTHER,
     Claim,
     arm_claims,
+    claims_of_text,
     exponent_claims,
     gap_claims,
     item_claims,
     noise_claims,
     paired_claims,
-    position_claims,
-    probe_claims,
     sweep_claims,
-    text_claims,
     unsupported,
 )
-from tests.helpers.text_tables import position_rows, probe_rows, text_rows, write_tables
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
@@ -77,7 +73,6 @@ TINY: dict[str, list[str]] = {
 SWEEPS = sorted(TINY)
 # Pipelines of text stages: their results.csv, with positions.csv and probes.csv where they evaluate.
 TEXT: list[str] = []
-FURTHER = {"positions.csv": position_claims, "probes.csv": probe_claims}
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks", *TEXT})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -116,12 +111,6 @@ def claims(name: str) -> list[Claim]:
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])
-
-
-def claims_of_text(folder: Path) -> list[Claim]:
-    """Return the claims of a table of text stages and of the tables of evaluations beside it."""
-    further = [claim for file, of in FURTHER.items() if (folder / file).exists() for claim in of(folder / file)]
-    return text_claims(folder / "results.csv") + further
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -271,44 +260,6 @@ def test_an_interval_that_the_rows_do_not_carry_is_found() -> None:
 
 def ratios(per_weight: float, per_nonzero: float) -> str:
     return " / ".join(f"{number:.2g}" if number < 100 else f"{number:.0f}" for number in (per_weight, per_nonzero))
-
-
-def test_claims_of_text_are_those_of_paired_tests(tmp_path: Path) -> None:
-    """Beside SciPy's intervals, those that the same numbers give unpaired, or of other pairs, are no claims."""
-    write_tables(tmp_path)
-    found = claims_of_text(tmp_path)
-
-    def seeds(rows: list[dict[str, Any]], key: str, **wanted: Any) -> list[float]:
-        return [row[key] for row in rows if all(row[name] == value for name, value in wanted.items())]
-
-    def interval(values: list[float], factor: float = 1.0) -> str:
-        low, high = scipy.stats.t.interval(0.95, len(values) - 1, np.mean(values), scipy.stats.sem(values))
-        return f"{factor * np.mean(values):+.4f} [{factor * low:.4f}, {factor * high:.4f}]"
-
-    def percent(one: list[float], other: list[float]) -> str:
-        low, high = scipy.stats.ttest_rel(np.log(one), np.log(other)).confidence_interval(0.95)
-        middle, low, high = (100 * np.expm1(end) for end in (np.mean(np.log(one) - np.log(other)), low, high))
-        return f"{middle:+.3f} % [{low:.3f}, {high:.3f}]"
-
-    def points(one: list[float], other: list[float]) -> str:
-        return interval([a - b for a, b in zip(one, other, strict=True)], 100.0).replace(" [", " points [")
-
-    code = {
-        arm: seeds(text_rows(), "bits_per_byte_code", arm=arm, stage="evaluate")
-        for arm in ("dense_two_phase", "dense_prose", "sparse-0.75_two_phase", "sparse-0.75_prose")
-    }
-    two_phase, prose, sparse_two_phase, sparse_prose = code.values()
-    here: dict[str, Any] = {"arm": "dense_prose", "scale": 1, "length": 512}
-    at = {
-        name: seeds(position_rows(), "loss", **(here | other))
-        for name, other in {"": {}, "2": {"scale": 2}, "64": {"length": 64}, "both": {"scale": 2, "length": 64}}.items()
-    }
-    right = [seeds(probe_rows(), "accuracy", arm=arm, size=256) for arm in ("dense_two_phase", "dense_prose")]
-    supported = [interval(prose), percent(prose, two_phase), percent(sparse_prose, prose)]
-    supported += [interval(at[""]), percent(at[""], at["2"]), percent(at["64"], at[""]), points(*right)]
-    assert unsupported(", ".join(supported), found) == []
-    other = [percent(sparse_two_phase, prose), percent(at[""], at["both"]), points(right[0][::-1], right[1])]
-    assert unsupported(", ".join(other), found) == other
 
 
 @pytest.mark.parametrize("name", [*CURVES, *ARMS, *TEXT])

@@ -43,7 +43,7 @@ def means(rows: Sequence[Row]) -> Sheet:
     body = []
     for task in [None, *tasked]:
         for stage, arm in _stages_of_arms(rows, ways(rows) if task else text_stages(rows), by_stage=not tasked):
-            same = {"arm": arm, "stage": stage, "task": task}
+            same = _stage(arm, stage, task)
             seeds = select(rows, "seed", **same)
             if not seeds:
                 continue
@@ -69,6 +69,10 @@ def means(rows: Sequence[Row]) -> Sheet:
     last = ("accuracy, %",) if tasked else ("tokens per weight", "tokens per nonzero")
     columns = ("stage", "seeds", "bits per byte", *(f"bits per byte, {clean(name)}" for name in names), *last)
     return Sheet("Arms", (*columns, "training"), tuple(body), note)
+
+
+def _stage(arm: str, stage: str, task: str | None) -> Row:
+    return {"arm": arm, "stage": stage, "task": task}
 
 
 def _stages_of_arms(rows: Sequence[Row], stages: Sequence[str], by_stage: bool) -> list[tuple[str, str]]:
@@ -99,7 +103,7 @@ def adaptations(rows: Sequence[Row]) -> Sheet:
     began = [key for key in shown.values() if key.startswith(tuple(prefixes))]
     body = []
     for stage, arm in _stages_of_arms(rows, text_stages(rows), by_stage=True):
-        same = {"arm": arm, "stage": stage, "task": None}
+        same = _stage(arm, stage, None)
         if any(select(rows, key, **same) for key in began):
             cells = (mean_cell(list(select(rows, key, **same).values()), 1.0, 4) for key in shown.values())
             body.append((f"{arm}, {stage}", *cells))
@@ -140,21 +144,21 @@ def differences(rows: Sequence[Row], with_tasks: bool = True, base: str | None =
         there = [arm for arm in arms if select(rows, "seed", arm=arm, stage=stage, task=None)]
         where = f", {stage}" if len(stages) > 1 else ""
         for arm, other in comparisons(there, sparsity, base):
-            one, its_base = ({"arm": name, "stage": stage, "task": None} for name in (arm, other))
+            one, its_base = (_stage(name, stage, None) for name in (arm, other))
             for key, said in ((BITS, ""), *((f"{BITS}_{name}", f", {clean(name)}") for name in names)):
                 compare(f"{arm} - {other}{where}, bits per byte{said}", key, one, its_base)
         for arm in there:
-            own: Row = {"arm": arm, "stage": stage, "task": None}
+            own = _stage(arm, stage, None)
             for name in names:
                 said = f"after - before, {arm}{where}, bits per byte, {clean(name)}"
                 compare(said, f"{BITS}_{name}", own, own, f"{BITS}_{MOMENTS[0]}_{name}")
     for task in tasks(rows) if with_tasks else []:
         for stage in ways(rows):
             for arm, other in comparisons(arms, sparsity, base):
-                one, its_base = ({"arm": name, "stage": stage, "task": task} for name in (arm, other))
+                one, its_base = (_stage(name, stage, task) for name in (arm, other))
                 compare(f"{arm} - {other}, {stage}, {task}", "accuracy", one, its_base)
         for arm in arms:
-            tuned, control = ({"arm": name, "stage": WAYS[0], "task": task} for name in (arm, SCRATCH))
+            tuned, control = (_stage(name, WAYS[0], task) for name in (arm, SCRATCH))
             compare(f"{arm} - {SCRATCH}, {WAYS[0]}, {task}", "accuracy", tuned, control)
             for stage in ways(rows):
                 if stage != WAYS[0]:

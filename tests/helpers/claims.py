@@ -333,6 +333,16 @@ def probe_claims(rows: Path) -> list[Claim]:
     return _measured_claims(rows, ("arm", "stage", "kind", "size", "scale"), "accuracy", 100.0)
 
 
+FURTHER = {"positions.csv": position_claims, "probes.csv": probe_claims}
+"""The tables of evaluations beside a table of text stages."""
+
+
+def claims_of_text(folder: Path) -> list[Claim]:
+    """Return the claims of the tables of text stages in the folder of an experiment."""
+    further = [claim for file, of in FURTHER.items() if (folder / file).exists() for claim in of(folder / file)]
+    return text_claims(folder / "results.csv") + further
+
+
 def _measured_claims(rows: Path, names: Sequence[str], key: str, factor: float) -> list[Claim]:
     found: dict[tuple[str, ...], dict[int, float]] = {}
     for row in _rows_of(rows):
