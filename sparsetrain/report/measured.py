@@ -25,7 +25,7 @@ Run = tuple[str, str, int]
 
 _RUN = ("arm", "stage", "seed")
 _TEXTS = ("arm", "stage", "corpus", "kind")
-_SHOWN = 6  # columns of a sheet
+_SHOWN = 4  # columns of a sheet
 
 
 @dataclass(frozen=True)
