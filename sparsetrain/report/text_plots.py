@@ -100,6 +100,7 @@ def positions_figure(rows: Sequence[Row], arms: Sequence[str], path: Path) -> No
                 axes.set_xscale("log", base=2)
                 axes.set_xticks(_ticks(lengths), [f"{length}" for length in _ticks(lengths)])
                 axes.set_xticks([], minor=True)
+                axes.tick_params(axis="x", labelsize=8)
                 axes.set_title(shorten(arm, 32))
                 axes.set_xlabel("tokens of a context")
             stage, corpus = group
