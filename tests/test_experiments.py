@@ -17,8 +17,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
 from tests.helpers.claims import (
+    FURTHER,
     Claim,
     arm_claims,
+    claims_of_text,
     exponent_claims,
     gap_claims,
     item_claims,
@@ -69,7 +71,9 @@ TINY: dict[str, list[str]] = {
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
-FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks"})
+# Pipelines of text stages: their results.csv, with positions.csv and probes.csv where they evaluate.
+TEXT: list[str] = []
+FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks", *TEXT})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # The swept settings other than the rate.
@@ -102,6 +106,8 @@ def claims(name: str) -> list[Claim]:
         arms = paired_claims(folder / "results.csv", *PAIRED[name]) if name in PAIRED else []
         gaps = gap_claims(folder / "results.csv", *PAIRED[name]) if name in GAPS else []
         return gaps + sweep_claims(folder / "results.csv", swept(name)) + exponents + noise + arms
+    if name in TEXT:
+        return claims_of_text(folder)
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])
@@ -219,23 +225,25 @@ def test_the_laws_of_an_experiment_follow_from_its_rows(
         assert_same_picture(picture, folder / picture.name)
 
 
-@pytest.mark.parametrize("name", ARMS)
+@pytest.mark.parametrize("name", [*ARMS, *TEXT])
 def test_table_bars_and_figure_of_arms_follow_from_the_rows(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = ROOT / "experiments" / name
     assert main(["report", str(folder / "results.csv"), "--out", str(tmp_path)]) == 0
     assert capsys.readouterr().err == ""
-    texts = {path.name for path in tmp_path.iterdir()} - {"figure.png"}
-    assert texts == {"results.csv"} | ({"bars.md"} if (folder / "bars.md").exists() else set())
+    pictures = {"figure.png"} | ({"positions.png"} if (folder / "positions.csv").exists() else set())
+    texts = {path.name for path in tmp_path.iterdir()} - pictures
+    assert texts == {"results.csv"} | {name for name in ("bars.md", *FURTHER) if (folder / name).exists()}
     for text in texts:
         assert (tmp_path / text).read_bytes() == (folder / text).read_bytes()
-    assert_same_picture(tmp_path / "figure.png", folder / "figure.png")
+    for picture in pictures:
+        assert_same_picture(tmp_path / picture, folder / picture)
 
 
-@pytest.mark.parametrize("name", ["", *CURVES, *ARMS, "base_tuning", "supar_coordinates", *DOCUMENTS])
+@pytest.mark.parametrize("name", ["", *CURVES, *ARMS, *TEXT, "base_tuning", "supar_coordinates", *DOCUMENTS])
 def test_every_interval_of_a_readme_follows_from_the_rows(name: str) -> None:
-    everything = [*CURVES, *ARMS]
+    everything = [*CURVES, *ARMS, *TEXT]
     text = (ROOT / name if name in DOCUMENTS else ROOT / "experiments" / name / "README.md").read_text()
     named = re.findall(r"\]\((?:\.\./)?(\w+)/README\.md\)", text)
     sources = [name, *named] if name in everything else everything
@@ -250,16 +258,22 @@ def test_an_interval_that_the_rows_do_not_carry_is_found() -> None:
     assert unsupported("dense is 60.3 ± 2.3, sparse 60.3 ± 1.0", claims("mediswift_pipeline")) == ["60.3 ± 1.0"]
 
 
-@pytest.mark.parametrize("name", [*CURVES, *ARMS])
+def ratios(per_weight: float, per_nonzero: float) -> str:
+    return " / ".join(f"{number:.2g}" if number < 100 else f"{number:.0f}" for number in (per_weight, per_nonzero))
+
+
+@pytest.mark.parametrize("name", [*CURVES, *ARMS, *TEXT])
 def test_tables_say_how_many_tokens_there_are_per_weight_and_per_nonzero(name: str) -> None:
     folder = ROOT / "experiments" / name
     expected = set()
     for row in rows(folder / "results.csv"):
-        if row.get("stage", row.get("how", "pretrain")) == "pretrain":
+        if row.get("tokens_per_weight"):
+            expected.add(ratios(*(float(row[f"tokens_per_{one}"]) for one in ("weight", "nonzero"))))
+        elif row.get("stage", row.get("how", "pretrain")) == "pretrain":
             # The hidden matrices of a block: four of attention, and two of the MLP with four times as many features.
             per_weight = int(row["tokens"]) / (12 * int(row["width"]) ** 2 * int(row["depth"]))
             density = float(row.get("density") or 1.0 - float(row["sparsity"]))
-            expected.add(" / ".join(f"{n:.2g}" if n < 100 else f"{n:.0f}" for n in (per_weight, per_weight / density)))
+            expected.add(ratios(per_weight, per_weight / density))
     cells = [
         cell
         for line in (folder / "README.md").read_text().splitlines()

@@ -15,6 +15,7 @@ def report_arguments(parser: ArgumentParser) -> None:
     about = "a run or a pipeline; or several paths, a directory of runs, or results.csv, to compare arms"
     parser.add_argument("places", nargs="+", metavar="PATH", help=about)
     parser.add_argument("--out", metavar="DIR", help="compare arms; write results.csv, bars.md and figure.png here")
+    parser.add_argument("--base", metavar="ARM", help="compare arms; with this one, not with those nearest to each")
 
 
 def report(given: Namespace) -> None:
@@ -26,8 +27,8 @@ def report(given: Namespace) -> None:
 
     places = [typed_path(place, "PATH") for place in given.places]
     out = None if given.out is None else typed_path(given.out, "--out")
-    if len(places) > 1 or out is not None or shows_arms(places[0]):
-        show_arms(places, out, Console())
+    if len(places) > 1 or out is not None or given.base is not None or shows_arms(places[0]):
+        show_arms(places, out, Console(), given.base)
     else:
         show_run(places[0], Console())
 

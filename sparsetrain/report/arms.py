@@ -1,30 +1,24 @@
-"""Tables of arms, with a row for each stage, arm and seed, and their means and differences.
+"""Tables of arms, with a row for each stage, arm and seed.
 
-There are two kinds of table. In a table of pipelines, an arm is a kind of pre-training (``dense``, ``sparse-0.75``, or
-``scratch`` for no pre-training). Its stages are ``pretrain`` and ways of learning a task, such as ``finetune`` or
-``prompt-frozen``. In a table of masks, an arm is an evolution rule, and a row is one pre-training run.
-
-Every interval is Student's t at 95 %, over seeds. Differences are paired by seed.
+There are two kinds of table. In a table of pipelines, an arm is a kind of pre-training (``dense``, ``sparse-0.75``,
+``sparse-0.75_two_phase``, or ``scratch`` for no pre-training). Its stages are stages of text, such as ``pretrain``,
+and ways of learning a task, such as ``finetune`` or ``prompt-frozen``. In a table of masks, an arm is an evolution
+rule, and a row is one pre-training run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, get_type_hints
 
-import numpy as np
-
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
+from sparsetrain.report.measured import join_measured, read_beside
 from sparsetrain.report.run_files import Flops, Loss, TableRow, table_cell
 from sparsetrain.report.sweep import write_rows
-from sparsetrain.report.tables import Sheet
-from sparsetrain.report.text import percent, si
-from sparsetrain.scaling.intervals import Interval, mean_interval, paired
-from sparsetrain.scaling.transfer import relative_gap
-from sparsetrain.shapes import Count, Fraction, check
+from sparsetrain.shapes import Count, Fraction, NonNegative, check
 from sparsetrain.sparsity.evolution.base import RULES
 
 PRETRAIN, SCRATCH = "pretrain", "scratch"
@@ -34,12 +28,18 @@ STAGE_COLUMNS = (
     *("arm", "stage", "task", "status", "density", "tokens", "bits_per_byte"),
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
     *("train_flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
+    *("weights", "nonzeros", "tokens_per_weight", "tokens_per_nonzero"),
 )
 MASK_COLUMNS = (
     *("rule", "status", "tokens", "bits_per_byte", "density", "itop_rate", "mask_overlap", "dead_rows"),
     *("train_flops", "seconds", "peak_rss_bytes"),
 )
 """The columns that follow those of every table of an experiment."""
+MOMENTS = ("before", "initialised")
+TOKENS = ("tokens_per_byte", "tokens_per_word")
+"""What a tokenizer makes of a corpus; the second is its fertility."""
+"""When an adaptation scores its corpora, beside its end."""
+_BITS = "bits_per_byte_"
 _FIRST_TASK = "section_roles"  # the task of old tables, which have no column for it
 _ALIKE = ("parameterization", "sparsity", "width", "depth", "lr")  # columns that are equal for all seeds of an arm
 
@@ -60,7 +60,12 @@ class _Row(TableRow):
 
 
 class StageRow(_Row):
-    """One stage of an arm for one seed; ``task`` is null for pre-training, and accuracies are fractions."""
+    """One stage of an arm for one seed; ``task`` is null for a stage of text, and accuracies are fractions.
+
+    A stage of several corpora has the columns ``loss_NAME`` and ``bits_per_byte_NAME`` for
+    each, and an adaptation ``bits_per_byte_before_NAME`` and ``bits_per_byte_initialised_NAME``. ``weights`` and
+    ``nonzeros`` count the hidden matrices; ``nonzeros`` is null if they changed in number.
+    """
 
     arm: str
     stage: str
@@ -72,6 +77,11 @@ class StageRow(_Row):
     n_test: NotRequired[Count | None]
     majority: Fraction | None
     flop_ratio_formula: NotRequired[Flops | None]
+    weights: NotRequired[Count | None]
+    nonzeros: NotRequired[Count | None]
+    tokens_per_weight: NotRequired[NonNegative | None]
+    tokens_per_nonzero: NotRequired[NonNegative | None]
+    forgetting: NotRequired[Loss | None]
 
 
 class MaskRow(_Row):
@@ -100,12 +110,14 @@ class Arms:
         columns: the columns of ``results.csv``, in order.
         where: the file or directory, for errors.
         courses: the `Course` of each run of masks by rule and seed, if the metrics of the run still exist.
+        measured: the rows of each further table of evaluations that exists, see `sparsetrain.report.measured`.
     """
 
     rows: list[Row]
     columns: tuple[str, ...]
     where: str
     courses: Mapping[tuple[str, int], Course] = field(default_factory=dict)
+    measured: Mapping[str, list[Row]] = field(default_factory=dict)
 
     @property
     def of_masks(self) -> bool:
@@ -122,7 +134,7 @@ class Arms:
 
 
 def read_arms(path: Path) -> Arms:
-    """Return the table of a ``results.csv``; unknown columns are kept unchanged.
+    """Return the table of a ``results.csv``, and those of evaluations beside it; unknown columns are kept unchanged.
 
     Raises:
         UserError: the file is no CSV, no table of arms or has no row, or a cell is not valid for its column.
@@ -137,14 +149,43 @@ def read_arms(path: Path) -> Arms:
             f"{path} is no table of arms: it has neither a column rule nor the columns arm and stage; sparsetrain "
             "sweep reads the table of a sweep"
         )
+    scores = set() if of_masks else set(score_columns(columns))
     rows = []
     for number, texts in enumerate(cells, start=1):
-        row = {name: table_cell(text) if name in _NUMBERS else text or None for name, text in texts.items()}
+        row = {name: table_cell(text) if name in _NUMBERS | scores else text or None for name, text in texts.items()}
         if not of_masks:
             row.setdefault("stage", row.get("how"))  # the name of the column in older tables
             row.setdefault("task", None if row["stage"] == PRETRAIN else _FIRST_TASK)
-        rows.append(check(row, MaskRow if of_masks else StageRow, f"{path}, row {number}"))
-    return Arms(rows, columns, str(path))
+        rows.append(check_row(row, MaskRow if of_masks else StageRow, scores, f"{path}, row {number}"))
+    return Arms(rows, columns, str(path), measured={} if of_masks else read_beside(path))
+
+
+def check_row(row: Row, shape: type, scores: Collection[str], where: str) -> Row:
+    """Return a row if it has the shape and its ``scores``, which no shape names, are numbers or null.
+
+    Raises:
+        UserError: it does not; the line begins with ``where`` and the column.
+    """
+    check({name: row.get(name) for name in scores}, dict[str, Loss | None], where)
+    found: Row = check(row, shape, where)
+    return found
+
+
+def corpora(columns: Iterable[str]) -> list[str]:
+    """Return the corpora that a table scores one by one, in the order of its columns."""
+    known = dict.fromkeys(columns)
+    names = [name.removeprefix(_BITS) for name in known if name.startswith(_BITS)]
+    return [name for name in names if f"loss_{name}" in known]
+
+
+def score_columns(columns: Iterable[str]) -> list[str]:
+    """Return the columns of a table that hold scores of a corpus, which its user has named."""
+    known = list(columns)
+    if not (names := corpora(known)):
+        return []
+    own = {f"{key}_{name}" for name in names for key in ("loss", "bits_per_byte")}
+    begin = (*(f"{_BITS}{moment}_" for moment in MOMENTS), *(f"{key}_" for key in TOKENS))
+    return [name for name in known if name in own or name.startswith(begin)]
 
 
 def join(tables: Sequence[Arms]) -> Arms:
@@ -176,6 +217,7 @@ def join(tables: Sequence[Arms]) -> Arms:
         tuple(columns),
         ", ".join(table.where for table in tables),
         {key: course for table in tables for key, course in table.courses.items()},
+        join_measured([table.measured for table in tables]),
     )
 
 
@@ -185,9 +227,21 @@ def arm_names(rows: Sequence[Row]) -> list[str]:
     return sorted(dict.fromkeys(row["arm"] for row in rows), key=lambda name: (name == SCRATCH, sparsity[name]))
 
 
+def text_stages(rows: Sequence[Row]) -> list[str]:
+    """Return the stages of text: pre-training first, and then as in the rows."""
+    # A fine-tuning that diverged has no task either, and no loss.
+    names = [row["stage"] for row in rows if not row["task"] and (row["stage"] == PRETRAIN or _scored(row))]
+    return _ordered(names, (PRETRAIN,))
+
+
+def _scored(row: Row) -> bool:
+    return any(value is not None for name, value in row.items() if name.startswith(("loss", _BITS[:-1])))
+
+
 def pretrained(rows: Sequence[Row]) -> list[str]:
-    """Return the pre-trained arms in order of sparsity."""
-    return arm_names([row for row in rows if row["stage"] == PRETRAIN])
+    """Return the arms that have learnt from text, in order of sparsity."""
+    stages = text_stages(rows)
+    return arm_names([row for row in rows if not row["task"] and row["stage"] in stages])
 
 
 def ways(rows: Sequence[Row]) -> list[str]:
@@ -214,100 +268,5 @@ def select(rows: Sequence[Row], key: str, **wanted: Any) -> dict[int, float]:
     return {
         row["seed"]: row[key]
         for row in rows
-        if row[key] is not None and all(row[name] == value for name, value in wanted.items())
+        if row.get(key) is not None and all(row[name] == value for name, value in wanted.items())
     }
-
-
-def means(rows: Sequence[Row]) -> Sheet:
-    """Return the mean over seeds of each stage of each arm."""
-    body = []
-    for task in [None, *tasks(rows)]:
-        for arm in arm_names(rows):
-            for stage in ways(rows) if task else [PRETRAIN]:
-                same = {"arm": arm, "stage": stage, "task": task}
-                seeds = select(rows, "seed", **same)
-                bits, accuracy, flops = (
-                    list(select(rows, name, **same).values()) for name in ("bits_per_byte", "accuracy", "train_flops")
-                )
-                if seeds:
-                    name = ", ".join([arm, stage, *([task] if task else [])])
-                    cells = _mean(bits, 1.0, 4), _mean(accuracy, 100.0, 1), si(float(np.mean(flops or [0])), "FLOP")
-                    body.append((name, str(len(seeds)), *cells))
-    majority = {task: select(rows, "majority", task=task) for task in tasks(rows)}
-    note = "Brackets: 95 %, Student's t over seeds."
-    for task, shares in majority.items():
-        if shares:
-            note += f" Majority class, {task}: {percent(float(np.mean(list(shares.values()))))}."
-    columns = ("stage", "seeds", "bits per byte", "accuracy, %", "training")
-    return Sheet("Arms", columns, tuple(body), note)
-
-
-def differences(rows: Sequence[Row], with_tasks: bool = True) -> Sheet:
-    """Return differences paired by seed: of arms from the densest and from scratch, of stages from fine-tuning.
-
-    Args:
-        rows: of a table of pipelines.
-        with_tasks: whether to include accuracies on tasks beside the losses of pre-training.
-    """
-    body = []
-    arms = pretrained(rows)
-
-    def compare(name: str, key: str, one: Row, other: Row) -> None:
-        a, b = select(rows, key, **one), select(rows, key, **other)
-        if key == "accuracy":
-            mean, half, count = paired(a, b)
-            numbers, ends = f"{100 * mean:+.2f} points", (100 * (mean - half), 100 * (mean + half))
-        elif gap := relative_gap(a, b):
-            numbers, count, inner = f"{100 * gap.relative:+.2f} %", gap.seeds, gap.interval or (0.0, 0.0)
-            ends = (100 * inner[0], 100 * inner[1])
-        else:
-            count = 0
-        if not count:
-            return
-        interval = f"[{ends[0]:.2f}, {ends[1]:.2f}]" if count > 1 else "-"
-        apart = "one seed" if count < 2 else "not told apart" if ends[0] <= 0.0 <= ends[1] else "told apart"
-        body.append((name, numbers, interval, str(count), apart))
-
-    for arm in arms[1:]:
-        one, base = ({"arm": name, "stage": PRETRAIN} for name in (arm, arms[0]))
-        compare(f"{arm} - {arms[0]}, bits per byte", "bits_per_byte", one, base)
-    for task in tasks(rows) if with_tasks else []:
-        for stage in ways(rows):
-            for arm in arms[1:]:
-                one, base = ({"arm": name, "stage": stage, "task": task} for name in (arm, arms[0]))
-                compare(f"{arm} - {arms[0]}, {stage}, {task}", "accuracy", one, base)
-        for arm in arms:
-            tuned, control = ({"arm": name, "stage": WAYS[0], "task": task} for name in (arm, SCRATCH))
-            compare(f"{arm} - {SCRATCH}, {WAYS[0]}, {task}", "accuracy", tuned, control)
-            for stage in ways(rows):
-                if stage != WAYS[0]:
-                    compare(f"{stage} - {WAYS[0]}, {arm}, {task}", "accuracy", tuned | {"stage": stage}, tuned)
-    columns = ("difference", "mean", "95 % interval", "seeds", "")
-    return Sheet("Differences, paired by seed", columns, tuple(body))
-
-
-def mask_means(rows: Sequence[Row]) -> Sheet:
-    """Return, for each evolution rule, the means over seeds of the loss and of the masks at the end."""
-    body = []
-    for rule in rules(rows):
-        same = [row for row in rows if row["rule"] == rule]
-        cells = [_mean([row["loss"] for row in same if row["loss"] is not None], 1.0, 4)]
-        for key in ("density", "itop_rate", "mask_overlap"):
-            values = list(select(same, key).values())
-            cells.append(f"{np.mean(values):.3f}" if values else "-")
-        dead = sorted(set(select(same, "dead_rows").values()))
-        cells.append(" to ".join(f"{end}" for end in dict.fromkeys((dead[0], dead[-1]))) if dead else "-")
-        steps = sorted(set(select(same, "steps").values()))
-        body.append((rule, str(len(same)), ", ".join(map(str, steps)), *cells))
-    columns = ("rule", "seeds", "steps", "loss", "density", "ever active", "overlap", "outputs without a weight")
-    note = "Brackets: 95 %, Student's t over seeds. Loss: validation, nats per token. Masks: at the end."
-    return Sheet("Masks that evolve", columns, tuple(body), note)
-
-
-def _mean(samples: Sequence[float], factor: float, digits: int) -> str:
-    """Return the mean with its interval, such as ``1.970 [1.963, 1.976]``; a dash for no samples."""
-    if not samples:
-        return "-"
-    interval: Interval | None = mean_interval(samples)
-    text = f"{factor * float(np.mean(samples)):.{digits}f}"
-    return text if interval is None else f"{text} [{', '.join(f'{factor * end:.{digits}f}' for end in interval)}]"

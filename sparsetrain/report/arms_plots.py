@@ -13,33 +13,28 @@ from sparsetrain.report.arms import PRETRAIN, SCRATCH, Arms, Course, Row, arm_na
 from sparsetrain.report.arms import tasks as task_names
 from sparsetrain.report.arms import ways as way_names
 from sparsetrain.report.bars import verdicts
-from sparsetrain.report.plots import MUTED, SERIES, save_png, styled
-from sparsetrain.scaling.intervals import half_width
+from sparsetrain.report.plots import MUTED, save_png, styled
+from sparsetrain.report.text_plots import COLOURS, DPI, mark, text_figure
 
-COLOURS = (MUTED, *SERIES)
-_DPI = 160
 _SHORT = {"finetune": "fine-tuned", "prompt": "soft prompt"}
 
 
 def arms_figure(table: Arms, path: Path) -> None:
-    """Draw a table as a PNG: losses and masks for evolution rules, bits per byte and accuracies for pipelines."""
+    """Draw a table as a PNG: losses and masks for evolution rules, bits per byte and accuracies for pipelines.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     with styled("arms"):
         if table.of_masks:
             figure = _masks(table.rows, table.courses)
+        elif not task_names(table.rows):
+            figure = text_figure(table.rows)
         elif len(task_names(table.rows)) == 1 and set(way_names(table.rows)) <= set(_SHORT):
             figure = _one_task(table.rows)
         else:
             figure = _tasks(table.rows)
-        save_png(figure, path, _DPI)
-
-
-def _mark(axes: Axes, place: float, samples: Sequence[float], colour: str, narrow: bool = False) -> None:
-    """Draw one arm at ``place``; ``narrow`` fits several arms side by side."""
-    if samples:
-        half = half_width(samples) if len(samples) > 1 else None
-        bar, cap, point = (12, 3, 3) if narrow else (26, 5, 4)
-        axes.errorbar(place, float(np.mean(samples)), half, fmt="_", ms=bar, capsize=cap, color=colour)
-        axes.plot([place] * len(samples), samples, "o", ms=point, color=colour, alpha=0.6)
+        save_png(figure, path, DPI)
 
 
 def _accuracies(rows: Sequence[Row], arm: str, stage: str, task: str) -> list[float]:
@@ -64,11 +59,11 @@ def _one_task(rows: Sequence[Row]) -> Figure:
     left, right = figure.subplots(1, 2, width_ratios=(1, 2.4))
     for place, arm in enumerate(arms):
         bits = list(select(rows, "bits_per_byte", arm=arm, stage=PRETRAIN).values())
-        _mark(left, place, bits, colours[arm])
+        mark(left, place, bits, colours[arm])
     tuned = [(SCRATCH, "finetune")] if SCRATCH in arm_names(rows) else []
     tuned += [(arm, stage) for stage in ways for arm in arms]
     for place, (arm, stage) in enumerate(tuned):
-        _mark(right, place, _accuracies(rows, arm, stage, task), colours[arm])
+        mark(right, place, _accuracies(rows, arm, stage, task), colours[arm])
     level = _majority(right, rows, task)
     if level is not None:
         place_of_text = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -92,7 +87,7 @@ def _tasks(rows: Sequence[Row]) -> Figure:
     panels = figure.subplots(1, 1 + len(tasks), width_ratios=(1, *[2] * len(tasks)), squeeze=False)[0]
     for place, arm in enumerate(pretrained(rows)):
         bits = list(select(rows, "bits_per_byte", arm=arm, stage=PRETRAIN).values())
-        _mark(panels[0], place, bits, COLOURS[place % len(COLOURS)], narrow=True)
+        mark(panels[0], place, bits, COLOURS[place % len(COLOURS)], narrow=True)
     panels[0].set_xticks(range(len(pretrained(rows))), pretrained(rows), rotation=20)
     panels[0].set_ylabel("bits per byte, validation text")
     for axes, task in zip(panels[1:], tasks, strict=True):
@@ -100,7 +95,7 @@ def _tasks(rows: Sequence[Row]) -> Figure:
             colour = COLOURS[index % len(COLOURS)]
             for place, arm in enumerate(arms):
                 beside = place + 0.18 * (index - (len(ways) - 1) / 2)
-                _mark(axes, beside, _accuracies(rows, arm, way, task), colour, narrow=True)
+                mark(axes, beside, _accuracies(rows, arm, way, task), colour, narrow=True)
             axes.plot([], [], "o", color=colour, label=way)
         _majority(axes, rows, task)
         axes.set_xticks(range(len(arms)), arms)
@@ -117,7 +112,7 @@ def _masks(rows: Sequence[Row], courses: Mapping[tuple[str, int], Course]) -> Fi
     figure = Figure(figsize=(11, 3.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 1, 1))
     for place, rule in enumerate(names):
-        _mark(left, place, list(select(rows, "loss", rule=rule).values()), colours[rule])
+        mark(left, place, list(select(rows, "loss", rule=rule).values()), colours[rule])
     left.set_xticks(range(len(names)), names)
     left.set_xlim(-0.6, len(names) - 0.4)
     left.set_ylabel("validation loss, nats per token")

@@ -84,14 +84,24 @@ def pictures(report: Report) -> list[Picture]:
         accuracy(report),
         loss_curves(report, "finetune"),
         loss_curves(report, "prompt"),
+        *(loss_curves(report, stage, name) for name, stage in text_curves(report).items()),
         stacked(report, "flops"),
         stacked(report, "bytes"),
     ]
     return [figure for figure in figures if figure is not None]
 
 
-def loss_curves(report: Report, stage: str) -> Picture | None:
-    """Return training losses over tokens: raw values, moving averages, and validation losses as points; or None."""
+def text_curves(report: Report) -> dict[str, str]:
+    """Return the stages of text that have a figure of their own beside pre-training's, by the name of that figure."""
+    stages = dict.fromkeys(stage for arm in report["arms"] for stage in arm.get("texts", {}) if stage != "pretrain")
+    return {f"loss-text-{number}": stage for number, stage in enumerate(stages)}
+
+
+def loss_curves(report: Report, stage: str, name: str | None = None) -> Picture | None:
+    """Return training losses over tokens: raw values, moving averages, and validation losses as points; or None.
+
+    The name of the figure, ``loss-STAGE`` by default, must be safe in a page.
+    """
     arms = [(index, arm, _curve(arm, stage)) for index, arm in enumerate(report["arms"]) if _curve(arm, stage)]
     if not any(_series(points, "loss")[0].size for _, _, points in arms):
         return None
@@ -126,7 +136,7 @@ def loss_curves(report: Report, stage: str) -> Picture | None:
         if _series(points, "loss")[1].size
     )
     alt = f"Line chart. {title} against tokens, smoothed: {ends}."
-    return Picture(f"loss-{stage}", title, svg, alt, _LOSS_CAPTION)
+    return Picture(name or f"loss-{stage}", title, svg, alt, _LOSS_CAPTION)
 
 
 def bits_per_byte(report: Report) -> Picture | None:

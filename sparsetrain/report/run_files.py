@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
@@ -20,6 +21,7 @@ COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "step
 Seconds = Annotated[float, Meta(ge=1e-12, le=1e9)]
 Loss = Annotated[float, Meta(ge=-1e30, le=1e30)]
 Flops = NonNegative
+Setting = Loss | str | None
 _WHOLE, _DECIMAL = re.compile(r"-?[0-9]{1,300}"), re.compile(r"-?[0-9]+(\.[0-9]+)?(e[+-]?[0-9]+)?", re.IGNORECASE)
 
 
@@ -33,6 +35,34 @@ class SweptResult(TypedDict):
     flops: Total
 
 
+class CorpusScore(TypedDict):
+    """What a stage scored on one of its corpora; pre-training calls its loss ``val_loss``."""
+
+    val_loss: NotRequired[Loss | None]
+    loss: NotRequired[Loss | None]
+    bits_per_byte: NotRequired[Loss | None]
+
+
+class PositionRow(TypedDict):
+    """A loss in nats per token at a length in tokens; ``scale`` says how positions were stretched for it."""
+
+    length: Positive
+    loss: Loss | None
+    corpus: NotRequired[str | None]
+    scale: NotRequired[Setting]
+    standard_error: NotRequired[NonNegative | None]
+
+
+class ProbeRow(TypedDict):
+    """The share of ``n`` probes of a kind and a size that were answered correctly."""
+
+    kind: str
+    accuracy: Fraction | None
+    size: NotRequired[Setting]
+    scale: NotRequired[Setting]
+    n: NotRequired[Count | None]
+
+
 class ArmResult(TypedDict):
     """The fields of a stage's result that a table of arms needs, in addition to those of every result."""
 
@@ -40,6 +70,7 @@ class ArmResult(TypedDict):
     flops: NotRequired[Total | None]
     ci95: NotRequired[tuple[Fraction, Fraction] | None]
     model: NotRequired[dict[str, Any]]
+    corpora: NotRequired[dict[str, CorpusScore] | None]
 
 
 class Scheme(TypedDict):
@@ -135,6 +166,22 @@ class Bench(TypedDict):
     machine: Machine
     commit: str | None
     cells: dict[str, Cell]
+
+
+def moments_of(result: Mapping[str, Any]) -> dict[str, dict[str, CorpusScore]]:
+    """Return what a stage's checked result scored on each corpus: before an adaptation, initialised, and at the end.
+
+    Only an adaptation has scores at the first two moments. At its end they are of the same text as before it.
+    """
+    moments = ("before", "initialised", "after")
+    found: dict[str, dict[str, Any]] = {moment: {} for moment in moments}
+    for name, entry in ((result.get("adaptation") or {}).get("corpora") or {}).items():
+        for moment in moments:
+            found[moment][name] = {key: entry[key][moment] for key in ("val_loss", "bits_per_byte")}
+    texts = {entry["corpus"]: entry for entry in result.get("texts") or []}
+    several = texts if len(texts) > 1 else {}
+    found["after"] = {**(result.get("corpora") or {}), **several, **found["after"]}
+    return found
 
 
 def table_cell(text: str) -> int | float | str | None:

@@ -42,6 +42,22 @@ class Point(TypedDict):
     noise_scale_high: NotRequired[float | None]
 
 
+class CorpusEnd(TypedDict):
+    """The scores of one of several corpora at the end of a stage."""
+
+    val_loss: float | None
+    bits_per_byte: float | None
+
+
+class TextEnd(TypedDict):
+    """The end of a stage of text: its loss in nats per token, and its scores of each of several corpora."""
+
+    loss_last: float | None
+    bits_per_byte: float | None
+    tokens: NotRequired[Count | None]
+    corpora: NotRequired[dict[str, CorpusEnd]]
+
+
 class Pretraining(TypedDict):
     """Losses in nats per token, and bits per byte of the validation text at the end; null or not finite if diverged."""
 
@@ -49,6 +65,7 @@ class Pretraining(TypedDict):
     loss_first: float | None
     loss_last: float | None
     bits_per_byte: float | None
+    corpora: NotRequired[dict[str, CorpusEnd]]
 
 
 Interval = Annotated[list[Fraction], Meta(min_length=2, max_length=2)]
@@ -90,7 +107,7 @@ class Arm(TypedDict):
     """One sparsity of the pipeline.
 
     ``train_flops`` follows the formula of `sparsetrain.cost.flops`. ``flops`` has its terms, which add up to it, and
-    possibly their sum as ``total``. ``bytes`` and ``seconds`` are measured.
+    possibly their sum as ``total``. ``bytes`` and ``seconds`` are measured. ``texts`` has the stages of text by name.
     """
 
     name: str
@@ -106,6 +123,7 @@ class Arm(TypedDict):
     seconds: NotRequired[dict[str, NonNegative]]
     masks: NotRequired[MaskEnd]
     stages: NotRequired[dict[str, StageEnd]]
+    texts: NotRequired[dict[str, TextEnd]]
 
 
 class Report(TypedDict):

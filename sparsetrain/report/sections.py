@@ -11,6 +11,7 @@ from typing import Any
 from sparsetrain.report import tables
 from sparsetrain.report.adaptation import adaptations
 from sparsetrain.report.findings import cautions, findings
+from sparsetrain.report.plots import text_curves
 from sparsetrain.report.registry import register_section
 from sparsetrain.report.schema import Report
 
@@ -23,12 +24,13 @@ _GROUPS = ("machine", "data", "task", "model", "settings")
 
 @register_section("found", "What was found", 10, "sections/found.html.j2")
 def found(report: Report) -> Mapping[str, Any]:
-    return {"findings": findings(report), "cautions": cautions(report), "sheet": tables.results(report)}
+    shown = {"sheet": tables.results(report), "texts": tables.texts(report)}
+    return {"findings": findings(report), "cautions": cautions(report), **shown}
 
 
 @register_section("curves", "Training curves", 20, "sections/curves.html.j2")
 def curves(report: Report) -> Mapping[str, Any]:
-    return {}
+    return {"texts": list(text_curves(report))}
 
 
 @register_section("adaptation", "Adaptation", 25, "sections/adaptation.html.j2")

@@ -12,7 +12,7 @@ from sparsetrain.report.bench import load_bench, print_bench
 from sparsetrain.report.evaluation import evaluation_sheets
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
-from sparsetrain.report.tables import layer_masks, noise_scales, print_report, print_sheets, run_metrics
+from sparsetrain.report.tables import corpora_read, layer_masks, noise_scales, print_report, print_sheets, run_metrics
 from sparsetrain.report.text import scalar
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
@@ -77,6 +77,8 @@ def _show_stage(directory: Path, console: Console) -> None:
         for key in (*_HEADLINES, *_RESULTS):
             if key in result:
                 say(console, f"{key:18} {scalar(result[key])}")
+        if corpora := result.get("corpora"):
+            console.print(corpora_read(corpora).rich())
         masks = result.get("masks") or {}
         if masks.get("rule", "Static") != "Static":
             say(console, f"{'masks':18} {scalar(masks['rule'])}")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from textwrap import wrap
 from typing import Any, Literal
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
@@ -23,12 +24,14 @@ from sparsetrain.report.findings import (
     reduction,
     scored,
 )
-from sparsetrain.report.schema import STAGES, Arm, Report, Scored, terms
+from sparsetrain.report.schema import STAGES, Arm, Pretraining, Report, Scored, TextEnd, terms
 from sparsetrain.report.text import ABSENT, brackets, byte_size, clean, duration, percent, scalar, si
+from sparsetrain.scaling.intervals import mean_interval
 
 Group = Literal["flops", "bytes", "seconds"]
 
 _FILE_WIDTH = 120
+_OF_CORPUS = "bits_per_byte_"
 
 TERM_NAMES = {
     "sparse_linears": "hidden matrices",
@@ -81,8 +84,8 @@ class Sheet:
 
 
 def sheets(report: Report) -> list[Sheet]:
-    """Return every table for which the report has data: results, cost, FLOPs by term, bytes, evolved masks."""
-    candidates = (results(report), cost(report), flops(report), memory(report), masks(report))
+    """Return every table for which the report has data: results, texts, cost, FLOPs by term, bytes, evolved masks."""
+    candidates = (results(report), texts(report), cost(report), flops(report), memory(report), masks(report))
     return [sheet for sheet in candidates if sheet.rows]
 
 
@@ -112,7 +115,8 @@ def _wide(console: Console) -> Console:
 def results(report: Report) -> Sheet:
     """Return losses and accuracies: one row per arm, then no pre-training and the majority class as baselines."""
     stages = [stage for stage in STAGES if any(arm.get(stage) is not None for arm in report["arms"])]
-    columns = ["Arm", "Sparsity", "Pre-training loss", "Bits per byte"]
+    corpora = _corpora([arm["pretrain"] for arm in report["arms"]])
+    columns = ["Arm", "Sparsity", "Pre-training loss", "Bits per byte", *_titles(corpora)]
     for stage in stages:
         columns += [f"Accuracy %, {STAGE_NAMES[stage]}", "Macro F1"]
     rows = []
@@ -123,19 +127,33 @@ def results(report: Report) -> Sheet:
             percent(arm["sparsity"]),
             _loss(pretrain["loss_last"]),
             _loss(pretrain["bits_per_byte"]),
+            *_by_corpus(pretrain, corpora),
         ]
         for stage in stages:
             row += _accuracy(arm.get(stage))
         rows.append(tuple(row))
     if stages:
-        rest = [ABSENT] * (len(columns) - 5)
-        empty = [ABSENT] * 3
+        empty = [ABSENT] * (3 + len(corpora))
+        rest = [ABSENT] * (len(columns) - len(empty) - 2)
         if (scratch := report["scratch"]) is not None:
             accuracy = f"{100 * scratch['accuracy']:.1f} {brackets(scratch['ci95'])}"
             rows.append(("no pre-training", *empty, accuracy, *rest))
         if (majority := report["majority"]) is not None:
             rows.append(("majority class", *empty, f"{100 * majority:.1f}", *rest))
     return Sheet("Results", tuple(columns), tuple(rows), _results_note(report))
+
+
+def texts(report: Report) -> Sheet:
+    """Return the end of each stage of text, corpus by corpus; without rows if every arm has one stage at most."""
+    every = [(arm, name, end) for arm in report["arms"] for name, end in arm.get("texts", {}).items()]
+    corpora = _corpora([end for *_, end in every])
+    rows = []
+    if len({name for _, name, _ in every}) > 1:
+        for arm, name, end in every:
+            numbers = (_loss(end["loss_last"]), _loss(end["bits_per_byte"]), *_by_corpus(end, corpora))
+            rows.append((clean(arm["name"]), clean(name), _metric(end.get("tokens")), *numbers))
+    columns = ("Arm", "Stage", "Training tokens", "Loss", "Bits per byte", *_titles(corpora))
+    return Sheet("Stages of text", columns, tuple(rows), "Loss in nats per token, of the validation text.")
 
 
 def cost(report: Report) -> Sheet:
@@ -184,6 +202,13 @@ def masks(report: Report) -> Sheet:
     return Sheet("Masks", columns, tuple(rows), note)
 
 
+def corpora_read(corpora: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    """Return the scores of each corpus of a run and what it read of them, from its ``result.json``."""
+    keys = {"val_loss": "Loss", "bits_per_byte": "Bits per byte", "tokens": "Tokens read", "epochs": "Passes"}
+    rows = [(clean(name), *(_metric(entry.get(key)) for key in keys)) for name, entry in corpora.items()]
+    return Sheet("Corpora", ("Corpus", *keys.values()), tuple(rows))
+
+
 def layer_masks(layers: Mapping[str, Mapping[str, Any]]) -> Sheet:
     """Return the final masks of a run's layers, from its ``result.json``."""
     keys = {"nnz": "Weights", "density": "Density", "target_density": "Target", "itop_rate": "Ever active (R_s)"}
@@ -214,7 +239,10 @@ def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
     masks changed.
     """
     columns = {"step": "Step", "tokens": "Tokens", "loss": "Loss", "val_loss": "Validation loss"}
-    columns |= {"bits_per_byte": "Bits per byte", "lr": "Learning rate", "noise_scale": "Noise scale"}
+    own = dict.fromkeys(key for row in rows for key in row if key.startswith(_OF_CORPUS))
+    columns |= {"bits_per_byte": "Bits per byte"}
+    columns |= {key: f"Bits per byte, {clean(key.removeprefix(_OF_CORPUS))}" for key in own}
+    columns |= {"lr": "Learning rate", "noise_scale": "Noise scale"}
     present = [key for key in columns if any(row.get(key) is not None for row in rows)]
     watched = {"density": "Density", "target_density": "Target", "itop_rate": "R_s", "mask_overlap": "Overlap"}
     changing = len({row["mask_overlap"] for row in rows if "mask_overlap" in row}) > 1
@@ -223,12 +251,29 @@ def run_metrics(rows: Sequence[Mapping[str, Any]], limit: int = 20) -> Sheet:
         columns |= watched
         present += watched
     evaluated = [index for index, row in enumerate(rows) if row.get("val_loss") is not None]
-    kept = set(_spread(evaluated, limit)) or set(_spread(range(len(rows)), limit))
+    kept = set(spread(evaluated, limit)) or set(spread(range(len(rows)), limit))
     if rows:
         kept |= {0, len(rows) - 1}
     body = tuple(tuple(_metric(rows[index].get(key)) for key in present) for index in sorted(kept))
     shown = f"{len(body)} of {len(rows)} rows." if len(body) < len(rows) else ""
     return Sheet("Metrics", tuple(columns[key] for key in present), body, shown)
+
+
+def spread(indices: Sequence[int], limit: int) -> list[int]:
+    """Return at most ``limit`` of ``indices``, evenly spaced, including both ends."""
+    if len(indices) <= limit:
+        return list(indices)
+    stride = (len(indices) - 1) / max(limit - 1, 1)
+    return [indices[round(i * stride)] for i in range(limit)]
+
+
+def mean_cell(samples: Sequence[float], factor: float, digits: int) -> str:
+    """Return the mean with its interval (Student's t), such as ``1.970 [1.963, 1.976]``; a dash for no samples."""
+    if not samples:
+        return ABSENT
+    interval = mean_interval(samples)
+    text = f"{factor * float(np.mean(samples)):.{digits}f}"
+    return text if interval is None else f"{text} [{', '.join(f'{factor * end:.{digits}f}' for end in interval)}]"
 
 
 def term_names(arms: Sequence[Arm], group: Group) -> list[str]:
@@ -256,6 +301,20 @@ def _accuracy(result: Scored | None) -> list[str]:
     return [f"{100 * result['accuracy']:.1f} {brackets(result['ci95'])}", f"{result['macro_f1']:.3f}"]
 
 
+def _corpora(ends: Sequence[Pretraining | TextEnd]) -> list[str]:
+    """Return the corpora that any of the stages scored one by one."""
+    return list(dict.fromkeys(name for end in ends for name in end.get("corpora", {})))
+
+
+def _titles(corpora: Sequence[str]) -> list[str]:
+    return [f"Bits per byte, {clean(name)}" for name in corpora]
+
+
+def _by_corpus(end: Pretraining | TextEnd, corpora: Sequence[str]) -> list[str]:
+    own = end.get("corpora", {})
+    return [_loss(own[name]["bits_per_byte"]) if name in own else ABSENT for name in corpora]
+
+
 def _results_note(report: Report) -> str:
     tested = {(clean(r["task"]), r["n_test"]) for arm in report["arms"] for _, r in scored(arm)}
     if not tested:
@@ -270,14 +329,6 @@ def _loss(value: float | None) -> str:
 
 def _metric(value: object) -> str:
     return ABSENT if value is None else scalar(value)
-
-
-def _spread(indices: Sequence[int], limit: int) -> list[int]:
-    """Return at most ``limit`` of ``indices``, evenly spaced, including both ends."""
-    if len(indices) <= limit:
-        return list(indices)
-    stride = (len(indices) - 1) / max(limit - 1, 1)
-    return [indices[round(i * stride)] for i in range(limit)]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -24,6 +24,15 @@ class Masks(TypedDict):
     layers: NotRequired[dict[str, dict[str, float | None]]]
 
 
+class CorpusRead(TypedDict):
+    """The scores of one of several corpora, and the tokens and passes that a run read of it."""
+
+    val_loss: NotRequired[float | None]
+    bits_per_byte: NotRequired[float | None]
+    tokens: NotRequired[Count | None]
+    epochs: NotRequired[NonNegative | None]
+
+
 class NoiseScale(TypedDict):
     """The gradient noise scale in sequences, with its 95 % interval; null where noise hides the gradient."""
 
@@ -140,6 +149,7 @@ class Result(TypedDict):
     loss_first: NotRequired[float | None]
     loss_last: NotRequired[float | None]
     bits_per_byte: NotRequired[float | None]
+    corpora: NotRequired[dict[str, CorpusRead] | None]
     task: NotRequired[str | None]
     n_test: NotRequired[Count | None]
     accuracy: NotRequired[Fraction | None]

@@ -7,53 +7,35 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from rich.console import Console
 
-from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors, write_text
-from sparsetrain.models.config import ModelConfig
 from sparsetrain.report import arms as tables
-from sparsetrain.report.arms import MASK_COLUMNS, PRETRAIN, STAGE_COLUMNS, WAYS, Arms, Course, Row
+from sparsetrain.report import arms_sheets as sheets
+from sparsetrain.report.arms import PRETRAIN, WAYS, Arms, Row
 from sparsetrain.report.arms_plots import arms_figure
 from sparsetrain.report.bars import bars, bars_sheet, markdown, verdicts
-from sparsetrain.report.run_files import COLUMNS, ArmResult
+from sparsetrain.report.measured import KINDS, POSITIONS, measured_sheet, write_measured
+from sparsetrain.report.pairs import check_base
+from sparsetrain.report.run_files import ArmResult
 from sparsetrain.report.tables import print_sheets
+from sparsetrain.report.text_plots import positions_figure
 from sparsetrain.runs.identity import differences
 from sparsetrain.runs.layout import CONFIG, METRICS, RESULT
-from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
 from sparsetrain.settings import build
-from sparsetrain.shapes import Positive, check
+from sparsetrain.shapes import check
 from sparsetrain.sparsity.evolution.base import RULES
+from sparsetrain.stages.arm_rows import absolute, mask_table, stage_name, stage_table
 from sparsetrain.stages.config import PretrainConfig, RunConfig
 from sparsetrain.stages.pipeline_config import PipelineConfig
 
 _DEPTH = 3  # a stage of a pipeline lies three levels below: pipeline, arm, stage
-
-
-class _Data(TypedDict):
-    context: Positive
-
-
-class _PretrainConfig(TypedDict):
-    data: _Data
-
-
-class _Evolution(TypedDict):
-    rule: str
-
-
-class _Sparsity(TypedDict):
-    evolution: _Evolution
-
-
-class _MaskConfig(TypedDict):
-    sparsity: _Sparsity
 
 
 def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
@@ -81,18 +63,20 @@ def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
             continue
         check(result, ArmResult, str(directory / RESULT))
         if _in_pipeline(directory, result):
-            stages.append(_stage(directory, result))
+            stages.append(stage_table(directory, result))
         elif kind == PRETRAIN:
-            runs.append(_run_of_masks(directory, result))
+            runs.append(mask_table(directory, result))
     if not stages and not runs and not earlier:
         raise UserError(f"{', '.join(map(str, places))}: no finished run ({len(unfinished)} unfinished)")
     _check_pipelines(stages)
     _check_runs(runs)
+    stages = _in_order(stages)
     runs.sort(key=lambda table: _place_of(table.rows[0]))
     measured = [*stages, *runs]
     keys = {key for table in measured for key in table.identities()}
     for index, table in enumerate(earlier):
         kept = [row for key, row in zip(table.identities(), table.rows, strict=True) if key not in keys]
+        # The rows of evaluations are joined in this order, so that those of a directory count before a table's.
         earlier[index] = replace(table, rows=kept)
     return tables.join([*measured, *earlier]), unfinished
 
@@ -110,88 +94,36 @@ def _runs(place: Path) -> list[Path]:
 def _home(directory: Path) -> Path:
     """Return the pipeline directory of a stage; the path stays relative if the given path is long enough."""
     near = directory.parent.parent
-    return near if near.name not in ("", "..") else _absolute(directory).parent.parent
-
-
-def _absolute(directory: Path) -> Path:
-    return Path(os.path.abspath(directory))
+    return near if near.name not in ("", "..") else absolute(directory).parent.parent
 
 
 def _in_pipeline(directory: Path, result: Row) -> bool:
     """Whether a run is a stage of a pipeline: it lies in a pipeline's directory, or its directory is named like one."""
-    return (_home(directory) / CONFIG).exists() or _stage_name(directory, result) in (PRETRAIN, *WAYS)
+    return (_home(directory) / CONFIG).exists() or stage_name(directory, result) in (PRETRAIN, *WAYS)
 
 
-def _stage_name(directory: Path, result: Row) -> str:
-    return _absolute(directory).name.removeprefix(f"{result.get('task')}-")
+def _in_order(stages: Sequence[Arms]) -> list[Arms]:
+    """Return the stages of each pipeline in the order of its arms and, in an arm, in running order, where known."""
+    orders = {home: _orders(home) for home in dict.fromkeys(_home(Path(table.where)) for table in stages)}
+    places = {home: place for place, home in enumerate(orders)}
+
+    def place(table: Arms) -> tuple[int, ...]:
+        home, row = _home(Path(table.where)), table.rows[0]
+        known = zip((row["arm"], row["stage"]), orders[home], strict=True)
+        return places[home], *(names.index(name) if name in names else len(names) for name, names in known)
+
+    return sorted(stages, key=place)
 
 
-def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:
-    """Return the columns that tables of stages and tables of masks have in common."""
-    row = {name: result.get(name) for name in (*COLUMNS, *columns)}
-    return row | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")} | known
-
-
-def _stage(directory: Path, result: Row) -> Arms:
-    name = _stage_name(directory, result)
-    low, high = result.get("ci95") or (None, None)
-    row = _row(
-        result,
-        STAGE_COLUMNS,
-        arm=_absolute(directory).parent.name.removeprefix(f"{result.get('task')}-"),
-        stage=name,
-        task=result.get("task"),
-        ci_low=low,
-        ci_high=high,
-        flop_ratio_formula=_formula(directory, result) if name == PRETRAIN else None,
-    )
-    check(row, tables.StageRow, str(directory / RESULT))
-    return Arms([row], (*COLUMNS, *STAGE_COLUMNS), str(directory))
-
-
-def _formula(directory: Path, result: Row) -> float | None:
-    """Return F(0) / F(s), the FLOPs of the dense over those of the sparse model, by formula from the sparsity s."""
-    if not result.get("model") or result.get("sparsity") is None:
-        return None
-    settings = {key: value for key, value in result["model"].items() if key != "sparsity"}
-    model = build(ModelConfig, settings, f"{directory / RESULT}: model.")
-    context = check(read_recorded(directory, RunConfig).values, _PretrainConfig, str(directory / CONFIG))["data"][
-        "context"
-    ]
-    dense, sparse = (training_flops_per_token(model, 1.0 - s, context).total for s in (0.0, result["sparsity"]))
-    return dense / sparse
-
-
-def _run_of_masks(directory: Path, result: Row) -> Arms:
-    config = check(read_recorded(directory, RunConfig).values, _MaskConfig, str(directory / CONFIG))
-    masks = result.get("masks") or {}
-    row = _row(
-        result,
-        MASK_COLUMNS,
-        rule=_rule(config),
-        itop_rate=masks.get("itop_rate"),
-        mask_overlap=masks.get("mask_overlap"),
-        dead_rows=int(sum(layer.get("dead_rows") or 0 for layer in masks.get("layers", {}).values())),
-    )
-    check(row, tables.MaskRow, str(directory / RESULT))
-    course = {(row["rule"], row["seed"]): _course(directory, row)} if (directory / METRICS).exists() else {}
-    return Arms([row], (*COLUMNS, *MASK_COLUMNS), str(directory), course)
-
-
-def _rule(config: Row) -> str:
-    """Return the rule of evolution, or ``vspdf`` if the phases of the budget set densities."""
-    phases = (config.get("budget") or {}).get("phases") or []
-    changes = any(phase.get("density") is not None for phase in phases)
-    return "vspdf" if changes else str(config["sparsity"]["evolution"]["rule"])
-
-
-def _course(directory: Path, row: Row) -> Course:
-    records = read_metrics(directory / METRICS) if row["steps"] else []
-    return [
-        (record["step"] / row["steps"], record["density"], record["itop_rate"])
-        for record in records
-        if record.get("itop_rate") is not None and record.get("density") is not None
-    ]
+def _orders(home: Path) -> tuple[list[str], list[str]]:
+    """Return the names of a pipeline's arms and stages in order; empty if its settings are no longer possible."""
+    if not (home / CONFIG).exists():
+        return [], []
+    try:
+        config = build(PipelineConfig, read_recorded(home, PipelineConfig).values)
+    except UserError:
+        return [], []
+    return [arm.name for arm in config.arms], [entry.name for entry in config.stages]
 
 
 def _place_of(row: Row) -> tuple[int, str, int]:
@@ -236,23 +168,41 @@ def _compare(one: Path, other: Path, allowed: tuple[str, ...], names: str) -> No
         raise UserError(f"{one} and {other} differ in more than {names}: {changed[0]}")
 
 
-def show_arms(places: Sequence[Path], out: Path | None, console: Console | None = None) -> None:
+def show_arms(
+    places: Sequence[Path], out: Path | None, console: Console | None = None, base: str | None = None
+) -> None:
     """Print the comparison of arms (means, intervals, and verdicts or bars); write its files to ``out``.
 
+    Args:
+        base: the arm to compare the others with; without it, see `sparsetrain.report.pairs.comparisons`.
+
     Raises:
-        UserError: see `load_arms`.
+        UserError: see `load_arms`; or ``base`` is no arm, or the table is one of masks.
     """
     console = console or Console()
     tell = functools.partial(say, console)
     table, unfinished = load_arms(places)
+    if not table.of_masks:
+        check_base(base, table.rows)
+    elif base is not None:
+        raise UserError(f"--base={base}: a table of masks compares every rule with static")
     tell(f"{len(table.rows)} finished runs, {len(unfinished)} unfinished")
-    entries = [] if table.of_masks else bars(table.rows)
+    # The bars are about tasks.
+    entries = bars(table.rows) if not table.of_masks and tables.tasks(table.rows) else []
+    arms = [] if table.of_masks else tables.arm_names(table.rows)
+    further = [(kind, rows) for kind in KINDS if (rows := table.measured.get(kind.name))]
     if table.of_masks:
-        print_sheets([tables.mask_means(table.rows)], console)
+        print_sheets([sheets.mask_means(table.rows)], console)
         for rule, text in verdicts(table.rows).items():
             tell(f"{rule:8} {text}")
     else:
-        shown = [tables.means(table.rows), tables.differences(table.rows, with_tasks=not entries), bars_sheet(entries)]
+        shown = [
+            sheets.means(table.rows),
+            sheets.adaptations(table.rows),
+            sheets.differences(table.rows, not entries, base),
+            bars_sheet(entries),
+            *(measured_sheet(kind, rows, arms) for kind, rows in further),
+        ]
         print_sheets([sheet for sheet in shown if sheet.rows], console)
     if out is None:
         return
@@ -261,8 +211,13 @@ def show_arms(places: Sequence[Path], out: Path | None, console: Console | None 
     table.write(out / "results.csv")
     if entries:
         write_text(out / "bars.md", markdown(entries))
+    for kind, rows in further:
+        write_measured(kind, rows, out / kind.file)
     arms_figure(table, out / "figure.png")
-    written = ["results.csv", *(["bars.md"] if entries else []), "figure.png"]
+    written = ["results.csv", *(["bars.md"] if entries else []), *(kind.file for kind, _ in further), "figure.png"]
+    if rows := table.measured.get(POSITIONS.name):
+        positions_figure(rows, arms, out / "positions.png")
+        written.append("positions.png")
     tell(f"written: {', '.join(written)} in {out}")
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sparsetrain.data import SOURCES, TASKS, Corpora
+from sparsetrain.report.pairs import divided
+from sparsetrain.report.run_files import moments_of
+from sparsetrain.report.schema import STAGES as TASK_STAGES
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
@@ -112,18 +115,33 @@ def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]
         "stages": {name: result_of(run) for name, run in runs.runs.items()},
     }
     entry["pretrain"]["tokens"] = entry["pretrain"]["tokens"] or 0
+    entry["pretrain"] |= _by_corpus(base)
+    entry["texts"] = {
+        name: {**{key: run.values.get(key) for key in _TEXT if key != "loss_first"}, **_by_corpus(run)}
+        for name, run in runs.runs.items()
+        if run["stage"] not in TASK_STAGES
+    }
     if not entry["bytes"]:
         del entry["bytes"]
     if (masks := base.values.get("masks")) is not None:
         entry["masks"] = {key: value for key, value in masks.items() if key != "layers"}
         entry["masks"]["dead_rows"] = sum(layer["dead_rows"] for layer in masks["layers"].values())
-    for kind in ("finetune", "prompt"):
+    for kind in TASK_STAGES:
         stage = main_stage(runs.entries, kind)
         run = None if stage is None else runs.complete(stage.name)
         if run is not None:
             entry[kind] = {key: run[key] for key in _SCORED}
             entry[f"{kind}_flops"] = run["flops"]["total"]
     return entry
+
+
+def _by_corpus(run: RunResult) -> dict[str, Any]:
+    """Return the final scores of each of several corpora."""
+    scores = {
+        name: {"val_loss": score.get("val_loss", score.get("loss")), "bits_per_byte": score.get("bits_per_byte")}
+        for name, score in moments_of(run.values)["after"].items()
+    }
+    return {"corpora": scores} if scores else {}
 
 
 def _curve(directory: Path) -> list[Row]:
@@ -186,6 +204,7 @@ def _limits(config: PipelineConfig, corpora: Corpora, first: RunResult, tasks: S
         f"{stored / 1e6:.2g} M parameters in the first arm and {tokens / 1e6:.2g} M tokens: far below the models of "
         "the papers. Only signs and rough ratios can be expected to carry over.",
         "Every arm used the same base hyperparameters"
+        + ("" if {divided(arm.name)[1] for arm in config.arms} <= {"", "run"} else ", but for what its name says")
         + (
             ", transferred by SμPar from the dense model; none was tuned for its sparsity."
             if config.parameterization.uses_density

@@ -292,13 +292,103 @@ def arm_claims(rows: Path, *names: str) -> list[Claim]:
     return claims
 
 
+def text_claims(rows: Path) -> list[Claim]:
+    """Return the claims of a table of text stages: means, paired differences in nats or bits, and in percent.
+
+    They are of losses and bits per byte, overall and of each corpus. Arms of one stage are compared that have either
+    the same sparsity or the same choice, and the scores of an adaptation with those before it and at its first values.
+    """
+    by_arm: dict[tuple[str, str, str], dict[int, float]] = {}
+    own: dict[str, float] = {}
+    for row in _rows_of(rows):
+        own.setdefault(row["arm"], float(row["sparsity"]))
+        for name, text in row.items():
+            if text and not row["task"] and name.startswith(("loss", "bits_per_byte", "forgetting")):
+                by_arm.setdefault((row["arm"], row["stage"], name), {})[int(row["seed"])] = float(text)
+    claims = [claim for of in by_arm.values() for claim in _claim(of.values())]
+    for (one, other), (of, than) in _pairs_of(by_arm):
+        sparsities, choices = zip(*(_parts(key[0], own) for key in (one, other)), strict=True)
+        alike = one[1:] == other[1:] and (sparsities[0] == sparsities[1]) != (choices[0] == choices[1])
+        stages_alike = one[:2] == other[:2] and other[2] in (
+            one[2].replace("bits_per_byte", f"bits_per_byte_{moment}") for moment in ("before", "initialised")
+        )
+        if alike or stages_alike:
+            claims += _difference(of, than, in_percent=one[2] != "forgetting")
+    return claims
+
+
+def position_claims(rows: Path) -> list[Claim]:
+    """Return the claims of a ``positions.csv``: mean losses, and paired differences in nats and in percent.
+
+    The two of a pair differ in one of arm, stage, corpus, scale and length.
+    """
+    return _measured_claims(rows, ("arm", "stage", "corpus", "scale", "length"), "loss", 1.0)
+
+
+def probe_claims(rows: Path) -> list[Claim]:
+    """Return the claims of a ``probes.csv``: mean accuracies in percent, and paired differences in points.
+
+    The two of a pair differ in one of arm, stage, kind, size and scale.
+    """
+    return _measured_claims(rows, ("arm", "stage", "kind", "size", "scale"), "accuracy", 100.0)
+
+
+FURTHER = {"positions.csv": position_claims, "probes.csv": probe_claims}
+"""The tables of evaluations beside a table of text stages."""
+
+
+def claims_of_text(folder: Path) -> list[Claim]:
+    """Return the claims of the tables of text stages in the folder of an experiment."""
+    further = [claim for file, of in FURTHER.items() if (folder / file).exists() for claim in of(folder / file)]
+    return text_claims(folder / "results.csv") + further
+
+
+def _measured_claims(rows: Path, names: Sequence[str], key: str, factor: float) -> list[Claim]:
+    found: dict[tuple[str, ...], dict[int, float]] = {}
+    for row in _rows_of(rows):
+        if row[key]:
+            of = found.setdefault(tuple(row.get(name, "") for name in names), {})
+            of[int(row["seed"])] = factor * float(row[key])
+    claims = [claim for of in found.values() for claim in _claim(of.values())]
+    for (one, other), (of, than) in _pairs_of(found):
+        if sum(a != b for a, b in zip(one, other, strict=True)) == 1:
+            claims += _difference(of, than, in_percent=factor == 1.0)
+    return claims
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def _pairs_of(found: Mapping[Any, Seeds]) -> Iterable[tuple[tuple[Any, Any], tuple[Seeds, Seeds]]]:
+    for one, other in itertools.permutations(found, 2):
+        yield (one, other), (found[one], found[other])
+
+
+def _parts(arm: str, own: Mapping[str, float]) -> tuple[float, str]:
+    """Return the sparsity and the choice in the name of an arm; ``own`` has the sparsity where the name has none."""
+    parts = arm.split("_")
+    for place, part in enumerate(parts):
+        if part == "dense" or part.startswith("sparse-"):
+            sparsity = 0.0 if part == "dense" else float(part.removeprefix("sparse-"))
+            return sparsity, "_".join([*parts[:place], *parts[place + 1 :]])
+    return own[arm], arm
+
+
+def _difference(one: Seeds, other: Seeds, in_percent: bool) -> list[Claim]:
+    """Return the paired difference, also in percent of the second."""
+    claims = _claim(_minus(one, other).values())
+    if in_percent:
+        claims += _percent(_minus(*({s: math.log(v) for s, v in of.items()} for of in (one, other))))
+    return claims
+
+
 def _compared(arms: Sequence[Seeds], in_percent: bool) -> list[Claim]:
     """Return the mean of each arm, and the paired differences of any two, also in percent of the second."""
     claims = [claim for arm in arms for claim in _claim(arm.values())]
     for one, other in itertools.permutations(arms, 2):
-        claims += _claim(_minus(one, other).values())
-        if in_percent:
-            claims += _percent(_minus(*({s: math.log(v) for s, v in arm.items()} for arm in (one, other))))
+        claims += _difference(one, other, in_percent)
     return claims
 
 

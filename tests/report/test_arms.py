@@ -9,7 +9,8 @@ import pytest
 import scipy.stats
 
 from sparsetrain.errors import UserError
-from sparsetrain.report.arms import Arms, differences, join, read_arms, select
+from sparsetrain.report.arms import Arms, join, read_arms, select
+from sparsetrain.report.arms_sheets import differences
 from sparsetrain.report.bars import bars, verdicts
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
