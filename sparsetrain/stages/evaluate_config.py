@@ -13,7 +13,7 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import ModelConfig
 from sparsetrain.models.config import DYNAMIC
 from sparsetrain.stages.config import RunConfig
-from sparsetrain.training.probes import KINDS, NEEDLE, RETRIEVAL
+from sparsetrain.training.probes import KINDS, NEEDLE, PROBES, RETRIEVAL, probes
 from sparsetrain.training.state import DEVICES
 
 _STRETCHED = ("alibi", "rope")  # positions with a scale
@@ -95,6 +95,11 @@ class EvaluateConfig:
                 raise UserError(f"scales: {scale} is neither a number of at least 1 nor {DYNAMIC}")
         for kind in self.probes:
             check_choice("probes", kind, KINDS)
+            for size in self.sizes or () if kind in PROBES else ():
+                try:
+                    probes(kind, size, 1, self.seed, self.marks)
+                except UserError as error:
+                    raise UserError(f"sizes: {kind}: {error}") from None
         for name, listed in (("lengths", self.lengths), ("scales", self.scales), ("probes", self.probes)):
             if listed is not None and len(set(listed)) < len(listed):
                 raise UserError(f"{name}={list(listed)} names a value twice")

@@ -20,7 +20,7 @@ from sparsetrain.report.show import show_run
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.result import RunResult, load_result
 from sparsetrain.stages import EvaluateConfig, PipelineConfig, PretrainConfig, evaluate, pipeline
-from sparsetrain.stages.arms import load_arms
+from sparsetrain.stages.arms import load_arms, show_arms
 from sparsetrain.stages.evaluate import check_evaluation
 from sparsetrain.stages.evaluate_config import last_context, trained_length
 from sparsetrain.stages.generate import load_run, run_config
@@ -163,6 +163,7 @@ def test_a_pipeline_evaluates_its_arms(configure: Configure, tmp_path: Path, scr
     assert report["settings"]["positions"]["lengths"] == LENGTHS
     table, _ = load_arms([tmp_path / "run"])
     assert {(row["arm"], row["stage"]) for row in table.rows} >= {("dense", "positions"), ("sparse-0.75", "positions")}
+    show_arms([tmp_path / "run"], None, screen)
 
     (tmp_path / "run" / "result.json").unlink()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*/*/result.json")}
@@ -183,6 +184,10 @@ def test_a_pipeline_evaluates_its_arms(configure: Configure, tmp_path: Path, scr
         (
             [{"name": "evaluate", "from": "pretrain", "lengths": [64, 90000]}],
             "pipeline.stages: evaluate: lengths: a pass of 90000 tokens is longer than",
+        ),
+        (
+            [{"name": "evaluate", "from": "pretrain", "probes": ["title"]}],
+            "pipeline.stages: evaluate: probes: title needs documents with titles",
         ),
     ],
 )
