@@ -19,9 +19,9 @@ from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_run
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.result import RunResult, load_result
-from sparsetrain.stages import EvaluateConfig, PipelineConfig, PretrainConfig, evaluate, pipeline
+from sparsetrain.stages import EvaluateConfig, PipelineConfig, PretrainConfig, evaluate, pipeline, pretrain
 from sparsetrain.stages.arms import load_arms, show_arms
-from sparsetrain.stages.evaluate import check_evaluation
+from sparsetrain.stages.evaluate import check_evaluation, held_out_titles
 from sparsetrain.stages.evaluate_config import last_context, trained_length
 from sparsetrain.stages.generate import load_run, run_config
 from sparsetrain.stages.plan import plan_of
@@ -198,3 +198,31 @@ def test_a_pipeline_refuses_an_evaluation_before_it_trains(
     with pytest.raises(UserError, match=message):
         pipeline(configure(PipelineConfig, changes, run_dir=tmp_path / "run"), screen)
     assert not (tmp_path / "run").exists()
+
+
+def article(number: int) -> str:
+    text = f"Patient {number} was seen in the clinic. {'It was a fine day. ' * 12}"
+    return (
+        f"<PubmedArticle><MedlineCitation><PMID Version='1'>{number}</PMID><Article>"
+        f"<ArticleTitle>The title of study {number}.</ArticleTitle><Abstract><AbstractText>{text}</AbstractText>"
+        "</Abstract></Article></MedlineCitation></PubmedArticle>"
+    )
+
+
+def test_titles_are_those_of_held_out_abstracts(
+    make_wheel: Callable[..., object], tiny: Configure, tmp_path: Path, screen: Console
+) -> None:
+    make_wheel([article(number) for number in range(10_000, 10_120)], [])
+    data = {"tokenizer": "bytes", "context": 16}
+    changes = {"data": data, "sparsity.sparsity": 0.0, "budget": {"steps": 1, "batch_size": 4}}
+    run = pretrain(tiny(None, changes, run_dir=tmp_path / "run"), screen)
+    seen = (run.directory / "train_ids.txt").read_text().split()
+    documents = held_out_titles(run_config(run.directory).data, set(seen))
+    assert 0 < len(documents) == 120 - len(seen)
+    asked = {"probes": ["title"], "sizes": [200], "n_probes": 5, "blocks": 1, "lengths": [16], "width": 8}
+    result = evaluate(EvaluateConfig(str(run.directory), run_dir=str(tmp_path / "seen"), **asked), screen)
+    # Every size is beyond 32 trained tokens, so that nothing is asked, and the row says why.
+    (row,) = [row for row in result["probes"] if row["scale"] == "1"]
+    assert (row["n"], row["accuracy"]) == (5, None)
+    assert row["why"] == "longer than the trained 32 tokens, and no size lies within"
+    assert result["positions"][0]["standard_error"] is None  # of a single block
