@@ -23,8 +23,8 @@ from sparsetrain.runs.result import RunResult, finish, finished
 from sparsetrain.screen import say
 from sparsetrain.stages.config import FinetuneConfig, PretrainConfig, PromptConfig, RunConfig, StageConfig, identify
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.evaluate import check_evaluation, evaluate, held_out_titles
-from sparsetrain.stages.evaluate_config import EvaluateConfig
+from sparsetrain.stages.evaluate import evaluate, held_out_titles
+from sparsetrain.stages.evaluate_config import EvaluateConfig, check_evaluation
 from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.memory import check_memory

@@ -21,8 +21,8 @@ from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.result import RunResult, load_result
 from sparsetrain.stages import EvaluateConfig, PipelineConfig, PretrainConfig, evaluate, pipeline, pretrain
 from sparsetrain.stages.arms import load_arms, show_arms
-from sparsetrain.stages.evaluate import check_evaluation, held_out_titles
-from sparsetrain.stages.evaluate_config import last_context, trained_length
+from sparsetrain.stages.evaluate import held_out_titles
+from sparsetrain.stages.evaluate_config import check_evaluation, last_context, trained_length
 from sparsetrain.stages.generate import load_run, run_config
 from sparsetrain.stages.plan import plan_of
 from sparsetrain.training.position_losses import position_losses
