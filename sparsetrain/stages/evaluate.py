@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.data import Batch, Corpora, DataConfig, Document, Tokenizer, prepare_corpora, sequential_windows
+from sparsetrain.data import Batch, DataConfig, Document, Tokenizer, prepare_corpora, sequential_windows
 from sparsetrain.data.corpus import division_of
 from sparsetrain.data.display import Display
 from sparsetrain.errors import UserError
@@ -31,7 +31,13 @@ from sparsetrain.runs.result import PositionRow, ProbeRow, RunResult, TextRow, f
 from sparsetrain.screen import say
 from sparsetrain.stages.config import RunConfig, as_plain, identify, model_config
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.evaluate_config import EvaluateConfig, last_context, scale_name, trained_length
+from sparsetrain.stages.evaluate_config import (
+    EvaluateConfig,
+    check_evaluation,
+    last_context,
+    scale_name,
+    trained_length,
+)
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.generate import load_run, run_config
 from sparsetrain.stages.masks import starts_sparse
@@ -336,24 +342,6 @@ class _Cells:
         self._report(self._done / self._count)
         if not self._console.is_terminal:
             say(self._console, f"{self._what}  {self._done}/{self._count}  {cell}")
-
-
-def check_evaluation(
-    config: EvaluateConfig, run: RunConfig, corpora: Corpora | None
-) -> tuple[list[float | str], list[int]]:
-    """Return the scales and the lengths of an evaluation of a run, which need not exist yet.
-
-    Args:
-        config: the settings.
-        run: those of the run.
-        corpora: the text; None if it is not known yet.
-
-    Raises:
-        UserError: a scale or a length does not fit the model or the text.
-    """
-    shape = model_config(run.model, 1 if corpora is None else corpora.tokenizer.vocab_size)
-    texts = None if corpora is None else {name: len(corpus.validation) for name, corpus in corpora.items()}
-    return config.scales_of(shape), config.lengths_of(shape, trained_length(run), texts)
 
 
 def text_of(config: EvaluateConfig, run: RunConfig, directory: Path) -> DataConfig:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sparsetrain.data import DataConfig
+from sparsetrain.data import Corpora, DataConfig
 from sparsetrain.data.sources.pairs import MARKS, check_marks
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import ModelConfig
 from sparsetrain.models.config import DYNAMIC
-from sparsetrain.stages.config import RunConfig
-from sparsetrain.training.probes import KINDS, NEEDLE, RETRIEVAL
+from sparsetrain.stages.config import RunConfig, model_config
+from sparsetrain.training.probes import KINDS, NEEDLE, PROBES, RETRIEVAL, probes
 from sparsetrain.training.state import DEVICES
 
 _STRETCHED = ("alibi", "rope")  # positions with a scale
@@ -95,6 +95,11 @@ class EvaluateConfig:
                 raise UserError(f"scales: {scale} is neither a number of at least 1 nor {DYNAMIC}")
         for kind in self.probes:
             check_choice("probes", kind, KINDS)
+            for size in self.sizes or () if kind in PROBES else ():
+                try:
+                    probes(kind, size, 1, self.seed, self.marks)
+                except UserError as error:
+                    raise UserError(f"sizes: {kind}: {error}") from None
         for name, listed in (("lengths", self.lengths), ("scales", self.scales), ("probes", self.probes)):
             if listed is not None and len(set(listed)) < len(listed):
                 raise UserError(f"{name}={list(listed)} names a value twice")
@@ -145,6 +150,24 @@ class EvaluateConfig:
                 if length > limit:
                     raise UserError(f"lengths: a pass of {length} tokens is longer than {what}; at most {limit} fit")
         return sorted({*given, trained})
+
+
+def check_evaluation(
+    config: EvaluateConfig, run: RunConfig, corpora: Corpora | None
+) -> tuple[list[float | str], list[int]]:
+    """Return the scales and the lengths of an evaluation of a run, which need not exist yet.
+
+    Args:
+        config: the settings.
+        run: those of the run.
+        corpora: the text; None if it is not known yet.
+
+    Raises:
+        UserError: a scale or a length does not fit the model or the text.
+    """
+    shape = model_config(run.model, 1 if corpora is None else corpora.tokenizer.vocab_size)
+    texts = None if corpora is None else {name: len(corpus.validation) for name, corpus in corpora.items()}
+    return config.scales_of(shape), config.lengths_of(shape, trained_length(run), texts)
 
 
 def trained_length(run: RunConfig) -> int:

@@ -34,8 +34,8 @@ from sparsetrain.stages.config import (
     identify,
 )
 from sparsetrain.stages.directories import run_directory
-from sparsetrain.stages.evaluate import check_evaluation, evaluate
-from sparsetrain.stages.evaluate_config import EvaluateConfig
+from sparsetrain.stages.evaluate import evaluate, held_out_titles
+from sparsetrain.stages.evaluate_config import EvaluateConfig, check_evaluation
 from sparsetrain.stages.finetune import Finetuning
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.kinds import KINDS
@@ -47,6 +47,7 @@ from sparsetrain.stages.pretrain import Pretraining
 from sparsetrain.stages.prompt import Prompting
 from sparsetrain.stages.stage import Stage, train
 from sparsetrain.stages.task_stage import available_task, task_facts
+from sparsetrain.training.probes import TITLE
 from sparsetrain.training.state import Diverged, resolve_device
 
 _log = logging.getLogger(__name__)
@@ -237,6 +238,8 @@ def _texts(config: RunConfig) -> dict[str, DataConfig]:
 def _check_evaluation(settings: EvaluateConfig, run: RunConfig, corpora: Corpora | None, entry: StageEntry) -> None:
     try:
         check_evaluation(settings, run, corpora)
+        if TITLE in settings.probes:
+            held_out_titles(settings.data or run.data, set())
     except UserError as error:
         raise UserError(f"pipeline.stages: {entry.name}: {error}") from None
 

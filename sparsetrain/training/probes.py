@@ -52,13 +52,13 @@ class Probe:
         prompt: the text, with the question.
         choices: answers that could follow it; those of a made text are equally long.
         right: index of the right one.
-        depth: where the answer stands in the text: 0 at its start, 1 at its end; NaN for a title, which is nowhere.
+        depth: where the answer stands in the text: 0 at its start, 1 at its end; None for a title, which is nowhere.
     """
 
     prompt: str
     choices: tuple[str, ...]
     right: int
-    depth: float
+    depth: float | None
 
     @property
     def answer(self) -> str:
@@ -169,7 +169,7 @@ def _title_probe(document: Document, titles: Sequence[str], size: int, seed: int
     text = document.text.encode()[:room].decode(errors="ignore")
     if (space := text.rfind(" ")) > 0:
         text = text[:space]
-    return _probe(f"{text}{CUE}", random, own, others, float("nan"))
+    return _probe(f"{text}{CUE}", random, own, others, None)
 
 
 RETRIEVAL, NEEDLE, TITLE = "retrieval", "needle", "title"
@@ -231,7 +231,7 @@ def _random(kind: str, size: int, seed: int, index: int) -> np.random.Generator:
     return np.random.default_rng(derive_seed(seed, "probe", kind, size, index))
 
 
-def _probe(text: str, random: np.random.Generator, answer: str, others: Sequence[str], depth: float) -> Probe:
+def _probe(text: str, random: np.random.Generator, answer: str, others: Sequence[str], depth: float | None) -> Probe:
     # The place of the right answer is drawn, so that a model which finds all alike is right by chance.
     right = int(random.integers(len(others) + 1))
     choices = [*others[:right], answer, *others[right:]]

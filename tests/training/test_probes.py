@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 from torch import Tensor
 
-from sparsetrain.data import Tokenizer
+from sparsetrain.data import Document, Tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
-from sparsetrain.training.probes import SIZES, needle_probe, probe_accuracy, probes, retrieval_probe
+from sparsetrain.training.probes import SIZES, needle_probe, probe_accuracy, probes, retrieval_probe, title_probes
 
 BYTES = Tokenizer.bytes()
 
@@ -105,8 +105,53 @@ def test_a_model_of_nan_is_wrong() -> None:
         (("needle", 60, 1), "size=60 is too small"),
         (("needles", 256, 1), "kind='needles' is not one of retrieval, needle"),
         (("needle", 256, 0), "count=0"),
+        (("retrieval", 256, 1, 0, 13), "marks=13 must be from 1 to 12"),
+        (("retrieval", 2048, 1, 0, 2), "size=2048 has 340 pairs; marks=2 gives only 100 different values"),
     ],
 )
 def test_probes_that_cannot_be_made_are_refused(arguments: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         probes(*arguments)
+
+
+def documents(count: int) -> list[Document]:
+    text = "Été one was seen in the clinic and it was a fine day for all. "
+    return [Document(str(n), f"{n} {text * 6}", title=f"Title {n} {'long ' * (n % 4)}") for n in range(count)]
+
+
+def test_a_title_is_the_likeliest_per_byte_by_a_plain_softmax() -> None:
+    model = Transformer(ModelConfig(16, 1, 2, BYTES.vocab_size, max_context=256, init_std=0.5, seed=0))
+    asked = title_probes(documents(12), 200, 9, seed=1)
+    assert len(asked) == 9
+    right = []
+    for probe in asked:
+        scores = []
+        for choice in probe.choices:
+            prompt, answer = BYTES.encode(probe.prompt), BYTES.encode(choice)
+            rows = model(torch.tensor([prompt + answer]))[0].detach().double().log_softmax(-1)
+            picked = [float(rows[len(prompt) + at - 1, token]) for at, token in enumerate(answer)]
+            scores.append(sum(picked) / len(choice.encode()))
+        right.append(max(range(4), key=scores.__getitem__) == probe.right)
+    found = probe_accuracy(model, BYTES, asked, per_byte=True)
+    assert found.accuracy == sum(right) / 9
+    assert found.accuracy != probe_accuracy(model, BYTES, asked).accuracy  # the shortest title would often win
+
+
+def test_a_title_probe_ends_in_the_cue_and_fits() -> None:
+    many = documents(30)
+    for probe in title_probes(many, 160, 30):
+        assert probe.prompt.endswith("\nTitle:")
+        number = probe.prompt.split()[0]
+        assert probe.answer.split()[1] == number
+        assert len(set(probe.choices)) == 4
+        longest = max(len(choice.encode()) for choice in probe.choices)
+        assert 150 < len(probe.prompt.encode()) + longest + 10 <= 170
+        assert many[int(number)].text.startswith(probe.prompt.removesuffix("\nTitle:"))
+    assert title_probes(many, 160, 5) == title_probes(many, 160, 5)
+    assert len(title_probes(many, 160, 50)) == 30
+
+
+@pytest.mark.parametrize(("size", "count"), [(20, 4), (4000, 4), (160, 0)])
+def test_titles_without_documents_are_refused(size: int, count: int) -> None:
+    with pytest.raises(UserError, match=r"size=\d+: 0 titles of held-out documents|count=0"):
+        title_probes(documents(9), size, count)
