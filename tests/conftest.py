@@ -104,14 +104,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-def pytest_collection_finish() -> None:
-    """Take the libraries and the tests, a million objects that live until the end, out of the garbage collection.
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Prepare a process for its tests."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is not None and len(session.items) > 1000:  # for fewer it would take longer than they do
+        from all_kernels import compile_share
 
-    Otherwise each full collection would visit them all, and would begin only after a quarter as many new ones. Models
-    that are part of a cycle would wait for it in memory.
-    """
+        compile_share(int(worker["workerid"].removeprefix("gw")), worker["workercount"])
+    # The libraries and the tests are a million objects that live until the end. If they took part in garbage
+    # collection, a full one would visit them all, and would begin only after a quarter as many new objects. Models that
+    # are part of a cycle would wait for it in memory.
     gc.collect()
     gc.freeze()
+    gc.collect()  # counts what is left, a quarter of which makes the next collection a full one
     gc.enable()
 
 

@@ -162,7 +162,6 @@ def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkey
     assert "saved in a[/b] :b:/crossover.json" in out
 
 
-@pytest.mark.slow
 def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Path
 ) -> None:
