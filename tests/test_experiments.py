@@ -360,11 +360,14 @@ def test_the_stages_of_mediswift_run_and_their_report_has_every_bar(
 def test_a_sweep_runs_side_by_side_and_a_bad_point_is_one_line(
     notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    from joblib.externals.loky import get_reusable_executor
+
     monkeypatch.chdir(tmp_path)
     words = ["pretrain", "-m", "experiment=supar_lr_transfer", f"data.path={notes}", *SMALL, *NARROW, "seed=0"]
     words += ["sparsity.sparsity=0.5", "optimizer.lr=0.002", "parameterization=supar", "sparsity.backend=masked"]
     words += ["data.max_documents=50,1,60"]
     assert main([*words, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]) == 2
+    get_reusable_executor(reuse=True).shutdown(wait=True)  # its processes would hold a gigabyte for five minutes
     err = capfd.readouterr().err
     assert err.count("\n") == 1, err
     assert "data.max_documents=1 is too small" in err

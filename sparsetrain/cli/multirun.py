@@ -171,7 +171,8 @@ class _Gentle:
         self.number = self.number or number
         if self.busy and not self.raised and not process.importing(frame):
             self.raised = True
-            raise process.Terminated if number == signal.SIGTERM else KeyboardInterrupt
+            # The first one says how the sweep ended: an import may have ignored it, and `_watch` sends another.
+            raise process.Terminated if self.number == signal.SIGTERM else KeyboardInterrupt
 
 
 _gentle = _Gentle()

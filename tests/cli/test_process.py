@@ -15,7 +15,7 @@ import pytest
 from shell import TINY, Shell
 
 from sparsetrain import process
-from sparsetrain.cli import main
+from sparsetrain.cli import main, multirun
 
 COMMAND = [sys.executable, "-m", "sparsetrain"]
 
@@ -162,7 +162,18 @@ def test_a_cache_with_brackets_in_its_name_can_hold_a_table(shell: Shell, monkey
     assert "saved in a[/b] :b:/crossover.json" in out
 
 
-@pytest.mark.slow
+def test_a_point_that_ignored_a_signal_ends_as_that_signal_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C during an import is ignored there, and another signal follows until the point ends."""
+    gentle = multirun._Gentle()
+    gentle.busy = True
+    importing = iter([True, False])
+    monkeypatch.setattr(process, "importing", lambda _: next(importing))
+    gentle(signal.SIGINT, None)
+    with pytest.raises(KeyboardInterrupt) as ended:
+        gentle(signal.SIGTERM, None)
+    assert ended.type is KeyboardInterrupt
+
+
 def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Path
 ) -> None:

@@ -145,9 +145,11 @@ def test_make_targets_of_the_pages_exist() -> None:
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a page registers is forgotten after it, and so are its modules."""
+    gc.unfreeze()  # `get_objects` leaves out what is frozen
     for found in gc.get_objects():
         if type(found) is Registry:  # isinstance asks proxies of other libraries for what they stand for
             monkeypatch.setattr(found, "_things", dict(found._things))
+    gc.freeze()
     monkeypatch.setenv(plugins.VARIABLE, "")
     monkeypatch.setattr(plugins, "_loaded", set())
     yield

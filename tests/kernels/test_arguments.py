@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
-import pkgutil
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
+from all_kernels import all_kernels
 
-from sparsetrain import kernels
 from sparsetrain.kernels import bsr_layout, csr_layout
 from sparsetrain.kernels.simd import kernel as kernel_module
 from sparsetrain.kernels.simd.arguments import (
@@ -26,19 +24,9 @@ from sparsetrain.kernels.simd.arguments import (
     Given,
 )
 from sparsetrain.kernels.simd.checks import MISSED, ArgumentError, in_words, straight
-from sparsetrain.kernels.simd.kernel import Kernel
 
 THREADS = 2
 DTYPES = {"float32": np.float32, "bfloat16": np.uint16, "uint16": np.uint16, "int32": np.int32, "int64": np.int64}
-
-
-def all_kernels() -> dict[str, Kernel]:
-    found = {}
-    for module in pkgutil.walk_packages(kernels.__path__, "sparsetrain.kernels."):
-        if "triton" not in module.name:
-            things = vars(importlib.import_module(module.name)).values()
-            found |= {thing.declaration.kernel: thing for thing in things if isinstance(thing, Kernel)}
-    return found
 
 
 KERNELS = all_kernels()

@@ -161,30 +161,31 @@ def test_another_run_starts_from_an_old_one(moved: Path, shell: Any) -> None:
 
 
 LATER = """
-import dataclasses, sys
+import dataclasses, json, sys
 import sparsetrain.training.state as state
 later = [("average", float, dataclasses.field(default=0.99))]
 state.LoopConfig = dataclasses.make_dataclass("LoopConfig", later, bases=(state.LoopConfig,))
 from sparsetrain.cli import main
-words = sys.argv[1:]
-print("status", main(words))
-print("status", main([*words, "loop.average=0.5"]))
+for words in json.loads(sys.argv[1]):
+    print("status", main(words))
+    print("status", main([*words, "loop.average=0.5"]))
 """
 
 
 @pytest.mark.slow
 def test_a_setting_that_came_later_orphans_neither_a_run_nor_a_sweep(fresh: Fresh, moved: Path) -> None:
     """A field of the loop that no old directory records changes nothing at its default, which is not None."""
-    runs, swept = moved / "finished", moved / "sweep" / "runs"
-    for verb, words, place in (
-        (["pretrain"], FINISHED, runs),
-        (["pretrain", "-m"], [*SWEEP, "optimizer.lr=2e-3,4e-3"], swept),
-    ):
-        before = set(place.iterdir())
-        given = [*verb, *TINY, *words, f"data.path={moved}/notes.txt", f"runs_dir={place}"]
-        run = fresh.run(LATER, *given, cwd=moved)
-        assert run.returncode == 0, run.stderr
-        first, second = run.stdout.split("status 0")[:2]
-        assert first.count("already done in") == len(before)
+    given = {
+        moved / "finished": ["pretrain", *TINY, *FINISHED],
+        moved / "sweep" / "runs": ["pretrain", "-m", *TINY, *SWEEP, "optimizer.lr=2e-3,4e-3"],
+    }
+    before = {place: set(place.iterdir()) for place in given}
+    commands = [[*words, f"data.path={moved}/notes.txt", f"runs_dir={place}"] for place, words in given.items()]
+    run = fresh.run(LATER, json.dumps(commands), cwd=moved)
+    assert run.returncode == 0, run.stderr
+    *said, _ = run.stdout.split("status 0")
+    for place, first, second in zip(given, said[::2], said[1::2], strict=True):
+        assert first.count("already done in") == len(before[place])
         assert "already done" not in second
-        assert len(set(place.iterdir()) - before) == len(before)  # a value other than the default is another run
+        # A value other than the default is another run.
+        assert len(set(place.iterdir()) - before[place]) == len(before[place])
