@@ -171,7 +171,6 @@ class _Gentle:
         self.number = self.number or number
         if self.busy and not self.raised and not process.importing(frame):
             self.raised = True
-            # The first one says how the sweep ended: an import may have ignored it, and `_watch` sends another.
             raise process.Terminated if self.number == signal.SIGTERM else KeyboardInterrupt
 
 
@@ -228,6 +227,8 @@ class Job:
             over.set()
         if status > 2:
             stop.touch()
+            # The first signal says how the point ended: an import may have ignored it, and `_watch` sends another.
+            status = 128 + (_gentle.number or status - 128)
         return status
 
 

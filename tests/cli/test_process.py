@@ -182,11 +182,12 @@ def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
     monkeypatch.chdir(tmp_path)
     words = ["pretrain", "-m", f"data.path={notes}", *TINY[:-1], "budget.steps=20000", "seed=0,1,2,3"]
     words += ["loop.checkpoint_every=20000", "loop.log_every=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    going = "pretrain-*/metrics.jsonl"
     with Path("log").open("w") as log:
         running = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + 240
-        while time.monotonic() < until and len(list(Path("runs").glob("pretrain-*/metrics.jsonl"))) < 2:
+        while time.monotonic() < until and len([run for run in Path("runs").glob(going) if run.stat().st_size]) < 2:
             time.sleep(0.1)
         os.killpg(running.pid, signal.SIGINT)
         assert running.wait(120) == 130, Path("log").read_text()
