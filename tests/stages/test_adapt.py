@@ -51,6 +51,7 @@ Make = Callable[..., Any]
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("adapt")
     (folder / "en.txt").write_text("\n\n".join(ENGLISH), encoding="utf-8")
+    (folder / "plain.txt").write_text("\n\n".join(ENGLISH[:5]))
     (folder / "ar.txt").write_text("\n\n".join(FOREIGN), encoding="utf-8")
     return folder
 
@@ -117,7 +118,7 @@ def weights(directory: Path) -> dict[str, Tensor]:
 
 def by_hand(directory: Path, text: list[str], context: int = 16) -> float:
     """Return the bits per byte of texts, one window after the other, with torch's own cross-entropy."""
-    model, tokenizer = load_run(directory, CPU)
+    (model, _), tokenizer = load_run(directory, CPU), Tokenizer.load(directory)
     ids = [tokenizer.eos_id, *(token for one in text for token in [*tokenizer.encode(one), tokenizer.eos_id])]
     nats = 0.0
     with torch.no_grad():
@@ -128,11 +129,10 @@ def by_hand(directory: Path, text: list[str], context: int = 16) -> float:
 
 
 def validation(directory: Path, name: str, home: Path) -> list[str]:
-    """Return the documents of a corpus that the run did not train on and evaluated."""
-    text = {"english": ENGLISH, "arabic": FOREIGN}[name]
+    """Return the documents of a corpus that the run did not train on."""
     seen = set((directory / "train_ids.txt").read_text().split())
     source = DataConfig(path=str(home / f"{name[:2]}.txt")).source()
-    return [document.text for document in source.documents() if document.id not in seen and document.text in text]
+    return [document.text for document in source.documents() if document.id not in seen]
 
 
 def test_what_is_measured_is_the_loss_over_the_bytes_of_the_text(
@@ -413,7 +413,7 @@ def test_another_tokenizer_keeps_the_rows_of_shared_tokens(
             "new_blocks=1 would change what the old blocks compute: parameterization completep",
         ),
         (
-            {"vocabulary": {"n_tokens": 9}, "data": {"path": "en.txt", "context": 16}},
+            {"vocabulary": {"n_tokens": 9}, "data": {"path": "plain.txt", "context": 16}},
             "vocabulary.corpus=file has no letter of a script that the tokenizer has no tokens of yet",
         ),
     ],
