@@ -297,6 +297,7 @@ def test_chains_forget_since_their_start_and_other_stages_begin_from_them(
     assert main(["pretrain", start, f"data.path={home / 'ar.txt'}", *words, f"run_dir={tmp_path / 'third'}"]) == 0
     assert Tokenizer.load(tmp_path / "third").sha256 == Tokenizer.load(first.directory).sha256
     assert main(["generate", start, "prompt=the", "max_new_tokens=2"]) == 0
+    assert main(["quantize", str(tmp_path / "second"), f"out={tmp_path / 'small'}"]) == 0
     # The same words again find the run that is done.
     assert main(second) == 0
     assert "already done" in capsys.readouterr().out
@@ -405,6 +406,7 @@ def test_another_tokenizer_keeps_the_rows_of_shared_tokens(
         ({"vocabulary": {"n_tokens": 9, "donor": "gone", "method": "omp"}}, "vocabulary.donor=gone: no such run"),
         ({"vocabulary": {"n_tokens": 9, "donor": "bytes", "method": "omp"}}, "vocabulary.donor: it shares no token"),
         ({"train": "new_rows"}, "train=new_rows needs new tokens"),
+        ({"train": "new_rows", "vocabulary": {"n_tokens": 9}, "observe": "noise_scale_all"}, "observe=noise_scale_all"),
         ({"train": "blocks"}, "train=blocks needs new blocks"),
         ({"train": "heads"}, "train='heads' is not one of all, embeddings, new_rows, blocks"),
         ({"new_blocks": 3}, "new_blocks=3 must be at least 0 and at most 2"),
