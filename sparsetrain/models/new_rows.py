@@ -19,6 +19,7 @@ DEFAULT_K = {"similarity": 10, "omp": 64}
 _TEMPERATURE = 0.1  # of the weights of similar tokens
 _DONE = 1e-10  # the share of a vector's norm that counts as nothing
 _CHUNK = 1 << 25  # numbers of an intermediate result
+_IN_CACHE = 1 << 20  # numbers of one that is read again and again
 
 
 @dataclass(frozen=True)
@@ -87,36 +88,41 @@ def omp_rows(old: Tensor, donor: DonorRows, k: int) -> Tensor:
     whose direction correlates most with what is left of the donor's row, and fits all coefficients again.
     """
     k = min(k, *donor.shared.shape)
-    parts = donor.new.split(max(1, _CHUNK // max(k * donor.shared.shape[1], len(donor.shared))))
-    return torch.cat([_pursue(old, donor, part, k) for part in parts])
+    directions = _unit(donor.shared)
+    parts = donor.new.split(max(1, _IN_CACHE // max(k * donor.shared.shape[1], len(donor.shared))))
+    return torch.cat([_pursue(old, donor, directions, part, k) for part in parts])
 
 
-def _pursue(old: Tensor, donor: DonorRows, targets: Tensor, k: int) -> Tensor:
+def _pursue(old: Tensor, donor: DonorRows, directions: Tensor, targets: Tensor, k: int) -> Tensor:
     count, width = targets.shape
-    directions, every = _unit(donor.shared), torch.arange(count)
-    basis, upper = targets.new_zeros(count, k, width), torch.eye(k, dtype=targets.dtype).repeat(count, 1, 1)
+    basis, upper = targets.new_empty(count, k, width), torch.eye(k, dtype=targets.dtype).repeat(count, 1, 1)
     along, chosen = targets.new_zeros(count, k), torch.zeros(count, k, dtype=torch.int64)
-    left, free = targets.clone(), torch.ones(count, len(directions), dtype=torch.bool)
+    left, small = targets.clone(), _DONE * targets.norm(dim=-1)
+    strength = targets.new_empty(count, len(directions))
     for step in range(k):
-        strength = (left @ directions.T).abs().masked_fill(~free, -1.0)
+        torch.mm(left, directions.T, out=strength).abs_().scatter_(1, chosen[:, :step], -1.0)
         place = strength.argmax(-1)
-        chosen[:, step], free[every, place] = place, False
+        chosen[:, step] = place
         atom = donor.shared[place]
-        rest, parts = atom, targets.new_zeros(count, k)
-        for _ in range(2):  # a second pass removes what rounding has left of the directions before
-            share = torch.einsum("nkd,nd->nk", basis, rest)
-            rest, parts = rest - torch.einsum("nk,nkd->nd", share, basis), parts + share
-        length = rest.norm(dim=-1)
-        used = (left.norm(dim=-1) > _DONE * targets.norm(dim=-1)) & (length > _DONE * atom.norm(dim=-1))
+        before, rest, parts, size = basis[:, :step], atom, targets.new_zeros(count, step), atom.norm(dim=-1)
+        # Where a pass takes more than half of a vector, a second one removes what rounding has left of `before`.
+        for _ in range(2):
+            share = torch.bmm(before, rest[:, :, None])[:, :, 0]
+            rest = torch.baddbmm(rest[:, None], share[:, None], before, alpha=-1.0)[:, 0]
+            parts = parts + share
+            length = rest.norm(dim=-1)
+            if bool((length >= 0.5 * size).all()):
+                break
+        used = (left.norm(dim=-1) > small) & (length > _DONE * size)
         direction = torch.where(used[:, None], rest / length.clamp_min(1e-300)[:, None], 0.0)
         # A step without use leaves a column of the identity, so that its coefficient is 0.
-        upper[:, :, step] = torch.where(used[:, None], parts, upper[:, :, step])
+        upper[:, :step, step] = torch.where(used[:, None], parts, 0.0)
         upper[:, step, step] = torch.where(used, length, 1.0)
         basis[:, step] = direction
         along[:, step] = (direction * left).sum(-1)
         left = left - along[:, step, None] * direction
-    coefficients = torch.linalg.solve_triangular(upper, along[:, :, None], upper=True)[:, :, 0]
-    return torch.einsum("nk,nkd->nd", coefficients, old[donor.ids[chosen]])
+    coefficients = torch.linalg.solve_triangular(upper, along[:, :, None], upper=True)
+    return torch.bmm(coefficients.mT, old[donor.ids[chosen]])[:, 0]
 
 
 def with_norm(rows: Tensor, norm: Tensor, fallback: Tensor) -> Tensor:

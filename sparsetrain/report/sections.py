@@ -33,11 +33,6 @@ def curves(report: Report) -> Mapping[str, Any]:
     return {"texts": list(text_curves(report))}
 
 
-@register_section("adaptation", "Adaptation", 25, "sections/adaptation.html.j2")
-def adaptation(report: Report) -> Mapping[str, Any]:
-    return {"sheets": adaptations(report)}
-
-
 @register_section("cost", "Cost", 30, "sections/cost.html.j2")
 def cost(report: Report) -> Mapping[str, Any]:
     return {"sheet": tables.cost(report)}
@@ -71,3 +66,8 @@ def provenance(report: Report) -> Mapping[str, Any]:
         run["machine"] = machine
     groups = {name.capitalize(): group for name in _GROUPS if isinstance(group := report.get(name), Mapping)}
     return {"command": report.get("command"), "groups": {"Run": run, **groups}}
+
+
+@register_section("adaptation", "Adaptation", 25, "sections/adaptation.html.j2")
+def adaptation(report: Report) -> Mapping[str, Any]:
+    return {"sheets": adaptations(report)}

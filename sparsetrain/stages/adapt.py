@@ -176,7 +176,7 @@ class Adaptation(Pretraining):
         blocks, trained = self.given.new_blocks, self.given.train
         say(
             self.console,
-            f"adapt: {tokens:,} tokens, {count:,} of them new{method}; {blocks} new blocks; trained: {trained}",
+            f"adapt: {tokens:,} tokens, {count:,} of them new{method}; new blocks: {blocks}; trained: {trained}",
         )
         if len(self.corpora) == 1:
             say(self.console, "adapt: what is forgotten is not reported, since the run reads a single corpus")

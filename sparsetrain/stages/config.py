@@ -241,6 +241,8 @@ class AdaptConfig(PretrainConfig):
                 raise UserError(
                     f"vocabulary.donor={self.vocabulary.donor} is not used: vocabulary.n_tokens=0 adds no token"
                 )
+        if self.train == "new_rows" and NOISE_SCALE_ALL in self.observers():
+            raise UserError(f"observe={self.observe}: {NOISE_SCALE_ALL} measures whole matrices, not train=new_rows")
         layers = model_config(self.model, self.model.get("vocab_size") or 1).n_layers
         if not 0 <= self.new_blocks <= layers:
             raise UserError(f"new_blocks={self.new_blocks} must be at least 0 and at most {layers}, the model's blocks")

@@ -13,6 +13,7 @@ from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.models.config import ROPE_SCALINGS
+from sparsetrain.runs.layout import TOKENIZER
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.quantized import is_quantized, load_quantized
 from sparsetrain.runs.recorded import read_recorded
@@ -77,8 +78,11 @@ class GenerateConfig:
 def run_config(directory: Path) -> RunConfig:
     """Return the settings of a run that runs of all kinds have in common."""
     common = RunConfig.__dataclass_fields__
-    saved = read_recorded(directory, RunConfig).values
-    return build(RunConfig, {key: value for key, value in saved.items() if key in common})
+    recorded = read_recorded(directory, RunConfig)
+    config = build(RunConfig, {key: value for key, value in recorded.values.items() if key in common})
+    if recorded.kind == "adapt":  # its settings say how its tokenizer was made, and its directory has it
+        config.data = replace(config.data, tokenizer_path=str(directory / TOKENIZER))
+    return config
 
 
 def adjusted(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

@@ -56,6 +56,7 @@ SMALL = {
     "evaluate": ["n_probes=3", "blocks=3"],
 }
 SMALL["prompt"] = SMALL["finetune"]
+SMALL["adapt"] = ["budget.steps=2", "budget.batch_size=2", "data.context=64"]
 SMALL["pipeline"] = [
     *(*SMALL["pretrain"], "task.n_train=20", "task.n_validation=10", "task.n_test=10"),
     *(f"pipeline.stages.{stage}.budget.steps=3" for stage in ("finetune", "prompt", "scratch")),

@@ -88,7 +88,7 @@ def pursuit(target: Array, atoms: Array, k: int) -> Array:
 def test_omp_is_the_plain_algorithm(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [pursuit(target, DONOR.shared.numpy(), k) @ OLD[IDS].numpy() for target in DONOR.new.numpy()]
     np.testing.assert_allclose(new_rows.omp_rows(OLD, DONOR, k), expected, atol=1e-9)
-    monkeypatch.setattr(new_rows, "_CHUNK", 100)  # a few rows at a time
+    monkeypatch.setattr(new_rows, "_IN_CACHE", 100)  # a few rows at a time
     np.testing.assert_allclose(new_rows.omp_rows(OLD, DONOR, k), expected, atol=1e-9)
 
 

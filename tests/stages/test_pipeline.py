@@ -206,13 +206,11 @@ def test_an_arm_or_a_stage_of_another_rule_has_the_settings_of_that_rule() -> No
         ({"pipeline.stages": ["pretrain"]}, r"pipeline.stages\[0\]=pretrain must be a stage with a name"),
         ({"pipeline.stages": [{"name": "a/b", "run": "pretrain"}]}, "cannot be a directory name"),
         ({"pipeline.stages": [{"name": "pretrain"}] * 2}, r"\[1\].name='pretrain' is the name of an earlier stage"),
-        (
-            {"pipeline.stages": [{"name": "pretrian"}]},
-            r"\[0\].run='pretrian' is not one of pretrain, adapt, finetune, prompt, evaluate",
-        ),
+        ({"pipeline.stages": [{"name": "pretrian"}]}, r"\[0\].run='pretrian' is not one of pretrain, adapt, finetune"),
         ({"pipeline.stages": [{"name": "pretrain", "lr": 1}]}, r"\[0\].lr is not a setting of pretrain"),
         ({"pipeline.stages": [{"name": "pretrain", "device": "cpu"}]}, "device is not a setting of pretrain"),
         ({"pipeline.stages": [{"name": "prompt"}]}, "a soft prompt needs a trained model; add from"),
+        ({"pipeline.stages": [{"name": "adapt"}]}, "an adaptation needs a trained model; add from"),
         (
             {"pipeline.stages.prompt.from": "pretrian"},
             r"pipeline.stages\[2\].from=pretrian names no stage .*did you mean 'pretrain'",

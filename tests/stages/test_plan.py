@@ -261,7 +261,7 @@ def test_input_that_a_run_refuses_is_refused_in_the_same_line(shell: Any, words:
 
 def test_what_cannot_be_planned_is_one_line(shell: Any) -> None:
     assert "the following arguments are required: VERB" in shell.refused("plan")
-    assert "plan cannot plan 'sweep'; give one of pretrain, finetune, prompt, pipeline" in shell.refused(
+    assert "plan cannot plan 'sweep'; give one of pretrain, adapt, finetune, prompt, pipeline" in shell.refused(
         "plan", "sweep"
     )
     assert "did you mean 'pretrain'?" in shell.refused("plan", "pretrian")
