@@ -72,7 +72,7 @@ TINY: dict[str, list[str]] = {
 }
 SWEEPS = sorted(TINY)
 # Pipelines of text stages: their results.csv, with positions.csv and probes.csv where they evaluate.
-TEXT = ["crystal_two_phase"]
+TEXT = ["crystal_two_phase", "btlm_ladder", "arabic_adaptation"]
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks", *TEXT})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,39 +33,93 @@ def mark(axes: Axes, place: float, values: Sequence[float], colour: str, narrow:
         axes.plot([place] * len(values), values, "o", ms=point, color=colour, alpha=0.6)
 
 
+@dataclass(frozen=True)
+class _Panel:
+    """A panel: what it shows at each place, as arms with their stages.
+
+    Args:
+        title: the stage, the corpus, or both.
+        key: the column.
+        places: a name for each place, with the (arm, stage) pairs that stand there side by side.
+    """
+
+    title: str
+    key: str
+    places: dict[str, list[tuple[str, str]]]
+
+
 def text_figure(rows: Sequence[Row]) -> Figure:
-    """Return the figure of text stages: a line of panels for each stage, with one for each corpus that it scored."""
-    names = scored_corpora(rows)
-    panels: dict[str, list[tuple[str, str]]] = {}
-    for stage in text_stages(rows):
-        own = [(name, f"{BITS}_{name}") for name in names if select(rows, f"{BITS}_{name}", stage=stage, task=None)]
-        panels[stage] = own or [("", BITS)]
-    arms = {stage: arm_names([row for row in rows if row["stage"] == stage and not row["task"]]) for stage in panels}
-    labels = [shorten(arm, 32) for arm in arm_names(rows)]
-    most = max(map(len, arms.values()))
-    level, longest = max(len(label) for label in labels) * _LETTER, max(len(of) for of in panels.values())
+    """Return the figure of text stages.
+
+    It has a line of panels for each stage, a panel for each corpus that the stage scored, and a place for each arm. If
+    there are more stages than arms, it has a panel for each corpus, and a place for each stage with all arms; stages of
+    a single corpus are left out beside stages of several.
+    """
+    arms, stages = arm_names([row for row in rows if not row["task"]]), text_stages(rows)
+    by_stage = len(stages) > len(arms)
+    lines = [_by_corpus(rows, stages)] if by_stage else [_of_stage(rows, stage) for stage in stages]
+    panels = [panel for line in lines for panel in line]
+    most = max(len(panel.places) for panel in panels)
+    level = max(len(name) for panel in panels for name in panel.places) * _LETTER
     tilted = most * level > 6.0
     width = max(2.8, most * (0.45 if tilted else max(level, 0.6))) + 0.8
-    height = 2.6 + (0.7 * level if tilted else 0.3)
-    figure = Figure(figsize=(width * longest, height * len(panels) + 0.3), layout="constrained")
-    grid = figure.subplots(len(panels), longest, squeeze=False)
+    height = 2.6 + (0.7 * level if tilted else 0.3) + (0.6 if by_stage else 0.0)
+    across = max(map(len, lines))
+    figure = Figure(figsize=(width * across, height * len(lines) + 0.3), layout="constrained")
+    grid = figure.subplots(len(lines), across, squeeze=False)
     colours = _colours(rows)
-    for line, (stage, own) in zip(grid, panels.items(), strict=True):
-        for axes, (name, key) in zip(line, own, strict=False):
-            for place, arm in enumerate(arms[stage]):
-                values = list(select(rows, key, arm=arm, stage=stage, task=None).values())
-                mark(axes, place, values, colours[arm], narrow=most > 3)
-            shown = [shorten(arm, 32) for arm in arms[stage]]
-            tilt = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if tilted else {}
-            axes.set_xticks(range(len(shown)), shown, **tilt)
-            axes.set_xlim(-0.6, len(shown) - 0.4)
-            axes.set_title(", ".join(filter(None, (stage, name))))
+    for line, own in zip(grid, lines, strict=True):
+        for axes, panel in zip(line, own, strict=False):
+            _draw(axes, panel, rows, colours, narrow=most > 3, tilted=tilted)
         line[0].set_ylabel("bits per byte, validation text")
         for axes in line[len(own) :]:
             axes.set_visible(False)
+    if by_stage and len(arms) > 1:
+        for arm in arms:
+            grid[0][0].plot([], [], "o", ms=4, color=colours[arm], label=shorten(arm, 32))
+        grid[0][0].legend(fontsize=8)
     seeds = len({row["seed"] for row in rows})
     figure.suptitle(f"{seeds} seed{'s' * (seeds > 1)}; points: seeds, bars: mean and 95 % interval", fontsize=9)
     return figure
+
+
+def _keys(rows: Sequence[Row], stage: str) -> dict[str, str]:
+    """Return the columns of bits per byte that a stage has, by corpus; that of a single corpus has no name."""
+    named = {name: f"{BITS}_{name}" for name in scored_corpora(rows)}
+    return {name: key for name, key in named.items() if select(rows, key, stage=stage, task=None)} or {"": BITS}
+
+
+def _of_stage(rows: Sequence[Row], stage: str) -> list[_Panel]:
+    arms = arm_names([row for row in rows if row["stage"] == stage and not row["task"]])
+    places = {shorten(arm, 32): [(arm, stage)] for arm in arms}
+    return [_Panel(", ".join(filter(None, (stage, name))), key, places) for name, key in _keys(rows, stage).items()]
+
+
+def _by_corpus(rows: Sequence[Row], stages: Sequence[str]) -> list[_Panel]:
+    found: dict[str, _Panel] = {}
+    for stage in stages:
+        arms = arm_names([row for row in rows if row["stage"] == stage and not row["task"]])
+        for name, key in _keys(rows, stage).items():
+            panel = found.setdefault(name, _Panel(name, key, {}))
+            panel.places[shorten(stage, 32)] = [(arm, stage) for arm in arms]
+    named = [panel for panel in found.values() if panel.title]
+    return named or list(found.values())
+
+
+def _draw(
+    axes: Axes, panel: _Panel, rows: Sequence[Row], colours: Mapping[str, str], narrow: bool, tilted: bool
+) -> None:
+    for place, pairs in enumerate(panel.places.values()):
+        for index, (arm, stage) in enumerate(pairs):
+            beside = place + (index - (len(pairs) - 1) / 2) * 0.8 / len(pairs)
+            values = list(select(rows, panel.key, arm=arm, stage=stage, task=None).values())
+            mark(axes, beside, values, colours[arm], narrow=narrow)
+    axes.set_xticks(range(len(panel.places)), list(panel.places))
+    if tilted:
+        for label in axes.get_xticklabels():
+            label.set(rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.6, len(panel.places) - 0.4)
+    axes.set_title(panel.title)
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:

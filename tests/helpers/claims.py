@@ -296,7 +296,8 @@ def text_claims(rows: Path) -> list[Claim]:
     """Return the claims of a table of text stages: means, paired differences in nats or bits, and in percent.
 
     They are of losses and bits per byte, overall and of each corpus. Arms of one stage are compared that have either
-    the same sparsity or the same choice, and the scores of an adaptation with those before it and at its first values.
+    the same sparsity or the same choice. Stages of one arm are compared by the same score, and by that of one with that
+    of another before its adaptation or at its first values.
     """
     by_arm: dict[tuple[str, str, str], dict[int, float]] = {}
     own: dict[str, float] = {}
@@ -309,8 +310,9 @@ def text_claims(rows: Path) -> list[Claim]:
     for (one, other), (of, than) in _pairs_of(by_arm):
         sparsities, choices = zip(*(_parts(key[0], own) for key in (one, other)), strict=True)
         alike = one[1:] == other[1:] and (sparsities[0] == sparsities[1]) != (choices[0] == choices[1])
-        stages_alike = one[:2] == other[:2] and other[2] in (
-            one[2].replace("bits_per_byte", f"bits_per_byte_{moment}") for moment in ("before", "initialised")
+        moments = ("", "_before", "_initialised")
+        stages_alike = one[0] == other[0] and other[2] in (
+            one[2].replace("bits_per_byte", f"bits_per_byte{moment}", 1) for moment in moments
         )
         if alike or stages_alike:
             claims += _difference(of, than, in_percent=one[2] != "forgetting")

@@ -188,3 +188,12 @@ def test_labels_of_a_figure_do_not_overlap(count: int) -> None:
             assert (right - left) * math.sin(angle) > max(size.height for size in sizes)
         else:
             assert max(size.width for size in sizes) < right - left
+
+
+def test_a_figure_of_more_stages_than_arms_has_a_place_for_each_stage() -> None:
+    arm = next(iter(ARMS))
+    few = [row for row in text_rows() if row["arm"] == arm and row["stage"] == "pretrain"]
+    figure = text_figure([{**row, "stage": name} for name in ("first", "second", "third") for row in few])
+    assert [axes.get_title() for axes in figure.axes] == ["prose", "code"]
+    for axes in figure.axes:
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "second", "third"]
