@@ -72,7 +72,9 @@ TINY: dict[str, list[str]] = {
 }
 SWEEPS = sorted(TINY)
 # Pipelines of text stages: their results.csv, with positions.csv and probes.csv where they evaluate.
-TEXT = ["crystal_two_phase", "btlm_ladder", "arabic_adaptation"]
+TEXT = ["crystal_two_phase", "btlm_ladder", "arabic_adaptation", "context_curriculum"]
+# Of those with losses by length, the ranges of lengths whose means are compared.
+RANGES = {"context_curriculum": [(96, 256)], "alibi_interpolation": [(192, 256)]}
 FOLDERS = sorted({*SWEEPS, "supar_coordinates", "demo", "dynamic_masks", *TEXT})
 CURVES = [name for name in SWEEPS if name != "base_tuning"]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -107,7 +109,7 @@ def claims(name: str) -> list[Claim]:
         gaps = gap_claims(folder / "results.csv", *PAIRED[name]) if name in GAPS else []
         return gaps + sweep_claims(folder / "results.csv", swept(name)) + exponents + noise + arms
     if name in TEXT:
-        return claims_of_text(folder)
+        return claims_of_text(folder, RANGES.get(name, []))
     found = arm_claims(folder / "results.csv", *ARMS[name]) if name in ARMS else []
     tables = {"demo": "results.csv", "mediswift_pipeline": "bag_of_words.csv"}
     return found + (item_claims(folder / tables[name]) if name in tables else [])

@@ -319,12 +319,13 @@ def text_claims(rows: Path) -> list[Claim]:
     return claims
 
 
-def position_claims(rows: Path) -> list[Claim]:
+def position_claims(rows: Path, ranges: Sequence[tuple[int, int]] = ()) -> list[Claim]:
     """Return the claims of a ``positions.csv``: mean losses, and paired differences in nats and in percent.
 
-    The two of a pair differ in one of arm, stage, corpus, scale and length.
+    The two of a pair differ in one of arm, stage, corpus, scale and length. ``ranges`` are lengths, from one to
+    another, whose mean counts as one more length.
     """
-    return _measured_claims(rows, ("arm", "stage", "corpus", "scale", "length"), "loss", 1.0)
+    return _measured_claims(rows, ("arm", "stage", "corpus", "scale", "length"), "loss", 1.0, ranges)
 
 
 def probe_claims(rows: Path) -> list[Claim]:
@@ -335,22 +336,36 @@ def probe_claims(rows: Path) -> list[Claim]:
     return _measured_claims(rows, ("arm", "stage", "kind", "size", "scale"), "accuracy", 100.0)
 
 
-FURTHER = {"positions.csv": position_claims, "probes.csv": probe_claims}
+FURTHER = ("positions.csv", "probes.csv")
 """The tables of evaluations beside a table of text stages."""
 
 
-def claims_of_text(folder: Path) -> list[Claim]:
-    """Return the claims of the tables of text stages in the folder of an experiment."""
-    further = [claim for file, of in FURTHER.items() if (folder / file).exists() for claim in of(folder / file)]
-    return text_claims(folder / "results.csv") + further
+def claims_of_text(folder: Path, ranges: Sequence[tuple[int, int]] = ()) -> list[Claim]:
+    """Return the claims of the tables in the folder of an experiment; `position_claims` explains ``ranges``."""
+    positions, probes = (folder / name for name in FURTHER)
+    found = text_claims(folder / "results.csv")
+    found += position_claims(positions, ranges) if positions.exists() else []
+    return found + (probe_claims(probes) if probes.exists() else [])
 
 
-def _measured_claims(rows: Path, names: Sequence[str], key: str, factor: float) -> list[Claim]:
+def _measured_claims(
+    rows: Path, names: Sequence[str], key: str, factor: float, ranges: Sequence[tuple[int, int]] = ()
+) -> list[Claim]:
     found: dict[tuple[str, ...], dict[int, float]] = {}
     for row in _rows_of(rows):
         if row[key]:
             of = found.setdefault(tuple(row.get(name, "") for name in names), {})
             of[int(row["seed"])] = factor * float(row[key])
+    for low, high in ranges:
+        within: dict[tuple[str, ...], list[dict[int, float]]] = {}
+        for place, seeds in found.items():
+            if low <= int(place[-1]) <= high:
+                within.setdefault((*place[:-1], f"{low}-{high}"), []).append(seeds)
+        means = {
+            place: {seed: float(np.mean([of[seed] for of in each])) for seed in set.intersection(*map(set, each))}
+            for place, each in within.items()
+        }
+        found |= means
     claims = [claim for of in found.values() for claim in _claim(of.values())]
     for (one, other), (of, than) in _pairs_of(found):
         if sum(a != b for a, b in zip(one, other, strict=True)) == 1:
