@@ -16,6 +16,7 @@ from sparsetrain.data import Corpora, Tokenizer, prepare_corpora
 from sparsetrain.data.extended_tokenizer import extended, place_of_extension
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
+from sparsetrain.models.config import ADJUSTABLE
 from sparsetrain.models.frozen_rows import train_rows
 from sparsetrain.models.new_blocks import added, sources, with_identities
 from sparsetrain.models.resize import vocabulary_matrices
@@ -28,6 +29,7 @@ from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
 from sparsetrain.sparsity import MaskManager, Static, sparse_layers
 from sparsetrain.stages.config import AdaptConfig, model_config
+from sparsetrain.stages.generate import run_config
 from sparsetrain.stages.held_out import HeldOut, held_out
 from sparsetrain.stages.masks import mask_manager, seeded
 from sparsetrain.stages.pretrain import FINAL_EVALUATION, Pretraining
@@ -193,10 +195,16 @@ class Adaptation(Pretraining):
         self.first_norms = self._norms()
 
     def _start_model(self, training: Training) -> Transformer:
-        """Return the model of the start, with the backends of the training, so that it rounds as the training does."""
-        layers = self.given.model["n_layers"]
+        """Return the model of the start as its own run has it, whatever this run changes of its multipliers.
+
+        It has the backends of the training, so that it rounds as the training does.
+        """
+        layers, own = self.given.model["n_layers"], run_config(self.start)
         model = self._restored(layers, 0, training.device)
-        model.parameterize(self.given.parameterization, reinitialise=False)
+        model.parameterize(own.parameterization, reinitialise=False)
+        start = model_config(own.model, model.config.vocab_size)
+        for name in ADJUSTABLE:
+            setattr(model.config, name, getattr(start, name))
         originals = [old for old, is_copy in sources(layers, self.given.new_blocks) if not is_copy]
         places = [place for place, (_, copy) in enumerate(sources(layers, self.given.new_blocks)) if not copy]
         chosen = {name: layer.backend for name, layer in sparse_layers(training.network)}

@@ -299,9 +299,11 @@ class Evaluation:
                 done: dict[float, ProbeRow] = {}  # dynamic positions are those of a factor of 1 within the length
                 for scale in scales:
                     model.config.positions_scale = scale
-                    factor = model.config.positions_factor(each.tokens) if inside else math.nan
-                    row = done.get(factor) or self._probe_row(model, each, why)
-                    row = done[factor] = {**row, "scale": scale_name(scale)}
+                    factor = model.config.positions_factor(each.tokens) if inside else None
+                    row = (done.get(factor) if factor is not None else None) or self._probe_row(model, each, why)
+                    row = {**row, "scale": scale_name(scale)}
+                    if factor is not None:
+                        done[factor] = row
                     rows.append(row)
                     if inside and row["accuracy"] is not None:
                         best = max(best or 0.0, row["accuracy"])

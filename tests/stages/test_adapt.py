@@ -7,6 +7,7 @@ import io
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,17 @@ def test_what_is_measured_is_the_loss_over_the_bytes_of_the_text(
     assert found["forgetting"] == english["after"] - english["before"]
     # The text of the first language is split as before, also the document with letters of the other.
     assert all(new.encode(text) == old.encode(text) for text in ENGLISH)
+
+
+def test_before_is_the_model_as_its_own_run_had_it(make: Make, bases: dict[bool, Path], home: Path) -> None:
+    config = make(AdaptConfig, False, init_from=bases[False], run_dir=home / "rescaled", vocabulary={"n_tokens": 30})
+    config.parameterization = replace(config.parameterization, alpha_out=4.0)  # another function at the start
+    found = adapt(config, Console(file=io.StringIO()))["adaptation"]
+    bits = found["corpora"]["english"]["bits_per_byte"]
+    text = validation(home / "rescaled", "english", home)
+    assert bits["before"] == pytest.approx(by_hand(bases[False], text), rel=1e-5)
+    assert bits["initialised"] != pytest.approx(bits["before"], rel=1e-3)
+    assert found["forgetting"] == bits["after"] - bits["before"]
 
 
 def test_the_resulting_model_is_recorded_and_only_embeddings_were_trained(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from rich.console import Console
 from sparsetrain.cli.resolve import load
 from sparsetrain.data import prepare_corpora
 from sparsetrain.errors import UserError
+from sparsetrain.models import Transformer
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.show import show_run
 from sparsetrain.runs.origin import run_tokenizer
@@ -26,7 +28,7 @@ from sparsetrain.stages.evaluate_config import check_evaluation, last_context, t
 from sparsetrain.stages.generate import load_run, run_config
 from sparsetrain.stages.plan import plan_of
 from sparsetrain.training.position_losses import position_losses
-from sparsetrain.training.probes import probe_accuracy, probes
+from sparsetrain.training.probes import ProbeScore, probe_accuracy, probes
 
 Configure = Callable[..., Any]
 LENGTHS, SCALES = [32, 64, 128], [1, "dynamic", 2]
@@ -226,3 +228,22 @@ def test_titles_are_those_of_held_out_abstracts(
     assert (row["n"], row["accuracy"]) == (5, None)
     assert row["why"] == "longer than the trained 32 tokens, and no size lies within"
     assert result["positions"][0]["standard_error"] is None  # of a single block
+
+
+def test_every_scale_is_measured_beyond_the_trained_length(
+    sparse: RunResult, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    accuracies = {1: 0.9, "dynamic": 0.6, 4: 0.7}
+    module = sys.modules["sparsetrain.stages.evaluate"]
+
+    def score(model: Transformer, *_: object, per_byte: bool = False) -> ProbeScore:
+        return ProbeScore(10, accuracies[model.config.positions_scale], (0.0, 1.0), 0.25)  # type: ignore[index]
+
+    monkeypatch.setattr(module, "probe_accuracy", score)
+    config = EvaluateConfig(
+        init_from=str(sparse.directory), scales=[1, "dynamic", 4], lengths=[32], width=16, blocks=1,
+        probes=["needle"], sizes=[64, 96], n_probes=4, run_dir=str(tmp_path / "scales"),
+    )  # fmt: skip
+    found = {(row["size"], row["scale"]): row["accuracy"] for row in evaluate(config, screen)["probes"]}
+    assert [found[96, scale] for scale in ("1", "dynamic", "4")] == [0.9, 0.6, 0.7]
+    assert [found[64, scale] for scale in ("1", "dynamic", "4")] == [0.9, 0.9, 0.7]  # dynamic is 1 within the length
