@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, plain
@@ -38,8 +38,6 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
 def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     """Return the dataclass of ``verb`` from a composed tree, with the sections inherited from ``init_from``."""
     row = find(verb)
-    if row.inherits:
-        _use_model_of_start(tree, keys_of(overrides := list(overrides)))
     values = plain(tree, resolve=True)
     check_entries(values)
     use_paths(values)
@@ -50,20 +48,6 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     if row.inherits and values.get("init_from"):
         inherit(values, row.inherits, keys)
     return build(row.kind(), values)
-
-
-def _use_model_of_start(tree: DictConfig, overridden: Collection[str]) -> None:
-    """Give a composed tree the model of ``init_from``, from which its interpolations such as a base width follow.
-
-    Nothing happens if there is no such run, which `inherit` reports.
-    """
-    start = OmegaConf.select(tree, "init_from")
-    if not isinstance(start, str) or "model" not in tree or not (Path(start) / CONFIG).is_file():
-        return
-    saved = read_recorded(Path(start), RunConfig).values.get("model")
-    own = {key: value for key, value in saved.items() if f"model.{key}" not in overridden} if saved else {}
-    with open_dict(tree.model):
-        tree.model = {**tree.model, **own}
 
 
 def prefer_typed_length(values: dict[str, Any], overridden: Iterable[str]) -> None:

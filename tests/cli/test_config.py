@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from sparsetrain.cli.checks import check
 from sparsetrain.cli.compose import compose, config_directory, defaults, groups
 from sparsetrain.cli.help import describe
+from sparsetrain.cli.overrides import is_open
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.schema import schema_of
 from sparsetrain.cli.verbs import VERBS, with_settings
@@ -87,7 +88,7 @@ def test_every_file_composes_and_builds_its_dataclass(
 NAMESAKES = {
     *("check/sparsity: axis", "data/medline: name", "optimizer/adamw: name", "optimizer/adamw_finetune: name"),
     *("parameterization/sp: scheme", "preset/full: what", "sparsity/dense: sparsity", "sparsity/static: pattern"),
-    "task/section_roles: name",
+    *("task/section_roles: name", "recipe/btlm: model.positions"),
 }
 
 
@@ -114,6 +115,7 @@ def repeated(path: Path) -> set[str]:
     group = path.parent.name
     everywhere = "# @package _global_" in (CONF / path).read_text()
     own = leaves(content) if everywhere else leaves(content, f"{group}.")
+    own = {name: value for name, value in own.items() if not is_open(name)}  # names of the user's have no default
     verbs = [command_of(CONF / path)[0]] if group == "experiment" else [v for v in ROOTS if group in groups(v)]
     # A section may be null in one verb until it is chosen, and have defaults in another.
     verb, plain = next(found for found in ((v, defaults_of(v)) for v in verbs) if own.keys() <= found[1].keys())
