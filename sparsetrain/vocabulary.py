@@ -101,7 +101,9 @@ def extend_embeddings(
     for name, value in (("multiple_of", multiple_of), ("k", 1 if k is None else k)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UserError(f"{name}={value!r} is not a positive integer")
-    before, after = _tokenizer(old), _tokenizer(new)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise UserError(f"seed={seed!r} is not an integer")
+    before, after = _tokenizer(old, "old"), _tokenizer(new, "new")
     if before.vocab_size > model.config.vocab_size:
         raise UserError(
             f"old has {before.vocab_size} tokens, more than the {model.config.vocab_size} rows of the model"
@@ -245,10 +247,13 @@ def shared_tokens(old: Tokenizer, donor: Tokenizer) -> list[tuple[int, int]]:
 def _lender(donor: Donor) -> _Lender:
     if isinstance(donor, str | Path):
         directory = Path(donor)
-        tensors = read_weights(directory).model
+        try:
+            tensors = read_weights(directory).model
+        except UserError as error:
+            raise UserError(f"donor: {str(error).removeprefix('init_from=')}") from None
         tokenizer, values = Tokenizer.load(directory / TOKENIZER), [tensors.get(_EMBED), tensors.get(_HEAD)]
     elif isinstance(donor, tuple) and len(donor) == 2:
-        tokenizer, given = _tokenizer(donor[0]), donor[1]
+        tokenizer, given = _tokenizer(donor[0], "donor"), donor[1]
         if isinstance(given, Transformer):
             own = vocabulary_matrices(given)
             values = [own[_EMBED], own.get(_HEAD)]
@@ -267,6 +272,8 @@ def _matrix(value: Any, tokenizer: Tokenizer) -> Tensor:
         matrix = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise UserError(f"donor: its matrix is a {type(value).__name__}, not numbers [tokens, width]") from None
+    if matrix.is_complex():
+        raise UserError("donor: its matrix is complex; real numbers [tokens, width] are needed")
     if matrix.ndim != 2 or len(matrix) < tokenizer.vocab_size or matrix.shape[1] == 0:
         raise UserError(
             f"donor: its matrix has shape {list(matrix.shape)}, but [tokens, width] with at least the "
@@ -285,5 +292,9 @@ def _finite(matrix: Tensor, what: str) -> Tensor:
     return found
 
 
-def _tokenizer(given: TokenizerLike) -> Tokenizer:
-    return given if isinstance(given, Tokenizer) else Tokenizer.load(given)
+def _tokenizer(given: TokenizerLike, name: str) -> Tokenizer:
+    if isinstance(given, str | Path):
+        return Tokenizer.load(given)
+    if not isinstance(given, Tokenizer):
+        raise UserError(f"{name}: a {type(given).__name__} is neither a tokenizer nor the path of one")
+    return given

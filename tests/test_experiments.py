@@ -17,10 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from matplotlib.image import imread
 from runs import on_loss, send
 from tests.helpers.claims import (
-    FURTHER,
     Claim,
     arm_claims,
-    claims_of_text,
     exponent_claims,
     gap_claims,
     item_claims,
@@ -29,6 +27,7 @@ from tests.helpers.claims import (
     sweep_claims,
     unsupported,
 )
+from tests.helpers.text_claims import FURTHER, claims_of_text
 
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check

@@ -18,6 +18,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.models.new_rows import DONOR_METHODS, METHODS
 from sparsetrain.parameterization import Parameterization, param_groups
+from sparsetrain.quantization.quantize import quantize
 from sparsetrain.runs.checkpoint import OptimizerTensors, save_checkpoint
 from sparsetrain.runs.layout import CHECKPOINTS, TOKENIZER
 from sparsetrain.vocabulary import extend_embeddings
@@ -210,9 +211,12 @@ GOOD = torch.ones(DONOR.vocab_size, 4)
         ({"method": "omp", "donor": (DONOR, GOOD / 0)}, "the donor's matrix has values that are not finite"),
         ({"method": "omp", "donor": (DONOR, "rows")}, "its matrix is a str, not numbers"),
         ({"method": "omp", "donor": 3}, "donor is neither"),
-        ({"method": "omp", "donor": "none"}, "none: no such run directory"),
+        ({"method": "omp", "donor": "none"}, "^donor: none: no such run directory"),
         ({"method": "omp", "donor": (Tokenizer.bytes(), torch.ones(257, 4))}, "shares no token of two or more bytes"),
         ({"method": "omp", "donor": (DONOR, GOOD), "k": 0}, "k=0 is not a positive integer"),
+        ({"method": "omp", "donor": (DONOR, GOOD * 1j)}, "donor: its matrix is complex"),
+        ({"old": None}, "old: a NoneType is neither a tokenizer nor the path of one"),
+        ({"seed": "a"}, "seed='a' is not an integer"),
         ({"multiple_of": 1.5}, "multiple_of=1.5 is not a positive integer"),
         ({"new": "none.json"}, "none.json: no such file"),
         ({"old": DONOR}, f"old has {DONOR.vocab_size} tokens, more than the {V} rows of the model"),
@@ -235,6 +239,8 @@ def test_bad_models_are_refused() -> None:
     with pytest.raises(UserError, match=r"the model's head\.weight has values that are not finite"):
         extend_embeddings(broken, OLD, NEW)
     assert len(broken.embed.weight) == V
+    with pytest.raises(UserError, match="no embedding or head of parameters; a quantized model"):
+        extend_embeddings(quantize(build()), OLD, NEW)
     with torch.device("meta"):
         empty = build()
     with pytest.raises(UserError, match=r"the model's embed\.weight has no values"):

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import compose, plain
@@ -37,17 +37,37 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
 
 def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     """Return the dataclass of ``verb`` from a composed tree, with the sections inherited from ``init_from``."""
-    row = find(verb)
+    row, given = find(verb), list(overrides)
+    keys = keys_of(given)
+    if row.inherits:
+        _use_model_of_start(tree, keys)
     values = plain(tree, resolve=True)
     check_entries(values)
     use_paths(values)
-    given = list(overrides)
-    keys = keys_of(given)
     prefer_typed_length(values, keys)
     prefer_typed_arms(values, given)
     if row.inherits and values.get("init_from"):
         inherit(values, row.inherits, keys)
     return build(row.kind(), values)
+
+
+def _use_model_of_start(tree: DictConfig, overridden: Collection[str]) -> None:
+    """Give a composed tree the model of ``init_from``, from which interpolations such as that of a base width follow.
+
+    Nothing happens if there is no such run, which `inherit` reports.
+    """
+    start = OmegaConf.select(tree, "init_from")
+    if (
+        not isinstance(start, str)
+        or "model" not in tree
+        or "model" in overridden
+        or not (Path(start) / CONFIG).is_file()
+    ):
+        return
+    saved = read_recorded(Path(start), RunConfig).values.get("model")
+    for name, value in (saved if isinstance(saved, dict) else {}).items():
+        if name in tree.model and f"model.{name}" not in overridden:
+            OmegaConf.update(tree, f"model.{name}", value)
 
 
 def prefer_typed_length(values: dict[str, Any], overridden: Iterable[str]) -> None:

@@ -81,7 +81,8 @@ class Mixture:
         window: samples in a window.
 
     Raises:
-        UserError: a weight is negative or unknown, the weights have no positive sum, or ``changes`` are out of order.
+        UserError: ``samples`` is no mapping from names to samples, a weight is negative or unknown, the weights have no
+            positive sum, or ``changes`` are out of order.
     """
 
     def __init__(
@@ -93,8 +94,11 @@ class Mixture:
         changes: Sequence[tuple[int, Weights]] = (),
         window: int = WINDOW,
     ) -> None:
-        if not samples:
-            raise UserError("samples={}: a mixture has at least one corpus")
+        if not isinstance(samples, Mapping) or not samples:
+            raise UserError(f"samples={samples!r:.60}: a mixture is of at least one corpus, each by its name")
+        for name, each in samples.items():
+            if not hasattr(each, "batch"):
+                raise UserError(f"samples: {name} is a {type(each).__name__} without a method batch")
         if window < 1:
             raise UserError(f"window={window} must be at least 1")
         self._samples = dict(samples)

@@ -15,12 +15,16 @@ from sparsetrain.sparsity.evolution.optimizers import holder
 
 
 def vocabulary_matrices(model: Transformer) -> dict[str, nn.Parameter]:
-    """Return the matrices with a row per token, by name: the embedding and, unless it is tied, the head."""
-    embedding, head = model.embed.weight, model.head.weight
-    assert isinstance(embedding, nn.Parameter)
+    """Return the matrices with a row per token, by name: the embedding and, unless it is tied, the head.
+
+    Raises:
+        UserError: they are no parameters, as in a quantized model.
+    """
+    embedding, head = (getattr(layer, "weight", None) for layer in (model.embed, model.head))
+    if not isinstance(embedding, nn.Parameter) or not isinstance(head, nn.Parameter):
+        raise UserError("the model has no embedding or head of parameters; a quantized model cannot get other tokens")
     matrices: dict[str, nn.Parameter] = {"embed.weight": embedding}
     if head is not embedding:
-        assert isinstance(head, nn.Parameter)
         matrices["head.weight"] = head
     return matrices
 

@@ -53,10 +53,12 @@ def quantize(model: Model, bits: int = 4, group: int = 64) -> Model:
         group: the number of weights that share a scale, at least 2; the last group of a row may be short.
 
     Raises:
-        UserError: ``bits`` or ``group`` is refused; a weight is not finite; the model has no layer to quantize, is one,
-            or is inside DDP, FSDP or a compiled module. The model is then unchanged.
+        UserError: ``model`` is no module; ``bits`` or ``group`` is refused; a weight is not finite; the model has no
+            layer to quantize, is one, or is inside DDP, FSDP or a compiled module. The model is then unchanged.
     """
-    if isinstance(bits, bool) or bits not in BITS:
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model is a {type(model).__name__}, not a torch.nn.Module")
+    if isinstance(bits, bool) or not isinstance(bits, int) or bits not in BITS:
         raise UserError(f"bits={bits!r} is not one of {', '.join(map(str, BITS))}")
     if isinstance(group, bool) or not isinstance(group, int) or not 2 <= group < 2**31:
         raise UserError(f"group={group!r} is not an integer of at least 2")

@@ -98,14 +98,16 @@ class Adaptation(Pretraining):
         Raises:
             UserError: there are no new tokens to train alone, or the donor knows none of the old ones.
         """
-        given, new = self.given, self.corpora.tokenizer
+        given = self.given
+        if given.vocabulary.donor is not None:
+            source_key_of_donor(given)  # raises if there is no such run, before any text is read
+        new = self.corpora.tokenizer
         rows = model_config(given.model, self.old.vocab_size).vocab_size
         change = row_change(self.old, new, rows, given.vocabulary.multiple_of)
         if given.train == "new_rows" and not change.fresh:
             place = given.data.tokenizer_path
             raise UserError(f"train=new_rows needs new tokens: data.tokenizer_path={place} adds none")
         if given.vocabulary.donor is not None:
-            source_key_of_donor(given)
             try:
                 shared_tokens(self.old, run_tokenizer(Path(given.vocabulary.donor)))
             except UserError as error:

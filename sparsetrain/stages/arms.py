@@ -38,8 +38,10 @@ from sparsetrain.stages.pipeline_config import PipelineConfig
 _DEPTH = 3  # a stage of a pipeline lies three levels below: pipeline, arm, stage
 
 
-def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
-    """Return the table of all finished runs in ``places``, and the directories of the unfinished ones.
+def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path], list[Path]]:
+    """Return the table of all finished runs in ``places``, the unfinished ones, and those that it does not compare.
+
+    The last are finished runs outside of a pipeline that are no pre-trainings.
 
     A place is a run directory, a pipeline, a directory of runs or pipelines, or a ``results.csv`` written earlier. The
     rows of a ``results.csv`` also count when their run directories are gone. A stage of a pipeline lies in
@@ -53,6 +55,7 @@ def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
     stages: list[Arms] = []
     runs: list[Arms] = []
     unfinished: list[Path] = []
+    left_out: list[Path] = []
     for directory in dict.fromkeys(found for place in places if place.suffix != ".csv" for found in _runs(place)):
         if not (directory / RESULT).exists():
             unfinished.append(directory)
@@ -66,8 +69,11 @@ def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
             stages.append(stage_table(directory, result))
         elif kind == PRETRAIN:
             runs.append(mask_table(directory, result))
+        else:
+            left_out.append(directory)
     if not stages and not runs and not earlier:
-        raise UserError(f"{', '.join(map(str, places))}: no finished run ({len(unfinished)} unfinished)")
+        other = f" besides {_said(left_out)}" if left_out else ""
+        raise UserError(f"{', '.join(map(str, places))}: no finished run{other} ({len(unfinished)} unfinished)")
     _check_pipelines(stages)
     _check_runs(runs)
     stages = _in_order(stages)
@@ -78,7 +84,14 @@ def load_arms(places: Sequence[Path]) -> tuple[Arms, list[Path]]:
         kept = [row for key, row in zip(table.identities(), table.rows, strict=True) if key not in keys]
         # The rows of evaluations are joined in this order, so that those of a directory count before a table's.
         earlier[index] = replace(table, rows=kept)
-    return tables.join([*measured, *earlier]), unfinished
+    return tables.join([*measured, *earlier]), unfinished, left_out
+
+
+def _said(left_out: Sequence[Path]) -> str:
+    are = "is" if len(left_out) == 1 else "are"
+    return (
+        f"{len(left_out)} that {are} neither a pre-training nor a stage of a pipeline (report {left_out[0]} shows one)"
+    )
 
 
 def _runs(place: Path) -> list[Path]:
@@ -181,12 +194,14 @@ def show_arms(
     """
     console = console or Console()
     tell = functools.partial(say, console)
-    table, unfinished = load_arms(places)
+    table, unfinished, left_out = load_arms(places)
     if not table.of_masks:
         check_base(base, table.rows)
     elif base is not None:
         raise UserError(f"--base={base}: a table of masks compares every rule with static")
     tell(f"{len(table.rows)} finished runs, {len(unfinished)} unfinished")
+    if left_out:
+        tell(f"not compared: {_said(left_out)}")
     # The bars are about tasks.
     entries = bars(table.rows) if not table.of_masks and tables.tasks(table.rows) else []
     arms = [] if table.of_masks else tables.arm_names(table.rows)

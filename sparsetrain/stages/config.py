@@ -205,8 +205,8 @@ class VocabularyConfig:
 class AdaptConfig(PretrainConfig):
     """Adapt a trained model to the text of another language (arXiv 2407.12869).
 
-    ``model`` is that of ``init_from``. A given ``data.tokenizer_path`` replaces its tokenizer: rows of tokens that both
-    have are kept.
+    ``model`` is that of ``init_from``, and so is the tokenizer: ``data.tokenizer`` does not count. A given
+    ``data.tokenizer_path`` replaces it: rows of tokens that both have are kept.
 
     Args:
         vocabulary: the tokens that are added, and the first values of their rows.

@@ -76,9 +76,18 @@ class GenerateConfig:
 
 
 def run_config(directory: Path) -> RunConfig:
-    """Return the settings of a run that runs of all kinds have in common."""
+    """Return the settings of a run that runs of all kinds have in common.
+
+    Raises:
+        UserError: the directory holds no run, or an evaluation.
+    """
     common = RunConfig.__dataclass_fields__
     recorded = read_recorded(directory, RunConfig)
+    if recorded.kind == "evaluate":
+        measured = recorded.values.get("init_from")
+        raise UserError(
+            f"{directory} is an evaluation, which has no weights; give the run that it measured, {measured}"
+        )
     config = build(RunConfig, {key: value for key, value in recorded.values.items() if key in common})
     if recorded.kind == "adapt":  # its settings say how its tokenizer was made, and its directory has it
         config.data = replace(config.data, tokenizer_path=str(directory / TOKENIZER))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,16 @@ def test_weights_change_at_their_sample() -> None:
 def test_weights_that_cannot_be_used_are_one_line(weights: object, changes: list[object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Mixture(corpora(2), weights, changes=changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ({}, "a mixture is of at least one corpus"),
+        ([1], r"samples=\[1\]: a mixture is of at least one corpus, each by its name"),
+        ({"a": None}, "samples: a is a NoneType without a method batch"),
+    ],
+)
+def test_what_is_no_corpus_is_one_line(samples: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Mixture(samples, [1.0])

@@ -145,15 +145,15 @@ def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
         of_batches = {key[2]: found.own for key, found in best.items() if key[:2] == (sparsity, budget)}
         of_budgets = {key[1]: found.own for key, found in best.items() if (key[0], key[2]) == (sparsity, batch)}
         if len(of_batches) > 2:
-            claims += _claim(1.0 - slope for slope in _slopes(of_batches))
+            claims += mean_claim(1.0 - slope for slope in _slopes(of_batches))
         if len(of_budgets) > 2:
             slopes[sparsity] = _slopes(of_budgets)
-            claims += _claim(slopes[sparsity])
+            claims += mean_claim(slopes[sparsity])
         whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity)) if 0.0 in slopes else 0.0
         if whole:
             dense = {tokens: best[0.0, tokens, batch].own for tokens in of_budgets if (0.0, tokens, batch) in best}
             apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
-            claims += _claim(float(np.mean([each[seed] for each in apart])) / whole for seed in _common(apart))
+            claims += mean_claim(float(np.mean([each[seed] for each in apart])) / whole for seed in _common(apart))
     return claims
 
 
@@ -188,7 +188,7 @@ def gap_claims(rows: Path, *names: str) -> list[Claim]:
         claim
         for of in gaps.values()
         for first, second in itertools.permutations(of, 2)
-        for claim in _claim(_minus(first, second).values())
+        for claim in mean_claim(_minus(first, second).values())
     ]
 
 
@@ -218,7 +218,7 @@ def noise_claims(rows: Path) -> list[Claim]:
     return claims
 
 
-def _claim(samples: Iterable[float]) -> list[Claim]:
+def mean_claim(samples: Iterable[float]) -> list[Claim]:
     values = list(samples)
     if len(values) < 2:
         return []
@@ -292,110 +292,19 @@ def arm_claims(rows: Path, *names: str) -> list[Claim]:
     return claims
 
 
-def text_claims(rows: Path) -> list[Claim]:
-    """Return the claims of a table of text stages: means, paired differences in nats or bits, and in percent.
-
-    They are of losses and bits per byte, overall and of each corpus. Arms of one stage are compared that have either
-    the same sparsity or the same choice. Stages of one arm are compared by the same score, and by that of one with that
-    of another before its adaptation or at its first values.
-    """
-    by_arm: dict[tuple[str, str, str], dict[int, float]] = {}
-    own: dict[str, float] = {}
-    for row in _rows_of(rows):
-        own.setdefault(row["arm"], float(row["sparsity"]))
-        for name, text in row.items():
-            if text and not row["task"] and name.startswith(("loss", "bits_per_byte", "forgetting")):
-                by_arm.setdefault((row["arm"], row["stage"], name), {})[int(row["seed"])] = float(text)
-    claims = [claim for of in by_arm.values() for claim in _claim(of.values())]
-    for (one, other), (of, than) in _pairs_of(by_arm):
-        sparsities, choices = zip(*(_parts(key[0], own) for key in (one, other)), strict=True)
-        alike = one[1:] == other[1:] and (sparsities[0] == sparsities[1]) != (choices[0] == choices[1])
-        moments = ("", "_before", "_initialised")
-        stages_alike = one[0] == other[0] and other[2] in (
-            one[2].replace("bits_per_byte", f"bits_per_byte{moment}", 1) for moment in moments
-        )
-        if alike or stages_alike:
-            claims += _difference(of, than, in_percent=one[2] != "forgetting")
-    return claims
-
-
-def position_claims(rows: Path, ranges: Sequence[tuple[int, int]] = ()) -> list[Claim]:
-    """Return the claims of a ``positions.csv``: mean losses, and paired differences in nats and in percent.
-
-    The two of a pair differ in one of arm, stage, corpus, scale and length. ``ranges`` are lengths, from one to
-    another, whose mean counts as one more length.
-    """
-    return _measured_claims(rows, ("arm", "stage", "corpus", "scale", "length"), "loss", 1.0, ranges)
-
-
-def probe_claims(rows: Path) -> list[Claim]:
-    """Return the claims of a ``probes.csv``: mean accuracies in percent, and paired differences in points.
-
-    The two of a pair differ in one of arm, stage, kind, size and scale.
-    """
-    return _measured_claims(rows, ("arm", "stage", "kind", "size", "scale"), "accuracy", 100.0)
-
-
-FURTHER = ("positions.csv", "probes.csv")
-"""The tables of evaluations beside a table of text stages."""
-
-
-def claims_of_text(folder: Path, ranges: Sequence[tuple[int, int]] = ()) -> list[Claim]:
-    """Return the claims of the tables in the folder of an experiment; `position_claims` explains ``ranges``."""
-    positions, probes = (folder / name for name in FURTHER)
-    found = text_claims(folder / "results.csv")
-    found += position_claims(positions, ranges) if positions.exists() else []
-    return found + (probe_claims(probes) if probes.exists() else [])
-
-
-def _measured_claims(
-    rows: Path, names: Sequence[str], key: str, factor: float, ranges: Sequence[tuple[int, int]] = ()
-) -> list[Claim]:
-    found: dict[tuple[str, ...], dict[int, float]] = {}
-    for row in _rows_of(rows):
-        if row[key]:
-            of = found.setdefault(tuple(row.get(name, "") for name in names), {})
-            of[int(row["seed"])] = factor * float(row[key])
-    for low, high in ranges:
-        within: dict[tuple[str, ...], list[dict[int, float]]] = {}
-        for place, seeds in found.items():
-            if low <= int(place[-1]) <= high:
-                within.setdefault((*place[:-1], f"{low}-{high}"), []).append(seeds)
-        means = {
-            place: {seed: float(np.mean([of[seed] for of in each])) for seed in set.intersection(*map(set, each))}
-            for place, each in within.items()
-        }
-        found |= means
-    claims = [claim for of in found.values() for claim in _claim(of.values())]
-    for (one, other), (of, than) in _pairs_of(found):
-        if sum(a != b for a, b in zip(one, other, strict=True)) == 1:
-            claims += _difference(of, than, in_percent=factor == 1.0)
-    return claims
-
-
-def _rows_of(path: Path) -> list[dict[str, str]]:
+def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
 
 
-def _pairs_of(found: Mapping[Any, Seeds]) -> Iterable[tuple[tuple[Any, Any], tuple[Seeds, Seeds]]]:
+def pairs_of(found: Mapping[Any, Seeds]) -> Iterable[tuple[tuple[Any, Any], tuple[Seeds, Seeds]]]:
     for one, other in itertools.permutations(found, 2):
         yield (one, other), (found[one], found[other])
 
 
-def _parts(arm: str, own: Mapping[str, float]) -> tuple[float, str]:
-    """Return the sparsity and the choice in the name of an arm; ``own`` has the sparsity where the name has none."""
-    parts = arm.split("_")
-    for place, part in enumerate(parts):
-        if part == "dense" or part.startswith("sparse-"):
-            sparsity = 0.0 if part == "dense" else float(part.removeprefix("sparse-"))
-            return sparsity, "_".join([*parts[:place], *parts[place + 1 :]])
-    return own[arm], arm
-
-
-def _difference(one: Seeds, other: Seeds, in_percent: bool) -> list[Claim]:
+def difference(one: Seeds, other: Seeds, in_percent: bool) -> list[Claim]:
     """Return the paired difference, also in percent of the second."""
-    claims = _claim(_minus(one, other).values())
+    claims = mean_claim(_minus(one, other).values())
     if in_percent:
         claims += _percent(_minus(*({s: math.log(v) for s, v in of.items()} for of in (one, other))))
     return claims
@@ -403,9 +312,9 @@ def _difference(one: Seeds, other: Seeds, in_percent: bool) -> list[Claim]:
 
 def _compared(arms: Sequence[Seeds], in_percent: bool) -> list[Claim]:
     """Return the mean of each arm, and the paired differences of any two, also in percent of the second."""
-    claims = [claim for arm in arms for claim in _claim(arm.values())]
+    claims = [claim for arm in arms for claim in mean_claim(arm.values())]
     for one, other in itertools.permutations(arms, 2):
-        claims += _difference(one, other, in_percent)
+        claims += difference(one, other, in_percent)
     return claims
 
 

@@ -170,6 +170,7 @@ def test_a_weight_that_another_module_reads_stays() -> None:
     ("options", "message"),
     [
         ({"bits": 5}, "bits=5 is not one of 4, 8"),
+        ({"bits": 4.0}, "bits=4.0 is not one of 4, 8"),
         ({"bits": True}, "bits=True is not one of 4, 8"),
         ({"group": 1}, "group=1 is not an integer of at least 2"),
         ({"group": 64.0}, "group=64.0 is not an integer of at least 2"),
@@ -188,5 +189,7 @@ def test_a_refused_model_is_unchanged() -> None:
     with pytest.raises(UserError, match=r"blocks\.1\.mlp\.down: a weight is NaN"):
         quantize(model)
     assert dict(model.named_modules()) == before
+    with pytest.raises(UserError, match=r"model is a str, not a torch\.nn\.Module"):
+        quantize("model")  # type: ignore[type-var]
     with pytest.raises(UserError, match="the model is itself a layer"):
         quantize(nn.Linear(4, 4))

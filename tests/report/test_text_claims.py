@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import scipy.stats
-from tests.helpers.claims import claims_of_text, unsupported
+from tests.helpers.claims import unsupported
+from tests.helpers.text_claims import claims_of_text
 from tests.helpers.text_tables import position_rows, probe_rows, text_rows, write_tables
 
 

@@ -71,7 +71,7 @@ def write_masks(out: Path) -> Arms:
 def test_pipelines_give_the_rows_and_bars_on_file(place: Callable[[dict[str, Any]], str], tmp_path: Path) -> None:
     table = read_arms(MEDISWIFT / "results.csv")
     write_pipelines(tmp_path, table, place)
-    found, unfinished = load_arms([tmp_path])
+    found, unfinished, _ = load_arms([tmp_path])
     assert unfinished == []
     expected = dict(zip(table.identities(), table.rows, strict=True))
     assert sorted(found.identities(), key=str) == sorted(expected, key=str)
@@ -97,7 +97,7 @@ def test_runs_replace_the_rows_of_an_earlier_table(tmp_path: Path) -> None:
     for row in some.rows:
         row["seconds"] = 1.0
     write_pipelines(tmp_path, some)
-    found, _ = load_arms([MEDISWIFT / "results.csv", tmp_path])
+    found, *_ = load_arms([MEDISWIFT / "results.csv", tmp_path])
     assert len(found.rows) == len(whole.rows)
     assert "how" not in found.columns  # an older name of the column stage
     assert {row["seed"] for row in found.rows if row["seconds"] == 1.0} == {1}
@@ -106,7 +106,7 @@ def test_runs_replace_the_rows_of_an_earlier_table(tmp_path: Path) -> None:
 
 def test_runs_of_masks_give_the_table_on_file_and_their_courses(tmp_path: Path) -> None:
     write_masks(tmp_path / "runs")
-    found, _ = load_arms([tmp_path / "runs"])
+    found, *_ = load_arms([tmp_path / "runs"])
     found.write(tmp_path / "results.csv")
     assert (tmp_path / "results.csv").read_bytes() == (MASKS / "results.csv").read_bytes()
     assert found.courses["rigl", 2] == [(0.0, found.rows[8]["density"], 0.0), (1.0, found.rows[8]["density"], 1.0)]

@@ -163,7 +163,7 @@ def test_a_pipeline_evaluates_its_arms(configure: Configure, tmp_path: Path, scr
         assert len(own["positions"]) == 9
         assert not (tmp_path / "run" / arm["name"] / "positions" / "checkpoints").exists()
     assert report["settings"]["positions"]["lengths"] == LENGTHS
-    table, _ = load_arms([tmp_path / "run"])
+    table, *_ = load_arms([tmp_path / "run"])
     assert {(row["arm"], row["stage"]) for row in table.rows} >= {("dense", "positions"), ("sparse-0.75", "positions")}
     show_arms([tmp_path / "run"], None, screen)
 

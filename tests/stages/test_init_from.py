@@ -44,6 +44,8 @@ def test_a_stage_takes_over_model_masks_rules_and_data(inherit: Callable[..., An
     assert config.sparsity.sparsity == 0.75
     assert (config.parameterization.base_width, config.parameterization.wd_rule) == (16, "coupled")
     assert (config.data.path, config.data.context) == (saved["data"]["path"], 48)
+    # A chosen scheme has the base of the run's model and not of the model that the files name.
+    assert inherit("finetune", "parameterization=mup").parameterization.base_width == 32
     more = inherit("pretrain", f"data.path={saved['data']['path']}")
     assert more.data.tokenizer_path == str(sparse.directory / "tokenizer.json")
     assert more.data.context == 128  # pre-training does not inherit data

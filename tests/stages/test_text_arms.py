@@ -78,7 +78,7 @@ def write_pipeline(home: Path, seed: int) -> None:
 def test_every_stage_of_text_is_a_row_and_evaluations_have_tables(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_pipeline(tmp_path / "runs" / f"seed{seed}", seed)
-    table, _ = load_arms([tmp_path / "runs"])
+    table, *_ = load_arms([tmp_path / "runs"])
     by_key = {(row["arm"], row["stage"], row["seed"]): row for row in table.rows}
     arms = ("positions-rope", "positions-alibi")  # as in the pipeline, and its stages in running order
     assert list(by_key) == [
@@ -123,7 +123,7 @@ def test_a_table_gives_what_its_directories_gave(tmp_path: Path, capsys: pytest.
     path = tmp_path / "out" / "positions.csv"
     path.write_text(path.read_text().replace("32,3.0", "32,9.0"))
     assert {row["loss"] for row in read_arms(path.with_name("results.csv")).measured["positions"]} == {2.0, 3.0, 9.0}
-    joined, _ = load_arms([path.with_name("results.csv"), tmp_path / "runs" / "seed1"])
+    joined, *_ = load_arms([path.with_name("results.csv"), tmp_path / "runs" / "seed1"])
     assert {row["loss"] for row in joined.measured["positions"]} == {2.0, 3.0}
     assert len(joined.measured["positions"]) == 2 * 2 * 4
 
@@ -143,6 +143,16 @@ def test_a_result_that_holds_something_else_is_one_line(entries: dict[str, Any],
     (tmp_path / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(UserError, match=said):
         load_arms([tmp_path])
+
+
+def test_runs_that_are_not_compared_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_stage(tmp_path / "runs" / "other", 0, "adapt")
+    said = "no finished run besides 1 that is neither a pre-training nor a stage of a pipeline .*other shows one"
+    with pytest.raises(UserError, match=said):
+        load_arms([tmp_path / "runs"])
+    write_pipeline(tmp_path / "seed0", 0)
+    show_arms([tmp_path / "runs", tmp_path / "seed0"], None, Console(width=200))
+    assert "not compared: 1 that is neither" in capsys.readouterr().out
 
 
 def test_a_pipeline_of_two_corpora_without_a_task_reports_each(notes: Path, shell: Shell) -> None:
