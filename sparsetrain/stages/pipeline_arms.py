@@ -33,7 +33,7 @@ Settings = tuple[tuple[str, Any], ...]
 
 @dataclass(frozen=True)
 class Arm:
-    """One arm.
+    """One arm, or its part that one entry of ``pipeline.arms`` determines.
 
     Args:
         name: its name in directories and reports: dense, sparse-0.75, the name of a choice, or the last part of a
@@ -43,12 +43,6 @@ class Arm:
 
     name: str
     settings: Settings = field(compare=False)
-
-
-@dataclass(frozen=True)
-class _Choice:
-    name: str
-    settings: Settings
 
 
 def arms_of(section: Mapping[str, Any]) -> list[Arm]:
@@ -97,8 +91,8 @@ def set_setting(values: dict[str, Any], name: str, value: Any) -> None:
     values[last] = value
 
 
-def _choices(name: str, values: Any) -> list[_Choice]:
-    """Return the choices of an entry of ``pipeline.arms``, of which every arm has one."""
+def _choices(name: str, values: Any) -> list[Arm]:
+    """Return the choices of an entry of ``pipeline.arms``, each as the part of the arms that have it."""
     if isinstance(values, Mapping):
         return list(_named(name, values))
     _check_setting(name, f"pipeline.arms: {name}")
@@ -111,11 +105,11 @@ def _choices(name: str, values: Any) -> list[_Choice]:
         if "/" in str(value) or "\\" in str(value):
             raise UserError(f"pipeline.arms: {name}={value} contains a slash, which a directory name cannot")
         settings = _settled(name, value, "pipeline.arms")
-        found.append(_Choice(_part(name, settings[1]), (settings,)))
+        found.append(Arm(_part(name, settings[1]), (settings,)))
     return found
 
 
-def _named(name: str, choices: Mapping[Any, Any]) -> Iterator[_Choice]:
+def _named(name: str, choices: Mapping[Any, Any]) -> Iterator[Arm]:
     where = f"pipeline.arms: {name}"
     if not choices:
         raise UserError(f"{where} has no choice; it must be a list of values, or choices such as {_EXAMPLE}")
@@ -129,7 +123,7 @@ def _named(name: str, choices: Mapping[Any, Any]) -> Iterator[_Choice]:
             raise UserError(f"{where}: {label}={settings!r:.60} must be settings by dotted names, such as {_EXAMPLE}")
         for key in settings:
             _check_setting(str(key), f"{where}: {label}: {key}")
-        yield _Choice(label, tuple(_settled(str(key), value, f"{where}: {label}") for key, value in settings.items()))
+        yield Arm(label, tuple(_settled(str(key), value, f"{where}: {label}") for key, value in settings.items()))
 
 
 def _check_setting(name: str, where: str) -> None:
