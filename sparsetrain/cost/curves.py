@@ -1,0 +1,82 @@
+"""Efficiency over size, sparsity and whatever else it depends on: a table, interpolated in logarithms."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sparsetrain.cost.operations import Number
+from sparsetrain.errors import UserError
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A positive quantity as a function of named sizes.
+
+    Between two places of an axis, the logarithm of the value is linear in the logarithm of the place; beyond the last
+    place, the value at the edge counts. If the table gives the seconds of an operation divided by its work, and these
+    seconds fall along no axis, then the interpolated seconds fall nowhere.
+
+    Args:
+        axes: increasing positive places by the name of the size.
+        values: positive values ``[axis 1, axis 2, ...]``.
+
+    Raises:
+        UserError: a place or value is not positive, an axis does not increase, or the shapes differ.
+    """
+
+    axes: Mapping[str, Sequence[float]]
+    values: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        shape = tuple(len(places) for places in self.axes.values())
+        if self.values.shape != shape:
+            raise UserError(f"a curve over {', '.join(self.axes)} has values {self.values.shape} instead of {shape}")
+        if not (np.isfinite(self.values).all() and (self.values > 0.0).all()):
+            raise UserError(f"a curve over {', '.join(self.axes) or 'nothing'} has a value that is not positive")
+        for name, places in self.axes.items():
+            array = np.asarray(places, dtype=float)
+            if not (np.isfinite(array).all() and (array > 0.0).all() and (np.diff(array) > 0.0).all()):
+                raise UserError(f"the places of {name} in a curve do not increase from above 0: {list(places)}")
+
+    @classmethod
+    def constant(cls, value: float) -> Curve:
+        """Return a curve that has one value everywhere."""
+        return cls({}, np.asarray(value, dtype=float))
+
+    @cached_property
+    def _logs(self) -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64]]:
+        return {name: np.log(np.asarray(places, dtype=float)) for name, places in self.axes.items()}, np.log(
+            self.values
+        )
+
+    def at(self, sizes: Mapping[str, Number]) -> Number:
+        """Return the value at one place, or at arrays of places, which broadcast.
+
+        Raises:
+            UserError: a size of the curve is missing.
+        """
+        places, values = self._logs
+        brackets: list[tuple[tuple[NDArray[np.intp], Number], ...]] = []
+        for name, axis in places.items():
+            if name not in sizes:
+                raise UserError(f"a curve over {', '.join(self.axes)} was asked without {name}")
+            where = np.log(np.maximum(np.asarray(sizes[name], dtype=float), 1e-300))
+            if len(axis) == 1:
+                brackets.append(((np.zeros(where.shape, dtype=np.intp), 1.0),))
+                continue
+            low = np.clip(np.searchsorted(axis, where, side="right") - 1, 0, len(axis) - 2)
+            share = np.clip((where - axis[low]) / (axis[low + 1] - axis[low]), 0.0, 1.0)
+            brackets.append(((low, 1.0 - share), (low + 1, share)))
+        total: Number = 0.0
+        for corner in product(*brackets):
+            weight: Number = 1.0
+            for _, part in corner:
+                weight = weight * part
+            total = total + weight * values[tuple(index for index, _ in corner)]
+        return np.exp(total)
