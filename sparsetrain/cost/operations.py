@@ -26,7 +26,8 @@ Number: TypeAlias = float | NDArray[np.float64]
 """One value, or an array with one value for each configuration."""
 
 LINEAR, HEAD, ATTENTION = "linear", "head", "attention"
-NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "elementwise", "softmax", "embedding", "optimizer"
+NORM, ADD, ROTARY, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "add", "rotary", "softmax", "embedding", "optimizer"
+GELU, SWIGLU = "gelu", "swiglu"
 PRODUCTS = (LINEAR, HEAD, ATTENTION)
 """Kinds whose FLOPs are those of matrix products."""
 
@@ -51,8 +52,8 @@ class Operation:
         dense_flops: FLOPs if no zero is skipped.
         bytes: bytes of all operands and results, each moved once; ``index_bytes`` are not among them.
         index_bytes: bytes of the positions of nonzeros.
-        sizes: what the efficiency depends on, by name: ``width`` (geometric mean of a matrix's sides, or features),
-            ``tokens``, ``density``, ``context``, ``d_head``, ``elements``.
+        sizes: what the efficiency depends on, by name: ``width`` (geometric mean of a matrix's sides), ``tokens``,
+            ``density``, ``context``, ``d_head``, ``vocabulary``, ``features``, ``elements``.
         count: number of executions.
         layers: the blocks it stands for, if they are known.
     """
@@ -158,7 +159,7 @@ def step_operations(
     """
     groups = [Layers(sizes.layers)] if layers is None else list(layers)
     list_ = _List(sizes, context, batch, value_bytes, training)
-    list_.outside("embed", EMBEDDING, elements=sizes.width, passes=(2.0, 3.0))
+    list_.embedding()
     weights: Number = _outer_weights(sizes)
     for group in groups:
         list_.block(group)
@@ -224,19 +225,20 @@ class _List:
         self.linear(group, "attn.qkv")
         if sizes.rotary:
             turned = sizes.width + sizes.kv_width
-            self.inside(group, "attn.rotary", ELEMENTWISE, turned, passes=(4.0, 4.0), flops=(3.0, 3.0))
+            self.inside(group, "attn.rotary", ROTARY, turned, passes=(4.0, 4.0), flops=(3.0, 3.0))
         self.attention(group)
         self.linear(group, "attn.out")
-        self.inside(group, "attn_add", ELEMENTWISE, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
+        self.inside(group, "attn_add", ADD, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
         self.inside(group, "mlp_norm", NORM, sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
         if sizes.gated:
             self.linear(group, "mlp.gate")
         self.linear(group, "mlp.up")
         # Gated: silu and a product forward; both and their gradients backward.
         passes, work = ((5.0, 8.0), (6.0, 12.0)) if sizes.gated else ((2.0, 3.0), (8.0, 14.0))
-        self.inside(group, "mlp.activation", ELEMENTWISE, sizes.ffn, passes=passes, flops=work)
+        kind = SWIGLU if sizes.gated else GELU
+        self.inside(group, "mlp.activation", kind, sizes.ffn, passes=passes, flops=work)
         self.linear(group, "mlp.down")
-        self.inside(group, "mlp_add", ELEMENTWISE, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
+        self.inside(group, "mlp_add", ADD, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
 
     def linear(self, group: Layers, name: str) -> None:
         rows, columns = self.sizes.matrices()[name]
@@ -302,11 +304,26 @@ class _List:
     ) -> None:
         self._pass(name, kind, elements, passes, flops, 1.0, None)
 
+    def embedding(self) -> None:
+        sizes = self.sizes
+        self.outside("embed", EMBEDDING, sizes.width, passes=(2.0, 3.0))
+        if self.training:
+            # A gradient of the whole table, which is added to that of a tied head.
+            table = sizes.vocabulary * sizes.width
+            moved = (5.0 if sizes.tied else 2.0) * self.value_bytes * table
+            self.operations.append(Operation(ADD, BACKWARD, "embed", 0.0, 0.0, moved, sizes={"elements": table}))
+
     def head(self) -> None:
         sizes, tokens = self.sizes, self.tokens
         flops = 2.0 * tokens * sizes.vocabulary * sizes.width
         moved = self.value_bytes * (tokens * (sizes.width + sizes.vocabulary) + sizes.vocabulary * sizes.width)
-        at = {"width": np.sqrt(sizes.vocabulary * sizes.width), "tokens": tokens, "density": 1.0}
+        at = {
+            "width": np.sqrt(sizes.vocabulary * sizes.width),
+            "tokens": tokens,
+            "density": 1.0,
+            "vocabulary": sizes.vocabulary,
+            "features": sizes.width,
+        }
         for phase, factor in self._phases(1.0, 2.0):
             self.operations.append(
                 Operation(

@@ -1,0 +1,247 @@
+"""Calibration: this machine measured in a few minutes, so that the time of a training step can be predicted on it.
+
+Single operations give the curves, whole training steps the factors between an operation alone and one inside a model;
+`sparsetrain.cost.calibrated` puts both together.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from sparsetrain import seeds
+from sparsetrain.bench.calibration_cells import Cell, cells
+from sparsetrain.bench.machine import with_threads
+from sparsetrain.bench.timing import Work, interleaved
+from sparsetrain.cache import check_room
+from sparsetrain.cost.calibrated import Sample, Step, corrected, document
+from sparsetrain.cost.hardware import THIS, Machine, calibrated_path
+from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE, Layers, Sizes, step_operations
+from sparsetrain.cost.timing import Setting
+from sparsetrain.errors import UserError
+from sparsetrain.machine import available_cores, processor
+from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.sparsity import SparsityConfig
+
+BACKENDS = ("csr", "masked")
+LEAST_SECONDS = 20.0
+_LEAST_STEPS = 6  # for each number of threads
+_ROUNDS, _LEAST_CALL = 3, 0.004
+_STEP_SECONDS = 0.5  # that a whole step is repeated for
+_MOST_FLOPS = 2.5e10  # of a whole step, so that many of them fit into the budget
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """A whole training step to be timed: a model, its sparsity and backend, and the tokens of the step."""
+
+    model: ModelConfig
+    sparsity: float
+    backend: str
+    context: int
+    batch: int
+
+    def operations(self) -> Sequence[Any]:
+        """Return its entries in the ledger."""
+        sizes = Sizes.of(self.model)
+        density = 1.0 - self.sparsity
+        densities = dict.fromkeys(sizes.matrices(), density) if self.sparsity else {}
+        return step_operations(sizes, float(self.context), float(self.batch), [Layers(sizes.layers, densities)])
+
+    def work(self) -> Work:
+        """Return the step: loss, gradients, and the update by fused AdamW."""
+        plan = SparsityConfig(sparsity=self.sparsity, backend=self.backend)
+        model = Transformer(self.model, plan=plan)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+        generator = seeds.generator(0, "calibration", "tokens")
+        drawn = torch.randint(self.model.vocab_size, (self.batch, self.context + 1), generator=generator)
+        tokens, targets = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
+
+        def backward(loss: torch.Tensor) -> None:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return Work(lambda: model.loss(tokens, targets), backward)
+
+
+def step_cases() -> Iterator[StepCase]:
+    """Yield whole steps over widths, depths, tokens, sparsities, backends and components, in a fixed order."""
+    generator = seeds.generator(0, "calibration", "cases")
+
+    def pick(options: Sequence[Any]) -> Any:
+        return options[int(torch.randint(len(options), (), generator=generator))]
+
+    while True:
+        width, d_head = pick((96, 160, 224, 288, 352, 416, 544)), pick((16, 32))
+        context = pick((48, 96, 192, 384))
+        batch = max(1, pick((160, 384, 768, 1536, 3072)) // context)
+        sparsity = pick((0.0, 0.0, 0.6, 0.8, 0.92))
+        model = ModelConfig(
+            d_model=width,
+            n_layers=pick((1, 2, 3, 5, 7)),
+            n_heads=width // d_head,
+            vocab_size=pick((256, 768, 3072, 6144)),
+            max_context=context,
+            mlp=pick(("gelu", "swiglu")),
+            norm=pick(("layernorm", "rmsnorm")),
+            positions=pick(("alibi", "rope", "learned")),
+            bias=pick((True, False)),
+            seed=0,
+        )
+        backend = pick(("csr", "csr", "masked", "auto")) if sparsity else "auto"
+        case = StepCase(model, sparsity, backend, context, batch)
+        if 1e8 < sum(float(each.dense_flops * each.count) for each in case.operations()) < _MOST_FLOPS:
+            yield case
+
+
+@dataclass
+class CalibrateConfig:
+    """Measure this machine, so that `simulate machine=this` predicts the time of training steps on it.
+
+    Args:
+        budget_seconds: about how long to measure, at least 20; more seconds narrow the band of predictions.
+        threads: thread counts to measure; null for one thread and all cores.
+    """
+
+    budget_seconds: float = 120.0
+    threads: list[int] | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.budget_seconds) and self.budget_seconds >= LEAST_SECONDS):
+            raise UserError(f"budget_seconds={self.budget_seconds} must be a number of at least {LEAST_SECONDS:g}")
+        given = self.threads
+        if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
+            raise UserError(f"threads={given} must be increasing numbers from 1 on")
+
+
+def calibrate(
+    budget_seconds: float = 120.0, threads: Sequence[int] | None = None, console: Console | None = None
+) -> Machine:
+    """Measure this machine, save it as ``this`` in the cache, and return it.
+
+    Nothing else should run meanwhile. The numbers of threads are set for the measurement and restored.
+
+    Args:
+        budget_seconds: about how long to measure.
+        threads: thread counts to measure; None for one thread and all cores.
+        console: shows progress with the time that remains; None shows nothing.
+
+    Raises:
+        UserError: an argument is out of range, or the cache has no room.
+    """
+    config = CalibrateConfig(budget_seconds, None if threads is None else list(threads))
+    check_room()
+    counts = config.threads or sorted({1, available_cores()})
+    clock = _Clock(config.budget_seconds, console)
+    with clock:
+        samples = list(_samples(counts, clock))
+        steps = _steps(counts, clock)
+    now = datetime.now(UTC).date().isoformat()
+    title = f"sparsetrain calibrate: {len(samples)} operations and {len(steps)} whole steps, threads {counts}"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with with_threads(counts[-1]):
+        bandwidth = _bandwidth()
+    content = document(samples, processor().label, title, now, memory, bandwidth)
+    machine = Machine.from_document(corrected(content, steps), THIS, "the calibration")
+    machine.save(calibrated_path())
+    return machine
+
+
+@dataclass
+class _Clock:
+    """The budget, and its progress bar."""
+
+    budget: float
+    console: Console | None
+    started: float = field(default_factory=time.monotonic)
+
+    def __enter__(self) -> _Clock:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=self.console, transient=True, disable=self.console is None
+        )
+        self._bar.__enter__()
+        self._task = self._bar.add_task("single operations", total=self.budget)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.__exit__(*exception)
+
+    @property
+    def spent(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    def show(self, doing: str) -> None:
+        """Show what is being measured."""
+        self._bar.update(self._task, description=doing, completed=min(self.spent, self.budget))
+
+
+def _samples(counts: Sequence[int], clock: _Clock) -> Iterator[Sample]:
+    """Yield single operations, measured with each number of threads."""
+    for count in counts:
+        with with_threads(count):
+            for group in cells(BACKENDS):
+                yield from _timed(group, count)
+                clock.show(f"single operations, threads: {count}")
+
+
+def _timed(group: list[Cell], threads: int) -> Iterator[Sample]:
+    times = interleaved({index: cell.make() for index, cell in enumerate(group)}, _ROUNDS, _LEAST_CALL)
+    for index, cell in enumerate(group):
+        forward = statistics.median(times[index].forward)
+        if UPDATE in cell.operations:
+            yield Sample(cell.operations[UPDATE], cell.implementation, threads, forward)
+            continue
+        backward = max(statistics.median(times[index].step) - forward, 0.05 * forward)
+        yield Sample(cell.operations[FORWARD], cell.implementation, threads, forward)
+        yield Sample(cell.operations[BACKWARD], cell.implementation, threads, backward)
+
+
+def _steps(counts: Sequence[int], clock: _Clock) -> list[Step]:
+    """Return whole steps, measured in turns for each number of threads until the budget is spent."""
+    measured: list[Step] = []
+    for number, case in enumerate(step_cases()):
+        count = counts[number % len(counts)]
+        if number >= _LEAST_STEPS * len(counts) and clock.spent > clock.budget:
+            break
+        with with_threads(count):
+            setting = Setting(backend=case.backend, threads=count)
+            measured.append(Step(case.operations(), setting, step_seconds(case.work())))
+        clock.show(f"whole steps, threads: {count}")
+    return measured
+
+
+def step_seconds(work: Work, least: float = _STEP_SECONDS) -> float:
+    """Return the median seconds of a step over at least three calls and ``least`` seconds, after a warm-up."""
+    call: Callable[[], None] = lambda: work.backward(work.forward()) if work.backward else None  # noqa: E731
+    call()
+    spent: list[float] = []
+    while len(spent) < 3 or sum(spent) < least:
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def _bandwidth() -> float:
+    """Return the bytes/s of adding two arrays of 128 MiB into a third."""
+    first, second = torch.ones(1 << 25), torch.ones(1 << 25)
+    result = torch.empty_like(first)
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        torch.add(first, second, out=result)
+        best = min(best, time.perf_counter() - start)
+    return 3.0 * 4.0 * first.numel() / best
