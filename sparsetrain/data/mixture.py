@@ -106,7 +106,7 @@ class Mixture:
         self._samples = dict(samples)
         self.names = list(self._samples)
         if not isinstance(weights, Mapping):
-            if not isinstance(weights, Iterable) or isinstance(weights, str):
+            if not isinstance(weights, Iterable):
                 raise UserError(f"weights={weights!r:.60} are neither numbers by name nor a list of numbers")
             given = list(weights)
             if len(given) != len(self.names):

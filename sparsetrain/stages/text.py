@@ -67,8 +67,8 @@ class Text:
         if tokens <= context:
             where = f"data.sources.{name}: " if len(self.corpora) > 1 else ""
             raise UserError(
-                f"{where}the training text holds {tokens} tokens, fewer than context + 1 = {context + 1}; use a smaller "
-                "data.context (or budget.phases[].context) or more text"
+                f"{where}the training text holds {tokens} tokens, fewer than context + 1 = {context + 1}; use a "
+                "smaller data.context (or budget.phases[].context) or more text"
             )
         return PackedSamples(self.corpora[name].train, context, self._config.samples_seed, phase)
 
