@@ -20,7 +20,7 @@ UPDATES = "mask_updates"
 
 
 class StepsOfPhase(Protocol):
-    """The properties of a phase that the ledger reads: its first step, and the context and sequences of a step."""
+    """The properties of a phase that `RunFlops` reads: its first step, and the context and sequences of a step."""
 
     @property
     def first_step(self) -> int: ...
@@ -33,7 +33,7 @@ class StepsOfPhase(Protocol):
 
 
 class Steps(Protocol):
-    """The properties of a budget that the ledger reads; `sparsetrain.optim.Budget` explains them."""
+    """The properties of a budget that `RunFlops` reads; `sparsetrain.optim.Budget` explains them."""
 
     @property
     def phases(self) -> Sequence[StepsOfPhase]: ...
@@ -51,7 +51,7 @@ class Steps(Protocol):
 StepsT = TypeVar("StepsT", bound=Steps)
 
 
-class FlopLedger:
+class RunFlops:
     """Training FLOPs of a run, step by step.
 
     Args:
@@ -119,7 +119,7 @@ def planned_flops(
     Args:
         config: the model.
         section_of: returns the sparsity section for a budget, since the phases of a budget may change densities.
-        micro_batch: as `FlopLedger` has it.
+        micro_batch: as `RunFlops` has it.
     """
     shapes = hidden_shapes(config)
 
@@ -127,7 +127,7 @@ def planned_flops(
         section = section_of(budget)
         rule = rule_of_length(section, budget.total_steps)
         densities = allocated_densities(shapes, section, rule)
-        return FlopLedger(config, densities, rule, budget, micro_batch).through(budget.total_steps)["total"]
+        return RunFlops(config, densities, rule, budget, micro_batch).through(budget.total_steps)["total"]
 
     return flops
 
