@@ -84,7 +84,7 @@ def _run(twin: nn.Module, arguments: list[Any], asked: Pass, head: str | None) -
         options = {"use_cache": True, "past_key_values": past}
     counter = _counter(type(twin).__name__, head)
     if asked.phase == "training":
-        with torch.enable_grad(), counter:
+        with torch.enable_grad(), counter, _nodes_of_modules(twin, counter.nodes):
             outcome = _differentiable(twin(*arguments))
             counter.now = BACKWARD
             if outcome is not None:
@@ -103,6 +103,7 @@ def _counter(root: str, head: str | None) -> Any:
         def __init__(self) -> None:
             super().__init__(display=False)
             self.sums: dict[tuple[str, str, str], list[int]] = {}
+            self.nodes: dict[Any, str] = {}
             self.now = FORWARD
 
         def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
@@ -113,8 +114,10 @@ def _counter(root: str, head: str | None) -> Any:
                 dense = flops
                 if name in DENSE and getattr(func_packet, "_qualified_op_name", "").startswith("sparsetrain"):
                     dense = int(DENSE[name](*_shapes(args), **kwargs))
-                module = max((parent for parent in self.mod_tracker.parents if parent != "Global"), key=len, default="")
-                module = module.removeprefix(root).removeprefix(".")
+                module = self.nodes.get(torch._C._current_autograd_node()) if self.now == BACKWARD else None
+                if module is None:
+                    module = max((parent for parent in self.mod_tracker.parents if parent != "Global"), key=len, default="")
+                    module = module.removeprefix(root).removeprefix(".")
                 kind = ATTENTION if name in _BATCHED or "attention" in name else LINEAR
                 kind = HEAD if kind == LINEAR and head is not None and module == head else kind
                 held = self.sums.setdefault((kind, self.now, module or root), [0, 0])
@@ -126,6 +129,29 @@ def _counter(root: str, head: str | None) -> Any:
             return [Entry(*key, flops, dense) for key, (flops, dense) in self.sums.items()]
 
     return Counter()
+
+
+@contextmanager
+def _nodes_of_modules(model: nn.Module, nodes: dict[Any, str]) -> Iterator[None]:
+    """Note, while modules run, which nodes of the graph each of them has made: the innermost module has a node."""
+    names = {module: name for name, module in model.named_modules()}
+
+    def claim(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        inputs = {tensor.grad_fn for tensor in _tensors((args, kwargs))}
+        left = [tensor.grad_fn for tensor in _tensors(result)]
+        while left:
+            node = left.pop()
+            if node is None or node in inputs or node in nodes:
+                continue
+            nodes[node] = names.get(module, "")
+            left += [before for before, _ in node.next_functions]
+
+    handle = nn.modules.module.register_module_forward_hook(claim, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+        nodes.clear()
 
 
 def _shapes(args: Sequence[Any]) -> list[Any]:
