@@ -27,8 +27,6 @@ CONTEXTS, HEAD_WIDTHS = (32, 128, 512, 1024), (16, 32, 64, 128)
 ELEMENTS = (1 << 13, 1 << 16, 1 << 19, 1 << 22)
 VOCABULARIES, HEAD_INPUTS = (256, 2048, 8192), (64, 256, 768)
 PARAMETERS = (1 << 14, 1 << 17, 1 << 20, 1 << 23)
-# Of kinds that occur several times, the one that a cell stands for.
-_IN_BLOCK = {ops.LINEAR: "attn.out", ops.ADD: "attn_add"}
 _FEATURES = 256  # of a token where only the number of elements counts
 
 
@@ -81,7 +79,8 @@ def _entries(
     groups = [Layers(1.0, {"attn.out": density})]
     found: dict[str, Operation] = {}
     for operation in step_operations(sizes, float(length), tokens / length, groups):
-        if operation.kind == kind and (kind not in _IN_BLOCK or operation.module.endswith(_IN_BLOCK[kind])):
+        # Of the matrices of a block, the square one.
+        if kind in (operation.kind, operation.curve) and (kind != ops.LINEAR or operation.module.endswith("attn.out")):
             found.setdefault(operation.phase, operation)
     return found
 

@@ -69,7 +69,7 @@ class Sample:
         operation = self.operation
         if operation.kind == LINEAR:
             return f"{LINEAR}.{self.implementation}.{operation.phase}"
-        return f"{operation.kind}.{operation.phase}"
+        return f"{operation.curve or operation.kind}.{operation.phase}"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ and that of the weights (MediSwift, arXiv 2403.00952, and SPDF, arXiv 2303.10464
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -21,23 +21,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sparsetrain.models.config import ModelConfig
+from sparsetrain.models.cross_entropy import chunk_tokens
 
 Number: TypeAlias = float | NDArray[np.float64]
 """One value, or an array with one value for each configuration."""
 
 LINEAR, HEAD, ATTENTION = "linear", "head", "attention"
-NORM, ADD, ROTARY, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "add", "rotary", "softmax", "embedding", "optimizer"
-GELU, SWIGLU = "gelu", "swiglu"
+NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "elementwise", "softmax", "embedding", "optimizer"
 PRODUCTS = (LINEAR, HEAD, ATTENTION)
 """Kinds whose FLOPs are those of matrix products."""
 
+ADD, ROTARY, GELU, SWIGLU = "add", "rotary", "gelu", "swiglu"
+"""Names of element-wise operations whose times differ."""
+
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
-INDEX_BYTES = 4  # of a nonzero's column, as the layers store it
-_ADAMW_FLOPS, _ADAMW_VALUES = (
-    14,
-    7,
-)  # per parameter: reads weight, gradient and two moments, writes all but the gradient
+INDEX_BYTES, ROW_BYTES = 4, 8  # of a nonzero's column and of a row pointer, as the layers store them
+# Per parameter; the pass reads weight, gradient and two moments, and writes all but the gradient.
+_ADAMW_FLOPS, _ADAMW_VALUES = 14, 7
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Operation:
             ``density``, ``context``, ``d_head``, ``vocabulary``, ``features``, ``elements``.
         count: number of executions.
         layers: the blocks it stands for, if they are known.
+        curve: the name that its efficiency has in a machine's file; empty is the kind.
     """
 
     kind: str
@@ -68,6 +70,7 @@ class Operation:
     sizes: Mapping[str, Number] = field(default_factory=dict)
     count: Number = 1.0
     layers: tuple[int, ...] | None = None
+    curve: str = ""
 
     @property
     def is_sparse(self) -> bool:
@@ -130,11 +133,14 @@ class Layers:
         count: number of these blocks.
         densities: stored fraction of each matrix by its name inside the block; a matrix without one is dense.
         indices: which blocks, if they are known.
+        frozen: names inside the block of matrices and norms whose weights have no gradient. If any parameter of a
+            model is frozen, each block needs an entry of its own, because the lowest blocks may need no gradient.
     """
 
     count: Number
     densities: Mapping[str, Number] = field(default_factory=dict)
     indices: tuple[int, ...] | None = None
+    frozen: Collection[str] = ()
 
 
 def step_operations(
@@ -146,55 +152,72 @@ def step_operations(
     value_bytes: float = 4.0,
     state_bytes: float = 4.0,
     training: bool = True,
+    cached: Number = 0.0,
+    frozen: Collection[str] = (),
+    prompt_tokens: Number = 0.0,
+    last_logits: bool = False,
 ) -> list[Operation]:
     """Return the operations of one step, in the order of the forward pass, each followed by its backward pass.
 
     Args:
         sizes: the model.
         context: T. batch: B.
-        layers: blocks by density; None is dense.
+        layers: blocks by density, in their order; None is dense.
         value_bytes: bytes of an activation and of a weight in a product.
         state_bytes: bytes of each value that the optimizer reads or writes.
         training: False gives the forward pass alone.
+        cached: tokens of each sequence before these, whose keys and values are in a cache.
+        frozen: names of parameters outside of the blocks without a gradient: ``embed``, ``positions``, ``final_norm``,
+            ``head``. A tied head is frozen with the embedding.
+        prompt_tokens: learned vectors of a soft prompt, among the T tokens.
+        last_logits: whether the head is computed for the last token of a sequence only.
     """
     groups = [Layers(sizes.layers)] if layers is None else list(layers)
-    list_ = _List(sizes, context, batch, value_bytes, training)
-    list_.embedding()
-    weights: Number = _outer_weights(sizes)
+    list_ = _List(sizes, context, batch, value_bytes, training, cached)
+    list_.flows = bool(np.any(np.asarray(prompt_tokens) > 0.0))
+    list_.embedding(frozen)
+    weights: Number = _outer_weights(sizes, frozen) + prompt_tokens * sizes.width
+    dense: Number = weights
     for group in groups:
         list_.block(group)
-        weights = weights + group.count * _block_weights(sizes, group.densities)
-    list_.outside("final_norm", NORM, elements=sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
-    list_.head()
+        weights = weights + group.count * _block_weights(sizes, group.densities, group.frozen)
+        dense = dense + group.count * _block_weights(sizes, {}, group.frozen)
+    list_.norm("final_norm", "final_norm" not in frozen, 1.0, None)
+    list_.head(("embed" if sizes.tied else "head") not in frozen, last_logits)
     operations = list_.operations
     if training:
-        moved = _ADAMW_VALUES * state_bytes * weights
         operations.append(
             Operation(
                 OPTIMIZER,
                 UPDATE,
                 "optimizer",
                 flops=_ADAMW_FLOPS * weights,
-                dense_flops=_ADAMW_FLOPS * (_outer_weights(sizes) + sizes.layers * _block_weights(sizes, {})),
-                bytes=moved,
+                dense_flops=_ADAMW_FLOPS * dense,
+                bytes=_ADAMW_VALUES * state_bytes * weights,
                 sizes={"elements": weights},
             )
         )
     return operations
 
 
-def _block_weights(sizes: Sizes, densities: Mapping[str, Number]) -> Number:
-    """Return the stored weights of a block."""
-    total: Number = 2.0 * sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
+def _block_weights(sizes: Sizes, densities: Mapping[str, Number], frozen: Collection[str] = ()) -> Number:
+    """Return the stored weights of a block that are trained."""
+    each = sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
+    total: Number = each * sum(name not in frozen for name in ("attn_norm", "mlp_norm"))
     for name, (rows, columns) in sizes.matrices().items():
-        total = total + nonzeros(rows, columns, densities.get(name, 1.0)) + (rows if sizes.biased else 0.0)
+        if name not in frozen:
+            total = total + nonzeros(rows, columns, densities.get(name, 1.0)) + (rows if sizes.biased else 0.0)
     return total
 
 
-def _outer_weights(sizes: Sizes) -> Number:
-    """Return the weights outside of the blocks."""
-    tables = sizes.vocabulary * (1.0 if sizes.tied else 2.0) + sizes.positions
-    return tables * sizes.width + sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
+def _outer_weights(sizes: Sizes, frozen: Collection[str] = ()) -> Number:
+    """Return the weights outside of the blocks that are trained."""
+    rows: Number = 0.0
+    for name, count in (("embed", sizes.vocabulary), ("positions", sizes.positions), ("head", sizes.vocabulary)):
+        if name not in frozen and not (name == "head" and sizes.tied):
+            rows = rows + count
+    norm = sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
+    return rows * sizes.width + (0.0 if "final_norm" in frozen else norm)
 
 
 def nonzeros(rows: Number, columns: Number, density: Number) -> Number:
@@ -206,48 +229,66 @@ def nonzeros(rows: Number, columns: Number, density: Number) -> Number:
 
 @dataclass
 class _List:
-    """The operations of a step as they are put together."""
+    """The operations of a step as they are put together; ``flows`` tells whether the activations have a gradient."""
 
     sizes: Sizes
     context: Number
     batch: Number
     value_bytes: float
     training: bool
+    cached: Number
+    flows: bool = False
     operations: list[Operation] = field(default_factory=list)
 
     @property
     def tokens(self) -> Number:
         return self.batch * self.context
 
+    def embedding(self, frozen: Collection[str]) -> None:
+        """Add the look-up. Its gradient is a whole table, filled with zeros first, and a tied head adds its own."""
+        sizes, tables = self.sizes, 2.0 if np.any(np.asarray(self.sizes.positions) > 0.0) else 1.0
+        rows = (0.0 if "embed" in frozen else sizes.vocabulary * (4.0 if sizes.tied else 1.0)) + (
+            0.0 if "positions" in frozen else sizes.positions
+        )
+        trained = "embed" not in frozen or (tables > 1.0 and "positions" not in frozen)
+        self.passes("embed", EMBEDDING, sizes.width, (2.0 * tables, 3.0 * tables), trained=trained, rows=rows)
+
     def block(self, group: Layers) -> None:
-        sizes = self.sizes
-        self.inside(group, "attn_norm", NORM, sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
+        sizes, at = self.sizes, (group.count, group.indices)
+        self.norm("blocks.*.attn_norm", "attn_norm" not in group.frozen, *at)
         self.linear(group, "attn.qkv")
         if sizes.rotary:
             turned = sizes.width + sizes.kv_width
-            self.inside(group, "attn.rotary", ROTARY, turned, passes=(4.0, 4.0), flops=(3.0, 3.0))
+            # Half turned, products with both tables, their sum, and a copy beside the values.
+            self.passes("blocks.*.attn.rotary", ELEMENTWISE, turned, (13.0, 13.0), (3.0, 3.0), *at, curve=ROTARY)
         self.attention(group)
         self.linear(group, "attn.out")
-        self.inside(group, "attn_add", ADD, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
-        self.inside(group, "mlp_norm", NORM, sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
+        self.passes("blocks.*.attn_add", ELEMENTWISE, sizes.width, (3.0, 3.0), (2.0, 1.0), *at, curve=ADD)
+        self.norm("blocks.*.mlp_norm", "mlp_norm" not in group.frozen, *at)
+        entered = self.flows
         if sizes.gated:
             self.linear(group, "mlp.gate")
+        gate, self.flows = self.flows, entered
         self.linear(group, "mlp.up")
+        self.flows = self.flows or gate
         # Gated: silu and a product forward; both and their gradients backward.
-        passes, work = ((5.0, 8.0), (6.0, 12.0)) if sizes.gated else ((2.0, 3.0), (8.0, 14.0))
-        kind = SWIGLU if sizes.gated else GELU
-        self.inside(group, "mlp.activation", kind, sizes.ffn, passes=passes, flops=work)
+        passes, work = ((5.0, 9.0), (6.0, 12.0)) if sizes.gated else ((2.0, 3.0), (8.0, 14.0))
+        curve = SWIGLU if sizes.gated else GELU
+        self.passes("blocks.*.mlp.activation", ELEMENTWISE, sizes.ffn, passes, work, *at, curve=curve)
         self.linear(group, "mlp.down")
-        self.inside(group, "mlp_add", ADD, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
+        self.passes("blocks.*.mlp_add", ELEMENTWISE, sizes.width, (3.0, 3.0), (2.0, 1.0), *at, curve=ADD)
+
+    def norm(self, module: str, trained: bool, count: Number, layers: tuple[int, ...] | None) -> None:
+        self.passes(module, NORM, self.sizes.width, (2.0, 4.0), (7.0, 12.0), count, layers, trained)
 
     def linear(self, group: Layers, name: str) -> None:
         rows, columns = self.sizes.matrices()[name]
         density = group.densities.get(name, 1.0)
         nnz = nonzeros(rows, columns, density)
-        index = np.where(np.asarray(density) < 1.0, INDEX_BYTES * nnz + 8.0 * (rows + 1.0), 0.0)
+        index = np.where(np.asarray(density) < 1.0, INDEX_BYTES * nnz + ROW_BYTES * (rows + 1.0), 0.0)
         sizes = {"width": np.sqrt(rows * columns), "tokens": self.tokens, "density": density}
         moved = self.value_bytes * (self.tokens * (rows + columns) + nnz)
-        for phase, factor in self._phases(1.0, 2.0):
+        for phase, factor in self._phases(1.0, self._gradients(name not in group.frozen)):
             self.operations.append(
                 Operation(
                     LINEAR,
@@ -265,10 +306,11 @@ class _List:
 
     def attention(self, group: Layers) -> None:
         sizes = self.sizes
-        flops = 4.0 * self.tokens * self.context * sizes.width
-        moved = self.value_bytes * self.tokens * (2.0 * sizes.width + 2.0 * sizes.kv_width)
-        at = {"context": self.context, "d_head": sizes.width / sizes.heads, "tokens": self.tokens}
-        for phase, factor in self._phases(1.0, 2.0):
+        keys = self.cached + self.context
+        flops = 4.0 * self.tokens * keys * sizes.width
+        moved = self.value_bytes * (2.0 * self.tokens * sizes.width + 2.0 * self.batch * keys * sizes.kv_width)
+        at = {"context": keys, "d_head": sizes.width / sizes.heads, "tokens": self.tokens}
+        for phase, factor in self._phases(1.0, 2.0 * self.flows):
             self.operations.append(
                 Operation(
                     ATTENTION,
@@ -283,48 +325,24 @@ class _List:
                 )
             )
 
-    def inside(
-        self,
-        group: Layers,
-        name: str,
-        kind: str,
-        elements: Number,
-        passes: tuple[float, float],
-        flops: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        self._pass(f"blocks.*.{name}", kind, elements, passes, flops, group.count, group.indices)
-
-    def outside(
-        self,
-        name: str,
-        kind: str,
-        elements: Number,
-        passes: tuple[float, float],
-        flops: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        self._pass(name, kind, elements, passes, flops, 1.0, None)
-
-    def embedding(self) -> None:
-        sizes = self.sizes
-        self.outside("embed", EMBEDDING, sizes.width, passes=(2.0, 3.0))
-        if self.training:
-            # A gradient of the whole table, which is added to that of a tied head.
-            table = sizes.vocabulary * sizes.width
-            moved = (5.0 if sizes.tied else 2.0) * self.value_bytes * table
-            self.operations.append(Operation(ADD, BACKWARD, "embed", 0.0, 0.0, moved, sizes={"elements": table}))
-
-    def head(self) -> None:
-        sizes, tokens = self.sizes, self.tokens
+    def head(self, trained: bool, last: bool) -> None:
+        """Add the head and the loss, chunk by chunk, as `sparsetrain.models.cross_entropy` computes them."""
+        sizes, tokens = self.sizes, self.batch if last else self.tokens
         flops = 2.0 * tokens * sizes.vocabulary * sizes.width
-        moved = self.value_bytes * (tokens * (sizes.width + sizes.vocabulary) + sizes.vocabulary * sizes.width)
+        table, rows = sizes.vocabulary * sizes.width, tokens * (sizes.width + sizes.vocabulary)
+        chunks = np.ceil(tokens / _chunk(sizes.vocabulary)) if self.training else 1.0
         at = {
-            "width": np.sqrt(sizes.vocabulary * sizes.width),
+            "width": np.sqrt(table),
             "tokens": tokens,
             "density": 1.0,
             "vocabulary": sizes.vocabulary,
             "features": sizes.width,
         }
-        for phase, factor in self._phases(1.0, 2.0):
+        needed = float(self.flows), float(trained)
+        gradients = needed[0] * (rows + chunks * table) + needed[1] * (rows + (2.0 * chunks + 3.0) * table)
+        for (phase, factor), moved in zip(
+            self._phases(1.0, self._gradients(trained)), (rows + chunks * table, gradients), strict=False
+        ):
             self.operations.append(
                 Operation(
                     HEAD,
@@ -332,25 +350,36 @@ class _List:
                     "head",
                     flops=factor * flops,
                     dense_flops=factor * flops,
-                    bytes=factor * moved,
+                    bytes=self.value_bytes * moved,
                     sizes=at,
                 )
             )
-        self._pass("loss", SOFTMAX, sizes.vocabulary, (4.0, 3.0), (5.0, 3.0), 1.0, None)
+        if self.training:
+            self.passes("loss", SOFTMAX, sizes.vocabulary, (6.0, 2.0), (5.0, 3.0))
 
-    def _pass(
+    def passes(
         self,
         module: str,
         kind: str,
         features: Number,
         passes: tuple[float, float],
-        flops: tuple[float, float],
-        count: Number,
-        layers: tuple[int, ...] | None,
+        flops: tuple[float, float] = (0.0, 0.0),
+        count: Number = 1.0,
+        layers: tuple[int, ...] | None = None,
+        trained: bool = False,
+        rows: Number = 0.0,
+        curve: str = "",
     ) -> None:
-        """Add passes over activations of ``features`` per token, as often as ``passes`` says for each direction."""
+        """Add passes over activations of ``features`` per token, as often as ``passes`` says for each direction.
+
+        The backward pass also goes over ``rows`` of the model's width.
+        """
         elements = self.tokens * features
-        for (phase, moves), each in zip(self._phases(*passes), flops, strict=False):
+        self.flows = self.flows or trained
+        more = (0.0, rows * self.sizes.width)
+        for (phase, moves), each, extra in zip(self._phases(*passes), flops, more, strict=False):
+            if phase == BACKWARD and not self.flows:
+                continue
             self.operations.append(
                 Operation(
                     kind,
@@ -358,13 +387,26 @@ class _List:
                     module,
                     flops=each * elements,
                     dense_flops=each * elements,
-                    bytes=moves * self.value_bytes * elements,
-                    sizes={"elements": elements},
+                    bytes=self.value_bytes * (moves * elements + extra),
+                    sizes={"elements": elements + extra / moves},
                     count=count,
                     layers=layers,
+                    curve=curve,
                 )
             )
 
+    def _gradients(self, trained: bool) -> float:
+        """Return the products of a backward pass: one for the input, one for the weights; both may be needless."""
+        needed = float(self.flows) + float(trained)
+        self.flows = self.flows or trained
+        return needed
+
     def _phases(self, forward: float, backward: float) -> list[tuple[str, float]]:
         phases = [(FORWARD, forward)]
-        return [*phases, (BACKWARD, backward)] if self.training else phases
+        return [*phases, (BACKWARD, backward)] if self.training and backward else phases
+
+
+def _chunk(vocabulary: Number) -> Number:
+    different, where = np.unique(vocabulary, return_inverse=True)  # few, also among many configurations
+    sizes = np.array([float(chunk_tokens(int(rows))) for rows in different])[where]
+    return sizes.reshape(np.shape(vocabulary)) if np.ndim(vocabulary) else sizes.item()

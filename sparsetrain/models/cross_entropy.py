@@ -171,7 +171,7 @@ def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """Add ``grad.T @ hidden`` to ``total`` ``[V, D]``, in the dtype of ``total``."""
     if total.dtype == grad.dtype:
-        total.addmm_(grad.t(), hidden)
+        torch.addmm(total, grad.t(), hidden, out=total)  # torch's counter of FLOPs does not know addmm_
     else:
         total += grad.t() @ hidden
 
