@@ -27,6 +27,7 @@ CONTEXTS, HEAD_WIDTHS = (32, 128, 512, 1024), (16, 32, 64, 128)
 ELEMENTS = (1 << 13, 1 << 16, 1 << 19, 1 << 22)
 VOCABULARIES, HEAD_INPUTS = (256, 2048, 8192), (64, 256, 768)
 PARAMETERS = (1 << 14, 1 << 17, 1 << 20, 1 << 23)
+_SQUARE = (ops.LINEAR, ops.BIAS)
 _FEATURES = 256  # of a token where only the number of elements counts
 
 
@@ -60,7 +61,15 @@ def cells(implementations: tuple[str, ...]) -> Iterator[list[Cell]]:
         yield [_attention(context, d_head) for context in CONTEXTS]
     for elements in ELEMENTS:
         tokens = elements // _FEATURES
-        yield [_norm(tokens), _add(tokens), _gelu(tokens), _swiglu(tokens), _rotary(tokens), _embedding(tokens)]
+        yield [
+            _norm(tokens),
+            _add(tokens),
+            _bias(tokens),
+            _gelu(tokens),
+            _swiglu(tokens),
+            _rotary(tokens),
+            _embedding(tokens),
+        ]
     for features in HEAD_INPUTS:
         yield [_head(vocabulary, features, tokens) for vocabulary in VOCABULARIES for tokens in (256, 1024)]
     yield [_optimizer(parameters) for parameters in PARAMETERS]
@@ -79,8 +88,8 @@ def _entries(
     groups = [Layers(1.0, {"attn.out": density})]
     found: dict[str, Operation] = {}
     for operation in step_operations(sizes, float(length), tokens / length, groups):
-        # Of the matrices of a block, the square one.
-        if kind in (operation.kind, operation.curve) and (kind != ops.LINEAR or operation.module.endswith("attn.out")):
+        # Of the matrices of a block, the square one, which has the density of the cell.
+        if kind in (operation.kind, operation.curve) and (kind not in _SQUARE or operation.module.endswith("attn.out")):
             found.setdefault(operation.phase, operation)
     return found
 
@@ -122,6 +131,16 @@ def _add(tokens: int) -> Cell:
         return Work(lambda: torch.add(x, branch, alpha=1.0), backward)
 
     return Cell(_entries(_sizes(_FEATURES), ops.ADD, tokens), "dense", make)
+
+
+def _bias(tokens: int) -> Cell:
+    def make() -> Work:
+        bias = _draw(_FEATURES).requires_grad_()
+        product = _draw(1, tokens, _FEATURES).requires_grad_()
+        return _step(lambda: product + bias, _draw(1, tokens, _FEATURES), [product, bias])
+
+    sizes = _sizes(_FEATURES, biased=True)
+    return Cell(_entries(sizes, ops.BIAS, tokens, density=0.5), "dense", make)
 
 
 def _gelu(tokens: int) -> Cell:

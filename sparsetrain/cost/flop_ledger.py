@@ -94,7 +94,11 @@ def flops(
         raise UserError(f"model is a {type(model).__name__}, neither a ModelConfig nor a torch.nn.Module")
     if shape is None:
         assert isinstance(model, nn.Module)
-        for name, given in (("prompt_tokens", prompt_tokens), ("mask_update", mask_update), ("last_logits", last_logits)):
+        for name, given in (
+            ("prompt_tokens", prompt_tokens),
+            ("mask_update", mask_update),
+            ("last_logits", last_logits),
+        ):
             if given:
                 raise UserError(f"{name}={given} needs a model of the library; {type(model).__name__} is traced")
         asked = Pass(context, batch, cached, phase)
@@ -147,9 +151,7 @@ def _operations(
         more += recomputed(found)
     if mask_update is not None:
         ranked = float(asked.context * asked.batch)
-        more += update_operations(
-            sizes, shape.layers, ranked, RULES[mask_update].needs_gradient, float(dtype.itemsize)
-        )
+        more += update_operations(sizes, shape.layers, ranked, RULES[mask_update].needs_gradient, float(dtype.itemsize))
     return [operation for operation in (*found, *more) if operation.kind != OPTIMIZER or operation.flops]
 
 

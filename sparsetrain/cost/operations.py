@@ -31,7 +31,7 @@ NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "elementwise", "softm
 PRODUCTS = (LINEAR, HEAD, ATTENTION)
 """Kinds whose FLOPs are those of matrix products."""
 
-ADD, ROTARY, GELU, SWIGLU = "add", "rotary", "gelu", "swiglu"
+ADD, BIAS, ROTARY, GELU, SWIGLU = "add", "bias", "rotary", "gelu", "swiglu"
 """Names of element-wise operations whose times differ."""
 
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
@@ -303,6 +303,26 @@ class _List:
                     layers=group.indices,
                 )
             )
+        if self.sizes.biased:
+            # A dense product adds its bias itself. The gradient of a bias is a sum over the tokens.
+            forward, backward = 2.0 * np.where(index > 0.0, 1.0, 0.0), 1.0 if name not in group.frozen else 0.0
+            for phase, moves in self._phases(1.0, backward):
+                moves = forward if phase == FORWARD else moves
+                elements = self.tokens * rows
+                self.operations.append(
+                    Operation(
+                        ELEMENTWISE,
+                        phase,
+                        f"blocks.*.{name}",
+                        flops=np.minimum(moves, 1.0) * elements,
+                        dense_flops=np.minimum(moves, 1.0) * elements,
+                        bytes=self.value_bytes * moves * elements,
+                        sizes={"elements": elements},
+                        count=group.count,
+                        layers=group.indices,
+                        curve=BIAS,
+                    )
+                )
 
     def attention(self, group: Layers) -> None:
         sizes = self.sizes
