@@ -91,15 +91,18 @@ def cluster_terms(
     return Terms(**total)
 
 
-def state_of_stage(sizes: Sizes, layers: Sequence[Layers] | None, parallelism: Parallelism) -> Number:
-    """Return the weights on a device of the stage that has most of them."""
+def weights_of_stages(sizes: Sizes, layers: Sequence[Layers] | None, parallelism: Parallelism) -> tuple[Number, Number]:
+    """Return the weights on a device of the first and of the last stage; a tied embedding lies on both."""
     operations = step_operations(sizes, 1.0, 1.0, layers)
     total = next(operation.sizes["elements"] for operation in operations if operation.kind == OPTIMIZER)
-    tables = sizes.vocabulary * sizes.width
-    outer = tables * (1.0 if sizes.tied else 2.0) + (sizes.positions + 2.0) * sizes.width
+    table, positions = sizes.vocabulary * sizes.width, sizes.positions * sizes.width
+    norm = sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
+    outer = table * (1.0 if sizes.tied else 2.0) + positions + norm
     stages = np.asarray(parallelism.pipeline, dtype=float)
-    end = np.where(stages > 1, tables + sizes.positions * sizes.width, outer)  # a tied table lies on both end stages
-    return ((total - outer) / stages + end) / parallelism.tensor
+    blocks = (total - outer) / stages
+    ends = (blocks + np.where(stages > 1, end, outer) for end in (table + positions, table + norm))
+    first, last = (end / parallelism.tensor for end in ends)
+    return first, last
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class _Step:
     def once(self, count: Number) -> _Seconds:
         """Return the seconds of the update, and of gradients and weights between replicas, after the micro-batches."""
         divided = self.parallelism
-        weights = state_of_stage(self.sizes, self.layers, divided)
+        weights = np.maximum(*weights_of_stages(self.sizes, self.layers, divided))
         owned = weights / divided.data if divided.zero >= 1 else weights
         each = _ADAMW_BYTES if self.value_bytes >= 4.0 else _ADAMW_BYTES_MIXED
         update = Operation(
@@ -195,7 +198,8 @@ class _Step:
         divided = self.parallelism
         if divided.zero < 2:
             return 0.0
-        replicas, weights = self._replicas(), state_of_stage(self.sizes, self.layers, divided)
+        replicas = self._replicas()
+        weights = np.maximum(*weights_of_stages(self.sizes, self.layers, divided))
         gathered = replicas.all_gather(self.value_bytes * weights) * (2.0 if divided.zero == 3 else 1.0)
         moved = gathered + replicas.reduce_scatter(divided.reduce_bytes * weights)
         # `blocks` is divided among the stages, and so is what they communicate.
