@@ -254,11 +254,12 @@ class _Step:
 
     def _add(self, operations: Iterable[Operation]) -> _Seconds:
         total = _empty()
+        machine = replace(self.machine, memory=self.machine.memory[:1]) if self.streams else self.machine
         for each in operations:
-            if each.kind in self.machine.included:
+            if each.kind in machine.included:
                 continue
-            terms = operation_terms(each, self.machine, self.setting)
-            if self.streams:
+            terms = operation_terms(each, machine, self.setting)
+            if self.streams:  # activations stay where the arithmetic is
                 terms = streamed_terms(each, terms, self.machine, self.value_bytes)
             for term, seconds in terms.items():
                 total[term] = total[term] + each.count * seconds
