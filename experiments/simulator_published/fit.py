@@ -1,28 +1,26 @@
-"""Fits the constants of the GPUs on the published steps of the rule, and predicts all others.
+"""Fits the constants of machines on the published steps of the rule.
 
-    python experiments/simulator_published/fit.py            # fits; writes machine files, results.csv, figure
-    python experiments/simulator_published/fit.py --predict  # predicts with the machine files as they are
+    python experiments/simulator_published/fit.py  # writes the machine files, in about a minute
 
-The rule is in README.md. A constant that the rows do not determine keeps its prior and is written as assumed.
+predict.py then predicts every row. The rule is in README.md. A constant that the rows do not determine keeps its prior
+and is written as assumed.
 """
 
 from __future__ import annotations
 
-import csv
-import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from scipy.optimize import least_squares
+from scipy.optimize import brentq, least_squares
 
-from sparsetrain.cost.cluster.memory import cluster_memory
-from sparsetrain.cost.cluster.published import Row, published_rows
+from sparsetrain.cost.cluster.published import FOLDER, Row, published_rows
 from sparsetrain.cost.hardware import Machine
+from sparsetrain.reading import read_csv
 
 HERE = Path(__file__).parent
 MACHINES = HERE.parents[1] / "sparsetrain" / "cost" / "machines"
@@ -58,15 +56,8 @@ PRIORS = [
     Prior("launch", 2e-6, 0.7),  # seconds between two operations
 ]
 NAMES = [prior.name for prior in PRIORS]
-IN_FILE = {
-    "product": "efficiency.linear",
-    "attention": "efficiency.attention",
-    "memory": "efficiency.default",
-    "inner": "links[0].efficiency",
-    "outer": "links[1].efficiency",
-    "overlap": "overlap",
-    "launch": "launch",
-}
+OWN = ("fit", "prior", "withheld", "pairs")  # sources that this program writes
+ASSUMED = ("narayanan_a100", "megatron_h100")  # tables that do not publish all of a step's division
 
 
 def curves(constants: dict[str, float]) -> dict[str, dict[str, Any]]:
@@ -99,7 +90,7 @@ def document(base: dict[str, Any], constants: dict[str, float], kinds: dict[str,
 
     tables = curves(constants)
     file = dict(base)
-    file["sources"] = {name: source for name, source in base["sources"].items() if name not in ("fit", "prior")} | {
+    file["sources"] = {name: source for name, source in base["sources"].items() if name not in OWN} | {
         "fit": {"title": title, "date": DATE},
         "prior": {"title": f"assumed: the prior of the fit, which its rows leave where it was ({title})", "date": DATE},
     }
@@ -182,102 +173,100 @@ def smaller_a100() -> None:
     write(HERE / "a100_40gb.yaml", content)
 
 
-def load(name: str) -> Machine:
-    """Return a machine that rows name."""
-    own = HERE / f"{name}.yaml"
-    return Machine.load(own if own.exists() else name)
+def streamed(name: str, rows: Sequence[Row]) -> None:
+    """Fit the efficiency of a machine whose weights are streamed on its one fitted row, and write its file."""
+    path = MACHINES / f"{name}.yaml"
+    base = yaml.safe_load(path.read_text("utf-8"))
+    (row,) = (row for row in rows if row.fitted)
 
-
-def predictions(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Return what the machine files say of every row."""
-    machines = {name: load(name) for name in dict.fromkeys(row.machine for row in rows)}
-    found = []
-    for row in rows:
-        terms = row.terms(machines[row.machine])
-        line: dict[str, Any] = {"table": row.table, "row": row.number, "model": row.model, "machine": row.machine}
-        line |= {"fitted": "yes" if row.fitted else "no", "seconds": f"{row.seconds:.6g}"}
-        line |= {
-            "predicted": f"{float(terms.total):.6g}",
-            "error_pct": f"{100 * (float(terms.total) / row.seconds - 1):.2f}",
+    def file(value: float) -> dict[str, Any]:
+        curve = {"values": float(f"{value:.4g}"), "kind": "measured", "source": "fit"}
+        title = f"experiments/simulator_published/fit.py, {row.model} of: {row.title}"
+        return {
+            **base,
+            "sources": base["sources"] | {"fit": {"title": title, "date": DATE}},
+            "efficiency": base["efficiency"] | {"linear": curve, "attention": curve},
         }
-        line |= {name: f"{float(value):.4g}" for name, value in terms.as_dict().items()}
-        if row.memory is not None:
-            memory = float(row.predicted_memory().total)
-            line |= {"memory_gib": f"{row.memory / 2**30:.2f}", "predicted_gib": f"{memory / 2**30:.2f}"}
-            line |= {"memory_error_pct": f"{100 * (memory / row.memory - 1):.2f}"}
-        found.append(line)
-    return found
+
+    def off(value: float) -> float:
+        return float(row.terms(Machine.from_document(file(value), name, name)).total) / row.seconds - 1.0
+
+    best = brentq(off, 0.01, 1.0)
+    print(f"{name}: products and attention {best:.4g}")
+    write(path, with_spread(file(best), name, rows))
 
 
-def summary(lines: Sequence[dict[str, Any]]) -> str:
-    """Return one line for the fitted and one for the withheld rows of every table."""
-    text = ["| table | rows | fitted | mean error | bias | worst |", "|---|---|---|---|---|---|"]
-
-    def add(name: str, fitted: str, chosen: Sequence[dict[str, Any]], column: str = "error_pct") -> None:
-        errors = np.asarray([float(line[column]) for line in chosen])
-        worst = errors[np.argmax(np.abs(errors))]
-        text.append(
-            f"| {name} | {len(errors)} | {fitted} | {np.abs(errors).mean():.1f} % | {errors.mean():+.1f} % | {worst:+.1f} % |"
-        )
-
-    for table in dict.fromkeys(line["table"] for line in lines):
-        for fitted in ("yes", "no"):
-            chosen = [line for line in lines if line["table"] == table and line["fitted"] == fitted]
-            if chosen:
-                add(table, fitted, chosen)
-    bar = [line for line in lines if line["table"] in ("simumax_b200", "korthikanti_a100")]
-    add("**bar: simumax_b200 and korthikanti_a100**", "both", bar)
-    add("memory, simumax_b200", "no", [line for line in lines if "memory_error_pct" in line], "memory_error_pct")
-    return "\n".join(text)
+def with_spread(content: dict[str, Any], name: str, rows: Sequence[Row]) -> dict[str, Any]:
+    """Return a machine's file with the spread of its withheld rows in tables that publish all that they need."""
+    machine = Machine.from_document(content, name, name)
+    chosen = [row for row in rows if not row.fitted and row.table not in ASSUMED]
+    off = np.log([row.seconds / float(row.terms(machine).total) for row in chosen])
+    spread = float(np.sqrt(np.mean(off**2)))
+    title = f"experiments/simulator_published/fit.py: root mean square over {len(chosen)} withheld steps"
+    print(f"{name}: spread {spread:.3f} over {len(chosen)} withheld rows")
+    return {
+        **content,
+        "sources": content["sources"] | {"withheld": {"title": title, "date": DATE}},
+        "spread": {"value": float(f"{spread:.3g}"), "kind": "measured", "source": "withheld"},
+    }
 
 
-def figure(lines: Sequence[dict[str, Any]]) -> None:
-    """Draw predicted over measured time."""
-    import matplotlib
+def with_pairs(content: dict[str, Any]) -> dict[str, Any]:
+    """Return a GPU's file with the efficiency of 2:4 products, fitted on the larger of two published layers.
 
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    tables = list(dict.fromkeys(line["table"] for line in lines))
-    drawing, axes = pyplot.subplots(figsize=(8.0, 4.2), layout="constrained")
-    for place, table in enumerate(tables):
-        for fitted, color, shift in (("yes", "tab:gray", -0.12), ("no", "tab:blue", 0.12)):
-            ratios = [
-                1.0 + float(each["error_pct"]) / 100
-                for each in lines
-                if (each["table"], each["fitted"]) == (table, fitted)
-            ]
-            label = {"yes": "fitted", "no": "withheld"}[fitted] if place in (0,) else None
-            axes.scatter(np.full(len(ratios), place + shift), ratios, s=12, alpha=0.6, color=color, label=label)
-    axes.axhspan(0.95, 1.05, color="tab:green", alpha=0.12, label="within 5 %")
-    axes.axhline(1.0, color="black", linewidth=0.8)
-    axes.set_xticks(range(len(tables)), [table.replace("_", "\n", 1) for table in tables], fontsize=8)
-    axes.set_ylabel("predicted / measured seconds of a step")
-    axes.legend(fontsize=8)
-    drawing.savefig(HERE / "figure.png", dpi=150)
+    The published speed-up counts both passes; a product has half the FLOPs, so its efficiency is half the speed-up.
+    """
+    (point,) = (each for each in read_csv(FOLDER / "speedups.csv") if each["fitted"] == "yes")
+    factor = 0.5 * float(point["low"])
+    dense = content["efficiency"]["linear"]
+    values = np.vectorize(lambda each: float(f"{each:.4g}"))(factor * np.asarray(dense["values"])).tolist()
+    kind = "measured" if content["label"].startswith("NVIDIA A100") else "assumed"
+    pairs = {"axes": dense["axes"], "values": values, "kind": kind, "source": "pairs"}
+    title = f"{point['source']}; speed-up {point['low']} of a 2:4 layer over both passes, on an A100"
+    return {
+        **content,
+        "sources": content["sources"] | {"pairs": {"title": title, "date": point["date"]}},
+        "efficiency": content["efficiency"] | {"linear.2:4": pairs},
+    }
 
 
-def main(arguments: Sequence[str]) -> None:
+def like_h100(content: dict[str, Any]) -> None:
+    """Write the H200 with the constants of the H100, whose arithmetic it has; no published step was found for it."""
+    path = MACHINES / "h200.yaml"
+    base = yaml.safe_load(path.read_text("utf-8"))
+    title = "assumed: as for the H100, which has the same arithmetic and links; no step of an H200 was fitted"
+    source = {"kind": "assumed", "source": "h100"}
+    base["efficiency"] = {name: {**curve, **source} for name, curve in content["efficiency"].items()}
+    base["launch"], base["overlap"] = {**content["launch"], **source}, {**content["overlap"], **source}
+    base["links"] = [
+        {**own, "efficiency": {**theirs["efficiency"], **source}}
+        for own, theirs in zip(base["links"], content["links"], strict=True)
+    ]
+    base["spread"] = {**content["spread"], **source}
+    base["sources"]["h100"] = {"title": title, "date": DATE}
+    used = {entry for _, entry in _sources(base)}
+    base["sources"] = {name: source for name, source in base["sources"].items() if name in used}
+    write(path, base)
+
+
+def main() -> None:
     rows = published_rows()
-    if "--predict" not in arguments:
-        for name in ("b200", "a100", "h100"):
-            path = MACHINES / f"{name}.yaml"
-            base = yaml.safe_load(path.read_text("utf-8"))
-            chosen = [row for row in rows if row.machine == name and row.fitted]
-            print(f"{name}: {len(chosen)} rows of {chosen[0].table}")
-            title = f"experiments/simulator_published/fit.py, {len(chosen)} rows of: {chosen[0].title}"
-            constants, kinds = fit(base, name, chosen)
-            write(path, document(base, constants, kinds, title))
-        smaller_a100()
-    lines = predictions(rows)
-    columns = list(dict.fromkeys(column for line in lines for column in line))
-    with (HERE / "results.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    figure(lines)
-    print(summary(lines))
+    for name in ("b200", "a100", "h100"):
+        path = MACHINES / f"{name}.yaml"
+        base = yaml.safe_load(path.read_text("utf-8"))
+        own = [row for row in rows if row.machine == name]
+        chosen = [row for row in own if row.fitted]
+        print(f"{name}: {len(chosen)} rows of {chosen[0].table}")
+        title = f"experiments/simulator_published/fit.py, {len(chosen)} rows of: {chosen[0].title}"
+        constants, kinds = fit(base, name, chosen)
+        content = with_pairs(with_spread(document(base, constants, kinds, title), name, own))
+        write(path, content)
+        if name == "h100":
+            like_h100(content)
+    smaller_a100()
+    for name in ("cs2", "cs3"):
+        streamed(name, [row for row in rows if row.machine == name])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -243,6 +243,11 @@ class Machine:
                     return found.curve
         return None
 
+    def has_backend(self, kind: str, backend: str) -> bool:
+        """Return whether the file has an efficiency for a backend of its own, not only for the operation."""
+        own = f"{kind}.{backend}"
+        return any(f".{own}." in f".{name}." for name in self.efficiency)
+
     def peak_rate(self, dtype: str) -> float:
         """Return the dense FLOP/s in a dtype.
 

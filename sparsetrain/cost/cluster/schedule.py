@@ -22,13 +22,13 @@ from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import (
     ATTENTION,
     BACKWARD,
-    ELEMENTWISE,
     EMBEDDING,
     FORWARD,
     HEAD,
     LINEAR,
     NORM,
     OPTIMIZER,
+    SOFTMAX,
     UPDATE,
     Layers,
     Number,
@@ -42,6 +42,7 @@ VALUE_BYTES: Mapping[str, float] = {"float32": 4.0, "tfloat32": 4.0, "bfloat16":
 _ADAMW_BYTES_MIXED = 30.0  # reads gradient, master weight, two moments in float32; writes the last three and 16 bits
 _ADAMW_BYTES = 28.0
 _SOFTMAX_PASSES = {FORWARD: 4.5, BACKWARD: 5.5}  # over T x T of each head: softmax, dropout and its mask of one byte
+_EMBED = "embed"
 _ADDS = ("attn_add", "mlp_add")
 
 _Seconds = dict[str, Number]
@@ -146,14 +147,14 @@ class _Step:
 
     def embedding(self) -> _Seconds:
         """Return the seconds of a micro-batch in the embedding."""
-        seconds = self._add(each for each in self._operations if each.kind == EMBEDDING)
+        seconds = self._add(each for each in self._operations if each.module == _EMBED)
         seconds["communication"] = self._activations(2.0 if self.parallelism.sequence else 1.0)
         return seconds
 
     def head(self) -> _Seconds:
         """Return the seconds of a micro-batch in the last norm, the head and the loss."""
-        kinds = (EMBEDDING, OPTIMIZER)
-        outside = [each for each in self._operations if "*" not in each.module and each.kind not in kinds]
+        others = (_EMBED, "optimizer")
+        outside = [each for each in self._operations if "*" not in each.module and each.module not in others]
         seconds = self._add(outside)
         hidden = self._half_of_products(each for each in outside if each.kind == HEAD)
         seconds["communication"] = self._activations(1.0 if self.parallelism.sequence else 0.0) + self._exposed(
@@ -273,7 +274,7 @@ class _Step:
         moved = 2.0 * self.value_bytes * scores * (1.0 if each.phase == FORWARD else 2.0)
         at = {"width": np.sqrt(self.context * each.sizes["d_head"]), "tokens": self.context, "density": 1.0}
         softmax = Operation(
-            ELEMENTWISE,
+            SOFTMAX,
             each.phase,
             each.module,
             flops=0.0,
