@@ -89,7 +89,7 @@ def document(base: dict[str, Any], constants: dict[str, float], kinds: dict[str,
         return {"kind": kinds[name], "source": "fit" if kinds[name] == "measured" else "prior"}
 
     tables = curves(constants)
-    file = dict(base)
+    file = {key: value for key, value in base.items() if key != "spread"}
     file["sources"] = {name: source for name, source in base["sources"].items() if name not in OWN} | {
         "fit": {"title": title, "date": DATE},
         "prior": {"title": f"assumed: the prior of the fit, which its rows leave where it was ({title})", "date": DATE},
@@ -156,7 +156,10 @@ class _Dumper(yaml.SafeDumper):
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Write a machine's file."""
-    path.write_text(yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118), "utf-8")
+    path.write_text(
+        yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118, default_flow_style=None),
+        "utf-8",
+    )
 
 
 def smaller_a100() -> None:
@@ -220,9 +223,11 @@ def with_pairs(content: dict[str, Any]) -> dict[str, Any]:
     factor = 0.5 * float(point["low"])
     dense = content["efficiency"]["linear"]
     values = np.vectorize(lambda each: float(f"{each:.4g}"))(factor * np.asarray(dense["values"])).tolist()
-    kind = "measured" if content["label"].startswith("NVIDIA A100") else "assumed"
+    here = content["label"].startswith("NVIDIA A100")
+    kind = "measured" if here else "assumed"
     pairs = {"axes": dense["axes"], "values": values, "kind": kind, "source": "pairs"}
-    title = f"{point['source']}; speed-up {point['low']} of a 2:4 layer over both passes, on an A100"
+    where = "" if here else "assumed: as on an A100: "
+    title = f"{where}{point['source']}; {point['low']} times as fast with 2:4 weights over both passes"
     return {
         **content,
         "sources": content["sources"] | {"pairs": {"title": title, "date": point["date"]}},
