@@ -7,6 +7,7 @@ given by its path.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -60,6 +61,7 @@ class _Link(TypedDict):
     devices: int
     bandwidth: _Fact
     latency: _Fact
+    efficiency: NotRequired[_Number]
 
 
 class _Curve(TypedDict):
@@ -90,6 +92,7 @@ class _File(TypedDict):
     power: NotRequired[_Fact]
     price: NotRequired[_Fact]
     spread: NotRequired[_Number]
+    overlap: NotRequired[_Number]
     included: NotRequired[list[str]]
 
 
@@ -115,12 +118,22 @@ class Level:
 
 @dataclass(frozen=True)
 class Link:
-    """A network among ``devices`` machines: bandwidth in bytes/s per machine and direction, latency in seconds."""
+    """A network among ``devices`` machines: bandwidth in bytes/s per machine and direction, latency in seconds.
+
+    Args:
+        efficiency: fraction of the bandwidth that collectives reach; None is all of it.
+    """
 
     name: str
     devices: int
     bandwidth: Fact
     latency: Fact
+    efficiency: Fact | None = None
+
+    @property
+    def rate(self) -> float:
+        """The bytes/s that collectives reach."""
+        return self.bandwidth.value * (1.0 if self.efficiency is None else self.efficiency.value)
 
 
 @dataclass(frozen=True)
@@ -151,6 +164,7 @@ class Machine:
         launch: seconds before an operation starts.
         power: watts in training. price: USD per hour.
         spread: standard deviation of the logarithm of measured over predicted time.
+        overlap: share of the communication of data parallelism that computation can hide.
         included: kinds of operations whose time another one's efficiency contains.
         block: side of the blocks of zeros that are skipped.
     """
@@ -168,6 +182,7 @@ class Machine:
     power: Fact | None = None
     price: Fact | None = None
     spread: Fact | None = None
+    overlap: Fact | None = None
     included: tuple[str, ...] = ()
     block: int = 1
     document: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
@@ -228,6 +243,11 @@ class Machine:
                     return found.curve
         return None
 
+    def has_backend(self, kind: str, backend: str) -> bool:
+        """Return whether the file has an efficiency for a backend of its own, not only for the operation."""
+        own = f"{kind}.{backend}"
+        return any(f".{own}." in f".{name}." for name in self.efficiency)
+
     def peak_rate(self, dtype: str) -> float:
         """Return the dense FLOP/s in a dtype.
 
@@ -273,7 +293,6 @@ class _Reader:
             raise UserError(f"{self.where}: zeros.block is given exactly if zeros.skips is block")
         links = [self._link(entry, f"links[{index}]") for index, entry in enumerate(content.get("links", []))]
         levels = [self._level(entry, f"memory[{index}]") for index, entry in enumerate(content["memory"])]
-        spread = content.get("spread")
         return Machine(
             name=name,
             label=content["label"],
@@ -289,9 +308,8 @@ class _Reader:
             links=tuple(links),
             power=self._optional("power", units.POWER),
             price=self._optional("price", units.PRICE),
-            spread=None
-            if spread is None
-            else Fact(self._positive(spread["value"], "spread"), *self._source(spread, "spread")),
+            spread=self._number(content.get("spread"), "spread"),
+            overlap=self._number(content.get("overlap"), "overlap", most=1.0),
             included=tuple(content.get("included", [])),
             block=zeros.get("block", 1),
             document=content,
@@ -314,7 +332,11 @@ class _Reader:
             raise UserError(f"{self.where}: {place}.devices={entry['devices']} must be a whole number of at least 2")
         bandwidth = self._fact(entry["bandwidth"], units.BANDWIDTH, f"{place}.bandwidth")
         return Link(
-            entry["name"], entry["devices"], bandwidth, self._fact(entry["latency"], units.TIME, f"{place}.latency")
+            entry["name"],
+            entry["devices"],
+            bandwidth,
+            self._fact(entry["latency"], units.TIME, f"{place}.latency"),
+            self._number(entry.get("efficiency"), f"{place}.efficiency", most=1.0),
         )
 
     def _fact(self, entry: _Fact, unit: str, place: str) -> Fact:
@@ -338,7 +360,11 @@ class _Reader:
             )
         return entry["kind"], source["title"], source["date"]
 
-    def _positive(self, value: float, place: str) -> float:
-        if not value > 0.0:
-            raise UserError(f"{self.where}: {place}={value} must be above 0")
-        return value
+    def _number(self, entry: _Number | None, place: str, most: float = math.inf) -> Fact | None:
+        """Return a number without a unit that is above 0 and at most ``most``."""
+        if entry is None:
+            return None
+        if not 0.0 < entry["value"] <= most:
+            bound = "" if most == math.inf else f" and at most {most:g}"
+            raise UserError(f"{self.where}: {place}={entry['value']} must be above 0{bound}")
+        return Fact(float(entry["value"]), *self._source(entry, place))

@@ -18,6 +18,7 @@ from sparsetrain.cost.operations import LINEAR, OPTIMIZER, PRODUCTS, Number, Ope
 from sparsetrain.errors import check_choice
 
 DENSE, MASKED, CSR, BSR, AUTO = "dense", "masked", "csr", "bsr", "auto"
+TWO_OF_FOUR = "2:4"
 _TINY = 1e-300
 _WHOLE = (DENSE, MASKED)  # implementations that compute with the zeros, too
 
@@ -116,7 +117,7 @@ def implementations(operation: Operation, machine: Machine, setting: Setting) ->
     """
     if operation.kind != LINEAR or not operation.is_sparse:
         return [DENSE]
-    known = [name for name in (MASKED, CSR, BSR) if machine.curve_of(operation.kind, operation.phase, name)]
+    known = [name for name in (MASKED, CSR, BSR) if machine.has_backend(operation.kind, name)]
     if not known:
         return [machine.skips if skips_zeros(machine, setting) else DENSE]
     if setting.backend != AUTO:
@@ -129,7 +130,7 @@ def skips_zeros(machine: Machine, setting: Setting) -> bool:
     """Return whether the machine spends no time on the zeros of a sparse matrix."""
     return (
         machine.skips == "unstructured"
-        or (machine.skips == "2:4" and setting.two_of_four)
+        or (machine.skips == TWO_OF_FOUR and setting.two_of_four)
         or (machine.skips == "block" and setting.block % machine.block == 0)
     )
 
@@ -138,6 +139,8 @@ def _product(operation: Operation, machine: Machine, setting: Setting, implement
     """Return compute, memory and index seconds of a product."""
     whole = implementation in _WHOLE
     flops = operation.dense_flops if whole else operation.flops
+    if implementation == TWO_OF_FOUR:  # two of four are computed even if fewer are nonzero
+        flops = np.maximum(flops, 0.5 * operation.dense_flops)
     index: Number = 0.0 if implementation == DENSE else operation.index_bytes
     peak, bandwidth = machine.peak_rate(setting.dtype), _bandwidth(machine, operation.bytes + index)
     busy = flops / (peak * _efficiency(operation, machine, setting, implementation))
