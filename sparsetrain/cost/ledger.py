@@ -168,8 +168,7 @@ def entries_of(operations: Iterable[Operation]) -> list[Entry]:
     places: dict[tuple[int, ...] | None, Sequence[int]] = {}
     for operation in operations:
         whole = [
-            _whole(value)
-            for value in (operation.flops, operation.dense_flops, operation.bytes, operation.index_bytes)
+            _whole(value) for value in (operation.flops, operation.dense_flops, operation.bytes, operation.index_bytes)
         ]
         if "*" not in operation.module:
             found.append(Entry(operation.kind, operation.phase, operation.module, *whole))
