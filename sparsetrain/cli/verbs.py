@@ -226,6 +226,18 @@ VERBS: dict[str, Verb] = {
             "sparsetrain plan pipeline experiment=demo",
         ],
     ),
+    "flops": Verb(
+        about="Count FLOPs, bytes and memory of one step, by kind and by module; nothing is built or measured.",
+        configuration="sparsetrain.studies.flops:FlopsConfig",
+        run="sparsetrain.studies.flops:count_flops",
+        examples=[
+            "sparsetrain flops model=demo sparsity.sparsity=0.75",
+            "sparsetrain flops model=demo data.context=512 budget.batch_size=8 attention=causal format=json",
+            "sparsetrain flops model=demo phase=decoding cached=1023 budget.batch_size=1",
+            "sparsetrain flops init_from=RUN_DIR output=flops.json",
+        ],
+        inherits=["parameterization", "data"],
+    ),
     "report": Verb(
         about="Show a run or a pipeline and rewrite its page, or compare arms over seeds: table, bars, figure.",
         parser="sparsetrain.cli.paths:report_arguments",

@@ -11,7 +11,7 @@ from torch import nn
 
 from sparsetrain import wrappers
 from sparsetrain.cost.flops import Density, matrices
-from sparsetrain.cost.operations import Layers
+from sparsetrain.cost.sizes import Layers
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.head import Head
 from sparsetrain.models.prompted import Prompted

@@ -1,6 +1,7 @@
 """Work of a step beside its products, element-wise passes and optimizer: what an implementation or a setting adds.
 
-None of it counts in the total of a `sparsetrain.cost.ledger.Ledger`. The legend is that of `sparsetrain.cost.operations`.
+None of it counts in the total of a `sparsetrain.cost.ledger.Ledger`. The legend is that of
+`sparsetrain.cost.operations`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,9 @@ from sparsetrain.cost.operations import (
     INDEX_BYTES,
     LINEAR,
     UPDATE,
-    Layers,
-    Number,
     Operation,
-    Sizes,
-    nonzeros,
 )
+from sparsetrain.cost.sizes import Layers, Number, Sizes, nonzeros
 
 INDEX, COLUMNS, RECOMPUTATION = "index", "alibi columns", "recomputation"
 DENSE_GRADIENT, MASK_UPDATE = "dense gradient", "mask update"

@@ -10,9 +10,11 @@ from torch import nn
 
 from sparsetrain.cost.blocks import Shape, shape_of_config, shape_of_model
 from sparsetrain.cost.extras import column_operations, index_operations, recomputed, update_operations
+from sparsetrain.cost.flops import Density
 from sparsetrain.cost.ledger import PHASES, Convention, Ledger, Pass, entries_of, ledger_of
 from sparsetrain.cost.memory import state_bytes, training_bytes
-from sparsetrain.cost.operations import OPTIMIZER, Sizes, step_operations
+from sparsetrain.cost.operations import OPTIMIZER, step_operations
+from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.trace import trace
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models.config import DYNAMIC, ModelConfig
@@ -28,6 +30,7 @@ def flops(
     *,
     attention: str = "full",
     sparsity: str = "skipped",
+    density: Density | None = None,
     phase: str = "training",
     cached: int = 0,
     prompt_tokens: int = 0,
@@ -52,6 +55,8 @@ def flops(
         batch: sequences B.
         attention: ``full`` counts every query with every key, ``causal`` with the keys up to its own position.
         sparsity: ``skipped`` counts nonzeros, ``counted`` counts zeros too.
+        density: stored fraction of the hidden matrices of a configuration, as `sparsetrain.cost.flops.matrices` takes
+            it; None is that of its ``sparsity``.
         phase: ``training`` is forward and backward pass, ``prefill`` the forward pass, ``decoding`` the forward pass
             behind ``cached`` tokens of each sequence.
         cached: tokens of a sequence whose keys and values are in a cache.
@@ -86,19 +91,18 @@ def flops(
                 raise UserError(f"{name}={given} needs phase=training, not {phase}")
     if mask_update is not None and mask_update not in RULES:
         check_choice("mask_update", mask_update, list(RULES))
+    if density is not None and not isinstance(model, ModelConfig):
+        raise UserError(f"density={density} is for a ModelConfig; a {type(model).__name__} has its own")
     if isinstance(model, ModelConfig):
-        shape: Shape | None = shape_of_config(model)
+        shape: Shape | None = shape_of_config(model, density)
     elif isinstance(model, nn.Module):
         shape = shape_of_model(model) if inputs is None else None
     else:
         raise UserError(f"model is a {type(model).__name__}, neither a ModelConfig nor a torch.nn.Module")
     if shape is None:
         assert isinstance(model, nn.Module)
-        for name, given in (
-            ("prompt_tokens", prompt_tokens),
-            ("mask_update", mask_update),
-            ("last_logits", last_logits),
-        ):
+        extras = {"prompt_tokens": prompt_tokens, "mask_update": mask_update, "last_logits": last_logits}
+        for name, given in (*extras.items(), ("recomputation", recomputation)):
             if given:
                 raise UserError(f"{name}={given} needs a model of the library; {type(model).__name__} is traced")
         asked = Pass(context, batch, cached, phase)
@@ -114,7 +118,8 @@ def flops(
     if isinstance(model, nn.Module):
         weights = _weights(model)
     else:
-        held = training_bytes(config, 1.0 - config.sparsity, value_bytes=dtype.itemsize)
+        stored = 1.0 - config.sparsity if density is None else density
+        held = training_bytes(config, stored, value_bytes=dtype.itemsize)
         weights = held.parameters + held.index
     kept = 0 if phase == "training" else cache_bytes(config, asked.cached + asked.context, batch, dtype)
     return ledger_of(entries_of(operations), asked, convention, weights, kept)

@@ -116,9 +116,8 @@ def _counter(root: str, head: str | None) -> Any:
                     dense = int(DENSE[name](*_shapes(args), **kwargs))
                 module = self.nodes.get(torch._C._current_autograd_node()) if self.now == BACKWARD else None
                 if module is None:
-                    module = max(
-                        (parent for parent in self.mod_tracker.parents if parent != "Global"), key=len, default=""
-                    )
+                    inside = self.mod_tracker.parents - {"Global"}
+                    module = max(inside, key=len, default="")
                     module = module.removeprefix(root).removeprefix(".")
                 kind = ATTENTION if name in _BATCHED or "attention" in name else LINEAR
                 kind = HEAD if kind == LINEAR and head is not None and module == head else kind

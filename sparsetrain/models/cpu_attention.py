@@ -161,7 +161,7 @@ def _flops(qkv: Any, slopes: Any, *_: Any, **__: Any) -> int:
 
 
 def _flops_backward(g: Any, qkv: Any, y: Any, logs: Any, slopes: Any, *_: Any, **__: Any) -> int:
-    """Return twice the FLOPs of the forward pass: the kernel's fifth product, which is its first again, is not counted."""
+    """Return four products; the scores, which the kernel computes again, are not counted."""
     return 2 * _flops(qkv, slopes)
 
 

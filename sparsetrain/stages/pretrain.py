@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.cost.run_flops import RunFlops, planned_flops
 from sparsetrain.cost.memory import state_bytes
+from sparsetrain.cost.run_flops import RunFlops, planned_flops
 from sparsetrain.data import Batch, Corpora, Samples, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
