@@ -169,7 +169,7 @@ def _rotary(tokens: int) -> Cell:
 
         return _step(forward, _draw(1, tokens, 3 * heads, d_head), [qkv])
 
-    sizes = _sizes(_FEATURES, rotary=True, heads=float(heads))
+    sizes = _sizes(_FEATURES, rotated=True, heads=float(heads))
     return Cell(_entries(sizes, ops.ROTARY, tokens), "dense", make)
 
 
