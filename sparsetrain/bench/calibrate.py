@@ -26,11 +26,15 @@ from sparsetrain.bench.timing import Work, interleaved
 from sparsetrain.cache import check_room
 from sparsetrain.cost.calibrated import Sample, Step, corrected, document
 from sparsetrain.cost.hardware import THIS, Machine, calibrated_path
-from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE, Layers, Sizes, step_operations
+from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE, step_operations
+from sparsetrain.cost.simulate import NORMAL_90
+from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError
 from sparsetrain.machine import available_cores, processor
 from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.report.text import percent, si
+from sparsetrain.screen import say
 from sparsetrain.sparsity import SparsityConfig
 
 BACKENDS = ("csr", "masked")
@@ -156,6 +160,18 @@ def calibrate(
     machine = Machine.from_document(corrected(content, steps), THIS, "the calibration")
     machine.save(calibrated_path())
     return machine
+
+
+def calibrate_this(config: CalibrateConfig) -> None:
+    """Measure this machine, and print what was found and where it is kept."""
+    console = Console()
+    machine = calibrate(config.budget_seconds, config.threads, console)
+    assert machine.spread is not None
+    peak, bandwidth = machine.peak_rate("float32"), machine.memory[-1].bandwidth.value
+    say(console, f"{machine.label}: {si(peak, 'FLOP/s')} in float32, {si(bandwidth, 'B/s')} of memory")
+    factor = math.exp(NORMAL_90 * machine.spread.value)
+    say(console, f"90 % of step times are expected within {percent(factor - 1.0, 0)} of a prediction")
+    say(console, f"saved in {calibrated_path()}; sparsetrain simulate machine=this uses it")
 
 
 @dataclass

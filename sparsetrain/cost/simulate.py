@@ -32,7 +32,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.sparsity.layers.linear import SparseLinear
 
-_NORMAL_90 = 1.6449  # 90 % of a normal distribution lie within so many standard deviations
+NORMAL_90 = 1.6449  # 90 % of a normal distribution lie within so many standard deviations
 _UNKNOWN_SPREAD = 0.3  # of a machine without measured steps
 _GIB = 1 << 30
 
@@ -202,7 +202,7 @@ def _estimate(
     by_term = {name: float(value) for name, value in terms.as_dict().items()}
     seconds = math.fsum(by_term.values())
     spread = _UNKNOWN_SPREAD if machine.spread is None else machine.spread.value
-    factor = math.exp(_NORMAL_90 * spread)
+    factor = math.exp(NORMAL_90 * spread)
     moved = math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)
     devices = int(np.asarray(divided.devices).item())
     return Estimate(
