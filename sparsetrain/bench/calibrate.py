@@ -10,7 +10,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -22,61 +22,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sparsetrain import seeds
 from sparsetrain.bench.calibration_cells import Cell, cells
 from sparsetrain.bench.machine import with_threads
-from sparsetrain.bench.timing import Work, interleaved
+from sparsetrain.bench.steps import StepCase, step_seconds
+from sparsetrain.bench.timing import interleaved
+from sparsetrain.bench.validate import errors, validate
 from sparsetrain.cache import check_room
 from sparsetrain.cost.calibrated import Sample, Step, corrected, document
 from sparsetrain.cost.hardware import THIS, Machine, calibrated_path
-from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE, step_operations
+from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE
 from sparsetrain.cost.simulate import NORMAL_90
-from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError
+from sparsetrain.files import typed_path
 from sparsetrain.machine import available_cores, processor
-from sparsetrain.models import ModelConfig, Transformer
+from sparsetrain.models import ModelConfig
 from sparsetrain.report.text import percent, si
+from sparsetrain.report.validation import validation_lines, write_validation
 from sparsetrain.screen import say
-from sparsetrain.sparsity import SparsityConfig
 
 BACKENDS = ("csr", "masked")
 LEAST_SECONDS = 20.0
 _LEAST_STEPS = 6  # for each number of threads
 _ROUNDS, _LEAST_CALL = 3, 0.004
-_STEP_SECONDS = 0.5  # that a whole step is repeated for
-_MOST_FLOPS = 2.5e10  # of a whole step, so that many of them fit into the budget
-
-
-@dataclass(frozen=True)
-class StepCase:
-    """A whole training step to be timed: a model, its sparsity and backend, and the tokens of the step."""
-
-    model: ModelConfig
-    sparsity: float
-    backend: str
-    context: int
-    batch: int
-
-    def operations(self) -> Sequence[Any]:
-        """Return its entries in the ledger."""
-        sizes = Sizes.of(self.model)
-        density = 1.0 - self.sparsity
-        densities = dict.fromkeys(sizes.matrices(), density) if self.sparsity else {}
-        return step_operations(sizes, float(self.context), float(self.batch), [Layers(sizes.layers, densities)])
-
-    def work(self) -> Work:
-        """Return the step: loss, gradients, and the update by fused AdamW."""
-        plan = SparsityConfig(sparsity=self.sparsity, backend=self.backend)
-        model = Transformer(self.model, plan=plan)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        generator = seeds.generator(0, "calibration", "tokens")
-        drawn = torch.randint(self.model.vocab_size, (self.batch, self.context + 1), generator=generator)
-        tokens, targets = drawn[:, :-1].contiguous(), drawn[:, 1:].contiguous()
-
-        def backward(loss: torch.Tensor) -> None:
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return Work(lambda: model.loss(tokens, targets), backward)
+_LEAST_FLOPS, _MOST_FLOPS = 1e8, 2.5e10  # of a whole step, so that many of them fit into the budget
 
 
 def step_cases() -> Iterator[StepCase]:
@@ -105,7 +72,7 @@ def step_cases() -> Iterator[StepCase]:
         )
         backend = pick(("csr", "csr", "masked", "auto")) if sparsity else "auto"
         case = StepCase(model, sparsity, backend, context, batch)
-        if 1e8 < sum(float(each.dense_flops * each.count) for each in case.operations()) < _MOST_FLOPS:
+        if _LEAST_FLOPS < case.dense_flops < _MOST_FLOPS:
             yield case
 
 
@@ -116,14 +83,20 @@ class CalibrateConfig:
     Args:
         budget_seconds: about how long to measure, at least 20; more seconds narrow the band of predictions.
         threads: thread counts to measure; null for one thread and all cores.
+        validate: sparse steps, and as many dense ones, to predict and then measure afterwards; none was fitted.
+        out: a directory for the ``results.csv`` and the ``figure.png`` of the validation.
     """
 
     budget_seconds: float = 120.0
     threads: list[int] | None = None
+    validate: int = 0
+    out: str | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.budget_seconds) and self.budget_seconds >= LEAST_SECONDS):
             raise UserError(f"budget_seconds={self.budget_seconds} must be a number of at least {LEAST_SECONDS:g}")
+        if self.validate < 0 or (self.out is not None and self.validate == 0):
+            raise UserError(f"validate={self.validate} must be at least {int(self.out is not None)}")
         given = self.threads
         if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
             raise UserError(f"threads={given} must be increasing numbers from 1 on")
@@ -172,6 +145,25 @@ def calibrate_this(config: CalibrateConfig) -> None:
     factor = math.exp(NORMAL_90 * machine.spread.value)
     say(console, f"90 % of step times are expected within {percent(factor - 1.0, 0)} of a prediction")
     say(console, f"saved in {calibrated_path()}; sparsetrain simulate machine=this uses it")
+    if config.validate:
+        _validate(machine, config, console)
+
+
+def _validate(machine: Machine, config: CalibrateConfig, console: Console) -> None:
+    """Measure steps that were not fitted; print how predictions differ from them, and write what was found."""
+    out = None if config.out is None else typed_path(config.out, "out")
+    columns = (TextColumn("held-out steps"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=config.validate)
+        counts = config.threads or sorted({1, available_cores()})
+        rows = validate(machine, counts, config.validate, lambda done: bar.update(task, completed=done))
+    found = {name: vars(each) for name, each in errors(rows, machine).items()}
+    for line in validation_lines(found):
+        say(console, line)
+    if out is not None:
+        assert machine.spread is not None
+        write_validation([row.as_dict() for row in rows], found, machine.label, machine.spread.value, out)
+        say(console, f"written: {out}")
 
 
 @dataclass
@@ -237,18 +229,6 @@ def _steps(counts: Sequence[int], clock: _Clock) -> list[Step]:
             measured.append(Step(case.operations(), setting, step_seconds(case.work())))
         clock.show(f"whole steps, threads: {count}")
     return measured
-
-
-def step_seconds(work: Work, least: float = _STEP_SECONDS) -> float:
-    """Return the median seconds of a step over at least three calls and ``least`` seconds, after a warm-up."""
-    call: Callable[[], None] = lambda: work.backward(work.forward()) if work.backward else None  # noqa: E731
-    call()
-    spent: list[float] = []
-    while len(spent) < 3 or sum(spent) < least:
-        start = time.perf_counter()
-        call()
-        spent.append(time.perf_counter() - start)
-    return statistics.median(spent)
 
 
 def _bandwidth() -> float:
