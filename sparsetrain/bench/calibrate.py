@@ -6,12 +6,13 @@ Single operations give the curves, whole training steps the factors between an o
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -22,7 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from sparsetrain import seeds
 from sparsetrain.bench.calibration_cells import Cell, cells
 from sparsetrain.bench.machine import with_threads
-from sparsetrain.bench.steps import StepCase, step_seconds
+from sparsetrain.bench.steps import TORCH_TYPES, StepCase, step_seconds
 from sparsetrain.bench.timing import interleaved
 from sparsetrain.bench.validate import errors, validate
 from sparsetrain.cache import check_room
@@ -31,7 +32,7 @@ from sparsetrain.cost.hardware import THIS, Machine, calibrated_path
 from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE
 from sparsetrain.cost.simulate import NORMAL_90
 from sparsetrain.cost.timing import Setting
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path
 from sparsetrain.machine import available_cores, processor
 from sparsetrain.models import ModelConfig
@@ -41,7 +42,7 @@ from sparsetrain.screen import say
 
 BACKENDS = ("csr", "masked")
 LEAST_SECONDS = 20.0
-_LEAST_STEPS = 6  # for each number of threads
+_LEAST_STEPS = 6  # for each number of threads and type
 _ROUNDS, _LEAST_CALL = 3, 0.004
 _LEAST_FLOPS, _MOST_FLOPS = 1e8, 2.5e10  # of a whole step, so that many of them fit into the budget
 
@@ -54,7 +55,7 @@ def step_cases() -> Iterator[StepCase]:
         return options[int(torch.randint(len(options), (), generator=generator))]
 
     while True:
-        width, d_head = pick((96, 160, 224, 288, 352, 416, 544)), pick((16, 32))
+        width, d_head = pick((96, 128, 192, 224, 256, 320, 384, 512, 576)), pick((16, 32))
         context = pick((48, 96, 192, 384))
         batch = max(1, pick((160, 384, 768, 1536, 3072)) // context)
         sparsity = pick((0.0, 0.0, 0.6, 0.8, 0.92))
@@ -83,12 +84,14 @@ class CalibrateConfig:
     Args:
         budget_seconds: about how long to measure, at least 20; more seconds narrow the band of predictions.
         threads: thread counts to measure; null for one thread and all cores.
+        dtypes: types of products to measure: ``float32``, and ``bfloat16`` by autocast.
         validate: sparse steps, and as many dense ones, to predict and then measure afterwards; none was fitted.
         out: a directory for the ``results.csv`` and the ``figure.png`` of the validation.
     """
 
     budget_seconds: float = 120.0
     threads: list[int] | None = None
+    dtypes: list[str] = field(default_factory=lambda: ["float32"])
     validate: int = 0
     out: str | None = None
 
@@ -97,13 +100,20 @@ class CalibrateConfig:
             raise UserError(f"budget_seconds={self.budget_seconds} must be a number of at least {LEAST_SECONDS:g}")
         if self.validate < 0 or (self.out is not None and self.validate == 0):
             raise UserError(f"validate={self.validate} must be at least {int(self.out is not None)}")
+        for dtype in self.dtypes:
+            check_choice("dtypes", dtype, TORCH_TYPES)
+        if "float32" not in self.dtypes:
+            raise UserError(f"dtypes={self.dtypes} must have float32, which all other work is computed in")
         given = self.threads
         if given is not None and (not given or min(given) < 1 or sorted(set(given)) != given):
             raise UserError(f"threads={given} must be increasing numbers from 1 on")
 
 
 def calibrate(
-    budget_seconds: float = 120.0, threads: Sequence[int] | None = None, console: Console | None = None
+    budget_seconds: float = 120.0,
+    threads: Sequence[int] | None = None,
+    dtypes: Sequence[str] = ("float32",),
+    console: Console | None = None,
 ) -> Machine:
     """Measure this machine, save it as ``this`` in the cache, and return it.
 
@@ -112,20 +122,22 @@ def calibrate(
     Args:
         budget_seconds: about how long to measure.
         threads: thread counts to measure; None for one thread and all cores.
+        dtypes: types of products: ``float32``, and ``bfloat16`` by autocast.
         console: shows progress with the time that remains; None shows nothing.
 
     Raises:
         UserError: an argument is out of range, or the cache has no room.
     """
-    config = CalibrateConfig(budget_seconds, None if threads is None else list(threads))
+    config = CalibrateConfig(budget_seconds, None if threads is None else list(threads), list(dtypes))
     check_room()
     counts = config.threads or sorted({1, available_cores()})
     clock = _Clock(config.budget_seconds, console)
     with clock:
-        samples = list(_samples(counts, clock))
-        steps = _steps(counts, clock)
+        samples = list(_samples(counts, config.dtypes, clock))
+        steps = _steps(counts, config.dtypes, clock)
     now = datetime.now(UTC).date().isoformat()
-    title = f"sparsetrain calibrate: {len(samples)} operations and {len(steps)} whole steps, threads {counts}"
+    title = f"sparsetrain calibrate: {len(samples)} operations and {len(steps)} whole steps"
+    title += f", threads {counts}, {' and '.join(config.dtypes)}"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with with_threads(counts[-1]):
         bandwidth = _bandwidth()
@@ -138,7 +150,7 @@ def calibrate(
 def calibrate_this(config: CalibrateConfig) -> None:
     """Measure this machine, and print what was found and where it is kept."""
     console = Console()
-    machine = calibrate(config.budget_seconds, config.threads, console)
+    machine = calibrate(config.budget_seconds, config.threads, config.dtypes, console)
     assert machine.spread is not None
     peak, bandwidth = machine.peak_rate("float32"), machine.memory[-1].bandwidth.value
     say(console, f"{machine.label}: {si(peak, 'FLOP/s')} in float32, {si(bandwidth, 'B/s')} of memory")
@@ -156,7 +168,7 @@ def _validate(machine: Machine, config: CalibrateConfig, console: Console) -> No
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("", total=config.validate)
         counts = config.threads or sorted({1, available_cores()})
-        rows = validate(machine, counts, config.validate, lambda done: bar.update(task, completed=done))
+        rows = validate(machine, counts, config.dtypes, config.validate, lambda done: bar.update(task, completed=done))
     found = {name: vars(each) for name, each in errors(rows, machine).items()}
     for line in validation_lines(found):
         say(console, line)
@@ -196,36 +208,38 @@ class _Clock:
         self._bar.update(self._task, description=doing, completed=min(self.spent, self.budget))
 
 
-def _samples(counts: Sequence[int], clock: _Clock) -> Iterator[Sample]:
-    """Yield single operations, measured with each number of threads."""
-    for count in counts:
+def _samples(counts: Sequence[int], dtypes: Sequence[str], clock: _Clock) -> Iterator[Sample]:
+    """Yield single operations, measured with each number of threads and in each type."""
+    for count, dtype in itertools.product(counts, dtypes):
         with with_threads(count):
-            for group in cells(BACKENDS):
-                yield from _timed(group, count)
+            for group in cells(BACKENDS, dtype):
+                yield from _timed(group, count, dtype)
                 clock.show(f"single operations, threads: {count}")
 
 
-def _timed(group: list[Cell], threads: int) -> Iterator[Sample]:
+def _timed(group: list[Cell], threads: int, dtype: str) -> Iterator[Sample]:
     times = interleaved({index: cell.make() for index, cell in enumerate(group)}, _ROUNDS, _LEAST_CALL)
     for index, cell in enumerate(group):
         forward = statistics.median(times[index].forward)
         if UPDATE in cell.operations:
-            yield Sample(cell.operations[UPDATE], cell.implementation, threads, forward)
+            yield Sample(cell.operations[UPDATE], cell.implementation, threads, forward, dtype)
             continue
         backward = max(statistics.median(times[index].step) - forward, 0.05 * forward)
-        yield Sample(cell.operations[FORWARD], cell.implementation, threads, forward)
-        yield Sample(cell.operations[BACKWARD], cell.implementation, threads, backward)
+        yield Sample(cell.operations[FORWARD], cell.implementation, threads, forward, dtype)
+        yield Sample(cell.operations[BACKWARD], cell.implementation, threads, backward, dtype)
 
 
-def _steps(counts: Sequence[int], clock: _Clock) -> list[Step]:
-    """Return whole steps, measured in turns for each number of threads until the budget is spent."""
+def _steps(counts: Sequence[int], dtypes: Sequence[str], clock: _Clock) -> list[Step]:
+    """Return whole steps, measured in turns for each number of threads and type until the budget is spent."""
     measured: list[Step] = []
-    for number, case in enumerate(step_cases()):
-        count = counts[number % len(counts)]
-        if number >= _LEAST_STEPS * len(counts) and clock.spent > clock.budget:
+    turns = list(itertools.product(dtypes, counts))
+    for number, drawn in enumerate(step_cases()):
+        dtype, count = turns[number % len(turns)]
+        if number >= _LEAST_STEPS * len(turns) and clock.spent > clock.budget:
             break
+        case = replace(drawn, dtype=dtype)
         with with_threads(count):
-            setting = Setting(backend=case.backend, threads=count)
+            setting = Setting(dtype, case.backend, threads=count)
             measured.append(Step(case.operations(), setting, step_seconds(case.work())))
         clock.show(f"whole steps, threads: {count}")
     return measured

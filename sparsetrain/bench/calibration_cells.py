@@ -5,7 +5,7 @@ Legend: N tokens, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,13 +14,16 @@ from torch import Tensor, nn
 
 from sparsetrain import seeds
 from sparsetrain.bench.contenders import LayerCase, contender
+from sparsetrain.bench.steps import TORCH_TYPES
 from sparsetrain.bench.timing import Work
 from sparsetrain.cost import operations as ops
-from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE, Layers, Operation, Sizes, step_operations
+from sparsetrain.cost.cluster.schedule import VALUE_BYTES
+from sparsetrain.cost.operations import Layers, Operation, Sizes, step_operations
 from sparsetrain.models.cpu_attention import fused_attention
 from sparsetrain.models.cross_entropy import cross_entropy
 from sparsetrain.models.norm import LayerNorm
 from sparsetrain.models.positions import rope_frequencies, rope_tables, rotate
+from sparsetrain.sparsity import SparseLinear
 
 WIDTHS, TOKENS, DENSITIES = (64, 128, 256, 512, 1024), (128, 512, 2048), (0.5, 0.25, 0.1, 0.04)
 CONTEXTS, HEAD_WIDTHS = (32, 128, 512, 1024), (16, 32, 64, 128)
@@ -46,17 +49,22 @@ class Cell:
     make: Callable[[], Work]
 
 
-def cells(implementations: tuple[str, ...]) -> Iterator[list[Cell]]:
+def cells(implementations: tuple[str, ...], dtype: str = "float32") -> Iterator[list[Cell]]:
     """Yield groups of cells whose contenders are to take turns.
 
     Args:
         implementations: backends of sparse layers to time beside dense.
+        dtype: of products; another one than float32 is computed in by autocast, and only products are timed in it.
     """
     for width in WIDTHS:
         for tokens in TOKENS:
-            yield [_linear("dense", width, tokens, 1.0)] + [
-                _linear(name, width, tokens, density) for name in implementations for density in DENSITIES
+            yield [_linear("dense", width, tokens, 1.0, dtype)] + [
+                _linear(name, width, tokens, density, dtype) for name in implementations for density in DENSITIES
             ]
+    for features in HEAD_INPUTS:
+        yield [_head(vocabulary, features, tokens, dtype) for vocabulary in VOCABULARIES for tokens in (256, 1024)]
+    if dtype != "float32":
+        return
     for d_head in HEAD_WIDTHS:
         yield [_attention(context, d_head) for context in CONTEXTS]
     for elements in ELEMENTS:
@@ -70,8 +78,6 @@ def cells(implementations: tuple[str, ...]) -> Iterator[list[Cell]]:
             _rotary(tokens),
             _embedding(tokens),
         ]
-    for features in HEAD_INPUTS:
-        yield [_head(vocabulary, features, tokens) for vocabulary in VOCABULARIES for tokens in (256, 1024)]
     yield [_optimizer(parameters) for parameters in PARAMETERS]
 
 
@@ -81,23 +87,39 @@ def _sizes(width: int, **changes: float | bool) -> Sizes:
 
 
 def _entries(
-    sizes: Sizes, kind: str, tokens: int, context: int | None = None, density: float = 1.0
+    sizes: Sizes, kind: str, tokens: int, context: int | None = None, density: float = 1.0, dtype: str = "float32"
 ) -> dict[str, Operation]:
     """Return the ledger's first entries of a kind, by phase."""
     length = tokens if context is None else context
     groups = [Layers(1.0, {"attn.out": density})]
     found: dict[str, Operation] = {}
-    for operation in step_operations(sizes, float(length), tokens / length, groups):
+    for operation in step_operations(sizes, float(length), tokens / length, groups, value_bytes=VALUE_BYTES[dtype]):
         # Of the matrices of a block, the square one, which has the density of the cell.
         if kind in (operation.kind, operation.curve) and (kind not in _SQUARE or operation.module.endswith("attn.out")):
             found.setdefault(operation.phase, operation)
     return found
 
 
-def _linear(name: str, width: int, tokens: int, density: float) -> Cell:
+def _linear(name: str, width: int, tokens: int, density: float, dtype: str) -> Cell:
     case = LayerCase(width, width, tokens, 1.0 - density, (8, 8), 0)
-    entries = _entries(_sizes(width), ops.LINEAR, tokens, density=density)
-    return Cell(entries, name, lambda: contender(name, case).work)
+    entries = _entries(_sizes(width), ops.LINEAR, tokens, density=density, dtype=dtype)
+    if dtype == "float32":
+        return Cell(entries, name, lambda: contender(name, case).work)
+
+    def make() -> Work:
+        layer: nn.Module = nn.Linear(width, width, bias=False)
+        if name != "dense":
+            layer = SparseLinear(width, width, pattern=case.pattern(), bias=False, backend=name, seed=0)
+        x, kind = case.draw(tokens, width, "input").requires_grad_(), TORCH_TYPES[dtype]
+
+        def forward() -> Tensor:
+            with torch.autocast("cpu", kind):
+                y: Tensor = layer(x)
+            return y
+
+        return _step(forward, case.draw(tokens, width, "gradient").to(kind), [x, *layer.parameters()])
+
+    return Cell(entries, name, make)
 
 
 def _attention(context: int, d_head: int) -> Cell:
@@ -185,7 +207,7 @@ def _embedding(tokens: int) -> Cell:
     return Cell(_entries(sizes, ops.EMBEDDING, tokens), "dense", make)
 
 
-def _head(vocabulary: int, features: int, tokens: int) -> Cell:
+def _head(vocabulary: int, features: int, tokens: int, dtype: str) -> Cell:
     def make() -> Work:
         hidden = _draw(tokens, features).requires_grad_()
         # Logits of a model: with larger ones most probabilities would be denormal numbers, which are slow.
@@ -196,9 +218,14 @@ def _head(vocabulary: int, features: int, tokens: int) -> Cell:
             loss.backward()
             hidden.grad = weight.grad = None
 
-        return Work(lambda: cross_entropy(hidden, weight, targets), backward)
+        def forward() -> Tensor:
+            with torch.autocast("cpu", TORCH_TYPES[dtype], enabled=dtype != "float32"):
+                return cross_entropy(hidden, weight, targets)
 
-    return Cell(_entries(_sizes(features, vocabulary=float(vocabulary)), ops.HEAD, tokens), "dense", make)
+        return Work(forward, backward)
+
+    sizes = _sizes(features, vocabulary=float(vocabulary))
+    return Cell(_entries(sizes, ops.HEAD, tokens, dtype=dtype), "dense", make)
 
 
 def _optimizer(parameters: int) -> Cell:
@@ -223,7 +250,7 @@ def _pass(kind: str, tokens: int, call: Callable[[Tensor], Tensor], weights: lis
     return Cell(_entries(_sizes(_FEATURES), kind, tokens), "dense", make)
 
 
-def _step(forward: Callable[[], Tensor], g: Tensor, leaves: list[Tensor] | list[nn.Parameter]) -> Work:
+def _step(forward: Callable[[], Tensor], g: Tensor, leaves: Sequence[Tensor]) -> Work:
     def backward(y: Tensor) -> None:
         y.backward(g)
         for leaf in leaves:
@@ -234,6 +261,3 @@ def _step(forward: Callable[[], Tensor], g: Tensor, leaves: list[Tensor] | list[
 
 def _draw(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=seeds.generator(0, "calibration", "values", *shape))
-
-
-PHASES = (FORWARD, BACKWARD, UPDATE)

@@ -11,29 +11,38 @@ import torch
 
 from sparsetrain import seeds
 from sparsetrain.bench.timing import Work
+from sparsetrain.cost.cluster.schedule import VALUE_BYTES
 from sparsetrain.cost.operations import Operation, step_operations
 from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import SparsityConfig
+
+TORCH_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types that products can be computed in on a CPU, by name."""
 
 _LEAST_CALLS, _LEAST_SECONDS = 3, 0.5
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """A training step of ``batch`` sequences: loss, gradients, and the update by fused AdamW."""
+    """A training step of ``batch`` sequences: loss, gradients, and the update by fused AdamW.
+
+    Another ``dtype`` than float32 is that of autocast.
+    """
 
     model: ModelConfig
     sparsity: float
     backend: str
     context: int
     batch: int
+    dtype: str = "float32"
 
     def operations(self) -> Sequence[Operation]:
         """Return its operations."""
         sizes = Sizes.of(self.model)
         densities = dict.fromkeys(sizes.matrices(), 1.0 - self.sparsity) if self.sparsity else {}
-        return step_operations(sizes, float(self.context), float(self.batch), [Layers(sizes.layers, densities)])
+        layers, value_bytes = [Layers(sizes.layers, densities)], VALUE_BYTES[self.dtype]
+        return step_operations(sizes, float(self.context), float(self.batch), layers, value_bytes=value_bytes)
 
     @property
     def dense_flops(self) -> float:
@@ -53,7 +62,11 @@ class StepCase:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        return Work(lambda: model.loss(tokens, targets), backward)
+        def forward() -> torch.Tensor:
+            with torch.autocast("cpu", TORCH_TYPES[self.dtype], enabled=self.dtype != "float32"):
+                return model.loss(tokens, targets)
+
+        return Work(forward, backward)
 
 
 def step_seconds(work: Work, least: float = _LEAST_SECONDS) -> float:

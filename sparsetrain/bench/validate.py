@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,6 +55,7 @@ class Validated:
             "batch": self.case.batch,
             "sparsity": self.case.sparsity,
             "backend": self.case.backend,
+            "dtype": self.case.dtype,
             "threads": self.threads,
             "measured": self.measured,
             "predicted": self.predicted,
@@ -96,19 +98,25 @@ def held_out() -> Iterator[StepCase]:
 
 
 def validate(
-    machine: Machine, threads: Sequence[int], count: int, show: Callable[[int], None] | None = None
+    machine: Machine,
+    threads: Sequence[int],
+    dtypes: Sequence[str],
+    count: int,
+    show: Callable[[int], None] | None = None,
 ) -> list[Validated]:
     """Return ``count`` held-out steps, each with its dense twin, measured after they were predicted.
 
     Args:
-        machine: calibrated here. threads: numbers of threads, which take turns.
+        machine: calibrated here.
+        threads, dtypes: numbers of threads and types of products, which take turns.
         count: of sparse steps.
         show: called with the number of steps that are done.
     """
-    found = []
+    found, turns = [], list(itertools.product(dtypes, threads))
     for number, case in zip(range(count), held_out(), strict=False):
-        with with_threads(threads[number % len(threads)]):
-            found.append(_validated(machine, case, threads[number % len(threads)]))
+        dtype, wanted = turns[number % len(turns)]
+        with with_threads(wanted):
+            found.append(_validated(machine, replace(case, dtype=dtype), wanted))
         if show is not None:
             show(number + 1)
     return found
@@ -122,6 +130,7 @@ def _validated(machine: Machine, case: StepCase, threads: int) -> Validated:
             machine,
             one.context,
             one.batch,
+            dtype=one.dtype,
             backend=one.backend,
             threads=threads,
         ).seconds

@@ -43,17 +43,19 @@ _RISING = (
     "elements",
 )  # time never falls along these
 _SCALES = (0.25, 0.4, 0.4, 0.4)  # standard deviations of the factors before any step is seen
+FLOAT = "float32"
 _FLOOR = 0.02  # of the spread: repeated measurements of one step differ by as much
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The measured seconds of one operation, with ``threads`` threads, by ``implementation``."""
+    """The measured seconds of one operation, with ``threads`` threads, by ``implementation``, in ``dtype``."""
 
     operation: Operation
     implementation: str
     threads: int
     seconds: float
+    dtype: str = FLOAT
 
     @property
     def work(self) -> float:
@@ -67,9 +69,10 @@ class Sample:
     def key(self) -> str:
         """The name of its curve."""
         operation = self.operation
+        prefix = "" if self.dtype == FLOAT else f"{self.dtype}."
         if operation.kind == LINEAR:
-            return f"{LINEAR}.{self.implementation}.{operation.phase}"
-        return f"{operation.curve or operation.kind}.{operation.phase}"
+            return f"{prefix}{LINEAR}.{self.implementation}.{operation.phase}"
+        return f"{prefix}{operation.curve or operation.kind}.{operation.phase}"
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,17 @@ def document(
     by_key: dict[str, list[Sample]] = {}
     for sample in samples:
         by_key.setdefault(sample.key, []).append(sample)
-    rates = [one.work / one.seconds for one in by_key.get(f"{LINEAR}.{DENSE}.forward", [])]
-    if not rates:
-        raise UserError("a calibration needs dense products")
-    peak = max(rates)
+    peaks: dict[str, float] = {}
+    for key, group in by_key.items():
+        if key.endswith(f"{LINEAR}.{DENSE}.forward"):
+            peaks[group[0].dtype] = max(one.work / one.seconds for one in group)
+    if FLOAT not in peaks:
+        raise UserError("a calibration needs dense products in float32")
     fact = {"kind": "measured", "source": "calibration"}
     return {
         "label": label,
         "sources": {"calibration": {"title": source, "date": date}},
-        "peak": {"float32": {"value": f"{peak / 1e9:.6g} GFLOP/s", **fact}},
+        "peak": {dtype: {"value": f"{peak / 1e9:.6g} GFLOP/s", **fact} for dtype, peak in peaks.items()},
         "memory": [
             {
                 "name": "main memory",
@@ -119,14 +124,16 @@ def document(
         "roofline": False,
         # The head's measured time contains the softmax.
         "included": [SOFTMAX],
-        "efficiency": {key: {**_curve(key, group, peak, bandwidth), **fact} for key, group in sorted(by_key.items())},
+        "efficiency": {
+            key: {**_curve(group, peaks[group[0].dtype], bandwidth), **fact} for key, group in sorted(by_key.items())
+        },
     }
 
 
-def _curve(key: str, samples: list[Sample], peak: float, bandwidth: float) -> dict[str, Any]:
-    kind = key.split(".")[0]
+def _curve(samples: list[Sample], peak: float, bandwidth: float) -> dict[str, Any]:
+    key, kind = samples[0].key, samples[0].operation.kind
     names = [*AXES.get(kind, _OTHER), "threads"]
-    if kind == LINEAR and f".{DENSE}." not in key:
+    if kind == LINEAR and samples[0].implementation != DENSE:
         names.insert(2, "density")
     placed = [{**sample.operation.sizes, "threads": float(sample.threads)} for sample in samples]
     axes = {name: sorted({float(sizes[name]) for sizes in placed}) for name in names}
@@ -177,14 +184,13 @@ def corrected(content: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, An
         content: of `document`. steps: at each number of threads of the curves, at least five.
     """
     machine = Machine.from_document(content, "this", "calibration")
-    threads = sorted({step.setting.threads for step in steps})
-    factors: dict[int, NDArray[np.float64]] = {}
+    factors: dict[tuple[str, int], NDArray[np.float64]] = {}
     residuals: list[float] = []
-    for count in threads:
-        chosen = [step for step in steps if step.setting.threads == count]
+    for place in sorted({(step.setting.dtype, step.setting.threads) for step in steps}):
+        chosen = [step for step in steps if (step.setting.dtype, step.setting.threads) == place]
         table = np.array([features(step, machine) for step in chosen])
         seconds = np.array([step.seconds for step in chosen])
-        factors[count] = _fit(table, seconds)
+        factors[place] = _fit(table, seconds)
         # Each step by a fit to the others, so that the spread is that of steps which were not seen.
         for index in range(len(chosen)):
             others = np.arange(len(chosen)) != index
@@ -193,7 +199,15 @@ def corrected(content: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, An
     fact = {"kind": "measured", "source": "calibration"}
     launch = max(float(np.mean([solution[-1] for solution in factors.values()])), 1e-9)
     result["launch"] = {"value": f"{launch * 1e6:.6g} us", **fact}
-    result["efficiency"] = {key: _scaled(key, entry, factors) for key, entry in content["efficiency"].items()}
+    curves = content["efficiency"]
+    result["efficiency"] = {}
+    for dtype in dict.fromkeys(dtype for dtype, _ in factors):
+        of_type = {threads: solution for (name, threads), solution in factors.items() if name == dtype}
+        prefix = "" if dtype == FLOAT else f"{dtype}."
+        for key, entry in curves.items():
+            if key.split(".")[0] not in content["peak"]:  # a curve of float32, which another type may have of its own
+                own = curves.get(prefix + key, entry)
+                result["efficiency"][prefix + key] = _scaled(key, own, of_type)
     spread = max(_FLOOR, float(np.sqrt(np.mean(np.square(residuals)))))
     result["spread"] = {"value": round(spread, 4), **fact}
     return result
