@@ -195,7 +195,8 @@ def shown(found: Counted) -> Iterator[str]:
         part = ledger.by_kind.get(kind, 0)
         share = f"{part / ledger.total:.1%}" if ledger.total else ""
         yield _row(kind, f"{part:,}", share, byte_size(ledger.bytes_by_kind.get(kind, 0)))
-    yield _row("total: matrix products", f"{ledger.total:,}", "", byte_size(ledger.bytes))
+    yield _row("total: matrix products", f"{ledger.total:,}", "100.0%", "")
+    yield _row("everything", f"{sum(ledger.by_kind.values()):,}", "", byte_size(ledger.bytes))
     yield ""
     yield _row("module", "FLOPs", "of total", "")
     for name, part in _classes(ledger).items():
