@@ -123,8 +123,8 @@ def memory_of(shape: Shape, context: float, batch: float, masked: bool, threads:
     gradients = float(trained_weights(sizes, shape.layers, shape.frozen)) + shape.prompt_tokens * sizes.width
     blocks = sum(float(group.count) * values for group, values in zip(layers, saved, strict=True))
 
-    chunk = chunk_tokens(int(sizes.vocabulary))
-    logits = min(tokens, chunk) * sizes.vocabulary * (2.0 if tokens > chunk else 1.0)
+    # The logits of a chunk are made while those of the one before are still held.
+    logits = min(tokens, 2.0 * chunk_tokens(int(sizes.vocabulary))) * sizes.vocabulary
     # The result of the final norm lives until the loss is known.
     moments = [blocks + outer + stream + logits, blocks + outer + stream + head]
     held = blocks + outer - norm  # new gradients have taken the place of those that the loss has saved

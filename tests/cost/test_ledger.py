@@ -241,14 +241,14 @@ def test_flops_never_fall(context: int, batches: int, layers: int, sparsity: flo
     def of(context: int, batches: int, layers: int, sparsity: float) -> Ledger:
         return flops(replace(SMALL, n_layers=layers, sparsity=sparsity), context, batches)
 
-    sizes = {"context": context, "batches": batches, "layers": layers, "sparsity": sparsity}
-    grown = {
+    sizes: dict[str, Any] = {"context": context, "batches": batches, "layers": layers, "sparsity": sparsity}
+    grown: dict[str, Any] = {
         "context": {"context": context + 1},
         "batch": {"batches": batches + 1},
         "layers": {"layers": layers + 1},
         "nonzeros": {"sparsity": sparsity * 0.9},
     }[more]
-    small, large = of(**sizes), of(**{**sizes, **grown})  # type: ignore[arg-type]
+    small, large = of(**sizes), of(**{**sizes, **grown})
     assert large.total >= small.total
     assert large.totals["attention causal, zeros skipped"] >= small.totals["attention causal, zeros skipped"]
 

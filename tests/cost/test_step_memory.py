@@ -123,7 +123,7 @@ def test_refusals() -> None:
     config, _ = built(SHAPES[0][0], 0.0)
     with pytest.raises(UserError, match="context=0 is not a whole number"):
         step_memory(config, 0, 1)
-    with pytest.raises(UserError, match="backend='crs'.*did you mean 'csr'"):
+    with pytest.raises(UserError, match=r"backend='crs'.*did you mean 'csr'"):
         step_memory(config, 1, 1, backend="crs")
     with pytest.raises(UserError, match="model is a Linear, neither"):
         step_memory(torch.nn.Linear(2, 2), 1, 1)
