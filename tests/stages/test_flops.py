@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparsetrain as st
 from sparsetrain.cli import main
@@ -49,25 +50,33 @@ def test_the_table_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert "activations" not in out
 
 
-def test_a_run_has_its_own_densities_and_its_length(capsys: pytest.CaptureFixture[str]) -> None:
-    config = load("flops", [*SMALL, "sparsity=rigl", "sparsity.sparsity=0.5", "budget.steps=20"])
+def test_updates_of_the_masks_come_on_top_of_the_steps_of_a_run() -> None:
+    config = load("flops", [*SMALL, "sparsity=rigl", "sparsity.sparsity=0.5", "budget.steps=400"])
     found = counted(config)
     assert found.run is not None
-    assert found.run > 20 * found.ledger.total  # the dense gradients of the updates come on top
+    assert found.run > 400 * found.ledger.total
     assert UPDATES not in found.ledger.by_kind
     dense = counted(load("flops", [*SMALL, "budget.steps=20"]))
     assert dense.run == 20 * dense.ledger.total
 
 
-def test_a_trained_model_is_counted_as_it_is(
-    tmp_path: Path, small_text_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import torch
-
-    model, _ = load_run(small_text_run, torch.device("cpu"))
-    assert main(["flops", f"init_from={small_text_run}", "budget.batch_size=2", "format=json"]) == 0
+def test_a_trained_model_is_counted_as_it_is(tmp_path: Path, notes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    words = [*SMALL, f"data.path={notes}", "data=file", "sparsity.sparsity=0.5", "budget.batch_size=2"]
+    assert main(["pretrain", *words, "budget.steps=1", f"run_dir={run}"]) == 0
+    capsys.readouterr()
+    model, _ = load_run(run, torch.device("cpu"))
+    assert main(["flops", f"init_from={run}", "budget.batch_size=2", "format=json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["total"] == st.flops(model, found["context"], 2).total
+    assert found["context"] == 32
+    assert found["total"] == st.flops(model, 32, 2).total
+    assert main(["quantize", str(run), f"out={tmp_path / 'small'}"]) == 0
+    capsys.readouterr()
+    step = ["phase=decoding", "cached=31", "budget.batch_size=2", "format=json"]
+    assert main(["flops", f"quantized={tmp_path / 'small'}", *step]) == 0
+    small = json.loads(capsys.readouterr().out)
+    assert small["total"] == st.flops(model, 1, 2, phase="decoding", cached=31).total
+    assert small["weight_bytes"] < found["weight_bytes"] / 3
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,7 @@ def test_a_trained_model_is_counted_as_it_is(
         (["cached=3"], "cached=3 needs phase=decoding, not training"),
         (["phase=decoding"], "cached=0: phase=decoding needs"),
         (["init_from=nowhere"], "init_from=nowhere"),
+        (["quantized=nowhere"], "nowhere"),
         (["output="], "output"),
         (["data.context=0"], "context"),
     ],
