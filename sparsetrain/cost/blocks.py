@@ -82,10 +82,10 @@ def shape_of_model(model: nn.Module) -> Shape | None:
         return None
     if any(name in modules and _trains(modules[name]) is None for name in OUTSIDE):
         return None
-    for index in by_block:
+    for place in by_block:
         for norm in ("attn_norm", "mlp_norm"):
-            if not _trains(modules[f"blocks.{index}.{norm}"]):
-                frozen[index].add(norm)
+            if not _trains(modules[f"blocks.{place}.{norm}"]):
+                frozen[place].add(norm)
     outside = frozenset(name for name in OUTSIDE if name in modules and not _trains(modules[name]))
     fixed = bool(outside) or any(frozen.values())
     parameters = list(model.parameters())
@@ -104,13 +104,16 @@ def shape_of_model(model: nn.Module) -> Shape | None:
 def stored_weights(layer: nn.Module) -> int | None:
     """Return the stored values of a linear layer's matrix, or None if it is no such layer."""
     kind = _kind(layer)
-    if kind is SparseLinear:
-        return int(layer.pattern.nnz)  # type: ignore[union-attr]
-    if kind is QuantizedSparseLinear:
-        return int(layer.nnz)  # type: ignore[arg-type]
-    if kind is QuantizedLinear:
-        return int(layer.matrix.rows * layer.matrix.columns)  # type: ignore[union-attr, operator]
-    return None if kind is None else int(layer.weight.numel())  # type: ignore[union-attr, operator]
+    if kind is None:
+        return None
+    if isinstance(layer, SparseLinear):
+        return layer.pattern.nnz
+    if isinstance(layer, QuantizedSparseLinear):
+        return layer.nnz
+    if isinstance(layer, QuantizedLinear):
+        return layer.matrix.rows * layer.matrix.columns
+    assert isinstance(layer, nn.Linear)
+    return layer.weight.numel()
 
 
 def _kind(layer: nn.Module | None) -> type[Any] | None:

@@ -102,9 +102,9 @@ def flops(
     if shape is None:
         assert isinstance(model, nn.Module)
         extras = {"prompt_tokens": prompt_tokens, "mask_update": mask_update, "last_logits": last_logits}
-        for name, given in (*extras.items(), ("recomputation", recomputation)):
-            if given:
-                raise UserError(f"{name}={given} needs a model of the library; {type(model).__name__} is traced")
+        for name, asked_for in (*extras.items(), ("recomputation", recomputation)):
+            if asked_for:
+                raise UserError(f"{name}={asked_for} needs a model of the library; {type(model).__name__} is traced")
         asked = Pass(context, batch, cached, phase)
         seen = trace(model, asked, inputs)
         entries = seen.entries
@@ -156,7 +156,9 @@ def _operations(
         more += recomputed(found)
     if mask_update is not None:
         ranked = float(asked.context * asked.batch)
-        more += update_operations(sizes, shape.layers, ranked, RULES[mask_update].needs_gradient, float(dtype.itemsize))
+        more += update_operations(
+            sizes, shape.layers, ranked, RULES[mask_update].grows == "gradient", float(dtype.itemsize)
+        )
     return [operation for operation in (*found, *more) if operation.kind != OPTIMIZER or operation.flops]
 
 

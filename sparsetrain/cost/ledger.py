@@ -82,7 +82,10 @@ class Ledger:
 
         return Ledger(
             both(self.total, other.total),
-            *(merged(name) for name in ("by_module", "by_kind", "by_phase", "totals")),
+            merged("by_module"),
+            merged("by_kind"),
+            merged("by_phase"),
+            merged("totals"),
             both(self.bytes, other.bytes),
             merged("bytes_by_kind"),
             max(self.weight_bytes, other.weight_bytes),
@@ -167,9 +170,12 @@ def entries_of(operations: Iterable[Operation]) -> list[Entry]:
     found, first = [], 0
     places: dict[tuple[int, ...] | None, Sequence[int]] = {}
     for operation in operations:
-        whole = [
-            _whole(value) for value in (operation.flops, operation.dense_flops, operation.bytes, operation.index_bytes)
-        ]
+        whole = (
+            _whole(operation.flops),
+            _whole(operation.dense_flops),
+            _whole(operation.bytes),
+            _whole(operation.index_bytes),
+        )
         if "*" not in operation.module:
             found.append(Entry(operation.kind, operation.phase, operation.module, *whole))
             continue

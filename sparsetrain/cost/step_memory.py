@@ -10,6 +10,7 @@ The legend is that of `sparsetrain.cost.operations`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from sparsetrain.cost.blocks import Shape, shape_of_config, shape_of_model
 from sparsetrain.cost.flop_ledger import check_whole
 from sparsetrain.cost.flops import Density
 from sparsetrain.cost.operations import INDEX_BYTES, ROW_BYTES
-from sparsetrain.cost.sizes import Layers, Number, Sizes, block_weights, nonzeros, trained_weights
+from sparsetrain.cost.sizes import Layers, Sizes, block_weights, nonzeros, trained_weights
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
@@ -92,12 +93,11 @@ def step_memory(
         check_whole("threads", threads, 1)
     if backend is not None and backend not in BACKENDS:
         check_choice("backend", backend, list(BACKENDS))
-    if isinstance(model, ModelConfig):
-        shape: Shape | None = shape_of_config(model, density)
-    else:
-        shape = shape_of_model(model) if isinstance(model, nn.Module) else None
-        if shape is None:
-            raise UserError(f"model is a {type(model).__name__}, neither a ModelConfig nor a Transformer as built")
+    shape = shape_of_config(model, density) if isinstance(model, ModelConfig) else None
+    if isinstance(model, nn.Module):
+        shape = shape_of_model(model)
+    if shape is None:
+        raise UserError(f"model is a {type(model).__name__}, neither a ModelConfig nor a Transformer as it was built")
     tokens = context + shape.prompt_tokens
     if backend is None:
         backend = _backend(model, tokens * batch) if isinstance(model, nn.Module) else "csr"
@@ -113,31 +113,37 @@ def _backend(model: nn.Module, tokens: int) -> str:
 
 def memory_of(shape: Shape, context: float, batch: float, masked: bool, threads: float) -> StepMemory:
     """Return the memory of a step of a model's shape; see `step_memory`."""
-    sizes, layers, tokens = Sizes.of(shape.config), shape.layers, context * batch
-    stream, table = tokens * sizes.width, sizes.vocabulary * sizes.width
-    saved = [block_values(sizes, tokens, group.frozen, _kept(sizes, group, masked)) for group in layers]
-    outer = outer_values(sizes, context, tokens)
-    gradients = trained_weights(sizes, layers, shape.frozen)
-    blocks = sum(group.count * values for group, values in zip(layers, saved, strict=True))
+    sizes: Any = Sizes.of(shape.config)  # whose numbers are single ones here
+    layers, tokens = _reached(shape), context * batch
+    stream, vocabulary = tokens * sizes.width, sizes.vocabulary * sizes.width
+    head, table = (0.0 if name in shape.frozen else vocabulary for name in ("embed" if sizes.tied else "head", "embed"))
+    norm = float(norm_values(sizes, tokens))
+    saved = [float(block_values(sizes, tokens, group.frozen, _kept(sizes, group, masked))) for group in layers]
+    outer = float(outer_values(sizes, context, tokens, head > 0.0))
+    gradients = float(trained_weights(sizes, shape.layers, shape.frozen)) + shape.prompt_tokens * sizes.width
+    blocks = sum(float(group.count) * values for group, values in zip(layers, saved, strict=True))
 
-    chunk = chunk_tokens(int(sizes.vocabulary))
-    logits = min(tokens, chunk) * sizes.vocabulary * (2.0 if tokens > chunk else 1.0)
+    # The logits of a chunk are made while those of the one before are still held.
+    logits = min(tokens, 2.0 * chunk_tokens(int(sizes.vocabulary))) * sizes.vocabulary
     # The result of the final norm lives until the loss is known.
-    moments = [blocks + outer + stream + logits, blocks + outer + stream + table]
-    held = blocks + outer - norm_values(sizes, tokens)  # the gradients of the loss have taken the saved ones' place
-    moments.append(held + stream + norm_values(sizes, tokens))
+    moments = [blocks + outer + stream + logits, blocks + outer + stream + head]
+    held = blocks + outer - norm  # new gradients have taken the place of those that the loss has saved
+    moments.append(held + stream + norm)
     for group, values in zip(reversed(layers), reversed(saved), strict=True):
+        count = float(group.count)
         steps = _backward(sizes, group, context, batch, masked, threads)
         now = np.cumsum([change for taken, freed in steps for change in (taken, -freed)])
-        most, net = float(now.max()), block_weights(sizes, group.densities, group.frozen) - values
-        moments += [held + most, held + (group.count - 1.0) * net + most]
-        held += group.count * net
+        most, net = float(now.max()), float(block_weights(sizes, group.densities, group.frozen)) - values
+        moments += [held + most, held + (count - 1.0) * net + most]
+        held += count * net
     # The gradient of the embedding, and its sum with that of a tied head.
-    moments.append(held + (2.0 if sizes.tied else 1.0) * table + sizes.positions * sizes.width)
+    places = 0.0 if "positions" in shape.frozen else sizes.positions * sizes.width
+    moments.append(held + (2.0 if sizes.tied else 1.0) * table + places)
     moments.append(gradients)
 
-    weights = trained_weights(sizes, [Layers(g.count, g.densities) for g in layers])
-    indices = sum(group.count * _index_bytes(sizes, group, masked) for group in layers)
+    weights = float(trained_weights(sizes, [Layers(group.count, group.densities) for group in shape.layers]))
+    weights += shape.prompt_tokens * sizes.width
+    indices = sum(float(group.count) * _index_bytes(sizes, group, masked) for group in shape.layers)
     resident = FLOAT * (weights + _MOMENTS * gradients) + indices
     peak = resident + FLOAT * max(moments)
     activations = FLOAT * (blocks + outer)
@@ -152,8 +158,17 @@ def memory_of(shape: Shape, context: float, batch: float, masked: bool, threads:
     )
 
 
+def _reached(shape: Shape) -> list[Layers]:
+    """Return the blocks that the backward pass reaches: those below every trained parameter save nothing."""
+    if "embed" not in shape.frozen or shape.prompt_tokens:
+        return shape.layers
+    names = {"attn_norm", "mlp_norm", *Sizes.of(shape.config).matrices()}
+    first = next((index for index, group in enumerate(shape.layers) if names - set(group.frozen)), len(shape.layers))
+    return shape.layers[first:]
+
+
 def _backward(
-    sizes: Sizes, group: Layers, context: float, batch: float, masked: bool, threads: float
+    sizes: Any, group: Layers, context: float, batch: float, masked: bool, threads: float
 ) -> list[tuple[float, float]]:
     """Return what each operation of a block's backward pass takes and then frees.
 
@@ -161,7 +176,7 @@ def _backward(
     """
     tokens = context * batch
     stream, inner, qkv = tokens * sizes.width, tokens * sizes.ffn, tokens * (sizes.width + 2.0 * sizes.kv_width)
-    norm, logs = norm_values(sizes, tokens), tokens * sizes.heads
+    norm, logs = float(norm_values(sizes, tokens)), tokens * sizes.heads
     dropped = stream if sizes.dropout else 0.0
 
     def product(name: str, gradient: float, input_: float, output: float) -> tuple[float, float]:
@@ -192,13 +207,13 @@ def _backward(
     return [(float(taken), float(freed)) for taken, freed in steps]
 
 
-def _kept(sizes: Sizes, group: Layers, masked: bool) -> Number:
+def _kept(sizes: Any, group: Layers, masked: bool) -> float:
     """Return the values of the dense matrices that the backend ``masked`` keeps for the backward pass."""
-    sparse = (name for name, density in group.densities.items() if density < 1.0 and masked)
-    return sum(sizes.matrices()[name][0] * sizes.matrices()[name][1] for name in sparse)
+    sparse = [sizes.matrices()[name] for name, density in group.densities.items() if masked and density < 1.0]
+    return float(sum(rows * columns for rows, columns in sparse))
 
 
-def _index_bytes(sizes: Sizes, group: Layers, masked: bool) -> float:
+def _index_bytes(sizes: Any, group: Layers, masked: bool) -> float:
     """Return the bytes of the positions of a block's nonzeros, and of the layouts that kernels make of them.
 
     The backend csr has the places of all nonzeros, rounded up to four in a row, in two bytes for the matrix and for its

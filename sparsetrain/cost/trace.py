@@ -183,7 +183,7 @@ def _twin(model: nn.Module, fake: Any) -> nn.Module:
     for module in twin.modules():
         # What a checkpointed module computes again in its backward pass is no product of the model.
         if getattr(module, "gradient_checkpointing", False) is True:
-            module.gradient_checkpointing = False
+            setattr(module, "gradient_checkpointing", False)  # noqa: B010 - its type is not known
     return twin
 
 

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import file_errors, typed_path, write_text
 from sparsetrain.models import ModelConfig
 from sparsetrain.report.text import byte_size
-from sparsetrain.runs.quantized import is_quantized, load_quantized
+from sparsetrain.runs.quantized import load_quantized
 from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.stages.config import RunConfig, model_config
 from sparsetrain.stages.generate import load_run
@@ -44,6 +43,7 @@ class FlopsConfig(RunConfig):
     first one. Where ``init_from`` names a run, its own model is counted, with the nonzeros of its checkpoint.
 
     Args:
+        quantized: a directory that `sparsetrain quantize` wrote, whose model is counted, for inference.
         attention: ``full`` counts every query with every key, ``causal`` with the keys up to its own position.
         zeros: ``skipped`` counts nonzeros, ``counted`` counts zeros too.
         phase: ``training``, ``prefill`` or ``decoding``.
@@ -57,6 +57,7 @@ class FlopsConfig(RunConfig):
         UserError: a setting is out of range.
     """
 
+    quantized: str | None = None
     attention: str = "full"
     zeros: str = "skipped"
     phase: str = "training"
@@ -73,6 +74,8 @@ class FlopsConfig(RunConfig):
         check_choice("format", self.format, FORMATS)
         for name in ("cached", "prompt_tokens"):
             check_whole(name, getattr(self, name), 0)
+        if self.quantized is not None and self.init_from is not None:
+            raise UserError(f"quantized={self.quantized} and init_from={self.init_from}: give one model")
         super().__post_init__()
 
 
@@ -163,11 +166,10 @@ def counted(config: FlopsConfig) -> Counted:
 
 def _model(config: FlopsConfig) -> tuple[ModelConfig | nn.Module, dict[str, float] | None]:
     """Return the configured model and the densities of its matrices, or the model of a run."""
+    if config.quantized is not None:
+        return load_quantized(typed_path(config.quantized, "quantized")), None
     if config.init_from is not None:
-        directory = typed_path(config.init_from, "init_from")
-        if not directory.is_dir():
-            raise UserError(f"init_from={config.init_from}: no such run directory")
-        return _of_run(directory), None
+        return load_run(typed_path(config.init_from, "init_from"), torch.device("cpu"))[0], None
     _, corpora = Inputs().corpora(config.data)
     model = model_config(config.model, vocabulary(config, corpora))
     section = config.sparsity
@@ -175,12 +177,6 @@ def _model(config: FlopsConfig) -> tuple[ModelConfig | nn.Module, dict[str, floa
         return model, None
     densities = dict(allocated_densities(hidden_shapes(model), section, rule_of_length(section, _STEPS))(0))
     return replace(model, sparsity=0.0), densities or None
-
-
-def _of_run(directory: Path) -> nn.Module:
-    if is_quantized(directory):
-        return load_quantized(directory)
-    return load_run(directory, torch.device("cpu"))[0]
 
 
 def shown(found: Counted) -> Iterator[str]:
@@ -195,7 +191,8 @@ def shown(found: Counted) -> Iterator[str]:
         part = ledger.by_kind.get(kind, 0)
         share = f"{part / ledger.total:.1%}" if ledger.total else ""
         yield _row(kind, f"{part:,}", share, byte_size(ledger.bytes_by_kind.get(kind, 0)))
-    yield _row("total: matrix products", f"{ledger.total:,}", "", byte_size(ledger.bytes))
+    yield _row("total: matrix products", f"{ledger.total:,}", "100.0%", "")
+    yield _row("everything", f"{sum(ledger.by_kind.values()):,}", "", byte_size(ledger.bytes))
     yield ""
     yield _row("module", "FLOPs", "of total", "")
     for name, part in _classes(ledger).items():
