@@ -43,6 +43,7 @@ _RISING = (
     "elements",
 )  # time never falls along these
 _SCALES = (0.25, 0.4, 0.4, 0.4)  # standard deviations of the factors before any step is seen
+_NOISE = 0.03  # relative standard deviation of a measured step
 FLOAT = "float32"
 _FLOOR = 0.02  # of the spread: repeated measurements of one step differ by as much
 
@@ -184,20 +185,23 @@ def corrected(content: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, An
         content: of `document`. steps: at each number of threads of the curves, at least five.
     """
     machine = Machine.from_document(content, "this", "calibration")
-    factors: dict[tuple[str, int], NDArray[np.float64]] = {}
-    residuals: list[float] = []
-    for place in sorted({(step.setting.dtype, step.setting.threads) for step in steps}):
-        chosen = [step for step in steps if (step.setting.dtype, step.setting.threads) == place]
-        table = np.array([features(step, machine) for step in chosen])
-        seconds = np.array([step.seconds for step in chosen])
-        factors[place] = _fit(table, seconds)
-        # Each step by a fit to the others, so that the spread is that of steps which were not seen.
-        for index in range(len(chosen)):
-            others = np.arange(len(chosen)) != index
-            residuals.append(float(np.log(seconds[index] / (table[index] @ _fit(table[others], seconds[others])))))
+    places = sorted({(step.setting.dtype, step.setting.threads) for step in steps})
+    groups = len(GROUPS)
+    table = np.zeros((len(steps), len(places) * groups + 1))
+    for row, step in zip(table, steps, strict=True):
+        at = places.index((step.setting.dtype, step.setting.threads)) * groups
+        *row[at : at + groups], row[-1] = features(step, machine)
+    seconds = np.array([step.seconds for step in steps])
+    solution = _fit(table, seconds)
+    factors = {place: solution[index * groups : (index + 1) * groups] for index, place in enumerate(places)}
+    # Each step by a fit to the others, so that the spread is that of steps which were not seen.
+    residuals = []
+    for index in range(len(steps)):
+        others = np.arange(len(steps)) != index
+        residuals.append(np.log(seconds[index] / (table[index] @ _fit(table[others], seconds[others]))))
     result = dict(content)
     fact = {"kind": "measured", "source": "calibration"}
-    launch = max(float(np.mean([solution[-1] for solution in factors.values()])), 1e-9)
+    launch = max(float(solution[-1]), 1e-9)
     result["launch"] = {"value": f"{launch * 1e6:.6g} us", **fact}
     curves = content["efficiency"]
     result["efficiency"] = {}
@@ -214,14 +218,18 @@ def corrected(content: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, An
 
 
 def _fit(table: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return factors of the groups and the seconds of a call, which minimise relative errors."""
+    """Return the factors of the columns of predicted seconds, and the seconds of a call, by their relative errors.
+
+    Args:
+        table: ``[steps, places * groups + 1]``; the last column has the number of calls.
+        seconds: measured, ``[steps]``.
+    """
     relative = table / seconds[:, None]
     count = table.shape[1] - 1
-    noise = 0.03
-    prior = np.zeros((count, count + 1))
-    prior[:, :count] = np.diag(noise / np.asarray(_SCALES))
+    weights = _NOISE / np.tile(_SCALES, count // len(_SCALES))
+    prior = np.hstack([np.diag(weights), np.zeros((count, 1))])
     rows = np.vstack([relative, prior])
-    wanted = np.concatenate([np.ones(len(seconds)), noise / np.asarray(_SCALES)])
+    wanted = np.concatenate([np.ones(len(seconds)), weights])
     # Columns are scaled so that the seconds of a call do not drown among factors near 1.
     scale = np.maximum(np.abs(rows).max(axis=0), 1e-300)
     return nnls(rows / scale, wanted)[0] / scale
