@@ -165,10 +165,12 @@ def _validate(machine: Machine, config: CalibrateConfig, console: Console) -> No
     """Measure steps that were not fitted; print how predictions differ from them, and write what was found."""
     out = None if config.out is None else typed_path(config.out, "out")
     columns = (TextColumn("held-out steps"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True, auto_refresh=False) as bar:
         task = bar.add_task("", total=config.validate)
         counts = config.threads or sorted({1, available_cores()})
-        rows = validate(machine, counts, config.dtypes, config.validate, lambda done: bar.update(task, completed=done))
+        rows = validate(
+            machine, counts, config.dtypes, config.validate, lambda done: bar.update(task, completed=done, refresh=True)
+        )
     found = {name: vars(each) for name, each in errors(rows, machine).items()}
     for line in validation_lines(found):
         say(console, line)
@@ -189,7 +191,12 @@ class _Clock:
     def __enter__(self) -> _Clock:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
         self._bar = Progress(
-            *columns, TimeRemainingColumn(), console=self.console, transient=True, disable=self.console is None
+            *columns,
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=self.console is None,
+            auto_refresh=False,  # its thread would take time from what is measured
         )
         self._bar.__enter__()
         self._task = self._bar.add_task("single operations", total=self.budget)
@@ -205,7 +212,7 @@ class _Clock:
 
     def show(self, doing: str) -> None:
         """Show what is being measured."""
-        self._bar.update(self._task, description=doing, completed=min(self.spent, self.budget))
+        self._bar.update(self._task, description=doing, completed=min(self.spent, self.budget), refresh=True)
 
 
 def _samples(counts: Sequence[int], dtypes: Sequence[str], clock: _Clock) -> Iterator[Sample]:

@@ -208,8 +208,8 @@ class _List:
         if self.sizes.biased:
             # A dense product adds its bias itself. The gradient of a bias is a sum over the tokens.
             forward, backward = 2.0 * np.where(index > 0.0, 1.0, 0.0), 1.0 if name not in group.frozen else 0.0
-            for phase, moves in self._phases(1.0, backward):
-                moves = forward if phase == FORWARD else moves
+            for phase, factor in self._phases(1.0, backward):
+                moves: Number = forward if phase == FORWARD else factor
                 elements = self.tokens * rows
                 self.operations.append(
                     Operation(
