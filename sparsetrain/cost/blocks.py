@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,14 +44,39 @@ class Shape:
     dtype: torch.dtype | None = None
 
 
-def shape_of_config(config: ModelConfig, density: Density | None = None) -> Shape:
-    """Return the shape of a configuration; ``density`` replaces its own sparsity, as `flops.matrices` takes it."""
+def shape_of_config(
+    config: ModelConfig,
+    density: Density | None = None,
+    *,
+    trained: Collection[str] | None = None,
+    prompt_tokens: int = 0,
+) -> Shape:
+    """Return the shape of a configuration.
+
+    Args:
+        config: the model.
+        density: stored fraction of its matrices, as `flops.matrices` takes it; None is that of its ``sparsity``.
+        trained: beginnings of the names of parameters with a gradient, such as ``blocks.3.``; None is every one.
+        prompt_tokens: learned vectors of a soft prompt.
+    """
     stored = {m.name: m.nnz / m.numel for m in matrices(config, 1.0 - config.sparsity if density is None else density)}
     by_block: dict[int, dict[str, float]] = {layer: {} for layer in range(config.n_layers)}
     for name, share in stored.items():
         _, layer, inside = name.split(".", 2)
         by_block[int(layer)][inside] = share
-    return Shape(config, _grouped(by_block, {}))
+    if trained is None:
+        return Shape(config, _grouped(by_block, {}), prompt_tokens=prompt_tokens)
+
+    def fixed(name: str) -> bool:
+        return not f"{name}.".startswith(tuple(trained))
+
+    inner = {place: (*names, "attn_norm", "mlp_norm") for place, names in by_block.items()}
+    frozen = {place: {name for name in inner[place] if fixed(f"blocks.{place}.{name}")} for place in inner}
+    tied = {"head": "embed"} if config.tie_embeddings else {}
+    present = [name for name in OUTSIDE if name != "positions" or config.positions == "learned"]
+    outside = frozenset(name for name in present if fixed(tied.get(name, name)))
+    trains = prompt_tokens > 0 or len(outside) < len(present) or any(len(frozen[n]) < len(inner[n]) for n in inner)
+    return Shape(config, _grouped(by_block, frozen), outside, prompt_tokens, trains)
 
 
 def shape_of_model(model: nn.Module) -> Shape | None:

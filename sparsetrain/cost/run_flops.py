@@ -2,12 +2,13 @@
 
 The FLOPs of a step follow from its context and from the densities that the rule gives it: `sparsetrain.cost.flops` has
 the formula. At an update step, a dense gradient (`RigL`) adds 2 R C FLOPs per token for each sparse layer [R, C].
+The steps between two changes are a `Stretch`, of which `sparsetrain.cost.run_time` predicts the time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from sparsetrain.cost.flops import FlopTerms, hidden_shapes, matrices, training_flops_per_token
@@ -43,12 +44,31 @@ class Steps(Protocol):
 
     def at(self, step: int, /) -> StepsOfPhase: ...
 
-    def before(self, step: int, /) -> StepsOfPhase: ...
-
-    def tokens_at(self, step: int, /) -> int: ...
-
 
 StepsT = TypeVar("StepsT", bound=Steps)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive steps of one context, batch size and density of each layer.
+
+    Args:
+        steps: their number.
+        context: tokens of a sequence. batch_size: sequences of a step. micro_batch: sequences of a micro-batch.
+        densities: of each sparse layer, by name; a layer without one is dense.
+        updates: how many of the steps end with an update of the masks.
+    """
+
+    steps: int
+    context: int
+    batch_size: int
+    micro_batch: int
+    densities: Mapping[str, float]
+    updates: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.steps * self.context * self.batch_size
 
 
 class RunFlops:
@@ -77,31 +97,40 @@ class RunFlops:
 
     def per_token(self, steps_done: int) -> FlopTerms:
         """Return the FLOPs per token of the step that follows ``steps_done`` steps."""
-        densities, context = self.densities_at(steps_done), self.budget.at(steps_done).context
+        return self._per_token(self.densities_at(steps_done), self.budget.at(steps_done).context)
+
+    def _per_token(self, densities: Mapping[str, float], context: int) -> FlopTerms:
         key = (context, *densities.values())
         if key not in self._terms:
             self._terms[key] = training_flops_per_token(self.config, densities or 1.0, context)
         return self._terms[key]
 
+    def stretches(self, first: int, end: int) -> Iterator[Stretch]:
+        """Yield steps ``first`` to ``end - 1`` in stretches, which end at updates of the masks and at phases."""
+        updates = {step for step in self.rule.updates(end) if step > first}
+        borders = {phase.first_step for phase in self.budget.phases}
+        # An update at ``end`` changes only later steps.
+        changes = sorted(step for step in updates | borders if first < step < end)
+        for begin, stop in zip([first, *changes], [*changes, end], strict=True):
+            phase = self.budget.at(begin)
+            size = phase.batch_size
+            densities = self.densities_at(begin)
+            yield Stretch(stop - begin, phase.context, size, self.micro_batch(size), densities, int(stop in updates))
+
     def between(self, first: int, end: int) -> dict[str, float]:
         """Return the FLOPs of steps ``first`` to ``end - 1``, by term and as ``total``."""
-        updates = [step for step in self.rule.updates(end) if step > first]
-        borders = [phase.first_step for phase in self.budget.phases]
-        # An update at ``end`` changes only later steps.
-        changes = sorted({step for step in (*updates, *borders) if first < step < end})
-        sums = FlopTerms(0.0, 0.0, 0.0)
-        for begin, stop in zip([first, *changes], [*changes, end], strict=True):
-            tokens = self.budget.tokens_at(stop) - self.budget.tokens_at(begin)
-            part = self.per_token(begin).for_tokens(tokens)
+        sums, ranked, updates = FlopTerms(0.0, 0.0, 0.0), 0, 0
+        for stretch in self.stretches(first, end):
+            part = self._per_token(stretch.densities, stretch.context).for_tokens(stretch.tokens)
             sums = FlopTerms(
                 sums.sparse_linears + part.sparse_linears, sums.head + part.head, sums.attention + part.attention
             )
+            updates += stretch.updates
+            ranked += stretch.updates * stretch.micro_batch * stretch.context
         entries = sums.as_dict()
         if self.rule.needs_gradient and updates:
             layers = self.densities_at(0)
             dense = sum(matrix.numel for matrix in matrices(self.config) if matrix.name in layers)
-            phases = [self.budget.before(step) for step in updates]
-            ranked = sum(self.micro_batch(phase.batch_size) * phase.context for phase in phases)
             entries[UPDATES] = 2.0 * dense * ranked
             entries["total"] += entries[UPDATES]
         return entries
