@@ -154,6 +154,33 @@ def test_streamed_weights_wait_for_the_link_if_there_is_little_to_compute() -> N
     assert float(twice.compute) == pytest.approx(float(many.compute) / 2)
 
 
+@given(
+    density=some.floats(0.01, 1.0),
+    tokens=some.sampled_from([1.0, 64.0, 4096.0]),
+    name=some.sampled_from(["cs3", "h100"]),
+)
+@settings(max_examples=40, deadline=None)
+def test_more_nonzeros_never_take_less(density: float, tokens: float, name: str) -> None:
+    machine = Machine.load(name)
+    thinner, thicker = (
+        cluster_terms(
+            GPT, tokens, 1.0, machine, Parallelism(), BF16, [Layers(8.0, dict.fromkeys(MATRICES, min(1.0, each)))]
+        ).total
+        for each in (density, 1.1 * density)
+    )
+    assert float(thicker) >= float(thinner) * (1 - 1e-9)
+
+
+def test_tensor_and_pipeline_may_be_arrays() -> None:
+    tensor, stages = np.asarray([1.0, 2.0, 4.0, 8.0]), np.asarray([8.0, 1.0, 2.0, 4.0])
+    together = cluster_terms(GPT, 1024.0, 64.0, A100, Parallelism(2.0, tensor, stages, micro_batch=1.0), BF16)
+    bytes_of = cluster_memory(GPT, 1024.0, 64.0, Parallelism(2.0, tensor, stages, micro_batch=1.0), BF16)
+    for place in range(4):
+        divided = Parallelism(2.0, tensor[place], stages[place], micro_batch=1.0)
+        assert together.total[place] == pytest.approx(seconds(divided), rel=1e-12)
+        assert bytes_of.total[place] == pytest.approx(float(cluster_memory(GPT, 1024.0, 64.0, divided, BF16).total))
+
+
 def test_gpus_do_not_skip_zeros_and_wafers_do() -> None:
     sparse = [Layers(8.0, dict.fromkeys(MATRICES, 0.25))]
     for name, skips in (("h100", False), ("b200", False), ("cs2", True), ("zen4", True)):

@@ -116,10 +116,11 @@ def test_an_assumption_says_that_it_is_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_machine_has_power_a_price_and_a_level_that_holds_the_model(name: str) -> None:
+def test_every_machine_has_power_a_price_a_spread_and_a_level_that_holds_the_model(name: str) -> None:
     machine = Machine.load(name)
     assert machine.power is not None
     assert machine.price is not None
+    assert machine.spread is not None
     bandwidths = [level.bandwidth.value for level in machine.memory]
     assert bandwidths == sorted(bandwidths, reverse=True)
     assert machine.peak_rate("float32") <= machine.peak_rate("bfloat16")
@@ -148,6 +149,14 @@ def test_a_file_of_the_user_is_loaded_by_its_path(tmp_path: Path) -> None:
     assert machine.price.value == 1.25
     machine.save(tmp_path / "again.yaml")
     assert Machine.load(tmp_path / "again.yaml").peak == machine.peak
+
+
+def test_the_file_of_the_documentation_is_one(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs" / "howto" / "machine.md"
+    example = page.read_text("utf-8").split("```yaml\n")[1].split("```")[0]
+    path = tmp_path / "rented.yaml"
+    path.write_text(example, "utf-8")
+    assert Machine.load(path).label == "my rented H100"
 
 
 @pytest.mark.parametrize(
