@@ -1,6 +1,9 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
+from sparsetrain.cost.flop_ledger import flops
+from sparsetrain.cost.ledger import Ledger
+from sparsetrain.cost.step_memory import StepMemory, step_memory
 from sparsetrain.data import Mixture, fill_in_the_middle, register_source, register_task
 from sparsetrain.data.vocabulary import extend_tokenizer
 from sparsetrain.errors import UserError
@@ -51,6 +54,7 @@ __all__ = [
     "Backend",
     "EvolutionConfig",
     "Law",
+    "Ledger",
     "MaskManager",
     "Mixture",
     "ModelConfig",
@@ -67,6 +71,7 @@ __all__ = [
     "SparsityGroup",
     "SparsityPattern",
     "Static",
+    "StepMemory",
     "Transformer",
     "UserError",
     "VariableSparsity",
@@ -79,6 +84,7 @@ __all__ = [
     "extend_tokenizer",
     "fill_in_the_middle",
     "fit_power_law",
+    "flops",
     "follow_density",
     "load_quantized",
     "param_groups",
@@ -95,6 +101,7 @@ __all__ = [
     "save_quantized",
     "sparse_linear",
     "sparsify",
+    "step_memory",
     "summary",
     "tau_opt",
     "timescale",

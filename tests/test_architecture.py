@@ -24,6 +24,7 @@ ORDER = [
     *(
         "process",
         "errors",
+        "flop_formulas",
         "wrappers",
         "seeds",
         "machine",

@@ -107,7 +107,7 @@ def _load_plugins(given: list[str]) -> list[str]:
 def _execute(verb: str, arguments: list[str], command: str) -> int:
     from sparsetrain.cli.arguments import Arguments
     from sparsetrain.cli.help import show
-    from sparsetrain.cli.multirun import run_multirun
+    from sparsetrain.cli.multirun import run_multirun, run_together
     from sparsetrain.cli.resolve import load
     from sparsetrain.cli.start import start
 
@@ -116,6 +116,8 @@ def _execute(verb: str, arguments: list[str], command: str) -> int:
         if given.asks:
             show(verb, given)
             return 0
+        if find(verb).together:
+            return run_together(verb, given)
         if given.multirun:
             return run_multirun(verb, given, command)
         return start(verb, load(verb, given.overrides), command)

@@ -120,6 +120,23 @@ def run_multirun(verb: str, arguments: Arguments, command: str) -> int:
         return max((int(status) for status in found if status.isdigit()), default=0)
 
 
+def run_together(verb: str, arguments: Arguments) -> int:
+    """Run a verb once, with the configurations of all points; return 2 if a point is refused, else 0."""
+    overrides = as_typed(verb, arguments.overrides, sweep=True)
+    check(verb, overrides, sweep=True)
+    if arguments.multirun:
+        overrides = with_sweep(verb, overrides)
+        check(verb, overrides, sweep=True)
+    refused: list[UserError] = []
+    configs = [config for config in points(verb, overrides, refused.append) if config is not None]
+    if not configs:
+        raise refused[0]
+    named(find(verb).run)(configs)
+    for reason in dict.fromkeys(arguments.said(error) for error in refused):
+        print(f"sparsetrain: {reason}", file=sys.stderr)
+    return 2 if refused else 0
+
+
 class _Wait(process.Stop):
     """A signal handler: the first signal stops the points in other processes gently, a second one ends them."""
 

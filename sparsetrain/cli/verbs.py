@@ -33,6 +33,7 @@ class Verb:
         parser: for a verb without settings, a function that adds its arguments to an ``ArgumentParser``.
         inherits: sections of settings that the verb takes from the run ``init_from`` unless they are given.
         cost: a function that estimates the cost of a multirun from its points; it is printed before the first point.
+        together: whether the function takes the list of all points of a sweep; commas then need no ``-m``.
     """
 
     about: str
@@ -42,6 +43,7 @@ class Verb:
     parser: str | None = None
     inherits: Sequence[str] = ()
     cost: str | None = None
+    together: bool = False
 
     def __post_init__(self) -> None:
         if (self.configuration is None) == (self.parser is None):
@@ -225,6 +227,37 @@ VERBS: dict[str, Verb] = {
             "sparsetrain plan pretrain -m experiment=supar_lr_transfer seed=0,1,2",
             "sparsetrain plan pipeline experiment=demo",
         ],
+    ),
+    "flops": Verb(
+        about="Count FLOPs, bytes and memory of one step, by kind and by module; nothing is built or measured.",
+        configuration="sparsetrain.studies.flops:FlopsConfig",
+        run="sparsetrain.studies.flops:count_flops",
+        examples=[
+            "sparsetrain flops model=demo sparsity.sparsity=0.75",
+            "sparsetrain flops model=demo data.context=512 budget.batch_size=8 attention=causal format=json",
+            "sparsetrain flops model=demo phase=decoding cached=1023 budget.batch_size=1",
+            "sparsetrain flops init_from=RUN_DIR output=flops.json",
+        ],
+        inherits=["parameterization", "data"],
+    ),
+    "simulate": Verb(
+        about="Predict time, memory, energy and price of a pre-training on machines, with the sparsities to compare.",
+        configuration="sparsetrain.studies.simulate:SimulateConfig",
+        run="sparsetrain.studies.simulate:simulate_runs",
+        examples=[
+            "sparsetrain simulate model=demo sparsity.sparsity=0,0.5,0.9 machine=[cs3,h100] budget.tokens=20000000",
+            "sparsetrain simulate init_from=RUN_DIR machine=[this,a100] out=DIR",
+            "sparsetrain simulate model=demo machine=h100 dtype=bfloat16 parallel.data=8 budget.tokens=1000000000",
+            "sparsetrain simulate model=demo sparsity.sparsity=0,0.75 machine=cs3 budget.tokens=20000000 equal=flops",
+        ],
+        inherits=["parameterization", "data", "optimizer", "schedule", "budget", "loop"],
+        together=True,
+    ),
+    "calibrate": Verb(
+        about="Measure this machine in a few minutes, so that its step times can be predicted.",
+        configuration="sparsetrain.bench.calibrate:CalibrateConfig",
+        run="sparsetrain.bench.calibrate:calibrate_this",
+        examples=["sparsetrain calibrate", "sparsetrain calibrate budget_seconds=300 threads=[1,4]"],
     ),
     "report": Verb(
         about="Show a run or a pipeline and rewrite its page, or compare arms over seeds: table, bars, figure.",

@@ -17,7 +17,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from sparsetrain.cost.activations import certain_values
 from sparsetrain.cost.flops import matrices
+from sparsetrain.cost.sizes import Sizes
 from sparsetrain.models.config import DYNAMIC, ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
 from sparsetrain.sparsity.config import SparsityConfig
@@ -177,17 +179,11 @@ class Workload:
         return Part(EMBEDDINGS, size * least, size * likely)
 
     def _activations(self) -> Part:
-        """Return the tensors kept for the backward pass: 64 D bytes per token and layer if F = 4 D.
-
-        Each of the two branches keeps its input and the input of its first matrix. Attention also keeps queries, keys,
-        values and its result; the MLP keeps two tensors of its width, or four if it is gated. The attention scores are
-        never stored. A matrix with frozen weights does not need its input.
-        """
+        """Return the tensors kept for the backward pass, as `sparsetrain.cost.activations` counts them."""
         model, tokens = self.model, self.micro_batch * self.context
-        width, inner, gated = model.d_model, model.ffn_width, model.mlp == "swiglu"
-        qkv = width + 2 * model.kv_heads * model.d_head
-        trained = 5 * width + qkv + (4 if gated else 2) * inner
-        frozen = 3 * width + qkv + (3 if gated else 1) * inner
+        width, inner, sizes = model.d_model, model.ffn_width, Sizes.of(self.model)
+        trained = int(certain_values(sizes))
+        frozen = int(certain_values(sizes, sizes.matrices()))
         outside = 2 * width  # the input of the final norm, and the gradient of its output
         # Gradients inside the block that the backward pass has reached.
         passing = 2 * inner + 3 * width

@@ -13,30 +13,27 @@ and that of the weights (MediSwift, arXiv 2403.00952, and SPDF, arXiv 2303.10464
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
-from sparsetrain.models.config import ModelConfig
-
-Number: TypeAlias = float | NDArray[np.float64]
-"""One value, or an array with one value for each configuration."""
+from sparsetrain.cost.sizes import Layers, Number, Sizes, nonzeros, trained_weights
+from sparsetrain.models.cross_entropy import chunk_tokens
 
 LINEAR, HEAD, ATTENTION = "linear", "head", "attention"
 NORM, ELEMENTWISE, SOFTMAX, EMBEDDING, OPTIMIZER = "norm", "elementwise", "softmax", "embedding", "optimizer"
 PRODUCTS = (LINEAR, HEAD, ATTENTION)
 """Kinds whose FLOPs are those of matrix products."""
 
+ADD, BIAS, ROTARY, GELU, SWIGLU = "add", "bias", "rotary", "gelu", "swiglu"
+"""Names of element-wise operations whose times differ."""
+
 FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 
-INDEX_BYTES = 4  # of a nonzero's column, as the layers store it
-_ADAMW_FLOPS, _ADAMW_VALUES = (
-    14,
-    7,
-)  # per parameter: reads weight, gradient and two moments, writes all but the gradient
+INDEX_BYTES, ROW_BYTES = 4, 8  # of a nonzero's column and of a row pointer, as the layers store them
+# Per parameter; the pass reads weight, gradient and two moments, and writes all but the gradient.
+_ADAMW_FLOPS, _ADAMW_VALUES = 14, 7
 
 
 @dataclass(frozen=True)
@@ -51,10 +48,11 @@ class Operation:
         dense_flops: FLOPs if no zero is skipped.
         bytes: bytes of all operands and results, each moved once; ``index_bytes`` are not among them.
         index_bytes: bytes of the positions of nonzeros.
-        sizes: what the efficiency depends on, by name: ``width`` (geometric mean of a matrix's sides, or features),
-            ``tokens``, ``density``, ``context``, ``d_head``, ``elements``.
+        sizes: what the efficiency depends on, by name: ``width`` (geometric mean of a matrix's sides), ``tokens``,
+            ``density``, ``context``, ``d_head``, ``vocabulary``, ``features``, ``elements``.
         count: number of executions.
         layers: the blocks it stands for, if they are known.
+        curve: the name that its efficiency has in a machine's file; empty is the kind.
     """
 
     kind: str
@@ -67,73 +65,12 @@ class Operation:
     sizes: Mapping[str, Number] = field(default_factory=dict)
     count: Number = 1.0
     layers: tuple[int, ...] | None = None
+    curve: str = ""
 
     @property
     def is_sparse(self) -> bool:
         """Whether the operation has a matrix whose zeros are not stored."""
         return bool(np.any(np.asarray(self.index_bytes) > 0.0))
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The sizes and components of a transformer that its cost depends on; numbers may be arrays."""
-
-    width: Number
-    layers: Number
-    heads: Number
-    kv_width: Number
-    ffn: Number
-    vocabulary: Number
-    gated: bool = False
-    biased: bool = False
-    tied: bool = True
-    layernorm: bool = True
-    rotary: bool = False
-    positions: Number = 0.0
-    dropout: bool = False
-
-    @classmethod
-    def of(cls, config: ModelConfig) -> Sizes:
-        """Return the sizes of a model."""
-        return cls(
-            width=float(config.d_model),
-            layers=float(config.n_layers),
-            heads=float(config.n_heads),
-            kv_width=float(config.kv_heads * config.d_head),
-            ffn=float(config.ffn_width),
-            vocabulary=float(config.vocab_size),
-            gated=config.mlp == "swiglu",
-            biased=config.bias,
-            tied=config.tie_embeddings,
-            layernorm=config.norm == "layernorm",
-            rotary=config.positions == "rope",
-            positions=float(config.max_context if config.positions == "learned" else 0),
-            dropout=config.dropout > 0.0,
-        )
-
-    def matrices(self) -> dict[str, tuple[Number, Number]]:
-        """Return ``(out_features, in_features)`` of a block's matrices by their names inside the block."""
-        shapes = {"attn.qkv": (self.width + 2.0 * self.kv_width, self.width), "attn.out": (self.width, self.width)}
-        if self.gated:
-            shapes["mlp.gate"] = (self.ffn, self.width)
-        shapes["mlp.up"] = (self.ffn, self.width)
-        shapes["mlp.down"] = (self.width, self.ffn)
-        return shapes
-
-
-@dataclass(frozen=True)
-class Layers:
-    """Blocks whose matrices have the same densities.
-
-    Args:
-        count: number of these blocks.
-        densities: stored fraction of each matrix by its name inside the block; a matrix without one is dense.
-        indices: which blocks, if they are known.
-    """
-
-    count: Number
-    densities: Mapping[str, Number] = field(default_factory=dict)
-    indices: tuple[int, ...] | None = None
 
 
 def step_operations(
@@ -145,107 +82,115 @@ def step_operations(
     value_bytes: float = 4.0,
     state_bytes: float = 4.0,
     training: bool = True,
+    cached: Number = 0.0,
+    frozen: Collection[str] = (),
+    prompt_tokens: Number = 0.0,
+    last_logits: bool = False,
 ) -> list[Operation]:
     """Return the operations of one step, in the order of the forward pass, each followed by its backward pass.
 
     Args:
         sizes: the model.
         context: T. batch: B.
-        layers: blocks by density; None is dense.
+        layers: blocks by density, in their order; None is dense.
         value_bytes: bytes of an activation and of a weight in a product.
         state_bytes: bytes of each value that the optimizer reads or writes.
         training: False gives the forward pass alone.
+        cached: tokens of each sequence before these, whose keys and values are in a cache.
+        frozen: names of parameters outside of the blocks without a gradient: ``embed``, ``positions``, ``final_norm``,
+            ``head``. A tied head is frozen with the embedding.
+        prompt_tokens: learned vectors of a soft prompt, among the T tokens.
+        last_logits: whether the head is computed for the last token of a sequence only.
     """
     groups = [Layers(sizes.layers)] if layers is None else list(layers)
-    list_ = _List(sizes, context, batch, value_bytes, training)
-    list_.outside("embed", EMBEDDING, elements=sizes.width, passes=(2.0, 3.0))
-    weights: Number = _outer_weights(sizes)
+    list_ = _List(sizes, context, batch, value_bytes, training, cached)
+    list_.flows = bool(np.any(np.asarray(prompt_tokens) > 0.0))
+    list_.embedding(frozen)
     for group in groups:
         list_.block(group)
-        weights = weights + group.count * _block_weights(sizes, group.densities)
-    list_.outside("final_norm", NORM, elements=sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
-    list_.head()
+    list_.norm("final_norm", "final_norm" not in frozen, 1.0, None)
+    list_.head(("embed" if sizes.tied else "head") not in frozen, last_logits)
     operations = list_.operations
     if training:
-        moved = _ADAMW_VALUES * state_bytes * weights
+        weights = trained_weights(sizes, groups, frozen) + prompt_tokens * sizes.width
+        full = [Layers(group.count, {}, None, group.frozen) for group in groups]
+        dense = trained_weights(sizes, full, frozen) + prompt_tokens * sizes.width
         operations.append(
             Operation(
                 OPTIMIZER,
                 UPDATE,
                 "optimizer",
                 flops=_ADAMW_FLOPS * weights,
-                dense_flops=_ADAMW_FLOPS * (_outer_weights(sizes) + sizes.layers * _block_weights(sizes, {})),
-                bytes=moved,
+                dense_flops=_ADAMW_FLOPS * dense,
+                bytes=_ADAMW_VALUES * state_bytes * weights,
                 sizes={"elements": weights},
             )
         )
     return operations
 
 
-def _block_weights(sizes: Sizes, densities: Mapping[str, Number]) -> Number:
-    """Return the stored weights of a block."""
-    total: Number = 2.0 * sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
-    for name, (rows, columns) in sizes.matrices().items():
-        total = total + nonzeros(rows, columns, densities.get(name, 1.0)) + (rows if sizes.biased else 0.0)
-    return total
-
-
-def _outer_weights(sizes: Sizes) -> Number:
-    """Return the weights outside of the blocks."""
-    tables = sizes.vocabulary * (1.0 if sizes.tied else 2.0) + sizes.positions
-    return tables * sizes.width + sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
-
-
-def nonzeros(rows: Number, columns: Number, density: Number) -> Number:
-    """Return the stored weights of a matrix: the exact count of a random pattern, rounded half to even."""
-    return (
-        np.round(density * (rows * columns)) if isinstance(density, np.ndarray) else np.rint(density * rows * columns)
-    )
-
-
 @dataclass
 class _List:
-    """The operations of a step as they are put together."""
+    """The operations of a step as they are put together; ``flows`` tells whether the activations have a gradient."""
 
     sizes: Sizes
     context: Number
     batch: Number
     value_bytes: float
     training: bool
+    cached: Number
+    flows: bool = False
     operations: list[Operation] = field(default_factory=list)
 
     @property
     def tokens(self) -> Number:
         return self.batch * self.context
 
+    def embedding(self, frozen: Collection[str]) -> None:
+        """Add the look-up. Its gradient is a whole table, filled with zeros first, and a tied head adds its own."""
+        sizes, tables = self.sizes, 2.0 if np.any(np.asarray(self.sizes.positions) > 0.0) else 1.0
+        rows = (0.0 if "embed" in frozen else sizes.vocabulary * (4.0 if sizes.tied else 1.0)) + (
+            0.0 if "positions" in frozen else sizes.positions
+        )
+        trained = "embed" not in frozen or (tables > 1.0 and "positions" not in frozen)
+        self.passes("embed", EMBEDDING, sizes.width, (2.0 * tables, 3.0 * tables), trained=trained, rows=rows)
+
     def block(self, group: Layers) -> None:
-        sizes = self.sizes
-        self.inside(group, "attn_norm", NORM, sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
+        sizes, at = self.sizes, (group.count, group.indices)
+        self.norm("blocks.*.attn_norm", "attn_norm" not in group.frozen, *at)
         self.linear(group, "attn.qkv")
-        if sizes.rotary:
+        if sizes.rotated:
             turned = sizes.width + sizes.kv_width
-            self.inside(group, "attn.rotary", ELEMENTWISE, turned, passes=(4.0, 4.0), flops=(3.0, 3.0))
+            # Half turned, products with both tables, their sum, and a copy beside the values.
+            self.passes("blocks.*.attn.rotary", ELEMENTWISE, turned, (13.0, 13.0), (3.0, 3.0), *at, curve=ROTARY)
         self.attention(group)
         self.linear(group, "attn.out")
-        self.inside(group, "attn_add", ELEMENTWISE, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
-        self.inside(group, "mlp_norm", NORM, sizes.width, passes=(2.0, 4.0), flops=(7.0, 12.0))
+        self.passes("blocks.*.attn_add", ELEMENTWISE, sizes.width, (3.0, 3.0), (2.0, 1.0), *at, curve=ADD)
+        self.norm("blocks.*.mlp_norm", "mlp_norm" not in group.frozen, *at)
+        entered = self.flows
         if sizes.gated:
             self.linear(group, "mlp.gate")
+        gate, self.flows = self.flows, entered
         self.linear(group, "mlp.up")
+        self.flows = self.flows or gate
         # Gated: silu and a product forward; both and their gradients backward.
-        passes, work = ((5.0, 8.0), (6.0, 12.0)) if sizes.gated else ((2.0, 3.0), (8.0, 14.0))
-        self.inside(group, "mlp.activation", ELEMENTWISE, sizes.ffn, passes=passes, flops=work)
+        passes, work = ((5.0, 9.0), (6.0, 12.0)) if sizes.gated else ((2.0, 3.0), (8.0, 14.0))
+        curve = SWIGLU if sizes.gated else GELU
+        self.passes("blocks.*.mlp.activation", ELEMENTWISE, sizes.ffn, passes, work, *at, curve=curve)
         self.linear(group, "mlp.down")
-        self.inside(group, "mlp_add", ELEMENTWISE, sizes.width, passes=(3.0, 3.0), flops=(2.0, 1.0))
+        self.passes("blocks.*.mlp_add", ELEMENTWISE, sizes.width, (3.0, 3.0), (2.0, 1.0), *at, curve=ADD)
+
+    def norm(self, module: str, trained: bool, count: Number, layers: tuple[int, ...] | None) -> None:
+        self.passes(module, NORM, self.sizes.width, (2.0, 4.0), (7.0, 12.0), count, layers, trained)
 
     def linear(self, group: Layers, name: str) -> None:
         rows, columns = self.sizes.matrices()[name]
         density = group.densities.get(name, 1.0)
         nnz = nonzeros(rows, columns, density)
-        index = np.where(np.asarray(density) < 1.0, INDEX_BYTES * nnz + 8.0 * (rows + 1.0), 0.0)
+        index = np.where(np.asarray(density) < 1.0, INDEX_BYTES * nnz + ROW_BYTES * (rows + 1.0), 0.0)
         sizes = {"width": np.sqrt(rows * columns), "tokens": self.tokens, "density": density}
         moved = self.value_bytes * (self.tokens * (rows + columns) + nnz)
-        for phase, factor in self._phases(1.0, 2.0):
+        for phase, factor in self._phases(1.0, self._gradients(name not in group.frozen)):
             self.operations.append(
                 Operation(
                     LINEAR,
@@ -260,13 +205,34 @@ class _List:
                     layers=group.indices,
                 )
             )
+        if self.sizes.biased:
+            # A dense product adds its bias itself. The gradient of a bias is a sum over the tokens.
+            forward, backward = 2.0 * np.where(index > 0.0, 1.0, 0.0), 1.0 if name not in group.frozen else 0.0
+            for phase, moves in self._phases(1.0, backward):
+                moves = forward if phase == FORWARD else moves
+                elements = self.tokens * rows
+                self.operations.append(
+                    Operation(
+                        ELEMENTWISE,
+                        phase,
+                        f"blocks.*.{name}",
+                        flops=np.minimum(moves, 1.0) * elements,
+                        dense_flops=np.minimum(moves, 1.0) * elements,
+                        bytes=self.value_bytes * moves * elements,
+                        sizes={"elements": elements},
+                        count=group.count,
+                        layers=group.indices,
+                        curve=BIAS,
+                    )
+                )
 
     def attention(self, group: Layers) -> None:
         sizes = self.sizes
-        flops = 4.0 * self.tokens * self.context * sizes.width
-        moved = self.value_bytes * self.tokens * (2.0 * sizes.width + 2.0 * sizes.kv_width)
-        at = {"context": self.context, "d_head": sizes.width / sizes.heads, "tokens": self.tokens}
-        for phase, factor in self._phases(1.0, 2.0):
+        keys = self.cached + self.context
+        flops = 4.0 * self.tokens * keys * sizes.width
+        moved = self.value_bytes * (2.0 * self.tokens * sizes.width + 2.0 * self.batch * keys * sizes.kv_width)
+        at = {"context": keys, "d_head": sizes.width / sizes.heads, "tokens": self.tokens}
+        for phase, factor in self._phases(1.0, 2.0 * self.flows):
             self.operations.append(
                 Operation(
                     ATTENTION,
@@ -281,33 +247,24 @@ class _List:
                 )
             )
 
-    def inside(
-        self,
-        group: Layers,
-        name: str,
-        kind: str,
-        elements: Number,
-        passes: tuple[float, float],
-        flops: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        self._pass(f"blocks.*.{name}", kind, elements, passes, flops, group.count, group.indices)
-
-    def outside(
-        self,
-        name: str,
-        kind: str,
-        elements: Number,
-        passes: tuple[float, float],
-        flops: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        self._pass(name, kind, elements, passes, flops, 1.0, None)
-
-    def head(self) -> None:
-        sizes, tokens = self.sizes, self.tokens
+    def head(self, trained: bool, last: bool) -> None:
+        """Add the head and the loss, chunk by chunk, as `sparsetrain.models.cross_entropy` computes them."""
+        sizes, tokens = self.sizes, self.batch if last else self.tokens
         flops = 2.0 * tokens * sizes.vocabulary * sizes.width
-        moved = self.value_bytes * (tokens * (sizes.width + sizes.vocabulary) + sizes.vocabulary * sizes.width)
-        at = {"width": np.sqrt(sizes.vocabulary * sizes.width), "tokens": tokens, "density": 1.0}
-        for phase, factor in self._phases(1.0, 2.0):
+        table, rows = sizes.vocabulary * sizes.width, tokens * (sizes.width + sizes.vocabulary)
+        chunks = np.ceil(tokens / _chunk(sizes.vocabulary)) if self.training else 1.0
+        at = {
+            "width": np.sqrt(table),
+            "tokens": tokens,
+            "density": 1.0,
+            "vocabulary": sizes.vocabulary,
+            "features": sizes.width,
+        }
+        needed = float(self.flows), float(trained)
+        gradients = needed[0] * (rows + chunks * table) + needed[1] * (rows + (2.0 * chunks + 3.0) * table)
+        for (phase, factor), moved in zip(
+            self._phases(1.0, self._gradients(trained)), (rows + chunks * table, gradients), strict=False
+        ):
             self.operations.append(
                 Operation(
                     HEAD,
@@ -315,25 +272,36 @@ class _List:
                     "head",
                     flops=factor * flops,
                     dense_flops=factor * flops,
-                    bytes=factor * moved,
+                    bytes=self.value_bytes * moved,
                     sizes=at,
                 )
             )
-        self._pass("loss", SOFTMAX, sizes.vocabulary, (4.0, 3.0), (5.0, 3.0), 1.0, None)
+        if self.training:
+            self.passes("loss", SOFTMAX, sizes.vocabulary, (6.0, 2.0), (5.0, 3.0))
 
-    def _pass(
+    def passes(
         self,
         module: str,
         kind: str,
         features: Number,
         passes: tuple[float, float],
-        flops: tuple[float, float],
-        count: Number,
-        layers: tuple[int, ...] | None,
+        flops: tuple[float, float] = (0.0, 0.0),
+        count: Number = 1.0,
+        layers: tuple[int, ...] | None = None,
+        trained: bool = False,
+        rows: Number = 0.0,
+        curve: str = "",
     ) -> None:
-        """Add passes over activations of ``features`` per token, as often as ``passes`` says for each direction."""
+        """Add passes over activations of ``features`` per token, as often as ``passes`` says for each direction.
+
+        The backward pass also goes over ``rows`` of the model's width.
+        """
         elements = self.tokens * features
-        for (phase, moves), each in zip(self._phases(*passes), flops, strict=False):
+        self.flows = self.flows or trained
+        more = (0.0, rows * self.sizes.width)
+        for (phase, moves), each, extra in zip(self._phases(*passes), flops, more, strict=False):
+            if phase == BACKWARD and not self.flows:
+                continue
             self.operations.append(
                 Operation(
                     kind,
@@ -341,13 +309,26 @@ class _List:
                     module,
                     flops=each * elements,
                     dense_flops=each * elements,
-                    bytes=moves * self.value_bytes * elements,
-                    sizes={"elements": elements},
+                    bytes=self.value_bytes * (moves * elements + extra),
+                    sizes={"elements": elements + extra / moves},
                     count=count,
                     layers=layers,
+                    curve=curve,
                 )
             )
 
+    def _gradients(self, trained: bool) -> float:
+        """Return the products of a backward pass: one for the input, one for the weights; both may be needless."""
+        needed = float(self.flows) + float(trained)
+        self.flows = self.flows or trained
+        return needed
+
     def _phases(self, forward: float, backward: float) -> list[tuple[str, float]]:
         phases = [(FORWARD, forward)]
-        return [*phases, (BACKWARD, backward)] if self.training else phases
+        return [*phases, (BACKWARD, backward)] if self.training and backward else phases
+
+
+def _chunk(vocabulary: Number) -> Number:
+    different, where = np.unique(vocabulary, return_inverse=True)  # few, also among many configurations
+    sizes = np.array([float(chunk_tokens(int(rows))) for rows in different])[where]
+    return sizes.reshape(np.shape(vocabulary)) if np.ndim(vocabulary) else sizes.item()

@@ -164,7 +164,7 @@ def _moved(operation: Operation, machine: Machine, setting: Setting) -> Number:
 
 
 def _efficiency(operation: Operation, machine: Machine, setting: Setting, implementation: str) -> Number:
-    curve = machine.curve_of(operation.kind, operation.phase, implementation, setting.dtype)
+    curve = machine.curve_of(operation.curve or operation.kind, operation.phase, implementation, setting.dtype)
     if curve is None:
         return 1.0
     return curve.at({**operation.sizes, "threads": float(setting.threads)})

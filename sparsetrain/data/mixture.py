@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,6 +49,8 @@ def normalised(weights: Weights, names: Sequence[str], where: str) -> dict[str, 
         if name not in shares:
             known = f"{nearest(str(name), names)}; the corpora are {', '.join(names)}"
             raise UserError(f"{where}.{name} is no corpus{known}")
+        if isinstance(weight, bool):
+            raise UserError(f"{where}.{name}={weight} must be a number")
         shares[name] = as_number(f"{where}.{name}", weight)
         if not 0.0 <= shares[name] < math.inf:
             raise UserError(f"{where}.{name}={weight} must be at least 0 and finite")
@@ -104,6 +106,8 @@ class Mixture:
         self._samples = dict(samples)
         self.names = list(self._samples)
         if not isinstance(weights, Mapping):
+            if not isinstance(weights, Iterable):
+                raise UserError(f"weights={weights!r:.60} are neither numbers by name nor a list of numbers")
             given = list(weights)
             if len(given) != len(self.names):
                 raise UserError(f"weights has {len(given)} numbers; there are {len(self.names)} corpora")

@@ -117,6 +117,8 @@ def fertility(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, float]
 def _checked(texts: Iterable[str], name: str) -> list[str]:
     if isinstance(texts, str):
         raise UserError(f"{name} is a single string; give a list of texts")
+    if not isinstance(texts, Iterable):
+        raise UserError(f"{name}={texts!r:.60} is no list of texts")
     found = [check_text(text, f"{name}, text {number}") for number, text in enumerate(texts, start=1)]
     if not any(found):
         raise UserError(f"{name} has no text")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.flop_formulas import count_by
 
 
 @functools.cache
@@ -151,3 +152,18 @@ def _refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
 
 _attention.register_autograd(_backward, setup_context=_setup)
 _attention_backward.register_autograd(_refuse_double_backward)
+
+
+def _flops(qkv: Any, slopes: Any, *_: Any, **__: Any) -> int:
+    """Return 4 B T^2 H D: two products, of each query with every key, although the kernel skips later keys."""
+    batch, tokens, _heads, d = qkv
+    return int(4 * batch * tokens * tokens * slopes[0] * d)
+
+
+def _flops_backward(g: Any, qkv: Any, y: Any, logs: Any, slopes: Any, *_: Any, **__: Any) -> int:
+    """Return four products; the scores, which the kernel computes again, are not counted."""
+    return 2 * _flops(qkv, slopes)
+
+
+count_by("attention", _flops)
+count_by("attention_backward", _flops_backward)

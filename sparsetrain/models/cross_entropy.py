@@ -89,7 +89,9 @@ class _CrossEntropy(torch.autograd.Function):
                     grad_weight.add(grad, h)
             start += len(h)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.total)
-        ctx.weight, ctx.hidden_dtype, ctx.weight_dtype = grad_weight, inputs[0].dtype, inputs[1].dtype
+        ctx.hidden_dtype, ctx.weight_dtype = inputs[0].dtype, inputs[1].dtype
+        # Held only for the norms: it would keep the gradient in memory for as long as the graph.
+        ctx.weight = None if use is None else grad_weight
         return total / count if len(targets) else total * torch.nan
 
     @staticmethod
@@ -100,7 +102,8 @@ class _CrossEntropy(torch.autograd.Function):
             grad_hidden = (grad_hidden * grad).to(ctx.hidden_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight * grad
-            ctx.weight.report(grad, grad_weight)
+            if ctx.weight is not None:
+                ctx.weight.report(grad, grad_weight)
             grad_weight = grad_weight.to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None, None
 
@@ -171,7 +174,7 @@ def chunk_tokens(vocabulary: int, device: str = "cpu") -> int:
 def _accumulate(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
     """Add ``grad.T @ hidden`` to ``total`` ``[V, D]``, in the dtype of ``total``."""
     if total.dtype == grad.dtype:
-        total.addmm_(grad.t(), hidden)
+        torch.addmm(total, grad.t(), hidden, out=total)  # torch's counter of FLOPs does not know addmm_
     else:
         total += grad.t() @ hidden
 

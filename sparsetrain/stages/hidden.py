@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sparsetrain.cost.flops import hidden_shapes, matrices
-from sparsetrain.cost.ledger import rule_of_length
+from sparsetrain.cost.run_flops import rule_of_length
 from sparsetrain.models import ModelConfig, matrix_traits
 from sparsetrain.optim import OptimizerConfig, RunSchedule, timescale
 from sparsetrain.parameterization import Parameterization

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sparsetrain.cost.flops import hidden_density, hidden_shapes, training_flops_per_token
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.cost.ledger import FlopLedger
+from sparsetrain.cost.run_flops import RunFlops
 from sparsetrain.data import Corpora, Task, TaskConfig
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
@@ -152,7 +152,7 @@ def plan_text(
         reads = text.read(budget) if config.data.sources else reads
     section = sparsity_section(config, budget)
     rule, densities = _masks(config, model, section, budget, start)
-    ledger = FlopLedger(model, densities, rule, budget, config.loop.micro_batch_of)
+    ledger = RunFlops(model, densities, rule, budget, config.loop.micro_batch_of)
     phases = [
         PlannedPhase(
             phase.steps,

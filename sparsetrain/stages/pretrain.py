@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 
 from sparsetrain.cost.footprint import Workload
-from sparsetrain.cost.ledger import FlopLedger, planned_flops
 from sparsetrain.cost.memory import state_bytes
+from sparsetrain.cost.run_flops import RunFlops, planned_flops
 from sparsetrain.data import Batch, Corpora, Samples, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
@@ -135,7 +135,7 @@ class Pretraining(Stage[RunConfig]):
     def begin(self, training: Training) -> None:
         super().begin(training)
         masks = training.subject.masks
-        self.flops = FlopLedger(
+        self.flops = RunFlops(
             training.network.config,
             masks.densities_at if masks is not None else lambda _step: {},
             masks.rule if masks is not None else Static(),

@@ -63,6 +63,13 @@ class Text:
         phase = KIND if stream == 0 else f"{KIND}-{stream}"
         if len(self.corpora) > 1:
             phase = f"{phase}/{name}"
+        tokens = len(self.corpora[name].train)
+        if tokens <= context:
+            where = f"data.sources.{name}: " if len(self.corpora) > 1 else ""
+            raise UserError(
+                f"{where}the training text holds {tokens} tokens, fewer than context + 1 = {context + 1}; use a "
+                "smaller data.context (or budget.phases[].context) or more text"
+            )
         return PackedSamples(self.corpora[name].train, context, self._config.samples_seed, phase)
 
     def _stream(self, budget: Budget, stream: int, context: int) -> Samples:
@@ -143,7 +150,9 @@ class Text:
         for name, number in places:
             corpus, start = self.corpora[name], packed[name].start(number)
             beginning = corpus.train.window(start, min(_BEGINNING, budget.at(step).context))
-            found.append(FirstDocument(name, corpus.document_at(start), corpus.tokenizer.decode(beginning.tolist())))
+            # A token may hold a part of a character.
+            text = corpus.tokenizer.decode(beginning.tolist()).strip("\N{REPLACEMENT CHARACTER}")
+            found.append(FirstDocument(name, corpus.document_at(start), text))
         return found
 
 

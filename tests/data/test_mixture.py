@@ -110,6 +110,8 @@ def test_weights_change_at_their_sample() -> None:
         ({"a": math.nan}, [], r"weights.a=nan must be at least 0"),
         ({"a": "x"}, [], r"weights.a='x' must be a number"),
         ({"aa": 1}, [], r"weights.aa is no corpus \(did you mean 'a'\?\); the corpora are a, b"),
+        ({"a": True}, [], r"weights.a=True must be a number"),
+        (None, [], "weights=None are neither numbers by name nor a list"),
         ([1, 2, 3], [], "weights has 3 numbers; there are 2 corpora"),
         ({"a": 1}, [(0, {"b": 1})], "must ascend from 1 on"),
         ({"a": 1}, [(5, {"b": 1}), (5, {"a": 1})], r"changes begin at the samples \[5, 5\]; they must ascend"),

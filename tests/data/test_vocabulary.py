@@ -183,6 +183,7 @@ def test_equal_texts_give_equal_files(tmp_path: Path) -> None:
     [
         ((OLD, WRITTEN_ARABIC, 0), "n_tokens=0 is not a positive integer"),
         ((OLD, WRITTEN_ARABIC, True), "n_tokens=True is not"),
+        ((OLD, None, 5), "texts=None is no list of texts"),
         ((OLD, "text", 5), "texts is a single string; give a list of texts"),
         ((OLD, [], 5), "texts has no text"),
         ((OLD, ["a", 1], 5), "texts, text 2: the text is int, not a string"),

@@ -121,7 +121,10 @@ def test_a_plan_says_what_each_phase_reads(texts: dict[str, Any], notes: Path, s
         ({"data.sources.digits.sise": 1}, r"data.sources.digits.sise is no setting"),
         ({"data.sources.Digits": {}}, "the name 'Digits' must be small letters, digits and underscores"),
         ({"data.sources.digits": {"name": "hub"}}, r"^data.sources.digits.name=hub needs data.hub_name"),
-        ({"data.context": 20_000, "model.max_context": 20_000}, r"holds \d+ tokens, fewer than context"),
+        (
+            {"data.context": 20_000, "model.max_context": 20_000},
+            r"^data.sources.digits: the training text holds \d+ tokens, fewer than context",
+        ),
         ({"data.path": "x.txt"}, r"data.path=x.txt cannot be combined with data.sources"),
     ],
 )

@@ -15,7 +15,7 @@ from rich.console import Console
 from runs import assert_same_run, on_loss, records, send, stop_after
 
 from sparsetrain.cost.flops import matrices, training_flops_per_token
-from sparsetrain.cost.ledger import FlopLedger, planned_flops
+from sparsetrain.cost.run_flops import RunFlops, planned_flops
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.models.config import ModelConfig
@@ -201,10 +201,10 @@ MODEL = ModelConfig(d_model=32, n_layers=2, n_heads=2, vocab_size=300)
 SHAPES = {matrix.name: (matrix.out_features, matrix.in_features) for matrix in matrices(MODEL)}
 
 
-def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> FlopLedger:
+def ledger(plan: SparsityConfig, steps: int, accumulation: int = 1) -> RunFlops:
     """The ledger of a run with 256 tokens per step."""
     rule, budget = make_rule(plan, steps), Budget.of(BudgetConfig(steps=steps, batch_size=4), 64)
-    return FlopLedger(MODEL, allocated_densities(SHAPES, plan, rule), rule, budget, lambda size: size // accumulation)
+    return RunFlops(MODEL, allocated_densities(SHAPES, plan, rule), rule, budget, lambda size: size // accumulation)
 
 
 def plan_of(name: str) -> SparsityConfig:

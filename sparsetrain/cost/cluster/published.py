@@ -128,7 +128,7 @@ def _row(cells: Mapping[str, str], tables: _Tables) -> Row:
             biased=model["biased"],
             tied=model["tied"],
             layernorm=model["layernorm"],
-            rotary=model["rotary"],
+            rotated=float(model["width"] / model["heads"]) if model["rotary"] else 0.0,
             positions=context if model["learned"] else 0.0,
         ),
         context=context,

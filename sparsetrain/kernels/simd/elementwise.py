@@ -17,7 +17,9 @@ _COEFFICIENTS = tuple(math.log(2.0) ** power / math.factorial(power) for power i
 # Added to a float of magnitude below 2^22 it leaves the nearest integer, plus the exponent's bias of 127, in the
 # lowest bits.
 _ROUNDER = 1.5 * 2**23 + 127
-_LEAST = -126.0  # below, 2^x is not a normal number
+# Powers below 2^-64 are 0. Beside a largest power of 1 they are far below the rounding of a sum, and products of still
+# smaller ones with the small gradients of a real loss would be denormal numbers, which take some 100 cycles each.
+_LEAST = -64.0
 
 
 def _two(name: str, explanation: str, operation: Callable[[Any, Any, Any], Any]) -> Any:
@@ -42,7 +44,7 @@ larger = _two(
 
 @intrinsic
 def exp2(typing: Any, x: Any) -> Any:
-    """Return ``2^x`` for x below 127.5, with a relative error of less than 2e-7; 0 below -126; NaN of NaN."""
+    """Return ``2^x`` for x below 127.5, with a relative error of less than 2e-7; 0 below -64; NaN of NaN."""
     if not isinstance(x, Vector):
         raise TypeError(f"exp2 takes a vector, not {x}")
 

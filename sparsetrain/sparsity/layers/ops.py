@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.errors import UserError
+from sparsetrain.flop_formulas import count_by
 from sparsetrain.gradients.record import Use, digest
 from sparsetrain.sparsity.backends.base import BACKENDS, resolve_backend
 from sparsetrain.sparsity.backends.layouts import LAYOUTS, check_fit, check_shapes, find, layout_id
@@ -121,6 +122,32 @@ def refuse_double_backward(ctx: Any, *_gradients: Tensor) -> None:
 
 _sparse_linear.register_autograd(_backward, setup_context=_setup)
 _sparse_linear_backward.register_autograd(refuse_double_backward)
+
+
+def _flops(x: Any, values: Any, *_: Any, **__: Any) -> int:
+    """Return 2 N nnz: a multiply-add for each row and stored value."""
+    return 2 * x[0] * values[0]
+
+
+def _dense_flops(x: Any, values: Any, row_ptr: Any, col: Any, shape: list[int], *_: Any, **__: Any) -> int:
+    return 2 * x[0] * shape[0] * shape[1]
+
+
+def _flops_backward(g: Any, x: Any, values: Any, *rest: Any, **__: Any) -> int:
+    """Return 2 N nnz for each of the two gradients that is needed."""
+    *_, need_x, need_values = rest
+    return 2 * g[0] * values[0] * (need_x + need_values)
+
+
+def _dense_flops_backward(
+    g: Any, x: Any, values: Any, kept: Any, row_ptr: Any, col: Any, shape: list[int], *rest: Any, **__: Any
+) -> int:
+    *_, need_x, need_values = rest
+    return 2 * g[0] * shape[0] * shape[1] * (need_x + need_values)
+
+
+count_by("sparse_linear", _flops, _dense_flops)
+count_by("sparse_linear_backward", _flops_backward, _dense_flops_backward)
 
 
 class _Direct(torch.autograd.Function):

@@ -1,0 +1,316 @@
+"""`simulate`: the time, memory, energy and price of a training step, or of a whole run, on a machine.
+
+The operations of the step (`sparsetrain.cost.operations`) take seconds on the machine (`timing` for a single one,
+`cluster` for several and for weights that stream). How far the answer can be trusted comes from the machine's file: the
+spread of measured over predicted times, of which the band holds 90 %.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sparsetrain.cost.blocks import Shape, shape_of_config, shape_of_model
+from sparsetrain.cost.cluster.memory import check_fits
+from sparsetrain.cost.cluster.parallelism import Parallelism
+from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
+from sparsetrain.cost.flop_ledger import check_whole, flops
+from sparsetrain.cost.flops import Density
+from sparsetrain.cost.hardware import Machine
+from sparsetrain.cost.operations import OPTIMIZER, PRODUCTS, Operation, step_operations
+from sparsetrain.cost.sizes import Sizes
+from sparsetrain.cost.step_memory import step_memory
+from sparsetrain.cost.timing import AUTO, Setting, Terms, skips_zeros, step_terms
+from sparsetrain.errors import UserError
+from sparsetrain.models.config import ModelConfig
+from sparsetrain.sparsity.layers.linear import SparseLinear
+
+NORMAL_90 = 1.6449  # 90 % of a normal distribution lie within so many standard deviations
+_UNKNOWN_SPREAD = 0.3  # of a machine without measured steps
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training step, or a run of ``steps`` such steps, takes on a machine.
+
+    Args:
+        machine: its name.
+        seconds: predicted time.
+        band: seconds between which 90 % of measured times lie, if they scatter as those did that the file knows.
+        flops: matrix products on stored weights, attention in full; see `sparsetrain.flops`.
+        bytes: moved by all operations, with the positions of nonzeros.
+        peak_memory: bytes on the fullest device.
+        energy: joules, at the machine's power; None if its file has none.
+        cost: USD, at the machine's price; None if its file has none.
+        terms: seconds by what they are spent on; they add up to ``seconds``.
+        steps: training steps. tokens: of all steps. devices: machines.
+        notes: sentences on what the machine cannot use and what is not known.
+    """
+
+    machine: str
+    seconds: float
+    band: tuple[float, float]
+    flops: int
+    bytes: int
+    peak_memory: int
+    energy: float | None
+    cost: float | None
+    terms: dict[str, float]
+    steps: int
+    tokens: int
+    devices: int
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every field, as a report stores them."""
+        return asdict(self)
+
+    def __add__(self, other: Estimate) -> Estimate:
+        """Return the estimate of both in sequence on the same machine; the peak is the larger one."""
+        added = {name: _sum(getattr(self, name), getattr(other, name)) for name in ("energy", "cost")}
+        return Estimate(
+            self.machine,
+            self.seconds + other.seconds,
+            (self.band[0] + other.band[0], self.band[1] + other.band[1]),
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            max(self.peak_memory, other.peak_memory),
+            added["energy"],
+            added["cost"],
+            {name: self.terms[name] + other.terms[name] for name in self.terms},
+            self.steps + other.steps,
+            self.tokens + other.tokens,
+            self.devices,
+            tuple(dict.fromkeys((*self.notes, *other.notes))),
+        )
+
+    def times(self, steps: int) -> Estimate:
+        """Return the estimate of ``steps`` times as many steps."""
+        return replace(
+            self,
+            seconds=self.seconds * steps,
+            band=(self.band[0] * steps, self.band[1] * steps),
+            flops=self.flops * steps,
+            bytes=self.bytes * steps,
+            energy=None if self.energy is None else self.energy * steps,
+            cost=None if self.cost is None else self.cost * steps,
+            terms={name: value * steps for name, value in self.terms.items()},
+            steps=self.steps * steps,
+            tokens=self.tokens * steps,
+        )
+
+
+def simulate(
+    model: ModelConfig | nn.Module,
+    machine: Machine | str | Path,
+    context: int,
+    batch: int,
+    tokens: int | None = None,
+    *,
+    density: Density | None = None,
+    dtype: str = "float32",
+    backend: str | None = None,
+    threads: int | None = None,
+    parallelism: Parallelism | None = None,
+) -> Estimate:
+    """Return what a training step of ``batch`` sequences of ``context`` tokens takes on a machine.
+
+    Args:
+        model: a configuration, whose ``sparsity`` counts; a live model of the library with its nonzeros; or any other
+            module, of which matrix products and optimizer are counted alone.
+        machine: a `Machine`, the name of one, or a file. ``this`` is the machine at hand, after `calibrate`.
+        context: tokens T of a sequence. batch: sequences B of a step, over all devices.
+        tokens: of a whole run; None is a single step.
+        density: stored fraction of the matrices of a configuration, as `sparsetrain.cost.flops.matrices` takes it.
+        dtype: of weights and activations in products; weights are updated in float32 by AdamW.
+        backend: of sparse layers, on a machine that has several; None is that of a live model, or ``auto``.
+        threads: on a machine with curves over threads; None is torch's number.
+        parallelism: how the step is divided among several machines; None is one machine.
+
+    Raises:
+        UserError: a number is out of range, the machine is unknown or lacks a rate for the dtype, the model does not
+            fit, or the step cannot be divided like this.
+    """
+    for name, value in (("context", context), ("batch", batch)):
+        check_whole(name, value, 1)
+    if tokens is not None:
+        check_whole("tokens", tokens, 1)
+    if threads is not None:
+        check_whole("threads", threads, 1)
+    place = machine if isinstance(machine, Machine) else Machine.load(machine)
+    chosen = (_backend_of(model) if backend is None else backend) or AUTO
+    setting = Setting(dtype, chosen, threads=torch.get_num_threads() if threads is None else threads)
+    if isinstance(model, ModelConfig):
+        shape: Shape | None = shape_of_config(model, density)
+    elif density is not None:
+        raise UserError(f"density={density} is for a ModelConfig; a {type(model).__name__} has its own")
+    else:
+        shape = shape_of_model(model)
+    counted = flops(model, context, batch, density=density)
+    divided = Parallelism() if parallelism is None else parallelism
+    notes = []
+    if shape is None:
+        assert isinstance(model, nn.Module)
+        notes.append("Only matrix products and the optimizer are counted: the model is none of the library's.")
+        if parallelism is not None:
+            raise UserError(f"parallelism needs a model of the library, not a {type(model).__name__}")
+        operations: Sequence[Operation] = _traced(model, context, batch)
+        terms, memory = step_terms(operations, place, setting), _traced_memory(model)
+    else:
+        sizes, length = Sizes.of(shape.config), float(context + shape.prompt_tokens)
+        value_bytes = VALUE_BYTES.get(dtype, 4.0)
+        operations = step_operations(
+            sizes,
+            length,
+            float(batch),
+            shape.layers,
+            value_bytes=value_bytes,
+            frozen=shape.frozen,
+            prompt_tokens=float(shape.prompt_tokens),
+        )
+        if parallelism is None and place.execution == "resident":
+            terms = step_terms(operations, place, setting)
+        else:
+            terms = cluster_terms(sizes, length, float(batch), place, divided, setting, shape.layers)
+        memory = _memory(model, shape, place, context, batch, divided, setting, density)
+    if any(operation.is_sparse for operation in operations) and not _uses_zeros(place, setting):
+        notes.append(f"{place.name} cannot skip single zeros: sparse matrices are counted as dense.")
+    if place.spread is None:
+        notes.append(f"{place.name} has no measured steps: the band is a guess.")
+    one = _estimate(place, terms, operations, counted.total, memory, divided, tuple(notes))
+    one = replace(one, tokens=context * batch)
+    return one if tokens is None else one.times(math.ceil(tokens / (context * batch)))
+
+
+def _estimate(
+    machine: Machine,
+    terms: Terms,
+    operations: Sequence[Operation],
+    total: int,
+    memory: int,
+    divided: Parallelism,
+    notes: tuple[str, ...],
+) -> Estimate:
+    by_term = {name: float(value) for name, value in terms.as_dict().items()}
+    seconds = math.fsum(by_term.values())
+    spread = _UNKNOWN_SPREAD if machine.spread is None else machine.spread.value
+    factor = math.exp(NORMAL_90 * spread)
+    moved = math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)
+    devices = int(np.asarray(divided.devices).item())
+    return Estimate(
+        machine=machine.name,
+        seconds=seconds,
+        band=(seconds / factor, seconds * factor),
+        flops=total,
+        bytes=round(moved),
+        peak_memory=memory,
+        energy=None if machine.power is None else machine.power.value * devices * seconds,
+        cost=None if machine.price is None else machine.price.value * devices * seconds / 3600.0,
+        terms=by_term,
+        steps=1,
+        tokens=0,
+        devices=devices,
+        notes=notes,
+    )
+
+
+def _uses_zeros(machine: Machine, setting: Setting) -> bool:
+    return skips_zeros(machine, setting) or any(machine.has_backend("linear", name) for name in ("csr", "bsr"))
+
+
+def _backend_of(model: Any) -> str | None:
+    """Return the backend that all sparse layers of a live model have, or None."""
+    if not isinstance(model, nn.Module):
+        return None
+    found = {module.backend for module in model.modules() if isinstance(module, SparseLinear)}
+    return found.pop() if len(found) == 1 else None
+
+
+def _memory(
+    model: ModelConfig | nn.Module,
+    shape: Shape,
+    machine: Machine,
+    context: int,
+    batch: int,
+    divided: Parallelism,
+    setting: Setting,
+    density: Density | None,
+) -> int:
+    """Return the bytes of a step at its peak.
+
+    Raises:
+        UserError: the machine has less; the line says how much is missing and what would fit.
+    """
+    if setting.dtype != "float32" or float(divided.devices) > 1 or machine.execution == "streamed":
+        sizes = Sizes.of(shape.config)
+        held = check_fits(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
+        return round(float(held.total))
+
+    def peak(sequences: int) -> int:
+        return step_memory(model, context, sequences, density=density).peak
+
+    needed, room = peak(batch), machine.memory[-1].size.value
+    if needed > room:
+        fitting = next((count for count in _halves(batch) if peak(count) <= room), None)
+        advice = f"a batch of {fitting} would fit" if fitting else "no batch would fit"
+        raise UserError(
+            f"the step needs {needed / _GIB:.1f} GiB, and {machine.name} has {room / _GIB:.1f} GiB: "
+            f"{(needed - room) / _GIB:.1f} GiB are missing; {advice}"
+        )
+    return needed
+
+
+def _halves(batch: int) -> list[int]:
+    found = []
+    while batch > 1:
+        batch //= 2
+        found.append(batch)
+    return found
+
+
+def _traced(model: nn.Module, context: int, batch: int) -> list[Operation]:
+    """Return the products of a module, as its trace shows them, and its update."""
+    from sparsetrain.cost.ledger import Pass
+    from sparsetrain.cost.trace import trace
+
+    tokens = float(context * batch)
+    found = []
+    for entry in trace(model, Pass(context, batch), None).entries:
+        if entry.kind not in PRODUCTS:
+            continue
+        products = 2.0 if entry.phase == "backward" else 1.0
+        weights = entry.dense_flops / (2.0 * products * tokens)
+        sizes = {"width": math.sqrt(max(1.0, weights)), "tokens": tokens, "density": entry.flops / entry.dense_flops}
+        sizes |= {"context": float(context), "d_head": 64.0, "vocabulary": sizes["width"], "features": sizes["width"]}
+        found.append(
+            Operation(
+                entry.kind,
+                entry.phase,
+                entry.module,
+                float(entry.flops),
+                float(entry.dense_flops),
+                float(entry.bytes),
+                float(entry.index_bytes),
+                sizes,
+            )
+        )
+    trained = float(sum(p.numel() for p in model.parameters() if p.requires_grad))
+    update = Operation(OPTIMIZER, "update", "", 14.0 * trained, 14.0 * trained, 28.0 * trained)
+    return [*found, replace(update, sizes={"elements": max(1.0, trained)})]
+
+
+def _traced_memory(model: nn.Module) -> int:
+    """Return the bytes of weights, gradients and moments; what autograd saves is not known."""
+    return sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in model.parameters())
+
+
+def _sum(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second

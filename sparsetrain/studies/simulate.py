@@ -1,0 +1,292 @@
+"""``sparsetrain simulate``: what a run, or a grid of runs, takes in time, memory, energy and money on machines."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sparsetrain.cost.cluster.parallelism import NONE, RECOMPUTE, ZERO_STAGES, Parallelism
+from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
+from sparsetrain.cost.flops import hidden_shapes
+from sparsetrain.cost.hardware import Machine
+from sparsetrain.cost.operations import step_operations
+from sparsetrain.cost.simulate import Estimate
+from sparsetrain.cost.sizes import Layers, Sizes
+from sparsetrain.cost.timing import Setting, step_terms
+from sparsetrain.errors import UserError, check_choice
+from sparsetrain.files import typed_path
+from sparsetrain.models import ModelConfig
+from sparsetrain.report.simulation import show_simulation, write_simulation
+from sparsetrain.report.text import flatten
+from sparsetrain.runs.origin import run_tokenizer
+from sparsetrain.scaling.law import Law, LossLaw
+from sparsetrain.sparsity.evolution.managed import allocated_densities
+from sparsetrain.sparsity.evolution.rules import Static
+from sparsetrain.stages.config import PretrainConfig, as_plain, model_config
+from sparsetrain.stages.plan import vocabulary
+from sparsetrain.stages.plan_inputs import Inputs
+from sparsetrain.stages.predicted import predicted
+
+FORMATS, EQUAL = ("text", "json"), ("tokens", "flops", "loss")
+SPARSITIES = np.round(np.linspace(0.0, 0.99, 100), 2)  # among which the break-even sparsity is looked for
+
+
+@dataclass
+class ParallelConfig:
+    """How a step is divided among machines; `sparsetrain.cost.cluster.Parallelism` explains the fields.
+
+    Args:
+        data: replicas. tensor: machines that share every matrix. pipeline: stages of blocks.
+        interleave: chunks of blocks in each stage.
+        micro_batch: sequences of a forward pass; null is a replica's whole share.
+        sequence: whether tensor parallelism divides what stands between the products, too.
+        zero: what replicas share: 1 moments, 2 also gradients, 3 also weights.
+        recompute: activations that the backward pass computes again: none, selective or full.
+    """
+
+    data: int = 1
+    tensor: int = 1
+    pipeline: int = 1
+    interleave: int = 1
+    micro_batch: int | None = None
+    sequence: bool = False
+    zero: int = 0
+    recompute: str = NONE
+
+    def __post_init__(self) -> None:
+        check_choice("recompute", self.recompute, RECOMPUTE)
+        if self.zero not in ZERO_STAGES:
+            raise UserError(f"zero={self.zero} is not one of {', '.join(map(str, ZERO_STAGES))}")
+
+    def build(self) -> Parallelism | None:
+        """Return the division, or None for a single machine without recomputation."""
+        if self == ParallelConfig():
+            return None
+        micro = None if self.micro_batch is None else float(self.micro_batch)
+        return Parallelism(
+            float(self.data),
+            float(self.tensor),
+            float(self.pipeline),
+            float(self.interleave),
+            micro,
+            self.sequence,
+            self.zero,
+            self.recompute,
+        )
+
+
+@dataclass
+class SimulateConfig(PretrainConfig):
+    """Predict time, memory, energy and price of a pre-training on machines; nothing is trained.
+
+    Lists with commas (``sparsity.sparsity=0,0.5,0.75``) become rows of one table. ``init_from=RUN`` predicts what that
+    run would have taken elsewhere.
+
+    Args:
+        machine: a machine or a list: a shipped name, ``this`` after `sparsetrain calibrate`, or a YAML file.
+        dtype: of weights and activations in products: float32, bfloat16, float16, float8, as the machine has it.
+        parallel: how the step is divided among several machines.
+        equal: what all rows have in common: ``tokens``, ``flops`` or ``loss`` of the first row. The tokens of the other
+            rows follow from it; ``loss`` needs ``laws``.
+        laws: a law of loss from `sparsetrain fit law=loss`, which adds a column.
+        format: ``text`` or ``json``.
+        out: a directory for ``simulation.json``, ``results.csv`` and ``figure.png``.
+
+    Raises:
+        UserError: a setting is out of range.
+    """
+
+    machine: Any = "this"
+    dtype: str = "float32"
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    equal: str = "tokens"
+    laws: str | None = None
+    format: str = "text"
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("dtype", self.dtype, VALUE_BYTES)
+        check_choice("equal", self.equal, EQUAL)
+        check_choice("format", self.format, FORMATS)
+        if self.equal == "loss" and self.laws is None:
+            raise UserError("equal=loss needs laws=FILE, a law of sparsetrain fit law=loss")
+        if not self.machines or not all(isinstance(name, str) for name in self.machines):
+            raise UserError(f"machine={self.machine!r:.60} must be the name of a machine, or a list of names")
+        super().__post_init__()
+
+    @property
+    def machines(self) -> list[str]:
+        """The names of the machines."""
+        return [self.machine] if isinstance(self.machine, str) else list(self.machine or [])
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A row: a configuration on a machine.
+
+    Args:
+        settings: those that differ between the rows, by name.
+        sparsity: of the hidden matrices at the start, in [0, 1).
+        estimate: of a run, or of a step if the run has no length.
+        step: seconds of its first step.
+        nonzeros: stored weights of the hidden matrices at the start.
+        loss: predicted by a law, in its unit; None without one.
+        refused: why there is no estimate.
+    """
+
+    settings: Mapping[str, Any]
+    machine: str
+    sparsity: float
+    estimate: Estimate | None = None
+    step: float | None = None
+    nonzeros: float | None = None
+    loss: float | None = None
+    refused: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the row as JSON has it."""
+        estimate = None if self.estimate is None else self.estimate.as_dict()
+        return {**vars(self), "settings": dict(self.settings), "estimate": estimate}
+
+
+def simulate_runs(configs: Sequence[SimulateConfig]) -> None:
+    """Print what the configurations take on their machines, as one table or as JSON.
+
+    Raises:
+        UserError: no row can be simulated, or a file cannot be written.
+    """
+    first = configs[0]
+    out = None if first.out is None else typed_path(first.out, "out")
+    inputs = Inputs()
+    models = [_model(config, inputs) for config in configs]
+    rows = list(_rows(configs, models))
+    if all(row.estimate is None for row in rows):
+        raise UserError(rows[0].refused)
+    content = {"rows": [row.as_dict() for row in rows], "break_even": _break_even(first, models[0])}
+    if out is not None:
+        write_simulation(content, out)
+    if first.format == "json":
+        print(json.dumps(content, indent=2, allow_nan=False))
+    else:
+        show_simulation(content)
+    sys.stdout.flush()
+
+
+def _rows(configs: Sequence[SimulateConfig], models: Sequence[ModelConfig]) -> Iterator[Simulated]:
+    different = _differences(configs)
+    law = None if configs[0].laws is None else _loss_law(configs[0].laws)
+    for name in configs[0].machines:
+        machine = Machine.load(name)
+        base: Estimate | None = None
+        goal: float | None = None
+        for config, model, settings in zip(configs, models, different, strict=True):
+            try:
+                found = _row(config, model, machine, settings, law, base, goal)
+            except UserError as error:
+                whole, nonzeros = _hidden(config, model)
+                yield Simulated(settings, name, 1.0 - nonzeros / whole, refused=str(error))
+                continue
+            base, goal = base or found.estimate, goal or found.loss
+            yield found
+
+
+def _row(
+    config: SimulateConfig,
+    model: ModelConfig,
+    machine: Machine,
+    settings: Mapping[str, Any],
+    law: LossLaw | None,
+    base: Estimate | None,
+    goal: float | None,
+) -> Simulated:
+    division = config.parallel.build()
+
+    def run(tokens: int | None = None) -> Estimate:
+        budget = config.budget
+        if tokens is not None:
+            budget = replace(budget, steps=None, epochs=None, flops=None, tokens=tokens)
+        return predicted(replace(config, budget=budget), model, machine, config.dtype, division)
+
+    estimate = run()
+    whole, nonzeros = _hidden(config, model)
+    counted = nonzeros if law is not None and "nonzero" in law.inputs[0].unit else whole
+    if base is not None and config.equal == "flops":
+        estimate = run(max(1, round(estimate.tokens * base.flops / estimate.flops)))
+    if law is not None and goal is not None and config.equal == "loss":
+        estimate = run(_tokens_to(law, counted, goal))
+    loss = None if law is None else float(law(counted, float(estimate.tokens)))
+    step = estimate.seconds / estimate.steps
+    return Simulated(settings, machine.name, 1.0 - nonzeros / whole, estimate, step, nonzeros, loss)
+
+
+def _tokens_to(law: LossLaw, parameters: float, loss: float) -> int:
+    """Return the tokens at which a law reaches a loss.
+
+    Raises:
+        UserError: it never does.
+    """
+    p = law.parameters
+    left = loss - p["floor"] - p["a"] / parameters ** p["alpha"]
+    if left <= 0.0:
+        raise UserError(f"equal=loss: by the law, {parameters:.3g} parameters reach the loss {loss:.4g} with no tokens")
+    return max(1, round((p["b"] / left) ** (1.0 / p["beta"])))
+
+
+def _loss_law(path: str) -> LossLaw:
+    law = Law.load(typed_path(path, "laws"))
+    if not isinstance(law, LossLaw):
+        raise UserError(f"laws={path} is no law of loss; sparsetrain fit law=loss makes one")
+    return law
+
+
+def _model(config: SimulateConfig, inputs: Inputs) -> ModelConfig:
+    if config.init_from is not None and config.model.get("vocab_size") is None:
+        return model_config(config.model, run_tokenizer(Path(config.init_from)).vocab_size)
+    return model_config(config.model, vocabulary(config, inputs.corpora(config.data)[1]))
+
+
+def _hidden(config: SimulateConfig, model: ModelConfig) -> tuple[float, float]:
+    """Return the elements of the hidden matrices, and those that are stored at the start."""
+    shapes = hidden_shapes(model)
+    whole = float(sum(rows * columns for rows, columns in shapes.values()))
+    if not config.sparsity.is_sparse:
+        return whole, whole
+    densities = allocated_densities(shapes, config.sparsity, Static())(0)
+    return whole, sum(densities.get(name, 1.0) * rows * columns for name, (rows, columns) in shapes.items())
+
+
+def _differences(configs: Sequence[SimulateConfig]) -> list[dict[str, Any]]:
+    """Return the settings of each configuration that differ among them, by name."""
+    plain = [dict(flatten(as_plain(config))) for config in configs]
+    names = [name for name in plain[0] if len({each.get(name) for each in plain}) > 1]
+    return [{name: each.get(name) for name in names} for each in plain]
+
+
+def _break_even(config: SimulateConfig, model: ModelConfig) -> dict[str, float | None]:
+    """Return by machine the least sparsity from which on a step takes no longer than the dense step; None if never."""
+    sizes, context = Sizes.of(model), float(config.data.context)
+    batch = float(max(size for _, size in config.budget.batch_sizes()))
+    layers = [Layers(sizes.layers, dict.fromkeys(sizes.matrices(), 1.0 - SPARSITIES))]
+    threads = config.threads or torch.get_num_threads()
+    setting = Setting(config.dtype, config.sparsity.backend, threads=threads)
+    division, found = config.parallel.build(), {}
+    for name in config.machines:
+        machine = Machine.load(name)
+        if division is None and machine.execution == "resident":
+            operations = step_operations(sizes, context, batch, layers, value_bytes=VALUE_BYTES[config.dtype])
+            seconds = np.asarray(step_terms(operations, machine, setting).total)
+        else:
+            whole = division or Parallelism()
+            seconds = np.asarray(cluster_terms(sizes, context, batch, machine, whole, setting, layers).total)
+        no_longer = np.broadcast_to(seconds < seconds.flat[0], SPARSITIES.shape)
+        slower = np.flatnonzero(~no_longer)
+        last = int(slower[-1]) if len(slower) else -1
+        found[name] = None if last + 1 >= len(SPARSITIES) else float(SPARSITIES[last + 1])
+    return found
