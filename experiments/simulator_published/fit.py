@@ -86,7 +86,8 @@ def document(base: dict[str, Any], constants: dict[str, float], kinds: dict[str,
         return np.vectorize(lambda each: float(f"{each:.4g}"))(value).tolist()
 
     def by(name: str) -> dict[str, str]:
-        return {"kind": kinds[name], "source": "fit" if kinds[name] == "measured" else "prior"}
+        measured = any(kinds[each] == "measured" for each in kinds if each == name or each.startswith(f"{name}_"))
+        return {"kind": "measured" if measured else "assumed", "source": "fit" if measured else "prior"}
 
     tables = curves(constants)
     file = {key: value for key, value in base.items() if key != "spread"}

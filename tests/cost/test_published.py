@@ -18,7 +18,7 @@ from sparsetrain.cost.cluster.memory import cluster_memory
 from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.cluster.published import Row, published_rows
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import Sizes
+from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.timing import Setting
 
 HERE = Path(__file__).parents[2] / "experiments" / "simulator_published"

@@ -23,7 +23,7 @@ import numpy as np
 from sparsetrain.cost.cluster.parallelism import FULL, SELECTIVE, UNFUSED, Parallelism, check_split
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES, weights_of_stages
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import Layers, Number, Sizes
+from sparsetrain.cost.sizes import Layers, Number, Sizes
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError
 

@@ -16,7 +16,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import BACKWARD, HEAD, LINEAR, Number, Operation
+from sparsetrain.cost.operations import BACKWARD, HEAD, LINEAR, Operation
+from sparsetrain.cost.sizes import Number
 from sparsetrain.errors import UserError
 
 
