@@ -86,7 +86,8 @@ def document(base: dict[str, Any], constants: dict[str, float], kinds: dict[str,
         return np.vectorize(lambda each: float(f"{each:.4g}"))(value).tolist()
 
     def by(name: str) -> dict[str, str]:
-        return {"kind": kinds[name], "source": "fit" if kinds[name] == "measured" else "prior"}
+        measured = any(kinds[each] == "measured" for each in kinds if each == name or each.startswith(f"{name}_"))
+        return {"kind": "measured" if measured else "assumed", "source": "fit" if measured else "prior"}
 
     tables = curves(constants)
     file = {key: value for key, value in base.items() if key != "spread"}
@@ -104,8 +105,6 @@ def document(base: dict[str, Any], constants: dict[str, float], kinds: dict[str,
         for link, name in zip(base["links"], ("inner", "outer"), strict=True)
     ]
     file["overlap"] = {"value": rounded(constants["overlap"]), **by("overlap")}
-    used = {entry for _, entry in _sources(file)}
-    file["sources"] = {name: source for name, source in file["sources"].items() if name in used}
     return file
 
 
@@ -155,7 +154,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def write(path: Path, content: dict[str, Any]) -> None:
-    """Write a machine's file."""
+    """Write a machine's file without the sources that nothing in it names."""
+    used = {entry for _, entry in _sources(content)}
+    content["sources"] = {name: source for name, source in content["sources"].items() if name in used}
     path.write_text(
         yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=118, default_flow_style=None),
         "utf-8",
@@ -249,8 +250,6 @@ def like_h100(content: dict[str, Any]) -> None:
     ]
     base["spread"] = {**content["spread"], **source}
     base["sources"]["h100"] = {"title": title, "date": DATE}
-    used = {entry for _, entry in _sources(base)}
-    base["sources"] = {name: source for name, source in base["sources"].items() if name in used}
     write(path, base)
 
 

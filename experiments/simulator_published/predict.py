@@ -18,7 +18,8 @@ from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.cluster.published import FOLDER, Row, published_rows
 from sparsetrain.cost.cluster.schedule import cluster_terms
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import PRODUCTS, Layers, Sizes, step_operations
+from sparsetrain.cost.operations import PRODUCTS, step_operations
+from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.timing import Setting, operation_terms
 from sparsetrain.reading import read_csv
 
@@ -102,7 +103,7 @@ def figure(lines: Sequence[dict[str, Any]]) -> None:
     drawing.savefig(HERE / "figure.png", dpi=150)
 
 
-LLAMA = Sizes(4096.0, 32.0, 32.0, 4096.0, 11008.0, 32000.0, gated=True, tied=False, layernorm=False, rotary=True)
+LLAMA = Sizes(4096.0, 32.0, 32.0, 4096.0, 11008.0, 32000.0, gated=True, tied=False, layernorm=False, rotated=128.0)
 MATRICES = ("attn.qkv", "attn.out", "mlp.gate", "mlp.up", "mlp.down")
 CORES = 64  # of the CPU that a sparse product is compared with
 

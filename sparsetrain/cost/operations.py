@@ -86,6 +86,7 @@ def step_operations(
     frozen: Collection[str] = (),
     prompt_tokens: Number = 0.0,
     last_logits: bool = False,
+    whole_logits: bool = False,
 ) -> list[Operation]:
     """Return the operations of one step, in the order of the forward pass, each followed by its backward pass.
 
@@ -101,6 +102,8 @@ def step_operations(
             ``head``. A tied head is frozen with the embedding.
         prompt_tokens: learned vectors of a soft prompt, among the T tokens.
         last_logits: whether the head is computed for the last token of a sequence only.
+        whole_logits: whether the logits of all tokens are computed at once, as most implementations for GPUs do, and
+            not chunk by chunk.
     """
     groups = [Layers(sizes.layers)] if layers is None else list(layers)
     list_ = _List(sizes, context, batch, value_bytes, training, cached)
@@ -109,7 +112,7 @@ def step_operations(
     for group in groups:
         list_.block(group)
     list_.norm("final_norm", "final_norm" not in frozen, 1.0, None)
-    list_.head(("embed" if sizes.tied else "head") not in frozen, last_logits)
+    list_.head(("embed" if sizes.tied else "head") not in frozen, last_logits, whole_logits)
     operations = list_.operations
     if training:
         weights = trained_weights(sizes, groups, frozen) + prompt_tokens * sizes.width
@@ -247,12 +250,12 @@ class _List:
                 )
             )
 
-    def head(self, trained: bool, last: bool) -> None:
-        """Add the head and the loss, chunk by chunk, as `sparsetrain.models.cross_entropy` computes them."""
+    def head(self, trained: bool, last: bool, whole: bool) -> None:
+        """Add the head and the loss, whole or chunk by chunk as `sparsetrain.models.cross_entropy` computes them."""
         sizes, tokens = self.sizes, self.batch if last else self.tokens
         flops = 2.0 * tokens * sizes.vocabulary * sizes.width
         table, rows = sizes.vocabulary * sizes.width, tokens * (sizes.width + sizes.vocabulary)
-        chunks = np.ceil(tokens / _chunk(sizes.vocabulary)) if self.training else 1.0
+        chunks = np.ceil(tokens / _chunk(sizes.vocabulary)) if self.training and not whole else 1.0
         at = {
             "width": np.sqrt(table),
             "tokens": tokens,

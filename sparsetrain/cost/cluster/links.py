@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sparsetrain.cost.hardware import Link, Machine
-from sparsetrain.cost.operations import Number
+from sparsetrain.cost.sizes import Number
 from sparsetrain.errors import UserError
 
 

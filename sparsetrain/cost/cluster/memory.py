@@ -23,7 +23,7 @@ import numpy as np
 from sparsetrain.cost.cluster.parallelism import FULL, SELECTIVE, UNFUSED, Parallelism, check_split
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES, weights_of_stages
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import Layers, Number, Sizes
+from sparsetrain.cost.sizes import Layers, Number, Sizes
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError
 
@@ -117,11 +117,8 @@ def check_fits(
         UserError: they do not; the line says how much is missing, and what would fit.
     """
     needed = cluster_memory(sizes, context, global_batch, parallelism, setting, layers)
-    if machine.execution == "streamed":  # the wafer has the activations, and another device the rest
-        wanted, level = float(needed.activations + needed.working), machine.memory[0]
-    else:
-        wanted, level = float(needed.total), machine.memory[-1]
-    room = level.size.value
+    level = machine.memory[0 if machine.execution == "streamed" else -1]
+    wanted, room = float(_on_device(needed, machine)), level.size.value
     if wanted <= room:
         return needed
     for name, other in _alternatives(sizes, global_batch, machine, parallelism):
@@ -129,16 +126,20 @@ def check_fits(
             found = cluster_memory(sizes, context, global_batch, other, setting, layers)
         except UserError:
             continue
-        streamed = machine.execution == "streamed"
-        if float(found.activations + found.working if streamed else found.total) <= room:
+        if float(_on_device(found, machine)) <= room:
             advice = f"; {name} would fit"
             break
     else:
-        advice = "; no split over up to 8192 devices would fit"
+        advice = "; no other division of the step would fit"
     raise UserError(
         f"the step needs {wanted / 2**30:.1f} GiB on each {machine.name}, whose {level.name} has "
         f"{room / 2**30:.1f} GiB: {(wanted - room) / 2**30:.1f} GiB are missing{advice}"
     )
+
+
+def _on_device(found: ClusterMemory, machine: Machine) -> Number:
+    """Return the bytes on the device itself: if weights are streamed, their memory has everything else."""
+    return found.activations + found.working if machine.execution == "streamed" else found.total
 
 
 def _alternatives(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from sparsetrain.cost.operations import Number, Sizes
+from sparsetrain.cost.sizes import Number, Sizes
 from sparsetrain.errors import UserError, check_choice
 
 NONE, SELECTIVE, FULL = "none", "selective", "full"

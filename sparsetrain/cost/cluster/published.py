@@ -15,7 +15,7 @@ from sparsetrain.cost.cluster.memory import ClusterMemory, cluster_memory
 from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.cluster.schedule import cluster_terms
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import Sizes
+from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.timing import Setting, Terms
 from sparsetrain.reading import read_csv, read_yaml
 

@@ -30,12 +30,10 @@ from sparsetrain.cost.operations import (
     OPTIMIZER,
     SOFTMAX,
     UPDATE,
-    Layers,
-    Number,
     Operation,
-    Sizes,
     step_operations,
 )
+from sparsetrain.cost.sizes import Layers, Number, Sizes, trained_weights
 from sparsetrain.cost.timing import Setting, Terms, operation_terms
 
 VALUE_BYTES: Mapping[str, float] = {"float32": 4.0, "tfloat32": 4.0, "bfloat16": 2.0, "float16": 2.0, "float8": 1.0}
@@ -94,8 +92,7 @@ def cluster_terms(
 
 def weights_of_stages(sizes: Sizes, layers: Sequence[Layers] | None, parallelism: Parallelism) -> tuple[Number, Number]:
     """Return the weights on a device of the first and of the last stage; a tied embedding lies on both."""
-    operations = step_operations(sizes, 1.0, 1.0, layers)
-    total = next(operation.sizes["elements"] for operation in operations if operation.kind == OPTIMIZER)
+    total = trained_weights(sizes, [Layers(sizes.layers)] if layers is None else layers)
     table, positions = sizes.vocabulary * sizes.width, sizes.positions * sizes.width
     norm = sizes.width * (2.0 if sizes.layernorm and sizes.biased else 1.0)
     outer = table * (1.0 if sizes.tied else 2.0) + positions + norm
@@ -121,7 +118,7 @@ class _Step:
 
     def __post_init__(self) -> None:
         value = VALUE_BYTES.get(self.setting.dtype, 4.0)
-        found = step_operations(self.sizes, self.context, self.micro, self.layers, value_bytes=value)
+        found = step_operations(self.sizes, self.context, self.micro, self.layers, value_bytes=value, whole_logits=True)
         object.__setattr__(self, "_operations", [_share(each, self.parallelism) for each in found])
 
     @property
