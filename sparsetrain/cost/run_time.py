@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sparsetrain.cost.blocks import Shape, shape_of_config
+from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES
 from sparsetrain.cost.extras import DENSE_GRADIENT, update_operations
 from sparsetrain.cost.hardware import Machine
@@ -69,14 +70,15 @@ class RunWork:
         return replace(self, stretches=left)
 
 
-def predicted(work: RunWork, machine: Machine) -> Estimate:
-    """Return what the training steps of a run take on a machine.
+def predicted(work: RunWork, machine: Machine, parallelism: Parallelism | None = None) -> Estimate:
+    """Return what the training steps of a run take on a machine, or divided among several.
 
     The rate at which masks are compared is that of the main memory, unless the machine's file has a curve
     ``mask update``.
 
     Raises:
-        UserError: the run has no step, it does not fit, or the machine lacks a rate for its dtype or backend.
+        UserError: the run has no step, it does not fit, it cannot be divided like this, or the machine lacks a rate for
+            its dtype or backend.
     """
     parts: dict[tuple[Any, ...], tuple[Stretch, int, int]] = {}
     for stretch in work.stretches:
@@ -85,7 +87,7 @@ def predicted(work: RunWork, machine: Machine) -> Estimate:
         parts[key] = (first, steps + stretch.steps, updates + stretch.updates)
     total: Estimate | None = None
     for stretch, steps, updates in parts.values():
-        step = _Step(work, stretch, machine)
+        step = _Step(work, stretch, machine, parallelism)
         part = step.estimate().times(steps)
         if updates:
             part = step.with_updates(part, updates)
@@ -98,13 +100,15 @@ def predicted(work: RunWork, machine: Machine) -> Estimate:
 class _Step:
     """A step of a stretch on a machine."""
 
-    def __init__(self, work: RunWork, stretch: Stretch, machine: Machine) -> None:
-        self.work, self.stretch, self.machine = work, stretch, machine
+    def __init__(
+        self, work: RunWork, stretch: Stretch, machine: Machine, parallelism: Parallelism | None = None
+    ) -> None:
+        self.work, self.stretch, self.machine, self.parallelism = work, stretch, machine, parallelism
         threads = torch.get_num_threads() if work.threads is None else work.threads
         self.setting = Setting(work.dtype, work.backend or AUTO, threads=threads)
         self.sizes, self.value_bytes = Sizes.of(work.model), VALUE_BYTES.get(work.dtype, 4.0)
         # Weights that stream to a machine would stream for every micro-batch, so it takes the batch at once.
-        whole = machine.execution != RESIDENT
+        whole = machine.execution != RESIDENT or parallelism is not None  # which has micro-batches of its own
         self.sequences = stretch.batch_size if whole else stretch.micro_batch
 
     def estimate(self) -> Estimate:
@@ -117,6 +121,7 @@ class _Step:
             machine = replace(machine, memory=(*machine.memory[:-1], unlimited))
         density = stretch.densities or 1.0
         options: dict[str, Any] = {"dtype": work.dtype, "backend": work.backend, "threads": work.threads}
+        options["parallelism"] = self.parallelism
         found = simulate(work.model, machine, stretch.context, self.sequences, density=density, **options)
         if frozen:
             found = self._frozen(found, room.size.value)

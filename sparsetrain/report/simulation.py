@@ -12,11 +12,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
-from rich.table import Table
 
 from sparsetrain.files import file_errors, write_json, write_text
 from sparsetrain.report.plots import MARKERS, SERIES, save_png, styled
-from sparsetrain.report.text import byte_size, duration, percent, si
+from sparsetrain.report.text import byte_size, percent
 
 Content = Mapping[str, Any]
 
@@ -31,18 +30,28 @@ def show_simulation(content: Content, console: Console | None = None) -> None:
     several = any(row["estimate"] is not None and row["estimate"]["steps"] > 1 for row in rows)
     names = list(rows[0]["settings"])
     with_loss = any(row["loss"] is not None for row in rows)
-    table = Table()
-    for name in ("machine", *(name.rpartition(".")[2] for name in names)):
-        table.add_column(name)
-    for title in ("step", *(["run"] if several else []), "90 % band", "FLOPs", "memory", "kWh", "USD"):
-        table.add_column(title, justify="right")
-    if with_loss:
-        table.add_column("loss", justify="right")
-    for row in rows:
-        table.add_row(*_cells(row, names, several, with_loss))
-    console.print(table)
-    for line in sentences(content):
-        console.print(line, highlight=False, soft_wrap=True)
+    titles = [
+        "machine",
+        *(name.rpartition(".")[2] for name in names),
+        "step",
+        *(["run"] if several else []),
+        "90 % band",
+        "FLOPs",
+        "memory",
+        "kWh",
+        "USD",
+        *(["loss"] if with_loss else []),
+    ]
+    lines = [titles, *([*_cells(row, names, several, with_loss)] for row in rows)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(titles))]
+    for line in lines:
+        cells = [
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        console.print("  ".join(cells), highlight=False, soft_wrap=True, markup=False)
+    for sentence in sentences(content):
+        console.print(sentence, highlight=False, soft_wrap=True, markup=False)
 
 
 def sentences(content: Content) -> Iterator[str]:
@@ -55,7 +64,7 @@ def sentences(content: Content) -> Iterator[str]:
             yield f"{row['machine']}{', ' if settings else ''}{settings}: {row['refused']}"
     for name, sparsity in content["break_even"].items():
         said = "at no sparsity" if sparsity is None else f"from a sparsity of {percent(sparsity, 0)} on"
-        yield f"{name}: a step is faster than the dense one {said}."
+        yield f"{name}: sparsity saves at least 1 % of a step {said}."
 
 
 def _cells(row: Mapping[str, Any], names: Sequence[str], several: bool, with_loss: bool) -> Iterator[str]:
@@ -68,9 +77,8 @@ def _cells(row: Mapping[str, Any], names: Sequence[str], several: bool, with_los
     yield _time(row["step"])
     if several:
         yield _time(estimate["seconds"])
-    low, high = estimate["band"]
-    yield f"{_time(low)} to {_time(high)}"
-    yield si(float(estimate["flops"]), "FLOP")
+    yield _band(*estimate["band"])
+    yield f"{estimate['flops']:.3g}"
     yield byte_size(estimate["peak_memory"])
     yield "-" if estimate["energy"] is None else f"{estimate['energy'] / _JOULES:.3g}"
     yield "-" if estimate["cost"] is None else f"{estimate['cost']:.3g}"
@@ -78,14 +86,25 @@ def _cells(row: Mapping[str, Any], names: Sequence[str], several: bool, with_los
         yield "-" if row["loss"] is None else f"{row['loss']:.4f}"
 
 
+_UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "y": 31557600.0}
+
+
+def _unit(seconds: float) -> str:
+    """Return the largest unit that a time has at least one of, two for units above a second."""
+    fitting = [name for name, size in _UNITS.items() if seconds >= size * (2.0 if size > 1.0 else 1.0)]
+    return fitting[-1] if fitting else "us"
+
+
 def _time(seconds: float) -> str:
-    """Return a time of any size: milliseconds for a step, days for a run."""
-    if seconds < 1e-3:
-        return f"{seconds * 1e6:.3g} us"
-    if seconds < 1.0:
-        return f"{seconds * 1e3:.3g} ms"
-    days = seconds / 86400.0
-    return f"{days:.1f} d" if days >= 2.0 else duration(seconds)
+    """Return a time of any size with three digits, from microseconds of a step to years of a run."""
+    unit = _unit(seconds)
+    return f"{seconds / _UNITS[unit]:.3g} {unit}"
+
+
+def _band(low: float, high: float) -> str:
+    """Return two times with one unit."""
+    unit = _unit(high)
+    return f"{low / _UNITS[unit]:.3g} to {high / _UNITS[unit]:.3g} {unit}"
 
 
 def write_simulation(content: Content, out: Path) -> None:

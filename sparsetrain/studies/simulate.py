@@ -17,6 +17,8 @@ from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
 from sparsetrain.cost.flops import hidden_shapes
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import step_operations
+from sparsetrain.cost.run_flops import RunFlops, rule_of_length
+from sparsetrain.cost.run_time import RunWork, predicted
 from sparsetrain.cost.simulate import Estimate
 from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.timing import Setting, step_terms
@@ -30,9 +32,13 @@ from sparsetrain.scaling.law import Law, LossLaw
 from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.sparsity.evolution.rules import Static
 from sparsetrain.stages.config import PretrainConfig, as_plain, model_config
+from sparsetrain.stages.masks import sparsity_section
 from sparsetrain.stages.plan import vocabulary
 from sparsetrain.stages.plan_inputs import Inputs
-from sparsetrain.stages.predicted import predicted
+from sparsetrain.stages.predicted import work_of
+from sparsetrain.stages.pretrain import budget_of
+from sparsetrain.stages.text import Text
+from sparsetrain.stages.work import work_on_text
 
 FORMATS, EQUAL = ("text", "json"), ("tokens", "flops", "loss")
 SPARSITIES = np.round(np.linspace(0.0, 0.99, 100), 2)  # among which the break-even sparsity is looked for
@@ -91,7 +97,8 @@ class SimulateConfig(PretrainConfig):
 
     Args:
         machine: a machine or a list: a shipped name, ``this`` after `sparsetrain calibrate`, or a YAML file.
-        dtype: of weights and activations in products: float32, bfloat16, float16, float8, as the machine has it.
+        dtype: of products: float32, bfloat16, float16 or float8, as the machine has it; null is that of
+            ``loop.precision``.
         parallel: how the step is divided among several machines.
         equal: what all rows have in common: ``tokens``, ``flops`` or ``loss`` of the first row. The tokens of the other
             rows follow from it; ``loss`` needs ``laws``.
@@ -104,7 +111,7 @@ class SimulateConfig(PretrainConfig):
     """
 
     machine: Any = "this"
-    dtype: str = "float32"
+    dtype: str | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     equal: str = "tokens"
     laws: str | None = None
@@ -112,13 +119,16 @@ class SimulateConfig(PretrainConfig):
     out: str | None = None
 
     def __post_init__(self) -> None:
-        check_choice("dtype", self.dtype, VALUE_BYTES)
+        if self.dtype is not None:
+            check_choice("dtype", self.dtype, VALUE_BYTES)
         check_choice("equal", self.equal, EQUAL)
         check_choice("format", self.format, FORMATS)
         if self.equal == "loss" and self.laws is None:
             raise UserError("equal=loss needs laws=FILE, a law of sparsetrain fit law=loss")
         if not self.machines or not all(isinstance(name, str) for name in self.machines):
             raise UserError(f"machine={self.machine!r:.60} must be the name of a machine, or a list of names")
+        if self.budget.open and self.budget.phases is None:
+            self.budget = replace(self.budget, steps=1)  # without a length it is a step that is predicted
         super().__post_init__()
 
     @property
@@ -206,17 +216,13 @@ def _row(
     base: Estimate | None,
     goal: float | None,
 ) -> Simulated:
-    division = config.parallel.build()
-
-    def run(tokens: int | None = None) -> Estimate:
-        budget = config.budget
-        if tokens is not None:
-            budget = replace(budget, steps=None, epochs=None, flops=None, tokens=tokens)
-        return predicted(replace(config, budget=budget), model, machine, config.dtype, division)
-
-    estimate = run()
     whole, nonzeros = _hidden(config, model)
     counted = nonzeros if law is not None and "nonzero" in law.inputs[0].unit else whole
+
+    def run(tokens: int | None = None) -> Estimate:
+        return predicted(_work(config, model, tokens), machine, config.parallel.build())
+
+    estimate = run()
     if base is not None and config.equal == "flops":
         estimate = run(max(1, round(estimate.tokens * base.flops / estimate.flops)))
     if law is not None and goal is not None and config.equal == "loss":
@@ -224,6 +230,25 @@ def _row(
     loss = None if law is None else float(law(counted, float(estimate.tokens)))
     step = estimate.seconds / estimate.steps
     return Simulated(settings, machine.name, 1.0 - nonzeros / whole, estimate, step, nonzeros, loss)
+
+
+def _work(config: SimulateConfig, model: ModelConfig, tokens: int | None) -> RunWork:
+    """Return the steps of a configuration, or those that a run had; ``tokens`` replaces the length."""
+    if config.init_from is not None and tokens is None:
+        work = work_of(Path(config.init_from))
+    else:
+        if tokens is not None:
+            shorter = replace(config.budget, steps=None, epochs=None, flops=None, tokens=tokens)
+            config = replace(config, budget=shorter)
+        _, corpora = Inputs().corpora(config.data) if config.budget.epochs is not None else ("", None)
+        if corpora is None and config.budget.epochs is not None:
+            raise UserError("budget.epochs: the text is not prepared yet; give budget.tokens or budget.steps")
+        budget = budget_of(config, model, None if corpora is None else Text(corpora, config).samples_per_epoch)
+        section = sparsity_section(config, budget)
+        rule = rule_of_length(section, budget.total_steps)
+        densities = allocated_densities(hidden_shapes(model), section, rule)
+        work = work_on_text(config, RunFlops(model, densities, rule, budget, config.loop.micro_batch_of))
+    return work if config.dtype is None else replace(work, dtype=config.dtype)
 
 
 def _tokens_to(law: LossLaw, parameters: float, loss: float) -> int:
@@ -270,23 +295,24 @@ def _differences(configs: Sequence[SimulateConfig]) -> list[dict[str, Any]]:
 
 
 def _break_even(config: SimulateConfig, model: ModelConfig) -> dict[str, float | None]:
-    """Return by machine the least sparsity from which on a step takes no longer than the dense step; None if never."""
+    """Return by machine the sparsity from which on a step takes 1 % less time than the dense one; None if never."""
     sizes, context = Sizes.of(model), float(config.data.context)
     batch = float(max(size for _, size in config.budget.batch_sizes()))
     layers = [Layers(sizes.layers, dict.fromkeys(sizes.matrices(), 1.0 - SPARSITIES))]
     threads = config.threads or torch.get_num_threads()
-    setting = Setting(config.dtype, config.sparsity.backend, threads=threads)
+    dtype = _work(config, model, None).dtype
+    setting = Setting(dtype, config.sparsity.backend, threads=threads)
     division, found = config.parallel.build(), {}
     for name in config.machines:
         machine = Machine.load(name)
         if division is None and machine.execution == "resident":
-            operations = step_operations(sizes, context, batch, layers, value_bytes=VALUE_BYTES[config.dtype])
+            operations = step_operations(sizes, context, batch, layers, value_bytes=VALUE_BYTES[dtype])
             seconds = np.asarray(step_terms(operations, machine, setting).total)
         else:
             whole = division or Parallelism()
             seconds = np.asarray(cluster_terms(sizes, context, batch, machine, whole, setting, layers).total)
-        no_longer = np.broadcast_to(seconds < seconds.flat[0], SPARSITIES.shape)
-        slower = np.flatnonzero(~no_longer)
+        saves = np.broadcast_to(seconds < 0.99 * seconds.flat[0], SPARSITIES.shape)
+        slower = np.flatnonzero(~saves)
         last = int(slower[-1]) if len(slower) else -1
         found[name] = None if last + 1 >= len(SPARSITIES) else float(SPARSITIES[last + 1])
     return found
