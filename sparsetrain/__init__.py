@@ -1,8 +1,13 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
+from typing import TYPE_CHECKING, Any
+
 import sparsetrain.process  # noqa: F401 - first of all: see there
+from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.flop_ledger import flops
+from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.ledger import Ledger
+from sparsetrain.cost.simulate import Estimate, simulate
 from sparsetrain.cost.step_memory import StepMemory, step_memory
 from sparsetrain.data import Mixture, fill_in_the_middle, register_source, register_task
 from sparsetrain.data.vocabulary import extend_tokenizer
@@ -45,6 +50,9 @@ from sparsetrain.sparsity import (
 )
 from sparsetrain.vocabulary import extend_embeddings
 
+if TYPE_CHECKING:
+    from sparsetrain.bench.calibrate import calibrate
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -52,13 +60,16 @@ __all__ = [
     "SET",
     "AveragedModel",
     "Backend",
+    "Estimate",
     "EvolutionConfig",
     "Law",
     "Ledger",
+    "Machine",
     "MaskManager",
     "Mixture",
     "ModelConfig",
     "NoiseScale",
+    "Parallelism",
     "Parameterization",
     "Phase",
     "PowerLaw",
@@ -77,6 +88,7 @@ __all__ = [
     "VariableSparsity",
     "alibi_slopes",
     "batch_opt",
+    "calibrate",
     "decay_groups",
     "densify",
     "ema_coefficients",
@@ -99,6 +111,7 @@ __all__ = [
     "register_source",
     "register_task",
     "save_quantized",
+    "simulate",
     "sparse_linear",
     "sparsify",
     "step_memory",
@@ -107,3 +120,11 @@ __all__ = [
     "timescale",
     "weight_decay_for",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":  # measures, with what the benchmarks use, so it is imported when it is used
+        from sparsetrain.bench.calibrate import calibrate
+
+        return calibrate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ from sparsetrain.cost.operations import Number
 from sparsetrain.errors import UserError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Curve:
     """A positive quantity as a function of named sizes.
 
@@ -43,6 +43,17 @@ class Curve:
             array = np.asarray(places, dtype=float)
             if not (np.isfinite(array).all() and (array > 0.0).all() and (np.diff(array) > 0.0).all()):
                 raise UserError(f"the places of {name} in a curve do not increase from above 0: {list(places)}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Curve):
+            return NotImplemented
+        same = {name: tuple(places) for name, places in self.axes.items()} == {
+            name: tuple(places) for name, places in other.axes.items()
+        }
+        return same and np.array_equal(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.axes), self.values.tobytes()))
 
     @classmethod
     def constant(cls, value: float) -> Curve:

@@ -14,7 +14,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.console import Console
 
 from sparsetrain.files import file_errors, write_json, write_text
-from sparsetrain.report.plots import MARKERS, SERIES, save_png, styled
+from sparsetrain.report.plots import MARKERS, SERIES, log_axis, save_png, styled
 from sparsetrain.report.text import byte_size, percent
 
 Content = Mapping[str, Any]
@@ -160,6 +160,7 @@ def simulation_figure(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
                 _line(panels, machine, own, SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)])
         for axes, label in zip(panels, ("seconds", "USD"), strict=False):
             axes.set_yscale("log")
+            log_axis(axes.yaxis)
             axes.set_xlabel("sparsity of the hidden matrices")
             axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
             axes.set_ylabel(label)

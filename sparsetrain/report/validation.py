@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from sparsetrain.files import file_errors, write_json, write_text
-from sparsetrain.report.plots import MARKERS, MUTED, SERIES, save_png, styled
+from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.report.text import percent
 
 Row = Mapping[str, Any]
@@ -76,6 +76,8 @@ def _figure(rows: Sequence[Row], label: str, spread: float, path: Path) -> None:
             )
             axes.set_xscale("log")
             axes.set_yscale("log")
+            log_axis(axes.xaxis)
+            log_axis(axes.yaxis)
             axes.set_xlabel(f"measured: {unit}")
             axes.set_ylabel("predicted")
             axes.legend()

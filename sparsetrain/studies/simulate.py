@@ -176,10 +176,11 @@ def simulate_runs(configs: Sequence[SimulateConfig]) -> None:
     out = None if first.out is None else typed_path(first.out, "out")
     inputs = Inputs()
     models = [_model(config, inputs) for config in configs]
-    rows = list(_rows(configs, models))
+    machines = [Machine.load(name) for name in first.machines]
+    rows = list(_rows(configs, models, machines))
     if all(row.estimate is None for row in rows):
         raise UserError(rows[0].refused)
-    content = {"rows": [row.as_dict() for row in rows], "break_even": _break_even(first, models[0])}
+    content = {"rows": [row.as_dict() for row in rows], "break_even": _break_even(first, models[0], machines)}
     if out is not None:
         write_simulation(content, out)
     if first.format == "json":
@@ -189,11 +190,12 @@ def simulate_runs(configs: Sequence[SimulateConfig]) -> None:
     sys.stdout.flush()
 
 
-def _rows(configs: Sequence[SimulateConfig], models: Sequence[ModelConfig]) -> Iterator[Simulated]:
+def _rows(
+    configs: Sequence[SimulateConfig], models: Sequence[ModelConfig], machines: Sequence[Machine]
+) -> Iterator[Simulated]:
     different = _differences(configs)
     law = None if configs[0].laws is None else _loss_law(configs[0].laws)
-    for name in configs[0].machines:
-        machine = Machine.load(name)
+    for machine in machines:
         base: Estimate | None = None
         goal: float | None = None
         for config, model, settings in zip(configs, models, different, strict=True):
@@ -201,7 +203,7 @@ def _rows(configs: Sequence[SimulateConfig], models: Sequence[ModelConfig]) -> I
                 found = _row(config, model, machine, settings, law, base, goal)
             except UserError as error:
                 whole, nonzeros = _hidden(config, model)
-                yield Simulated(settings, name, 1.0 - nonzeros / whole, refused=str(error))
+                yield Simulated(settings, machine.name, 1.0 - nonzeros / whole, refused=str(error))
                 continue
             base, goal = base or found.estimate, goal or found.loss
             yield found
@@ -294,7 +296,7 @@ def _differences(configs: Sequence[SimulateConfig]) -> list[dict[str, Any]]:
     return [{name: each.get(name) for name in names} for each in plain]
 
 
-def _break_even(config: SimulateConfig, model: ModelConfig) -> dict[str, float | None]:
+def _break_even(config: SimulateConfig, model: ModelConfig, machines: Sequence[Machine]) -> dict[str, float | None]:
     """Return by machine the sparsity from which on a step takes 1 % less time than the dense one; None if never."""
     sizes, context = Sizes.of(model), float(config.data.context)
     batch = float(max(size for _, size in config.budget.batch_sizes()))
@@ -302,9 +304,9 @@ def _break_even(config: SimulateConfig, model: ModelConfig) -> dict[str, float |
     threads = config.threads or torch.get_num_threads()
     dtype = _work(config, model, None).dtype
     setting = Setting(dtype, config.sparsity.backend, threads=threads)
-    division, found = config.parallel.build(), {}
-    for name in config.machines:
-        machine = Machine.load(name)
+    division = config.parallel.build()
+    found: dict[str, float | None] = {}
+    for machine in machines:
         if division is None and machine.execution == "resident":
             operations = step_operations(sizes, context, batch, layers, value_bytes=VALUE_BYTES[dtype])
             seconds = np.asarray(step_terms(operations, machine, setting).total)
@@ -314,5 +316,5 @@ def _break_even(config: SimulateConfig, model: ModelConfig) -> dict[str, float |
         saves = np.broadcast_to(seconds < 0.99 * seconds.flat[0], SPARSITIES.shape)
         slower = np.flatnonzero(~saves)
         last = int(slower[-1]) if len(slower) else -1
-        found[name] = None if last + 1 >= len(SPARSITIES) else float(SPARSITIES[last + 1])
+        found[machine.name] = None if last + 1 >= len(SPARSITIES) else float(SPARSITIES[last + 1])
     return found

@@ -46,6 +46,7 @@ SMALL = {
     "fit": [],
     "suggest": [],
     "flops": [],
+    "simulate": [],
     "bench": ["shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]", "repeats=1"],
     "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
     "coord-check": [

@@ -1,0 +1,121 @@
+"""A calibration on small grids: the file it writes, what it predicts, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparsetrain import Machine, UserError, calibrate, simulate
+from sparsetrain.bench import calibrate as calibration
+from sparsetrain.bench import calibration_cells, validate
+from sparsetrain.bench.calibrate import CalibrateConfig, step_cases
+from sparsetrain.bench.steps import StepCase
+from sparsetrain.bench.validate import Errors, held_out
+from sparsetrain.cost.hardware import calibrated_path
+from sparsetrain.models import ModelConfig
+
+SMALL = {
+    "WIDTHS": (32, 64),
+    "TOKENS": (32, 64),
+    "DENSITIES": (0.5, 0.25),
+    "CONTEXTS": (32, 64),
+    "HEAD_WIDTHS": (16,),
+    "ELEMENTS": (1 << 12, 1 << 13),
+    "VOCABULARIES": (64, 128),
+    "HEAD_INPUTS": (32, 64),
+    "PARAMETERS": (1 << 10, 1 << 12),
+}
+
+
+def small_cases() -> Iterator[StepCase]:
+    for number in itertools.count():
+        model = ModelConfig(d_model=32, n_layers=1 + number % 2, n_heads=2, vocab_size=64, max_context=32, seed=0)
+        yield StepCase(model, 0.5 * (number % 2), "csr" if number % 2 else "auto", 32, 1 + number % 3)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    for name, value in SMALL.items():
+        monkeypatch.setattr(calibration_cells, name, value)
+    monkeypatch.setattr(calibration, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(calibration, "_ROUNDS", 1)
+    monkeypatch.setattr(calibration, "_LEAST_CALL", 0.0)
+    monkeypatch.setattr(calibration, "_LEAST_STEPS", 3)
+    monkeypatch.setattr(calibration, "step_cases", small_cases)
+    monkeypatch.setattr(validate, "held_out", small_cases)
+    monkeypatch.setattr("sparsetrain.bench.steps._LEAST_SECONDS", 0.0)
+    # Not the whole cache, which has the compiled kernels.
+    monkeypatch.setattr("sparsetrain.cost.hardware.cache_directory", lambda: tmp_path / "cache")
+    return tmp_path
+
+
+def test_a_calibration_is_kept_and_predicts_steps(quick: Path) -> None:
+    threads = torch.get_num_threads()
+    machine = calibrate(1e-3, threads=[1], dtypes=["float32", "bfloat16"])
+    assert torch.get_num_threads() == threads
+    assert calibrated_path().is_file()
+    again = Machine.load("this")
+    assert again == machine
+    assert set(again.peak) == {"float32", "bfloat16"}
+    assert not again.roofline
+    config = ModelConfig(d_model=48, n_layers=2, n_heads=2, vocab_size=64, sparsity=0.5)
+    for dtype in again.peak:
+        found = simulate(config, "this", 32, 2, dtype=dtype, threads=1)
+        assert 1e-4 < found.seconds < 10.0
+        assert found.energy is None
+        assert "cannot skip" not in " ".join(found.notes)
+    with pytest.raises(UserError, match=r"sparsity\.backend='triton' is not one of masked, csr, auto"):
+        simulate(config, "this", 32, 2, backend="triton")
+
+
+def test_the_command_validates_and_writes_what_it_found(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = quick / "out"
+    calibration.calibrate_this(CalibrateConfig(1e-3, [1], validate=2, out=str(out)))
+    said = capsys.readouterr().out
+    assert "sparse over dense: 2, median error" in said
+    rows = (out / "results.csv").read_text().splitlines()
+    assert len(rows) == 3
+    assert rows[0].startswith("d_model,n_layers")
+    assert (out / "figure.png").stat().st_size > 1000
+    assert (out / "errors.json").is_file()
+
+
+def test_held_out_steps_share_no_width_and_tokens_with_fitted_ones() -> None:
+    def places(cases: Iterator[StepCase]) -> set[tuple[int, int]]:
+        return {(case.model.d_model, case.context * case.batch) for case in itertools.islice(cases, 200)}
+
+    assert not places(step_cases()) & places(held_out())
+
+
+def test_errors_against_numpy() -> None:
+    generator = np.random.default_rng(0)
+    measured = generator.uniform(0.1, 1.0, 101)
+    ratio = np.exp(generator.normal(0.02, 0.1, 101))
+    found = Errors.of(list(measured * ratio), list(measured), 0.1)
+    assert found.median == pytest.approx(np.percentile(abs(ratio - 1), 50))
+    assert found.ninetieth == pytest.approx(np.percentile(abs(ratio - 1), 90))
+    assert found.bias == pytest.approx(np.percentile(ratio, 50) - 1)
+    assert found.inside == int((abs(np.log(ratio)) <= 0.16449).sum())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"budget_seconds": 1.0}, r"budget_seconds=1.0 must be a number of at least 20"),
+        ({"budget_seconds": float("nan")}, "budget_seconds=nan must be"),
+        ({"threads": [2, 1]}, r"threads=\[2, 1\] must be increasing numbers from 1 on"),
+        ({"dtypes": ["bfloat16"]}, "must have float32"),
+        ({"dtypes": ["float32", "int8"]}, "dtypes='int8' is not one of float32, bfloat16"),
+        ({"validate": -1}, "validate=-1 must be at least 0"),
+        ({"out": "x"}, "validate=0 must be at least 1"),
+    ],
+)
+def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CalibrateConfig(**settings)
