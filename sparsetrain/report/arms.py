@@ -15,6 +15,7 @@ from typing import Any, NotRequired, get_type_hints
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
+from sparsetrain.report import times
 from sparsetrain.report.measured import join_measured, read_beside
 from sparsetrain.report.run_files import Flops, Loss, TableRow, table_cell
 from sparsetrain.report.sweep import write_rows
@@ -29,10 +30,11 @@ STAGE_COLUMNS = (
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
     *("train_flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
     *("weights", "nonzeros", "tokens_per_weight", "tokens_per_nonzero"),
+    *times.COLUMNS,
 )
 MASK_COLUMNS = (
     *("rule", "status", "tokens", "bits_per_byte", "density", "itop_rate", "mask_overlap", "dead_rows"),
-    *("train_flops", "seconds", "peak_rss_bytes"),
+    *("train_flops", "seconds", "peak_rss_bytes", *times.COLUMNS),
 )
 """The columns that follow those of every table of an experiment."""
 MOMENTS = ("before", "initialised")
@@ -57,6 +59,12 @@ class _Row(TableRow):
     train_flops: Flops | None
     seconds: NotRequired[float | None]
     peak_rss_bytes: NotRequired[Count | None]
+    step_seconds: NotRequired[NonNegative | None]
+    predicted_seconds: NotRequired[NonNegative | None]
+    predicted_low: NotRequired[NonNegative | None]
+    predicted_high: NotRequired[NonNegative | None]
+    predicted_over_measured: NotRequired[NonNegative | None]
+    predicted_for: NotRequired[str | None]
 
 
 class StageRow(_Row):
@@ -97,7 +105,7 @@ _NUMBERS = {
     name
     for shape in (StageRow, MaskRow)
     for name in get_type_hints(shape)
-    if name not in ("parameterization", "commit", "status", "arm", "stage", "task", "rule")
+    if name not in ("parameterization", "commit", "status", "arm", "stage", "task", "rule", "predicted_for")
 }
 
 

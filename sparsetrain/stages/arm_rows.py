@@ -13,6 +13,7 @@ from sparsetrain.report import arms as tables
 from sparsetrain.report.arms import MASK_COLUMNS, MOMENTS, PRETRAIN, STAGE_COLUMNS, TOKENS, Arms, Course, Row
 from sparsetrain.report.measured import KINDS, of_result
 from sparsetrain.report.run_files import COLUMNS, moments_of
+from sparsetrain.report.times import cells
 from sparsetrain.runs.layout import CONFIG, METRICS, RESULT
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_recorded
@@ -104,7 +105,12 @@ def mask_table(directory: Path, result: Row) -> Arms:
 def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:
     """Return the columns that tables of stages and tables of masks have in common."""
     row = {name: result.get(name) for name in (*COLUMNS, *columns)}
-    return row | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")} | known
+    return (
+        row
+        | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")}
+        | cells(result)
+        | known
+    )
 
 
 def _scores(result: Row) -> Row:
