@@ -15,7 +15,6 @@ from typing import Any, NotRequired, get_type_hints
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
-from sparsetrain.report import times
 from sparsetrain.report.measured import join_measured, read_beside
 from sparsetrain.report.run_files import Flops, Loss, TableRow, table_cell
 from sparsetrain.report.sweep import write_rows
@@ -30,11 +29,10 @@ STAGE_COLUMNS = (
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
     *("train_flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
     *("weights", "nonzeros", "tokens_per_weight", "tokens_per_nonzero"),
-    *times.COLUMNS,
 )
 MASK_COLUMNS = (
     *("rule", "status", "tokens", "bits_per_byte", "density", "itop_rate", "mask_overlap", "dead_rows"),
-    *("train_flops", "seconds", "peak_rss_bytes", *times.COLUMNS),
+    *("train_flops", "seconds", "peak_rss_bytes"),
 )
 """The columns that follow those of every table of an experiment."""
 MOMENTS = ("before", "initialised")

@@ -9,12 +9,6 @@ from sparsetrain.report.schema import Report
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, clean, duration
 
-COLUMNS = (
-    *("step_seconds", "predicted_seconds", "predicted_low", "predicted_high", "predicted_over_measured"),
-    "predicted_for",
-)
-"""The columns of ``results.csv``; the last one names the machine and the date of its calibration."""
-
 _MEASURED = "Seconds of the training steps alone, without evaluations and checkpoints."
 _HINT = "Not predicted: that needs sparsetrain calibrate on the machine that trains."
 
@@ -63,9 +57,12 @@ def sheet(rows: Iterable[Row]) -> Sheet:
 
 
 def cells(result: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns `COLUMNS` of a run from its ``result.json``; None where it has no such entry."""
+    """Return the columns of ``results.csv`` about the time of a run's steps, as far as its ``result.json`` has them.
+
+    ``predicted_for`` names the machine and the date of its calibration.
+    """
     measured, predicted = result.get("step_seconds"), result.get("predicted")
-    found: dict[str, Any] = dict.fromkeys(COLUMNS) | {"step_seconds": measured}
+    found: dict[str, Any] = {} if measured is None else {"step_seconds": measured}
     if predicted:
         low, high = predicted["band"]
         ratio = predicted["seconds"] / measured if measured else None

@@ -74,7 +74,7 @@ def stage_table(directory: Path, result: Row) -> Arms:
         **_hidden(directory, result),
         **scores,
     )
-    columns = (*COLUMNS, *STAGE_COLUMNS, *scores)
+    columns = (*COLUMNS, *STAGE_COLUMNS, *scores, *cells(result))
     tables.check_row(row, tables.StageRow, tables.score_columns(columns), where)
     run = (row["arm"], name, row["seed"])
     measured = {kind.name: of_result(kind, result, run, where) for kind in KINDS if result.get(kind.name)}
@@ -99,7 +99,7 @@ def mask_table(directory: Path, result: Row) -> Arms:
     )
     check(row, tables.MaskRow, str(directory / RESULT))
     course = {(row["rule"], row["seed"]): _course(directory, row)} if (directory / METRICS).exists() else {}
-    return Arms([row], (*COLUMNS, *MASK_COLUMNS), str(directory), course)
+    return Arms([row], (*COLUMNS, *MASK_COLUMNS, *cells(result)), str(directory), course)
 
 
 def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:

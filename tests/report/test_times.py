@@ -12,7 +12,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.report.html import render_html
 from sparsetrain.report.schema import validate_report
 from sparsetrain.report.tables import print_sheets
-from sparsetrain.report.times import COLUMNS, cells, times
+from sparsetrain.report.times import cells, times
 
 PREDICTED = {"machine": "A <processor>", "calibrated": "2026-01-02", "seconds": 90.0, "band": [80.0, 101.0]}
 FOR = "A <processor>, calibrated on 2026-01-02"
@@ -63,11 +63,17 @@ def test_predictions_have_a_band_a_ratio_and_their_machine(content: dict[str, An
 
 
 def test_rows_of_a_table() -> None:
-    assert cells({}) == dict.fromkeys(COLUMNS)
-    assert cells({"step_seconds": 2.0})["step_seconds"] == 2.0
+    assert cells({}) == cells({"step_seconds": None, "predicted": None}) == {}
+    assert cells({"step_seconds": 2.0}) == {"step_seconds": 2.0}
     found = cells({"step_seconds": 100.0, "predicted": PREDICTED})
-    assert tuple(found) == COLUMNS
-    assert tuple(found.values()) == (100.0, 90.0, 80.0, 101.0, 0.9, FOR)
+    assert found == {
+        "step_seconds": 100.0,
+        "predicted_seconds": 90.0,
+        "predicted_low": 80.0,
+        "predicted_high": 101.0,
+        "predicted_over_measured": 0.9,
+        "predicted_for": FOR,
+    }
     assert cells({"step_seconds": 0.0, "predicted": PREDICTED})["predicted_over_measured"] is None
 
 
