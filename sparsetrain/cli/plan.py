@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from sparsetrain.stages.plan import Plan, PlannedPhase, PlannedRun
 
 PLANNED = ("pretrain", "adapt", "finetune", "prompt", "pipeline")
-_TITLES = ("phase", "steps", "tokens", "learning rate", "density", "context", "batch", "FLOPs")
-_WIDTHS = (5, 8, 12, 20, 16, 8, 6, 10)
+_TITLES = ("phase", "steps", "tokens", "learning rate", "density", "context", "batch", "FLOPs", "predicted time")
 _MIB = 1 << 20
 
 
@@ -110,9 +109,7 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             yield ""
         yield f"{run.name}: {run.directory}: {run.status}"
         if run.phases:
-            yield _row(_TITLES)
-            yield from (_row((str(number), *_cells(phase))) for number, phase in enumerate(run.phases))
-            yield _row(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
+            yield from _table(run, times.phases[index] if times.phases else ())
             yield from _reads(run)
             yield from (_curve(name, values) for name, values in run.curves.items())
             if run.hidden is not None:
@@ -123,7 +120,9 @@ def shown(plan: Plan, times: Times) -> Iterator[str]:
             yield f"memory: about {_mebibytes(run)} MiB, {run.memory.main.name} most of it"
         if seconds is not None:
             rest = " for the rest" if run.steps_done else ""
-            yield f"time: about {_duration(seconds)}{rest}, {times.basis}"
+            yield f"time: {times.describe(rest, index)}"
+            if times.hint and plan.directory is None:
+                yield f"      {times.hint}"
         yield from (f"note: {note}" for note in run.notes)
     if plan.directory is not None:
         yield ""
@@ -202,7 +201,9 @@ def _in_all(runs: Sequence[PlannedRun], times: Times) -> Iterator[str]:
     yield f"in all: {count}, {steps} steps, {tokens} tokens, {sum(run.flops for run in runs):.4g} FLOPs{open_}"
     yield f"done: {done} of {count}"
     if any(each is not None for each in times.seconds):
-        yield f"time: about {_duration(times.remaining)} for the rest, {times.basis}"
+        yield f"time: {times.describe(' for the rest')}"
+        if times.hint:
+            yield f"      {times.hint}"
 
 
 def _mebibytes(run: PlannedRun) -> str:
@@ -225,8 +226,17 @@ def _cells(phase: PlannedPhase) -> tuple[str, ...]:
     )
 
 
-def _row(cells: Sequence[str]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, _WIDTHS, strict=True)).rstrip()
+def _table(run: PlannedRun, seconds: Sequence[float]) -> Iterator[str]:
+    """Yield the table of a run's phases; ``seconds`` are the predicted ones of each phase, if they are known."""
+    rows = [(str(number), *_cells(phase)) for number, phase in enumerate(run.phases)]
+    rows.append(("all", str(run.steps), str(run.tokens), "", "", "", "", f"{run.flops:.4g}"))
+    titles: tuple[str, ...] = _TITLES[:-1]
+    if seconds:
+        times = [_duration(each) for each in (*seconds, sum(seconds))]
+        rows, titles = [(*row, time) for row, time in zip(rows, times, strict=True)], _TITLES
+    widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
+    for row in (titles, *rows):
+        yield "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
 def _duration(seconds: float) -> str:

@@ -59,15 +59,20 @@ class RunWork:
     def steps(self) -> int:
         return sum(stretch.steps for stretch in self.stretches)
 
+    def between(self, first: int, end: int) -> RunWork:
+        """Return steps ``first`` to ``end - 1``. An update of the masks belongs to the step that it follows."""
+        parts, begin = [], 0
+        for stretch in self.stretches:
+            stop = begin + stretch.steps
+            steps = min(end, stop) - max(first, begin)
+            if steps > 0:
+                parts.append(replace(stretch, steps=steps, updates=stretch.updates if end >= stop else 0))
+            begin = stop
+        return replace(self, stretches=parts)
+
     def after(self, steps: int) -> RunWork:
         """Return what is left after ``steps`` steps."""
-        left = []
-        for stretch in self.stretches:
-            done = min(steps, stretch.steps)
-            steps -= done
-            if done < stretch.steps:
-                left.append(replace(stretch, steps=stretch.steps - done))
-        return replace(self, stretches=left)
+        return self.between(steps, self.steps)
 
 
 def predicted(work: RunWork, machine: Machine, parallelism: Parallelism | None = None) -> Estimate:

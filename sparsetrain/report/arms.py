@@ -57,6 +57,12 @@ class _Row(TableRow):
     train_flops: Flops | None
     seconds: NotRequired[float | None]
     peak_rss_bytes: NotRequired[Count | None]
+    step_seconds: NotRequired[NonNegative | None]
+    predicted_seconds: NotRequired[NonNegative | None]
+    predicted_low: NotRequired[NonNegative | None]
+    predicted_high: NotRequired[NonNegative | None]
+    predicted_over_measured: NotRequired[NonNegative | None]
+    predicted_for: NotRequired[str | None]
 
 
 class StageRow(_Row):
@@ -97,7 +103,7 @@ _NUMBERS = {
     name
     for shape in (StageRow, MaskRow)
     for name in get_type_hints(shape)
-    if name not in ("parameterization", "commit", "status", "arm", "stage", "task", "rule")
+    if name not in ("parameterization", "commit", "status", "arm", "stage", "task", "rule", "predicted_for")
 }
 
 

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
-from sparsetrain.runs.result import Adaptation
+from sparsetrain.runs.result import Adaptation, Prediction
 from sparsetrain.shapes import Count, Fraction, NonNegative, check
 
 STAGES: tuple[Literal["finetune"], Literal["prompt"]] = ("finetune", "prompt")
@@ -101,6 +101,8 @@ class StageEnd(TypedDict):
     """The part of a stage's result that sections read."""
 
     adaptation: NotRequired[Adaptation | None]
+    step_seconds: NotRequired[NonNegative | None]
+    predicted: NotRequired[Prediction | None]
 
 
 class Arm(TypedDict):

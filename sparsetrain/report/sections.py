@@ -14,6 +14,7 @@ from sparsetrain.report.findings import cautions, findings
 from sparsetrain.report.plots import text_curves
 from sparsetrain.report.registry import register_section
 from sparsetrain.report.schema import Report
+from sparsetrain.report.times import times
 
 _ALWAYS_LIMITS = (
     "FLOPs are counted by a formula: what a machine would do that skips every zero, not how long anything took.",
@@ -35,7 +36,7 @@ def curves(report: Report) -> Mapping[str, Any]:
 
 @register_section("cost", "Cost", 30, "sections/cost.html.j2")
 def cost(report: Report) -> Mapping[str, Any]:
-    return {"sheet": tables.cost(report)}
+    return {"sheet": tables.cost(report), "times": times(report)}
 
 
 @register_section("flops", "FLOPs by term", 40, "sections/flops.html.j2")

@@ -14,6 +14,7 @@ from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import corpora_read, layer_masks, noise_scales, print_report, print_sheets, run_metrics
 from sparsetrain.report.text import scalar
+from sparsetrain.report.times import sheet, times
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.result import load_result
@@ -31,6 +32,7 @@ def show_report(directory: Path, console: Console) -> None:
     """
     report = load_report(directory / REPORT)
     print_report(report, console)
+    print_sheets([found for found in (times(report),) if found.rows], console)
     print_sheets(adaptations(report), console)
     say(console, f"report: {(directory / PAGE).absolute()}")
 
@@ -87,6 +89,8 @@ def _show_stage(directory: Path, console: Console) -> None:
             print_sheets([adaptation_sheet(adaptation)], console)
         if noise := result.get("noise_scale"):
             console.print(noise_scales(noise, result.get("noise_scale_all")).rich())
+        if result.get("step_seconds") is not None:
+            print_sheets([sheet([("this run", str(result.get("stage")), result)])], console)
         print_sheets(evaluation_sheets(result), console)
     else:
         say(console, f"{'status':18} {_status(directory)}; run the same command again to continue")

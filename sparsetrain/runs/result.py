@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
 
 from sparsetrain.files import write_json
 from sparsetrain.reading import read_json
@@ -132,6 +134,19 @@ class Adaptation(TypedDict):
     origin: dict[str, dict[str, float]]
 
 
+class Prediction(TypedDict):
+    """Predicted seconds of the training steps on the machine of the run, and the band that holds 90 % of times.
+
+    ``machine`` is its label, and ``calibrated`` the date of its calibration.
+    """
+
+    machine: str
+    calibrated: str
+    seconds: NonNegative
+    band: Annotated[list[NonNegative], Meta(min_length=2, max_length=2)]
+    notes: NotRequired[list[str]]
+
+
 class Result(TypedDict):
     """``result.json`` of a stage. Losses are in nats; a loss is null if the run diverged before it was measured."""
 
@@ -146,6 +161,8 @@ class Result(TypedDict):
     steps: NotRequired[Count | None]
     tokens: NotRequired[Count | None]
     seconds: NotRequired[NonNegative | None]
+    step_seconds: NotRequired[NonNegative | None]
+    predicted: NotRequired[Prediction | None]
     loss_first: NotRequired[float | None]
     loss_last: NotRequired[float | None]
     bits_per_byte: NotRequired[float | None]

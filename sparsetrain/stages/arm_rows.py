@@ -13,6 +13,7 @@ from sparsetrain.report import arms as tables
 from sparsetrain.report.arms import MASK_COLUMNS, MOMENTS, PRETRAIN, STAGE_COLUMNS, TOKENS, Arms, Course, Row
 from sparsetrain.report.measured import KINDS, of_result
 from sparsetrain.report.run_files import COLUMNS, moments_of
+from sparsetrain.report.times import cells
 from sparsetrain.runs.layout import CONFIG, METRICS, RESULT
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.recorded import read_recorded
@@ -73,7 +74,7 @@ def stage_table(directory: Path, result: Row) -> Arms:
         **_hidden(directory, result),
         **scores,
     )
-    columns = (*COLUMNS, *STAGE_COLUMNS, *scores)
+    columns = (*COLUMNS, *STAGE_COLUMNS, *scores, *cells(result))
     tables.check_row(row, tables.StageRow, tables.score_columns(columns), where)
     run = (row["arm"], name, row["seed"])
     measured = {kind.name: of_result(kind, result, run, where) for kind in KINDS if result.get(kind.name)}
@@ -98,13 +99,18 @@ def mask_table(directory: Path, result: Row) -> Arms:
     )
     check(row, tables.MaskRow, str(directory / RESULT))
     course = {(row["rule"], row["seed"]): _course(directory, row)} if (directory / METRICS).exists() else {}
-    return Arms([row], (*COLUMNS, *MASK_COLUMNS), str(directory), course)
+    return Arms([row], (*COLUMNS, *MASK_COLUMNS, *cells(result)), str(directory), course)
 
 
 def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:
     """Return the columns that tables of stages and tables of masks have in common."""
     row = {name: result.get(name) for name in (*COLUMNS, *columns)}
-    return row | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")} | known
+    return (
+        row
+        | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")}
+        | cells(result)
+        | known
+    )
 
 
 def _scores(result: Row) -> Row:

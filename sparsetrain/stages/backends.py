@@ -60,6 +60,11 @@ def settle_backends(
         write_json(path, chosen)
 
 
+def backend_names(model: Transformer) -> set[str]:
+    """Return the backends of the sparse layers of a model."""
+    return {layer.backend for _, layer in sparse_layers(model)}
+
+
 def backends(model: Transformer) -> str:
     """Return the backends of a model with the number of layers of each, or ``dense`` if no layer is sparse."""
     counts = Counter(layer.backend for _, layer in sparse_layers(model))

@@ -19,6 +19,7 @@ from sparsetrain.stages.config import AdaptConfig, PromptConfig, RunConfig
 from sparsetrain.stages.kinds import RUN_SETTINGS
 from sparsetrain.stages.pipeline_arms import Arm
 from sparsetrain.stages.pipeline_config import PipelineConfig, StageEntry
+from sparsetrain.stages.predicted import prediction_of
 
 Row = dict[str, Any]
 
@@ -92,6 +93,8 @@ def result_of(run: RunResult) -> Row:
     values = {key: value for key, value in run.values.items() if key not in _LONG}
     if isinstance(values.get("masks"), Mapping):
         values["masks"] = {key: value for key, value in values["masks"].items() if key != "layers"}
+    if (predicted := prediction_of(run)) is not None:
+        values["predicted"] = predicted
     return values
 
 

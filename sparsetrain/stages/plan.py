@@ -48,6 +48,7 @@ from sparsetrain.stages.planned import Plan, PlannedPhase, PlannedRun
 from sparsetrain.stages.pretrain import budget_of, workload_of
 from sparsetrain.stages.task_stage import TaskStage, task_facts
 from sparsetrain.stages.text import Reading, Text
+from sparsetrain.stages.work import work_on_task, work_on_text
 from sparsetrain.training.state import resolve_device
 
 _UNKNOWN = 1 << 30  # validation tokens to assume for an unprepared text: enough for every evaluation
@@ -172,6 +173,7 @@ def plan_text(
     curves = inputs.curves(config, budget)
     if budget.config.led is not None:
         run = replace(run, notes=[*run.notes, _bounds(budget)])
+    run = replace(run, work=work_on_text(config, ledger))
     hidden = hidden_of(model, config.parameterization, config.optimizer, densities(0))
     planned = _with(run, phases, workload, dense, densities(budget.total_steps), curves, config)
     peak = RunSchedule(config.schedule, budget, config.optimizer).peak()
@@ -241,6 +243,8 @@ def _task(name: str, config: FinetuneConfig, inputs: Inputs, start: PlannedRun |
         )
         counts = (phase.context, phase.batch_size, per_token * tokens)
         phases.append(PlannedPhase(phase.steps, tokens, rates, (density, density), *counts))
+    tokens_of = [phase.tokens for phase in phases]
+    planned = replace(planned, work=work_on_task(config, model, budget, tokens_of, densities))
     dense = _per_token(model, {}, config) * sum(phase.tokens for phase in phases)
     return _with(planned, phases, stage.workload()[0], dense, densities, inputs.curves(config, budget), config)
 

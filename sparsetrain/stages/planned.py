@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from sparsetrain.cost.footprint import Footprint, Workload
+from sparsetrain.cost.run_time import RunWork
 from sparsetrain.runs.origin import Origin
 from sparsetrain.stages.hidden import Hidden
 from sparsetrain.stages.text import Reading
@@ -52,6 +53,7 @@ class PlannedRun:
         hidden: its hidden matrices, for a pre-training; None for a task.
         notes: sentences about what is unknown.
         trains: whether it trains; an evaluation does not.
+        work: what its time follows from; None if its length is not known yet.
     """
 
     name: str
@@ -68,6 +70,7 @@ class PlannedRun:
     hidden: Hidden | None = None
     notes: Sequence[str] = field(default_factory=list)
     trains: bool = True
+    work: RunWork | None = None
 
     @property
     def done(self) -> bool:

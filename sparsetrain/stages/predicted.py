@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
+import torch
 
 from sparsetrain.cost.flops import hidden_shapes
 from sparsetrain.cost.run_flops import RunFlops
@@ -16,17 +18,19 @@ from sparsetrain.optim import Budget
 from sparsetrain.optim.batch_size import Decision
 from sparsetrain.reading import read_json
 from sparsetrain.runs.layout import BACKENDS
+from sparsetrain.runs.provenance import machine
 from sparsetrain.runs.recorded import read_recorded
-from sparsetrain.runs.result import finished
+from sparsetrain.runs.result import RunResult, finished
 from sparsetrain.settings import build
 from sparsetrain.shapes import check
 from sparsetrain.sparsity import Static, make_rule
 from sparsetrain.sparsity.evolution.managed import allocated_densities
 from sparsetrain.stages.config import AdaptConfig, FinetuneConfig, RunConfig
+from sparsetrain.stages.generate import run_config
 from sparsetrain.stages.hidden import densities_of
 from sparsetrain.stages.kinds import KINDS
 from sparsetrain.stages.masks import sparsity_section
-from sparsetrain.stages.work import work_on_task, work_on_text
+from sparsetrain.stages.work import prediction, work_on_task, work_on_text
 
 
 def work_of(directory: Path) -> RunWork:
@@ -50,7 +54,9 @@ def work_of(directory: Path) -> RunWork:
             raise UserError(f"{directory}: its result has no {name}; an older version wrote it")
     config = build(schema, read_recorded(directory, schema).values)
     model = build(ModelConfig, {**values["model"], "sparsity": 0.0}, f"{directory}: model.")
-    backends = _backends(directory)
+    backends, threads = _backends(directory), (values.get("machine") or {}).get("threads")
+    if isinstance(threads, int):
+        config = replace(config, threads=threads)
     budget = _budget(config, values["steps"])
     if isinstance(config, FinetuneConfig):
         row = values["tokens"] / values["samples"]
@@ -68,6 +74,23 @@ def work_of(directory: Path) -> RunWork:
         rule, densities_at = (Static() if fixed else rule), lambda _step: kept
     ledger = RunFlops(model, densities_at, rule, budget, config.loop.micro_batch_of)
     return work_on_text(config, ledger, backends)
+
+
+def prediction_of(run: RunResult) -> dict[str, Any] | None:
+    """Return the prediction in a result, or one made now if this machine trained the run and was calibrated since.
+
+    None is a run without a prediction.
+    """
+    stored: dict[str, Any] | None = run.values.get("predicted")
+    place = run.values.get("machine")
+    if stored or not run.complete or not isinstance(place, dict):
+        return stored
+    if not run.values.get("step_seconds") or place.get("device") != machine(torch.device("cpu"))["device"]:
+        return None
+    try:
+        return prediction(run_config(run.directory), work_of(run.directory)).get("predicted")
+    except UserError:
+        return None
 
 
 def _budget(config: RunConfig, steps: int) -> Budget:

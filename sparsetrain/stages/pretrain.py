@@ -14,6 +14,7 @@ from rich.console import Console
 from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.cost.run_flops import RunFlops, planned_flops
+from sparsetrain.cost.run_time import RunWork
 from sparsetrain.data import Batch, Corpora, Samples, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
@@ -24,7 +25,7 @@ from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.result import RunResult
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.sparsity import MaskManager, SparsityConfig, Static
-from sparsetrain.stages.backends import backends
+from sparsetrain.stages.backends import backend_names, backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
 from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_sparse
 from sparsetrain.stages.memory import adjustable, training_workload
@@ -39,6 +40,7 @@ from sparsetrain.stages.stage import (
     train,
 )
 from sparsetrain.stages.text import Text, total
+from sparsetrain.stages.work import work_on_text
 from sparsetrain.training.evaluate import TextScore, score_text
 from sparsetrain.training.observers import Observer
 from sparsetrain.training.state import TrainState, peak_rss_bytes
@@ -145,6 +147,9 @@ class Pretraining(Stage[RunConfig]):
 
     def flops_per_token(self, step: int) -> float:
         return self.flops.per_token(step).total
+
+    def work(self, state: TrainState) -> RunWork:
+        return work_on_text(self.config, self.flops, backend_names(self.training.network))
 
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
         phase, model = self.budget.before(step), self.training.network

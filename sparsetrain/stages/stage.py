@@ -22,6 +22,7 @@ from torch import nn
 
 from sparsetrain.cost.flops import hidden_density
 from sparsetrain.cost.footprint import Workload
+from sparsetrain.cost.run_time import RunWork
 from sparsetrain.data import Samples
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget, RunSchedule, build_optimizer
@@ -40,6 +41,7 @@ from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.masks import seeded, starts_sparse
 from sparsetrain.stages.memory import check_memory, memory_errors
+from sparsetrain.stages.work import prediction
 from sparsetrain.training.loop import Trainer, load_weights
 from sparsetrain.training.observers import OBSERVERS, Metrics, Observer, Progress, noise_scale_of
 from sparsetrain.training.state import Diverged, TrainState, peak_rss_bytes, resolve_device, resolve_precision
@@ -149,6 +151,10 @@ class Stage(ABC, Generic[C]):
     @abstractmethod
     def flops_per_token(self, step: int) -> float:
         """Return the training FLOPs per token, by formula, of the step that follows ``step`` steps."""
+
+    @abstractmethod
+    def work(self, state: TrainState) -> RunWork:
+        """Return the work of the complete training, of which `prediction` predicts the time."""
 
     @abstractmethod
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
@@ -265,16 +271,14 @@ def _train(stage: Stage[Any], directory: Path, more: Sequence[Observer]) -> RunR
             state = trainer.run()
         scored = stage.score(state, directory)
     except Diverged as error:
-        finish(
-            directory,
-            {**common, "status": "diverged", "message": str(error), **stage.diverged(directory, clock)},
-        )
+        finish(directory, {**common, "status": "diverged", "message": str(error), **stage.diverged(directory, clock)})
         raise
     return finish(
         directory,
         {
             **common,
             **progress_entries(state, clock),
+            **prediction(config, stage.work(state)),
             **({"decisions": [asdict(made) for made in budget.decisions]} if budget.config.led is not None else {}),
             **scored,
             **{key: value for observer in observers for key, value in observer.result().items()},
@@ -376,6 +380,7 @@ def progress_entries(state: TrainState, clock: Stopwatch) -> Mapping[str, Any]:
         "samples": state.samples_seen,
         "tokens": state.tokens_seen,
         "seconds": state.seconds + clock.seconds(),
+        **({} if state.step_seconds is None else {"step_seconds": state.step_seconds}),
         "peak_rss_bytes": peak_rss_bytes(),
     }
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparsetrain.cost.flops import training_flops_per_token
 from sparsetrain.cost.footprint import Workload
+from sparsetrain.cost.run_time import RunWork
 from sparsetrain.data import (
     Batch,
     Example,
@@ -33,6 +34,7 @@ from sparsetrain.optim import Budget
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
+from sparsetrain.stages.backends import backend_names
 from sparsetrain.stages.config import FinetuneConfig, model_config
 from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
@@ -44,6 +46,7 @@ from sparsetrain.stages.stage import (
     overall_density,
     restored_model,
 )
+from sparsetrain.stages.work import work_on_task
 from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
 from sparsetrain.training.state import Diverged, TrainState
 
@@ -174,6 +177,12 @@ class TaskStage(Stage[C]):
 
     def flops_per_token(self, step: int) -> float:
         return self.flops.total
+
+    def work(self, state: TrainState) -> RunWork:
+        network, row = self.training.network, state.tokens_seen / state.samples_seen
+        tokens = [round(row * phase.steps * phase.batch_size) for phase in self.budget.phases]
+        densities, names = layer_densities(network), backend_names(network)
+        return work_on_task(self.config, network.config, self.budget, tokens, densities, names)
 
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
         found = self._score(self.task.validation[: self.config.loop.eval_sequences])

@@ -105,32 +105,25 @@ def calibrated_on(machine: Machine) -> str:
     return machine.memory[-1].bandwidth.date
 
 
-def predicted_here(config: RunConfig, work: RunWork) -> Estimate | None:
-    """Return what a run takes on the machine at hand; None if that is not known.
+def predicted_on(machine: Machine, config: RunConfig, work: RunWork) -> Estimate | None:
+    """Return what a run takes on the machine at hand, or None if its calibration does not know.
 
-    It is known after a calibration, on the processor, in a dtype and with a backend that the calibration measured.
+    It knows runs on the processor, in a dtype and with a backend that it measured.
     """
     try:
-        machine = this_machine()
-        if machine is None or resolve_device(config.device).type != "cpu":
-            return None
-        return predicted(work, machine)
+        return predicted(work, machine) if resolve_device(config.device).type == "cpu" else None
     except UserError:
         return None
 
 
 def prediction(config: RunConfig, work: RunWork) -> dict[str, Any]:
-    """Return the entry ``predicted`` for a run's result, or nothing if `predicted_here` knows nothing."""
-    found = predicted_here(config, work)
-    machine = None if found is None else this_machine()
-    if found is None or machine is None:
+    """Return the entry ``predicted`` of a run's result, or nothing if this machine is not calibrated for the run."""
+    try:
+        machine = this_machine()
+    except UserError:  # a training that is done must not fail for a damaged file
         return {}
-    return {
-        "predicted": {
-            "machine": machine.label,
-            "calibrated": calibrated_on(machine),
-            "seconds": found.seconds,
-            "band": list(found.band),
-            "notes": list(found.notes),
-        }
-    }
+    found = None if machine is None else predicted_on(machine, config, work)
+    if machine is None or found is None:
+        return {}
+    entry = {"machine": machine.label, "calibrated": calibrated_on(machine), "seconds": found.seconds}
+    return {"predicted": {**entry, "band": list(found.band), "notes": list(found.notes)}}

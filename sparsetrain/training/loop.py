@@ -208,7 +208,10 @@ class Trainer:
         state.samples_seen += phase.batch_size
         tokens = sum(batch.tokens.numel() for batch in batches)
         state.tokens_seen += tokens
-        speed = tokens / (time.monotonic() - before)
+        seconds = time.monotonic() - before
+        if state.step_seconds is not None:
+            state.step_seconds += seconds
+        speed = tokens / seconds
         return StepDone(
             step=state.step,
             tokens=state.tokens_seen,
@@ -320,6 +323,7 @@ class Trainer:
                 "%s started with %s and resumes with %s: its bits may differ from those of an uninterrupted run",
                 *(self.title, before, self._setup()),
             )
+        state.setdefault("step_seconds", None)
         return TrainState(**state)  # type: ignore[arg-type]
 
     def _resume_masks(self, saved: JSON, stored: Checkpoint) -> None:

@@ -65,12 +65,17 @@ class LoopConfig:
 
 @dataclass
 class TrainState:
-    """Progress of a run. A resumed run needs this, its configuration and its tensors, and nothing else."""
+    """Progress of a run. A resumed run needs this, its configuration and its tensors, and nothing else.
+
+    ``seconds`` are those of the whole loop. ``step_seconds`` are those of its training steps alone, without evaluations
+    and checkpoints; None if an older version began the run.
+    """
 
     step: int = 0
     samples_seen: int = 0
     tokens_seen: int = 0
     seconds: float = 0.0
+    step_seconds: float | None = 0.0
 
 
 class Clock:

@@ -16,6 +16,9 @@ from sparsetrain.models import Transformer
 from sparsetrain.runs.checkpoint import load_checkpoint
 from sparsetrain.runs.metrics import TIMED, read_metrics
 
+CLOCKS = ("seconds", "step_seconds")
+"""What differs in the state of two checkpoints of the same run."""
+
 
 def records(directory: Path) -> list[dict[str, Any]]:
     """Return the metrics of a run without timings."""
