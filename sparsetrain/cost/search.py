@@ -231,10 +231,10 @@ def pareto(objectives: Array) -> NDArray[np.bool_]:
             infinite number is never kept; rows with NaN in the last column are compared among themselves.
     """
     kept = np.zeros(len(objectives), dtype=bool)
-    rounded = _rounded(objectives)
-    unknown = np.isnan(rounded[:, 2])
+    compared = rounded(objectives)
+    unknown = np.isnan(compared[:, 2])
     for group in (np.flatnonzero(unknown), np.flatnonzero(~unknown)):
-        rows = np.where(np.isnan(rounded[group]), 0.0, rounded[group])
+        rows = np.where(np.isnan(compared[group]), 0.0, compared[group])
         finite = np.isfinite(rows).all(axis=1)
         kept[group[finite]] = _pareto(rows[finite])
     return kept
@@ -266,8 +266,8 @@ def _pareto(rows: Array) -> NDArray[np.bool_]:
     return kept
 
 
-def _rounded(values: Array) -> Array:
-    """Return values to nine significant digits."""
+def rounded(values: Array) -> Array:
+    """Return values to nine significant digits, as `pareto` compares them."""
     usable = np.isfinite(values) & (values != 0.0)
     exponent = np.floor(np.log10(np.abs(np.where(usable, values, 1.0))))
     scale = np.power(10.0, _DIGITS - 1 - exponent)

@@ -166,7 +166,8 @@ def bytes_of(
     held = blocks + outer - norm  # new gradients have taken the place of those that the loss has saved
     moments.append(held + stream + norm)
     for group, values in zip(reversed(layers), reversed(saved), strict=True):
-        now, most = 0.0, -np.inf
+        now: Number = 0.0
+        most: Number = -np.inf
         for taken, freed in _backward(sizes, group, context, batch, masked, threads):
             most = np.maximum(most, now + taken)
             now = now + taken - freed

@@ -45,6 +45,7 @@ SMALL = {
     "sweep": [],
     "fit": [],
     "suggest": [],
+    "provision": [],
     "flops": [],
     "bench": ["shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]", "repeats=1"],
     "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
