@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 
 from sparsetrain.report.plots import INK, MARKERS, SERIES, log_axis, save_png, styled
 
-_CONSTANT = 1.02  # largest over smallest value, below which an axis is linear
+_LINEAR = 20.0  # largest over smallest value, up to which an axis is linear
 
 
 def provision_figure(rows: Sequence[Mapping[str, Any]], kind: str, path: Path) -> None:
@@ -63,6 +63,8 @@ def _points(
         color, marker = SERIES[look[0] % len(SERIES)], MARKERS[look[1] % len(MARKERS)]
         axes.plot([row[name] / unit], [row["loss"]], color=color, marker=marker, ls="", ms=5, mfc="none")
     places = [row[name] for row in rows]
-    if max(places) > _CONSTANT * min(places):
+    if max(places) > _LINEAR * min(places):
         axes.set_xscale("log")
         log_axis(axes.xaxis)
+    else:
+        axes.set_xlim(left=0.0)
