@@ -21,7 +21,6 @@ from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.step_memory import bytes_of
 from sparsetrain.cost.timing import Setting
-from sparsetrain.scaling.law import LossLaw
 
 Array = NDArray[np.float64]
 
@@ -214,13 +213,6 @@ def _held(candidates: Candidates, micro: Array, machine: Machine, setting: Setti
         return held
     alone = bytes_of(sizes, layers, context, micro, False, float(setting.threads))["peak"]
     return np.where(candidates.devices > 1, held, alone)
-
-
-def losses(law: LossLaw, parameters: Array, tokens: Array) -> Array:
-    """Return the law's losses for arrays of parameters and tokens, both above 0, which broadcast."""
-    values = law.parameters
-    by_size = values["a"] * np.power(parameters, -values["alpha"])
-    return np.asarray(values["floor"] + by_size + values["b"] * np.power(tokens, -values["beta"]))
 
 
 def pareto(objectives: Array) -> NDArray[np.bool_]:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from sparsetrain.cost.operations import LINEAR
+from sparsetrain.cost.timing import BSR, CSR, skips_zeros
 from sparsetrain.files import file_errors, typed_path, write_json
 from sparsetrain.report.sweep import write_rows
 from sparsetrain.scaling.published import chinchilla
@@ -21,7 +23,7 @@ from sparsetrain.stages.plan import vocabulary
 from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.studies.provision_config import BUDGETS, ProvisionConfig
 from sparsetrain.studies.provision_rows import Row, numbers, row_of, shown
-from sparsetrain.studies.provision_search import Place, Search, search
+from sparsetrain.studies.provision_search import Machines, Place, Search, search
 
 _COLUMNS = 100
 
@@ -83,7 +85,7 @@ def provisioned(config: ProvisionConfig) -> tuple[Search, list[Place], Provision
         rows.append(row)
         for warning in said:
             warnings.setdefault(warning, []).append(f"{index}")
-    notes += [f"{warning} ({'row' if len(of) == 1 else 'rows'} {', '.join(of)})" for warning, of in warnings.items()]
+    notes += [f"Row{'s' * (len(of) > 1)} {', '.join(of)}: {warning}" for warning, of in warnings.items()]
     notes += _notes(found, rows, None if corpora is None else sum(corpora.train_tokens.values()))
     if len(rows) < len(front):
         notes.append(f"The Pareto set has {len(front)} candidates, of which {len(rows)} are shown.")
@@ -125,6 +127,12 @@ def _notes(found: Search, rows: Sequence[Row], text: int | None) -> list[str]:
         notes.append(
             "`sparsetrain pretrain` trains on one device; rows with more say what data parallelism would take."
         )
+    if max(found.sparsities) > 0.0:
+        blind = [group for group in found.groups if not _uses_zeros(group)]
+        names = dict.fromkeys(group.machine.name for group in blind)
+        notes += [
+            f"{name} cannot skip such zeros: sparse matrices take the time of dense ones there." for name in names
+        ]
     guessed = [group.machine.name for group in found.groups if group.machine.spread is None]
     notes += [f"{name} has no measured steps: the band of its times is a guess." for name in guessed]
     if found.config.sparsity.evolution.rule != "static":
@@ -134,6 +142,11 @@ def _notes(found: Search, rows: Sequence[Row], text: int | None) -> list[str]:
     elif rows and (most := max(row.tokens for row in rows)) > text:
         notes.append(f"The longest run reads the text {most / text:.3g} times; the laws are about texts read once.")
     return notes
+
+
+def _uses_zeros(group: Machines) -> bool:
+    known = any(group.machine.has_backend(LINEAR, name) for name in (CSR, BSR))
+    return known or skips_zeros(group.machine, group.setting)
 
 
 def lines(answer: Provision) -> Iterator[str]:
@@ -169,7 +182,9 @@ def _divided(row: Row) -> str:
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _COLUMNS, initial_indent=indent, subsequent_indent=indent or "   ")
+    return textwrap.wrap(
+        text, _COLUMNS, initial_indent=indent, subsequent_indent=indent or "   ", break_on_hyphens=False
+    )
 
 
 def _write(out: Path, found: Search, front: Sequence[Place], answer: Provision) -> None:

@@ -164,7 +164,7 @@ def row_of(found: Search, place: Place, laws: Sequence[Law]) -> tuple[Row, list[
         why=why,
         command=" ".join(["sparsetrain pretrain", *map(shlex.quote, overrides)]),
     )
-    return row, [f"Timescale: {warning}" for warning in tau.warnings]
+    return row, [f"timescale: {warning}" for warning in tau.warnings]
 
 
 def _accumulates(values: dict[str, Any]) -> bool:

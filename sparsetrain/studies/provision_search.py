@@ -12,12 +12,13 @@ import torch
 from numpy.typing import NDArray
 
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.search import Array, Candidates, losses, pareto, predict, rounded
+from sparsetrain.cost.search import Array, Candidates, pareto, predict, rounded
 from sparsetrain.cost.sizes import Sizes, trained_weights
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.scaling.law import Law, LossLaw, PowerLaw
+from sparsetrain.scaling.loss_law import losses
 from sparsetrain.scaling.published import batch_opt
 from sparsetrain.stages.config import model_config
 from sparsetrain.studies.provision_config import BUDGETS, ProvisionConfig

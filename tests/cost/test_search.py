@@ -15,12 +15,11 @@ import sparsetrain as st
 from sparsetrain.cost.cluster.memory import cluster_memory
 from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.search import DIVISIONS, Array, Candidates, losses, pareto, predict, rounded
+from sparsetrain.cost.search import DIVISIONS, Array, Candidates, pareto, predict, rounded
 from sparsetrain.cost.simulate import simulate
 from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.step_memory import step_memory
 from sparsetrain.cost.timing import Setting
-from sparsetrain.scaling.published import chinchilla
 
 CONTEXT, VOCABULARY = 256, 8192
 
@@ -176,8 +175,3 @@ def test_rounding_errors_beat_nothing() -> None:
     rows = np.array([[1.0, 2.0, 3.0], [1.0 + 1e-13, 2.0 - 1e-13, 3.0]])
     assert pareto(rows).tolist() == [True, True]
     assert (rounded(np.array([0.0, 1234567891.2, np.inf])) == [0.0, 1234567890.0, np.inf]).all()
-
-
-def test_losses_are_those_of_the_law() -> None:
-    n, d = np.array([1e8, 3e9]), np.array([2e9, 5e10])
-    assert losses(chinchilla, n, d) == pytest.approx([chinchilla(*pair) for pair in zip(n, d, strict=True)], rel=1e-12)
