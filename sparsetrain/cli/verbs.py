@@ -200,6 +200,16 @@ VERBS: dict[str, Verb] = {
         ],
         inherits=["parameterization"],
     ),
+    "provision": Verb(
+        about="Plan a pre-training for a budget of hours, money or FLOPs: models, sparsities and machines worth it.",
+        configuration="sparsetrain.studies.provision_config:ProvisionConfig",
+        run="sparsetrain.studies.provision:provision",
+        examples=[
+            "sparsetrain provision money=1000 machine=[cs3,h100] devices=[1,8] laws=chinchilla data.context=2048",
+            "sparsetrain provision hours=24 machine=this laws=laws/loss/law.yaml sparsities=[0,0.75,0.9]",
+            "sparsetrain provision flops=1e18 machine=[zen4,h100] laws=chinchilla format=json out=plan",
+        ],
+    ),
     "tune": Verb(
         about="Measure from which sparsity the sparse kernels beat dense ones here; backend=auto uses the result.",
         configuration="sparsetrain.bench.tune:TuneConfig",

@@ -190,6 +190,11 @@ def simulate(
     return one if tokens is None else one.times(math.ceil(tokens / (context * batch)))
 
 
+def band_factor(machine: Machine) -> float:
+    """Return the factor by which the ends of the 90 % band of a machine's times lie below and above a prediction."""
+    return math.exp(NORMAL_90 * (_UNKNOWN_SPREAD if machine.spread is None else machine.spread.value))
+
+
 def _estimate(
     machine: Machine,
     terms: Terms,
@@ -201,8 +206,7 @@ def _estimate(
 ) -> Estimate:
     by_term = {name: float(value) for name, value in terms.as_dict().items()}
     seconds = math.fsum(by_term.values())
-    spread = _UNKNOWN_SPREAD if machine.spread is None else machine.spread.value
-    factor = math.exp(NORMAL_90 * spread)
+    factor = band_factor(machine)
     moved = math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)
     devices = int(np.asarray(divided.devices).item())
     return Estimate(

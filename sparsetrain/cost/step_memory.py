@@ -9,6 +9,8 @@ The legend is that of `sparsetrain.cost.operations`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ from sparsetrain.cost.blocks import Shape, shape_of_config, shape_of_model
 from sparsetrain.cost.flop_ledger import check_whole
 from sparsetrain.cost.flops import Density
 from sparsetrain.cost.operations import INDEX_BYTES, ROW_BYTES
-from sparsetrain.cost.sizes import Layers, Sizes, block_weights, nonzeros, trained_weights
+from sparsetrain.cost.sizes import Layers, Number, Sizes, block_weights, nonzeros, trained_weights
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.cross_entropy import chunk_tokens
@@ -113,49 +115,85 @@ def _backend(model: nn.Module, tokens: int) -> str:
 
 def memory_of(shape: Shape, context: float, batch: float, masked: bool, threads: float) -> StepMemory:
     """Return the memory of a step of a model's shape; see `step_memory`."""
-    sizes: Any = Sizes.of(shape.config)  # whose numbers are single ones here
-    layers, tokens = _reached(shape), context * batch
+    found = bytes_of(
+        Sizes.of(shape.config),
+        shape.layers,
+        context,
+        batch,
+        masked,
+        threads,
+        reached=_reached(shape),
+        frozen=shape.frozen,
+        prompt_tokens=shape.prompt_tokens,
+    )
+    return StepMemory(**{name: round(float(value)) for name, value in found.items()})
+
+
+def bytes_of(
+    sizes: Any,
+    blocks_by_density: Sequence[Layers],
+    context: Number,
+    batch: Number,
+    masked: bool,
+    threads: float,
+    *,
+    reached: Sequence[Layers] | None = None,
+    frozen: Collection[str] = (),
+    prompt_tokens: float = 0.0,
+) -> dict[str, Number]:
+    """Return the fields of `StepMemory`, not rounded; sizes and densities may be arrays, all but the vocabulary.
+
+    Args:
+        sizes: the model. blocks_by_density: its blocks. context: T. batch: B.
+        masked: whether the sparse layers have the backend ``masked`` instead of ``csr``. threads: of the kernels.
+        reached: the blocks that the backward pass reaches; None is all.
+        frozen: names of parameters outside of the blocks without a gradient.
+        prompt_tokens: learned vectors of a soft prompt, among the T tokens.
+    """
+    layers, tokens = blocks_by_density if reached is None else reached, context * batch
     stream, vocabulary = tokens * sizes.width, sizes.vocabulary * sizes.width
-    head, table = (0.0 if name in shape.frozen else vocabulary for name in ("embed" if sizes.tied else "head", "embed"))
-    norm = float(norm_values(sizes, tokens))
-    saved = [float(block_values(sizes, tokens, group.frozen, _kept(sizes, group, masked))) for group in layers]
-    outer = float(outer_values(sizes, context, tokens, head > 0.0))
-    gradients = float(trained_weights(sizes, shape.layers, shape.frozen)) + shape.prompt_tokens * sizes.width
-    blocks = sum(float(group.count) * values for group, values in zip(layers, saved, strict=True))
+    head, table = (0.0 if name in frozen else vocabulary for name in ("embed" if sizes.tied else "head", "embed"))
+    norm = norm_values(sizes, tokens)
+    saved = [block_values(sizes, tokens, group.frozen, _kept(sizes, group, masked)) for group in layers]
+    outer = outer_values(sizes, context, tokens, bool(np.any(head > 0.0)))
+    gradients = trained_weights(sizes, blocks_by_density, frozen) + prompt_tokens * sizes.width
+    blocks = sum(group.count * values for group, values in zip(layers, saved, strict=True))
 
     # The logits of a chunk are made while those of the one before are still held.
-    logits = min(tokens, 2.0 * chunk_tokens(int(sizes.vocabulary))) * sizes.vocabulary
+    logits = np.minimum(tokens, 2.0 * chunk_tokens(int(sizes.vocabulary))) * sizes.vocabulary
     # The result of the final norm lives until the loss is known.
     moments = [blocks + outer + stream + logits, blocks + outer + stream + head]
     held = blocks + outer - norm  # new gradients have taken the place of those that the loss has saved
     moments.append(held + stream + norm)
     for group, values in zip(reversed(layers), reversed(saved), strict=True):
-        count = float(group.count)
-        steps = _backward(sizes, group, context, batch, masked, threads)
-        now = np.cumsum([change for taken, freed in steps for change in (taken, -freed)])
-        most, net = float(now.max()), float(block_weights(sizes, group.densities, group.frozen)) - values
-        moments += [held + most, held + (count - 1.0) * net + most]
-        held += count * net
+        now: Number = 0.0
+        most: Number = -np.inf
+        for taken, freed in _backward(sizes, group, context, batch, masked, threads):
+            most = np.maximum(most, now + taken)
+            now = now + taken - freed
+        net = block_weights(sizes, group.densities, group.frozen) - values
+        moments += [held + most, held + (group.count - 1.0) * net + most]
+        held = held + group.count * net
     # The gradient of the embedding, and its sum with that of a tied head.
-    places = 0.0 if "positions" in shape.frozen else sizes.positions * sizes.width
+    places = 0.0 if "positions" in frozen else sizes.positions * sizes.width
     moments.append(held + (2.0 if sizes.tied else 1.0) * table + places)
     moments.append(gradients)
 
-    weights = float(trained_weights(sizes, [Layers(group.count, group.densities) for group in shape.layers]))
-    weights += shape.prompt_tokens * sizes.width
-    indices = sum(float(group.count) * _index_bytes(sizes, group, masked) for group in shape.layers)
+    weights = trained_weights(sizes, [Layers(group.count, group.densities) for group in blocks_by_density])
+    weights = weights + prompt_tokens * sizes.width
+    indices = sum(group.count * _index_bytes(sizes, group, masked) for group in blocks_by_density)
     resident = FLOAT * (weights + _MOMENTS * gradients) + indices
-    peak = resident + FLOAT * max(moments)
+    highest: Number = functools.reduce(np.maximum, moments)
     activations = FLOAT * (blocks + outer)
-    return StepMemory(
-        parameters=round(FLOAT * weights),
-        indices=round(indices),
-        gradients=round(FLOAT * gradients),
-        moments=round(FLOAT * _MOMENTS * gradients),
-        activations=round(activations),
-        workspace=round(max(0.0, FLOAT * max(moments) - activations)),
-        peak=round(peak),
-    )
+    return {
+        "parameters": FLOAT * weights,
+        "indices": indices,
+        "gradients": FLOAT * gradients,
+        "moments": FLOAT * _MOMENTS * gradients,
+        "activations": activations,
+        "workspace": np.maximum(0.0, FLOAT * highest - activations),
+        "peak": resident + FLOAT * highest,
+    }
 
 
 def _reached(shape: Shape) -> list[Layers]:
@@ -168,26 +206,25 @@ def _reached(shape: Shape) -> list[Layers]:
 
 
 def _backward(
-    sizes: Any, group: Layers, context: float, batch: float, masked: bool, threads: float
-) -> list[tuple[float, float]]:
+    sizes: Any, group: Layers, context: Number, batch: Number, masked: bool, threads: float
+) -> list[tuple[Number, Number]]:
     """Return what each operation of a block's backward pass takes and then frees.
 
     The gradient of the block's result is held before, and that of its input afterwards.
     """
     tokens = context * batch
     stream, inner, qkv = tokens * sizes.width, tokens * sizes.ffn, tokens * (sizes.width + 2.0 * sizes.kv_width)
-    norm, logs = float(norm_values(sizes, tokens)), tokens * sizes.heads
+    norm, logs = norm_values(sizes, tokens), tokens * sizes.heads
     dropped = stream if sizes.dropout else 0.0
 
-    def product(name: str, gradient: float, input_: float, output: float) -> tuple[float, float]:
+    def product(name: str, gradient: Number, input_: Number, output: Number) -> tuple[Number, Number]:
         """Take the gradients of input and weights; free the input and the gradient of the result."""
         rows, columns = sizes.matrices()[name]
         density = group.densities.get(name, 1.0)
-        nnz = float(nonzeros(rows, columns, density))
-        work = 0.0
-        if density < 1.0:
-            work = rows * columns if masked else threads * (nnz + 2.0 * (rows + columns) * _TILE) + nnz
-        kept = rows * columns if density < 1.0 and masked else 0.0
+        nnz, sparse = nonzeros(rows, columns, density), np.asarray(density) < 1.0
+        work = rows * columns if masked else threads * (nnz + 2.0 * (rows + columns) * _TILE) + nnz
+        work = np.where(sparse, work, 0.0)
+        kept = np.where(sparse, rows * columns, 0.0) if masked else 0.0
         return gradient + nnz + (rows if sizes.biased else 0.0) + work, input_ + output + work + kept
 
     steps = [(dropped, dropped), product("mlp.down", inner, inner, dropped)]
@@ -204,28 +241,30 @@ def _backward(
         turned = tokens * (sizes.width + sizes.kv_width)
         steps += [(4.0 * turned, 3.0 * turned), (qkv, qkv + turned)]
     steps += [product("attn.qkv", stream, stream, qkv), (stream, stream + norm)]
-    return [(float(taken), float(freed)) for taken, freed in steps]
+    return steps
 
 
-def _kept(sizes: Any, group: Layers, masked: bool) -> float:
+def _kept(sizes: Any, group: Layers, masked: bool) -> Number:
     """Return the values of the dense matrices that the backend ``masked`` keeps for the backward pass."""
-    sparse = [sizes.matrices()[name] for name, density in group.densities.items() if masked and density < 1.0]
-    return float(sum(rows * columns for rows, columns in sparse))
+    total: Number = 0.0
+    for name, density in group.densities.items():
+        rows, columns = sizes.matrices()[name]
+        total = total + np.where(np.asarray(density) < 1.0, rows * columns, 0.0) * masked
+    return total
 
 
-def _index_bytes(sizes: Any, group: Layers, masked: bool) -> float:
+def _index_bytes(sizes: Any, group: Layers, masked: bool) -> Number:
     """Return the bytes of the positions of a block's nonzeros, and of the layouts that kernels make of them.
 
     The backend csr has the places of all nonzeros, rounded up to four in a row, in two bytes for the matrix and for its
     transpose, and an order of four bytes; masked has a copy of the positions.
     """
-    total = 0.0
+    total: Number = 0.0
     for name, density in group.densities.items():
-        if density < 1.0:
-            rows, columns = sizes.matrices()[name]
-            nnz = float(nonzeros(rows, columns, density))
-            own = INDEX_BYTES * nnz + ROW_BYTES * (rows + 1.0)
-            ends = 2.0 * 4.0 * rows * columns / _WIDTH
-            layout = own if masked else 2.0 * (nnz + 1.5 * rows) + 6.0 * (nnz + 1.5 * columns) + ends + ROW_BYTES * rows
-            total += own + layout
+        rows, columns = sizes.matrices()[name]
+        nnz = nonzeros(rows, columns, density)
+        own = INDEX_BYTES * nnz + ROW_BYTES * (rows + 1.0)
+        ends = 2.0 * 4.0 * rows * columns / _WIDTH
+        layout = own if masked else 2.0 * (nnz + 1.5 * rows) + 6.0 * (nnz + 1.5 * columns) + ends + ROW_BYTES * rows
+        total = total + np.where(np.asarray(density) < 1.0, own + layout, 0.0)
     return total

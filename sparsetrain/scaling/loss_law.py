@@ -205,6 +205,13 @@ def fit_loss_law(
     )
 
 
+def losses(law: LossLaw, parameters: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Return the law's losses at arrays of parameters and tokens above 0, which broadcast."""
+    values = law.parameters
+    by_size = values["a"] * np.power(parameters, -values["alpha"])
+    return np.asarray(values["floor"] + by_size + values["b"] * np.power(tokens, -values["beta"]))
+
+
 def unidentified(law: LossLaw) -> list[str]:
     """Return a sentence for each part of a fitted law that the losses do not tell, in whose numbers is no meaning."""
     found = []

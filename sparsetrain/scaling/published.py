@@ -1,11 +1,11 @@
-"""Published power laws for weight decay and batch size, with what they were fitted on.
+"""Published laws for weight decay, batch size and loss, with what they were fitted on.
 
 The levels depend on data, architecture and parameterization; the exponents less so. Where it matters, fit your own.
 """
 
 from __future__ import annotations
 
-from sparsetrain.scaling.law import PowerLaw, Quantity
+from sparsetrain.scaling.law import LossLaw, PowerLaw, Quantity
 
 _UNREAD = "The constants are those that users of the paper quote, in agreement; the paper itself was not at hand."
 
@@ -35,3 +35,15 @@ batch_opt = PowerLaw(
     verified=_UNREAD,
 )
 """The best batch size in tokens, by training tokens."""
+
+chinchilla = LossLaw(
+    parameters={"floor": 1.8172, "a": 482.01, "b": 2085.43, "alpha": 0.3478, "beta": 0.3658},
+    kind="loss",
+    inputs=(Quantity("parameters", "parameters"), Quantity("tokens", "tokens")),
+    output=Quantity("loss", "nats per token"),
+    ranges=((7e7, 1.6e10), (5e9, 5e11)),
+    sparsity=0.0,
+    source="Chinchilla, arXiv 2203.15556, approach 3 as refitted by arXiv 2404.10102",
+    verified=_UNREAD,
+)
+"""The loss of dense models on the text of Chinchilla, by all parameters, embeddings included, and training tokens."""

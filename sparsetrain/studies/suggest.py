@@ -164,7 +164,7 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
             text or the run.
     """
     inputs = inputs or Inputs()
-    laws, notes = _laws(config.law_files)
+    laws, notes = laws_of(config.law_files)
     _, corpora = inputs.corpora(config.data)
     model = model_config(config.model, vocabulary(config, corpora))
     if corpora is None and config.budget.epochs is not None:
@@ -178,7 +178,7 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     budget = budget_of(settled, model, None)
     schedule = RunSchedule(config.schedule, budget, config.optimizer)
     hidden = hidden_of_run(settled)
-    tau, decay = _decay(config, laws, hidden, tokens, schedule.total_steps)
+    tau, decay = decay_of(config, laws, hidden, tokens, schedule.total_steps)
     # A run has one length, so a length of the command that these words are appended to has to go.
     length_there = None if config.flops or config.seconds else config.budget.length
     overrides = [
@@ -200,12 +200,12 @@ def suggestion(config: SuggestConfig, inputs: Inputs | None = None) -> Suggestio
     notes += follows(config.parameterization, hidden)
     if config.budget.changing is not None:
         notes.append("budget.batch_size changes during the run; the suggestion is for one size, and replaces it.")
-    values = [_rate(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
+    values = [rate_of(config, hidden), batch, _steps(budget.total_steps, tokens, sequences), tau, decay, _curve(config)]
     per_nonzero = None if hidden.resizes else tokens / hidden.nonzeros
     return Suggestion(values, overrides, tokens / hidden.weights, per_nonzero, notes)
 
 
-def _laws(files: Sequence[str]) -> tuple[list[Law], list[str]]:
+def laws_of(files: Sequence[str]) -> tuple[list[Law], list[str]]:
     """Return the laws of files that suggest something, and notes about the others.
 
     Raises:
@@ -244,7 +244,7 @@ def _at(law: Law, x: float) -> tuple[float, Interval | None]:
     return value, None if ends is None or not 0.0 < ends[0] <= ends[1] < math.inf else ends
 
 
-def _rate(config: SuggestConfig, hidden: Hidden) -> Suggested:
+def rate_of(config: SuggestConfig, hidden: Hidden) -> Suggested:
     scheme = config.parameterization.scheme
     warnings = [] if scheme != "sp" else ["SP carries no rate from one size to another: tune it at this size."]
     return Suggested(
@@ -269,11 +269,11 @@ def _steps(steps: int, tokens: int, sequences: int) -> Suggested:
     return Suggested("steps", steps, says, "budget", "arithmetic")
 
 
-def _decay(
+def decay_of(
     config: SuggestConfig, laws: Sequence[Law], hidden: Hidden, tokens: int, steps: int
 ) -> tuple[Suggested, Suggested]:
     """Return the suggested timescale, and the base weight decay that gives it."""
-    law, warnings = _chosen(laws, "tau", config.sparsity.sparsity)
+    law, warnings = chosen_law(laws, "tau", config.sparsity.sparsity)
     law = tau_opt if law is None else law
     name = law.inputs[0].name
     per = name.removeprefix("tokens_per_") if name.removeprefix("tokens_per_") in PER else config.per
@@ -302,13 +302,13 @@ def _decay(
 
 def _batch(config: SuggestConfig, laws: Sequence[Law], tokens: int, text: int | None) -> tuple[Suggested, int]:
     """Return the suggested batch in tokens, and in sequences."""
-    law, warnings = _chosen(laws, "batch", config.sparsity.sparsity)
+    law, warnings = chosen_law(laws, "batch", config.sparsity.sparsity)
     law = batch_opt if law is None else law
     value, ends = _at(law, tokens)
     source = law.source
     warnings += _outside(law, tokens, f"{tokens:,} tokens")
     says = f"{formula(law)} at {tokens:,} tokens is {value:.4g}"
-    critical, more = _chosen(laws, "critical", config.sparsity.sparsity)
+    critical, more = chosen_law(laws, "critical", config.sparsity.sparsity)
     most = None
     if critical is not None:
         most, widest, beyond = _critical(critical, tokens)
@@ -349,7 +349,7 @@ def _critical(law: Law, tokens: int) -> tuple[float, Interval | None, list[str]]
     return *_at(law, least), _range(law, least, f"D_min = {least:,.0f} tokens of the critical batch")
 
 
-def _chosen(laws: Sequence[Law], kind: str, sparsity: float) -> tuple[Law | None, list[str]]:
+def chosen_law(laws: Sequence[Law], kind: str, sparsity: float) -> tuple[Law | None, list[str]]:
     """Return the law of a kind whose sparsity is nearest, with a warning if it is another one."""
     of_kind = [law for law in laws if law.kind == kind]
     if not of_kind:

@@ -33,6 +33,7 @@ CONF = config_directory()
 FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Further overrides that some choices require.
 COMPANIONS = {
+    "provision": ["hours=1"],
     "data=file": ["data.path=notes.txt"],
     "data=hub": ["data.hub_name=owner/name"],
     "optimizer=sgd": ["parameterization.optimizer=sgd"],
@@ -70,7 +71,7 @@ def test_every_file_composes_and_builds_its_dataclass(
         if path.stem == "launch":  # Hydra's own settings, which every verb includes
             assert yaml.safe_load((CONF / path).read_text())
             return
-        verb, overrides = path.stem, []
+        verb, overrides = path.stem, COMPANIONS.get(path.stem, [])
     else:
         group = path.parent.name
         choice = f"{group}={path.stem}"

@@ -45,6 +45,7 @@ SMALL = {
     "sweep": [],
     "fit": [],
     "suggest": [],
+    "provision": [],
     "flops": [],
     "simulate": [],
     "bench": ["shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]", "repeats=1"],

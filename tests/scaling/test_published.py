@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 import sparsetrain as st
 from sparsetrain.errors import UserError
+from sparsetrain.scaling.loss_law import losses
+from sparsetrain.scaling.published import chinchilla
 
 
 def test_the_best_timescale_is_the_published_one() -> None:
@@ -33,3 +36,13 @@ def test_weight_decay_follows_from_the_best_timescale() -> None:
 def test_what_no_law_takes_is_refused(x: float) -> None:
     with pytest.raises(UserError, match=r"tokens_per_parameter=.* must be above 0 and finite"):
         st.tau_opt(x)
+
+
+def test_the_loss_of_chinchilla_is_the_replicated_one() -> None:
+    """At 5.76e23 FLOPs the refit has its optimum near 20 tokens per parameter, as arXiv 2404.10102 says."""
+    parameters = np.geomspace(1e9, 1e12, 4000)
+    found = losses(chinchilla, parameters, 5.76e23 / (6.0 * parameters))
+    best = parameters[np.argmin(found)]
+    assert 15.0 < 5.76e23 / (6.0 * best**2) < 30.0
+    assert found[0] == pytest.approx(chinchilla(parameters[0], 5.76e23 / (6.0 * parameters[0])), rel=1e-12)
+    assert chinchilla.sparsity == 0.0
