@@ -173,14 +173,23 @@ class Errors:
 
 
 def errors(rows: Sequence[Validated], machine: Machine) -> dict[str, Errors]:
-    """Return the errors of all steps, of the sparse and of the dense ones, and of the ratios of sparse to dense."""
+    """Return the errors of all steps, of the sparse and of the dense ones, and of the ratios of sparse to dense.
+
+    With several types of products, each type has its own.
+    """
     spread = 0.0 if machine.spread is None else machine.spread.value
-    sparse = [row.predicted for row in rows], [row.measured for row in rows]
-    dense = [row.dense_predicted for row in rows], [row.dense_measured for row in rows]
-    ratios = [[a / b for a, b in zip(these, those, strict=True)] for these, those in zip(sparse, dense, strict=True)]
-    return {
-        "all steps": Errors.of(sparse[0] + dense[0], sparse[1] + dense[1], spread),
-        "sparse": Errors.of(*sparse, spread),
-        "dense": Errors.of(*dense, spread),
-        "sparse over dense": Errors.of(ratios[0], ratios[1], spread),
-    }
+    found = {}
+    dtypes = list(dict.fromkeys(row.case.dtype for row in rows))
+    for dtype in dtypes:
+        prefix = f"{dtype}, " if len(dtypes) > 1 else ""
+        chosen = [row for row in rows if row.case.dtype == dtype]
+        sparse = [row.predicted for row in chosen], [row.measured for row in chosen]
+        dense = [row.dense_predicted for row in chosen], [row.dense_measured for row in chosen]
+        ratios = [
+            [a / b for a, b in zip(these, those, strict=True)] for these, those in zip(sparse, dense, strict=True)
+        ]
+        found[f"{prefix}all steps"] = Errors.of(sparse[0] + dense[0], sparse[1] + dense[1], spread)
+        found[f"{prefix}sparse"] = Errors.of(*sparse, spread)
+        found[f"{prefix}dense"] = Errors.of(*dense, spread)
+        found[f"{prefix}sparse over dense"] = Errors.of(ratios[0], ratios[1], spread)
+    return found
