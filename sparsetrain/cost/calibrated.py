@@ -20,6 +20,7 @@ from sparsetrain.cost.operations import (
     ATTENTION,
     HEAD,
     LINEAR,
+    OPTIMIZER,
     PRODUCTS,
     SOFTMAX,
     Operation,
@@ -42,7 +43,9 @@ _RISING = (
     "features",
     "elements",
 )  # time never falls along these
-_SCALES = (0.25, 0.4, 0.4, 0.4)  # standard deviations of the factors before any step is seen
+# Standard deviations of the factors of the groups before any step is seen. That of the optimizer stands for all work in
+# proportion to the weights: in a model their gradients are new memory in each step, and they are in no near cache.
+_SCALES = (0.25, 0.4, 0.4, 0.4, 2.0)
 _NOISE = 0.03  # relative standard deviation of a measured step
 FLOAT = "float32"
 _FLOOR = 0.02  # of the spread: repeated measurements of one step differ by as much
@@ -153,7 +156,7 @@ def _curve(samples: list[Sample], peak: float, bandwidth: float) -> dict[str, An
     return {"axes": axes, "values": [[*map(float, row)] for row in values] if values.ndim == 2 else values.tolist()}
 
 
-GROUPS = ("dense products", "sparse products", "attention", "everything else")
+GROUPS = ("dense products", "sparse products", "attention", "everything else", "optimizer")
 
 
 def group_of(operation: Operation) -> int:
@@ -162,7 +165,7 @@ def group_of(operation: Operation) -> int:
         return 1 if operation.is_sparse else 0
     if operation.kind == HEAD:
         return 0
-    return 2 if operation.kind == ATTENTION else 3
+    return {ATTENTION: 2, OPTIMIZER: 4}.get(operation.kind, 3)
 
 
 def features(step: Step, machine: Machine) -> NDArray[np.float64]:
@@ -237,7 +240,7 @@ def _fit(table: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np
 
 def _scaled(key: str, entry: Mapping[str, Any], factors: Mapping[int, NDArray[np.float64]]) -> dict[str, Any]:
     kind, implementation = key.split(".")[0], key.split(".")[1]
-    group = {LINEAR: 0 if implementation == DENSE else 1, HEAD: 0, ATTENTION: 2}.get(kind, 3)
+    group = {LINEAR: 0 if implementation == DENSE else 1, HEAD: 0, ATTENTION: 2, OPTIMIZER: 4}.get(kind, 3)
     axes, values = entry["axes"], np.asarray(entry["values"])
     for index, count in enumerate(axes["threads"]):  # the last axis
         if int(count) in factors:

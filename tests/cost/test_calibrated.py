@@ -76,7 +76,7 @@ def test_the_curves_reproduce_what_was_measured() -> None:
 
 def test_whole_steps_determine_factors_and_the_time_of_a_call() -> None:
     machine = Machine.from_document(content(), "this", "a test")
-    true = {1: (1.2, 1.4, 0.9, 1.1), 2: (1.1, 1.6, 1.0, 1.3)}
+    true = {1: (1.2, 1.4, 0.9, 1.1, 1.8), 2: (1.1, 1.6, 1.0, 1.3, 1.5)}
     steps = []
     generator = np.random.default_rng(0)
     for number in range(60):
