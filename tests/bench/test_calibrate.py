@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -119,3 +121,23 @@ def test_errors_against_numpy() -> None:
 def test_bad_settings_are_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         CalibrateConfig(**settings)
+
+
+def test_the_page_of_the_experiment_says_what_its_rows_say() -> None:
+    folder = Path(__file__).parents[2] / "experiments" / "simulator_here"
+    spread = json.loads((folder / "errors.json").read_text())["spread"]
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    page = (folder / "README.md").read_text()
+    for dtype in ("float32", "bfloat16"):
+        own = [row for row in rows if row["dtype"] == dtype]
+        sparse, dense = (
+            [[float(row[f"{prefix}{name}"]) for row in own] for name in ("predicted", "measured")]
+            for prefix in ("", "dense_")
+        )
+        ratios = [[a / b for a, b in zip(*pair, strict=True)] for pair in zip(sparse, dense, strict=True)]
+        groups = {"sparse": sparse, "dense": dense, "sparse over dense": ratios}
+        groups["all"] = [a + b for a, b in zip(sparse, dense, strict=True)]
+        for name, (predicted, measured) in groups.items():
+            found = Errors.of(predicted, measured, spread)
+            line = f"| {dtype} | {name} | {found.count} | {100 * found.median:.1f} % | {100 * found.ninetieth:.1f} % "
+            assert f"{line}| {100 * found.bias:+.1f} % | {found.inside} |" in page
