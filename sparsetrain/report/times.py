@@ -9,7 +9,7 @@ from sparsetrain.report.schema import Report
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, clean, duration
 
-_MEASURED = "Seconds of the training steps alone, without evaluations and checkpoints."
+_MEASURED = "Seconds of the training steps alone: no evaluations, checkpoints, or compilation in the first step."
 _HINT = "Not predicted: that needs sparsetrain calibrate on the machine that trains."
 
 Row = tuple[str, str, Mapping[str, Any]]

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,7 @@ class Trainer:
     masks: MaskManager | None = None
     follow: Callable[[], object] | None = None
     noise_scale: Callable[[], float] | None = None
+    _first_seconds: float | None = field(default=None, init=False)  # of the first step of this process, until the next
 
     def run(self) -> TrainState:
         """Train to the end and return the final state.
@@ -209,8 +210,7 @@ class Trainer:
         tokens = sum(batch.tokens.numel() for batch in batches)
         state.tokens_seen += tokens
         seconds = time.monotonic() - before
-        if state.step_seconds is not None:
-            state.step_seconds += seconds
+        self._count(state, seconds)
         speed = tokens / seconds
         return StepDone(
             step=state.step,
@@ -229,6 +229,17 @@ class Trainer:
             observed=observed,
             notes="  ".join(filter(None, (observer.note() for observer in self.observers if logged))),
         )
+
+    def _count(self, state: TrainState, seconds: float) -> None:
+        """Add the seconds of a step. The first after a start, which compiles kernels, counts as the second at most."""
+        if state.step_seconds is None:
+            return
+        state.step_seconds += seconds
+        if self._first_seconds is None:
+            self._first_seconds = seconds
+        else:
+            state.step_seconds -= max(0.0, self._first_seconds - seconds)
+            self._first_seconds = 0.0
 
     @contextmanager
     def _ranking(self, factor: float) -> Iterator[None]:

@@ -67,8 +67,8 @@ class LoopConfig:
 class TrainState:
     """Progress of a run. A resumed run needs this, its configuration and its tensors, and nothing else.
 
-    ``seconds`` are those of the whole loop. ``step_seconds`` are those of its training steps alone, without evaluations
-    and checkpoints; None if an older version began the run.
+    ``seconds`` are those of the whole loop. ``step_seconds`` are those of its training steps alone, without
+    evaluations, checkpoints and the compilation of kernels; None if an older version began the run.
     """
 
     step: int = 0
