@@ -22,7 +22,7 @@ from sparsetrain.scaling.published import chinchilla
 from sparsetrain.stages.plan import vocabulary
 from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.studies.provision_config import BUDGETS, ProvisionConfig
-from sparsetrain.studies.provision_rows import Row, numbers, row_of, shown
+from sparsetrain.studies.provision_rows import Row, hours, numbers, row_of, shown
 from sparsetrain.studies.provision_search import Machines, Place, Search, search
 
 _COLUMNS = 100
@@ -119,7 +119,7 @@ def thinned(front: Sequence[Place], most: int) -> list[Place]:
 
 
 def _notes(found: Search, rows: Sequence[Row], text: int | None) -> list[str]:
-    notes = []
+    notes = ["The commands set model, sparsity, budget and rates; add the other settings given here, such as data."]
     if any(law is chinchilla for law in found.laws):
         said = "which counts all stored parameters and was fitted to dense models on other text"
         notes.append(f"The loss is by {chinchilla.source}, {said}; sparse models need a law of their own.")
@@ -165,7 +165,7 @@ def lines(answer: Provision) -> Iterator[str]:
             f"lr {row.learning_rate:.4g} (hidden {row.hidden_learning_rate:.4g}), init std {row.init_std:.4g} (hidden "
             f"{row.hidden_init_std:.4g}), weight decay {row.weight_decay:.4g} (hidden {row.hidden_weight_decay:.4g}), "
             f"tau {row.tau:.3g}; {row.tokens_per_parameter:.3g} tokens a weight; 90 % of times from "
-            f"{row.band[0] / 3600:.3g} to {row.band[1] / 3600:.3g} h; {_divided(row)}",
+            f"{hours(row.band[0])} to {hours(row.band[1])}; {_divided(row)}",
             "   ",
         )
         yield f"   {row.command}"

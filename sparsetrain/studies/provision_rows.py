@@ -21,6 +21,7 @@ from sparsetrain.studies.provision_search import Place, Search
 from sparsetrain.studies.suggest import SuggestConfig, decay_of
 
 _FEW = 5e-5  # nats, below which two losses look the same
+_SAME = 5e-3  # by which two times or costs may differ to be called the same
 _APART = 1.2  # how many times as many weights a neighbouring model has
 
 
@@ -142,14 +143,14 @@ def row_of(found: Search, place: Place, laws: Sequence[Law]) -> tuple[Row, list[
     base = float(decay.value)
     binds, why = _why(found, place)
     overrides = [
-        *(f"model.{name}={value}" for name, value in values["model"].items()),
+        *(f"model.{name}={value}" for name, value in {**values["model"], **_family(found, shape)}.items()),
+        f"data.context={found.context}",
         f"sparsity.sparsity={values['sparsity']:g}",
         f"budget.tokens={values['tokens']}",
         f"budget.batch_size={values['batch_size']}",
         *([f"loop.micro_batch={values['micro_batch']}"] if _accumulates(values) else []),
         f"optimizer.lr={config.optimizer.lr:.6g}",
         f"optimizer.weight_decay={base:.6g}",
-        f"model.init_std={shape.init_std:g}",
     ]
     row = Row(
         **values,
@@ -180,6 +181,18 @@ def _changed(found: Search) -> list[str]:
     first = found.shapes[0]
     names = ["d_model", "n_layers", "n_heads"]
     return [*names, *(name for name in ("n_kv_heads", "d_ff") if getattr(first, name) is not None)]
+
+
+def _family(found: Search, shape: ModelConfig) -> dict[str, Any]:
+    """Return the fields that all models share, as far as a command has to set them."""
+    family: dict[str, Any] = {"max_context": shape.max_context, "init_std": shape.init_std}
+    if found.config.model.get("vocab_size"):
+        family["vocab_size"] = shape.vocab_size
+    for each in fields(ModelConfig):
+        value = getattr(shape, each.name)
+        if each.name not in (*_changed(found), *family, "vocab_size", "sparsity", "seed") and value != each.default:
+            family[each.name] = str(value).lower() if isinstance(value, bool) else value
+    return family
 
 
 def _run(found: Search, place: Place, values: dict[str, Any]) -> SuggestConfig:
@@ -256,9 +269,9 @@ def _other_machines(found: Search, place: Place) -> Iterator[str]:
     objectives = found.objectives.reshape(*shape, 3)
     here, there = objectives[place], objectives[(other, *at, k)]
     change = _change(float(lowest[other] - found.loss[place]))
-    ratios = [f"{there[1] / here[1]:.3g} times the time"]
+    ratios = [_times(there[1] / here[1], "time")]
     if np.isfinite(there[2]) and np.isfinite(here[2]):
-        ratios.append(f"{there[2] / here[2]:.3g} times the cost")
+        ratios.append(_times(there[2] / here[2], "cost"))
     yield f"{found.groups[other].label} would {change} at {' and '.join(ratios)}"
 
 
@@ -274,6 +287,10 @@ def _other_budget(found: Search, place: Place, lowest: Any) -> Iterator[str]:
 
 def _tokens(found: Search, place: Place) -> float:
     return float(found.steps[place]) * found.batches[place[3]] * found.context
+
+
+def _times(ratio: float, what: str) -> str:
+    return f"the same {what}" if abs(ratio - 1.0) < _SAME else f"{ratio:.3g} times the {what}"
 
 
 def _change(difference: float) -> str:

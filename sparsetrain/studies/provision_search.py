@@ -209,7 +209,7 @@ def search(config: ProvisionConfig, vocabulary: int) -> tuple[Search, list[Law],
     of_loss, others, notes = config.loss_laws()
     sparsities, batches, shares = config.grid_sparsities(of_loss), config.batch, config.spend
     groups = _groups(config, places, sparsities, notes)
-    base = model_config({**config.model, "vocab_size": vocabulary}, vocabulary)
+    base = model_config(config.model, vocabulary)
     shapes = [_shaped(base, shape) for shape in config.shapes()]
     config.check_size(len(groups) * len(shapes) * len(sparsities) * len(batches) * len(shares))
     laws = []

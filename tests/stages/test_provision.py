@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.simulate import simulate
 from sparsetrain.errors import UserError
 from sparsetrain.scaling.law import LossLaw, Quantity
+from sparsetrain.stages.config import model_config
 from sparsetrain.stages.hidden import hidden_of_run
 from sparsetrain.studies.provision import Provision, lines, provisioned, thinned
 from sparsetrain.studies.provision_rows import Row
@@ -138,8 +140,9 @@ def test_commands_train_what_was_planned(tmp_path: Path) -> None:
     for row in said.rows:
         program, verb, *words = shlex.split(row.command)
         assert (program, verb) == ("sparsetrain", "pretrain")
-        config = load(verb, [*SMALL[:3], SMALL[4], *words])
+        config = load(verb, [SMALL[0], SMALL[4], *words])
         hidden = hidden_of_run(config)
+        assert config.data.context == 64
         assert config.model["d_model"] // config.model["n_heads"] == 16
         assert (hidden.weights, hidden.nonzeros) == (row.weights, row.nonzeros)
         assert (hidden.lr, hidden.weight_decay) == pytest.approx(
@@ -151,6 +154,17 @@ def test_commands_train_what_was_planned(tmp_path: Path) -> None:
         factor = math.sqrt(row.model["d_model"] / 32 * (1.0 - row.sparsity))
         assert row.hidden_init_std == pytest.approx(row.init_std / factor)
         assert row.hidden_learning_rate == pytest.approx(row.learning_rate / factor**2)
+
+
+def test_commands_say_of_which_family_the_models_are(tmp_path: Path) -> None:
+    family = ["model=btlm-3b", "model.d_model=32", "model.n_layers=1", "model.n_heads=2", "model.d_ff=96"]
+    words = ["data.tokenizer=bytes", "data.context=64", "parameterization.base_width=32", law(tmp_path / "law.yaml")]
+    config = load("provision", [*words, *family, *GRID, "hours=0.1", "machine=zen4", "rows=1"])
+    row = provisioned(config)[2].rows[0]
+    assert row.model["d_ff"] == 3 * row.model["d_model"]
+    trained = load("pretrain", ["data.tokenizer=bytes", words[2], *shlex.split(row.command)[2:]])
+    made, meant = (model_config(each.model, 257) for each in (trained, config))
+    assert made == replace(meant, **row.model)  # type: ignore[arg-type]
 
 
 def test_weight_decay_is_that_of_suggest(tmp_path: Path) -> None:
