@@ -1,6 +1,6 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.cost.cluster.parallelism import Parallelism
@@ -49,9 +49,6 @@ from sparsetrain.sparsity import (
     summary,
 )
 from sparsetrain.vocabulary import extend_embeddings
-
-if TYPE_CHECKING:
-    from sparsetrain.bench.calibrate import calibrate
 
 __version__ = "0.1.0"
 
@@ -122,9 +119,21 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "calibrate":  # measures, with what the benchmarks use, so it is imported when it is used
-        from sparsetrain.bench.calibrate import calibrate
+def calibrate(
+    budget_seconds: float = 120.0, threads: Sequence[int] | None = None, dtypes: Sequence[str] = ("float32",)
+) -> Machine:
+    """Measure this machine, save it as ``this`` in the cache, and return it; `simulate` then predicts its step times.
 
-        return calibrate
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    Nothing else should run meanwhile. Numbers of threads are set for the measurement and restored.
+
+    Args:
+        budget_seconds: about how long to measure, at least 20.
+        threads: thread counts to measure; None for one thread and all cores.
+        dtypes: types of products: ``float32``, and ``bfloat16`` by autocast.
+
+    Raises:
+        UserError: an argument is out of range, or the cache has no room.
+    """
+    from sparsetrain.bench.calibrate import calibrate as measured  # with the benchmarks, which import much
+
+    return measured(budget_seconds, threads, dtypes)

@@ -115,19 +115,7 @@ def calibrate(
     dtypes: Sequence[str] = ("float32",),
     console: Console | None = None,
 ) -> Machine:
-    """Measure this machine, save it as ``this`` in the cache, and return it.
-
-    Nothing else should run meanwhile. The numbers of threads are set for the measurement and restored.
-
-    Args:
-        budget_seconds: about how long to measure.
-        threads: thread counts to measure; None for one thread and all cores.
-        dtypes: types of products: ``float32``, and ``bfloat16`` by autocast.
-        console: shows progress with the time that remains; None shows nothing.
-
-    Raises:
-        UserError: an argument is out of range, or the cache has no room.
-    """
+    """Measure this machine and save it: see `sparsetrain.calibrate`. A console shows the progress."""
     config = CalibrateConfig(budget_seconds, None if threads is None else list(threads), list(dtypes))
     check_room()
     counts = config.threads or sorted({1, available_cores()})

@@ -72,22 +72,32 @@ class Curve:
         Raises:
             UserError: a size of the curve is missing.
         """
-        places, values = self._logs
+        places, table = self._logs
         brackets: list[tuple[tuple[NDArray[np.intp], Number], ...]] = []
-        for name, axis in places.items():
+        for name, axis in reversed(places.items()):
             if name not in sizes:
                 raise UserError(f"a curve over {', '.join(self.axes)} was asked without {name}")
             where = np.log(np.maximum(np.asarray(sizes[name], dtype=float), 1e-300))
             if len(axis) == 1:
-                brackets.append(((np.zeros(where.shape, dtype=np.intp), 1.0),))
-                continue
-            low = np.clip(np.searchsorted(axis, where, side="right") - 1, 0, len(axis) - 2)
-            share = np.clip((where - axis[low]) / (axis[low + 1] - axis[low]), 0.0, 1.0)
-            brackets.append(((low, 1.0 - share), (low + 1, share)))
+                low, share = np.zeros(where.shape, dtype=np.intp), np.zeros(where.shape)
+            else:
+                low = np.clip(np.searchsorted(axis, where, side="right") - 1, 0, len(axis) - 2)
+                share = np.clip((where - axis[low]) / (axis[low + 1] - axis[low]), 0.0, 1.0)
+            if where.size == 1:  # one place for all: the table loses its axis
+                at, part = int(low.item()), float(share.item())
+                last = table.ndim - 1 - len(brackets)
+                first = np.take(table, at, axis=last)
+                table = first if part == 0.0 else (1.0 - part) * first + part * np.take(table, at + 1, axis=last)
+            elif len(axis) == 1:
+                brackets.insert(0, ((low, 1.0),))
+            else:
+                brackets.insert(0, ((low, 1.0 - share), (low + 1, share)))
+        if not brackets:
+            return np.exp(table)
         total: Number = 0.0
         for corner in product(*brackets):
             weight: Number = 1.0
-            for _, part in corner:
-                weight = weight * part
-            total = total + weight * values[tuple(index for index, _ in corner)]
+            for _, part_of in corner:
+                weight = weight * part_of
+            total = total + weight * table[tuple(index for index, _ in corner)]
         return np.exp(total)

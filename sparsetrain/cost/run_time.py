@@ -1,8 +1,7 @@
 """The time of a whole run on a machine: the steps of its stretches, each as `simulate` predicts it.
 
-What `simulate` does not know of a step is added to its estimate, or taken away: several micro-batches with one update
-of the weights, frozen parameters, soft prompts, and updates of masks. Evaluations, checkpoints and the preparation of
-data are not part of it.
+What differs from steps of one batch is added to their estimate, or taken away: several micro-batches with one update of
+the weights, and updates of masks. Evaluations, checkpoints and the preparation of data are not part of it.
 """
 
 from __future__ import annotations
@@ -21,14 +20,11 @@ from sparsetrain.cost.extras import DENSE_GRADIENT, update_operations
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import BACKWARD, LINEAR, OPTIMIZER, PRODUCTS, Operation, step_operations
 from sparsetrain.cost.run_flops import Stretch
-from sparsetrain.cost.simulate import Estimate, simulate
+from sparsetrain.cost.simulate import RESIDENT, Estimate, estimate_of
 from sparsetrain.cost.sizes import Sizes
-from sparsetrain.cost.step_memory import memory_of
 from sparsetrain.cost.timing import AUTO, MASKED, Setting, step_terms
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
-
-RESIDENT = "resident"
 
 
 @dataclass(frozen=True)
@@ -118,21 +114,14 @@ class _Step:
 
     def estimate(self) -> Estimate:
         """Return the step without an update of the masks."""
-        work, stretch, machine = self.work, self.stretch, self.machine
-        frozen = work.trained is not None or work.prompt_tokens > 0
-        room = machine.memory[-1]
-        if frozen:  # `simulate` would ask for the memory of all gradients
-            unlimited = replace(room, size=replace(room.size, value=math.inf))
-            machine = replace(machine, memory=(*machine.memory[:-1], unlimited))
-        density = stretch.densities or 1.0
-        options: dict[str, Any] = {"dtype": work.dtype, "backend": work.backend, "threads": work.threads}
-        options["parallelism"] = self.parallelism
-        found = simulate(work.model, machine, stretch.context, self.sequences, density=density, **options)
-        if frozen:
-            found = self._frozen(found, room.size.value)
+        stretch, shape = self.stretch, self._shape()
+        masked = self.work.backend == MASKED
+        found = estimate_of(
+            shape, self.machine, stretch.context, self.sequences, self.setting, self.parallelism, masked=masked
+        )
         passes = stretch.batch_size // self.sequences
         if passes > 1:
-            update = [each for each in self._operations(self._shape()) if each.kind == OPTIMIZER]
+            update = [each for each in self._operations(shape) if each.kind == OPTIMIZER]
             found = self._changed(found.times(passes), taken=update, times=passes - 1)
         return replace(found, steps=1, tokens=stretch.context * stretch.batch_size)
 
@@ -147,18 +136,6 @@ class _Step:
             )
         ]
         return replace(self._changed(part, added=added, times=updates), flops=part.flops)
-
-    def _frozen(self, found: Estimate, room: float) -> Estimate:
-        """Return the estimate of a step without the gradients of frozen parameters."""
-        full, shape = shape_of_config(self.work.model, self.stretch.densities or 1.0), self._shape()
-        found = self._changed(found, added=self._operations(shape), taken=self._operations(full))
-        if self.work.dtype != "float32" or self.machine.execution != RESIDENT:
-            return found  # whose memory is that of training all
-        masked, tokens = self.work.backend == MASKED, float(self.stretch.context)
-        held = memory_of(shape, tokens, float(self.sequences), masked, float(self.setting.threads)).peak
-        if held > room:
-            raise UserError(f"the step needs {held / 2**30:.1f} GiB, and {found.machine} has {room / 2**30:.1f} GiB")
-        return replace(found, peak_memory=held)
 
     def _shape(self) -> Shape:
         work = self.work

@@ -21,13 +21,13 @@ from sparsetrain.cost.blocks import Shape, shape_of_config, shape_of_model
 from sparsetrain.cost.cluster.memory import check_fits
 from sparsetrain.cost.cluster.parallelism import Parallelism
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
-from sparsetrain.cost.flop_ledger import check_whole, flops
+from sparsetrain.cost.flop_ledger import check_whole
 from sparsetrain.cost.flops import Density
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import OPTIMIZER, PRODUCTS, Operation, step_operations
 from sparsetrain.cost.sizes import Sizes
-from sparsetrain.cost.step_memory import step_memory
-from sparsetrain.cost.timing import AUTO, Setting, Terms, skips_zeros, step_terms
+from sparsetrain.cost.step_memory import backend_of, memory_of
+from sparsetrain.cost.timing import AUTO, MASKED, Setting, Terms, skips_zeros, step_terms
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.sparsity.layers.linear import SparseLinear
@@ -35,6 +35,7 @@ from sparsetrain.sparsity.layers.linear import SparseLinear
 NORMAL_90 = 1.6449  # 90 % of a normal distribution lie within so many standard deviations
 _UNKNOWN_SPREAD = 0.3  # of a machine without measured steps
 _GIB = 1 << 30
+RESIDENT = "resident"
 
 
 @dataclass(frozen=True)
@@ -154,67 +155,92 @@ def simulate(
         raise UserError(f"density={density} is for a ModelConfig; a {type(model).__name__} has its own")
     else:
         shape = shape_of_model(model)
-    counted = flops(model, context, batch, density=density)
-    divided = Parallelism() if parallelism is None else parallelism
-    notes = []
     if shape is None:
         assert isinstance(model, nn.Module)
-        notes.append("Only matrix products and the optimizer are counted: the model is none of the library's.")
         if parallelism is not None:
             raise UserError(f"parallelism needs a model of the library, not a {type(model).__name__}")
-        operations: Sequence[Operation] = _traced(model, context, batch)
-        terms, memory = step_terms(operations, place, setting), _traced_memory(model)
+        notes = ("Only matrix products and the optimizer are counted: the model is none of the library's.",)
+        operations, memory = _traced(model, context, batch), _traced_memory(model)
+        one = _estimate(place, step_terms(operations, place, setting), operations, memory, setting, 1, notes)
+        one = replace(one, tokens=context * batch)
     else:
-        sizes, length = Sizes.of(shape.config), float(context + shape.prompt_tokens)
-        value_bytes = VALUE_BYTES.get(dtype, 4.0)
-        operations = step_operations(
-            sizes,
-            length,
-            float(batch),
-            shape.layers,
-            value_bytes=value_bytes,
-            frozen=shape.frozen,
-            prompt_tokens=float(shape.prompt_tokens),
-        )
-        if parallelism is None and place.execution == "resident":
-            terms = step_terms(operations, place, setting)
-        else:
-            terms = cluster_terms(sizes, length, float(batch), place, divided, setting, shape.layers)
-        memory = _memory(model, shape, place, context, batch, divided, setting, density)
-    if any(operation.is_sparse for operation in operations) and not _uses_zeros(place, setting):
-        notes.append(f"{place.name} cannot skip single zeros: sparse matrices are counted as dense.")
-    if place.spread is None:
-        notes.append(f"{place.name} has no measured steps: the band is a guess.")
-    one = _estimate(place, terms, operations, counted.total, memory, divided, tuple(notes))
-    one = replace(one, tokens=context * batch)
+        masked = chosen == MASKED
+        if chosen == AUTO and isinstance(model, nn.Module):
+            masked = backend_of(model, context * batch) == MASKED
+        length = context + shape.prompt_tokens
+        one = estimate_of(shape, place, length, batch, setting, parallelism, masked=masked)
+        one = replace(one, tokens=context * batch)
     return one if tokens is None else one.times(math.ceil(tokens / (context * batch)))
 
 
-def band_factor(machine: Machine) -> float:
-    """Return the factor by which the ends of the 90 % band of a machine's times lie below and above a prediction."""
-    return math.exp(NORMAL_90 * (_UNKNOWN_SPREAD if machine.spread is None else machine.spread.value))
+def estimate_of(
+    shape: Shape,
+    machine: Machine,
+    context: int,
+    batch: int,
+    setting: Setting,
+    parallelism: Parallelism | None = None,
+    *,
+    masked: bool = False,
+) -> Estimate:
+    """Return what a step of a model's shape takes: `simulate` after its arguments were understood.
+
+    Args:
+        shape: the model, with its densities, its frozen parts and its soft prompt.
+        machine: where the step runs.
+        context: tokens of a sequence, with the soft prompt. batch: sequences.
+        setting: how products are computed.
+        parallelism: how the step is divided; None is one machine.
+        masked: whether sparse layers hold dense matrices in memory.
+
+    Raises:
+        UserError: as `simulate` raises it.
+    """
+    sizes, divided = Sizes.of(shape.config), Parallelism() if parallelism is None else parallelism
+    operations = step_operations(
+        sizes,
+        float(context),
+        float(batch),
+        shape.layers,
+        value_bytes=VALUE_BYTES.get(setting.dtype, 4.0),
+        frozen=shape.frozen,
+        prompt_tokens=float(shape.prompt_tokens),
+        whole_logits=machine.roofline,
+    )
+    notes: tuple[str, ...] = ()
+    if parallelism is None and machine.execution == RESIDENT:
+        terms = step_terms(operations, machine, setting)
+    else:
+        terms = cluster_terms(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
+        if shape.frozen or any(group.frozen for group in shape.layers):
+            notes = (f"On {machine.name} frozen weights take the time of trained ones.",)
+    memory = _memory(shape, machine, context, batch, divided, setting, masked)
+    devices = int(np.asarray(divided.devices).item())
+    found = _estimate(machine, terms, operations, memory, setting, devices, notes)
+    return replace(found, tokens=context * batch)
 
 
 def _estimate(
     machine: Machine,
     terms: Terms,
     operations: Sequence[Operation],
-    total: int,
     memory: int,
-    divided: Parallelism,
+    setting: Setting,
+    devices: int,
     notes: tuple[str, ...],
 ) -> Estimate:
     by_term = {name: float(value) for name, value in terms.as_dict().items()}
-    seconds = math.fsum(by_term.values())
-    factor = band_factor(machine)
-    moved = math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)
-    devices = int(np.asarray(divided.devices).item())
+    seconds, factor = math.fsum(by_term.values()), band_factor(machine)
+    if any(operation.is_sparse for operation in operations) and not _uses_zeros(machine, setting):
+        notes += (f"{machine.name} cannot skip single zeros: sparse matrices are counted as dense.",)
+    if machine.spread is None:
+        notes += (f"{machine.name} has no measured steps: the band is a guess.",)
     return Estimate(
         machine=machine.name,
         seconds=seconds,
         band=(seconds / factor, seconds * factor),
-        flops=total,
-        bytes=round(moved),
+        flops=round(math.fsum(float(each.count * each.flops) for each in operations if each.kind in PRODUCTS)),
+        bytes=round(math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)),
         peak_memory=memory,
         energy=None if machine.power is None else machine.power.value * devices * seconds,
         cost=None if machine.price is None else machine.price.value * devices * seconds / 3600.0,
@@ -224,6 +250,11 @@ def _estimate(
         devices=devices,
         notes=notes,
     )
+
+
+def band_factor(machine: Machine) -> float:
+    """Return the factor by which the ends of the 90 % band of a machine's times lie below and above a prediction."""
+    return math.exp(NORMAL_90 * (_UNKNOWN_SPREAD if machine.spread is None else machine.spread.value))
 
 
 def _uses_zeros(machine: Machine, setting: Setting) -> bool:
@@ -239,27 +270,20 @@ def _backend_of(model: Any) -> str | None:
 
 
 def _memory(
-    model: ModelConfig | nn.Module,
-    shape: Shape,
-    machine: Machine,
-    context: int,
-    batch: int,
-    divided: Parallelism,
-    setting: Setting,
-    density: Density | None,
+    shape: Shape, machine: Machine, context: int, batch: int, divided: Parallelism, setting: Setting, masked: bool
 ) -> int:
     """Return the bytes of a step at its peak.
 
     Raises:
         UserError: the machine has less; the line says how much is missing and what would fit.
     """
-    if setting.dtype != "float32" or float(divided.devices) > 1 or machine.execution == "streamed":
+    if setting.dtype != "float32" or float(divided.devices) > 1 or machine.execution != RESIDENT:
         sizes = Sizes.of(shape.config)
         held = check_fits(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
         return round(float(held.total))
 
     def peak(sequences: int) -> int:
-        return step_memory(model, context, sequences, density=density).peak
+        return memory_of(shape, float(context), float(sequences), masked, float(setting.threads)).peak
 
     needed, room = peak(batch), machine.memory[-1].size.value
     if needed > room:

@@ -102,12 +102,12 @@ def step_memory(
         raise UserError(f"model is a {type(model).__name__}, neither a ModelConfig nor a Transformer as it was built")
     tokens = context + shape.prompt_tokens
     if backend is None:
-        backend = _backend(model, tokens * batch) if isinstance(model, nn.Module) else "csr"
+        backend = backend_of(model, tokens * batch) if isinstance(model, nn.Module) else "csr"
     masked, threads = backend == "masked", threads or torch.get_num_threads()
     return memory_of(shape, float(tokens), float(batch), masked, float(threads))
 
 
-def _backend(model: nn.Module, tokens: int) -> str:
+def backend_of(model: nn.Module, tokens: int) -> str:
     """Return the backend of the first sparse layer of a model."""
     layer = next((module for module in model.modules() if isinstance(module, SparseLinear)), None)
     return "csr" if layer is None else resolve_backend(layer.backend, layer.pattern, tokens)
