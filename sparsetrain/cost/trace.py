@@ -147,11 +147,14 @@ def _nodes_of_modules(model: nn.Module, nodes: dict[Any, str]) -> Iterator[None]
             nodes[node] = names.get(module, "")
             left += [before for before, _ in node.next_functions]
 
-    handle = nn.modules.module.register_module_forward_hook(claim, with_kwargs=True)
+    # A hook on each module: torch forgets to remove a part of a global one that takes keyword arguments, and then a
+    # compiler warns of hooks.
+    handles = [module.register_forward_hook(claim, with_kwargs=True) for module in names]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         nodes.clear()
 
 

@@ -47,7 +47,7 @@ def test_the_examples_of_help_are_valid(verb: str, shell: Shell) -> None:
         program, *said = shlex.split(example)
         name, words = typed(said)
         assert (program, name) == ("sparsetrain", verb)
-        sweep = "-m" in words
+        sweep = "-m" in words or VERBS[verb].together
         if "init_from=RUN_DIR" in words or sweep:
             check(verb, as_typed(verb, [word for word in words if word != "-m"], sweep), sweep)
         else:

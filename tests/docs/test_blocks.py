@@ -19,6 +19,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
+from small_calibration import make_small
 
 import sparsetrain.report.registry
 import sparsetrain.training.observers  # noqa: F401 - all registries must exist before `registries` copies them
@@ -48,6 +49,7 @@ SMALL = {
     "provision": [],
     "flops": [],
     "simulate": [],
+    "calibrate": ["budget_seconds=0.001", "threads=[1]"],
     "bench": ["shapes=[[32,48]]", "tokens=64", "gpt.d_model=32", "scaling.shape=[32,32]", "repeats=1"],
     "tune": ["threads=[1]", "sides=[64]", "tokens=[16]", "repeats=1"],
     "coord-check": [
@@ -108,7 +110,11 @@ def smaller(verb: str, words: list[str]) -> list[str]:
     small = SMALL[verb]
     if "pipeline=pretrain" in words:
         small = [word for word in small if not word.startswith("pipeline.stages.")]  # it has one stage
-    words = [re.sub(r"^(budget\.tokens)=.*", r"\1=384", word) for word in words] + small
+    lengths = {r"^(budget\.tokens)=.*": r"\1=384", r"^(validate)=.*": r"\1=2"}
+    for said, made in lengths.items():
+        words = [re.sub(said, made, word) for word in words]
+    typed_keys = [word.partition("=")[0] for word in small]
+    words = [word for word in words if verb != "calibrate" or word.partition("=")[0] not in typed_keys] + small
     if verb in ("pretrain", "pipeline") and not any(word.startswith("budget.tokens=") for word in words):
         words.append("budget.steps=2")
     return words
@@ -169,6 +175,7 @@ def test_commands_of_the_pages_run(
 ) -> None:
     """Each command once, in the order of the pages; RUN_DIR is the directory of the first pre-training."""
     monkeypatch.chdir(tmp_path)
+    make_small(monkeypatch, tmp_path)
     for page in PAGES:
         write_files(page)
     run_dir, done = "", []
@@ -177,7 +184,7 @@ def test_commands_of_the_pages_run(
             continue
         done.append((verb, words))
         words = [word.replace("RUN_DIR", run_dir) for word in words]
-        if verb not in ("plan", "suggest", "flops"):  # they train nothing, whatever the size
+        if verb not in ("plan", "suggest", "flops", "simulate"):  # they train nothing, whatever the size
             words = smaller(verb, words)
         status = main([verb, *words])
         output = capsys.readouterr()
