@@ -121,7 +121,11 @@ def run_multirun(verb: str, arguments: Arguments, command: str) -> int:
 
 
 def run_together(verb: str, arguments: Arguments) -> int:
-    """Run a verb once, with the configurations of all points; return 2 if a point is refused, else 0."""
+    """Run a verb once, with the configurations of all points.
+
+    Raises:
+        UserError: a point is refused; nothing has been printed or written then.
+    """
     overrides = as_typed(verb, arguments.overrides, sweep=True)
     check(verb, overrides, sweep=True)
     if arguments.multirun:
@@ -129,12 +133,10 @@ def run_together(verb: str, arguments: Arguments) -> int:
         check(verb, overrides, sweep=True)
     refused: list[UserError] = []
     configs = [config for config in points(verb, overrides, refused.append) if config is not None]
-    if not configs:
+    if refused:
         raise refused[0]
     named(find(verb).run)(configs)
-    for reason in dict.fromkeys(arguments.said(error) for error in refused):
-        print(f"sparsetrain: {reason}", file=sys.stderr)
-    return 2 if refused else 0
+    return 0
 
 
 class _Wait(process.Stop):

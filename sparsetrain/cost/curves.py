@@ -36,9 +36,10 @@ class Curve:
     def __post_init__(self) -> None:
         shape = tuple(len(places) for places in self.axes.values())
         if self.values.shape != shape:
-            raise UserError(f"a curve over {', '.join(self.axes)} has values {self.values.shape} instead of {shape}")
+            over = f"a curve over {', '.join(self.axes)}" if self.axes else "a curve without axes"
+            raise UserError(f"{over} has values of the shape {list(self.values.shape)} instead of {list(shape)}")
         if not (np.isfinite(self.values).all() and (self.values > 0.0).all()):
-            raise UserError(f"a curve over {', '.join(self.axes) or 'nothing'} has a value that is not positive")
+            raise UserError("an efficiency must be a finite number above 0")
         for name, places in self.axes.items():
             array = np.asarray(places, dtype=float)
             if not (np.isfinite(array).all() and (array > 0.0).all() and (np.diff(array) > 0.0).all()):

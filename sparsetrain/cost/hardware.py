@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sparsetrain import files
 from sparsetrain.cache import cache_directory
 from sparsetrain.cost import units
 from sparsetrain.cost.curves import Curve
-from sparsetrain.errors import UserError, nearest
+from sparsetrain.errors import UserError, check_choice, nearest
 from sparsetrain.machine import machine_key
 from sparsetrain.reading import parse_yaml, read_yaml
 
@@ -29,18 +29,16 @@ KINDS = ("datasheet", "measured", "assumed")
 SKIPS = ("none", "2:4", "block", "unstructured")
 EXECUTIONS = ("resident", "streamed")
 
-Kind = Literal["datasheet", "measured", "assumed"]
-
 
 class _Fact(TypedDict):
     value: str
-    kind: Kind
+    kind: str
     source: str
 
 
 class _Number(TypedDict):
     value: float
-    kind: Kind
+    kind: str
     source: str
 
 
@@ -67,13 +65,13 @@ class _Link(TypedDict):
 class _Curve(TypedDict):
     axes: NotRequired[dict[str, list[float]]]
     values: Any
-    kind: Kind
+    kind: str
     source: str
 
 
 class _Zeros(TypedDict):
-    skips: Literal["none", "2:4", "block", "unstructured"]
-    kind: Kind
+    skips: str
+    kind: str
     source: str
     block: NotRequired[int]
 
@@ -85,7 +83,7 @@ class _File(TypedDict):
     memory: list[_Level]
     zeros: _Zeros
     efficiency: dict[str, _Curve]
-    execution: NotRequired[Literal["resident", "streamed"]]
+    execution: NotRequired[str]
     roofline: NotRequired[bool]
     launch: NotRequired[_Fact]
     links: NotRequired[list[_Link]]
@@ -202,15 +200,15 @@ class Machine:
             path = calibrated_path()
             if not path.exists():
                 raise UserError("machine=this: this machine was not measured yet; run: sparsetrain calibrate")
-            return cls.from_document(read_yaml(path, finite=True), THIS, str(path))
+            return cls.from_document(read_yaml(path), THIS, str(path))
         if text in shipped():
             content = (resources.files("sparsetrain.cost") / "machines" / f"{text}.yaml").read_text(encoding="utf-8")
-            return cls.from_document(parse_yaml(content, f"{text}.yaml", finite=True), text, f"{text}.yaml")
+            return cls.from_document(parse_yaml(content, f"{text}.yaml"), text, f"{text}.yaml")
         path = Path(text)
         if path.suffix in (".yaml", ".yml"):
             if not path.is_file():
                 raise UserError(f"machine={text}: there is no such file")
-            return cls.from_document(read_yaml(path, finite=True), path.stem, text)
+            return cls.from_document(read_yaml(path), path.stem, text)
         known = [*shipped(), THIS]
         raise UserError(f"machine={text!r} is not one of {', '.join(known)}, or a .yaml file{nearest(text, known)}")
 
@@ -288,6 +286,8 @@ class _Reader:
         if not content["peak"] or not content["memory"]:
             raise UserError(f"{self.where}: peak and memory must not be empty")
         zeros = content["zeros"]
+        check_choice(f"{self.where}: zeros.skips", zeros["skips"], SKIPS)
+        check_choice(f"{self.where}: execution", content.get("execution", EXECUTIONS[0]), EXECUTIONS)
         self._source(zeros, "zeros")
         if (zeros["skips"] == "block") != ("block" in zeros):
             raise UserError(f"{self.where}: zeros.block is given exactly if zeros.skips is block")
@@ -346,12 +346,15 @@ class _Reader:
         try:
             curve = Curve(entry.get("axes", {}), np.asarray(entry["values"], dtype=float))
         except (TypeError, ValueError) as error:
-            said = str(error) if isinstance(error, UserError) else "values is no table of numbers"
-            raise UserError(f"{self.where}: {place}: {said}") from None
+            said = str(error) if isinstance(error, UserError) else "it is no table of numbers"
+            raise UserError(f"{self.where}: {place}.values={entry['values']!r:.60}: {said}") from None
+        if entry["kind"] != "measured" and float(curve.values.max()) > 1.0:
+            raise UserError(f"{self.where}: {place}.values={entry['values']!r:.60} must be at most 1, or measured")
         return Efficiency(curve, *self._source(entry, place))
 
     def _source(self, entry: Mapping[str, Any], place: str) -> tuple[str, str, str]:
         """Return kind, title and date of an entry's source."""
+        check_choice(f"{self.where}: {place}.kind", entry["kind"], KINDS)
         source = self.document["sources"].get(entry["source"])
         if source is None or not source["title"].strip() or not source["date"].strip():
             known = ", ".join(self.document["sources"]) or "none"

@@ -20,7 +20,7 @@ from sparsetrain.cost.cluster.schedule import cluster_terms
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.sizes import Layers, Sizes
 from sparsetrain.cost.step_memory import bytes_of
-from sparsetrain.cost.timing import Setting
+from sparsetrain.cost.timing import Setting, counted_layers
 
 Array = NDArray[np.float64]
 
@@ -177,7 +177,7 @@ def _predict(candidates: Candidates, machine: Machine, setting: Setting, room: f
             machine,
             divided.parallelism(these.devices, micro[done]),
             setting,
-            these.layers,
+            counted_layers(these.layers, machine, setting),
         )
         seconds[done] = terms.total
     return Predicted(seconds, memory, room, micro, division)
@@ -203,7 +203,8 @@ def _smallest_passes(
 
 def _held(candidates: Candidates, micro: Array, machine: Machine, setting: Setting, divided: Division) -> Array:
     """Return the bytes of each step: as the allocator has them for one device in float32, else in closed form."""
-    sizes, context, layers = candidates.sizes, candidates.context, candidates.layers
+    sizes, context = candidates.sizes, candidates.context
+    layers = counted_layers(candidates.layers, machine, setting)
     parallelism = divided.parallelism(candidates.devices, micro)
     found = cluster_memory(sizes, context, candidates.batch, parallelism, setting, layers)
     if machine.execution == "streamed":  # the wafer has the activations, and another device the rest

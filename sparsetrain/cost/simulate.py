@@ -27,7 +27,7 @@ from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import OPTIMIZER, PRODUCTS, Operation, step_operations
 from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.step_memory import backend_of, memory_of
-from sparsetrain.cost.timing import AUTO, MASKED, Setting, Terms, skips_zeros, step_terms
+from sparsetrain.cost.timing import AUTO, MASKED, Setting, Terms, counted_layers, step_terms, uses_zeros
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.sparsity.layers.linear import SparseLinear
@@ -161,7 +161,7 @@ def simulate(
             raise UserError(f"parallelism needs a model of the library, not a {type(model).__name__}")
         notes = ("Only matrix products and the optimizer are counted: the model is none of the library's.",)
         operations, memory = _traced(model, context, batch), _traced_memory(model)
-        one = _estimate(place, step_terms(operations, place, setting), operations, memory, setting, 1, notes)
+        one = _estimate(place, step_terms(operations, place, setting), operations, memory, 1, notes)
         one = replace(one, tokens=context * batch)
     else:
         masked = chosen == MASKED
@@ -197,6 +197,10 @@ def estimate_of(
         UserError: as `simulate` raises it.
     """
     sizes, divided = Sizes.of(shape.config), Parallelism() if parallelism is None else parallelism
+    stored = step_operations(sizes, float(context), float(batch), shape.layers, frozen=shape.frozen)
+    total = round(math.fsum(float(each.count * each.flops) for each in stored if each.kind in PRODUCTS))
+    sparse = any(operation.is_sparse for operation in stored)
+    shape = replace(shape, layers=counted_layers(shape.layers, machine, setting))
     operations = step_operations(
         sizes,
         float(context),
@@ -208,15 +212,17 @@ def estimate_of(
         whole_logits=machine.roofline,
     )
     notes: tuple[str, ...] = ()
+    if sparse and not uses_zeros(machine, setting):
+        notes = (f"{machine.name} cannot skip single zeros: sparse matrices are counted as dense.",)
     if parallelism is None and machine.execution == RESIDENT:
         terms = step_terms(operations, machine, setting)
     else:
         terms = cluster_terms(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
         if shape.frozen or any(group.frozen for group in shape.layers):
-            notes = (f"On {machine.name} frozen weights take the time of trained ones.",)
+            notes += (f"On {machine.name} frozen weights take the time of trained ones.",)
     memory = _memory(shape, machine, context, batch, divided, setting, masked)
     devices = int(np.asarray(divided.devices).item())
-    found = _estimate(machine, terms, operations, memory, setting, devices, notes)
+    found = replace(_estimate(machine, terms, operations, memory, devices, notes), flops=total)
     return replace(found, tokens=context * batch)
 
 
@@ -225,14 +231,11 @@ def _estimate(
     terms: Terms,
     operations: Sequence[Operation],
     memory: int,
-    setting: Setting,
     devices: int,
     notes: tuple[str, ...],
 ) -> Estimate:
     by_term = {name: float(value) for name, value in terms.as_dict().items()}
     seconds, factor = math.fsum(by_term.values()), band_factor(machine)
-    if any(operation.is_sparse for operation in operations) and not _uses_zeros(machine, setting):
-        notes += (f"{machine.name} cannot skip single zeros: sparse matrices are counted as dense.",)
     if machine.spread is None:
         notes += (f"{machine.name} has no measured steps: the band is a guess.",)
     return Estimate(
@@ -255,10 +258,6 @@ def _estimate(
 def band_factor(machine: Machine) -> float:
     """Return the factor by which the ends of the 90 % band of a machine's times lie below and above a prediction."""
     return math.exp(NORMAL_90 * (_UNKNOWN_SPREAD if machine.spread is None else machine.spread.value))
-
-
-def _uses_zeros(machine: Machine, setting: Setting) -> bool:
-    return skips_zeros(machine, setting) or any(machine.has_backend("linear", name) for name in ("csr", "bsr"))
 
 
 def _backend_of(model: Any) -> str | None:

@@ -7,18 +7,20 @@ term. On a calibrated machine the efficiency is that of whole operations, caches
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import LINEAR, OPTIMIZER, PRODUCTS, Number, Operation
+from sparsetrain.cost.sizes import Layers
 from sparsetrain.errors import check_choice
 
 DENSE, MASKED, CSR, BSR, AUTO = "dense", "masked", "csr", "bsr", "auto"
 TWO_OF_FOUR = "2:4"
+_BACKENDS = (MASKED, CSR, BSR, "triton", AUTO)
 _TINY = 1e-300
 _WHOLE = (DENSE, MASKED)  # implementations that compute with the zeros, too
 
@@ -112,18 +114,35 @@ def _chosen(where: Any, these: dict[str, Number], others: dict[str, Number]) -> 
 def implementations(operation: Operation, machine: Machine, setting: Setting) -> list[str]:
     """Return the implementations of a product among which the machine may choose.
 
+    A machine without curves of backends that skips zeros may also compute them, if that takes less time.
+
     Raises:
-        UserError: the machine has curves for backends, but not for the one of the setting.
+        UserError: the backend of the setting is unknown, or the machine has curves for others.
     """
     if operation.kind != LINEAR or not operation.is_sparse:
         return [DENSE]
     known = [name for name in (MASKED, CSR, BSR) if machine.has_backend(operation.kind, name)]
     if not known:
-        return [machine.skips if skips_zeros(machine, setting) else DENSE]
+        check_choice("sparsity.backend", setting.backend, _BACKENDS)
+        if setting.backend == MASKED or not skips_zeros(machine, setting):
+            return [DENSE]
+        return [machine.skips, *([DENSE] if setting.backend == AUTO else [])]
     if setting.backend != AUTO:
         check_choice("sparsity.backend", setting.backend, [*known, AUTO])
         return [setting.backend]
     return [name for name in known if name != BSR or setting.block > 1]
+
+
+def uses_zeros(machine: Machine, setting: Setting) -> bool:
+    """Return whether zeros can save anything on a machine, in one of its implementations."""
+    return skips_zeros(machine, setting) or any(machine.has_backend(LINEAR, name) for name in (CSR, BSR))
+
+
+def counted_layers(layers: Sequence[Layers], machine: Machine, setting: Setting) -> list[Layers]:
+    """Return layers as a machine computes and holds them: dense if it cannot use their zeros."""
+    if uses_zeros(machine, setting):
+        return list(layers)
+    return [replace(group, densities={}) for group in layers]
 
 
 def skips_zeros(machine: Machine, setting: Setting) -> bool:

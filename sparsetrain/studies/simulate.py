@@ -21,7 +21,7 @@ from sparsetrain.cost.run_flops import RunFlops, rule_of_length
 from sparsetrain.cost.run_time import RunWork, predicted
 from sparsetrain.cost.simulate import Estimate
 from sparsetrain.cost.sizes import Layers, Sizes
-from sparsetrain.cost.timing import Setting, step_terms
+from sparsetrain.cost.timing import Setting, counted_layers, step_terms
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path
 from sparsetrain.models import ModelConfig
@@ -39,6 +39,7 @@ from sparsetrain.stages.predicted import work_of
 from sparsetrain.stages.pretrain import budget_of
 from sparsetrain.stages.text import Text
 from sparsetrain.stages.work import work_on_text
+from sparsetrain.studies.suggest import chosen_law
 
 FORMATS, EQUAL = ("text", "json"), ("tokens", "flops", "loss")
 SPARSITIES = np.round(np.linspace(0.0, 0.99, 100), 2)  # among which the break-even sparsity is looked for
@@ -102,7 +103,8 @@ class SimulateConfig(PretrainConfig):
         parallel: how the step is divided among several machines.
         equal: what all rows have in common: ``tokens``, ``flops`` or ``loss`` of the first row. The tokens of the other
             rows follow from it; ``loss`` needs ``laws``.
-        laws: a law of loss from `sparsetrain fit law=loss`, which adds a column.
+        laws: a law of loss from `sparsetrain fit law=loss`, or a list of laws at several sparsities, of which
+            the nearest counts; it adds a column.
         format: ``text`` or ``json``.
         out: a directory for ``simulation.json``, ``results.csv`` and ``figure.png``.
 
@@ -114,7 +116,7 @@ class SimulateConfig(PretrainConfig):
     dtype: str | None = None
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     equal: str = "tokens"
-    laws: str | None = None
+    laws: Any = None
     format: str = "text"
     out: str | None = None
 
@@ -125,11 +127,18 @@ class SimulateConfig(PretrainConfig):
         check_choice("format", self.format, FORMATS)
         if self.equal == "loss" and self.laws is None:
             raise UserError("equal=loss needs laws=FILE, a law of sparsetrain fit law=loss")
+        if self.laws is not None and not all(isinstance(file, str) for file in self.law_files):
+            raise UserError(f"laws={self.laws!r:.60} must be a file of sparsetrain fit, or a list of files")
         if not self.machines or not all(isinstance(name, str) for name in self.machines):
             raise UserError(f"machine={self.machine!r:.60} must be the name of a machine, or a list of names")
         if self.budget.open and self.budget.phases is None:
             self.budget = replace(self.budget, steps=1)  # without a length it is a step that is predicted
         super().__post_init__()
+
+    @property
+    def law_files(self) -> list[str]:
+        """The files of laws."""
+        return [self.laws] if isinstance(self.laws, str) else list(self.laws or [])
 
     @property
     def machines(self) -> list[str]:
@@ -194,13 +203,13 @@ def _rows(
     configs: Sequence[SimulateConfig], models: Sequence[ModelConfig], machines: Sequence[Machine]
 ) -> Iterator[Simulated]:
     different = _differences(configs)
-    law = None if configs[0].laws is None else _loss_law(configs[0].laws)
+    laws = [_loss_law(path) for path in configs[0].law_files]
     for machine in machines:
         base: Estimate | None = None
         goal: float | None = None
         for config, model, settings in zip(configs, models, different, strict=True):
             try:
-                found = _row(config, model, machine, settings, law, base, goal)
+                found = _row(config, model, machine, settings, laws, base, goal)
             except UserError as error:
                 whole, nonzeros = _hidden(config, model)
                 yield Simulated(settings, machine.name, 1.0 - nonzeros / whole, refused=str(error))
@@ -214,11 +223,13 @@ def _row(
     model: ModelConfig,
     machine: Machine,
     settings: Mapping[str, Any],
-    law: LossLaw | None,
+    laws: Sequence[LossLaw],
     base: Estimate | None,
     goal: float | None,
 ) -> Simulated:
     whole, nonzeros = _hidden(config, model)
+    law, warnings = chosen_law(laws, "loss", round(1.0 - nonzeros / whole, 3))
+    assert law is None or isinstance(law, LossLaw)
     counted = nonzeros if law is not None and "nonzero" in law.inputs[0].unit else whole
 
     def run(tokens: int | None = None) -> Estimate:
@@ -230,6 +241,8 @@ def _row(
     if law is not None and goal is not None and config.equal == "loss":
         estimate = run(_tokens_to(law, counted, goal))
     loss = None if law is None else float(law(counted, float(estimate.tokens)))
+    if law is not None:
+        estimate = replace(estimate, notes=(*estimate.notes, *warnings))
     step = estimate.seconds / estimate.steps
     return Simulated(settings, machine.name, 1.0 - nonzeros / whole, estimate, step, nonzeros, loss)
 
@@ -308,11 +321,16 @@ def _break_even(config: SimulateConfig, model: ModelConfig, machines: Sequence[M
     found: dict[str, float | None] = {}
     for machine in machines:
         if division is None and machine.execution == "resident":
-            operations = step_operations(sizes, context, batch, layers, value_bytes=VALUE_BYTES[dtype])
+            counted = counted_layers(layers, machine, setting)
+            operations = step_operations(sizes, context, batch, counted, value_bytes=VALUE_BYTES[dtype])
             seconds = np.asarray(step_terms(operations, machine, setting).total)
         else:
             whole = division or Parallelism()
-            seconds = np.asarray(cluster_terms(sizes, context, batch, machine, whole, setting, layers).total)
+            seconds = np.asarray(
+                cluster_terms(
+                    sizes, context, batch, machine, whole, setting, counted_layers(layers, machine, setting)
+                ).total
+            )
         saves = np.broadcast_to(seconds < 0.99 * seconds.flat[0], SPARSITIES.shape)
         slower = np.flatnonzero(~saves)
         last = int(slower[-1]) if len(slower) else -1

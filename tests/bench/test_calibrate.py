@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,13 @@ def test_the_page_of_the_experiment_says_what_its_rows_say() -> None:
             found = Errors.of(predicted, measured, spread)
             line = f"| {dtype} | {name} | {found.count} | {100 * found.median:.1f} % | {100 * found.ninetieth:.1f} % "
             assert f"{line}| {100 * found.bias:+.1f} % | {found.inside} |" in page
+
+
+def test_the_stored_machine_repeats_the_predictions_of_the_experiment() -> None:
+    folder = Path(__file__).parents[2] / "experiments" / "simulator_here"
+    machine = Machine.load(folder / "machine.yaml")
+    for row, case in zip(csv.DictReader((folder / "results.csv").read_text().splitlines()), held_out(), strict=False):
+        config = replace(case.model, sparsity=case.sparsity)
+        options = {"dtype": row["dtype"], "threads": int(row["threads"]), "backend": case.backend}
+        found = simulate(config, machine, case.context, case.batch, **options)
+        assert found.seconds == pytest.approx(float(row["predicted"]), rel=1e-9)

@@ -72,10 +72,10 @@ def test_arrays_of_places_broadcast() -> None:
 @pytest.mark.parametrize(
     ("axes", "values", "message"),
     [
-        ({"width": (1.0, 2.0)}, np.ones(3), r"has values \(3,\) instead of \(2,\)"),
+        ({"width": (1.0, 2.0)}, np.ones(3), r"a curve over width has values of the shape \[3\] instead of \[2\]"),
         ({"width": (2.0, 1.0)}, np.ones(2), "the places of width in a curve do not increase"),
-        ({"width": (1.0, 2.0)}, np.array([1.0, -1.0]), "has a value that is not positive"),
-        ({"width": (1.0, 2.0)}, np.array([1.0, np.nan]), "has a value that is not positive"),
+        ({"width": (1.0, 2.0)}, np.array([1.0, -1.0]), "an efficiency must be a finite number above 0"),
+        ({"width": (1.0, 2.0)}, np.array([1.0, np.nan]), "an efficiency must be a finite number above 0"),
     ],
 )
 def test_a_broken_curve_is_refused(axes: dict[str, tuple[float, ...]], values: np.ndarray, message: str) -> None:
