@@ -48,7 +48,7 @@ _RISING = (
 _SCALES = (0.25, 0.4, 0.4, 0.4, 2.0)
 _NOISE = 0.03  # relative standard deviation of a measured step
 FLOAT = "float32"
-_FLOOR = 0.02  # of the spread: repeated measurements of one step differ by as much
+_DRIFT = 0.05  # relative standard deviation of a machine's own speed between a calibration and a later step
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def corrected(content: Mapping[str, Any], steps: Sequence[Step]) -> dict[str, An
             if key.split(".")[0] not in content["peak"]:  # a curve of float32, which another type may have of its own
                 own = curves.get(prefix + key, entry)
                 result["efficiency"][prefix + key] = _scaled(key, own, of_type)
-    spread = max(_FLOOR, float(np.sqrt(np.mean(np.square(residuals)))))
+    spread = float(np.sqrt(np.mean(np.square(residuals)) + _DRIFT**2))
     result["spread"] = {"value": round(spread, 4), **fact}
     return result
 

@@ -99,7 +99,7 @@ def test_whole_steps_determine_factors_and_the_time_of_a_call() -> None:
     assert better.launch is not None
     assert better.launch.value == pytest.approx(4e-5, rel=0.15)
     assert better.spread is not None
-    assert better.spread.value == pytest.approx(0.02, abs=0.001)  # the least that a file says
+    assert better.spread.value == pytest.approx(0.05, abs=0.003)  # that of the machine's own speed
     errors = [abs(float(step_terms(s.operations, better, s.setting).total) / s.seconds - 1.0) for s in steps]
     assert max(errors) < 0.02
     assert len(GROUPS) == len(true[1])
