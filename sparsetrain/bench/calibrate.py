@@ -30,7 +30,7 @@ from sparsetrain.cache import check_room
 from sparsetrain.cost.calibrated import Sample, Step, corrected, document
 from sparsetrain.cost.hardware import THIS, Machine, calibrated_path
 from sparsetrain.cost.operations import BACKWARD, FORWARD, UPDATE
-from sparsetrain.cost.simulate import NORMAL_90
+from sparsetrain.cost.simulate import band_factor
 from sparsetrain.cost.timing import Setting
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path
@@ -139,11 +139,9 @@ def calibrate_this(config: CalibrateConfig) -> None:
     """Measure this machine, and print what was found and where it is kept."""
     console = Console()
     machine = calibrate(config.budget_seconds, config.threads, config.dtypes, console)
-    assert machine.spread is not None
     peak, bandwidth = machine.peak_rate("float32"), machine.memory[-1].bandwidth.value
     say(console, f"{machine.label}: {si(peak, 'FLOP/s')} in float32, {si(bandwidth, 'B/s')} of memory")
-    factor = math.exp(NORMAL_90 * machine.spread.value)
-    say(console, f"90 % of step times are expected within {percent(factor - 1.0, 0)} of a prediction")
+    say(console, f"90 % of step times are expected within {percent(band_factor(machine) - 1.0, 0)} of a prediction")
     say(console, f"saved in {calibrated_path()}; sparsetrain simulate machine=this uses it")
     if config.validate:
         _validate(machine, config, console)

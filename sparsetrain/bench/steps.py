@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from sparsetrain import seeds
-from sparsetrain.bench.timing import Work
+from sparsetrain.bench.timing import Work, run_once
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES
 from sparsetrain.cost.operations import Operation, step_operations
 from sparsetrain.cost.sizes import Layers, Sizes
@@ -73,12 +72,9 @@ def step_seconds(work: Work, least: float = _LEAST_SECONDS) -> float:
     """Return the median seconds of a step over at least three calls and ``least`` seconds, after two warm-up calls."""
     spent: list[float] = []
     for number in range(1 << 20):
-        start = time.perf_counter()
-        loss = work.forward()
-        if work.backward is not None:
-            work.backward(loss)
+        _, seconds = run_once(work)
         if number >= 2:  # the first calls compile kernels and make the optimizer's state
-            spent.append(time.perf_counter() - start)
+            spent.append(seconds)
         if len(spent) >= _LEAST_CALLS and sum(spent) >= least:
             break
     return statistics.median(spent)

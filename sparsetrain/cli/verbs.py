@@ -257,7 +257,7 @@ VERBS: dict[str, Verb] = {
         examples=[
             "sparsetrain simulate model=demo sparsity.sparsity=0,0.5,0.9 machine=[cs3,h100] budget.tokens=20000000",
             "sparsetrain simulate init_from=RUN_DIR machine=[this,a100] out=DIR",
-            "sparsetrain simulate model=demo machine=h100 dtype=bfloat16 parallel.data=8 budget.tokens=1000000000",
+            "sparsetrain simulate model=demo machine=h100 dtype=bfloat16 parallelism.data=8 budget.tokens=1000000000",
             "sparsetrain simulate model=demo sparsity.sparsity=0,0.75 machine=cs3 budget.tokens=20000000 equal=flops",
         ],
         inherits=["parameterization", "data", "optimizer", "schedule", "budget", "loop"],

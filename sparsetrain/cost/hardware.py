@@ -224,6 +224,11 @@ class Machine:
         """
         return _Reader(document, where).machine(name)
 
+    @property
+    def streamed(self) -> bool:
+        """Whether weights stream to the machine layer by layer."""
+        return self.execution == EXECUTIONS[1]
+
     def save(self, path: Path) -> None:
         """Write the machine's file."""
         import yaml

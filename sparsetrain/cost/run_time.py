@@ -20,7 +20,7 @@ from sparsetrain.cost.extras import DENSE_GRADIENT, update_operations
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import BACKWARD, LINEAR, OPTIMIZER, PRODUCTS, Operation, step_operations
 from sparsetrain.cost.run_flops import Stretch
-from sparsetrain.cost.simulate import RESIDENT, Estimate, estimate_of
+from sparsetrain.cost.simulate import Estimate, estimate_of
 from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.timing import AUTO, MASKED, Setting, step_terms
 from sparsetrain.errors import UserError
@@ -109,7 +109,7 @@ class _Step:
         self.setting = Setting(work.dtype, work.backend or AUTO, threads=threads)
         self.sizes, self.value_bytes = Sizes.of(work.model), VALUE_BYTES.get(work.dtype, 4.0)
         # Weights that stream to a machine would stream for every micro-batch, so it takes the batch at once.
-        whole = machine.execution != RESIDENT or parallelism is not None  # which has micro-batches of its own
+        whole = machine.streamed or parallelism is not None  # which has micro-batches of its own
         self.sequences = stretch.batch_size if whole else stretch.micro_batch
 
     def estimate(self) -> Estimate:
@@ -156,7 +156,7 @@ class _Step:
     def _changed(
         self, found: Estimate, added: Sequence[Operation] = (), taken: Sequence[Operation] = (), times: int = 1
     ) -> Estimate:
-        """Return an estimate with operations added and taken away, each so many ``times``."""
+        """Return an estimate with operations added and taken away ``times`` times."""
         more, less = (step_terms(each, self.machine, self.setting).as_dict() for each in (added, taken))
         terms = {name: max(0.0, old + times * float(more[name] - less[name])) for name, old in found.terms.items()}
         seconds = math.fsum(terms.values())

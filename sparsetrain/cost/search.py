@@ -36,7 +36,7 @@ class Division:
     recompute: str = NONE
 
     def parallelism(self, devices: Any, micro_batch: Any) -> Parallelism:
-        """Return how a step on ``devices`` replicas with micro-batches of so many sequences is divided."""
+        """Return how a step on ``devices`` replicas with micro-batches of ``micro_batch`` sequences is divided."""
         return Parallelism(data=devices, micro_batch=micro_batch, zero=self.zero, recompute=self.recompute)
 
 
@@ -139,10 +139,10 @@ def predict(candidates: Candidates, machine: Machine, setting: Setting) -> Predi
         candidates: configurations. machine: each device. setting: how products are computed.
 
     Raises:
-        UserError: a batch is no multiple of its devices, no link joins so many of them, or the machine's file lacks a
+        UserError: a batch is no multiple of its devices, no link joins all of them, or the machine's file lacks a
             rate or a link.
     """
-    room = (machine.memory[0] if machine.execution == "streamed" else machine.memory[-1]).size.value
+    room = (machine.memory[0] if machine.streamed else machine.memory[-1]).size.value
     parts = [
         _predict(candidates.part(slice(start, start + _CHUNK)), machine, setting, room)
         for start in range(0, len(candidates), _CHUNK)
@@ -207,7 +207,7 @@ def _held(candidates: Candidates, micro: Array, machine: Machine, setting: Setti
     layers = counted_layers(candidates.layers, machine, setting)
     parallelism = divided.parallelism(candidates.devices, micro)
     found = cluster_memory(sizes, context, candidates.batch, parallelism, setting, layers)
-    if machine.execution == "streamed":  # the wafer has the activations, and another device the rest
+    if machine.streamed:  # the wafer has the activations, and another device the rest
         return np.asarray(found.activations + found.working)
     held = np.asarray(found.total)
     if setting.dtype != "float32":

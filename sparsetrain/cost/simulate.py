@@ -32,10 +32,9 @@ from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.sparsity.layers.linear import SparseLinear
 
-NORMAL_90 = 1.6449  # 90 % of a normal distribution lie within so many standard deviations
+NORMAL_90 = 1.6449  # standard deviations around the mean that hold 90 % of a normal distribution
 _UNKNOWN_SPREAD = 0.3  # of a machine without measured steps
 _GIB = 1 << 30
-RESIDENT = "resident"
 
 
 @dataclass(frozen=True)
@@ -159,8 +158,9 @@ def simulate(
         assert isinstance(model, nn.Module)
         if parallelism is not None:
             raise UserError(f"parallelism needs a model of the library, not a {type(model).__name__}")
-        notes = ("Only matrix products and the optimizer are counted: the model is none of the library's.",)
         operations, memory = _traced(model, context, batch), _traced_memory(model)
+        alone = "Only matrix products and the optimizer are counted: the model is none of the library's."
+        notes = (alone, *_unused(operations, place, setting))
         one = _estimate(place, step_terms(operations, place, setting), operations, memory, 1, notes)
         one = replace(one, tokens=context * batch)
     else:
@@ -197,24 +197,18 @@ def estimate_of(
         UserError: as `simulate` raises it.
     """
     sizes, divided = Sizes.of(shape.config), Parallelism() if parallelism is None else parallelism
-    stored = step_operations(sizes, float(context), float(batch), shape.layers, frozen=shape.frozen)
-    total = round(math.fsum(float(each.count * each.flops) for each in stored if each.kind in PRODUCTS))
-    sparse = any(operation.is_sparse for operation in stored)
-    shape = replace(shape, layers=counted_layers(shape.layers, machine, setting))
-    operations = step_operations(
-        sizes,
-        float(context),
-        float(batch),
-        shape.layers,
-        value_bytes=VALUE_BYTES.get(setting.dtype, 4.0),
-        frozen=shape.frozen,
-        prompt_tokens=float(shape.prompt_tokens),
-        whole_logits=machine.roofline,
-    )
-    notes: tuple[str, ...] = ()
-    if sparse and not uses_zeros(machine, setting):
-        notes = (f"{machine.name} cannot skip single zeros: sparse matrices are counted as dense.",)
-    if parallelism is None and machine.execution == RESIDENT:
+    options: dict[str, Any] = {
+        "value_bytes": VALUE_BYTES.get(setting.dtype, 4.0),
+        "frozen": shape.frozen,
+        "prompt_tokens": float(shape.prompt_tokens),
+        "whole_logits": machine.roofline,
+    }
+    operations = step_operations(sizes, float(context), float(batch), shape.layers, **options)
+    total, notes = _products(operations), _unused(operations, machine, setting)
+    if notes:
+        shape = replace(shape, layers=counted_layers(shape.layers, machine, setting))
+        operations = step_operations(sizes, float(context), float(batch), shape.layers, **options)
+    if parallelism is None and not machine.streamed:
         terms = step_terms(operations, machine, setting)
     else:
         terms = cluster_terms(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
@@ -242,7 +236,7 @@ def _estimate(
         machine=machine.name,
         seconds=seconds,
         band=(seconds / factor, seconds * factor),
-        flops=round(math.fsum(float(each.count * each.flops) for each in operations if each.kind in PRODUCTS)),
+        flops=_products(operations),
         bytes=round(math.fsum(float(each.count * (each.bytes + each.index_bytes)) for each in operations)),
         peak_memory=memory,
         energy=None if machine.power is None else machine.power.value * devices * seconds,
@@ -253,6 +247,18 @@ def _estimate(
         devices=devices,
         notes=notes,
     )
+
+
+def _products(operations: Sequence[Operation]) -> int:
+    """Return the FLOPs of the matrix products on stored weights."""
+    return round(math.fsum(float(each.count * each.flops) for each in operations if each.kind in PRODUCTS))
+
+
+def _unused(operations: Sequence[Operation], machine: Machine, setting: Setting) -> tuple[str, ...]:
+    """Return the sentence about zeros that a machine cannot use, or nothing."""
+    if uses_zeros(machine, setting) or not any(operation.is_sparse for operation in operations):
+        return ()
+    return (f"{machine.name} cannot skip single zeros: sparse matrices are counted as dense.",)
 
 
 def band_factor(machine: Machine) -> float:
@@ -276,7 +282,7 @@ def _memory(
     Raises:
         UserError: the machine has less; the line says how much is missing and what would fit.
     """
-    if setting.dtype != "float32" or float(divided.devices) > 1 or machine.execution != RESIDENT:
+    if setting.dtype != "float32" or float(divided.devices) > 1 or machine.streamed:
         sizes = Sizes.of(shape.config)
         held = check_fits(sizes, float(context), float(batch), machine, divided, setting, shape.layers)
         return round(float(held.total))

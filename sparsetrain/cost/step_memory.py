@@ -163,7 +163,7 @@ def bytes_of(
     logits = np.minimum(tokens, 2.0 * chunk_tokens(int(sizes.vocabulary))) * sizes.vocabulary
     # The result of the final norm lives until the loss is known.
     moments = [blocks + outer + stream + logits, blocks + outer + stream + head]
-    held = blocks + outer - norm  # new gradients have taken the place of those that the loss has saved
+    held = blocks + outer - norm  # new gradients have taken the place of the gradients that the loss has saved
     moments.append(held + stream + norm)
     for group, values in zip(reversed(layers), reversed(saved), strict=True):
         now: Number = 0.0

@@ -11,12 +11,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from sparsetrain.cost.simulate import NORMAL_90
 from sparsetrain.files import file_errors, write_json, write_text
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
 from sparsetrain.report.text import percent
 
 Row = Mapping[str, Any]
-_NORMAL_90 = 1.6449
 
 
 def validation_lines(found: Mapping[str, Row]) -> Iterator[str]:
@@ -63,7 +63,7 @@ def _figure(rows: Sequence[Row], label: str, spread: float, path: Path) -> None:
             ]
             for count in threads
         }
-        factor = math.exp(_NORMAL_90 * spread)
+        factor = math.exp(NORMAL_90 * spread)
         for axes, groups, unit in ((left, steps, "seconds of a step"), (right, ratios, "sparse over dense")):
             for index, (name, points) in enumerate(groups.items()):
                 x, y = [point[0] for point in points], [point[1] for point in points]

@@ -35,9 +35,9 @@ class Provision:
     Args:
         budget: its kind, amount and unit.
         law: what the losses are from.
-        candidates, valid: all of the grid, and those that fit and are long enough.
+        candidates, valid: all of the grid, and the number that fits and is long enough.
         pareto: how many of these no other one beats.
-        rows: those that are shown.
+        rows: the rows that are shown.
         notes: sentences.
     """
 
@@ -110,7 +110,7 @@ def provisioned(config: ProvisionConfig) -> tuple[Search, list[Place], Provision
 
 
 def thinned(front: Sequence[Place], most: int) -> list[Place]:
-    """Return at most so many of a list, evenly, with both ends."""
+    """Return at most this number of entries of a list, evenly, with both ends."""
     if len(front) <= most:
         return list(front)
     if most == 1:

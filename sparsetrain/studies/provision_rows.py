@@ -39,7 +39,7 @@ class Row:
         seconds, band: of the run, and between which 90 % of measured times lie.
         cost, energy: USD and joules; None where the machine's file does not say.
         flops: matrix products on nonzeros, of the run.
-        peak_memory, room: bytes on the fullest device, and those that it has.
+        peak_memory, room: bytes of a step on the fullest device, and bytes that the device has.
         loss, loss_interval: by the law, with its 95 % interval where that is known.
         inside: whether the law was fitted at such sizes and lengths; None where that is not known.
         spend: share of the budget.

@@ -14,7 +14,7 @@ import torch
 
 from sparsetrain.cost.cluster.parallelism import NONE, RECOMPUTE, ZERO_STAGES, Parallelism
 from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
-from sparsetrain.cost.flops import hidden_shapes
+from sparsetrain.cost.flops import hidden_shapes, matrices
 from sparsetrain.cost.hardware import Machine
 from sparsetrain.cost.operations import step_operations
 from sparsetrain.cost.run_flops import RunFlops, rule_of_length
@@ -100,7 +100,7 @@ class SimulateConfig(PretrainConfig):
         machine: a machine or a list: a shipped name, ``this`` after `sparsetrain calibrate`, or a YAML file.
         dtype: of products: float32, bfloat16, float16 or float8, as the machine has it; null is that of
             ``loop.precision``.
-        parallel: how the step is divided among several machines.
+        parallelism: how the step is divided among several machines.
         equal: what all rows have in common: ``tokens``, ``flops`` or ``loss`` of the first row. The tokens of the other
             rows follow from it; ``loss`` needs ``laws``.
         laws: a law of loss from `sparsetrain fit law=loss`, or a list of laws at several sparsities, of which
@@ -114,7 +114,7 @@ class SimulateConfig(PretrainConfig):
 
     machine: Any = "this"
     dtype: str | None = None
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    parallelism: ParallelConfig = field(default_factory=ParallelConfig)
     equal: str = "tokens"
     laws: Any = None
     format: str = "text"
@@ -151,7 +151,7 @@ class Simulated:
     """A row: a configuration on a machine.
 
     Args:
-        settings: those that differ between the rows, by name.
+        settings: the settings that differ between the rows, by name.
         sparsity: of the hidden matrices at the start, in [0, 1).
         estimate: of a run, or of a step if the run has no length.
         step: seconds of its first step.
@@ -233,7 +233,7 @@ def _row(
     counted = nonzeros if law is not None and "nonzero" in law.inputs[0].unit else whole
 
     def run(tokens: int | None = None) -> Estimate:
-        return predicted(_work(config, model, tokens), machine, config.parallel.build())
+        return predicted(_work(config, model, tokens), machine, config.parallelism.build())
 
     estimate = run()
     if base is not None and config.equal == "flops":
@@ -248,7 +248,7 @@ def _row(
 
 
 def _work(config: SimulateConfig, model: ModelConfig, tokens: int | None) -> RunWork:
-    """Return the steps of a configuration, or those that a run had; ``tokens`` replaces the length."""
+    """Return the steps of a configuration, or the steps of a finished run; ``tokens`` replaces the length."""
     if config.init_from is not None and tokens is None:
         work = work_of(Path(config.init_from))
     else:
@@ -293,13 +293,12 @@ def _model(config: SimulateConfig, inputs: Inputs) -> ModelConfig:
 
 
 def _hidden(config: SimulateConfig, model: ModelConfig) -> tuple[float, float]:
-    """Return the elements of the hidden matrices, and those that are stored at the start."""
-    shapes = hidden_shapes(model)
-    whole = float(sum(rows * columns for rows, columns in shapes.values()))
-    if not config.sparsity.is_sparse:
-        return whole, whole
-    densities = allocated_densities(shapes, config.sparsity, Static())(0)
-    return whole, sum(densities.get(name, 1.0) * rows * columns for name, (rows, columns) in shapes.items())
+    """Return the elements of the hidden matrices, and the stored ones at the start."""
+    densities = {}
+    if config.sparsity.is_sparse:
+        densities = dict(allocated_densities(hidden_shapes(model), config.sparsity, Static())(0))
+    hidden = matrices(model, densities or 1.0)
+    return float(sum(matrix.numel for matrix in hidden)), float(sum(matrix.nnz for matrix in hidden))
 
 
 def _differences(configs: Sequence[SimulateConfig]) -> list[dict[str, Any]]:
@@ -317,20 +316,16 @@ def _break_even(config: SimulateConfig, model: ModelConfig, machines: Sequence[M
     threads = config.threads or torch.get_num_threads()
     dtype = _work(config, model, None).dtype
     setting = Setting(dtype, config.sparsity.backend, threads=threads)
-    division = config.parallel.build()
+    division = config.parallelism.build()
     found: dict[str, float | None] = {}
     for machine in machines:
-        if division is None and machine.execution == "resident":
-            counted = counted_layers(layers, machine, setting)
+        counted = counted_layers(layers, machine, setting)
+        if division is None and not machine.streamed:
             operations = step_operations(sizes, context, batch, counted, value_bytes=VALUE_BYTES[dtype])
-            seconds = np.asarray(step_terms(operations, machine, setting).total)
+            terms = step_terms(operations, machine, setting)
         else:
-            whole = division or Parallelism()
-            seconds = np.asarray(
-                cluster_terms(
-                    sizes, context, batch, machine, whole, setting, counted_layers(layers, machine, setting)
-                ).total
-            )
+            terms = cluster_terms(sizes, context, batch, machine, division or Parallelism(), setting, counted)
+        seconds = np.asarray(terms.total)
         saves = np.broadcast_to(seconds < 0.99 * seconds.flat[0], SPARSITIES.shape)
         slower = np.flatnonzero(~saves)
         last = int(slower[-1]) if len(slower) else -1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsetrain import Machine, ModelConfig, Parallelism, Transformer, UserError, flops, simulate
+from sparsetrain import Machine, ModelConfig, Parallelism, Transformer, UserError, flops, simulate, sparsify
 from sparsetrain.cost.hardware import shipped
 from sparsetrain.sparsity import SparsityConfig
 
@@ -79,6 +79,8 @@ def test_another_module_is_traced_and_left_alone() -> None:
     assert found.flops == 6 * 32 * 4 * (64 * 256 + 256 * 100)
     assert any("Only matrix products" in note for note in found.notes)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    sparsify(module, sparsity=0.5, seed=0)
+    assert any("counted as dense" in note for note in simulate(module, "a100", 32, 4).notes)
 
 
 @given(

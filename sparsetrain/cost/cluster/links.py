@@ -58,7 +58,7 @@ def group(machine: Machine, size: Number, stride: Number) -> Group:
     """Return devices that are ``stride`` apart.
 
     Raises:
-        UserError: the machine's file has no link that joins so many devices.
+        UserError: the machine's file has no link that joins this number of devices.
     """
     links = sorted(machine.links, key=lambda link: link.devices)
     span = np.max(np.asarray(size * stride))

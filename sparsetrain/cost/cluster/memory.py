@@ -117,7 +117,7 @@ def check_fits(
         UserError: they do not; the line says how much is missing, and what would fit.
     """
     needed = cluster_memory(sizes, context, global_batch, parallelism, setting, layers)
-    level = machine.memory[0 if machine.execution == "streamed" else -1]
+    level = machine.memory[0 if machine.streamed else -1]
     wanted, room = float(_on_device(needed, machine)), level.size.value
     if wanted <= room:
         return needed
@@ -139,7 +139,7 @@ def check_fits(
 
 def _on_device(found: ClusterMemory, machine: Machine) -> Number:
     """Return the bytes on the device itself: if weights are streamed, their memory has everything else."""
-    return found.activations + found.working if machine.execution == "streamed" else found.total
+    return found.activations + found.working if machine.streamed else found.total
 
 
 def _alternatives(
@@ -152,7 +152,7 @@ def _alternatives(
         yield f"micro_batch={value}", replace(now, micro_batch=float(value))
     least = replace(now, micro_batch=1.0)
     yield "micro_batch=1 recompute=full", replace(least, recompute=FULL)
-    if machine.execution == "streamed":
+    if machine.streamed:
         return
     least = replace(least, recompute=FULL)
     if float(now.data) > 1 and now.zero < 3:

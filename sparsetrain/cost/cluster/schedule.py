@@ -127,7 +127,7 @@ class _Step:
 
     @property
     def streams(self) -> bool:
-        return self.machine.execution == "streamed"
+        return self.machine.streamed
 
     def blocks(self) -> _Seconds:
         """Return the seconds of a micro-batch in all blocks, communication included."""
