@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,10 +96,13 @@ class Curve:
                 brackets.insert(0, ((low, 1.0 - share), (low + 1, share)))
         if not brackets:
             return np.exp(table)
+        steps = [stride // table.itemsize for stride in np.ascontiguousarray(table).strides]
+        flat = np.ravel(table)
         total: Number = 0.0
         for corner in product(*brackets):
             weight: Number = 1.0
-            for _, part_of in corner:
-                weight = weight * part_of
-            total = total + weight * table[tuple(index for index, _ in corner)]
+            place: Any = 0
+            for (index, part_of), step in zip(corner, steps, strict=True):
+                weight, place = weight * part_of, place + index * step
+            total = total + weight * flat.take(place)
         return np.exp(total)

@@ -24,7 +24,7 @@ from sparsetrain.cost.cluster.schedule import VALUE_BYTES, cluster_terms
 from sparsetrain.cost.flop_ledger import check_whole
 from sparsetrain.cost.flops import Density
 from sparsetrain.cost.hardware import Machine
-from sparsetrain.cost.operations import OPTIMIZER, PRODUCTS, Operation, step_operations
+from sparsetrain.cost.operations import INDEX_BYTES, OPTIMIZER, PRODUCTS, Operation, step_operations
 from sparsetrain.cost.sizes import Sizes
 from sparsetrain.cost.step_memory import backend_of, memory_of
 from sparsetrain.cost.timing import AUTO, MASKED, Setting, Terms, counted_layers, step_terms, uses_zeros
@@ -320,7 +320,8 @@ def _traced(model: nn.Module, context: int, batch: int) -> list[Operation]:
         if entry.kind not in PRODUCTS:
             continue
         products = 2.0 if entry.phase == "backward" else 1.0
-        weights = entry.dense_flops / (2.0 * products * tokens)
+        weights, stored = (each / (2.0 * products * tokens) for each in (entry.dense_flops, entry.flops))
+        positions = INDEX_BYTES * stored if entry.flops < entry.dense_flops else 0.0
         sizes = {"width": math.sqrt(max(1.0, weights)), "tokens": tokens, "density": entry.flops / entry.dense_flops}
         sizes |= {"context": float(context), "d_head": 64.0, "vocabulary": sizes["width"], "features": sizes["width"]}
         found.append(
@@ -331,7 +332,7 @@ def _traced(model: nn.Module, context: int, batch: int) -> list[Operation]:
                 float(entry.flops),
                 float(entry.dense_flops),
                 float(entry.bytes),
-                float(entry.index_bytes),
+                positions,
                 sizes,
             )
         )
