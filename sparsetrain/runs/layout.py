@@ -7,6 +7,7 @@
         backends.json       backend of each sparse layer
         metrics.jsonl       one line per logged step and per evaluation
         checkpoints/        see `sparsetrain.runs.checkpoint`
+        task.json           how a task asks, see `sparsetrain.data.tasks.form`
         result.json         written last; if it exists, the run is done
 
 A pipeline also has ``report.json``, ``report.html`` and a directory ``ARM/STAGE`` for each of its runs. A bench has
@@ -19,6 +20,7 @@ from pathlib import Path
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
 METRICS, LOCK, TRAIN_IDS, BACKENDS = "metrics.jsonl", ".lock", "train_ids.txt", "backends.json"
+TASK = "task.json"
 REPORT, PAGE, BENCH = "report.json", "report.html", "bench.json"
 
 

@@ -7,10 +7,8 @@ trains or resumes, and writes the result.
 from __future__ import annotations
 
 import glob
-import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +39,7 @@ from sparsetrain.stages.directories import run_directory
 from sparsetrain.stages.finished import skipped
 from sparsetrain.stages.masks import seeded, starts_sparse
 from sparsetrain.stages.memory import check_memory, memory_errors
+from sparsetrain.stages.stopwatch import Stopwatch
 from sparsetrain.stages.work import prediction
 from sparsetrain.training.loop import Trainer, load_weights
 from sparsetrain.training.observers import OBSERVERS, Metrics, Observer, Progress, noise_scale_of
@@ -124,6 +123,10 @@ class Stage(ABC, Generic[C]):
             UserError: the input cannot be used.
         """
 
+    def save(self, origin: Origin, directory: Path) -> None:
+        """Write into the run directory what a user of the trained model needs besides its weights."""
+        origin.save(directory)
+
     @abstractmethod
     def workload(self, prefix: str = "") -> tuple[Workload, str, dict[str, str]]:
         """Return what the training holds in memory, its description for messages, and the settings to reduce.
@@ -205,7 +208,7 @@ def train(stage: Stage[Any], observers: Sequence[Observer] = ()) -> RunResult:
             return skipped(done, console)
         stage.prepare(origin)
         check_memory(*stage.workload(), resolve_device(config.device), config.force)
-        origin.save(directory)
+        stage.save(origin, directory)
         with memory_errors("this training"):
             return _train(stage, directory, observers)
 
@@ -350,26 +353,6 @@ def layer_densities(model: Transformer) -> dict[str, float]:
 def overall_density(model: Transformer) -> float:
     """Return nonzeros divided by elements, over all hidden matrices (those in blocks)."""
     return hidden_density(model.config, layer_densities(model))
-
-
-class Stopwatch:
-    """Measures the time that a stage spends outside its loop; the loop has its own clock, which survives a resume."""
-
-    def __init__(self) -> None:
-        self._started = time.monotonic()
-        self._inside = 0.0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count the time spent in the block."""
-        before = time.monotonic()
-        try:
-            yield
-        finally:
-            self._inside += time.monotonic() - before
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started - self._inside
 
 
 def progress_entries(state: TrainState, clock: Stopwatch) -> Mapping[str, Any]:

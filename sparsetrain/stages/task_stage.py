@@ -31,6 +31,7 @@ from sparsetrain.data import (
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget
+from sparsetrain.runs.layout import TASK
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
@@ -108,6 +109,10 @@ class TaskStage(Stage[C]):
             *(self.task.train, origin.tokenizer, self.task.answers, self.context, config.budget.first_batch),
             *(config.samples_seed, self.kind, self.slots),
         )
+
+    def save(self, origin: Origin, directory: Path) -> None:
+        super().save(origin, directory)
+        self.task.form.save(directory / TASK)
 
     @property
     def context(self) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from sparsetrain.data.split import position
+from sparsetrain.data.tasks.form import Form
 from sparsetrain.errors import UserError
 
 
@@ -19,22 +20,32 @@ class Example:
     Args:
         id: the id of the document that the example was made from, with a suffix ``/...`` if it has several examples.
         source: the text that the model reads.
-        label: index into the task's labels.
+        label: index of the right answer; unused for several labels and for a free answer.
+        group: the document that the example was made from; None for the part of ``id`` before a ``/``.
+        after: for several labels, the text behind the asked label.
+        holds: for several labels, the indices of the labels that hold.
+        choices: for a multiple choice, its answers, with their leading spaces.
+        answer: for a free answer, the text of the answer, with its leading space.
     """
 
     id: str
     source: str
-    label: int
+    label: int = 0
+    group: str | None = None
+    after: str = ""
+    holds: frozenset[int] = frozenset()
+    choices: tuple[str, ...] = ()
+    answer: str = ""
 
     @property
     def document(self) -> str:
         """The id of the document that the example was made from."""
-        return self.id.partition("/")[0]
+        return self.id.partition("/")[0] if self.group is None else self.group
 
 
 @dataclass(frozen=True)
 class Task:
-    """A classification task for a language model.
+    """A labelled task for a language model.
 
     Args:
         name: the name of the task.
@@ -43,6 +54,10 @@ class Task:
         train: the training examples.
         validation: the validation examples.
         test: the test examples.
+        template: how a row of a table becomes a source, see `Form`; for rows that the task itself does not have.
+        kind: the kind of the task, see `Form`.
+        length_rule: how answers of different lengths compare, see `Form`.
+        choices: for a multiple choice, the columns of the choices.
     """
 
     name: str
@@ -51,6 +66,15 @@ class Task:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
+    template: str = "{text}"
+    kind: str = "one_label"
+    length_rule: str = "sum"
+    choices: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> Form:
+        """How the task asks its questions."""
+        return Form(self.name, self.labels, self.answers, self.template, self.kind, self.length_rule, self.choices)
 
     def check(self) -> None:
         """Raise `UserError` unless a model can be trained and tested on the task."""

@@ -108,4 +108,5 @@ def load(config: TaskConfig) -> Task:
         train=take(rest[n_held_out:], config.n_train, config.seed),
         validation=take(rest[:n_held_out], config.n_validation, config.seed),
         test=take(test, config.n_test, config.seed),
+        template="{context}\nquestion: {question}\nanswer:",
     )

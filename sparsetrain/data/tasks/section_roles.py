@@ -62,4 +62,5 @@ def load(config: TaskConfig) -> Task:
         train=take(found["train"], config.n_train, config.seed),
         validation=take(found["validation"], config.n_validation, config.seed),
         test=take(found["test"], config.n_test, config.seed),
+        template=f"{{text}}{_CUE}",
     )
