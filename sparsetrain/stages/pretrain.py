@@ -31,7 +31,6 @@ from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_spar
 from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
     Stage,
-    Stopwatch,
     Subject,
     Training,
     build_model,
@@ -39,6 +38,7 @@ from sparsetrain.stages.stage import (
     restored_model,
     train,
 )
+from sparsetrain.stages.stopwatch import Stopwatch
 from sparsetrain.stages.text import Text, total
 from sparsetrain.stages.work import work_on_text
 from sparsetrain.training.evaluate import TextScore, score_text

@@ -37,7 +37,8 @@ from sparsetrain.seeds import derive_seed
 from sparsetrain.shapes import Count
 from sparsetrain.stages.config import RunConfig, identify, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors, training_workload
-from sparsetrain.stages.stage import Stopwatch, build_model
+from sparsetrain.stages.stage import build_model
+from sparsetrain.stages.stopwatch import Stopwatch
 from sparsetrain.training.state import resolve_device
 
 AXES = ("sparsity", "width", "depth")
