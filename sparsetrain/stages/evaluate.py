@@ -383,7 +383,7 @@ def _why_not(best: float | None, trained: int) -> str:
 
 
 def _tokens(probe: Probe, tokenizer: Tokenizer) -> int:
-    return len(tokenizer.encode(probe.prompt)) + max(len(tokenizer.encode(choice)) for choice in probe.choices)
+    return len(tokenizer.encode(probe.prompt)) + max(map(len, tokenizer.encode_continuations(probe.choices)))
 
 
 def _losses(model: Transformer, device: torch.device) -> Any:
