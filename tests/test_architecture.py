@@ -53,7 +53,7 @@ ORDER = [
         "quantization",
         "gradients",
         "cost",
-        *("data.checksums", "data.split", "data.bpe_training", "data.token_sizes", "data.tokenizer_file"),
+        *("data.checksums", "data.split", "data.parts", "data.bpe_training", "data.token_sizes", "data.tokenizer_file"),
         *("data.tokenizer_end", "data.tokenizer_formats", "data.tokenizer", "data.tokens"),
         *("data.sources", "data.medline", "data.tasks", "data"),
         "optim",

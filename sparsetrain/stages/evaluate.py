@@ -192,7 +192,7 @@ class Evaluation:
         context, found = last_context(self.run), []
         for name, corpus in self.corpora.items():
             windows = sequential_windows(corpus.validation, context, FINAL_EVALUATION)
-            score = score_text(model, _losses(model, device), windows.split(_ROWS), self.corpora.tokenizer.token_bytes)
+            score = score_text(model, _losses(model, device), windows.split(_ROWS))
             numbers: TextRow = {
                 "corpus": name,
                 "context": context,
