@@ -59,8 +59,12 @@ class DataConfig(SourceConfig):
     Args:
         name: the source of the text: ``medline`` (the embedded default), ``file``, ``hub``, ``python``, ``hadith``,
             ``key_values``, or a registered source.
-        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory or glob of such files. It implies
-            ``name=file``, unless the named source takes a path itself.
+        path: a ``.txt``, ``.jsonl`` or ``.parquet`` file, or a directory of such files; or a file or a glob of plain
+            text of any suffix, such as ``'src/**/*.py'``. It implies ``name=file``, unless the named source takes a
+            path itself.
+        separator: how plain text is cut into documents. Null makes each file one document, byte for byte. Any other
+            text, such as ``'\\n\\n'`` or ``'<|endoftext|>'``, stands between documents and belongs to none.
+            ``blank_line`` is the cut of earlier versions: at blank lines, without the white space around a document.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         group_field: the field of such rows that holds the group of a document; documents of one group share a split.
@@ -68,12 +72,15 @@ class DataConfig(SourceConfig):
             which they are imported.
         key_values: the documents that ``name=key_values`` generates.
         tokenizer: ``bpe``, trained on the training documents, or ``bytes``.
-        tokenizer_path: a ``tokenizer.json`` that is used instead.
+        tokenizer_path: a tokenizer that is used instead: a ``tokenizer.json``, a SentencePiece ``.model``, a
+            ``.tiktoken``, a Hugging Face directory, or a name on the Hugging Face hub.
+        eos_token: the token of ``tokenizer_path`` that ends a document; null takes the one that its files name.
         vocab_size: largest vocabulary of the trained tokenizer.
         max_documents: largest number of documents for training and validation, a random subset. The subset of a
             smaller number is part of the subset of a larger one.
         context: tokens per sample; does not change the corpus.
-        validation_fraction: share of the documents held out for validation.
+        validation_fraction: share of the documents held out for validation. Documents of plain text are held out whole;
+            of a single long one, or if the others are too small, the end of the longest is.
         test_fraction: share held out for tests of tasks. None takes the source's own: 0.1 for ``medline``, 0 for
             the other sources here.
         token_dtype: ``auto``, ``uint16`` or ``uint32``.
@@ -91,6 +98,7 @@ class DataConfig(SourceConfig):
 
     tokenizer: str = "bpe"
     tokenizer_path: str | None = None
+    eos_token: str | None = None
     vocab_size: int = 4096
     max_documents: int | None = None
     context: int = 128
@@ -105,6 +113,8 @@ class DataConfig(SourceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("data.tokenizer", self.tokenizer, ("bpe", "bytes"))
+        if self.eos_token is not None and (self.tokenizer_path is None or not self.eos_token):
+            raise UserError(f"data.eos_token={self.eos_token!r:.60} must be a token of data.tokenizer_path")
         check_fractions(self.validation_fraction, self.resolved_test_fraction)
         if self.context < 1:
             raise UserError(f"data.context={self.context} is too small; the least is 1")
@@ -163,7 +173,10 @@ class DataConfig(SourceConfig):
         """Return the tokenizer, or None if it is trained on the text; raises `UserError` as `Tokenizer.load` does."""
         if self.tokenizer_path is None and self.tokenizer == "bpe":
             return None
-        found = Tokenizer.bytes() if self.tokenizer_path is None else Tokenizer.load(self.tokenizer_path)
+        if self.tokenizer_path is None:
+            found = Tokenizer.bytes()
+        else:
+            found = Tokenizer.load(self.tokenizer_path, self.eos_token)
         return found.with_sentinels() if self.fim_rate > 0 else found
 
     @property

@@ -2,7 +2,7 @@
 
 `prepare` finds or makes it. The name of a corpus's directory has a hash of everything that its content depends on. The
 directory is built under a temporary name and then renamed. It holds ``train.bin``, ``validation.bin``,
-``tokenizer.json``, ``train_ids.txt`` and ``manifest.json``.
+``tokenizer.json``, ``train_ids.txt`` and ``manifest.json``, and ``validation.bytes.bin`` for some tokenizers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,17 @@ from typing import TYPE_CHECKING, Any
 from sparsetrain.cache import cache_directory, clear_leftovers, whole_directory
 from sparsetrain.data.checksums import sha256_once
 from sparsetrain.data.config import DataConfig
-from sparsetrain.data.corpus_manifest import SPLITS, check_files, read_manifest, read_train_ids, write_manifest
+from sparsetrain.data.corpus_manifest import (
+    SPLITS,
+    VALIDATION_BYTES,
+    check_files,
+    read_manifest,
+    read_train_ids,
+    write_manifest,
+)
 from sparsetrain.data.display import Display, Report
 from sparsetrain.data.division import Division, divide
-from sparsetrain.data.encoding import Encoder, write_tokens
+from sparsetrain.data.encoding import SIZES, Encoder, Written, write_tokens
 from sparsetrain.data.sources.base import Source
 from sparsetrain.data.tokenizer import SENTINELS, Tokenizer
 from sparsetrain.data.tokens import TokenFile, token_dtype
@@ -68,6 +75,22 @@ class Corpus:
             f"({documents:,} documents, {tokens:,} tokens, {size:,} bytes, vocabulary {self.tokenizer.vocab_size:,})"
         )
 
+    def notes(self) -> list[str]:
+        """Return lines that a user should know: the validation text, files left out, and text that does not come back.
+
+        A corpus of short documents with a lossless tokenizer has none.
+        """
+        lines = [self.manifest["validation"]] if "validation" in self.manifest else []
+        if empty := self.manifest["about_source"].get("empty_files"):
+            lines.append(f"left out: {empty:,} empty files")
+        trip = self.manifest.get("round_trip")
+        if trip is not None:
+            lines.append(
+                f"tokenizer: {trip['changed']:,} of {trip['documents']:,} documents do not come back as they were; "
+                f"{trip['unknown_tokens']:,} tokens stand for unknown text"
+            )
+        return lines
+
 
 def prepare(config: DataConfig, progress: bool = True, console: Console | None = None) -> Corpus:
     """Return the corpus that ``config`` describes; build it if the cache does not have it.
@@ -96,7 +119,8 @@ def prepare(config: DataConfig, progress: bool = True, console: Console | None =
                     raise UserError(f"{config.kind}: the text changed while it was read; run the same command again")
     corpus = replace(open_corpus(directory), cached=cached)
     if progress:
-        say(screen, corpus.describe())
+        for line in (corpus.describe(), *corpus.notes()):
+            say(screen, line)
     return corpus
 
 
@@ -134,10 +158,10 @@ def open_corpus(directory: Path) -> Corpus:
             "directory to build it again"
         )
     tokenizer = Tokenizer.load(directory / _TOKENIZER)
-    train, validation = (
-        TokenFile(directory / f"{split}.bin", manifest["dtype"], manifest["splits"][split]["tokens"])
-        for split in SPLITS
-    )
+    count = manifest["splits"]["validation"]["tokens"]
+    sizes = tokenizer.token_bytes if tokenizer.lossless else TokenFile(directory / VALIDATION_BYTES, SIZES, count)
+    train = TokenFile(directory / "train.bin", manifest["dtype"], manifest["splits"]["train"]["tokens"])
+    validation = TokenFile(directory / "validation.bin", manifest["dtype"], count, sizes)
     check_files(directory, manifest)
     return Corpus(directory, manifest, tokenizer, train, validation, cached=True)
 
@@ -210,8 +234,8 @@ def _build(
     tokenizer.save(directory / _TOKENIZER)
     encoder = Encoder(tokenizer, dtype, config.fim_rate, config.fim_spm_rate)
     documents = division.assigned(source.documents())
-    counts, left_out = write_tokens(directory, encoder, documents, division.bytes, display.task("encode"))
-    splits = {split: {**counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in SPLITS}
+    written = write_tokens(directory, encoder, documents, division.bytes, display.task("encode"))
+    splits = {split: {**written.counts[split], "sha256": sha256_of(directory / f"{split}.bin")} for split in SPLITS}
     manifest = {
         "source": config.kind,
         "licence": source.licence,
@@ -221,7 +245,21 @@ def _build(
         "vocab_size": tokenizer.vocab_size,
         "dtype": dtype.name,
         "splits": splits,
-        "left_out": {"test_documents": left_out, "beyond_max_documents": division.splits.count(None)},
+        "left_out": {"test_documents": written.left_out, "beyond_max_documents": division.splits.count(None)},
         "versions": {name: metadata.version(name) for name in ("tokenizers", "numpy")},
+        **_notes(directory, division, tokenizer, written),
     }
     write_manifest(directory, manifest)
+
+
+def _notes(directory: Path, division: Division, tokenizer: Tokenizer, written: Written) -> dict[str, Any]:
+    """Return the entries that manifests of older corpora do not have; see `Corpus.notes`."""
+    found: dict[str, Any] = {}
+    if division.long:
+        held_out = written.counts["validation"]["bytes"]
+        found["validation"] = division.validation_note(held_out / (held_out + written.counts["train"]["bytes"]))
+    if not tokenizer.lossless:
+        documents = sum(count["documents"] for count in written.counts.values())
+        trip = {"documents": documents, "changed": written.changed, "unknown_tokens": written.unknown}
+        found |= {"round_trip": trip, "validation_bytes_sha256": sha256_of(directory / VALIDATION_BYTES)}
+    return found

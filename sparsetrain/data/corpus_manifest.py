@@ -17,6 +17,9 @@ from sparsetrain.shapes import Count, Positive, check
 
 MANIFEST = "manifest.json"
 TRAIN_IDS = "train_ids.txt"
+VALIDATION_BYTES = "validation.bytes.bin"
+"""The UTF-8 bytes of text of each validation token, uint32; only for a tokenizer that is not lossless."""
+
 SPLITS = ("train", "validation")
 
 
@@ -32,6 +35,12 @@ class _Splits(TypedDict):
     validation: _Split
 
 
+class _RoundTrip(TypedDict):
+    documents: Count
+    changed: Count
+    unknown_tokens: Count
+
+
 class _Manifest(TypedDict):
     source: str
     licence: str
@@ -43,12 +52,16 @@ class _Manifest(TypedDict):
     splits: _Splits
     left_out: dict[str, int]
     versions: dict[str, str]
+    validation: NotRequired[str]
+    round_trip: NotRequired[_RoundTrip]
+    validation_bytes_sha256: NotRequired[str]
     train_ids_sha256: NotRequired[str]
     digest: NotRequired[str]
 
 
-# Manifests of the first versions have neither checksum; the checksums of their token files are compared all the same.
-_LATER = {"train_ids_sha256", "digest"}
+# Manifests of the first versions have neither the checksum of the ids nor their own; the checksums of their token files
+# are compared all the same.
+_LATER = {"train_ids_sha256", "digest", "validation", "round_trip", "validation_bytes_sha256"}
 
 
 def write_manifest(directory: Path, body: Mapping[str, Any]) -> None:
@@ -83,6 +96,8 @@ def check_files(directory: Path, manifest: Mapping[str, Any]) -> None:
     expected = {f"{split}.bin": manifest["splits"][split]["sha256"] for split in SPLITS}
     if "train_ids_sha256" in manifest:
         expected[TRAIN_IDS] = manifest["train_ids_sha256"]
+    if "validation_bytes_sha256" in manifest:
+        expected[VALIDATION_BYTES] = manifest["validation_bytes_sha256"]
     for name, checksum in expected.items():
         if sha256_once(directory / name) != checksum:
             raise UserError(

@@ -28,6 +28,11 @@ def position(document_id: str, salt: str = "split") -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53  # 53 bits: exact as a float, and never rounded up to 1
 
 
+def smallest_validation(characters: int) -> float:
+    """Return the characters that the validation text of a corpus needs at least."""
+    return min(_SMALLEST_VALIDATION, _LARGEST_SHARE * characters)
+
+
 def check_fractions(validation: float, test: float) -> None:
     """Raise `UserError` unless both fractions are in [0, 1) and leave something to train on."""
     for field, value in (("validation_fraction", validation), ("test_fraction", test)):
@@ -75,7 +80,7 @@ def assign(ids: Sequence[str], sizes: Sequence[int], validation: float, test: fl
             "at least 2"
         )
     total = sum(size_of.values())
-    floor = min(_SMALLEST_VALIDATION, _LARGEST_SHARE * total)
+    floor = smallest_validation(total)
     held_out: set[str] = set()
     characters = 0
     for name, drawn in _by_position(size_of, validation, test):

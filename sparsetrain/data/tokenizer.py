@@ -1,17 +1,19 @@
-"""Byte-level tokenizers: BPE trained by the `tokenizers` library, plain bytes, or a `tokenizer.json` of the user's.
+"""Tokenizers: byte-level BPE trained by the `tokenizers` library, plain bytes, or a tokenizer of the user's.
 
-With each of them, every string encodes to ids that decode to the same string, and every id stands for a known number
-of UTF-8 bytes. A loss in nats per token therefore converts to bits per byte without decoding.
+With a lossless one, every string encodes to ids that decode to the same string, and every id stands for a known number
+of UTF-8 bytes. A loss in nats per token therefore converts to bits per byte without decoding. Other tokenizers of the
+user's are used with a warning, and the bytes of their tokens come from the text that is encoded.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tokenizers
@@ -19,21 +21,20 @@ import torch
 from tokenizers import models
 
 from sparsetrain.data import bpe_training
+from sparsetrain.data.token_sizes import token_sizes
+from sparsetrain.data.tokenizer_end import END_OF_TEXT, end_of, no_end, specials, with_end
 from sparsetrain.data.tokenizer_file import (
     byte_symbols,
+    changed_text,
     check_ids,
     check_layout,
-    check_round_trip,
     decoded,
     library_errors,
+    parsed,
 )
+from sparsetrain.data.tokenizer_formats import read_tokenizer
 from sparsetrain.errors import UserError
-from sparsetrain.files import typed_path
-from sparsetrain.reading import read_bytes
 
-END_OF_TEXT = "<|endoftext|>"
-# Names that common tokenizers give to the token that ends a document.
-_END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
 # Names that common tokenizers give to the sentinels of fill-in-the-middle: before the prefix, the middle, the suffix.
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
 _SENTINEL_NAMES = (
@@ -41,7 +42,9 @@ _SENTINEL_NAMES = (
     ("<fim_prefix>", "<fim_middle>", "<fim_suffix>"),
     ("<fim-prefix>", "<fim-middle>", "<fim-suffix>"),
 )
-_CHECKED: set[str] = set()  # checksums of files that passed the round trip
+_NOTES: dict[str, str] = {}  # the notes of the files that were checked, by checksum
+# A text that continues another one is encoded behind this one, which no tokenizer joins with it.
+_BEFORE = "\n"
 SMALLEST_VOCABULARY = 257  # 256 bytes and the end of a document
 
 # `Tokenizer` has a method ``bytes``, so its other methods need another name for the type.
@@ -51,45 +54,82 @@ Spelling: TypeAlias = bytes | str
 
 
 class Tokenizer:
-    """A byte-level tokenizer, made from the bytes of a ``tokenizer.json``.
+    """A tokenizer, made from the bytes of a ``tokenizer.json``.
 
-    ``sha256`` is the hash of these bytes. The manifest of a corpus records it, so that its tokens are never read with
-    another tokenizer.
+    ``sha256`` is the hash of the bytes in `content`. The manifest of a corpus records it, so that its tokens are never
+    read with another tokenizer.
 
     Args:
         content: the bytes of the file.
         origin: the name of the file in messages.
+        eos_token: the token that ends a document. It is marked in `content`, which otherwise keeps the bytes of the
+            file. None takes the marked token, or a special token with a usual name.
+
+    Attributes:
+        lossless: whether every text comes back as it was, and `token_bytes` are known. Byte-level BPE is.
+        note: why not, in one sentence that is also a warning when the file is first read; empty if it is lossless.
+        vocab_size: the rows that a model needs, which is the largest id and one.
 
     Raises:
-        UserError: the bytes are no byte-level tokenizer, the tokenizer loses or changes text (see `tokenizer_file`),
-            or it has no special token for the end of a document.
+        UserError: the bytes are no tokenizer, its tokens are random or ambiguous, a byte-level vocabulary lacks a byte
+            (see `tokenizer_file`), no token ends a document, or ``eos_token`` is no token that can.
     """
 
-    def __init__(self, content: bytes, origin: str = "tokenizer.json") -> None:
+    def __init__(self, content: bytes, origin: str = "tokenizer.json", eos_token: str | None = None) -> None:
         where = f"data.tokenizer_path={origin}"
-        with library_errors(f"{where}: not a tokenizer.json"):
-            self._inner = tokenizers.Tokenizer.from_str(content.decode())
-        check_layout(content, where)
-        self._content = content
-        self._where = where
-        self._inner.no_padding()
-        self._inner.no_truncation()
-        # The name of a special token inside a document is text: it must not end the document.
-        self._inner.encode_special_tokens = True
-        vocabulary = self._inner.get_vocab(with_added_tokens=True)
+        inner = _library(content, where)
+        layout = parsed(content, where)
+        marked = None if eos_token is None else with_end(layout, eos_token, inner.get_vocab(True), origin)
+        if eos_token is not None and marked is not None:
+            ordinary = eos_token not in specials(layout)
+            content, layout, inner = marked, parsed(marked, where), _library(marked, where)
+            if ordinary and inner.token_to_id(eos_token) in _ids_of_name(inner, eos_token, where):
+                raise UserError(f"data.eos_token={eos_token!r}: ordinary text gives this token of {origin} too")
+        kind = check_layout(layout, where)
+        self._inner, self._content, self._where = inner, content, where
+        vocabulary = inner.get_vocab(with_added_tokens=True)
         check_ids(vocabulary, where)
-        special = {token.content for token in self._inner.get_added_tokens_decoder().values() if token.special}
-        known = [name for name in _END_NAMES if name in special]
-        if not known:
-            names = ", ".join(_END_NAMES)
-            raise UserError(f"{where}: no token that ends a document; looked for the special tokens {names}")
-        self.eos_token: str = known[0]
-        self.eos_id: int = vocabulary[self.eos_token]
-        self.vocab_size: int = len(vocabulary)
+        end = end_of(layout)
+        if end is None:
+            raise no_end(layout, where)
+        self.eos_token: str = end
+        self.eos_id: int = vocabulary[end]
+        self.vocab_size: int = max(vocabulary.values()) + 1
         self.sha256: str = hashlib.sha256(content).hexdigest()
-        if self.sha256 not in _CHECKED:  # each file is checked once per process
-            check_round_trip(self._inner, self.token_bytes.numpy(), where)
-            _CHECKED.add(self.sha256)
+        self._unknown = None if kind.byte_level else _unknown_id(layout["model"], vocabulary)
+        self._named = self._special_ids_of_text(where)
+        if self.sha256 not in _NOTES:  # each file is checked once per process
+            changed = changed_text(inner, None if kind.losses else self._token_bytes.numpy(), where)
+            _NOTES[self.sha256] = _note(origin, kind.losses, changed)
+            if _NOTES[self.sha256]:
+                warnings.warn(_NOTES[self.sha256], stacklevel=2)
+        self.note: str = _NOTES[self.sha256]
+        self.lossless: bool = not self.note
+
+    def _special_ids_of_text(self, where: str) -> frozenset[int]:
+        """Return the ids of special tokens that their names in a text give, which `encode` replaces by the unknown one.
+
+        Raises:
+            UserError: there is no unknown token, or the end of a document is one that text gives.
+        """
+        special = {
+            index: token.content for index, token in self._inner.get_added_tokens_decoder().items() if token.special
+        }
+        found: set[int] = set()
+        for name in special.values():
+            found |= (_ids_of_name(self._inner, name, where) & special.keys()) - {self._unknown}
+        if self.eos_id == self._unknown:
+            raise UserError(
+                f"{where}: the token {self.eos_token!r} stands for unknown text, so it cannot end a document; name "
+                "another one with data.eos_token"
+            )
+        if found and self._unknown is None:
+            name = special[min(found)]
+            raise UserError(
+                f"{where}: the special token {name!r:.60} is one that ordinary text gives; rename it, or set its "
+                "special to false"
+            )
+        return frozenset(found)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -118,14 +158,18 @@ class Tokenizer:
         return cls(inner.to_str(pretty=True).encode())
 
     @classmethod
-    def load(cls, path: str | Path) -> Tokenizer:
-        """Read a ``tokenizer.json``, or the one in a directory; raises `UserError` as the constructor does."""
-        place = typed_path(path, "data.tokenizer_path")
-        if place.is_dir():
-            place = place / "tokenizer.json"
-        if not place.is_file():
-            raise UserError(f"data.tokenizer_path={path}: no such file")
-        return cls(read_bytes(place), origin=str(path))
+    def load(cls, path: str | Path, eos_token: str | None = None) -> Tokenizer:
+        """Read the tokenizer of a file, a directory or a name; see `tokenizer_formats.read_tokenizer`.
+
+        Args:
+            path: such as a ``tokenizer.json``.
+            eos_token: the token that ends a document; None takes the one that the files name.
+
+        Raises:
+            UserError: nothing can be read there, or as the constructor does.
+        """
+        found = read_tokenizer(path, eos_token)
+        return cls(found.content, str(path), found.eos_token)
 
     @cached_property
     def _is_bytes(self) -> bool:
@@ -160,7 +204,8 @@ class Tokenizer:
         named = [names for names in _SENTINEL_NAMES if all(name in vocabulary for name in names)]
         inner = tokenizers.Tokenizer.from_str(self._content.decode())
         inner.add_special_tokens(list(named[0] if named else SENTINELS))
-        return Tokenizer(inner.to_str(pretty=True).encode(), self._where.partition("=")[2])
+        # The library does not write the mark of the end.
+        return Tokenizer(inner.to_str(pretty=True).encode(), self._where.partition("=")[2], self.eos_token)
 
     def save(self, path: Path) -> None:
         """Write the tokenizer's ``tokenizer.json``, with the bytes that it was made from."""
@@ -176,7 +221,7 @@ class Tokenizer:
         with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
             if self._is_bytes:
                 return list(text.encode())
-            return list(self._inner.encode(text, add_special_tokens=False).ids)
+            return self._as_text(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
@@ -184,18 +229,81 @@ class Tokenizer:
             if self._is_bytes:
                 return [list(text.encode()) for text in texts]
             # The fast form leaves out the character offsets.
-            return [encoding.ids for encoding in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+            encodings = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+            return [self._as_text(encoding.ids) for encoding in encodings]
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Return the ids of a text that continues another one, such as the answer ``" yes"`` to a question.
+
+        A lossless tokenizer gives those of `encode`. Others may begin each text with a space that is not there, which
+        a continuation must not have twice: SentencePiece gives ``▁yes`` for ``"yes"`` and for the continuation
+        ``" yes"``.
+        """
+        return self.encode_continuations([text])[0]
+
+    def encode_continuations(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return `encode_continuation` of each text."""
+        if self.lossless:
+            return self.encode_batch(texts)
+        return [ids for ids, _ in self.encode_sized(texts, [True] * len(texts))]
+
+    def encode_sized(self, texts: Sequence[str], continued: Sequence[bool]) -> list[tuple[list[int], list[int]]]:
+        """Return the ids of each text and, one more, the UTF-8 bytes that each id stands for; see `token_sizes`.
+
+        Args:
+            texts: the texts.
+            continued: whether each is a continuation, see `encode_continuation`.
+        """
+        given = [_BEFORE + text if later else text for text, later in zip(texts, continued, strict=True)]
+        found = []
+        with library_errors(f"{self._where}: the tokenizers library cannot encode a text"):
+            encodings = self._inner.encode_batch(given, add_special_tokens=False)
+        for text, later, encoding in zip(texts, continued, encodings, strict=True):
+            ids, ends = self._as_text(encoding.ids), [end for _, end in encoding.offsets]
+            if later:  # without the tokens of what stands before
+                kept = [place for place, end in enumerate(ends) if end > len(_BEFORE)]
+                ids, ends = [ids[place] for place in kept], [ends[place] - len(_BEFORE) for place in kept]
+            found.append((ids, token_sizes(text, ends).tolist()))
+        return found
+
+    def _as_text(self, ids: Sequence[int]) -> list[int]:
+        """Return ids without those of special tokens, which the name of one in a text may give."""
+        if not self._named or self._named.isdisjoint(ids):
+            return list(ids)
+        assert self._unknown is not None
+        return [self._unknown if index in self._named else index for index in ids]
+
+    def count_unknown(self, ids: Sequence[int]) -> int:
+        """Return how many ids are the token for text that the tokenizer does not know."""
+        return 0 if self._unknown is None else list(ids).count(self._unknown)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Return the text of ``ids``; invalid UTF-8, such as a character cut in two, becomes U+FFFD."""
         return str(self._inner.decode(list(ids), skip_special_tokens=skip_special_tokens))
 
-    @cached_property
-    def token_bytes(self) -> torch.Tensor:
-        """LongTensor [vocab_size]: the number of UTF-8 bytes of each token, 0 for special tokens.
+    def decode_batch(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """Return the text of each row of ids, without special tokens, computed on all cores."""
+        return list(self._inner.decode_batch([list(ids) for ids in rows], skip_special_tokens=True))
 
-        The numbers are exact: `Tokenizer` refuses a file for which they do not add up to the bytes of a text.
+    @property
+    def token_bytes(self) -> torch.Tensor:
+        """LongTensor [vocab_size]: the number of UTF-8 bytes of each token, 0 for special tokens and unused ids.
+
+        The numbers are exact: those of a text's tokens add up to its bytes.
+
+        Raises:
+            UserError: the tokenizer is not `lossless`, so that they depend on the text.
         """
+        self.need_bytes("the bytes of each token")
+        return self._token_bytes
+
+    def need_bytes(self, what: str) -> None:
+        """Raise `UserError` if the tokenizer is not `lossless`; the line says that ``what`` needs it."""
+        if not self.lossless:
+            raise UserError(f"{what} needs a byte-level tokenizer that gives every text back, and {self.note}")
+
+    @cached_property
+    def _token_bytes(self) -> torch.Tensor:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in self._inner.get_vocab(with_added_tokens=True).items():
             lengths[index] = len(token)  # one character of the byte-level alphabet per byte
@@ -205,7 +313,7 @@ class Tokenizer:
 
     @cached_property
     def spellings(self) -> tuple[Spelling, ...]:
-        """What each token stands for, by id.
+        """What each token of a byte-level tokenizer stands for, by id; nothing for an unused id.
 
         The token that ends a document has the same name in every tokenizer, `END_OF_TEXT`.
         """
@@ -224,3 +332,36 @@ class Tokenizer:
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, sha256={self.sha256[:12]})"
+
+
+def _library(content: bytes, where: str) -> tokenizers.Tokenizer:
+    """Return the tokenizer of the library, which pads and cuts nothing."""
+    with library_errors(f"{where}: not a tokenizer.json"):
+        inner = tokenizers.Tokenizer.from_str(content.decode())
+    inner.no_padding()
+    inner.no_truncation()
+    # The name of a special token inside a document is text: it must not end the document.
+    inner.encode_special_tokens = True
+    return inner
+
+
+def _ids_of_name(inner: tokenizers.Tokenizer, name: str, where: str) -> set[int]:
+    """Return the ids of a text that is or holds the name of a special token."""
+    with library_errors(f"{where}: the tokenizers library cannot encode {name!r:.60}"):
+        return {index for text in (name, f"a {name}") for index in inner.encode(text, add_special_tokens=False).ids}
+
+
+def _unknown_id(model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> int | None:
+    """Return the id of the token for text that the model does not know."""
+    if model.get("type") == "Unigram":
+        return model.get("unk_id")
+    name = model.get("unk_token")
+    return vocabulary.get(name) if name is not None else None
+
+
+def _note(origin: str, reasons: Sequence[str], changed: str | None) -> str:
+    """Return the note of a tokenizer; empty if nothing is known that it loses."""
+    if not reasons and changed is None:
+        return ""
+    causes = [*reasons[:1], *([f"for example {changed}"] if changed is not None else [])]
+    return f"the tokenizer {origin} may not give a text back as it was: {'; '.join(causes)}"

@@ -33,16 +33,19 @@ class Batch:
         targets: ``targets[b, t]`` is the token to predict after ``tokens[b, :t + 1]``, or -100 for no loss.
         slots: ``slots[b, t]`` is the index of the soft-prompt vector at this position, or -1 for a token. None if the
             batch has no soft prompt.
+        bytes: ``bytes[b, t]`` are the UTF-8 bytes of text that the target stands for, 0 without a loss. None if they
+            are not known. They stay on the CPU.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     slots: torch.Tensor | None = None
+    bytes: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``."""
         slots = None if self.slots is None else self.slots.to(device)
-        return Batch(self.tokens.to(device), self.targets.to(device), slots)
+        return Batch(self.tokens.to(device), self.targets.to(device), slots, self.bytes)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return the keyword arguments of a model's forward pass; ``slots`` only if the batch has a soft prompt."""
@@ -53,8 +56,8 @@ class Batch:
         """Yield the batch in parts of at most ``rows`` rows."""
         for start in range(0, len(self.tokens), rows):
             some = slice(start, start + rows)
-            slots = None if self.slots is None else self.slots[some]
-            yield Batch(self.tokens[some], self.targets[some], slots)
+            slots, size = (None if each is None else each[some] for each in (self.slots, self.bytes))
+            yield Batch(self.tokens[some], self.targets[some], slots, size)
 
 
 def token_dtype(choice: str, vocab_size: int) -> np.dtype[Any]:
@@ -82,12 +85,20 @@ class TokenFile:
         path: the file.
         dtype: the type of its tokens, read as little-endian.
         length: the number of tokens that the manifest gives; None accepts any.
+        sizes: the bytes of text of its tokens: int64 [vocabulary] by token, or a `TokenFile` of as many numbers by
+            place. None if they are not needed.
 
     Raises:
         UserError: the file is missing, empty, or of another length.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any] | str, length: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: np.dtype[Any] | str,
+        length: int | None = None,
+        sizes: torch.Tensor | TokenFile | None = None,
+    ) -> None:
         self.path = Path(path)
         kind = np.dtype(dtype).newbyteorder("<")
         if not self.path.is_file():
@@ -101,6 +112,7 @@ class TokenFile:
         if size == 0:
             raise UserError(f"{self.path} holds no tokens")
         self._data = np.memmap(self.path, dtype=kind, mode="r")
+        self._sizes = sizes
 
     def __len__(self) -> int:
         return int(self._data.shape[0])
@@ -115,6 +127,12 @@ class TokenFile:
         if start < 0 or length < 0 or start + length > len(self):
             raise IndexError(f"tokens {start} to {start + length} of {len(self)}")
         return torch.from_numpy(self._data[start : start + length].astype(np.int64))
+
+    def bytes(self, start: int, length: int) -> torch.Tensor | None:
+        """Return LongTensor [length], the UTF-8 bytes of text that each token stands for; None if unknown."""
+        if isinstance(self._sizes, TokenFile):
+            return self._sizes.window(start, length)
+        return None if self._sizes is None else self._sizes[self.window(start, length)]
 
     def count(self, token: int, end: int) -> int:
         """Return how often a token occurs before the place ``end``."""
@@ -188,7 +206,7 @@ class PackedSamples:
 
 
 def sequential_windows(token_file: TokenFile, context: int, limit: int | None = None) -> Batch:
-    """Return the windows on which a corpus is evaluated, the same at each call: tokens and targets [N, context].
+    """Return the windows on which a corpus is evaluated, the same at each call: tokens, targets, bytes [N, context].
 
     Each token of the file except the first is the target of exactly one position. The last window is padded with
     zeros, whose targets are ignored.
@@ -212,10 +230,14 @@ def sequential_windows(token_file: TokenFile, context: int, limit: int | None = 
         indices = np.arange(limit, dtype=np.int64) * count // limit
     inputs = torch.zeros(len(indices), context, dtype=torch.int64)
     targets = torch.full((len(indices), context), IGNORED, dtype=torch.int64)
+    sizes = None if token_file.bytes(0, 1) is None else torch.zeros_like(inputs)
     for row, index in enumerate(indices.tolist()):
         start = index * context
         length = min(context, tokens - 1 - start)
         window = token_file.window(start, length + 1)
         inputs[row, :length] = window[:-1]
         targets[row, :length] = window[1:]
-    return Batch(tokens=inputs, targets=targets)
+        known = token_file.bytes(start + 1, length)
+        if sizes is not None and known is not None:
+            sizes[row, :length] = known
+    return Batch(tokens=inputs, targets=targets, bytes=sizes)

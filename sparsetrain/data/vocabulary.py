@@ -61,6 +61,7 @@ def extend_tokenizer(
             ``shared`` is off, or no token could be learned.
     """
     old = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+    old.need_bytes("extend_tokenizer")
     if isinstance(n_tokens, bool) or not isinstance(n_tokens, int) or n_tokens < 1:
         raise UserError(f"n_tokens={n_tokens!r} is not a positive integer")
     if shared and keep is None:

@@ -1,4 +1,5 @@
-"""Conversion of settings of format 1: pipeline stages become a list, densities phases, rules sections."""
+"""Conversion of settings of earlier formats: pipeline stages become a list, densities phases, rules sections, and the
+cut of plain text a setting."""
 
 from __future__ import annotations
 
@@ -6,9 +7,41 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any
 
+from sparsetrain.data.sources.plain_text import BLANK_LINE
 from sparsetrain.sparsity.config import of_rule
 
 Values = dict[str, Any]
+
+
+def cut_by_blank_lines(values: Values) -> Values:
+    """Return settings of a format before 3 in which the cut of plain text is said, of each corpus.
+
+    Corpora without plain text get no setting, which would tell them from later ones.
+    """
+    values = _cut_stages(values)
+    data = values.get("data")
+    if not isinstance(data, Mapping):
+        return values
+    sources = data.get("sources")
+    if isinstance(sources, Mapping):
+        data = {**data, "sources": {name: _cut(each) for name, each in sources.items()}}
+    return {**values, "data": _cut(data)}
+
+
+def _cut_stages(values: Values) -> Values:
+    pipeline = values.get("pipeline")
+    stages = pipeline.get("stages") if isinstance(pipeline, Mapping) else None
+    if not isinstance(pipeline, Mapping) or not isinstance(stages, list):
+        return values
+    cut = [cut_by_blank_lines(dict(stage)) if isinstance(stage, Mapping) else stage for stage in stages]
+    return {**values, "pipeline": {**pipeline, "stages": cut}}
+
+
+def _cut(source: Any) -> Any:
+    path = source.get("path") if isinstance(source, Mapping) else None
+    if not isinstance(path, str) or path.lower().endswith((".jsonl", ".parquet")):
+        return source
+    return {"separator": BLANK_LINE, **source}
 
 
 def densities_in_phases(values: Values) -> Values:

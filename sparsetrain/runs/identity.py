@@ -23,8 +23,11 @@ from sparsetrain.files import sha256_of
 from sparsetrain.reading import MAX_YAML_BYTES, read_text
 from sparsetrain.runs.layout import CONFIG, RESULT, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.origin import MAX_ID_BYTES, Origin
-from sparsetrain.runs.recorded import FORMAT, Recorded, complete, entries, read_config, recorded_of
+from sparsetrain.runs.recorded import Recorded, complete, entries, read_config, recorded_of
 from sparsetrain.settings import settled
+
+# Part of every identity. It stays when a newer format of ``config.yaml`` does not change what identifies a run.
+_IDENTITY_FORMAT = 2
 
 # Settings that do not change the result and are not part of the identity.
 # The weights of the start and of a donor count by content (`origin.source_key`), not by path.
@@ -64,7 +67,7 @@ def _identity(run: Recorded, incidental: Collection[str] = INCIDENTAL) -> str:
     if _knows_task(run):
         values = _without_task_path(values)
     facts = {name: value for name, value in run.facts.items() if value is not None}
-    return _text([FORMAT, run.kind, beyond(values, run.schema), facts])
+    return _text([_IDENTITY_FORMAT, run.kind, beyond(values, run.schema), facts])
 
 
 def _essential(values: Mapping[str, Any], schema: type, incidental: Collection[str]) -> dict[str, Any]:

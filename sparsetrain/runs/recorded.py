@@ -1,6 +1,7 @@
 """``config.yaml``: the settings of a run and the facts that identify it, read with the names of settings of today.
 
-Format 1 has no ``format`` and no ``kind``; format 2 has both at its top. A file contains all settings, including those
+Format 1 has no ``format`` and no ``kind``; format 2 has both at its top. In format 3, plain text is cut into documents
+by ``data.separator``; before, blank lines cut it. A file contains all settings, including those
 at their defaults. A missing key therefore belongs to a newer setting and gets the schema's default. When a default
 changes, the format number increases and the old default goes into `DEFAULTS_OF_FORMAT`.
 """
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_yaml
-from sparsetrain.runs.former import densities_in_phases, stages_of_pipeline, without_other_rules
+from sparsetrain.runs.former import cut_by_blank_lines, densities_in_phases, stages_of_pipeline, without_other_rules
 from sparsetrain.runs.layout import CONFIG
 from sparsetrain.settings import settled
 
-FORMAT = 2
+FORMAT = 3
 KINDS = {"pipeline": "pipeline", "n_tokens": "prompt", "task": "finetune", "check": "coord-check"}
 """For format 1: a key that only one kind of run has, to the kind. They are checked in this order."""
 
@@ -127,6 +128,8 @@ def modernise(values: Mapping[str, Any], schema: type, written: int = 1) -> dict
     if written == 1:
         found = densities_in_phases(_renamed_sections(values, schema))
         found = stages_of_pipeline(found, lambda section: _renamed_sections(section, schema))
+    if written < 3:
+        found = cut_by_blank_lines(found)
     for number in range(written, FORMAT):
         for key, value in DEFAULTS_OF_FORMAT.get(number, {}).items():
             _fill(found, key.split("."), value)

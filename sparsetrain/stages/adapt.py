@@ -77,7 +77,9 @@ class Adaptation(Pretraining):
     def old(self) -> Tokenizer:
         """The tokenizer of the run that this one starts from."""
         source_key(self.given.init_from)  # raises if there is no such run
-        return run_tokenizer(self.start)
+        found = run_tokenizer(self.start)
+        found.need_bytes(f"init_from={self.start}: adapt")
+        return found
 
     @property
     def corpora(self) -> Corpora:
@@ -102,6 +104,7 @@ class Adaptation(Pretraining):
         if given.vocabulary.donor is not None:
             source_key_of_donor(given)  # raises if there is no such run, before any text is read
         new = self.corpora.tokenizer
+        new.need_bytes(f"data.tokenizer_path={given.data.tokenizer_path}: adapt")
         rows = model_config(given.model, self.old.vocab_size).vocab_size
         change = row_change(self.old, new, rows, given.vocabulary.multiple_of)
         if given.train == "new_rows" and not change.fresh:

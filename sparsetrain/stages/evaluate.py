@@ -192,7 +192,7 @@ class Evaluation:
         context, found = last_context(self.run), []
         for name, corpus in self.corpora.items():
             windows = sequential_windows(corpus.validation, context, FINAL_EVALUATION)
-            score = score_text(model, _losses(model, device), windows.split(_ROWS), self.corpora.tokenizer.token_bytes)
+            score = score_text(model, _losses(model, device), windows.split(_ROWS))
             numbers: TextRow = {
                 "corpus": name,
                 "context": context,
@@ -383,7 +383,7 @@ def _why_not(best: float | None, trained: int) -> str:
 
 
 def _tokens(probe: Probe, tokenizer: Tokenizer) -> int:
-    return len(tokenizer.encode(probe.prompt)) + max(len(tokenizer.encode(choice)) for choice in probe.choices)
+    return len(tokenizer.encode(probe.prompt)) + max(map(len, tokenizer.encode_continuations(probe.choices)))
 
 
 def _losses(model: Transformer, device: torch.device) -> Any:

@@ -164,7 +164,7 @@ class Pretraining(Stage[RunConfig]):
         for name, corpus in self.corpora.items():
             windows = sequential_windows(corpus.validation, phase.context, limit)
             batches = windows.split(phase.batch_size)
-            scores[name] = score_text(model, losses, batches, self.corpora.tokenizer.token_bytes)
+            scores[name] = score_text(model, losses, batches)
         numbers = _numbers(TextScore.of(list(scores.values())))
         if len(scores) > 1:
             for name, score in scores.items():

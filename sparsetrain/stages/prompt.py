@@ -80,7 +80,7 @@ def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfi
         with torch.no_grad():
             fresh.vectors.copy_(draws * model.config.init_std)
         return fresh
-    ids = tokenizer.encode(" " + config.words.strip())
+    ids = tokenizer.encode_continuation(" " + config.words.strip())
     repeated = (ids * -(-config.n_tokens // len(ids)))[: config.n_tokens]
     rows = model.embed.weight.detach()[torch.tensor(repeated, device=model.embed.weight.device)]
     return SoftPrompt.from_embeddings(rows)

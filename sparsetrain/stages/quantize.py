@@ -143,7 +143,6 @@ def _losses(model: Transformer, corpora: Corpora, context: int) -> dict[str, flo
             model,
             losses,
             sequential_windows(corpus.validation, context, FINAL_EVALUATION).split(_ROWS),
-            corpora.tokenizer.token_bytes,
         ).loss
         for name, corpus in corpora.items()
     }

@@ -58,16 +58,19 @@ class TaskScore:
 
 
 @torch.no_grad()
-def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], token_bytes: Tensor) -> TextScore:
+def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch]) -> TextScore:
     """Return loss and bits per byte over ``batches``.
 
-    Bits per byte are the total cross-entropy in bits, divided by the UTF-8 bytes of the target tokens, so that models
-    with different tokenizers can be compared. The end-of-text token has no bytes, but its cross-entropy counts.
+    Bits per byte are the total cross-entropy in bits, divided by the UTF-8 bytes of the text that the targets stand
+    for, so that models with different tokenizers can be compared. The cross-entropy of the end of a document counts.
 
     Args:
         model: the model, in evaluation mode during the call.
         losses: see `TokenLosses`.
-        token_bytes: int64 ``[vocabulary]``, the bytes of each token.
+        batches: each with its ``bytes``, as `sequential_windows` gives them.
+
+    Raises:
+        ValueError: a batch has no ``bytes``.
     """
     nats, tokens, size = 0.0, 0, 0
     with evaluating(model):
@@ -75,7 +78,9 @@ def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], 
             counted = batch.targets >= 0
             nats += losses(batch).double().sum().item()
             tokens += int(counted.sum())
-            size += int(token_bytes.to(batch.targets.device)[batch.targets[counted]].sum())
+            if batch.bytes is None:
+                raise ValueError("the bytes of the targets are not known")
+            size += int(batch.bytes.sum())
     return TextScore(nats / tokens, nats / math.log(2) / size, tokens, size)
 
 

@@ -217,7 +217,7 @@ def probe_accuracy(
     right, device = 0, model.embed.weight.device
     with evaluating(model):
         for probe in asked:
-            ids, answers = tokenizer.encode(probe.prompt), [tokenizer.encode(choice) for choice in probe.choices]
+            ids, answers = tokenizer.encode(probe.prompt), tokenizer.encode_continuations(probe.choices)
             embeddings = model.embed_tokens(torch.tensor([ids], device=device))
             scores = model.continuation_scores(embeddings, answers)[0]
             if per_byte:

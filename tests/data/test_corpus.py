@@ -33,7 +33,7 @@ def text(tmp_path: Path) -> Path:
 
 
 def config(path: Path, **fields: Any) -> DataConfig:
-    return DataConfig(path=str(path), **{"vocab_size": 300, **fields})
+    return DataConfig(path=str(path), **{"vocab_size": 300, "separator": "blank_line", **fields})
 
 
 def documents(corpus: Corpus, file: TokenFile) -> list[str]:

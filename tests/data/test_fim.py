@@ -136,7 +136,7 @@ def test_a_corpus_is_transformed_within_its_training_documents(text: Path, token
 
 def test_rates_of_zero_leave_the_corpus_and_its_place_as_they_were(text: Path) -> None:
     """The names are those of the version before fill-in-the-middle, so that prepared corpora are found."""
-    config = DataConfig(path=str(text), vocab_size=300, fim_spm_rate=0.5)
+    config = DataConfig(path=str(text), separator="blank_line", vocab_size=300, fim_spm_rate=0.5)
     corpus = prepare(config, progress=False)
     assert corpus.directory.name == "file-50469be9057e9618"
     assert corpus.tokenizer.sentinels is None

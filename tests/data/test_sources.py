@@ -15,18 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.data.sources.base import Fields, content_id
-from sparsetrain.data.sources.files import LocalFiles, split_text
+from sparsetrain.data.sources.files import LocalFiles
+from sparsetrain.data.sources.plain_text import split_text
 from sparsetrain.errors import UserError
 
 
-def texts(path: Path | str) -> list[str]:
-    return [document.text for document in LocalFiles(str(path)).documents()]
+def texts(path: Path | str, separator: str | None = None) -> list[str]:
+    return [document.text for document in LocalFiles(str(path), separator=separator).documents()]
 
 
 def test_blank_lines_separate_documents_of_text(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffone\r\nstill one\r\n \t\r\n\r\ntwo\n\n\nthree\n".encode())
-    assert texts(file) == ["one\nstill one", "two", "three"]
+    assert texts(file, "blank_line") == ["one\nstill one", "two", "three"]
 
 
 def test_without_blank_lines_each_line_is_a_document() -> None:
@@ -102,6 +103,7 @@ def test_directory_and_glob_read_all_files_in_order(tmp_path: Path) -> None:
     assert texts(tmp_path) == ["b", "a"]
     assert texts(f"{tmp_path}/*.txt") == ["b"]
     assert texts(f"{tmp_path}/**/*.jsonl") == ["a"]
+    assert texts(f"{tmp_path}/*.[tm]*") == ["b", "not read"]
 
 
 def test_identity_depends_on_content_not_on_place(tmp_path: Path) -> None:
@@ -131,7 +133,9 @@ def test_identity_depends_on_content_not_on_place(tmp_path: Path) -> None:
         ("a.jsonl", b'{"t\\n\\u0007": "x"}\n', r"no field text_field='text'; it has t\ufffd\ufffd$"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"line 1: .*lone surrogate"),
         ("a.txt", b"", r"a\.txt: the file is empty"),
-        ("a.csv", b"x", r"cannot read \.csv; allowed are \.txt, \.jsonl, \.parquet"),
+        ("a.csv", b"x", r"cannot read \.csv; allowed are \.txt, \.jsonl, \.parquet and other files of plain text"),
+        ("a.py", b"x = '\xe9'\n", r"a\.py is not UTF-8: byte 0xe9 at offset 5"),
+        ("a.bin", b"\x7fELF\x00\x01", r"a\.bin is no text: it has a NUL byte at offset 4"),
         ("a.parquet", b"no parquet at all", r"a\.parquet is not a Parquet file"),
     ],
 )

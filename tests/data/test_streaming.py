@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as h
 
 from sparsetrain.data.ahead import read_ahead
-from sparsetrain.data.sources.files import LocalFiles, split_text
+from sparsetrain.data.sources.files import LocalFiles
+from sparsetrain.data.sources.plain_text import split_text
 from sparsetrain.errors import UserError
 
 
@@ -36,7 +37,7 @@ def test_lines_give_the_documents_of_the_whole_text(text: str) -> None:
 def test_a_file_gives_the_documents_of_its_text(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes(text.encode())
-    found = [document.text for document in LocalFiles(str(path)).documents()]
+    found = [document.text for document in LocalFiles(str(path), separator="blank_line").documents()]
     assert found == at_once(text.removeprefix("\ufeff").replace("\r\n", "\n"))
 
 
@@ -51,13 +52,14 @@ def test_a_wrong_byte_is_named_with_its_place_in_the_file(tmp_path: Path, name: 
         list(LocalFiles(str(path)).documents())
 
 
-def test_a_large_text_is_never_in_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize("separator", ["blank_line", r"\n\n"])
+def test_a_large_text_is_never_in_memory(tmp_path: Path, separator: str) -> None:
     path = tmp_path / "large.txt"
     paragraph = ("some words of a line\n" * 40 + "\n").encode()
     path.write_bytes(paragraph * 2_000)
     tracemalloc.start()
     try:
-        count = sum(1 for _ in LocalFiles(str(path)).documents())
+        count = sum(1 for _ in LocalFiles(str(path), separator=separator).documents())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

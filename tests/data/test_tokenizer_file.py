@@ -1,4 +1,4 @@
-"""Tokenizer files: a lossy setting is refused by name, and an accepted file restores every text."""
+"""Tokenizer files: a lossy setting is said by name, and a file without one restores every text."""
 
 from __future__ import annotations
 
@@ -69,36 +69,47 @@ def split(pattern: str, behavior: str = "Isolated") -> dict[str, Any]:
 NO_MERGES = changed(lambda layout: layout["model"].update(merges=[]))
 LOSING = [
     # steps before the model
-    (content(pre=ByteLevel()), "puts a space before each text; set its add_prefix_space to false"),
-    (content(normalizer=normalizers.NFKC()), "the normalizer 'NFKC' rewrites text"),
-    (content(normalizer=normalizers.Sequence([normalizers.NFC()])), "the normalizer 'NFC' rewrites text"),
-    (content(normalizer=normalizers.Lowercase()), "set normalizer to null"),
+    (
+        content(pre=ByteLevel()),
+        "its pre_tokenizer ByteLevel puts a space before each text; for example 'a' comes back as ' a'",
+    ),
+    (content(normalizer=normalizers.NFKC()), "its normalizer 'NFKC' rewrites text"),
+    (content(normalizer=normalizers.Sequence([normalizers.NFC()])), "its normalizer 'NFC' rewrites text"),
+    (
+        content(normalizer=normalizers.Lowercase()),
+        "'Lowercase' rewrites text; for example .* comes back",
+    ),
     (
         content(pre=pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), ByteLevel(add_prefix_space=False)])),
-        "the pre_tokenizer 'WhitespaceSplit' leaves out characters",
+        "its pre_tokenizer 'WhitespaceSplit' may leave out characters",
     ),
-    (changed(steps(split(r"\s", "Removed"), BYTES)), "'Split' leaves out characters"),
-    (changed(steps({"type": "UnicodeScripts"}, BYTES)), "'UnicodeScripts' leaves out characters"),
-    (changed(steps(BYTES, BYTES)), "not a byte-level tokenizer"),
-    (changed(steps(split("(a+)+$"), BYTES)), "cannot encode 'aaaa"),
-    (changed(lambda layout: layout.update(pre_tokenizer={"type": "Whitespace"})), "not a byte-level tokenizer"),
-    (changed(lambda layout: layout.update(pre_tokenizer=None)), "not a byte-level tokenizer"),
+    (changed(steps(split(r"\s", "Removed"), BYTES)), "'Split' may leave out characters"),
+    (changed(steps({"type": "UnicodeScripts"}, BYTES)), "'UnicodeScripts' may leave out characters"),
+    (changed(steps(BYTES, BYTES)), "it maps bytes to symbols twice"),
+    (
+        changed(lambda layout: layout.update(pre_tokenizer={"type": "Whitespace"})),
+        r"it is not byte-level BPE \(its model is BPE, its pre_tokenizer Whitespace\)",
+    ),
+    (changed(lambda layout: layout.update(pre_tokenizer=None)), "it is not byte-level BPE"),
     (changed(lambda layout: layout.update(decoder=None)), "its decoder is not ByteLevel"),
     # the model
-    (changed(lambda layout: layout["model"]["vocab"].update(a=4 * 10**9)), "ids up to 4000000000; ids must be 0 to 2"),
-    (changed(lambda layout: layout["model"]["vocab"].update(a=layout["model"]["vocab"]["b"])), "have the same id"),
-    (changed(lambda layout: layout["model"]["vocab"].pop("a"), NO_MERGES), r"no token for 1 of the 256 bytes \(0x61\)"),
-    (changed(lambda layout: layout["model"].update(dropout=0.1)), "dropout=0.1 makes the tokens of a text random"),
     (changed(lambda layout: layout["model"].update(end_of_word_suffix="</w>")), "end_of_word_suffix='</w>'"),
     (
         changed(lambda layout: layout["model"].update(continuing_subword_prefix="##"), NO_MERGES),
         "continuing_subword_prefix='##'",
     ),
     # added tokens
-    (content(added=AddedToken("<m>", lstrip=True, rstrip=True)), "the added token '<m>' swallows the white space"),
-    (content(added=AddedToken("<m>", rstrip=True)), "set its lstrip and rstrip to false"),
-    (changed(added("é")), "the added token 'é' decodes to another text"),
-    (changed(added("Ġ")), "the added token 'Ġ' decodes to another text"),
+    (content(added=AddedToken("<m>", lstrip=True, rstrip=True)), "its added token '<m>' swallows the white space"),
+    (content(added=AddedToken("<m>", rstrip=True)), "its added token '<m>' swallows the white space"),
+    (changed(added("é")), "its added token 'é' decodes to another text"),
+    (changed(added("Ġ")), "its added token 'Ġ' decodes to another text"),
+]
+REFUSED = [
+    (changed(steps(split("(a+)+$"), BYTES)), "cannot encode 'aaaa"),
+    (changed(lambda layout: layout["model"]["vocab"].update(a=4 * 10**9)), "ids up to 4000000000; a model has a row"),
+    (changed(lambda layout: layout["model"]["vocab"].update(a=layout["model"]["vocab"]["b"])), "have the same id"),
+    (changed(lambda layout: layout["model"]["vocab"].pop("a"), NO_MERGES), r"no token for 1 of the 256 bytes \(0x61\)"),
+    (changed(lambda layout: layout["model"].update(dropout=0.1)), "dropout=0.1 makes the tokens of a text random"),
     (changed(added("am", special=True)), "the special token 'am' is one that ordinary text gives"),
     (changed(added("a", special=True)), "the special token 'a' is one that ordinary text gives"),
     (changed(lambda layout: layout["added_tokens"][0].update(special=False)), "no token that ends a document"),
@@ -111,8 +122,25 @@ LOSING = [
 
 
 @pytest.mark.parametrize(("file", "message"), LOSING)
-def test_a_file_that_loses_text_is_refused_by_its_setting(file: bytes, message: str) -> None:
-    """The error names the setting of the configuration, the file, and the part of the file that loses text."""
+def test_a_file_that_loses_text_is_used_and_its_setting_said(file: bytes, message: str) -> None:
+    """The warning names the file and the part of it that loses text. The bytes of its tokens are those of the text."""
+    with pytest.warns(UserWarning, match=message) as said:
+        tokenizer = Tokenizer(file, origin="own.json")
+    assert [str(warning.message) for warning in said] == [tokenizer.note]
+    assert tokenizer.note.startswith("the tokenizer own.json may not give a text back as it was: ")
+    assert not tokenizer.lossless
+    for text in ("a  Again\n é ﬁ <m> 日本", "", " "):
+        for continued in (False, True):
+            ((ids, sizes),) = tokenizer.encode_sized([text], [continued])
+            assert (len(sizes), sum(sizes)) == (len(ids) + 1, len(text.encode()))
+        assert tokenizer.encode_sized([text], [False])[0][0] == tokenizer.encode(text)
+    with pytest.raises(UserError, match="needs a byte-level tokenizer that gives every text back, and the"):
+        _ = tokenizer.token_bytes
+
+
+@pytest.mark.parametrize(("file", "message"), REFUSED)
+def test_a_file_that_cannot_be_used_is_refused(file: bytes, message: str) -> None:
+    """The error names the setting of the configuration, the file, and the part of the file."""
     with pytest.raises(UserError, match=message) as caught:
         Tokenizer(file, origin="own.json")
     assert str(caught.value).startswith("data.tokenizer_path=own.json: ")

@@ -21,7 +21,8 @@ from sparsetrain.data import DataConfig, TaskConfig, load_task, open_corpus, pre
 from sparsetrain.data.medline import parse
 from sparsetrain.data.medline import source as medline
 from sparsetrain.data.medline.source import MEMBERS, Medline
-from sparsetrain.data.sources.files import LocalFiles, split_text
+from sparsetrain.data.sources.files import LocalFiles
+from sparsetrain.data.sources.plain_text import split_text
 from sparsetrain.data.sources.wheel import member_sizes
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.errors import UserError

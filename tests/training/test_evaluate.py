@@ -33,9 +33,10 @@ def test_score_text_matches_cross_entropy_and_byte_counts_by_hand() -> None:
     targets[0, :3] = -100
     targets[4] = -100
     token_bytes = torch.tensor([1, 2, 3, 1, 1, 5, 1, 4, 1, 2, 0])
+    sizes = torch.where(targets >= 0, token_bytes[targets.clamp(min=0)], 0)
     model.train()
     score = score_text(
-        model, lambda b: model.token_losses(b.tokens, b.targets), Batch(tokens, targets, None).split(2), token_bytes
+        model, lambda b: model.token_losses(b.tokens, b.targets), Batch(tokens, targets, None, sizes).split(2)
     )
     assert model.training  # dropout was off during the call and is on again
     model.eval()
@@ -138,5 +139,5 @@ def test_a_failing_evaluation_leaves_the_model_training() -> None:
 
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64), None)
     with pytest.raises(RuntimeError, match="no"):
-        score_text(model, fails, [batch], torch.ones(3, dtype=torch.int64))
+        score_text(model, fails, [batch])
     assert model.training

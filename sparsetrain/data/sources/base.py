@@ -44,9 +44,12 @@ class Source(ABC):
 
     Attributes:
         licence: the terms of the text, for the manifest of a corpus.
+        long_documents: whether a document may be a whole book. The end of the longest one is then validation text where
+            the other documents are too small for it, see `divide`.
     """
 
     licence: str = "not given"
+    long_documents: bool = False
 
     @abstractmethod
     def identity(self) -> dict[str, object]:

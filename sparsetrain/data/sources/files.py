@@ -1,8 +1,7 @@
-"""The source ``file``: documents in the user's files of text, JSON lines or Parquet."""
+"""The source ``file``: documents in the user's files of plain text, JSON lines or Parquet."""
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import importlib
 import os
@@ -11,124 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from sparsetrain.data.checksums import sha256_once
-from sparsetrain.data.sources.base import Document, Fields, Source, content_id, pick_field
+from sparsetrain.data.sources.base import Document, Fields, Source, pick_field
+from sparsetrain.data.sources.plain_text import BLANK_LINE, decoded_line, raw_lines, read_text, readable, separator_of
 from sparsetrain.data.sources.registry import FILE, SourceConfig, register_source
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
 from sparsetrain.reading import parse_json
 
-_CUT_CHARACTERS = 1000
-_READERS = (".txt", ".jsonl", ".parquet")
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turn an error of the file system into a `UserError` that names the file."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or type(error).__name__}") from error
-
-
-def _raw_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines of a file, each with the offset of its first byte."""
-    offset = 0
-    with _readable(path), path.open("rb") as stream:
-        for raw in stream:
-            yield offset, raw
-            offset += len(raw)
-
-
-def _decoded(path: Path, offset: int, raw: bytes) -> str:
-    """Return a line as text; a byte-order mark at the start of the file is no part of it."""
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        place = offset + error.start
-        raise UserError(f"{path} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {place}") from error
-    return text.removeprefix("\ufeff") if offset == 0 else text
-
-
-def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text without their ends."""
-    for offset, raw in _raw_lines(path):
-        line = _decoded(path, offset, raw)
-        if line.endswith("\n"):
-            line = line.removesuffix("\n").removesuffix("\r")
-        yield line
-
-
-def split_text(text: str) -> list[str]:
-    """Cut plain text into documents.
-
-    Blank lines separate documents. In a text without blank lines, each line is a document. A text of a single line is
-    cut at white space into documents of about 1000 characters.
-    """
-    return list(_pieces(lambda: iter(text.split("\n"))))
-
-
-def _pieces(lines: Callable[[], Iterator[str]]) -> Iterator[str]:
-    """Yield the documents of `split_text`; ``lines`` yields the lines anew at each call, so that none is kept."""
-    paragraphs = 0
-    several = False  # whether the first paragraph has more than one line
-    for number, _ in _paragraph_lines(lines()):
-        if number > 1:
-            paragraphs = number
-            break
-        several, paragraphs = paragraphs > 0, number
-    if paragraphs == 0:
-        return
-    if paragraphs == 1:
-        for _, line in _paragraph_lines(lines()):
-            pieces = [line] if several else _cut(line.strip())
-            yield from (piece.strip() for piece in pieces if piece.strip())
-        return
-    held: list[str] = []
-    last = 1
-    for number, line in _paragraph_lines(lines()):
-        if number > last:
-            yield "\n".join(held).strip()
-            held, last = [], number
-        held.append(line)
-    yield "\n".join(held).strip()
-
-
-def _paragraph_lines(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
-    """Yield the lines that are not blank, each with the number of its paragraph, from 1."""
-    number, blank = 0, True
-    for line in lines:
-        if not line.strip():
-            blank = True
-            continue
-        number += blank
-        blank = False
-        yield number, line
-
-
-def _cut(text: str) -> list[str]:
-    pieces = []
-    start = 0
-    while len(text) - start > _CUT_CHARACTERS:
-        end = start + _CUT_CHARACTERS
-        # Search the second half for a space. Text in a script without spaces is cut at the full length.
-        space = max(text.rfind(mark, start + _CUT_CHARACTERS // 2, end) for mark in (" ", "\t", "\u3000"))
-        if space > 0:
-            end = space
-        pieces.append(text[start:end])
-        start = end
-    pieces.append(text[start:])
-    return pieces
-
-
-def _read_text(path: Path, fields: Fields) -> Iterator[Document]:
-    del fields  # plain text has none
-    for text in _pieces(lambda: _lines(path)):
-        yield Document(content_id(text), text)
+_READERS = (".txt", ".jsonl", ".parquet")  # what is read of a directory
+_TABLES = (".csv", ".tsv", ".xls", ".xlsx")  # of which the rows would be meant, not the text
 
 
 def _read_jsonl(path: Path, fields: Fields) -> Iterator[Document]:
-    for number, (offset, raw) in enumerate(_raw_lines(path), start=1):
-        line = _decoded(path, offset, raw)
+    for number, (offset, raw) in enumerate(raw_lines(path), start=1):
+        line = decoded_line(path, offset, raw)
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -192,26 +87,37 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
-def _reader(path: Path) -> Callable[[Path, Fields], Iterator[Document]]:
-    return {".jsonl": _read_jsonl, ".parquet": _read_parquet}.get(path.suffix.lower(), _read_text)
+_Reader = Callable[[Path, Fields], Iterator[Document]]
+_ROWS: dict[str, _Reader] = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
 
 
-def find_files(path: str) -> list[Path]:
-    """Return the data files of a path, a directory (with its subdirectories) or a glob pattern, sorted.
+def find_files(path: str) -> tuple[list[Path], int]:
+    """Return the data files of a path, sorted, and the number of empty ones that were left out.
+
+    A directory gives its files, and those of its subdirectories, with a suffix ``.txt``, ``.jsonl`` or ``.parquet``. A
+    file or a glob pattern may have any other suffix too, such as ``.md`` or ``.py``, and is then plain text.
 
     Raises:
-        UserError: there is no file, or a file is empty, unreadable or has a suffix other than ``.txt``, ``.jsonl`` and
-            ``.parquet``.
+        UserError: there is no file, a file named alone is empty, all are empty, or one is unreadable or a table such as
+            ``.csv``.
     """
     try:
         files = _matching(path)
         for file in files:
             _check_file(file)
+        full = [file for file in files if file.stat().st_size > 0]
     except (OSError, ValueError, RuntimeError) as error:  # a name too long or with a zero byte, an unknown user
         if isinstance(error, UserError):
             raise
         raise UserError(f"path={path}: cannot be read ({_reason(error)})") from error
-    return files
+    if not full:
+        named = (
+            f"path={files[0]}: the file is empty"
+            if len(files) == 1
+            else f"path={path}: all {len(files)} files are empty"
+        )
+        raise UserError(named)
+    return full, len(files) - len(full)
 
 
 def _matching(path: str) -> list[Path]:
@@ -219,7 +125,10 @@ def _matching(path: str) -> list[Path]:
     if place.is_dir():
         files = sorted(file for file in place.rglob("*") if file.suffix.lower() in _READERS and file.is_file())
         if not files:
-            raise UserError(f"path={path}: no {', '.join(_READERS)} file in this directory")
+            raise UserError(
+                f"path={path}: no {', '.join(_READERS)} file in this directory; for other files of plain text, give a "
+                "pattern such as DIRECTORY/**/*.md"
+            )
     elif place.exists():
         files = [place]
     else:
@@ -231,51 +140,64 @@ def _matching(path: str) -> list[Path]:
 
 
 def _check_file(file: Path) -> None:
-    if file.suffix.lower() not in _READERS:
+    if file.suffix.lower() in _TABLES:
         raise UserError(
-            f"path={file}: cannot read {file.suffix or 'a file without suffix'}; allowed are {', '.join(_READERS)}"
+            f"path={file}: cannot read {file.suffix}; allowed are {', '.join(_READERS)} and other files of plain text"
         )
     if not file.is_file():
         raise UserError(f"path={file}: no regular file")
-    if file.stat().st_size == 0:
-        raise UserError(f"path={file}: the file is empty")
     if not os.access(file, os.R_OK):
         raise UserError(f"path={file}: no permission to read it")
 
 
 class LocalFiles(Source):
-    """The documents of ``.txt``, ``.jsonl`` and ``.parquet`` files; `find_files` explains ``path`` and its errors."""
+    """The documents of files of plain text, ``.jsonl`` and ``.parquet``; `find_files` explains ``path`` and its errors.
+
+    Args:
+        path: a file, a directory or a glob pattern.
+        fields: the fields of rows that become documents.
+        separator: how plain text is cut into documents, see `read_text`; with escapes, see `separator_of`.
+    """
 
     licence = "as given by the owner of the files"
 
-    def __init__(self, path: str, fields: Fields | None = None) -> None:
+    def __init__(self, path: str, fields: Fields | None = None, separator: str | None = None) -> None:
         self.path = path
         self.fields = fields or Fields()
-        self.files = find_files(path)
+        self.files, self._empty = find_files(path)
+        self._separator = separator if separator in (None, BLANK_LINE) else separator_of(separator)
+        is_text = any(file.suffix.lower() not in _ROWS for file in self.files)
+        self._cut: dict[str, object] = {}
+        if is_text and separator != BLANK_LINE:  # corpora that are cut by blank lines keep their identity
+            self._cut = {"text": "whole"} if separator is None else {"separator": self._separator}
+        self.long_documents = bool(self._cut)
+        if not is_text and separator not in (None, BLANK_LINE):
+            raise UserError(f"data.separator={separator!r:.60} cuts plain text, and path={path} has none")
 
     def identity(self) -> dict[str, object]:
         """Return size and sha256 of each file, so that the identity depends on content, not on places."""
         files = []
         for file in self.files:
-            with _readable(file):
+            with readable(file):
                 files.append({"bytes": file.stat().st_size, "sha256": sha256_once(file)})
-        return {"files": files, **self.fields.identity()}
+        return {"files": files, **self.fields.identity(), **self._cut}
 
     def documents(self) -> Iterator[Document]:
         """Yield the documents, file by file; raises `UserError` with the file and the line or row of an error."""
         for file in self.files:
-            yield from _reader(file)(file, self.fields)
+            reader = _ROWS.get(file.suffix.lower())
+            yield from read_text(file, self._separator) if reader is None else reader(file, self.fields)
 
     def note(self) -> dict[str, object]:
-        """Return the file names."""
-        return {"files": [file.name for file in self.files]}
+        """Return the file names, and the number of empty files that were left out."""
+        return {"files": [file.name for file in self.files], **({"empty_files": self._empty} if self._empty else {})}
 
     def size_estimate(self) -> int:
         """Return the size of the files in bytes."""
         return sum(file.stat().st_size for file in self.files if file.is_file())
 
 
-@register_source(FILE, needs={"path": "a .txt, .jsonl or .parquet file or a directory"})
+@register_source(FILE, needs={"path": "a .txt, .jsonl or .parquet file, a directory or a pattern"})
 def _files(config: SourceConfig) -> LocalFiles:
     assert config.path is not None  # `SourceConfig` checks the needs
-    return LocalFiles(config.path, config.fields)
+    return LocalFiles(config.path, config.fields, config.separator)

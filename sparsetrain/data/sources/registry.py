@@ -8,6 +8,7 @@ from typing import overload
 
 from sparsetrain.data.sources.base import Fields, Source
 from sparsetrain.data.sources.pairs import KeyValuesConfig
+from sparsetrain.data.sources.plain_text import separator_of
 from sparsetrain.errors import UserError
 from sparsetrain.registry import Registry
 
@@ -25,6 +26,8 @@ class SourceConfig:
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         group_field: the field that holds the group of a document; documents of one group share a split. Null for none.
+        separator: how a file of plain text is cut: null makes it one document, ``blank_line`` cuts at blank lines, and
+            any other text, such as ``\\n\\n`` or ``<|endoftext|>``, stands between documents.
         packages: installed packages whose files the source ``python`` reads beside the standard library.
         key_values: the documents that the source ``key_values`` generates.
 
@@ -39,6 +42,7 @@ class SourceConfig:
     hub_split: str = "train"
     text_field: str = "text"
     group_field: str | None = None
+    separator: str | None = None
     packages: list[str] = field(default_factory=list)
     key_values: KeyValuesConfig = field(default_factory=KeyValuesConfig)
 
@@ -47,6 +51,10 @@ class SourceConfig:
         for setting, meaning in SOURCES[self.kind].needs.items():
             if getattr(self, setting) is None:
                 raise UserError(f"data.name={self.kind} needs data.{setting}: {meaning}")
+        if self.separator is not None:
+            separator_of(self.separator)
+            if self.path is None:
+                raise UserError(f"data.separator={self.separator!r:.60} needs data.path, the plain text that it cuts")
 
     @property
     def kind(self) -> str:
