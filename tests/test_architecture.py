@@ -54,7 +54,7 @@ ORDER = [
         "gradients",
         "cost",
         *("data.checksums", "data.split", "data.bpe_training", "data.tokenizer_file", "data.tokenizer", "data.tokens"),
-        *("data.sources", "data.medline", "data.tasks", "data"),
+        *("data.tables", "data.sources", "data.medline", "data.tasks", "data"),
         "optim",
     ),
     *("runs", "vocabulary", "scaling", "training", "report", "stages", "studies", "bench", "cli"),
