@@ -55,7 +55,7 @@ class Example:
     @property
     def names(self) -> set[str]:
         """The ids that a document of training text would have if it were this example's, see `Task.overlap`."""
-        return {self.document, self.id, content_id(self.text)} if self.text else {self.document}
+        return {self.document, content_id(self.text)} if self.text else {self.document}
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Task:
             for place, example in enumerate(split):
                 found.update(((", " if place else "") + json.dumps(self._essence(example))).encode())
             found.update(b"]")
-        more = [] if (self.kind, self.length_rule) == ("one_label", "sum") else [self.kind, self.length_rule]
+        more: list[Any] = [] if (self.kind, self.length_rule) == ("one_label", "sum") else [self.kind, self.length_rule]
         more += [self.max_new_tokens] if self.kind == "free_answer" else []
         found.update(f"]{''.join(f', {json.dumps(value)}' for value in more)}]".encode())
         return found.hexdigest()
@@ -171,12 +171,12 @@ class Task:
         """Return what a model learns of an example and is scored by; a new kind adds to what was there before."""
         if self.kind == "one_label":
             return [example.id, example.source, example.label]
-        more = {
+        more: dict[str, list[Any]] = {
             "several_labels": [example.after, sorted(example.holds)],
             "multiple_choice": [example.choices],
             "free_answer": [example.answer],
         }
-        return [example.id, example.source, example.label, *more.get(self.kind, [])]
+        return [example.id, example.source, example.label, *more[self.kind]]
 
     def describe(self) -> str:
         """Return one line with the labels, the number of examples and the accuracy of the majority label."""
@@ -191,7 +191,7 @@ class Task:
     def overlap(self, train_ids: Set[str]) -> int:
         """Return the number of documents of test examples that are in ``train_ids``, for one `Corpus.train_ids`.
 
-        A row of a user's file counts by its group, by its id, and by its text, whose hash is the id of a document
+        A row of a user's file counts by its group or else its id, and by its text, whose hash is the id of a document
         without one.
         """
         return len({example.document for example in self.test if not train_ids.isdisjoint(example.names)})

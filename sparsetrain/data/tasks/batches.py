@@ -53,9 +53,10 @@ class Rows:
             )
         return room
 
-    def length(self, source: int, answer: int) -> int:
-        """Return the number of input tokens of a row whose source and answer have so many."""
-        return source + self._n_slots + answer
+    def lengths(self, sources: np.ndarray, answers: np.ndarray) -> np.ndarray:
+        """Return the numbers of input tokens of rows, from those of their sources and answers."""
+        found: np.ndarray = sources + self._n_slots + answers
+        return found
 
     def width(self, length: int) -> int:
         """Return the padded width of a batch whose longest row has ``length`` tokens."""
@@ -63,8 +64,8 @@ class Rows:
 
     def collate(self, sources: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Batch:
         """Return a batch of rows, padded on the right."""
-        lengths = [self.length(len(source), len(answer)) for source, answer in zip(sources, answers, strict=True)]
-        shape = (len(sources), self.width(max(lengths)))
+        lengths = self.lengths(np.array(list(map(len, sources))), np.array(list(map(len, answers))))
+        shape = (len(sources), self.width(int(lengths.max())))
         tokens = np.full(shape, self._eos, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         slots = np.full(shape, -1, dtype=np.int64) if self._n_slots else None
@@ -195,7 +196,7 @@ class TaskBatches:
         self._answers: list[Sequence[int]] = []
         self._encode(examples, form, tokenizer)
         lengths = [len(answer) for answer in self._answers]
-        self._lengths = self._rows.length(self._sources.lengths(), np.array(lengths))
+        self._lengths = self._rows.lengths(self._sources.lengths(), np.array(lengths))
         self._batch_size = batch_size
         self._seed = seed
         self._phase = phase

@@ -123,6 +123,8 @@ class Form:
             elif field is not None:
                 if field not in row:
                     raise UserError(f"{where}: no column {field!r} of the template{nearest(field, row)}")
+                if isinstance(row[field], Mapping):
+                    raise UserError(f"{where}: column {field!r} holds fields, {sorted(row[field])}; it must be text")
                 parts[place] += as_text(row[field])
         return parts[0], parts[1]
 
@@ -182,7 +184,9 @@ class _Shape(TypedDict):
 
 
 def as_text(value: Any) -> str:
-    """Return the value of a cell as text; an empty cell is an empty text."""
+    """Return the value of a cell as text: an empty cell is an empty text, a list its texts with spaces between."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(as_text, value))
     return "" if value is None else str(value)
 
 

@@ -32,8 +32,8 @@ class TaskConfig:
         id_field: column of the ids of rows; null takes ``id``, if there is such a column, or else numbers the rows.
         group_field: column of the groups, whose rows share a split; null takes ``group``, if there is such a column.
         template: what the model reads, with ``{column}`` for the text of a column.
-        kind: one_label, several_labels, multiple_choice or free_answer; null is several_labels where labels are lists or
-            ``label_separator`` is given, multiple_choice where ``choices`` are, and else one_label.
+        kind: one_label, several_labels, multiple_choice or free_answer; null is several_labels where labels are lists
+            or ``label_separator`` is given, multiple_choice where ``choices`` are, and else one_label.
         labels: the labels that are allowed, in their order; null takes all labels of training rows, sorted.
         answers: the text that stands for a label; without one it is the label behind a space.
         length_rule: how log-likelihoods of answers compare: their sum, or divided by tokens (token) or bytes (byte);

@@ -50,8 +50,8 @@ def scored_tokens(answers: Sequence[str], tokenizer: Tokenizer) -> list[list[int
         before, after = encoded[one], encoded[other]
         if before == after:
             raise UserError(
-                f"the answers {answers[one]!r} and {answers[other]!r} have the same tokens, so that no score tells them "
-                "apart; give one of them another text with task.answers"
+                f"the answers {answers[one]!r} and {answers[other]!r} have the same tokens, so that no score tells "
+                "them apart; give one of them another text with task.answers"
             )
         ends |= after[: len(before)] == before
     return [[*answer, tokenizer.eos_id] for answer in encoded] if ends else encoded
