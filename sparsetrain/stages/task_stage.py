@@ -23,10 +23,8 @@ from sparsetrain.data import (
     TaskBatches,
     TaskConfig,
     Tokenizer,
-    answer_tokens,
     load_task,
     prepare_corpora,
-    scoring_batches,
 )
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
@@ -38,6 +36,7 @@ from sparsetrain.screen import say
 from sparsetrain.stages.backends import backend_names
 from sparsetrain.stages.config import FinetuneConfig, model_config
 from sparsetrain.stages.memory import adjustable, training_workload
+from sparsetrain.stages.scoring import Scorer
 from sparsetrain.stages.stage import (
     Stage,
     Subject,
@@ -48,7 +47,7 @@ from sparsetrain.stages.stage import (
     restored_model,
 )
 from sparsetrain.stages.work import work_on_task
-from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
+from sparsetrain.training.evaluate import TaskScore, score_labels
 from sparsetrain.training.state import Diverged, TrainState
 
 C = TypeVar("C", bound=FinetuneConfig)
@@ -170,7 +169,11 @@ class TaskStage(Stage[C]):
         super().begin(training)
         network = training.network
         self.flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, self.context)
-        self.answers = answer_tokens(self.task, self.made_from.tokenizer)
+        self.scorer = Scorer(
+            *(self.task.form, self.made_from.tokenizer, network, training.subject.module),
+            lambda batch: self.embeddings(batch.to(training.device)),
+            *(self.context, self.slots, training.autocasting),
+        )
 
     def entries(self) -> dict[str, Any]:
         return {
@@ -193,15 +196,10 @@ class TaskStage(Stage[C]):
         found = self._score(self.task.validation[: self.config.loop.eval_sequences])
         return {"val_accuracy": found.accuracy, "val_macro_f1": found.macro_f1}
 
-    def _row_scores(self, batch: Batch) -> Tensor:
-        with self.training.autocasting():
-            embeddings = self.embeddings(batch.to(self.training.device))
-            return self.training.network.continuation_scores(embeddings, self.answers)
-
     def _score(self, examples: list[Example]) -> TaskScore:
-        tokenizer = self.made_from.tokenizer
-        batches = scoring_batches(examples, self.task, tokenizer, self.context, self.slots)
-        likelihoods = label_likelihoods(self.training.subject.module, self._row_scores, batches, len(examples))
+        form = self.task.form
+        asked = [form.asked((e.source, e.after), e.label, e.holds, e.choices)[0] for e in examples]
+        likelihoods = self.scorer.scores(asked, [example.id for example in examples])
         if bool(likelihoods.isnan().any()):
             return TaskScore(len(examples), math.nan, (math.nan, math.nan), math.nan)
         truth = np.array([example.label for example in examples])

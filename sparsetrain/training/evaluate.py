@@ -20,8 +20,8 @@ TokenLosses = Callable[[Batch], Tensor]
 """Maps a batch to the cross-entropy of each target in nats, ``[B, T]``; 0 where there is no target."""
 
 
-RowScores = Callable[[Batch], Tensor]
-"""Maps a batch of questions to the log-probability of each label's answer in nats, ``[B, C]``."""
+RowScores = Callable[[ScoringBatch], Tensor]
+"""Maps a batch of questions to the log-probability of each answer in nats, ``[B, C]``."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
     missing = set(range(examples))
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            scores = score(batch.batch).double().cpu()
+            scores = score(batch).double().cpu()
             if result is None:
                 result = scores.new_full((examples, scores.shape[1]), float("nan"))
             result[batch.examples] = scores

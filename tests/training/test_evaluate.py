@@ -57,7 +57,7 @@ def test_label_likelihoods_match_a_loop_of_log_softmax() -> None:
     task = Task("t", ("yes", "no", "noon"), answers, examples, examples, examples)
     found = label_likelihoods(
         model,
-        lambda b: model.continuation_scores(model.embed_tokens(b.tokens), answer_tokens(task, tokenizer)),
+        lambda b: model.continuation_scores(model.embed_tokens(b.batch.tokens), answer_tokens(task, tokenizer)),
         scoring_batches(examples, task, tokenizer, 48, 0, 2),
         len(examples),
     )
