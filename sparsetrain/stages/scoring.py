@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,28 @@ from sparsetrain.models.decoding.score import own_continuation_scores
 from sparsetrain.training.evaluate import evaluating, label_likelihoods
 
 _ROWS = 64  # of a batch
+
+
+class Answered(NamedTuple):
+    """Answers to the questions about E rows.
+
+    Args:
+        predicted: for each row the index of a label or a choice, the frozen set of the labels that hold, or a text.
+        probabilities: float64 ``[E, L]`` of the labels, see `Scorer.probabilities`; None for free answers.
+    """
+
+    predicted: list[Any]
+    probabilities: np.ndarray | None
+
+    @classmethod
+    def of(cls, parts: Sequence[Answered]) -> Answered:
+        """Return the answers of all parts; rows of a part with fewer choices get zeros behind theirs."""
+        predicted = [found for part in parts for found in part.predicted]
+        shares = [part.probabilities for part in parts if part.probabilities is not None]
+        if not shares:
+            return cls(predicted, None)
+        most = max(each.shape[1] for each in shares)
+        return cls(predicted, np.concatenate([np.pad(each, ((0, 0), (0, most - each.shape[1]))) for each in shares]))
 
 
 class Scorer:
@@ -80,6 +104,27 @@ class Scorer:
 
         found = label_likelihoods(self.module, score, batches, len(questions))
         return self._by_length(found, questions)
+
+    def answered(self, questions: Sequence[Asked], names: Sequence[str] = ()) -> Answered | None:
+        """Return the answers to the questions about rows; None where the model gives one the likelihood NaN.
+
+        One of several labels holds if yes is more likely than no. Otherwise the answer of the highest score is taken,
+        and for a free answer the text.
+
+        Raises:
+            UserError: as `scores` and `texts`.
+        """
+        if self.form.kind == "free_answer":
+            return Answered(self.texts(questions, self.form.max_new_tokens, names), None)
+        scores = self.scores(questions, names)
+        if bool(scores.isnan().any()):
+            return None
+        found = scores.argmax(1)
+        predicted: list[Any] = found.tolist()
+        if self.form.kind == "several_labels":
+            rows = found.reshape(-1, len(self.form.labels))
+            predicted = [frozenset(row.nonzero()[:, 0].tolist()) for row in rows]
+        return Answered(predicted, self.probabilities(scores).numpy())
 
     def probabilities(self, scores: Tensor) -> Tensor:
         """Return the probability of each label of each row, float64 ``[E, L]``, for the `scores` of its questions.

@@ -43,20 +43,6 @@ class TextScore:
         return cls(loss, sum(part.bits_per_byte * part.bytes for part in parts) / size, tokens, size)
 
 
-@dataclass(frozen=True)
-class TaskScore:
-    """A score on a labelled test set of ``n`` examples.
-
-    ``ci95`` is the Wilson interval of the accuracy. ``macro_f1`` averages the F1 over the labels that occur in the test
-    set or among the predictions.
-    """
-
-    n: int
-    accuracy: float
-    ci95: tuple[float, float]
-    macro_f1: float
-
-
 @torch.no_grad()
 def score_text(model: nn.Module, losses: TokenLosses, batches: Iterable[Batch], token_bytes: Tensor) -> TextScore:
     """Return loss and bits per byte over ``batches``.
@@ -101,12 +87,6 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
     if result is None or missing:
         raise ValueError(f"{len(missing)} of {examples} examples were not scored")
     return result
-
-
-def score_labels(predicted: np.ndarray, truth: np.ndarray) -> TaskScore:
-    """Return accuracy with its Wilson interval, and macro F1, for int arrays ``[E]`` of label indices."""
-    n, right = len(truth), int((predicted == truth).sum())
-    return TaskScore(n, right / n, wilson(right, n), macro_f1(predicted, truth))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

@@ -32,14 +32,19 @@ def repeated_rows(texts: Sequence[str], training: Iterable[str]) -> tuple[int, i
             found = _hashes(words, size)
             windows.setdefault(size, []).append(found)
             rows.setdefault(size, []).extend([row] * len(found))
-    wanted = {size: np.concatenate(found) for size, found in windows.items()}
+    wanted = {size: np.unique(np.concatenate(found)) for size, found in windows.items()}
     seen = {size: np.zeros(len(found), dtype=bool) for size, found in wanted.items()}
     for piece in training:
         words = _words(piece)
-        for size, found in wanted.items():
+        for size, known in wanted.items():
             if len(words) >= size:
-                seen[size] |= np.isin(found, _hashes(words, size))
-    repeated = {row for size, hits in seen.items() for row in np.array(rows[size])[hits].tolist()}
+                found = _hashes(words, size)
+                places = np.minimum(np.searchsorted(known, found), len(known) - 1)
+                seen[size][places[known[places] == found]] = True
+    repeated: set[int] = set()
+    for size, known in wanted.items():
+        hits = seen[size][np.searchsorted(known, np.concatenate(windows[size]))]
+        repeated.update(np.array(rows[size])[hits].tolist())
     return len(repeated), len({row for members in rows.values() for row in members})
 
 
