@@ -13,8 +13,16 @@ from sparsetrain.data.sources.base import Document, Section, Source
 from sparsetrain.data.sources.registry import SOURCES, SourceConfig, register_source
 from sparsetrain.data.split import split_of
 from sparsetrain.data.tasks.base import Example, Task, take
-from sparsetrain.data.tasks.batches import ScoringBatch, TaskBatches, answer_tokens, scoring_batches
+from sparsetrain.data.tasks.batches import TaskBatches
+from sparsetrain.data.tasks.form import Asked, Form
 from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_task, register_task
+from sparsetrain.data.tasks.scoring import (
+    ScoringBatch,
+    answer_tokens,
+    question_batches,
+    scored_tokens,
+    scoring_batches,
+)
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import Batch, PackedSamples, Samples, TokenFile, sequential_windows
 
@@ -26,6 +34,7 @@ for _wing in (medline, sources, tasks):
 __all__ = [
     "SOURCES",
     "TASKS",
+    "Asked",
     "Batch",
     "Corpora",
     "Corpus",
@@ -33,6 +42,7 @@ __all__ = [
     "DataConfig",
     "Document",
     "Example",
+    "Form",
     "Mixture",
     "PackedSamples",
     "Samples",
@@ -53,8 +63,10 @@ __all__ = [
     "open_corpus",
     "prepare",
     "prepare_corpora",
+    "question_batches",
     "register_source",
     "register_task",
+    "scored_tokens",
     "scoring_batches",
     "sequential_windows",
     "split_of",

@@ -13,7 +13,17 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import clear_leftovers, file_errors, write_text
 from sparsetrain.runs import checkpoint
 from sparsetrain.runs.identity import differences
-from sparsetrain.runs.layout import BACKENDS, CHECKPOINTS, CONFIG, LOCK, METRICS, TASK, TOKENIZER, TRAIN_IDS
+from sparsetrain.runs.layout import (
+    BACKENDS,
+    CHECKPOINTS,
+    CONFIG,
+    LOCK,
+    METRICS,
+    PREDICTIONS,
+    TASK,
+    TOKENIZER,
+    TRAIN_IDS,
+)
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.recorded import Recorded, read_recorded
 from sparsetrain.runs.result import RunResult, finished
@@ -93,7 +103,7 @@ def _listed(texts: list[str]) -> str:
 
 def _remove_traces(directory: Path, made: list[Path]) -> None:
     """Remove what a run wrote that did not come to a checkpoint, and the directories ``made`` for it."""
-    traces = {LOCK, CONFIG, TOKENIZER, TRAIN_IDS, METRICS, BACKENDS, TASK}
+    traces = {LOCK, CONFIG, TOKENIZER, TRAIN_IDS, METRICS, BACKENDS, TASK, PREDICTIONS}
     if not traces.issuperset(entry.name for entry in directory.iterdir()):
         return
     with suppress(OSError):

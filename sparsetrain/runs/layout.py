@@ -8,6 +8,7 @@
         metrics.jsonl       one line per logged step and per evaluation
         checkpoints/        see `sparsetrain.runs.checkpoint`
         task.json           how a task asks, see `sparsetrain.data.tasks.form`
+        predictions.csv     what a model on a task predicts of the test rows
         result.json         written last; if it exists, the run is done
 
 A pipeline also has ``report.json``, ``report.html`` and a directory ``ARM/STAGE`` for each of its runs. A bench has
@@ -20,7 +21,7 @@ from pathlib import Path
 
 CONFIG, RESULT, TOKENIZER, CHECKPOINTS = "config.yaml", "result.json", "tokenizer.json", "checkpoints"
 METRICS, LOCK, TRAIN_IDS, BACKENDS = "metrics.jsonl", ".lock", "train_ids.txt", "backends.json"
-TASK = "task.json"
+TASK, PREDICTIONS = "task.json", "predictions.csv"
 REPORT, PAGE, BENCH = "report.json", "report.html", "bench.json"
 
 

@@ -310,7 +310,8 @@ def _default(kind: type[StageConfig], name: str) -> Any:
 def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Merge the settings ``more`` into ``values``, section by section.
 
-    A length replaces a length given in another unit, and a rule drops the settings of another rule.
+    A length replaces a length given in another unit, a rule drops the settings of another rule, and a task
+    those that are special to another task.
     """
     for name, value in more.items():
         before = values.get(name)
@@ -320,6 +321,8 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
                 inner |= dict.fromkeys(LENGTHS)
             if name == "evolution" and "rule" in value:
                 inner = of_rule({**inner, "rule": value["rule"]})
+            if name == "task":
+                inner = TaskConfig.renamed(inner, value.get("name"))
             _merge(inner, value)
             values[name] = inner
         else:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,21 +22,20 @@ from sparsetrain.data import (
     TaskBatches,
     TaskConfig,
     Tokenizer,
-    answer_tokens,
     load_task,
     prepare_corpora,
-    scoring_batches,
 )
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget
-from sparsetrain.runs.layout import TASK
+from sparsetrain.runs.layout import PREDICTIONS, TASK
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
 from sparsetrain.stages.backends import backend_names
 from sparsetrain.stages.config import FinetuneConfig, model_config
 from sparsetrain.stages.memory import adjustable, training_workload
+from sparsetrain.stages.scoring import Answered, Scorer
 from sparsetrain.stages.stage import (
     Stage,
     Subject,
@@ -47,11 +45,15 @@ from sparsetrain.stages.stage import (
     overall_density,
     restored_model,
 )
+from sparsetrain.stages.text_overlap import text_overlap
 from sparsetrain.stages.work import work_on_task
-from sparsetrain.training.evaluate import TaskScore, label_likelihoods, score_labels
+from sparsetrain.training.bag_of_words import bag_of_words
 from sparsetrain.training.state import Diverged, TrainState
+from sparsetrain.training.task_scores import score_task, write_predictions
 
 C = TypeVar("C", bound=FinetuneConfig)
+
+_AT_A_TIME = 16_384  # examples whose questions are in memory at a time
 
 
 def available_task(config: TaskConfig) -> Task | None:
@@ -104,9 +106,9 @@ class TaskStage(Stage[C]):
         config = self.config
         self.made_from = origin
         self.task = self.known or load_task(config.task)
-        self.budget = Budget.of(config.budget, config.data.context, lambda _context: len(self.task.train))
+        self.budget = Budget.of(config.budget, config.data.context, lambda _context: self.task.rows_per_epoch)
         self.examples = TaskBatches(
-            *(self.task.train, origin.tokenizer, self.task.answers, self.context, config.budget.first_batch),
+            *(self.task.train, origin.tokenizer, self.task.form, self.context, config.budget.first_batch),
             *(config.samples_seed, self.kind, self.slots),
         )
 
@@ -170,7 +172,11 @@ class TaskStage(Stage[C]):
         super().begin(training)
         network = training.network
         self.flops = training_flops_per_token(network.config, layer_densities(network) or 1.0, self.context)
-        self.answers = answer_tokens(self.task, self.made_from.tokenizer)
+        self.scorer = Scorer(
+            *(self.task.form, self.made_from.tokenizer, network, training.subject.module),
+            lambda batch: self.embeddings(batch.to(training.device)),
+            *(self.context, self.slots, training.autocasting),
+        )
 
     def entries(self) -> dict[str, Any]:
         return {
@@ -190,35 +196,41 @@ class TaskStage(Stage[C]):
         return work_on_task(self.config, network.config, self.budget, tokens, densities, names)
 
     def evaluate(self, step: int, final: bool) -> dict[str, float]:
-        found = self._score(self.task.validation[: self.config.loop.eval_sequences])
-        return {"val_accuracy": found.accuracy, "val_macro_f1": found.macro_f1}
+        examples = self.task.validation[: self.config.loop.eval_sequences]
+        answered = self._answered(examples)
+        if answered is None:
+            return {"val_accuracy": math.nan, "val_macro_f1": math.nan}
+        found = score_task(self.task, examples, answered.predicted)
+        return {f"val_{name}": found[name] for name in ("accuracy", "macro_f1", "token_f1") if name in found}
 
-    def _row_scores(self, batch: Batch) -> Tensor:
-        with self.training.autocasting():
-            embeddings = self.embeddings(batch.to(self.training.device))
-            return self.training.network.continuation_scores(embeddings, self.answers)
-
-    def _score(self, examples: list[Example]) -> TaskScore:
-        tokenizer = self.made_from.tokenizer
-        batches = scoring_batches(examples, self.task, tokenizer, self.context, self.slots)
-        likelihoods = label_likelihoods(self.training.subject.module, self._row_scores, batches, len(examples))
-        if bool(likelihoods.isnan().any()):
-            return TaskScore(len(examples), math.nan, (math.nan, math.nan), math.nan)
-        truth = np.array([example.label for example in examples])
-        return score_labels(likelihoods.argmax(1).numpy(), truth)
+    def _answered(self, examples: Sequence[Example]) -> Answered | None:
+        """Return the model's answers to examples; None where it gives an answer the likelihood NaN."""
+        parts = []
+        for start in range(0, len(examples), _AT_A_TIME):
+            some = examples[start : start + _AT_A_TIME]
+            asked = [each for example in some for each in example.asked(self.scorer.form)]
+            each = len(asked) // len(some)
+            part = self.scorer.answered(asked, [example.id for example in some for _ in range(each)])
+            if part is None:
+                return None
+            parts.append(part)
+        return Answered.of(parts)
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
-        test = self._score(self.task.test)
-        if math.isnan(test.accuracy):
+        task = self.task
+        answered = self._answered(task.test)
+        if answered is None:
             raise Diverged(f"{self.kind}: the trained model gives an answer of the test set the likelihood NaN")
+        write_predictions(directory / PREDICTIONS, task, task.test, answered.predicted, answered.probabilities)
+        bag = bag_of_words(task)
         return {
-            "task": self.task.name,
-            "n_test": test.n,
-            "accuracy": test.accuracy,
-            "ci95": list(test.ci95),
-            "macro_f1": test.macro_f1,
-            "majority": self.task.majority(),
-            "n_train": len(self.task.train),
-            "overlap_train_test": self.task.overlap(self.made_from.train_ids),
+            "task": task.name,
+            "kind": task.kind,
+            **score_task(task, task.test, answered.predicted),
+            "majority": task.majority(),
+            **({} if bag is None else {"bag_of_words": bag}),
+            "n_train": len(task.train),
+            "overlap_train_test": task.overlap(self.made_from.train_ids),
+            **text_overlap(task, self.config.data, self.made_from),
             "flops": self.flops.for_tokens(state.tokens_seen).as_dict(),
         }

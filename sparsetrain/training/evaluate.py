@@ -20,8 +20,8 @@ TokenLosses = Callable[[Batch], Tensor]
 """Maps a batch to the cross-entropy of each target in nats, ``[B, T]``; 0 where there is no target."""
 
 
-RowScores = Callable[[Batch], Tensor]
-"""Maps a batch of questions to the log-probability of each label's answer in nats, ``[B, C]``."""
+RowScores = Callable[[ScoringBatch], Tensor]
+"""Maps a batch of questions to the log-probability of each answer in nats, ``[B, C]``."""
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,6 @@ class TextScore:
         tokens, size = (sum(getattr(part, name) for part in parts) for name in ("tokens", "bytes"))
         loss = sum(part.loss * part.tokens for part in parts) / tokens
         return cls(loss, sum(part.bits_per_byte * part.bytes for part in parts) / size, tokens, size)
-
-
-@dataclass(frozen=True)
-class TaskScore:
-    """A score on a labelled test set of ``n`` examples.
-
-    ``ci95`` is the Wilson interval of the accuracy. ``macro_f1`` averages the F1 over the labels that occur in the test
-    set or among the predictions.
-    """
-
-    n: int
-    accuracy: float
-    ci95: tuple[float, float]
-    macro_f1: float
 
 
 @torch.no_grad()
@@ -98,7 +84,7 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
     missing = set(range(examples))
     with evaluating(model), torch.no_grad():
         for batch in batches:
-            scores = score(batch.batch).double().cpu()
+            scores = score(batch).double().cpu()
             if result is None:
                 result = scores.new_full((examples, scores.shape[1]), float("nan"))
             result[batch.examples] = scores
@@ -106,12 +92,6 @@ def label_likelihoods(model: nn.Module, score: RowScores, batches: Iterable[Scor
     if result is None or missing:
         raise ValueError(f"{len(missing)} of {examples} examples were not scored")
     return result
-
-
-def score_labels(predicted: np.ndarray, truth: np.ndarray) -> TaskScore:
-    """Return accuracy with its Wilson interval, and macro F1, for int arrays ``[E]`` of label indices."""
-    n, right = len(truth), int((predicted == truth).sum())
-    return TaskScore(n, right / n, wilson(right, n), macro_f1(predicted, truth))
 
 
 def wilson(right: int, n: int) -> tuple[float, float]:

@@ -49,7 +49,7 @@ def test_it_is_a_file_of_the_group_task(shell: Any, own_task: None, tmp_path: Pa
     assert status == 0, err
     assert "have different kinds of ids" in " ".join(out.split())
     line = shell.refused("finetune", *words, "task=parity", "task.name=parit", "run_dir=other")
-    assert "task.name='parit' is not one of pubmedqa, section_roles, parity (did you mean 'parity'?)" in line
+    assert "task.name='parit' is not one of file, hub, pubmedqa, section_roles, parity (did you mean 'parity'?)" in line
     assert "task parity takes no path" in shell.refused("finetune", *words, "task=parity", "task.path=x")
 
 

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsetrain.data.tasks.base import Example, Task
-from sparsetrain.data.tasks.batches import TaskBatches, answer_tokens, scoring_batches
+from sparsetrain.data.tasks.batches import TaskBatches
+from sparsetrain.data.tasks.scoring import answer_tokens, scoring_batches
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError

@@ -11,13 +11,15 @@ from sparsetrain.data.sources.registry import SourceConfig, register_source
 from sparsetrain.errors import UserError
 
 
-def load_rows(name: str, config: str | None, split: str, otherwise: str = "give a local file as data.path") -> Any:
-    """Return a split of a hub data set as a sequence of dicts; `datasets` keeps it in its own cache.
+def load_rows(
+    name: str, config: str | None, split: str | None, otherwise: str = "give a local file as data.path"
+) -> Any:
+    """Return a split of a hub data set as a sequence of dicts, or all by name; `datasets` has a cache of its own.
 
     Args:
         name: the data set, ``OWNER/DATASET``.
         config: its configuration; None is the default one.
-        split: its split.
+        split: its split; None is a mapping of all splits.
         otherwise: advice for use without the hub, which ends an error's line.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Batches of a task's examples, for training and for scoring.
+"""Batches of a task's examples for training; `sparsetrain.data.tasks.scoring` has those for scoring.
 
 Shapes: B rows, T tokens of the longest row, rounded up to a multiple of 8 but at most the context. A row is
 
@@ -9,15 +9,15 @@ and has a loss only on the answer and the end. A source that is too long loses t
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from sparsetrain.data.tasks.base import Example, Task
+from sparsetrain.data.tasks.base import Example
+from sparsetrain.data.tasks.form import Asked, Form
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError
@@ -25,52 +25,51 @@ from sparsetrain.seeds import derive_seed
 
 _POOL_BATCHES = 16  # batches among which rows are sorted by length
 _MULTIPLE = 8
+CHUNK = 1024  # texts that are encoded at a time
+_OWN_ANSWERS = ("multiple_choice", "free_answer")  # kinds whose questions have answers of their own
 
 
-class _Rows:
-    """Makes rows for a context, a number of soft-prompt slots and the answers of a task."""
+class Rows:
+    """Makes rows for a context and a number of soft-prompt slots."""
 
-    def __init__(self, tokenizer: Tokenizer, answers: Sequence[str], context: int, n_slots: int) -> None:
-        self.answers = tokenizer.encode_batch(answers)
+    def __init__(self, tokenizer: Tokenizer, context: int, n_slots: int) -> None:
         self._eos = tokenizer.eos_id
         self._context = context
         self._n_slots = n_slots
-        self._tokenizer = tokenizer
-        # The longest answer sets the room for every source, so that all answers of a question follow the same tokens.
-        # The end of the document is only a target and takes no room.
-        self._room = context - n_slots - max(len(answer) for answer in self.answers)
-        if self._room < 1:
-            longest = context - n_slots - self._room
+
+    def room(self, longest: int) -> int:
+        """Return the number of tokens that an answer of ``longest`` tokens leaves for its source.
+
+        The end of the document is only a target and takes no room.
+
+        Raises:
+            UserError: it leaves none.
+        """
+        room = self._context - self._n_slots - longest
+        if room < 1:
             raise UserError(
-                f"context={context} leaves no room for a source beside {n_slots} soft-prompt slots and an answer of "
-                f"{longest} tokens; use at least {n_slots + longest + 1}"
+                f"context={self._context} leaves no room for a source beside {self._n_slots} soft-prompt slots and an "
+                f"answer of {longest} tokens; use at least {self._n_slots + longest + 1}"
             )
+        return room
 
-    def sources(self, examples: Sequence[Example]) -> list[list[int]]:
-        """Return the tokens of each example's source, cut on the left to the room that the longest answer leaves."""
-        encoded = self._tokenizer.encode_batch([example.source for example in examples])
-        for example, ids in zip(examples, encoded, strict=True):
-            if not ids:
-                raise UserError(f"example {example.id} has an empty source")
-        return [ids[-self._room :] for ids in encoded]
-
-    def length(self, source: Sequence[int], label: int) -> int:
-        """Return the number of input tokens of a row."""
-        return len(source) + self._n_slots + len(self.answers[label])
+    def lengths(self, sources: np.ndarray, answers: np.ndarray) -> np.ndarray:
+        """Return the numbers of input tokens of rows, from those of their sources and answers."""
+        found: np.ndarray = sources + self._n_slots + answers
+        return found
 
     def width(self, length: int) -> int:
         """Return the padded width of a batch whose longest row has ``length`` tokens."""
         return min(-(-length // _MULTIPLE) * _MULTIPLE, self._context)
 
-    def collate(self, sources: Sequence[Sequence[int]], labels: Sequence[int]) -> Batch:
+    def collate(self, sources: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> Batch:
         """Return a batch of rows, padded on the right."""
-        lengths = [self.length(source, label) for source, label in zip(sources, labels, strict=True)]
-        shape = (len(sources), self.width(max(lengths)))
+        lengths = self.lengths(np.array(list(map(len, sources))), np.array(list(map(len, answers))))
+        shape = (len(sources), self.width(int(lengths.max())))
         tokens = np.full(shape, self._eos, dtype=np.int64)
         targets = np.full(shape, IGNORED, dtype=np.int64)
         slots = np.full(shape, -1, dtype=np.int64) if self._n_slots else None
-        for row, (source, label) in enumerate(zip(sources, labels, strict=True)):
-            answer = self.answers[label]
+        for row, (source, answer) in enumerate(zip(sources, answers, strict=True)):
             start = len(source) + self._n_slots
             tokens[row, : len(source)] = source
             tokens[row, start : start + len(answer)] = answer
@@ -94,6 +93,62 @@ class _Rows:
         return Batch(tokens, torch.full_like(tokens, IGNORED), slots)
 
 
+class Encoded:
+    """Token lists in one array, since as lists of integers they would take ten times the memory."""
+
+    def __init__(self) -> None:
+        self._tokens = array("i")
+        self._ends = array("q", [0])
+
+    def add(self, ids: Sequence[int]) -> None:
+        self._tokens.extend(ids)
+        self._ends.append(len(self._tokens))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> Sequence[int]:
+        return self._tokens[self._ends[index] : self._ends[index + 1]]
+
+    def lengths(self) -> np.ndarray:
+        """Return the number of tokens of each list."""
+        return np.diff(np.frombuffer(self._ends, dtype=np.int64))
+
+
+class Sources:
+    """The tokens of the sources of questions, each cut on the left to the room that its longest answer leaves.
+
+    All answers of a question therefore follow the same tokens, in training and when they are compared.
+    """
+
+    def __init__(self, rows: Rows, tokenizer: Tokenizer, max_new_tokens: int) -> None:
+        self.tokens = Encoded()
+        self._rows, self._tokenizer = rows, tokenizer
+        self._generated = max_new_tokens
+        self._longest: dict[tuple[str, ...], int] = {}
+
+    def extend(self, asked: Sequence[Asked], names: Sequence[str]) -> None:
+        """Add questions; ``names`` has what an error calls each of them.
+
+        Raises:
+            UserError: a source is empty, or the context leaves no room for it.
+        """
+        encoded = self._tokenizer.encode_batch([each.source for each in asked])
+        for each, ids, name in zip(asked, encoded, names, strict=True):
+            if not ids:
+                raise UserError(f"example {name} has an empty source")
+            self.tokens.add(ids[-self._room(each.answers) :])
+
+    def _room(self, answers: tuple[str, ...]) -> int:
+        if not answers:
+            return self._rows.room(self._generated)
+        if answers not in self._longest:
+            if len(self._longest) >= CHUNK:  # each question may have answers of its own
+                self._longest.clear()
+            self._longest[answers] = max(map(len, self._tokenizer.encode_batch(answers)))
+        return self._rows.room(self._longest[answers])
+
+
 class TaskBatches:
     """Training batches of a task.
 
@@ -101,24 +156,29 @@ class TaskBatches:
     padding; the batches then come in random order. A row is a function of (seed, phase, global example index) alone.
 
     Args:
-        examples: the training examples.
+        examples: the training examples. An example of several labels makes one row for each label, whose answer is no
+            or yes; the others make one row each.
         tokenizer: the tokenizer of the model.
-        answers: the text of each label, for example `Task.answers`.
+        form: how the task asks, `Task.form`; or the text of each label, for a task with one label.
         context: largest number of input tokens of a row.
         batch_size: rows of the batches that are sorted by length; `batch` takes any count.
         seed: of the order.
         phase: the purpose of the batches; two phases with the same seed have different orders.
         n_slots: soft-prompt vectors between source and answer.
 
+    Attributes:
+        examples_per_epoch: the number of rows.
+
     Raises:
-        UserError: there are no examples, a source is empty, ``batch_size`` is below 1, or ``context`` leaves no room.
+        UserError: there are no examples, a source is empty, an answer is longer than `Form.max_new_tokens`,
+            ``batch_size`` is below 1, or ``context`` leaves no room.
     """
 
     def __init__(
         self,
         examples: Sequence[Example],
         tokenizer: Tokenizer,
-        answers: Sequence[str],
+        form: Form | Sequence[str],
         context: int,
         batch_size: int,
         seed: int,
@@ -129,15 +189,45 @@ class TaskBatches:
             raise UserError("the task has no examples to train on")
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size} is too small; the least is 1")
-        self._rows = _Rows(tokenizer, answers, context, n_slots)
-        self._sources = self._rows.sources(examples)
-        self._labels = [example.label for example in examples]
-        self._lengths = np.array([self._rows.length(*row) for row in zip(self._sources, self._labels, strict=True)])
+        if not isinstance(form, Form):
+            form = Form("", tuple(form), tuple(form))
+        self._rows = Rows(tokenizer, context, n_slots)
+        self._sources = Encoded()
+        self._answers: list[Sequence[int]] = []
+        self._encode(examples, form, tokenizer)
+        lengths = [len(answer) for answer in self._answers]
+        self._lengths = self._rows.lengths(self._sources.lengths(), np.array(lengths))
         self._batch_size = batch_size
         self._seed = seed
         self._phase = phase
-        self.examples_per_epoch: int = len(examples)
+        self.examples_per_epoch: int = len(self._sources)
         self._order = lru_cache(maxsize=2)(self._order_of_epoch)
+
+    def _encode(self, examples: Sequence[Example], form: Form, tokenizer: Tokenizer) -> None:
+        sources = Sources(self._rows, tokenizer, form.max_new_tokens)
+        known: dict[str, list[int]] = {}  # rows with the same answer share its tokens
+        per_example = len(form.labels) if form.kind == "several_labels" else 1
+        for start in range(0, len(examples), CHUNK):
+            some = examples[start : start + CHUNK]
+            asked = [each for example in some for each in example.asked(form)]
+            sources.extend(asked, [example.id for example in some for _ in range(per_example)])
+            texts = [
+                some[number].answer if each.right is None else each.answers[each.right]
+                for number, each in enumerate(asked)
+            ]
+            fresh = [text for text in dict.fromkeys(texts) if text not in known]
+            known.update(zip(fresh, tokenizer.encode_batch(fresh), strict=True))
+            self._answers += [known[text] for text in texts]
+            if form.kind in _OWN_ANSWERS:
+                known.clear()
+        self._sources = sources.tokens
+        if form.kind == "free_answer":
+            longest = max(range(len(examples)), key=lambda index: len(self._answers[index]))
+            if (length := len(self._answers[longest])) > form.max_new_tokens:
+                raise UserError(
+                    f"task.max_new_tokens={form.max_new_tokens}: the answer of example {examples[longest].id} has "
+                    f"{length} tokens; use at least {length}"
+                )
 
     def _order_of_epoch(self, epoch: int) -> list[int]:
         random = np.random.default_rng(derive_seed(self._seed, "task", self._phase, epoch))
@@ -175,66 +265,4 @@ class TaskBatches:
     def batch(self, first: int, count: int) -> Batch:
         """Return rows ``first`` to ``first + count - 1`` of the run; tensors are [count, T]."""
         indices = self.indices(first, count)
-        sources, labels = [self._sources[index] for index in indices], [self._labels[index] for index in indices]
-        return self._rows.collate(sources, labels)
-
-
-@dataclass
-class ScoringBatch:
-    """Sources of equal length, without answers.
-
-    Args:
-        batch: the sources, without padding and without targets.
-        examples: LongTensor [B], the index of each row's example.
-    """
-
-    batch: Batch
-    examples: torch.Tensor
-
-
-def answer_tokens(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the tokens to score for each label.
-
-    They include the end of the document only if the tokens of one answer are a prefix of another's. Otherwise the
-    answers exclude each other without it.
-    """
-    answers = tokenizer.encode_batch(task.answers)
-    ordered = sorted(answers)
-    if any(after[: len(before)] == before for before, after in itertools.pairwise(ordered)):
-        return [[*answer, tokenizer.eos_id] for answer in answers]
-    return answers
-
-
-def scoring_batches(
-    examples: Sequence[Example],
-    task: Task,
-    tokenizer: Tokenizer,
-    context: int,
-    n_slots: int = 0,
-    batch_size: int = 64,
-) -> Iterator[ScoringBatch]:
-    """Yield the source of every example once, with its soft-prompt slots, in batches of equal length.
-
-    Sources are cut as in `TaskBatches`, so that an example is scored after the same tokens as in training.
-
-    Args:
-        examples: the examples to score.
-        task: the task; its answers set the room for the sources.
-        tokenizer: the tokenizer of the model.
-        context: largest number of tokens of a row, answer included.
-        n_slots: soft-prompt vectors after the source.
-        batch_size: largest number of rows of a batch.
-
-    Raises:
-        UserError: a source is empty, or ``context`` leaves no room for a source.
-    """
-    rows = _Rows(tokenizer, task.answers, context, n_slots)
-    by_length: dict[int, list[int]] = {}
-    sources = rows.sources(examples)
-    for index, source in enumerate(sources):
-        by_length.setdefault(len(source), []).append(index)
-    for length in sorted(by_length):
-        members = by_length[length]
-        for start in range(0, len(members), batch_size):
-            indices = members[start : start + batch_size]
-            yield ScoringBatch(rows.questions([sources[index] for index in indices]), torch.tensor(indices))
+        return self._rows.collate([self._sources[index] for index in indices], [self._answers[i] for i in indices])

@@ -20,6 +20,8 @@ from sparsetrain.reading import read_json
 KINDS = ("one_label", "several_labels", "multiple_choice", "free_answer")
 LENGTH_RULES = ("sum", "token", "byte")
 NO_YES = (" no", " yes")  # the answers to the question whether a label holds
+CUES = dict(zip(KINDS, ("\nlabel:", "\n{label}:", "\nanswer:", "\nanswer:"), strict=True))
+"""What the default template of a kind has behind the text."""
 LABEL = "label"  # in a template: the label that is asked about
 
 _FORMAT = 1
@@ -51,6 +53,8 @@ class Form:
         length_rule: how log-likelihoods of answers compare: their ``sum``, or divided by the number of their tokens
             (``token``) or UTF-8 bytes (``byte``).
         choices: for ``multiple_choice``, the columns of the choices, or one column that holds a list of them.
+        separator: for ``several_labels``, the text between labels in a cell that holds them as text.
+        max_new_tokens: for ``free_answer``, the most tokens of an answer.
 
     Raises:
         UserError: a field does not fit the kind of the task.
@@ -63,6 +67,8 @@ class Form:
     kind: str = "one_label"
     length_rule: str = "sum"
     choices: tuple[str, ...] = ()
+    separator: str = "|"
+    max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
         check_choice("task.kind", self.kind, KINDS)
@@ -80,6 +86,12 @@ class Form:
                 f"task.choices={list(self.choices)}: kind=multiple_choice needs the columns of its choices, and the "
                 "other kinds have none"
             )
+        if "" in self.answers:
+            raise UserError(f"task {self.name}: an answer is empty; each is a text, mostly with a leading space")
+        if not self.separator:
+            raise UserError("task.label_separator is empty; it must be the text between two labels")
+        if self.max_new_tokens < 1:
+            raise UserError(f"task.max_new_tokens={self.max_new_tokens} is too small; the least is 1")
 
     def _check_template(self) -> None:
         fields = _fields(self.template)
@@ -111,6 +123,8 @@ class Form:
             elif field is not None:
                 if field not in row:
                     raise UserError(f"{where}: no column {field!r} of the template{nearest(field, row)}")
+                if isinstance(row[field], Mapping):
+                    raise UserError(f"{where}: column {field!r} holds fields, {sorted(row[field])}; it must be text")
                 parts[place] += as_text(row[field])
         return parts[0], parts[1]
 
@@ -135,6 +149,8 @@ class Form:
                 Asked(f"{before}{label}{after}", self.answers, None if holds is None else int(index in holds))
                 for index, label in enumerate(self.labels)
             ]
+        if self.kind == "free_answer":
+            return [Asked(before, (), None)]
         return [Asked(before, choices if self.kind == "multiple_choice" else self.answers, right)]
 
     def save(self, path: Path) -> None:
@@ -163,10 +179,14 @@ class _Shape(TypedDict):
     kind: str
     length_rule: str
     choices: NotRequired[list[str]]
+    separator: NotRequired[str]
+    max_new_tokens: NotRequired[int]
 
 
 def as_text(value: Any) -> str:
-    """Return the value of a cell as text; an empty cell is an empty text."""
+    """Return the value of a cell as text: an empty cell is an empty text, a list its texts with spaces between."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(as_text, value))
     return "" if value is None else str(value)
 
 

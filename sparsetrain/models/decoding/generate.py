@@ -42,14 +42,33 @@ def generate(
     Raises:
         UserError: a setting is out of range, or there are more tokens than learned positions.
     """
+    embeddings = model.embed_tokens(tokens)
+    if prompt is not None:
+        vectors = prompt.vectors.to(embeddings.dtype).expand(len(tokens), -1, -1)
+        embeddings = torch.cat((embeddings, vectors), dim=1)
+    new = continued(model, embeddings, max_new_tokens, temperature, top_p, stop_token, generator)
+    return torch.cat((tokens, new), dim=1)
+
+
+@torch.no_grad()
+def continued(
+    model: Decoder[AnyCache],
+    embeddings: Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    stop_token: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return the new tokens ``[B, n]`` that `generate` appends to rows of embeddings ``[B, T, D]``.
+
+    The rows are as the model's ``embed_tokens`` returns them, and may hold a soft prompt. The other arguments and the
+    errors are those of `generate`.
+    """
     _check_settings(max_new_tokens, temperature, top_p)
     was_training = model.training
     model.train(False)
     try:
-        embeddings = model.embed_tokens(tokens)
-        if prompt is not None:
-            vectors = prompt.vectors.to(embeddings.dtype).expand(len(tokens), -1, -1)
-            embeddings = torch.cat((embeddings, vectors), dim=1)
         capacity = embeddings.shape[1] + max_new_tokens - 1
         if model.max_positions is not None and capacity > model.max_positions:
             raise UserError(
@@ -58,7 +77,8 @@ def generate(
             )
         cache = model.new_cache(embeddings, capacity)
         hidden = model.hidden(embeddings=embeddings, cache=cache)
-        finished = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        tokens = torch.empty(len(embeddings), 0, dtype=torch.int64, device=embeddings.device)
+        finished = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
         for step in range(max_new_tokens):
             if step > 0:
                 hidden = model.hidden(tokens[:, -1:], cache=cache)
