@@ -1,9 +1,9 @@
 """The masks of a Hugging Face directory: the file ``masks.npz``, and what ``config.json`` says of it.
 
 The weights of such a directory are dense, with zeros in place, so that every library reads them. ``masks.npz`` holds
-one bit for each element of each sparse layer, see `sparsetrain.sparsity.patterns.files`. It keeps what the weights alone
-do not say: which zeros are stored weights, and the blocks. It is no ``.safetensors`` file, since some servers read every
-such file of a directory as weights.
+one bit for each element of each sparse layer, see `sparsetrain.sparsity.patterns.files`. It keeps what the weights
+alone do not say: which zeros are stored weights, and the blocks. It is no ``.safetensors`` file, since some servers
+read every such file of a directory as weights.
 
 ``config.json`` has the section::
 

@@ -160,6 +160,11 @@ class TaskStage(Stage[C]):
 
     def describe(self) -> None:
         say(self.console, f"task: {self.task.describe()}")
+        if not self.made_from.knows_its_text:
+            say(
+                self.console,
+                "warning: the text of the imported model is unknown, so whether it holds test examples is not known",
+            )
 
     def begin(self, training: Training) -> None:
         super().begin(training)
@@ -203,7 +208,7 @@ class TaskStage(Stage[C]):
         return score_labels(likelihoods.argmax(1).numpy(), truth)
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
-        test = self._score(self.task.test)
+        test, origin = self._score(self.task.test), self.made_from
         if math.isnan(test.accuracy):
             raise Diverged(f"{self.kind}: the trained model gives an answer of the test set the likelihood NaN")
         return {
@@ -214,6 +219,6 @@ class TaskStage(Stage[C]):
             "macro_f1": test.macro_f1,
             "majority": self.task.majority(),
             "n_train": len(self.task.train),
-            "overlap_train_test": self.task.overlap(self.made_from.train_ids),
+            "overlap_train_test": self.task.overlap(origin.train_ids) if origin.knows_its_text else None,
             "flops": self.flops.for_tokens(state.tokens_seen).as_dict(),
         }

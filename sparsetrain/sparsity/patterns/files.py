@@ -2,8 +2,8 @@
 
 Written are, for each layer NAME, ``NAME.row_ptr``, ``NAME.col``, ``NAME.shape`` and ``NAME.block``: the pattern itself,
 a few bytes a weight. A packed file has ``NAME.bits`` in place of the first two: uint8 ``[out, ceil(in / 8)]``, one bit
-an element, as `numpy.packbits` writes it. Read are these; a model's ``state_dict`` with sparse layers; boolean matrices;
-weight matrices, of which the entries other than zero count; and what ``scipy.sparse.save_npz`` writes.
+an element, as `numpy.packbits` writes it. Read are these; a model's ``state_dict`` with sparse layers; boolean
+matrices; weight matrices, of which the entries other than zero count; and what ``scipy.sparse.save_npz`` writes.
 """
 
 from __future__ import annotations
