@@ -47,6 +47,7 @@ ORDER = [
         "sparsity.layers",
         "sparsity.evolution",
         "sparsity",
+        "interop.mask_file",
         "gradients.functions",
         "parameterization",
         "models",
@@ -58,7 +59,7 @@ ORDER = [
         *("data.tables", "data.sources", "data.medline", "data.tasks", "data"),
         "optim",
     ),
-    *("runs", "vocabulary", "scaling", "training", "report", "stages", "studies", "bench", "cli"),
+    *("runs", "vocabulary", "scaling", "training", "report", "stages", "interop", "studies", "bench", "cli"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")

@@ -151,6 +151,24 @@ VERBS: dict[str, Verb] = {
         run="sparsetrain.cli.start:generate",
         examples=["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
     ),
+    "export": Verb(
+        about="Write the model of a run for Hugging Face transformers, with its tokenizer, zeros and masks.",
+        configuration="sparsetrain.interop.hf:ExportConfig",
+        run="sparsetrain.interop.hf:export",
+        examples=[
+            "sparsetrain export init_from=RUN_DIR output=DIR",
+            "sparsetrain export init_from=RUN_DIR format=hf layout=llama output=DIR",
+        ],
+    ),
+    "import": Verb(
+        about="Make a run of a Hugging Face model, which every other verb takes as init_from.",
+        configuration="sparsetrain.interop.hf_import:ImportConfig",
+        run="sparsetrain.interop.hf_import:import_run",
+        examples=[
+            "sparsetrain import source=DIR run_dir=runs/imported",
+            "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",
+        ],
+    ),
     "quantize": Verb(
         about="Write the model of a run in 4 or 8 bits; print its bytes and its validation loss before and after.",
         parser="sparsetrain.cli.paths:quantize_arguments",

@@ -9,7 +9,7 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.parameterization.initial import LEAST_TRUNCATION
 from sparsetrain.sparsity.patterns.spec import PATTERNS
 
-MLPS = ("gelu", "swiglu")
+MLPS = ("gelu", "gelu_tanh", "swiglu")
 NORMS = ("layernorm", "rmsnorm")
 POSITIONS = ("alibi", "rope", "learned", "none")
 ROPE_SCALINGS = ("linear", "ntk", "yarn")
@@ -33,7 +33,8 @@ class ModelConfig:
         n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None means ``n_heads``.
         max_context: tokens in the longest training sequence, the trained length. It limits the length only with learned
             positions.
-        mlp: ``"gelu"`` (up, down) or ``"swiglu"`` (gate, up, down).
+        mlp: ``"gelu"`` (up, down), the same with the approximation by tanh of GPT-2 and Bloom, ``"gelu_tanh"``, or
+            ``"swiglu"`` (gate, up, down).
         d_ff: width inside the MLP; None means ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, which
             give both the same number of parameters.
         norm: ``"layernorm"`` or ``"rmsnorm"``.
@@ -185,7 +186,7 @@ class ModelConfig:
         """Width inside the MLP, with the default of ``d_ff`` filled in."""
         if self.d_ff is not None:
             return self.d_ff
-        return 4 * self.d_model if self.mlp == "gelu" else 8 * self.d_model // 3
+        return 8 * self.d_model // 3 if self.mlp == "swiglu" else 4 * self.d_model
 
     def width_multipliers(self, base_width: int) -> tuple[float, float]:
         """Return fan_in / fan_in at ``d_model = base_width``, for matrices with d_model inputs and for ``mlp.down``.
@@ -196,7 +197,7 @@ class ModelConfig:
         m_d = self.d_model / base_width
         if self.d_ff is not None:
             return m_d, m_d
-        base_ffn = 4 * base_width if self.mlp == "gelu" else 8 * base_width // 3
+        base_ffn = 8 * base_width // 3 if self.mlp == "swiglu" else 4 * base_width
         return m_d, self.ffn_width / base_ffn
 
 

@@ -14,6 +14,8 @@ from sparsetrain.runs.layout import CHECKPOINTS, TOKENIZER, TRAIN_IDS
 from sparsetrain.runs.recorded import read_config
 
 MAX_ID_BYTES = 1 << 30
+UNKNOWN_TEXT = "(text of an imported model)"
+"""Stands among the ids of the documents that weights have seen for those that nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class Origin:
         except UserError as error:
             raise UserError(f"init_from={init_from}: {error}") from None
         return cls(corpus, source_key(init_from), run_tokenizer(directory), set(seen))
+
+    @property
+    def knows_its_text(self) -> bool:
+        """Whether ``train_ids`` are all documents that the weights have seen."""
+        return UNKNOWN_TEXT not in self.train_ids
 
     @property
     def facts(self) -> dict[str, str | None]:

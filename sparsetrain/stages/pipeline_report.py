@@ -63,7 +63,7 @@ def report(
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in timed),
         "seconds": sum(run["seconds"] for run in timed),
         "commit": commit(),
-        "overlap_train_test": max([run["overlap_train_test"] for run in scored], default=0),
+        "overlap_train_test": max([run["overlap_train_test"] or 0 for run in scored], default=0),
         "command": command_line(),
         "machine": shown["machine"],
         "task": {} if main is None else {"name": main["task"], "n_train": main["n_train"], "n_test": main["n_test"]},

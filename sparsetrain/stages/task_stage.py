@@ -167,6 +167,11 @@ class TaskStage(Stage[C]):
 
     def describe(self) -> None:
         say(self.console, f"task: {self.task.describe()}")
+        if not self.made_from.knows_its_text:
+            say(
+                self.console,
+                "warning: the text of the imported model is unknown, so whether it holds test examples is not known",
+            )
 
     def begin(self, training: Training) -> None:
         super().begin(training)
@@ -217,7 +222,7 @@ class TaskStage(Stage[C]):
         return Answered.of(parts)
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
-        task = self.task
+        task, origin = self.task, self.made_from
         answered = self._answered(task.test)
         if answered is None:
             raise Diverged(f"{self.kind}: the trained model gives an answer of the test set the likelihood NaN")
@@ -230,7 +235,7 @@ class TaskStage(Stage[C]):
             "majority": task.majority(),
             **({} if bag is None else {"bag_of_words": bag}),
             "n_train": len(task.train),
-            "overlap_train_test": task.overlap(self.made_from.train_ids),
-            **text_overlap(task, self.config.data, self.made_from),
+            "overlap_train_test": task.overlap(origin.train_ids) if origin.knows_its_text else None,
+            **text_overlap(task, self.config.data, origin),
             "flops": self.flops.for_tokens(state.tokens_seen).as_dict(),
         }

@@ -31,7 +31,7 @@ def patterns(place: Path) -> Any:
     }
 
 
-def own(suffix: str) -> Any:
+def own(suffix: str, packed: bool = False) -> Any:
     """Two patterns as we save them."""
 
     def make(directory: Path) -> Path:
@@ -40,7 +40,7 @@ def own(suffix: str) -> Any:
             random_pattern((6, 9), 0.4, seeds.generator(0)),
             block_pattern((8, 6), 0.5, seeds.generator(1), (2, 3)),
         )
-        save_masks(path, {"up": up, "down": down})
+        save_masks(path, {"up": up, "down": down}, packed)
         return path
 
     return make
@@ -114,6 +114,7 @@ ZIP = (*BYTES, zip_members, zip_members, zip_members)
 HEADED = (*BYTES, safetensors_header, safetensors_header)
 READERS = [
     Reader("own npz", own(".npz"), patterns, ZIP, by_numpy),
+    Reader("packed npz", own(".npz", packed=True), patterns, ZIP),
     Reader("own safetensors", own(".safetensors"), patterns, HEADED),
     *(Reader(f"scipy {form}", scipys(form), patterns, ZIP, by_scipy) for form in ("csr", "csc", "bsr", "coo", "dia")),
     Reader("matrices npz", matrices, patterns, ZIP, by_numpy),

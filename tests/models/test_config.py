@@ -61,7 +61,7 @@ def test_width_multipliers(options: dict[str, Any], base: int, expected: tuple[f
         ({"scale_glu_init": 1}, "scale_glu_init=1 is not true or false"),
         ({"scale_glu_init": False}, "scale_glu_init=False: only mlp='swiglu' has a gate, and mlp is 'gelu'"),
         ({"n_kv_heads": 3}, "n_heads=4 is not divisible by n_kv_heads=3"),
-        ({"mlp": "swiglo"}, "mlp='swiglo' is not one of gelu, swiglu \\(did you mean 'swiglu'\\?\\)"),
+        ({"mlp": "swiglo"}, "mlp='swiglo' is not one of gelu, gelu_tanh, swiglu \\(did you mean 'swiglu'\\?\\)"),
         ({"norm": "rms"}, "norm='rms' is not one of layernorm, rmsnorm"),
         ({"positions": "roped"}, "did you mean 'rope'"),
         ({"sparsity_pattern": "randum"}, "did you mean 'random'"),

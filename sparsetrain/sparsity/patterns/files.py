@@ -1,8 +1,9 @@
 """Masks in files: ``.npz`` and safetensors, written here or by other libraries.
 
 Written are, for each layer NAME, ``NAME.row_ptr``, ``NAME.col``, ``NAME.shape`` and ``NAME.block``: the pattern itself,
-a few bytes a weight. Read are these; a model's ``state_dict`` with sparse layers; boolean matrices; weight matrices, of
-which the entries other than zero count; and what ``scipy.sparse.save_npz`` writes.
+a few bytes a weight. A packed file has ``NAME.bits`` in place of the first two: uint8 ``[out, ceil(in / 8)]``, one bit
+an element, as `numpy.packbits` writes it. Read are these; a model's ``state_dict`` with sparse layers; boolean
+matrices; weight matrices, of which the entries other than zero count; and what ``scipy.sparse.save_npz`` writes.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 SUFFIXES = (".npz", ".safetensors")
 _SCIPY = {"format", "shape"}
+_BITS = ".bits"
 
 
-def save_masks(path: Path | str, patterns: Mapping[str, SparsityPattern]) -> None:
+def save_masks(path: Path | str, patterns: Mapping[str, SparsityPattern], packed: bool = False) -> None:
     """Write patterns by layer name to a ``.npz`` or ``.safetensors`` file, whole or not at all.
+
+    Args:
+        packed: one bit for each element of a matrix, which is smaller for densities above 1/32.
 
     Raises:
         UserError: another suffix, no pattern, or a file that cannot be written.
@@ -39,7 +44,10 @@ def save_masks(path: Path | str, patterns: Mapping[str, SparsityPattern]) -> Non
         raise UserError(f"{path}: there is no mask to save")
     tensors: dict[str, Tensor] = {}
     for name, pattern in patterns.items():
-        tensors[f"{name}.row_ptr"], tensors[f"{name}.col"] = pattern.row_ptr.cpu(), pattern.col.cpu()
+        if packed:
+            tensors[f"{name}.bits"] = torch.from_numpy(np.packbits(pattern.mask().cpu().numpy(), axis=1))
+        else:
+            tensors[f"{name}.row_ptr"], tensors[f"{name}.col"] = pattern.row_ptr.cpu(), pattern.col.cpu()
         tensors[f"{name}.shape"] = torch.tensor(pattern.shape)
         tensors[f"{name}.block"] = torch.tensor(pattern.block)
     with whole_file(path) as temporary:
@@ -143,8 +151,16 @@ def patterns_of(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, i
             found[layer] = _pattern(tensors, prefix, shapes.get(layer))
         except UserError as error:
             raise UserError(f"layer {layer!r:.60}: {error}") from None
+    packed = {name for name in tensors if name.endswith(_BITS) and f"{name.removesuffix(_BITS)}.shape" in tensors}
+    for name in sorted(packed):
+        try:
+            found[name.removesuffix(_BITS)] = _unpacked(tensors, name.removesuffix(_BITS))
+        except UserError as error:
+            raise UserError(f"layer {name.removesuffix(_BITS)!r:.60}: {error}") from None
     for name, tensor in tensors.items():
         layer = name.removesuffix(".weight")
+        if name in packed:
+            continue
         if tensor.ndim == 2 and min(tensor.shape) > 0 and layer not in found:
             mask = tensor if tensor.dtype == torch.bool else tensor != 0
             # A dense matrix (an embedding, a head) has no mask.
@@ -172,6 +188,20 @@ def _pattern(tensors: Mapping[str, Tensor], prefix: str, known: tuple[int, int] 
         shape = known or (blocks * block[0], (int(col.max()) + 1 if col.numel() else 1) * block[1])
     check_sides(shape)
     return SparsityPattern(shape, row_ptr, col, block)
+
+
+def _unpacked(tensors: Mapping[str, Tensor], layer: str) -> SparsityPattern:
+    """Return the pattern of a layer whose elements have a bit each."""
+    bits, shape = tensors[f"{layer}{_BITS}"], _pair("shape", tensors[f"{layer}.shape"])
+    block = _pair("block", tensors[f"{layer}.block"]) if f"{layer}.block" in tensors else (1, 1)
+    check_sides(shape)
+    expected = (shape[0], -(-shape[1] // 8))
+    if bits.dtype != torch.uint8 or tuple(bits.shape) != expected:
+        raise UserError(f"bits is {bits.dtype} {list(bits.shape)}; shape={shape} needs uint8 {list(expected)}")
+    mask = np.unpackbits(bits.cpu().numpy(), axis=1)
+    if mask[:, shape[1] :].any():
+        raise UserError(f"bits has a bit beyond the {shape[1]} columns")
+    return SparsityPattern.from_mask(torch.from_numpy(mask[:, : shape[1]].astype(bool)), block)
 
 
 def _pair(name: str, tensor: Tensor) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import scipy.sparse
 import torch
@@ -39,6 +40,20 @@ def test_masks_survive_the_file(tmp_path: Path, suffix: str) -> None:
     for name, pattern in masks().items():
         assert found[name].equals(pattern)
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_packed_masks_are_the_bits_that_numpy_unpacks(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"masks{suffix}"
+    odd = {"odd": random_pattern((5, 19), 0.4, seeds.generator(2))}  # 19 columns leave 5 bits of padding
+    save_masks(path, masks() | odd, packed=True)
+    arrays = np.load(path) if suffix == ".npz" else safetensors.numpy.load_file(path)
+    found = load_masks(path)
+    assert found.keys() == (masks() | odd).keys()
+    for name, pattern in (masks() | odd).items():
+        assert found[name].equals(pattern)
+        shape = tuple(arrays[f"{name}.shape"])
+        assert np.array_equal(np.unpackbits(arrays[f"{name}.bits"], axis=1, count=shape[1]), pattern.mask().numpy())
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
@@ -85,6 +100,10 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
     np.savez(tmp_path / "empty.npz", numbers=np.arange(3))
     np.savez(tmp_path / "half.npz", **{"a.row_ptr": np.array([0, 1])})
     np.savez(tmp_path / "wrong.npz", **{"a.row_ptr": np.array([0, 2]), "a.col": np.array([1, 1])})
+    bits = np.array([[1]], dtype=np.uint8)
+    np.savez(tmp_path / "short.npz", **{"a.bits": bits, "a.shape": np.array([1, 9])})
+    np.savez(tmp_path / "beyond.npz", **{"a.bits": bits, "a.shape": np.array([1, 7])})
+    np.savez(tmp_path / "vast.npz", **{"a.bits": bits, "a.shape": np.array([1, 2**40])})
     np.savez(tmp_path / "object.npz", a=np.array([{}], dtype=object))
     for name, message in [
         ("masks.pt", "masks are kept in .npz or .safetensors files"),
@@ -94,6 +113,9 @@ def test_files_that_cannot_be_used_are_one_line(tmp_path: Path) -> None:
         ("empty.npz", "empty.npz holds no mask"),
         ("half.npz", "layer 'a' has row_ptr and no col"),
         ("wrong.npz", "layer 'a': row 0 has columns 1 and then 1"),
+        ("short.npz", r"layer 'a': bits is torch.uint8 \[1, 1\]; shape=\(1, 9\) needs uint8 \[1, 2\]"),
+        ("beyond.npz", "layer 'a': bits has a bit beyond the 7 columns"),
+        ("vast.npz", "layer 'a': shape=.* must have sides from 1"),
         ("object.npz", "object.npz cannot be read as .npz"),
     ]:
         with pytest.raises(UserError, match=message) as caught:

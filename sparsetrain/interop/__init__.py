@@ -1,0 +1,1 @@
+"""Models of other libraries: Hugging Face directories written and read, with their masks."""
