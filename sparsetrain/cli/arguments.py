@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from sparsetrain.cli.overrides import SEARCH_PATH, search_path_override
-from sparsetrain.errors import UserError, check_choice, nearest, single_line
-from sparsetrain.files import typed_path
+from sparsetrain.errors import UserError, check_choice, nearest
 
-_VALUED = {"--cfg": "-c", "--package": "-p", "--info": "-i", "--config-dir": "-cd"}
+_VALUED = {"--cfg": "-c", "--package": "-p", "--info": "-i"}
 _PLAIN = {"--multirun": "-m", "--resolve": "", "--hydra-help": ""}
 _SHORT = {"--force": "force=true"}  # options that abbreviate a setting
+ANYWHERE = ("--config-dir", "--plugin")
+"""Options that `main` takes out before a verb sees its words; they may stand before the verb as well."""
+
 _CHOICES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
@@ -23,7 +24,6 @@ class Arguments:
 
     options: dict[str, str] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
-    folder: str | None = None  # of ``--config-dir``
 
     @classmethod
     def of(cls, verb: str, arguments: list[str]) -> Arguments:
@@ -43,7 +43,7 @@ class Arguments:
             said, equals, value = word.partition("=")
             name = long.get(said, said)
             if name not in _VALUED | _PLAIN:
-                known = (*_VALUED, *_PLAIN, *_SHORT, *long, "--plugin", "--help")
+                known = (*_VALUED, *_PLAIN, *_SHORT, *long, *ANYWHERE, "--help")
                 raise UserError(f"no option '{said}'{nearest(said, known)}; settings are written key=value")
             if name in _VALUED and not equals:
                 if left and (name != "--info" or left[0] in _CHOICES[name]):
@@ -55,21 +55,12 @@ class Arguments:
             if name in _CHOICES:
                 check_choice(said, value, _CHOICES[name])
             found.options[name] = value
-        if (folder := found.options.pop("--config-dir", None)) is not None:
-            place = typed_path(folder, "--config-dir").absolute()
-            if not place.is_dir():
-                raise UserError(f"--config-dir={folder}: no such directory")
-            if any(word.startswith(f"{SEARCH_PATH}=") for word in found.overrides):
-                raise UserError(f"--config-dir={folder}: give either this or {SEARCH_PATH}")
-            found.overrides.append(search_path_override(place))
-            found.folder = folder
         if "--resolve" in found.options and "--cfg" not in found.options:
             raise UserError(f"--resolve goes with --cfg: sparsetrain {verb} --cfg job --resolve")
+        if found.multirun and found.asks:
+            asked = next(name for name in found.options if name != "--multirun")
+            raise UserError(f"{asked} and -m: give one of them; sparsetrain plan {verb} -m ... shows the points")
         return found
-
-    def said(self, error: UserError) -> str:
-        """Return an error as one line; it names the directory of ``--config-dir``, which may be the cause."""
-        return single_line(error) + (f" (with --config-dir={self.folder})" if self.folder is not None else "")
 
     @property
     def multirun(self) -> bool:

@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsetrain.cli.compose import compose, defaults, flat, groups, options
+from sparsetrain.cli.compose import compose, defaults, flat, groups
 from sparsetrain.cli.overrides import (
     OPEN,
     SEARCH_PATH,
@@ -23,6 +23,7 @@ from sparsetrain.cli.overrides import (
     keys_of,
     parse,
 )
+from sparsetrain.cli.own import check_file, check_names, chosen, unknown_choice
 from sparsetrain.cli.quoting import plain_value, quoted, text_settings
 from sparsetrain.cli.refusals import refused
 from sparsetrain.cli.schema import schema_of
@@ -37,8 +38,7 @@ def as_typed(verb: str, overrides: Iterable[str], sweep: bool = False) -> list[s
     Hydra removes a group with ``~group``, so ``group=null`` becomes that.
     """
     leaves = flat(defaults(verb))
-    without = {f"{name}=null": f"~{name}" for name, there in groups(verb).items() if "null" in there}
-    given = [without.get(override, override) for override in overrides]
+    given = chosen(verb, overrides)
     # Hydra has a mark for settings that no schema names.
     sections = tuple(f"{section}={{" for section in OPEN)
     given = [f"++{override}" if is_open(override) or override.startswith(sections) else override for override in given]
@@ -56,6 +56,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     parsed = parse(overrides)
     added = added_folders(parsed)
     known_groups = groups(verb, added)
+    check_names(verb, added)
     for override in parsed:
         check_moved(override.key_or_group)
         check_enumerable(override, override.key_or_group in known_groups)
@@ -71,17 +72,11 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
         if key in known_groups:
             for choice in choices(override):
                 if choice not in known_groups[key]:
-                    hint = nearest(choice, known_groups[key])
-                    if not hint and f"{key}.{key}" in flat(tree):  # sparsity=0.75
-                        hint = f" (did you mean '{key}.{key}={choice}'?)"
-                    raise UserError(f"{key}={choice} is not one of {', '.join(known_groups[key])}{hint}")
+                    raise unknown_choice(key, choice, known_groups[key], tree)
                 if choice == "null":
                     raise UserError(f"{override.input_line}: a sweep cannot contain null; leave {key} out instead")
-                for folder in added:
-                    if choice in options(key, folder) and choice in options(key):
-                        raise UserError(f"{key}={choice}: the library has this choice too; rename yours in {folder}")
-                    if override.is_sweep_override() and choice in options(key, folder):
-                        compose(verb, [*single, f"{key}={choice}"])  # its file may be broken
+                if check_file(key, choice, tree, added) and override.is_sweep_override():
+                    compose(verb, [*single, f"{override.get_key_element()}={choice}"])  # its file may be broken
             continue
         if NUMBERED.fullmatch(key):
             if stages is None:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from omegaconf import MISSING, BooleanNode, DictConfig, FloatNode, IntegerNode, 
 from omegaconf.errors import OmegaConfBaseException
 
 import sparsetrain
-from sparsetrain.cli import sources
+from sparsetrain.cli import folders, sources
+from sparsetrain.cli.overrides import searching
 from sparsetrain.cli.refusals import refused
 from sparsetrain.cli.resolvers import register_resolvers
 from sparsetrain.cli.schema import schema_of
@@ -48,26 +49,44 @@ def register(verb: str) -> None:
     sources.use()
 
 
-def groups(verb: str, folders: Iterable[Path] = ()) -> dict[str, list[str]]:
-    """Return the configuration groups of a verb with their options; null is one where it is the default.
+def groups(verb: str, added: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """Return the configuration groups of a verb with their choices; null is one where it is the default.
+
+    The files of the user's directories count (see `folders`). A folder there that is no group of the library is an
+    optional group of every verb.
 
     Args:
-        folders: directories to search besides the library's own.
+        added: directories to search besides the library's own and the user's.
     """
     members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
-    added = list(folders)
+    defaults = {name: default for name, default in entries if not name.startswith("override")}
+    own = own_choices([*defaults, *own_groups()], [*folders.places(), *added])
     return {
-        name: sorted({*options(name), *(option for folder in added for option in options(name, folder))})
-        + ([] if default else ["null"])
-        for name, default in entries
-        if not name.startswith("override")
+        name: sorted({*options(name), *own.get(name, ())}) + ([] if defaults.get(name) else ["null"])
+        for name in (*defaults, *(name for name in own if name not in defaults))
     }
 
 
-def options(group: str, folder: Path | None = None) -> list[str]:
-    """Return the names of the files of a group."""
-    return sorted(path.stem for path in ((folder or config_directory()) / group).glob("*.yaml") if path.is_file())
+def own_choices(names: Iterable[str], places: Iterable[Path] | None = None) -> dict[str, dict[str, Path]]:
+    """Return the choices of groups that lie in a user's directories, and for each its directory."""
+    searched = folders.places() if places is None else list(places)
+    found = {
+        name: {choice: place for place in reversed(searched) for choice in folders.options_in(place, name)}
+        for name in names
+    }
+    return {name: choices for name, choices in found.items() if choices}
+
+
+def own_groups() -> list[str]:
+    """Return the names of the groups that only the user's directories have."""
+    known = {path.name for path in config_directory().iterdir() if path.is_dir()} | {"hydra"}
+    return sorted({name for place in folders.places() for name in folders.folders_in(place)} - known)
+
+
+def options(group: str) -> list[str]:
+    """Return the names of the library's files of a group."""
+    return folders.options_in(config_directory(), group)
 
 
 def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig:
@@ -76,11 +95,15 @@ def compose(verb: str, overrides: list[str], hydras: bool = False) -> DictConfig
     Raises:
         UserError: Hydra or OmegaConf refuse it, or a file uses a renamed key; one line.
     """
+    return _compose(verb, overrides, folders.places(), hydras)
+
+
+def _compose(verb: str, overrides: list[str], places: Sequence[Path], hydras: bool = False) -> DictConfig:
     register(verb)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(config_directory().absolute()), version_base="1.3"):
-            return hydra.compose(verb, overrides, return_hydra_config=hydras)
+            return hydra.compose(verb, searching(overrides, places), return_hydra_config=hydras)
     except (HydraException, OmegaConfBaseException, RecursionError, ValueError) as error:
         # Hydra raises `ValueError` for a malformed defaults list.
         raise refused(error, schema_of(verb)) from None
@@ -93,7 +116,7 @@ def defaults(verb: str) -> DictConfig:
 
 @functools.cache
 def _defaults(verb: str, _schema: type) -> DictConfig:
-    return compose(verb, [])
+    return _compose(verb, [], ())
 
 
 def run_hydra(verb: str, given: Mapping[str, str], overrides: list[str], job: Callable[[Any], Any]) -> None:
@@ -102,8 +125,8 @@ def run_hydra(verb: str, given: Mapping[str, str], overrides: list[str], job: Ca
     # Otherwise Hydra replaces the error of a job with a page of its own.
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     launch = hydra.main(version_base="1.3", config_path=str(config_directory().absolute()), config_name=verb)
-    options = chain.from_iterable([name, value] if value else [name] for name, value in given.items())
-    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *options, *overrides]
+    asked = chain.from_iterable([name, value] if value else [name] for name, value in given.items())
+    before, sys.argv = sys.argv, [f"sparsetrain {verb}", *asked, *searching(overrides, folders.places())]
     try:
         launch(job)()
     except (HydraException, OmegaConfBaseException) as error:

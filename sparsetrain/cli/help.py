@@ -12,9 +12,10 @@ from typing import Any, get_args, get_type_hints
 import yaml
 from omegaconf import OmegaConf
 
+from sparsetrain.cli import folders
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
-from sparsetrain.cli.compose import compose, defaults, flat, groups, plain, run_hydra
+from sparsetrain.cli.compose import compose, defaults, flat, groups, own_choices, plain, run_hydra
 from sparsetrain.cli.overrides import check_moved, keys_of
 from sparsetrain.cli.quoting import text_settings, with_interpolation
 from sparsetrain.cli.resolve import prefer_typed_length
@@ -28,8 +29,12 @@ from sparsetrain.runs.recorded import complete, entries
 def describe(verb: str) -> str:
     """Return the help of a verb: its groups with their choices, and each setting with its default and meaning."""
     lines = ["groups (group=choice):"]
+    files = own_choices(groups(verb))
     for name, choices in groups(verb).items():
+        choices = [f"{choice}*" if choice in files.get(name, ()) else choice for choice in choices]
         lines += textwrap.wrap(", ".join(choices), 120, initial_indent=f"  {name:18} ", subsequent_indent=" " * 21)
+    if files:
+        lines.append(f"  * a file of your own{folders.note()}")
     lines += ["", "settings (key=value) with their defaults:"]
     kinds, hidden = _settled_sections(find(verb).kind()), set()
     for section, kind in kinds.items():

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sparsetrain import __version__, plugins, process
+from sparsetrain.cli import folders
 from sparsetrain.cli.notices import notices_on_stderr
 from sparsetrain.cli.parsers import Parser, parsed, parser_of
 from sparsetrain.cli.verbs import VERBS, find, named
@@ -69,7 +70,14 @@ def _system_error(error: OSError) -> str:
 
 
 def _run(given: list[str]) -> int:
-    typed, given = given, _load_plugins(given)
+    command = shlex.join(["sparsetrain", *given])
+    given, typed = folders.taken(_load_plugins(given))
+    with folders.using(typed):
+        return _obeyed(given, command)
+
+
+def _obeyed(given: list[str], command: str) -> int:
+    """Run the verb of a command without the options that may stand anywhere; ``command`` is the whole of it."""
     if not given or given[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -84,7 +92,7 @@ def _run(given: list[str]) -> int:
     if verb.parser is not None:
         arguments = parsed(name, rest)
         return named(verb.run)(arguments) or 0
-    return _execute(name, rest, shlex.join(["sparsetrain", *typed]))
+    return _execute(name, rest, command)
 
 
 def _load_plugins(given: list[str]) -> list[str]:
@@ -111,6 +119,7 @@ def _execute(verb: str, arguments: list[str], command: str) -> int:
     from sparsetrain.cli.resolve import load
     from sparsetrain.cli.start import start
 
+    folders.places()  # an error in their names is reported as it is
     given = Arguments.of(verb, arguments)
     try:
         if given.asks:
@@ -122,7 +131,7 @@ def _execute(verb: str, arguments: list[str], command: str) -> int:
             return run_multirun(verb, given, command)
         return start(verb, load(verb, given.overrides), command)
     except UserError as error:
-        raise UserError(given.said(error)) from None
+        raise UserError(f"{single_line(error)}{folders.note()}") from None
 
 
 def _help() -> str:
@@ -132,6 +141,7 @@ def _help() -> str:
         "usage: sparsetrain VERB [key=value ...]        one run\n"
         "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
         "       sparsetrain VERB --plugin FILE.py .. use a rule, task, backend, ... that a file registers\n"
+        "       sparsetrain VERB --config-dir DIR ...   also use the groups and experiments of a directory\n"
         "       sparsetrain VERB --force ...            run even if it seems to need more memory than is free\n"
         "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
         "       sparsetrain --version\n\n"

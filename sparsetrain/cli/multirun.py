@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,15 +25,16 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from sparsetrain import process
+from sparsetrain.cli import folders
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
-from sparsetrain.cli.compose import compose, run_hydra
+from sparsetrain.cli.compose import compose, own_groups, run_hydra
 from sparsetrain.cli.notices import notices_on_stderr
-from sparsetrain.cli.overrides import SEARCH_PATH, is_hydras, parse
+from sparsetrain.cli.overrides import SEARCH_PATH, choices, is_hydras, parse
 from sparsetrain.cli.resolve import convert
 from sparsetrain.cli.start import start
 from sparsetrain.cli.verbs import find, named
-from sparsetrain.errors import UserError
+from sparsetrain.errors import UserError, single_line
 from sparsetrain.files import file_errors, temporary_directory
 from sparsetrain.screen import say
 
@@ -49,15 +50,39 @@ def with_sweep(verb: str, overrides: Iterable[str]) -> list[str]:
     """
     given = list(overrides)
     parsed = parse(given)
-    params = OmegaConf.to_container(_hydras(verb, parsed).sweeper).get("params") or {}  # type: ignore[union-attr]
+    params = _params(_hydras(verb, parsed))
     keys = {override.key_or_group for override in parsed}
+    _check_together(verb, parsed)
     added = as_typed(verb, [f"{key}={value}" for key, value in params.items() if key not in keys], sweep=True)
     return [*added, *given, "hydra.sweeper.params=null"] if params else given
 
 
+def _check_together(verb: str, parsed: Sequence[Override]) -> None:
+    """Raise `UserError` if one of several swept experiments has a sweep or launcher of its own, which Hydra ignores."""
+    typed = {override.key_or_group for override in parsed}
+    for override in parsed:
+        if not override.is_sweep_override() or override.key_or_group not in ("experiment", *own_groups()):
+            continue
+        plain = _hydras(verb, parsed)
+        for choice in choices(override):
+            alone = parse([f"{override.get_key_element()}={choice}"])
+            own = _hydras(verb, [*(each for each in parsed if each is not override), *alone])
+            lost = ["hydra.launcher"] if own.launcher != plain.launcher else []
+            lost += [f"hydra.sweeper.params.{key}" for key in _params(own).keys() - _params(plain).keys() - typed]
+            if lost:
+                raise UserError(f"{override.input_line}: {choice} sets {min(lost)}, which counts only if it runs alone")
+
+
+def _params(hydras: DictConfig) -> dict[str, Any]:
+    """Return the sweep of an experiment: values of settings as they would be typed."""
+    found = OmegaConf.to_container(hydras.sweeper).get("params")  # type: ignore[union-attr]
+    return {} if found is None else {str(key): value for key, value in found.items()}
+
+
 def launches_processes(verb: str, overrides: Iterable[str]) -> bool:
-    """Return whether the launcher of a multirun runs the points in processes of its own."""
-    return not str(_hydras(verb, parse(overrides)).launcher.get("_target_")).endswith(".BasicLauncher")
+    """Return whether the launcher of a multirun runs points in its own processes; joblib does not for one job."""
+    launcher = _hydras(verb, parse(overrides)).launcher
+    return not str(launcher.get("_target_")).endswith(".BasicLauncher") and launcher.get("n_jobs") != 1
 
 
 def _hydras(verb: str, parsed: Iterable[Override]) -> DictConfig:
@@ -76,13 +101,13 @@ def points(
         refused: called with the error of each refused point.
     """
     parsed = [o for o in parse(overrides) if not is_hydras(o) or o.key_or_group == SEARCH_PATH]
-    choices = [
+    values = [
         [f"{o.get_key_element()}={value}" for value in o.sweep_string_iterator()]
         if o.is_sweep_override()
         else [str(o.input_line)]
         for o in parsed
     ]
-    for point in itertools.product(*choices):
+    for point in itertools.product(*values):
         try:
             yield convert(verb, compose(verb, list(point)), point)  # `check` has seen the whole sweep
         except UserError as error:
@@ -103,7 +128,7 @@ def run_multirun(verb: str, arguments: Arguments, command: str) -> int:
         say(console, named(cost)(points(verb, overrides), console).describe())
     # In the working directory, not in /tmp: the points may run on other machines, which share only the former.
     with file_errors(Path.cwd()), temporary_directory(Path.cwd(), ".sweep-") as notes:
-        job = Job(verb, arguments, overrides, command, notes)
+        job = Job(verb, overrides, command, notes)
         if launches_processes(verb, overrides):
             with _waiting(notes) as stop:
                 try:
@@ -203,8 +228,9 @@ class Job:
     An exception would make Hydra print it again in another form.
     """
 
-    def __init__(self, verb: str, arguments: Arguments, overrides: list[str], command: str, notes: Path) -> None:
-        self.verb, self.arguments, self.overrides, self.command, self.notes = verb, arguments, overrides, command, notes
+    def __init__(self, verb: str, overrides: list[str], command: str, notes: Path) -> None:
+        self.verb, self.overrides, self.command, self.notes = verb, overrides, command, notes
+        self.note = folders.note()  # a launcher's process knows no `--config-dir`
         self.launcher = (os.uname().nodename, os.getpid())
 
     def __call__(self, tree: Any) -> None:
@@ -222,7 +248,7 @@ class Job:
             with notices_on_stderr():  # `main` does not run in a launcher's process
                 return start(self.verb, convert(self.verb, tree, self.overrides), self.command)
         except UserError as error:
-            print(f"sparsetrain: {self.arguments.said(error)}", file=sys.stderr, flush=True)
+            print(f"sparsetrain: {single_line(error)}{self.note}", file=sys.stderr, flush=True)
             return 2
 
     def _run_apart(self, tree: Any) -> int:

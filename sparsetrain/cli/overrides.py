@@ -118,9 +118,19 @@ def keys_of(overrides: Iterable[str]) -> list[str]:
     return [text.split("=", 1)[0].lstrip("+~") for text in overrides]
 
 
-def search_path_override(folder: Path) -> str:
-    """Return the override that adds a directory of configurations."""
-    return f"{SEARCH_PATH}=[{QuotedString(without_interpolation(f'file://{folder}'), Quote.single).with_quotes()}]"
+def searching(overrides: Iterable[str], places: Iterable[Path]) -> list[str]:
+    """Return the overrides and one more, which makes Hydra search directories of configurations.
+
+    Raises:
+        UserError: an override sets Hydra's search path itself, of which Hydra reads only one.
+    """
+    given, searched = list(overrides), [without_interpolation(f"file://{place}") for place in places]
+    if not searched:
+        return given
+    if SEARCH_PATH in keys_of(given):
+        raise UserError(f"{SEARCH_PATH}: name all directories with --config-dir instead")
+    quoted = [QuotedString(place, Quote.single).with_quotes() for place in searched]
+    return [*given, f"{SEARCH_PATH}=[{','.join(quoted)}]"]
 
 
 def added_folders(parsed: Iterable[Override]) -> list[Path]:

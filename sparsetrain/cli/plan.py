@@ -8,7 +8,8 @@ from argparse import REMAINDER, ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparsetrain.errors import UserError, nearest
+from sparsetrain.cli import folders
+from sparsetrain.errors import UserError, nearest, single_line
 from sparsetrain.screen import sparkline
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def plan(given: Namespace) -> int:
     if given.verb not in PLANNED:
         hint = nearest(given.verb, PLANNED)
         raise UserError(f"plan cannot plan '{given.verb}'{hint}; give one of {', '.join(PLANNED)} and its settings")
+    folders.places()  # an error in their names is reported as it is
     arguments = Arguments.of(given.verb, given.arguments)
     if arguments.asks:
         asked = next(name for name in arguments.options if name != "--multirun")
@@ -46,7 +48,7 @@ def plan(given: Namespace) -> int:
             raise UserError(f"--step={given.step} is for a single pretrain")
         return _multirun(given.verb, arguments) if arguments.multirun else _single(given.verb, arguments, given.step)
     except UserError as error:
-        raise UserError(arguments.said(error)) from None
+        raise UserError(f"{single_line(error)}{folders.note()}") from None
 
 
 def _single(verb: str, arguments: Arguments, step: int | None) -> int:
@@ -93,8 +95,8 @@ def _multirun(verb: str, arguments: Arguments) -> int:
     for line in _sweep(points(verb, overrides, refused.append), refused):
         print(line)
     sys.stdout.flush()
-    for reason in dict.fromkeys(arguments.said(error) for error in refused):
-        print(f"sparsetrain: {reason}", file=sys.stderr)
+    for reason in dict.fromkeys(map(single_line, refused)):
+        print(f"sparsetrain: {reason}{folders.note()}", file=sys.stderr)
     return 2 if refused else 0
 
 

@@ -9,6 +9,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import msgspec
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 from omegaconf.errors import (
     ConfigKeyError,
@@ -17,6 +18,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from sparsetrain.cli import folders
 from sparsetrain.cli.overrides import moved_within
 from sparsetrain.cli.schema import WITH_ALTERNATIVES, alternatives
 from sparsetrain.cli.sources import FileConfigSource
@@ -34,6 +36,8 @@ _OVERRIDE = re.compile(r"(?:Could not override '|Error merging override )([\w.]+
 _NO_SECTION = re.compile(r"Merge error: \w+ is not a subclass of (\w+)\. value: (.*)")
 # It names neither key nor value, and the override is the one that was given.
 _OTHER_FORM = re.compile(r"(?:Error merging override (.+?): )?Cannot merge (Dict|List)Config with ")
+_UNFOUND = re.compile(r"Could not (?:find|load) 'hydra/(launcher|sweeper)/([^']+)'")
+_EXTRAS = {"joblib": "sweep", "submitit": "slurm"}  # the packages of launchers
 _FORMS = {"Dict": ("a section of settings", "a list"), "List": ("a list", "a section of settings")}
 
 
@@ -49,6 +53,8 @@ def refused(error: BaseException, root: type) -> UserError:
     if isinstance(error, RecursionError):
         return UserError(f"{FileConfigSource.latest}: its defaults list leads back to the file itself")
     line = one_line(error)
+    if (unfound := _UNFOUND.search(line)) is not None:
+        return _no_plugin(*unfound.groups())
     file = found[0] if (found := _FILE.match(line)) else ""
     if (mixed := _OTHER_FORM.search(line)) is not None:
         there, needed = _FORMS[mixed[2]]
@@ -63,6 +69,16 @@ def refused(error: BaseException, root: type) -> UserError:
     override = _OVERRIDE.search(" ".join(map(str, _chain(error))))
     said = None if cause is None else _said(cause, root, override[1] if override else None)
     return UserError(line if said is None else file + said)
+
+
+def _no_plugin(kind: str, name: str) -> UserError:
+    """Return the error for a launcher or a sweeper of Hydra that is neither installed nor a file of the user's."""
+    group = f"hydra/{kind}"
+    known = {found.removesuffix(".yaml") for found in ConfigStore.instance().list(group)}
+    known |= {choice for place in folders.places() for choice in folders.options_in(place, group)}
+    extra = next((extra for start, extra in _EXTRAS.items() if name.startswith(start)), None)
+    hint = f"; pip install 'sparsetrain[{extra}]' adds it" if extra and kind == "launcher" else nearest(name, known)
+    return UserError(f"{group}={name} is not one of {', '.join(sorted(known))}{hint}")
 
 
 def _said(cause: OmegaConfBaseException, root: type, given: str | None) -> str | None:

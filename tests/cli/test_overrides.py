@@ -166,7 +166,6 @@ def test_an_experiment_of_ones_own(shell: Shell) -> None:
     head = "# @package _global_\ndefaults:\n  - override /sparsity: rigl\n"
     (folder / "mine.yaml").write_text(head + "sparsity:\n  evolution:\n    every: 1\n    stop: 1.0\n")
     (folder / "late.yaml").write_text(head)
-    (folder / "demo.yaml").write_text(head)
     words = ["--config-dir", "mine", *shell.tiny]
     status, _, err = shell.run("pretrain", *words, "experiment=mine", "run_dir=run")
     assert (status, err) == (0, "")
@@ -176,8 +175,6 @@ def test_an_experiment_of_ones_own(shell: Shell) -> None:
     assert len(list((shell.home / "runs").glob("pretrain-*rigl*"))) == 2
     assert "mine, " in shell.refused("pretrain", *words, "experiment=mnie")
     assert "--config-dir=mine" in shell.refused("pretrain", *words, "experiment=late")
-    assert "rename" in shell.refused("pretrain", *words, "experiment=demo")
-    assert "--config-dir=nowhere" in shell.refused("pretrain", "--config-dir", "nowhere", *shell.tiny)
 
 
 LONG = "x" * 5000
