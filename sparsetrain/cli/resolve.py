@@ -22,6 +22,7 @@ from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
 from sparsetrain.runs.recorded import read_recorded
 from sparsetrain.settings import build
 from sparsetrain.stages.config import PATHS, RUNS, RunConfig, paths_in
+from sparsetrain.stages.former_cut import keep_former_cut
 
 
 def load(verb: str, overrides: Iterable[str]) -> Any:
@@ -36,7 +37,10 @@ def load(verb: str, overrides: Iterable[str]) -> Any:
 
 
 def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
-    """Return the dataclass of ``verb`` from a composed tree, with the sections inherited from ``init_from``."""
+    """Return the dataclass of ``verb`` from a composed tree, with the sections inherited from ``init_from``.
+
+    A directory with runs of an earlier version keeps their cut of plain text, see `keep_former_cut`.
+    """
     row, given = find(verb), list(overrides)
     keys = keys_of(given)
     if row.inherits:
@@ -48,7 +52,7 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     prefer_typed_arms(values, given)
     if row.inherits and values.get("init_from"):
         inherit(values, row.inherits, keys)
-    return build(row.kind(), values)
+    return keep_former_cut(build(row.kind(), values), keys)
 
 
 def _use_model_of_start(tree: DictConfig, overridden: Collection[str]) -> None:
