@@ -7,13 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin, get_type_hints
 
-from omegaconf import OmegaConf
-
 from sparsetrain.cli import allowed
-from sparsetrain.cli.compose import defaults
 from sparsetrain.cli.meanings import meaning
 from sparsetrain.cli.schema import alternatives
-from sparsetrain.cli.verbs import find, with_settings
+from sparsetrain.cli.verbs import find, spoken, with_settings
 from sparsetrain.runs.recorded import complete
 from sparsetrain.sparsity.evolution.base import RULES
 from sparsetrain.stages.config import PATHS, RUNS
@@ -86,12 +83,6 @@ class Section:
     settings: list[Setting] = field(default_factory=list)
 
 
-def sections(verb: str) -> list[Section]:
-    """Return the sections of a verb, the top level first, with the defaults that its configuration gives."""
-    values: Any = OmegaConf.to_container(defaults(verb), resolve=True)
-    return _sections(find(verb).kind(), values)
-
-
 def places(found: list[Section]) -> dict[type, str]:
     """Return the name of the first section of each dataclass."""
     return {section.kind: section.path for section in reversed(found)}
@@ -99,16 +90,18 @@ def places(found: list[Section]) -> dict[type, str]:
 
 def names(kind: type) -> set[str]:
     """Return the dotted names of all settings and sections of a dataclass."""
-    found = _sections(kind, complete({}, kind))
+    found = sections_of(kind, complete({}, kind))
     return {section.path for section in found} | {setting.name for section in found for setting in section.settings}
 
 
-def verbs_with(key: str) -> list[str]:
-    """Return the verbs that have a setting or a section ``key``."""
-    return [verb for verb in with_settings() if key in names(find(verb).kind())]
+def of_other_verbs(key: str) -> str:
+    """Return ``"; it is one of prompt"`` for a setting or section of verbs, or ``""`` if no verb has it."""
+    verbs = [spoken(verb) for verb in with_settings() if key in names(find(verb).kind())]
+    return f"; it is one of {', '.join(verbs)}" if verbs else ""
 
 
-def _sections(kind: type, values: Mapping[str, Any]) -> list[Section]:
+def sections_of(kind: type, values: Mapping[str, Any]) -> list[Section]:
+    """Return the sections of a configuration, the top level first, with ``values`` as defaults."""
     found = list(_walk(kind, "", values))
     queue = [*found]
     while queue:

@@ -8,12 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+from omegaconf import OmegaConf
 
 from sparsetrain.cli.allowed import joined
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.checks import as_typed, check
-from sparsetrain.cli.compose import compose, groups, plain, run_hydra
-from sparsetrain.cli.entries import ENTRY, REQUIRED, Section, Setting, places, sections
+from sparsetrain.cli.compose import compose, defaults, groups, plain, run_hydra
+from sparsetrain.cli.entries import ENTRY, REQUIRED, Section, Setting, places, sections_of
 from sparsetrain.cli.meanings import about, details, first_sentence
 from sparsetrain.cli.meanings import plain as plain_text
 from sparsetrain.cli.overrides import check_moved, keys_of
@@ -25,6 +26,12 @@ from sparsetrain.cli.verbs import find, spoken
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.runs.recorded import complete, entries
 from sparsetrain.screen import NARROW, wrapped
+
+
+def sections(verb: str) -> list[Section]:
+    """Return the sections of a verb, the top level first, with the defaults that its configuration gives."""
+    values: Any = OmegaConf.to_container(defaults(verb), resolve=True)
+    return sections_of(find(verb).kind(), values)
 
 
 def describe(verb: str, columns: int = NARROW) -> str:
