@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -14,6 +17,29 @@ if TYPE_CHECKING:
 def printable(line: object) -> str:
     """Return ``line`` with control characters replaced by a visible mark, so that a terminal cannot interpret them."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in {"Cc", "Cs"} else "\ufffd" for c in str(line))
+
+
+NARROW, WIDE = 80, 120  # columns of a text that is no terminal's, and at most
+
+
+def width() -> int:
+    """Return the columns of a help text: those of the terminal, at most `WIDE`; `NARROW` where it is none."""
+    return max(40, min(WIDE, shutil.get_terminal_size().columns)) if sys.stdout.isatty() else NARROW
+
+
+def wrapped(text: str, columns: int, first: str = "", rest: str | None = None) -> list[str]:
+    """Return ``text`` as lines of at most ``columns``, the first behind ``first`` and the others behind ``rest``.
+
+    Words stay whole, so a path or a name that is longer has a line of its own.
+    """
+    return textwrap.wrap(
+        text,
+        columns,
+        initial_indent=first,
+        subsequent_indent=" " * len(first) if rest is None else rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    ) or [first.rstrip()]
 
 
 _BARS, _PLAIN_BARS = " \u2581\u2582\u2583\u2584\u2585\u2586\u2587\u2588", " .:-=+*#@"

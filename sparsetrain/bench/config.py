@@ -100,6 +100,7 @@ class BenchConfig:
         max_seconds: start no new cell or series after this time; the same command resumes. Null for no limit.
         seed: seed of weights, masks and inputs.
         run_dir: directory of the results; null for one below ``runs_dir`` that is named after the configuration.
+        runs_dir: the parent of unnamed directories.
         force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
 

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sparsetrain.cli.compose import compose, defaults, flat, groups
+from sparsetrain.cli.entries import of_other_verbs
 from sparsetrain.cli.overrides import (
     OPEN,
     SEARCH_PATH,
@@ -127,7 +128,8 @@ def _check_stage_setting(stage: str, run: str, setting: str) -> None:
     section = defaults(run).get(setting.partition(".")[0])
     if setting not in known and not (section is None and setting.partition(".")[0] in known):
         place = f"pipeline.stages.{stage}"
-        hint = nearest(f"{place}.{setting}", [f"{place}.{name}" for name in known])
+        near = nearest(f"{place}.{setting}", [f"{place}.{name}" for name in known])
+        hint = of_other_verbs(setting) or near
         raise UserError(f"{place}: {run} has no setting '{setting}'{hint}")
 
 
@@ -151,7 +153,7 @@ def _check_key(verb: str, key: str, tree: DictConfig, known_groups: Mapping[str,
             full = [f"{path}.{name}" if path else name for name in names]
             hint = nearest(f"{path}.{part}" if path else part, [*full, *known_groups])
             leaves = {leaf.rpartition(".")[2]: leaf for leaf in flat(tree)}
-            if not hint and part in leaves:
+            if part in leaves and (not hint or not path):
                 hint = f" (did you mean '{leaves[part]}'?)"
-            raise UserError(f"{verb} has no setting '{key}'{hint}")
+            raise UserError(f"{verb} has no setting '{key}'{hint if part in leaves else of_other_verbs(key) or hint}")
         node, path = node[part], f"{path}.{part}" if path else part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,15 @@ from pathlib import Path
 from sparsetrain import __version__, plugins, process
 from sparsetrain.cli import folders
 from sparsetrain.cli.notices import notices_on_stderr
-from sparsetrain.cli.parsers import Parser, parsed, parser_of
-from sparsetrain.cli.verbs import VERBS, find, named
+from sparsetrain.cli.parsers import parsed, parser_of
+from sparsetrain.cli.verb import GROUPS, named
+from sparsetrain.cli.verbs import VERBS, find, spoken
 from sparsetrain.cli.verbs import typed as typed_verb
 from sparsetrain.errors import UserError, single_line
 from sparsetrain.files import NO_SPACE, file_errors
+from sparsetrain.screen import width, wrapped
+
+_HELP = ("--help", "-h")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,16 +83,18 @@ def _run(given: list[str]) -> int:
 
 def _obeyed(given: list[str], command: str) -> int:
     """Run the verb of a command without the options that may stand anywhere; ``command`` is the whole of it."""
-    if not given or given[0] in ("-h", "--help", "help"):
+    if not given or given == ["help"] or (given[0] in _HELP and len(given) == 1):
         print(_help())
         return 0
+    if given[0] in (*_HELP, "help"):  # sparsetrain help VERB
+        given = [*given[1:], _HELP[0]]
     if given[0] in ("-V", "--version"):
         print(f"sparsetrain {__version__}")
         return 0
     name, rest = typed_verb(given)
     verb = find(name)
-    if any(word in ("-h", "--help") for word in rest):
-        print(_verb_help(name))
+    if any(word in _HELP for word in rest):
+        print(_verb_help(name, rest))
         return 0
     if verb.parser is not None:
         arguments = parsed(name, rest)
@@ -135,32 +142,72 @@ def _execute(verb: str, arguments: list[str], command: str) -> int:
 
 
 def _help() -> str:
-    verbs = "\n".join(f"  {name:11} {verb.about}" for name, verb in VERBS.items())
-    return (
-        "sparsetrain: train language models whose weights are sparse from the first step\n\n"
-        "usage: sparsetrain VERB [key=value ...]        one run\n"
-        "       sparsetrain VERB -m key=a,b,c ...       a Hydra multirun over all combinations\n"
-        "       sparsetrain VERB --plugin FILE.py .. use a rule, task, backend, ... that a file registers\n"
-        "       sparsetrain VERB --config-dir DIR ...   also use the groups and experiments of a directory\n"
-        "       sparsetrain VERB --force ...            run even if it seems to need more memory than is free\n"
-        "       sparsetrain VERB --help                 settings, choices and examples of a verb\n"
-        "       sparsetrain --version\n\n"
-        f"verbs:\n{verbs}\n\n"
-        "A run lives in a directory named after its configuration. The same command resumes it if it was stopped, and\n"
+    columns = width()
+    lines = [
+        "sparsetrain: train language models whose weights are sparse from the first step",
+        "",
+        "usage: sparsetrain VERB [key=value ...]    one run",
+        "       sparsetrain VERB -m key=a,b,c ...   a Hydra multirun over all combinations",
+        "       sparsetrain VERB --plugin FILE.py   use a rule, task, ... that a file registers",
+        "       sparsetrain VERB --config-dir DIR   use the groups and experiments of a directory",
+        "       sparsetrain VERB --force            run even if memory seems too small",
+        "       sparsetrain VERB --help [SETTING]   settings, choices, defaults and examples",
+        "       sparsetrain --version",
+    ]
+    for group, heading in GROUPS.items():
+        rows = {name: verb.about for name, verb in VERBS.items() if verb.group == group}
+        if rows:
+            lines += ["", f"{heading}:"]
+            lines += [line for name, about in rows.items() for line in wrapped(about, columns, f"  {name:11}  ")]
+    end = (
+        "A run lives in a directory named after its configuration. The same command resumes it if it was stopped, and "
         "does nothing if it is done. Start with: sparsetrain pipeline experiment=demo"
     )
+    return "\n".join([*lines, "", *wrapped(end, columns)])
 
 
-def _verb_help(name: str) -> str:
-    verb = find(name)
-    examples = "\n".join(f"  {example}" for example in verb.examples)
-    head = f"sparsetrain {name}: {verb.about}\n\nexamples:\n{examples}"
+def _verb_help(name: str, words: Sequence[str]) -> str:
+    """Return the help of a verb, or of the sections and settings among the ``words`` behind it."""
+    verb, columns = find(name), width()
+    topics = [] if verb.parser is not None else _topics(name, words)
+    if topics:
+        from sparsetrain.cli.help import describe_topics
+
+        return describe_topics(name, topics, columns)
+    lines = _usage(name, columns)
+    lines += ["", *wrapped(verb.about, columns), "", "examples:"]
+    lines += [line for example in verb.examples for line in _continued(example, columns)]
     if verb.parser is not None:
-        return f"{head}\n\n{_parser_help(parser_of(name))}"
+        return "\n".join([*lines, "", parser_of(name).described()])
     from sparsetrain.cli.help import describe
 
-    return f"{head}\n\n{describe(name)}"
+    return "\n".join([*lines, "", describe(name, columns)])
 
 
-def _parser_help(parser: Parser) -> str:
-    return "\n".join([parser.format_help(), *map(_parser_help, parser.subparsers.values())]).rstrip()
+def _continued(command: str, columns: int) -> list[str]:
+    """Return a command as lines that a shell reads as one."""
+    lines = ["  "]
+    for word in re.findall(r"(?:'[^']*'|[^\s'])+", command):
+        if len(lines[-1]) + len(word) + len(" \\") > columns and lines[-1].strip():
+            lines[-1] += "\\"
+            lines.append("      ")
+        lines[-1] += f"{word} "
+    return [line.rstrip() for line in lines]
+
+
+def _topics(name: str, words: Sequence[str]) -> list[str]:
+    from sparsetrain.cli.arguments import Arguments
+
+    given = Arguments.of(name, [word for word in words if word not in _HELP])
+    return [word for word in given.overrides if "=" not in word]
+
+
+def _usage(name: str, columns: int) -> list[str]:
+    """Return the lines that say how a verb is typed."""
+    verb = find(name)
+    if verb.usage is None and verb.parser is not None:
+        usages = parser_of(name).usages()
+    else:
+        usages = [f"sparsetrain {spoken(name)} {verb.usage or '[key=value ...]'}"]
+    heads = ["usage: ", *[" " * len("usage: ")] * (len(usages) - 1)]
+    return [line for head, usage in zip(heads, usages, strict=True) for line in wrapped(usage, columns, head, " " * 11)]

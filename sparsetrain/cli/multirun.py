@@ -33,7 +33,8 @@ from sparsetrain.cli.notices import notices_on_stderr
 from sparsetrain.cli.overrides import SEARCH_PATH, choices, is_hydras, parse
 from sparsetrain.cli.resolve import convert
 from sparsetrain.cli.start import start
-from sparsetrain.cli.verbs import find, named
+from sparsetrain.cli.verb import named
+from sparsetrain.cli.verbs import find
 from sparsetrain.errors import UserError, single_line
 from sparsetrain.files import file_errors, temporary_directory
 from sparsetrain.screen import say

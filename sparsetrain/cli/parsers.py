@@ -6,15 +6,24 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from sparsetrain.cli.verbs import find
+from sparsetrain.cli.verbs import find, spoken
 from sparsetrain.errors import UserError, nearest
+from sparsetrain.screen import width
+
+
+class _Formatter(argparse.HelpFormatter):
+    """Wraps at the width of all help texts."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **{"width": width(), **options})
 
 
 class Parser(argparse.ArgumentParser):
     """A parser that raises `UserError` for errors and accepts no abbreviated options."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **{"add_help": False, "allow_abbrev": False, **options})
+        usual = {"add_help": False, "allow_abbrev": False, "formatter_class": _Formatter}
+        super().__init__(*arguments, **{**usual, **options})
 
     def error(self, message: str) -> NoReturn:
         program = self.prog.removeprefix("sparsetrain ")
@@ -26,6 +35,16 @@ class Parser(argparse.ArgumentParser):
         found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return dict(found[0]) if found else {}
 
+    def usages(self) -> list[str]:
+        """Return how the verb is typed, in one line for each subcommand."""
+        parsers = list(self.subparsers.values()) or [self]
+        return [" ".join(parser.format_usage().split()[1:]) for parser in parsers]
+
+    def described(self) -> str:
+        """Return the help of the arguments, without the usage, which `usages` gives."""
+        parsers = list(self.subparsers.values()) or [self]
+        return "\n\n".join(parser.format_help().partition("\n\n")[2].rstrip() for parser in parsers)
+
     @property
     def takes_the_rest(self) -> bool:
         """Whether the arguments after the first are passed on to another verb."""
@@ -36,9 +55,8 @@ class Parser(argparse.ArgumentParser):
         program = self.prog.removeprefix("sparsetrain ")
         if self.subparsers:
             if not arguments or arguments[0] not in self.subparsers:
-                usages = "; ".join(" ".join(sub.format_usage().split()[1:]) for sub in self.subparsers.values())
                 said = f", not {arguments[0]!r}" if arguments else ""
-                raise UserError(f"{program} needs a subcommand{said}: {usages}")
+                raise UserError(f"{program} needs a subcommand{said}: {'; '.join(self.usages())}")
             self.subparsers[arguments[0]].check(arguments[1:])
             return
         known = [option for action in self._actions for option in action.option_strings]
@@ -52,7 +70,7 @@ class Parser(argparse.ArgumentParser):
 
 def parser_of(verb: str) -> Parser:
     """Return the parser of a verb."""
-    parser = Parser(f"sparsetrain {verb}")
+    parser = Parser(f"sparsetrain {spoken(verb)}")
     find(verb).add_arguments(parser)
     return parser
 

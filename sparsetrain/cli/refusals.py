@@ -19,6 +19,7 @@ from omegaconf.errors import (
 )
 
 from sparsetrain.cli import folders
+from sparsetrain.cli.entries import of_other_verbs
 from sparsetrain.cli.overrides import moved_within
 from sparsetrain.cli.schema import WITH_ALTERNATIVES, alternatives
 from sparsetrain.cli.sources import FileConfigSource
@@ -97,7 +98,7 @@ def _said(cause: OmegaConfBaseException, root: type, given: str | None) -> str |
         if not (near := nearest(key, known)) and kind.__name__ in WITH_ALTERNATIVES:
             names = ", ".join(alternatives(WITH_ALTERNATIVES[kind.__name__]))
             near = f": none of {names} has this setting; --plugin FILE.py loads others"
-        return f"{place} is no setting{near}"
+        return f"{place} is no setting{of_other_verbs(place) or near}"
     if isinstance(cause, ConfigTypeError) and "deletion" in str(cause):
         return f"{place} cannot be deleted; give it another value"
     hint = _hint(cause) if isinstance(cause, ValidationError) else None

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from sparsetrain import stages
-from sparsetrain.cli.verbs import find, named
+from sparsetrain.cli.verb import named
+from sparsetrain.cli.verbs import find
 from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare_corpora
 from sparsetrain.errors import single_line
 from sparsetrain.screen import say
@@ -35,7 +36,12 @@ def start(verb: str, config: Any, command: str) -> int:
 
 @dataclass
 class DataVerbConfig:
-    """Prepare a corpus."""
+    """Prepare a corpus.
+
+    Args:
+        data: the text and the tokenizer.
+        task: a labelled task to prepare too; null for none.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     task: TaskConfig | None = None

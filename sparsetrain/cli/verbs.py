@@ -5,81 +5,35 @@ To add a verb, write a row here and its function; a verb with settings also need
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from collections.abc import Sequence
 
+from sparsetrain.cli.verb import Verb
 from sparsetrain.errors import UserError, nearest
-
-
-def named(place: str) -> Any:
-    """Return the object that ``"package.module:name"`` names; this imports the module."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
-
-
-@dataclass(frozen=True)
-class Verb:
-    """One verb. Functions and classes are given as ``"package.module:name"``, so that the table imports no module.
-
-    Args:
-        about: one line of help.
-        run: the function to call, with the dataclass of the settings or, for a verb with a ``parser``, the parsed
-            arguments. It may return an exit status, or a `stages.RunResult`, which is then summarised.
-        examples: commands that work.
-        configuration: the dataclass of the settings; ``conf/VERB.yaml`` completes its defaults.
-        parser: for a verb without settings, a function that adds its arguments to an ``ArgumentParser``.
-        inherits: sections of settings that the verb takes from the run ``init_from`` unless they are given.
-        cost: a function that estimates the cost of a multirun from its points; it is printed before the first point.
-        together: whether the function takes the list of all points of a sweep; commas then need no ``-m``.
-    """
-
-    about: str
-    run: str
-    examples: Sequence[str]
-    configuration: str | None = None
-    parser: str | None = None
-    inherits: Sequence[str] = ()
-    cost: str | None = None
-    together: bool = False
-
-    def __post_init__(self) -> None:
-        if (self.configuration is None) == (self.parser is None):
-            raise ValueError("a verb has either a configuration or a parser")
-
-    def kind(self) -> type:
-        """Return the dataclass of the settings."""
-        assert self.configuration is not None
-        found: type = named(self.configuration)
-        return found
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add the verb's arguments to ``parser``; for a verb without settings."""
-        assert self.parser is not None
-        add: Callable[[argparse.ArgumentParser], None] = named(self.parser)
-        add(parser)
-
 
 VERBS: dict[str, Verb] = {
     "data": Verb(
-        about="Download or read a corpus, train its tokenizer, write its token files.",
+        about="Read a corpus, train its tokenizer, write its token files.",
         configuration="sparsetrain.cli.start:DataVerbConfig",
         run="sparsetrain.cli.start:data",
         examples=["sparsetrain data", "sparsetrain data data.path=notes.txt data.vocab_size=2048"],
+        group="data",
+        usage="data.path=FILE [key=value ...]",
+        first=["data.path", "data.name", "data.vocab_size"],
     ),
     "data-dedup": Verb(
-        about="Remove duplicates and near-duplicates from a corpus; also typed: data dedup.",
+        about="Remove duplicates and near-duplicates from a corpus.",
         configuration="sparsetrain.data.dedup:DedupConfig",
         run="sparsetrain.data.dedup:dedup",
         examples=[
             "sparsetrain data dedup data.path=notes.txt out=deduplicated",
             "sparsetrain data dedup data=python threshold=0.7 out=deduplicated",
         ],
+        group="data",
+        usage="data.path=FILE out=DIR [key=value ...]",
+        first=["data.path", "out", "threshold"],
     ),
     "pretrain": Verb(
-        about="Train a language model on text, dense or sparse from the first step.",
+        about="Train a language model on text, dense or sparse from step one.",
         configuration="sparsetrain.stages:PretrainConfig",
         run="sparsetrain.stages:pretrain",
         examples=[
@@ -89,9 +43,10 @@ VERBS: dict[str, Verb] = {
         ],
         inherits=["parameterization"],
         cost="sparsetrain.stages.estimate:sweep_cost",
+        group="train",
     ),
     "adapt": Verb(
-        about="Adapt a trained model to another language: add tokens and blocks, train on both, say what is forgotten.",
+        about="Adapt a trained model to another language, with new tokens.",
         configuration="sparsetrain.stages:AdaptConfig",
         run="sparsetrain.stages:adapt",
         examples=[
@@ -102,9 +57,12 @@ VERBS: dict[str, Verb] = {
             "sparsetrain adapt init_from=RUN_DIR new_blocks=2 train=blocks data=hadith",
         ],
         inherits=["parameterization"],
+        group="train",
+        usage="init_from=RUN_DIR data=NAME [key=value ...]",
+        first=["init_from", "vocabulary.n_tokens", "train"],
     ),
     "finetune": Verb(
-        about="Train a pre-trained or freshly initialised model on a labelled task, dense or with its masks.",
+        about="Train a model on a labelled task, dense or with its masks.",
         configuration="sparsetrain.stages:FinetuneConfig",
         run="sparsetrain.stages:finetune",
         examples=[
@@ -112,9 +70,12 @@ VERBS: dict[str, Verb] = {
             "sparsetrain finetune init_from=RUN_DIR task=pubmedqa task.path=PUBMEDQA_DIR mode=sparse",
         ],
         inherits=["parameterization", "data"],
+        group="train",
+        usage="init_from=RUN_DIR task=NAME [key=value ...]",
+        first=["init_from", "task.name", "task.path", "mode"],
     ),
     "prompt": Verb(
-        about="Learn a soft prompt for a task, alone or together with the model.",
+        about="Learn a soft prompt for a task, alone or with the model.",
         configuration="sparsetrain.stages:PromptConfig",
         run="sparsetrain.stages:prompt",
         examples=[
@@ -122,9 +83,12 @@ VERBS: dict[str, Verb] = {
             "sparsetrain prompt init_from=RUN_DIR train=both",
         ],
         inherits=["parameterization", "data"],
+        group="train",
+        usage="init_from=RUN_DIR task=NAME [key=value ...]",
+        first=["init_from", "task.name", "task.path", "n_tokens", "train"],
     ),
     "evaluate": Verb(
-        about="Measure the model of a run at several context lengths and on probes; nothing is trained.",
+        about="Measure a trained model at several lengths and on probes.",
         configuration="sparsetrain.stages:EvaluateConfig",
         run="sparsetrain.stages:evaluate",
         examples=[
@@ -134,9 +98,12 @@ VERBS: dict[str, Verb] = {
             "sparsetrain evaluate init_from=RUN_DIR data.path=notes.txt",
         ],
         inherits=["data"],
+        group="use",
+        usage="init_from=RUN_DIR [key=value ...]",
+        first=["init_from", "data.path", "lengths", "scales", "probes"],
     ),
     "pipeline": Verb(
-        about="Pre-train, fine-tune and soft-prompt at several sparsities, and compare them in a report.",
+        about="Pre-train, fine-tune and prompt at several sparsities; report.",
         configuration="sparsetrain.stages:PipelineConfig",
         run="sparsetrain.cli.start:pipeline",
         examples=[
@@ -144,12 +111,18 @@ VERBS: dict[str, Verb] = {
             "sparsetrain pipeline experiment=demo 'pipeline.arms={sparsity.sparsity:[0,0.5,0.75]}'",
             "sparsetrain pipeline experiment=demo pipeline.stages.finetune.budget.epochs=3",
         ],
+        group="train",
+        usage="experiment=NAME [key=value ...]",
+        first=["pipeline.arms"],
     ),
     "generate": Verb(
         about="Continue a text with the model of a run.",
         configuration="sparsetrain.stages:GenerateConfig",
         run="sparsetrain.cli.start:generate",
         examples=["sparsetrain generate init_from=RUN_DIR prompt='The aim of this study was'"],
+        group="use",
+        usage="init_from=RUN_DIR prompt=TEXT [key=value ...]",
+        first=["init_from", "prompt", "max_new_tokens", "temperature", "top_p"],
     ),
     "export": Verb(
         about="Write the model of a run for Hugging Face transformers, with its tokenizer, zeros and masks.",
@@ -170,13 +143,14 @@ VERBS: dict[str, Verb] = {
         ],
     ),
     "quantize": Verb(
-        about="Write the model of a run in 4 or 8 bits; print its bytes and its validation loss before and after.",
+        about="Write the model of a run in 4 or 8 bits, with the loss of both.",
         parser="sparsetrain.cli.paths:quantize_arguments",
         run="sparsetrain.cli.paths:quantize",
         examples=["sparsetrain quantize RUN_DIR out=DIR", "sparsetrain quantize RUN_DIR out=DIR bits=8 group=32"],
+        group="use",
     ),
     "coord-check": Verb(
-        about="Check that activations and updates keep their scale across sparsity, width or depth.",
+        about="Check that activations and updates keep their scale.",
         configuration="sparsetrain.studies.coordinates:CoordinatesConfig",
         run="sparsetrain.studies.coordinates:coord_check",
         examples=[
@@ -185,9 +159,12 @@ VERBS: dict[str, Verb] = {
             "check.seeds=2",
             "sparsetrain coord-check check=width parameterization=mup optimizer.lr=1e-3 check.seeds=3",
         ],
+        group="measure",
+        usage="check=AXIS [key=value ...]",
+        first=["check.axis", "check.values", "check.schemes", "check.seeds"],
     ),
     "sweep": Verb(
-        about="Summarise the runs of a sweep: results.csv, the optimum with its interval, and a figure.",
+        about="Summarise the runs of a sweep: table, optimum and figure.",
         parser="sparsetrain.cli.paths:sweep_arguments",
         run="sparsetrain.cli.paths:sweep",
         examples=[
@@ -195,9 +172,10 @@ VERBS: dict[str, Verb] = {
             "sparsetrain sweep runs/supar_init_transfer --x model.init_std --out experiments/supar_init_transfer",
             "sparsetrain sweep runs/base_tuning --search --out experiments/base_tuning",
         ],
+        group="measure",
     ),
     "fit": Verb(
-        about="Fit a law to a sweep: best timescale, best or critical batch, loss, noise scale; law.yaml, figure.",
+        about="Fit a law to a sweep: timescale, batch, loss or noise scale.",
         parser="sparsetrain.cli.paths:fit_arguments",
         run="sparsetrain.cli.paths:fit",
         examples=[
@@ -206,9 +184,10 @@ VERBS: dict[str, Verb] = {
             "sparsetrain fit runs/batches/results.csv law=critical target=2.1",
             "sparsetrain fit runs/observed law=noise out=laws/noise",
         ],
+        group="measure",
     ),
     "suggest": Verb(
-        about="Suggest rate, weight decay, batch size and steps of a pre-training, from published laws or your own.",
+        about="Suggest rate, weight decay, batch and steps from laws.",
         configuration="sparsetrain.studies.suggest:SuggestConfig",
         run="sparsetrain.studies.suggest:suggest",
         examples=[
@@ -217,9 +196,11 @@ VERBS: dict[str, Verb] = {
             "sparsetrain suggest model=demo seconds=3600 flops_per_second=5e10 format=json",
         ],
         inherits=["parameterization"],
+        group="plan",
+        first=["budget.tokens", "laws"],
     ),
     "provision": Verb(
-        about="Plan a pre-training for a budget of hours, money or FLOPs: models, sparsities and machines worth it.",
+        about="Plan models and machines for hours, money or FLOPs.",
         configuration="sparsetrain.studies.provision_config:ProvisionConfig",
         run="sparsetrain.studies.provision:provision",
         examples=[
@@ -227,15 +208,19 @@ VERBS: dict[str, Verb] = {
             "sparsetrain provision hours=24 machine=this laws=laws/loss/law.yaml sparsities=[0,0.75,0.9]",
             "sparsetrain provision flops=1e18 machine=[zen4,h100] laws=chinchilla format=json out=plan",
         ],
+        group="plan",
+        usage="hours=H|money=USD|flops=N [key=value ...]",
+        first=["hours", "money", "flops", "machine", "devices", "laws", "sparsities"],
     ),
     "tune": Verb(
-        about="Measure from which sparsity the sparse kernels beat dense ones here; backend=auto uses the result.",
+        about="Measure here from which sparsity sparse kernels beat dense.",
         configuration="sparsetrain.bench.tune:TuneConfig",
         run="sparsetrain.bench.tune:tune",
         examples=["sparsetrain tune", "sparsetrain tune threads=[1,4,8] tokens=[512,4096]"],
+        group="measure",
     ),
     "bench": Verb(
-        about="Measure the speed of sparse layers and models here, beside dense ones and other libraries.",
+        about="Measure the speed of sparse layers and models beside dense.",
         configuration="sparsetrain.bench:BenchConfig",
         run="sparsetrain.bench:bench",
         examples=[
@@ -244,9 +229,11 @@ VERBS: dict[str, Verb] = {
             "sparsetrain bench what=layers sparsities=[0.75,0.9] shapes=[[512,2048],[1024,1024]] threads=[1]",
             "sparsetrain bench what=model gpt.d_model=768 gpt.n_layers=12 max_seconds=600",
         ],
+        group="measure",
+        first=["what", "sparsities", "threads", "max_seconds"],
     ),
     "plan": Verb(
-        about="Print what a run, a pipeline or a sweep would do: phases, tokens, FLOPs, memory and time.",
+        about="Print what a run or a sweep would do: FLOPs, memory, time.",
         parser="sparsetrain.cli.plan:plan_arguments",
         run="sparsetrain.cli.plan:plan",
         examples=[
@@ -255,9 +242,11 @@ VERBS: dict[str, Verb] = {
             "sparsetrain plan pretrain -m experiment=supar_lr_transfer seed=0,1,2",
             "sparsetrain plan pipeline experiment=demo",
         ],
+        group="plan",
+        usage="VERB [key=value ...]",
     ),
     "flops": Verb(
-        about="Count FLOPs, bytes and memory of one step, by kind and by module; nothing is built or measured.",
+        about="Count FLOPs, bytes and memory of one step, module by module.",
         configuration="sparsetrain.studies.flops:FlopsConfig",
         run="sparsetrain.studies.flops:count_flops",
         examples=[
@@ -267,9 +256,11 @@ VERBS: dict[str, Verb] = {
             "sparsetrain flops init_from=RUN_DIR output=flops.json",
         ],
         inherits=["parameterization", "data"],
+        group="plan",
+        first=["init_from", "phase", "data.context", "output"],
     ),
     "simulate": Verb(
-        about="Predict time, memory, energy and price of a pre-training on machines, with the sparsities to compare.",
+        about="Predict time, memory, energy and price on other machines.",
         configuration="sparsetrain.studies.simulate:SimulateConfig",
         run="sparsetrain.studies.simulate:simulate_runs",
         examples=[
@@ -280,15 +271,20 @@ VERBS: dict[str, Verb] = {
         ],
         inherits=["parameterization", "data", "optimizer", "schedule", "budget", "loop"],
         together=True,
+        group="plan",
+        usage="machine=NAME [key=value ...]",
+        first=["init_from", "machine", "dtype", "equal"],
     ),
     "calibrate": Verb(
-        about="Measure this machine in a few minutes, so that its step times can be predicted.",
+        about="Measure this machine, so that step times can be predicted.",
         configuration="sparsetrain.bench.calibrate:CalibrateConfig",
         run="sparsetrain.bench.calibrate:calibrate_this",
         examples=["sparsetrain calibrate", "sparsetrain calibrate budget_seconds=300 threads=[1,4]"],
+        group="measure",
+        first=["budget_seconds", "threads"],
     ),
     "report": Verb(
-        about="Show a run or a pipeline and rewrite its page, or compare arms over seeds: table, bars, figure.",
+        about="Show a run or a pipeline, or compare arms over seeds.",
         parser="sparsetrain.cli.paths:report_arguments",
         run="sparsetrain.cli.paths:report",
         examples=[
@@ -296,12 +292,14 @@ VERBS: dict[str, Verb] = {
             "sparsetrain report runs/pipeline-d128-L4-* --out experiments/demo",
             "sparsetrain report experiments/demo/results.csv",
         ],
+        group="measure",
     ),
     "mask": Verb(
-        about="Inspect the masks of a run, a checkpoint or a file: statistics and a picture.",
+        about="Inspect the masks of a run, a checkpoint or a file.",
         parser="sparsetrain.cli.paths:mask_arguments",
         run="sparsetrain.cli.paths:mask",
         examples=["sparsetrain mask inspect RUN_DIR", "sparsetrain mask inspect masks.npz picture=masks.png"],
+        group="measure",
     ),
 }
 
@@ -315,6 +313,12 @@ def find(name: str) -> Verb:
     if name not in VERBS:
         raise UserError(f"no verb '{name}'{nearest(name, VERBS)}; there are {', '.join(VERBS)}")
     return VERBS[name]
+
+
+def spoken(name: str) -> str:
+    """Return the name of a verb as it is typed: a verb named after another one has two words, as ``data dedup``."""
+    outer, dash, inner = name.partition("-")
+    return f"{outer} {inner}" if dash and outer in VERBS else name
 
 
 def typed(words: Sequence[str]) -> tuple[str, list[str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar
 
 from sparsetrain.data.fim import check_rate
@@ -107,8 +107,8 @@ class DataConfig(SourceConfig):
     token_dtype: str = "auto"
     fim_rate: float = 0.0
     fim_spm_rate: float = 0.0
-    sources: Any = None  # dict[str, CorpusConfig]
-    mixture: Any = None  # dict[str, float]
+    sources: Any = field(default=None, metadata={"type": "section, or null"})
+    mixture: Any = field(default=None, metadata={"type": "section of numbers, or null"})
 
     def __post_init__(self) -> None:
         super().__post_init__()

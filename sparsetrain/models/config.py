@@ -33,14 +33,14 @@ class ModelConfig:
         n_kv_heads: number of key and value heads, a divisor of ``n_heads``; None means ``n_heads``.
         max_context: tokens in the longest training sequence, the trained length. It limits the length only with learned
             positions.
-        mlp: ``"gelu"`` (up, down), the same with the approximation by tanh of GPT-2 and Bloom, ``"gelu_tanh"``, or
-            ``"swiglu"`` (gate, up, down).
+        mlp: matrices of the MLP: ``"gelu"`` (up, down), the same with the approximation by tanh of GPT-2 and Bloom,
+            ``"gelu_tanh"``, or ``"swiglu"`` (gate, up, down).
         d_ff: width inside the MLP; None means ``4 d_model`` for GELU and ``floor(8 d_model / 3)`` for SwiGLU, which
             give both the same number of parameters.
-        norm: ``"layernorm"`` or ``"rmsnorm"``.
+        norm: norm before each branch and before the head: ``"layernorm"`` or ``"rmsnorm"``.
         norm_eps: epsilon that a norm adds to the variance (layernorm) or the mean square (rmsnorm).
         bias: whether linear layers and layer norms have a bias. RMSNorm never has one.
-        positions: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
+        positions: how a token knows its place: ``"alibi"``, ``"rope"``, ``"learned"`` or ``"none"``.
         positions_scale: factor s, at least 1, by which ALiBi or RoPE is stretched for sequences beyond the trained
             length. ALiBi divides its slopes by s (arXiv 2310.13017); `rope_scaling` says what RoPE does. ``"dynamic"``
             takes s = max(1, T / ``max_context``) from the T tokens of each pass, with padding and the tokens of a

@@ -59,7 +59,9 @@ class OptimizerConfig:
         name: ``adamw``, or ``sgd``, which needs ``parameterization.optimizer=sgd`` under all rules except SP.
         lr: base peak learning rate eta; the parameterization scales it for each tensor.
         weight_decay: base weight decay lambda; the parameterization scales it for each tensor.
-        beta1, beta2, eps: coefficients of Adam.
+        beta1: decay of Adam's first moment.
+        beta2: decay of Adam's second moment.
+        eps: what Adam adds to the root of the second moment.
         momentum: momentum of SGD.
         clip: maximum global gradient norm; 0 disables clipping.
         schedules: how other settings than the learning rate change during the run.

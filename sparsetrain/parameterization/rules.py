@@ -122,9 +122,12 @@ class Parameterization:
 
     Args:
         scheme: name of the column.
-        base_width, base_density, base_layers: shape of the model on which the hyperparameters were tuned.
+        base_width: ``d_model`` of the model on which the hyperparameters were tuned.
+        base_density: density of its hidden matrices.
+        base_layers: its number of blocks.
         alpha: depth exponent of CompleteP in [0.5, 1]; residual branches are multiplied by m_L^(-alpha).
-        alpha_in, alpha_out: multipliers of the embeddings and of the logits.
+        alpha_in: multiplier of the embeddings.
+        alpha_out: multiplier of the logits.
         embedding_lr_multiplier: learning rate of embeddings and positions, relative to eta.
         attention_scale: ``sqrt`` for 1/sqrt(d_head), ``linear`` for 1/d_head, ``auto`` for sqrt under SP and linear
             otherwise.

@@ -28,6 +28,8 @@ class SparsityGroup:
     """The layers whose qualified name matches the glob ``match``, and their sparsity (0 keeps them dense).
 
     Args:
+        match: a glob over qualified names; its layers belong to the group.
+        sparsity: fraction of zeros in each of these layers, in [0, 1).
         pattern: another pattern than that of the section; null takes the section's.
     """
 
@@ -185,11 +187,18 @@ class SparsityConfig:
         nnz: in place of ``sparsity``: the number of weights of all layers that take part, layers of groups included.
         pattern: ``random``, ``balanced``, ``magnitude``, ``block``, ``nm``, ``banded``, ``checkerboard``, or one that
             `register_pattern` has added.
-        block, m, fan_out, bands, options: options of the pattern; see `sparsetrain.sparsity.patterns.spec.PatternSpec`.
+        block: rows and columns of a block, for ``block`` and ``magnitude``; see
+            `sparsetrain.sparsity.patterns.spec.PatternSpec`.
+        m: for ``nm``, the length of the groups of consecutive inputs.
+        fan_out: for ``balanced``, whether each input gets the same number of outputs too.
+        bands: rows and columns of equal bands, each of which gets the same share of the weights; for ``random``,
+            ``block`` and ``magnitude``.
+        options: further options of a registered pattern, by name.
         allocation: ``uniform`` gives every layer the same sparsity; ``erk`` gives a layer of R outputs and C inputs a
             density in proportion to (R + C) / (R C), as in RigL (arXiv 1911.11134).
         groups: layers with a sparsity of their own; the first match wins.
-        include, exclude: globs over qualified names.
+        include: globs over qualified names; a layer takes part if one matches.
+        exclude: globs over qualified names; a layer stays dense if one matches.
         backend: ``auto`` or a registered backend.
         seed: of the masks; null takes the seed of the run.
         evolution: how masks change while the model is pre-trained.

@@ -68,7 +68,7 @@ class RunConfig:
         init_from: a run directory, whose model, tokenizer and weights the run starts from.
         run_dir: directory of the run; null for a directory below ``runs_dir`` that is named by the configuration.
         runs_dir: the parent of unnamed run directories.
-        device: auto, cpu or cuda.
+        device: where to compute; auto takes a GPU if there is one.
         threads: threads of torch on the CPU; null leaves torch's choice.
         draw: number of a point of a random search, which determines settings of the form ``${draw:...}``.
         force: start even if the estimated memory is not available; ``--force`` sets it.
@@ -82,7 +82,7 @@ class RunConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
-    observe: Any = None  # a name, or a list of names
+    observe: Any = field(default=None, metadata={"type": "text, list of texts or null"})
     seed: int = 0
     data_seed: int | None = None
     init_from: str | None = None

@@ -47,7 +47,7 @@ class EvaluateConfig:
         seed: seed of the probes.
         run_dir: directory of the results; null for a directory below ``runs_dir`` that is named by the configuration.
         runs_dir: the parent of unnamed directories.
-        device: auto, cpu or cuda.
+        device: where to compute; auto takes a GPU if there is one.
         threads: threads of torch on the CPU; null leaves torch's choice.
         force: start even if the estimated memory is not available; ``--force`` sets it.
 
@@ -57,12 +57,12 @@ class EvaluateConfig:
 
     init_from: str | None = None
     data: DataConfig | None = None
-    lengths: Any = None  # list[int]
-    scales: Any = None  # list[float | str]
+    lengths: Any = field(default=None, metadata={"type": "list of integers, or null"})
+    scales: Any = field(default=None, metadata={"type": "list of numbers and dynamic, or null"})
     width: int = 32
     blocks: int = 64
     probes: list[str] = field(default_factory=lambda: [RETRIEVAL, NEEDLE])
-    sizes: Any = None  # list[int]
+    sizes: Any = field(default=None, metadata={"type": "list of integers, or null"})
     n_probes: int = 200
     marks: int = MARKS
     seed: int = 0

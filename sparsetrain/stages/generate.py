@@ -55,6 +55,8 @@ class GenerateConfig:
         temperature: sampling temperature; 0 takes the most likely token.
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this.
         soft_prompt: append the run's soft prompt to the text, if the run has one.
+        seed: seed of the sampling.
+        device: where to compute: auto takes a GPU if there is one.
         force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
 

@@ -257,7 +257,9 @@ def _entries(listed: Sequence[Any]) -> Iterator[StageEntry]:
         known = known_settings(KINDS[run])
         for key in settings:
             if key not in known:
-                raise UserError(f"{where}.{key} is not a setting of {run}{nearest(key, known | set(_ABOUT_STAGE))}")
+                others = [other for other, kind in KINDS.items() if key in known_settings(kind)]
+                hint = f"; it is one of {', '.join(others)}" if others else nearest(key, known | set(_ABOUT_STAGE))
+                raise UserError(f"{where}.{key} is not a setting of {run}{hint}")
         if run in _NEED_START and start is None:
             raise UserError(f"{where}: {_NEED_START[run]} needs a trained model; add from: STAGE")
         yield StageEntry(name, run, start, once, tuple(arms), settings)

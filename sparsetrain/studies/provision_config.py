@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sparsetrain.cost.hardware import Machine
@@ -58,16 +58,16 @@ class ProvisionConfig(SuggestConfig):
 
     hours: float | None = None
     money: float | None = None
-    machine: Any = "this"
-    devices: Any = 1
-    width: Any = None
-    depth: Any = None
-    aspect: Any = None
+    machine: Any = field(default="this", metadata={"type": "text or list of texts"})
+    devices: Any = field(default=1, metadata={"type": "integer or list of integers"})
+    width: Any = field(default=None, metadata={"type": "integer, list of integers or null"})
+    depth: Any = field(default=None, metadata={"type": "integer, list of integers or null"})
+    aspect: Any = field(default=None, metadata={"type": "list of two numbers, or null"})
     d_head: int | None = None
-    sparsities: Any = None
-    batch: Any = None
+    sparsities: Any = field(default=None, metadata={"type": "number, list of numbers or null"})
+    batch: Any = field(default=None, metadata={"type": "integer, list of integers or null"})
     tokens_per_parameter: float = 5.0
-    spend: Any = (0.25, 0.5, 1.0)
+    spend: Any = field(default=(0.25, 0.5, 1.0), metadata={"type": "number or list of numbers"})
     dtype: str | None = None
     rows: int = 12
     out: str | None = None

@@ -112,11 +112,11 @@ class SimulateConfig(PretrainConfig):
         UserError: a setting is out of range.
     """
 
-    machine: Any = "this"
+    machine: Any = field(default="this", metadata={"type": "text or list of texts"})
     dtype: str | None = None
     parallelism: ParallelConfig = field(default_factory=ParallelConfig)
     equal: str = "tokens"
-    laws: Any = None
+    laws: Any = field(default=None, metadata={"type": "path, list of paths or null"})
     format: str = "text"
     out: str | None = None
 

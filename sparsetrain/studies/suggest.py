@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from sparsetrain.errors import UserError, check_choice
@@ -53,7 +53,7 @@ class SuggestConfig(PretrainConfig):
         format: ``text`` or ``json``.
     """
 
-    laws: Any = None
+    laws: Any = field(default=None, metadata={"type": "path, list of paths or null"})
     flops: float | None = None
     seconds: float | None = None
     flops_per_second: float | None = None

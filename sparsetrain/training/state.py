@@ -27,8 +27,10 @@ class LoopConfig:
         micro_batch: sequences per micro-batch, instead of ``accumulation``: their number then follows the batch size,
             and a batch that grows during the run needs no more memory.
         precision: ``fp32``, ``bf16`` (autocast), or ``auto``.
-        log_every, eval_every, checkpoint_every: intervals in steps; 0 keeps only the last (and the first evaluation).
+        log_every: steps from one line of ``metrics.jsonl`` to the next; 0 keeps only the last.
+        eval_every: steps from one evaluation to the next; 0 keeps only the first and the last.
         eval_sequences: sequences of held-out text, or examples, per evaluation during training.
+        checkpoint_every: steps from one checkpoint to the next; 0 keeps only the last.
         keep_last: number of checkpoints to keep.
     """
 

@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 
 from sparsetrain.cli.checks import check
 from sparsetrain.cli.compose import compose, config_directory, defaults, groups
-from sparsetrain.cli.help import describe
 from sparsetrain.cli.overrides import is_open
 from sparsetrain.cli.resolve import load
 from sparsetrain.cli.schema import schema_of
@@ -166,17 +165,6 @@ def test_no_verb_and_no_file_is_left_out() -> None:
     assert verbs == set(ROOTS)
     folders = {path.parent.name for path in FILES if path.parent != Path()}
     assert folders == {name for verb in ROOTS for name in groups(verb)}
-
-
-@pytest.mark.parametrize("verb", sorted(ROOTS))
-def test_help_lists_every_group_and_setting_and_explains_them(verb: str) -> None:
-    text = describe(verb)
-    assert max(len(line) for line in text.splitlines()) < 160
-    text = re.sub(r",\n +", ", ", text)  # long lists span several lines
-    for group, choices in groups(verb).items():
-        assert re.search(rf"^  {group} +{re.escape(', '.join(choices))}$", text, re.MULTILINE)
-    for entry in dataclasses.fields(ROOTS[verb]):
-        assert re.search(rf"^  {entry.name}\b", text, re.MULTILINE) or entry.name in groups(verb)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from shell import Shell
 import sparsetrain
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.resolve import load
-from sparsetrain.cli.verbs import VERBS, typed, with_settings
+from sparsetrain.cli.verb import GROUPS
+from sparsetrain.cli.verbs import VERBS, spoken, typed, with_settings
 
 # Help texts and configurations.
 
@@ -26,19 +27,32 @@ from sparsetrain.cli.verbs import VERBS, typed, with_settings
 def test_help_lists_every_verb(shell: Shell, words: list[str]) -> None:
     status, out, err = shell.run(*words)
     assert (status, err) == (0, "")
+    headings = [
+        out.index(f"\n{heading}:\n") for group, heading in GROUPS.items() if group in {v.group for v in VERBS.values()}
+    ]
+    assert headings == sorted(headings)
+    assert max(map(len, out.splitlines())) <= 80
+    joined = re.sub(r"\n {13,}", " ", out)
     for name, verb in VERBS.items():
-        assert re.search(rf"^  {name} +{re.escape(verb.about)}$", out, re.MULTILINE)
+        assert re.search(rf"^  {name} +{re.escape(verb.about)}$", joined, re.MULTILINE)
 
 
 @pytest.mark.parametrize("verb", list(VERBS))
 def test_help_of_a_verb_has_examples_and_settings(shell: Shell, verb: str) -> None:
     status, out, err = shell.run(verb, "--help")
     assert (status, err) == (0, "")
-    assert f"sparsetrain {verb}: {VERBS[verb].about}" in out
-    assert all(f"  {example}\n" in out + "\n" for example in VERBS[verb].examples)
+    assert out.startswith(f"usage: sparsetrain {spoken(verb)} ")
+    whole = " ".join(out.replace("\\\n", " ").split())
+    assert " ".join(VERBS[verb].about.split()) in whole
+    assert all(" ".join(example.split()) in whole for example in VERBS[verb].examples)
+    long = [line for line in out.splitlines() if len(line) > 80]
+    assert all(max(map(len, line.split("'"))) > 40 or len(line.split()) <= 2 for line in long), long  # quoted words
+    if verb == "sweep":
+        assert shell.run("help", verb) == shell.run("--help", verb) == (0, out, "")
     if verb in ("pretrain", "pipeline"):
-        assert re.search(r"^  optimizer\.lr = ", out, re.MULTILINE)
+        assert re.search(r"^  optimizer\.lr = 0\.008  number above 0$", out, re.MULTILINE)
         assert re.search(r"^  model +btlm-3b, cerebras-111m, crystal, demo", out, re.MULTILINE)
+        assert out.index("  optimizer.lr = ") < out.index("  model.n_heads = ")  # the most used ones come first
 
 
 @pytest.mark.parametrize("verb", with_settings())

@@ -17,7 +17,8 @@ from sparsetrain.cli import compose
 from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.parsers import parser_of
 from sparsetrain.cli.resolve import load
-from sparsetrain.cli.verbs import VERBS, Verb, named, with_settings
+from sparsetrain.cli.verb import Verb, named
+from sparsetrain.cli.verbs import VERBS, with_settings
 from sparsetrain.errors import UserError
 
 
@@ -57,11 +58,16 @@ def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("toy")
 def test_a_row_and_a_file_make_a_verb(shell: Shell) -> None:
-    assert "\n  toy         Say it.\n" in shell.run("--help")[1]
+    assert "\nother:\n  toy          Say it.\n" in shell.run("--help")[1]
     status, out, err = shell.run("toy", "--help")
     assert (status, err) == (0, "")
-    for line in ("sparsetrain toy: Say it.", "  sparsetrain toy", "  times = 1", "words: what to say."):
-        assert line in out
+    for line in ("usage: sparsetrain toy [key=value ...]", "Say it.", "  sparsetrain toy"):
+        assert f"{line}\n" in out
+    for name, about in {
+        "words = hello  text": "what to say.",
+        "times = 1  integer of at least 1": "how often.",
+    }.items():
+        assert f"  {name}\n      {about}\n" in out  # two entries of one line of the docstring
     assert shell.run("toy", "words=[1], a") == (0, "[1], a\n", "")
     assert shell.run("toy", "times=2") == (1, "hello\nhello\n", "")  # the verb's return value is the status
     status, out, _ = shell.run("toy", "--cfg", "job", "times=2")
@@ -105,6 +111,7 @@ def test_every_name_in_the_table_exists() -> None:
             assert sections >= {*verb.inherits}
         else:
             assert parser_of(name).format_help().startswith(f"usage: sparsetrain {name}")
+            assert max(map(len, parser_of(name).described().splitlines())) <= 80
 
 
 def test_help_of_a_verb_that_takes_paths_describes_each_option(shell: Shell) -> None:

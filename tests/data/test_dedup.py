@@ -225,4 +225,4 @@ def test_the_command_is_two_words_or_one(shell: Shell) -> None:
     assert Path("one/kept.jsonl").read_bytes() == Path("two/kept.jsonl").read_bytes()
     assert "did you mean 'threshold'" in shell.refused("data", "dedup", "treshold=0.7")
     assert "out=one exists" in shell.refused("data", "dedup", "data.path=a.jsonl", "out=one")
-    assert "  threshold = 0.8\n" in shell.run("data", "dedup", "--help")[1]
+    assert "  threshold = 0.8  number above 0 and at most 1\n" in shell.run("data", "dedup", "--help")[1]

@@ -24,8 +24,9 @@ class KeyValuesConfig:
     """The documents of the source ``key_values``.
 
     Args:
-        documents: their number.
-        shortest, longest: bytes of a document, drawn between them. Rows are equally long, so at most one is missing.
+        documents: number of documents.
+        shortest: least bytes of a document. Rows are equally long, so at most one is missing.
+        longest: most bytes of a document.
         questions: the last rows of a document, each of which repeats one of the pairs above.
         marks: letters of a key, and digits of a value.
         seed: seed of the documents.

@@ -24,6 +24,8 @@ class SourceConfig:
         name: one of `SOURCES`.
         path: the files for ``file``. It implies ``name=file``, unless the named source takes a path itself.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
+        hub_config: the configuration of that data set; null takes its default.
+        hub_split: the split of that data set.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         group_field: the field that holds the group of a document; documents of one group share a split. Null for none.
         separator: how a file of plain text is cut: null makes it one document, ``blank_line`` cuts at blank lines, and

@@ -38,7 +38,15 @@ DROP: dict[str, Callable[[float], float]] = {
 
 @dataclass
 class Phase:
-    """A phase of variable sparsity in a configuration: from the fraction ``at`` of training on, this sparsity holds."""
+    """A phase of variable sparsity in a configuration.
+
+    Args:
+        at: fraction of the training from which on its sparsity holds, in [0, 1).
+        sparsity: fraction of zeros, in [0, 1).
+
+    Raises:
+        UserError: a number is out of range.
+    """
 
     at: float
     sparsity: float
@@ -125,8 +133,12 @@ class SET(_Exchange):
     Of equal magnitudes the first in row-major order is dropped. The density never changes.
 
     Args:
-        sparsity: of the layers. every, start, stop: in steps; no update at ``stop`` itself.
-        drop_fraction: zeta of the paper. drop_schedule: ``constant``, ``linear`` or ``cosine`` down to 0 at ``stop``.
+        sparsity: of the layers.
+        every: steps from one update to the next.
+        start: the step from which masks are updated; a configuration gives it as a fraction of the training.
+        stop: the step from which they stay, without an update of its own; likewise a fraction there.
+        drop_fraction: share of a layer's weights that an update exchanges, zeta of the paper.
+        drop_schedule: how that share falls to 0 at ``stop``: ``constant`` (it does not), ``linear`` or ``cosine``.
         protect_rows: never drop the largest weight of an output while the other weights suffice. Otherwise an output
             may lose its last weight; reports count these dead rows.
         grown_moments: the initial optimizer state of a grown weight: ``zero``, or ``mean``, the mean over the layer's
@@ -194,7 +206,7 @@ class GMP(_Periodic):
         sparsity: at the end; None takes that of the section ``sparsity``, or of ``plan``.
         every, start, stop: in steps; ``stop`` must be given.
         initial_sparsity: at the start; at 0 the layers begin dense, with all weights stored in `SparseLinear`.
-        curve: ``cubic``, ``linear``, ``cosine`` or ``step`` (four equal stairs).
+        curve: how the density falls: ``cubic``, ``linear``, ``cosine`` or ``step`` (four equal stairs).
         protect_rows: as in `SET`.
     """
 
@@ -264,7 +276,8 @@ class VariableSparsity(Rule):
         sparsity: at the start; layers are allocated by it.
         phases: ``(step, sparsity)`` pairs in order; each sparsity holds from its step on. A phase at step 0 replaces
             ``sparsity`` at the start, so masks may begin dense.
-        grow: ``random`` or ``gradient``. grown_moments: as in `SET`.
+        grow: where weights grow: at ``random`` empty positions, or where the ``gradient`` is largest.
+        grown_moments: as in `SET`.
     """
 
     resizes: ClassVar[bool] = True
