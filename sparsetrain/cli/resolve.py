@@ -51,7 +51,7 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     prefer_typed_length(values, keys)
     prefer_typed_arms(values, given)
     if row.inherits and values.get("init_from"):
-        inherit(values, row.inherits, keys)
+        inherit(values, row.inherits, keys, prunes=verb == "pretrain")
     return keep_former_cut(build(row.kind(), values), keys)
 
 
@@ -107,10 +107,13 @@ def use_paths(values: dict[str, Any]) -> None:
         section[name] = str(typed_path(section[name], place))
 
 
-def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str]) -> None:
+def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[str], prunes: bool = False) -> None:
     """Replace the model, the sparsity and the sections ``inherited`` in ``values`` by those of the run ``init_from``.
 
     Typed settings of the model that may change after training (`ADJUSTABLE`) stay, unless they are null.
+
+    Args:
+        prunes: whether the verb makes a dense model sparse if a setting of ``sparsity`` is overridden.
 
     Raises:
         UserError: there is no such run, or an ``overridden`` setting would change the shape of its model.
@@ -127,6 +130,8 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
     for section in (*shaped, *inherited):
         if not isinstance(saved.get(section), dict):
             raise UserError(f"{directory / CONFIG} is incomplete: it has no section {section}")
+    if prunes and _is_dense(saved["sparsity"]) and any(key.split(".")[0] == "sparsity" for key in overridden):
+        shaped.remove("sparsity")
     free = {f"model.{name}": name for name in ADJUSTABLE}
     for section in shaped:
         for key in overridden:
@@ -147,3 +152,8 @@ def inherit(values: dict[str, Any], inherited: Sequence[str], overridden: list[s
     reads_own = "data" in inherited or "vocabulary" in values
     if not reads_own and values["data"]["tokenizer_path"] is None:
         values["data"]["tokenizer_path"] = str(directory / TOKENIZER)
+
+
+def _is_dense(section: dict[str, Any]) -> bool:
+    """Return whether a recorded section ``sparsity`` leaves every layer dense."""
+    return not section.get("sparsity") and section.get("nnz") is None and not section.get("groups")

@@ -184,7 +184,9 @@ def write_model(
     with whole_directory(output, needed_bytes=4 * plain.parameters()) as directory:
         if masks:
             content[SECTION] = write_masks(directory, masks, plain.parameters(), pattern)
-        safetensors.torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        weights = directory / "model.safetensors"
+        safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+        weights.chmod(0o644)
         _write(directory / "config.json", content)
         generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
         _write(directory / "generation_config.json", {**generation, "pad_token_id": tokenizer.eos_id})
@@ -192,7 +194,7 @@ def write_model(
         if verify:
             difference = _compare(model, directory, ids)
         found = Exported(output, chosen.name, plain.parameters(), plain.nonzeros(), difference, notes)
-        text = card(name, chosen, plain, found.nonzeros, content.get(SECTION), difference, notes)
+        text = card(name, output.name, chosen, plain, found.nonzeros, content.get(SECTION), difference, notes)
         (directory / "README.md").write_text(text, encoding="utf-8")
     return found
 

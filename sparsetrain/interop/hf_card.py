@@ -34,6 +34,7 @@ kept = np.unpackbits(masks["{layer}.bits"], axis=1, count=columns).astype(bool)
 
 def card(
     name: str,
+    place: str,
     layout: Layout,
     plain: Plain,
     nonzeros: int,
@@ -44,7 +45,7 @@ def card(
     """Return the README of an exported directory.
 
     Args:
-        name: of the run.
+        name: of the run. place: the name of the directory.
         plain: the model that was written.
         sparsity: the section ``sparsity_config``, of a sparse model.
         difference: largest measured difference of a logit.
@@ -58,14 +59,14 @@ def card(
         f"A language model trained with sparsetrain, as `{layout.architecture}`: {config.n_layers} layers of width "
         f"{config.d_model}, {plain.parameters():,} parameters, {nonzeros:,} of them not masked. It was trained on "
         f"sequences of up to {config.max_context} tokens.",
-        _LOAD.format(place="DIR"),
+        _LOAD.format(place=place),
     ]
     if difference is not None:
         lines.append(f"On a sample of tokens the logits differ from those of the run by at most {difference:.1e}.")
     if sparsity:
         share = f"{sparsity['masked_sparsity']:.4g} of the entries of {len(sparsity['layers'])} matrices are zero."
         layer = next(iter(sparsity["layers"]))
-        lines += ["## Sparsity", share, _MASKS.format(file=MASK_FILE, place="DIR", layer=layer)]
+        lines += ["## Sparsity", share, _MASKS.format(file=MASK_FILE, place=place, layer=layer)]
     if notes:
         lines += ["## What was changed", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(line.strip() for line in lines) + "\n"

@@ -108,7 +108,7 @@ def config_json(config: ModelConfig, layout: Layout, eos_id: int) -> tuple[dict[
         **{theirs: ours[name] for name, theirs in layout.keys.items()},
         **layout.extra,
         "tie_word_embeddings": config.tie_embeddings,
-        "initializer_range": config.init_std,
+        "initializer_range": min(config.init_std, 1.0),
         "bos_token_id": eos_id,
         "eos_token_id": eos_id,
         "torch_dtype": "float32",
@@ -187,7 +187,7 @@ def model_config_of(content: Mapping[str, Any], where: str) -> ModelConfig:
     values["norm_eps"] = read.number(layout.keys["norm_eps"])
     values["n_kv_heads"] = read.number("num_key_value_heads", values["n_heads"]) if layout.grouped else None
     values["d_ff"] = read.number(layout.keys["d_ff"], 4 * values["d_model"]) if "d_ff" in layout.keys else None
-    values["mlp"] = _mlp(read, layout)
+    values["mlp"], values["init_std"] = _mlp(read, layout), read.number("initializer_range", 0.02)
     width = content.get("head_dim")
     if layout.grouped and width is not None and width * values["n_heads"] != values["d_model"]:
         raise UserError(f"{where}: head_dim={width!r:.30}: our heads have {layout.keys['d_model']} / heads features")

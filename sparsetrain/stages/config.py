@@ -155,7 +155,11 @@ class RunConfig:
 
 @dataclass
 class PretrainConfig(RunConfig):
-    """Train on text, from scratch or from the weights of ``init_from``."""
+    """Train on text, from scratch or from the weights of ``init_from``.
+
+    A run ``init_from`` with masks keeps them. A dense one becomes sparse before the first step if settings of
+    ``sparsity`` are given; ``sparsity.pattern=magnitude`` keeps its largest weights.
+    """
 
 
 @dataclass

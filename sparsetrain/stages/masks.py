@@ -73,11 +73,14 @@ def starts_sparse(config: RunConfig) -> float:
     return config.sparsity.sparsity if density is None else round(1.0 - density, 12)
 
 
-def mask_manager(config: RunConfig, model: Transformer, budget: Budget) -> MaskManager | None:
+def mask_manager(config: RunConfig, model: Transformer, budget: Budget, drawn: bool = False) -> MaskManager | None:
     """Return the manager that changes and watches the masks of a pre-training, or None for a dense model.
 
     A run that starts from another run keeps the densities of its checkpoint: a rule that changes densities, such as
     gradual pruning, has ended, and any other rule, such as SET, continues.
+
+    Args:
+        drawn: whether the masks of a run that starts from another one were drawn for it, since that one has none.
 
     Raises:
         UserError: the rule would act only after the end of the run, or never.
@@ -86,6 +89,6 @@ def mask_manager(config: RunConfig, model: Transformer, budget: Budget) -> MaskM
     rule = make_rule(section, budget.total_steps)
     if not any(True for _ in sparse_layers(model)):
         return None
-    if config.init_from is None:
+    if config.init_from is None or drawn:
         return MaskManager(model, rule, plan=section)
     return MaskManager(model, Static() if rule.resizes else rule, include=["*"], seed=section.seed)

@@ -24,9 +24,10 @@ from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.result import RunResult
 from sparsetrain.runs.weights import read_weights
-from sparsetrain.sparsity import MaskManager, SparsityConfig, Static
+from sparsetrain.sparsity import MaskManager, SparsityConfig, Static, sparsify
 from sparsetrain.stages.backends import backend_names, backends
 from sparsetrain.stages.config import PretrainConfig, RunConfig, model_config
+from sparsetrain.stages.generate import run_config
 from sparsetrain.stages.masks import mask_manager, sparsity_section, starts_sparse
 from sparsetrain.stages.memory import adjustable, training_workload
 from sparsetrain.stages.stage import (
@@ -127,9 +128,11 @@ class Pretraining(Stage[RunConfig]):
         else:
             start = Path(config.init_from)
             model = restored_model(config, read_weights(start), self.corpora.tokenizer.vocab_size, device, start)
-            # The checkpoint decided the densities, so initial values and learning rates must be computed for them.
+            if prunes(config):
+                sparsify(model, plan=self.sparsity)
+            # The masks decided the densities, so initial values and learning rates must be computed for them.
             model.parameterize(config.parameterization, reinitialise=False)
-        return Subject(model, model, mask_manager(config, model, self.budget))
+        return Subject(model, model, mask_manager(config, model, self.budget, drawn=prunes(config)))
 
     def entries(self) -> dict[str, Any]:
         return {"corpus": self.corpora.key, "backend": backends(self.training.network)}
@@ -226,6 +229,13 @@ class Pretraining(Stage[RunConfig]):
             "bytes": {},
             "model": asdict(self.training.network.config),
         }
+
+
+def prunes(config: RunConfig) -> bool:
+    """Return whether a pre-training makes the model of a dense run sparse before its first step."""
+    if config.init_from is None or not config.sparsity.is_sparse:
+        return False
+    return not run_config(Path(config.init_from)).sparsity.is_sparse
 
 
 def _numbers(score: TextScore, suffix: str = "") -> dict[str, float]:
