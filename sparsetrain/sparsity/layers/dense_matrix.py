@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsetrain.errors import UserError
 from sparsetrain.sparsity.backends.layouts import check_fit, find, layout_id
 from sparsetrain.sparsity.layers.ops import refuse_double_backward
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
@@ -92,3 +93,32 @@ def dense_matrix(values: Tensor, pattern: SparsityPattern) -> Tensor:
         return _DenseMatrix.apply(values, pattern)
     pattern.request.passed()
     return pattern.scatter(values)
+
+
+def from_dense(weight: Tensor, pattern: SparsityPattern) -> Tensor:
+    """Return ``[nnz]``: a stored dense ``weight`` ``[R, C]`` at the positions of ``pattern``, and zero everywhere else.
+
+    Raises:
+        UserError: a weight of another shape, or one that has weights outside the pattern.
+    """
+    if tuple(weight.shape) != pattern.shape:
+        raise UserError(f"weight has shape {tuple(weight.shape)}; the layer needs {pattern.shape}")
+    values = pattern.gather(weight.to(pattern.device))
+    outside = int(weight.count_nonzero()) - int(values.count_nonzero())
+    if outside:
+        raise UserError(
+            f"weight is dense and has {outside} weights outside the mask: load the masks first (st.sparsify(model, "
+            "masks=...)), or load into the dense model"
+        )
+    return values
+
+
+def block_of(row_ptr: Tensor, col: Tensor, nnz: int, out_features: int, in_features: int) -> tuple[int, int]:
+    """Return the block that the sizes of the stored tensors imply, so that no separate entry can disagree."""
+    block_rows = row_ptr.numel() - 1
+    if block_rows < 1 or out_features % block_rows or col.numel() < 1:
+        raise UserError(f"row_ptr with {row_ptr.numel()} and col with {col.numel()} entries fit no {out_features} rows")
+    bh = out_features // block_rows
+    if nnz % (col.numel() * bh):
+        raise UserError(f"{nnz} values do not fill {col.numel()} stored blocks of {bh} rows")
+    return bh, nnz // (col.numel() * bh)

@@ -195,6 +195,18 @@ def join_experts(module: nn.Module) -> None:
         module._parameters[leaf] = nn.Parameter(stack, any(weight.requires_grad for weight in weights))
 
 
+def joined_stacks(module: nn.Module) -> dict[str, tuple[list[str], Callable[[list[Tensor]], Tensor]]]:
+    """Return by name of each stack that `split_experts` has cut: the keys of its weights, and what joins them."""
+
+    def join(weights: list[Tensor]) -> Tensor:
+        stack = torch.stack(weights)
+        return stack.transpose(1, 2).contiguous() if _transposed(module) else stack
+
+    leaves = type(module)._stacked[1] if has_split_experts(module) else ()  # type: ignore[attr-defined]
+    layers = {leaf: cast(nn.ModuleList, module._modules[leaf + LAYERS]) for leaf in leaves}
+    return {leaf: ([f"{leaf}{LAYERS}.{i}.weight" for i in range(len(layers[leaf]))], join) for leaf in leaves}
+
+
 def _transposed(module: nn.Module) -> bool:
     """Whether the stacks of a module are ``[experts, in, out]``, which modules of transformers tell by an attribute."""
     return bool(getattr(module, "is_transposed", False))
@@ -214,8 +226,15 @@ def _with_stacks(base: type[nn.Module], leaves: tuple[str, ...]) -> type[nn.Modu
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         return _rebuild, (base, leaves), self.__dict__
 
+    def load(self: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The layers of the experts load after this, from what is left here.
+        for leaf in leaves:
+            for index, weight in enumerate(state.pop(prefix + leaf, ())):
+                state[f"{prefix}{leaf}{LAYERS}.{index}.weight"] = weight.t() if _transposed(self) else weight
+        base._load_from_state_dict(self, state, prefix, *rest)
+
     body: dict[str, Any] = {leaf: reader(leaf) for leaf in leaves}
-    body |= {"_stacked": (base, leaves), "__reduce_ex__": reduce}
+    body |= {"_stacked": (base, leaves), "__reduce_ex__": reduce, "_load_from_state_dict": load}
     body |= {"__doc__": base.__doc__, "__module__": base.__module__}
     made = type(f"Sparse{base.__name__}", (base,), body)
     return _CLASSES.setdefault((base, leaves), made)

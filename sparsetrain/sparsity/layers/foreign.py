@@ -165,6 +165,7 @@ def take_over(old: nn.Module, new: SparseLinear) -> SparseLinear:
     attributes = others_attributes(old)
     for key in attributes:
         setattr(new, key, vars(old)[key])
+    new.from_conv1d = is_conv1d(old)
     new._dense_origin = Origin(type(old), attributes)  # type: ignore[assignment]  # no module and no tensor
     _move(old, new, "values")
     return new

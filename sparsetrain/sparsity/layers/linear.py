@@ -17,7 +17,7 @@ from sparsetrain.gradients.record import Use
 from sparsetrain.sparsity.backends.base import check_backend
 from sparsetrain.sparsity.backends.layouts import layout_id
 from sparsetrain.sparsity.layers.dense_gradient import DenseGradientRequest
-from sparsetrain.sparsity.layers.dense_matrix import dense_matrix
+from sparsetrain.sparsity.layers.dense_matrix import block_of, dense_matrix, from_dense
 from sparsetrain.sparsity.layers.ops import sparse_linear
 from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
@@ -62,6 +62,7 @@ class SparseLinear(nn.Module):
     _label = ""
     _copied = False
     _evolves = False  # whether a manager moves the masks
+    from_conv1d = False  # whether the dense layer that this one replaced stores its weight ``[K, M]``
     _request: DenseGradientRequest[Any] | None = None
     _origin: tuple[_Moves, int, int] | None = None  # of a copy: moves of the original, and versions at that time
 
@@ -154,7 +155,7 @@ class SparseLinear(nn.Module):
         sizes = self.row_ptr.shape == pattern.row_ptr.shape and self.col.shape == pattern.col.shape
         try:
             # While FSDP holds the values in shards, their number does not tell the block.
-            block = pattern.block if sizes else _block_of(self.row_ptr, self.col, self.values.numel(), *self._shape)
+            block = pattern.block if sizes else block_of(self.row_ptr, self.col, self.values.numel(), *self._shape)
             self._replace_pattern(SparsityPattern.over(self._shape, self.row_ptr, self.col, block))
         except UserError as error:
             raise UserError(f"{self.label}: {error}") from None
@@ -342,13 +343,18 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        found = {key: state_dict[prefix + key] for key in ("row_ptr", "col", "values") if prefix + key in state_dict}
-        if found:
-            try:
+        parts = ("row_ptr", "col", "values")
+        found = {key: state_dict[prefix + key] for key in parts if prefix + key in state_dict}
+        try:
+            if found:
                 self._adopt(found)
-            except UserError as error:
-                error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
-                return
+            elif f"{prefix}weight" in state_dict:  # of the dense layer
+                state_dict = {**state_dict, f"{prefix}row_ptr": self.row_ptr, f"{prefix}col": self.col}
+                weight = state_dict.pop(f"{prefix}weight")
+                state_dict[f"{prefix}values"] = from_dense(weight.t() if self.from_conv1d else weight, self.pattern)
+        except UserError as error:
+            error_msgs.append(f"{prefix.rstrip('.') or 'SparseLinear'}: {error}")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -362,7 +368,7 @@ class SparseLinear(nn.Module):
         row_ptr, col, values = found["row_ptr"], found["col"], found["values"]
         if values.ndim != 1:
             raise UserError(f"values have shape {tuple(values.shape)}; one dimension is needed")
-        block = _block_of(row_ptr, col, values.numel(), *self._shape)
+        block = block_of(row_ptr, col, values.numel(), *self._shape)
         pattern = SparsityPattern((self.out_features, self.in_features), row_ptr, col, block)
         # The comparison is with the buffers, because after `to_empty` there is no valid view.
         same = values.shape == self.values.shape and all(
@@ -386,14 +392,3 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, density={density:.4g}, nnz={nnz}, "
             f"bias={self.bias is not None}, backend={self.backend!r}"
         )
-
-
-def _block_of(row_ptr: Tensor, col: Tensor, nnz: int, out_features: int, in_features: int) -> tuple[int, int]:
-    """Return the block that the sizes of the stored tensors imply, so that no separate entry can disagree."""
-    block_rows = row_ptr.numel() - 1
-    if block_rows < 1 or out_features % block_rows or col.numel() < 1:
-        raise UserError(f"row_ptr with {row_ptr.numel()} and col with {col.numel()} entries fit no {out_features} rows")
-    bh = out_features // block_rows
-    if nnz % (col.numel() * bh):
-        raise UserError(f"{nnz} values do not fill {col.numel()} stored blocks of {bh} rows")
-    return bh, nnz // (col.numel() * bh)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,22 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         move_hooks(self, dense)
         dense.training = self.training
         return dense
+
+    def joined_projections(self) -> dict[str, tuple[list[str], Callable[[list[Tensor]], Tensor]]]:
+        """Return by name of each weight of `dense`: the keys of the weights here, and what joins them."""
+        keys = [f"{name}.weight" for name in PROJECTIONS]
+        if self._qkv_same_embed_dim:
+            return {"in_proj_weight": (keys, torch.cat)}
+        return {weight: ([key], lambda weights: weights[0]) for weight, key in zip(_WEIGHTS, keys, strict=True)}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        # The projections load after this, from what is left here.
+        whole = state_dict.pop(f"{prefix}in_proj_weight", None)
+        parts = () if whole is None else whole.chunk(3)
+        parts = parts or [state_dict.pop(prefix + key) for key in _WEIGHTS if prefix + key in state_dict]
+        if len(parts) == len(PROJECTIONS):
+            state_dict |= {f"{prefix}{name}.weight": part for name, part in zip(PROJECTIONS, parts, strict=True)}
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
     @property
     def in_proj_weight(self) -> Tensor | None:  # type: ignore[override]
