@@ -14,6 +14,8 @@ from sparsetrain.data.vocabulary import extend_tokenizer
 from sparsetrain.errors import UserError
 from sparsetrain.gradients.modules import register_example_gradients
 from sparsetrain.gradients.per_example import per_example_norms
+from sparsetrain.interop import installed
+from sparsetrain.interop.callbacks import lightning_callback, trainer_callback
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer, alibi_slopes
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
@@ -95,6 +97,7 @@ __all__ = [
     "fit_power_law",
     "flops",
     "follow_density",
+    "lightning_callback",
     "load_quantized",
     "param_groups",
     "parameterize",
@@ -115,8 +118,11 @@ __all__ = [
     "summary",
     "tau_opt",
     "timescale",
+    "trainer_callback",
     "weight_decay_for",
 ]
+
+installed.install()
 
 
 def calibrate(

@@ -31,7 +31,7 @@ class _Finder(MetaPathFinder):
             find = getattr(finder, "find_spec", None)
             spec = find(fullname, path, target) if find is not None and finder is not self else None
             if spec is not None and spec.loader is not None:
-                spec.loader = _Loader(spec.loader, self.actions[fullname])  # type: ignore[assignment]
+                spec.loader = _Loader(spec.loader, self.actions[fullname])
                 return spec
         return None
 

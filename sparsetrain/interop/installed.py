@@ -1,0 +1,32 @@
+"""What other libraries are told of sparse layers when they are imported."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from sparsetrain.interop.late import when_imported
+
+
+def _modeling(module: ModuleType) -> None:
+    from sparsetrain.interop.pretrained import keep_masks
+
+    keep_masks(module)
+
+
+def _trainer(module: ModuleType) -> None:
+    from sparsetrain.interop.trainer import keep_masks
+
+    keep_masks(module)
+
+
+def _lora(module: ModuleType) -> None:
+    from sparsetrain.interop.lora import serve_sparse_layers
+
+    serve_sparse_layers(module)
+
+
+def install() -> None:
+    """Let transformers keep masks and peft adapt sparse layers, whether they are imported later or already."""
+    when_imported("transformers.modeling_utils", _modeling)
+    when_imported("transformers.trainer", _trainer)
+    when_imported("peft.tuners.lora.model", _lora)
