@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 
-from sparsetrain.interop.late import when_imported
+from sparsetrain.interop.late import Action, when_imported
 
 
 def _modeling(module: ModuleType) -> None:
@@ -25,8 +26,18 @@ def _lora(module: ModuleType) -> None:
     serve_sparse_layers(module)
 
 
+def _guarded(action: Action) -> Action:
+    def act(module: ModuleType) -> None:
+        try:
+            action(module)
+        except (ImportError, AttributeError) as error:  # the import of the other library must not fail for this
+            warnings.warn(f"sparsetrain does not fit this version of {module.__name__}: {error}", stacklevel=2)
+
+    return act
+
+
 def install() -> None:
     """Let transformers keep masks and peft adapt sparse layers, whether they are imported later or already."""
-    when_imported("transformers.modeling_utils", _modeling)
-    when_imported("transformers.trainer", _trainer)
-    when_imported("peft.tuners.lora.model", _lora)
+    when_imported("transformers.modeling_utils", _guarded(_modeling))
+    when_imported("transformers.trainer", _guarded(_trainer))
+    when_imported("peft.tuners.lora.model", _guarded(_lora))

@@ -69,6 +69,5 @@ def when_imported(name: str, action: Action) -> None:
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)
     module = sys.modules.get(name)
-    # A module that is being imported at this moment has a loader that does not act.
-    if module is not None:
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
         action(module)

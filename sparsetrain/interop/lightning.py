@@ -35,8 +35,8 @@ def _callback(base: type, manager: MaskManager) -> Any:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             if not pl_module.automatic_optimization:
                 raise UserError(
-                    "lightning_callback: with automatic_optimization=False call manager.step(optimizer) in "
-                    "training_step instead"
+                    "lightning_callback does not see the steps of a module with automatic_optimization=False: call "
+                    "manager.step(optimizer) in its training_step, after optimizer.step()"
                 )
             manager.attach(*trainer.optimizers)
 

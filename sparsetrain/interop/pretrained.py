@@ -144,7 +144,9 @@ def _make_sparse(model: Any, source: str | os.PathLike[str], hub: Mapping[str, A
     if not masks:
         return
     try:
-        sparsify(model, masks=masks)
+        with warnings.catch_warnings():  # the masks are not new, so outputs without a weight are not either
+            warnings.filterwarnings("ignore", ".* outputs of a SparseLinear")
+            sparsify(model, masks=masks)
     except UserError as error:  # such as hooks of accelerate, or quantized weights
         _stays_dense(source, str(error))
 

@@ -254,7 +254,7 @@ class MaskManager(ManagedMasks):
     def _begin_watch(self, optimizers: tuple[Optimizer, ...], before: bool) -> None:
         inner = [innermost(optimizer) for optimizer in optimizers]
         values = [entry.layer.values for entry in self._layers if not _is_cut(entry.layer)]
-        self._watch = StepWatch(inner, values, self._asked, before)
+        self._watch = StepWatch(inner, values, self._asked, before, self._restored)
         self._optimizers = [weakref.ref(optimizer) for optimizer in inner]
 
     def _took_step(self) -> bool:

@@ -190,10 +190,16 @@ class StepWatch:
         optimizers: without wrappers. parameters: the watched ones among their parameters.
         since: steps after this time (`note_steps`) count at the first call of `took`.
         before: whether the watch is built before the first step to detect, and not between a step and `took`.
+        loaded: whether a state of the optimizers may come from a checkpoint, and not from a step.
     """
 
     def __init__(
-        self, optimizers: Sequence[Optimizer], parameters: Iterable[nn.Parameter], since: int, before: bool
+        self,
+        optimizers: Sequence[Optimizer],
+        parameters: Iterable[nn.Parameter],
+        since: int,
+        before: bool,
+        loaded: bool = False,
     ) -> None:
         watched = list(parameters)
         pairs = [(optimizer, [p for p in watched if _holds_any(optimizer, [p])]) for optimizer in optimizers]
@@ -201,7 +207,7 @@ class StepWatch:
         pairs = [pair for pair in pairs if pair[1]] or pairs
         self._watched = [(weakref.ref(optimizer), parameters) for optimizer, parameters in pairs]
         self._since = since
-        self._versions = [_versions(*pair) if before else None for pair in pairs]
+        self._versions = [_versions(*pair) if before or loaded else None for pair in pairs]
 
     def took(self) -> bool:
         """Whether all optimizers have taken a step since the last call.
