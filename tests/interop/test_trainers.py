@@ -207,7 +207,9 @@ def test_lightning_moves_masks_and_resumes(tmp_path: Path) -> None:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Lightning, about the workers of the loader
-            trainer.fit(module, DataLoader(ROWS, batch_size=8), ckpt_path=checkpoint, weights_only=checkpoint is not None)
+            trainer.fit(
+                module, DataLoader(ROWS, batch_size=8), ckpt_path=checkpoint, weights_only=checkpoint is not None
+            )
         return module
 
     whole = fit(0)
