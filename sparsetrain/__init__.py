@@ -16,6 +16,7 @@ from sparsetrain.gradients.modules import register_example_gradients
 from sparsetrain.gradients.per_example import per_example_norms
 from sparsetrain.interop import installed
 from sparsetrain.interop.callbacks import lightning_callback, trainer_callback
+from sparsetrain.interop.peft_prompt import load_peft_prompt, save_peft_prompt
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer, alibi_slopes
 from sparsetrain.optim import ema_coefficients, register_schedule, timescale, weight_decay_for
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
@@ -98,6 +99,7 @@ __all__ = [
     "flops",
     "follow_density",
     "lightning_callback",
+    "load_peft_prompt",
     "load_quantized",
     "param_groups",
     "parameterize",
@@ -110,6 +112,7 @@ __all__ = [
     "register_schedule",
     "register_source",
     "register_task",
+    "save_peft_prompt",
     "save_quantized",
     "simulate",
     "sparse_linear",

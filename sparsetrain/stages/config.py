@@ -45,6 +45,7 @@ TRAINABLE = ("prompt", "both")
 FINETUNE_MODES = ("dense", "sparse")
 ADAPTED = ("all", "embeddings", "new_rows", "blocks")
 PROMPT_INITS = ("words", "random")
+PROMPT_POSITIONS = ("between", "front")
 
 
 @dataclass
@@ -300,7 +301,8 @@ class PromptConfig(FinetuneConfig):
     """Learn a soft prompt for a labelled task.
 
     Args:
-        n_tokens: number of learned vectors between source and answer.
+        n_tokens: number of learned vectors.
+        position: ``between`` source and answer, or in ``front`` of the source, as in peft.
         init: ``words`` copies the embeddings of ``words``, repeated or cut to ``n_tokens``; ``random`` draws them.
         words: the text for ``init=words``.
         train: ``prompt`` freezes the model and its masks; ``both`` also trains the model, in the ``mode`` of
@@ -308,6 +310,7 @@ class PromptConfig(FinetuneConfig):
     """
 
     n_tokens: int = 8
+    position: str = "between"
     init: str = "words"
     words: str = "the answer to the question is"
     train: str = "prompt"
@@ -316,6 +319,7 @@ class PromptConfig(FinetuneConfig):
         super().__post_init__()
         check_choice("train", self.train, TRAINABLE)
         check_choice("init", self.init, PROMPT_INITS)
+        check_choice("position", self.position, PROMPT_POSITIONS)
         if self.n_tokens < 1:
             raise UserError(f"n_tokens={self.n_tokens} must be at least 1")
         if self.init == "words" and not self.words.strip():

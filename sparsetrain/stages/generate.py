@@ -54,7 +54,7 @@ class GenerateConfig:
         max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
         temperature: sampling temperature; 0 takes the most likely token.
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this.
-        soft_prompt: append the run's soft prompt to the text, if the run has one.
+        soft_prompt: use the run's soft prompt, if it has one: after the text, or before it if it was trained there.
         seed: seed of the sampling.
         device: where to compute: auto takes a GPU if there is one.
         force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
@@ -119,7 +119,10 @@ def load_run(
     """
     config = adjusted(run_config(directory), changes or {})
     weights = read_weights(directory)
-    prompt = None if weights.prompt is None else SoftPrompt.from_embeddings(weights.prompt).to(device)
+    prompt = None
+    if weights.prompt is not None:
+        front = read_recorded(directory, RunConfig).values.get("position") == "front"
+        prompt = SoftPrompt.from_embeddings(weights.prompt, front=front).to(device)
     model = restored_model(config, weights, run_tokenizer(directory).vocab_size, device, directory)
     return model.eval(), prompt
 

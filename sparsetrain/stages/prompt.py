@@ -1,4 +1,4 @@
-"""Soft prompts: learned vectors between question and answer, trained alone or together with the model."""
+"""Soft prompts: learned vectors between question and answer or before both, trained alone or with the model."""
 
 from __future__ import annotations
 
@@ -74,8 +74,9 @@ class Prompting(TaskStage[PromptConfig]):
 
 def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfig) -> SoftPrompt:
     """Return the initial prompt: embeddings of words, or normal draws with the model's ``init_std``."""
+    front = config.position == "front"
     if config.init == "random":
-        fresh = SoftPrompt(config.n_tokens, model.config.d_model)
+        fresh = SoftPrompt(config.n_tokens, model.config.d_model, front=front)
         draws = torch.empty(fresh.vectors.shape).normal_(generator=seeds.generator(config.seed, "init", "prompt"))
         with torch.no_grad():
             fresh.vectors.copy_(draws * model.config.init_std)
@@ -83,4 +84,4 @@ def initial_prompt(model: Transformer, tokenizer: Tokenizer, config: PromptConfi
     ids = tokenizer.encode_continuation(" " + config.words.strip())
     repeated = (ids * -(-config.n_tokens // len(ids)))[: config.n_tokens]
     rows = model.embed.weight.detach()[torch.tensor(repeated, device=model.embed.weight.device)]
-    return SoftPrompt.from_embeddings(rows)
+    return SoftPrompt.from_embeddings(rows, front=front)

@@ -34,7 +34,7 @@ def generate(
         top_p: sample from the smallest set of tokens whose probabilities sum to at least this (Holtzman et al. 2020).
         stop_token: after drawing it, a row is filled with it; generation ends when all rows have drawn it.
         generator: generator for sampling, on the model's device; None means torch's global one.
-        prompt: a soft prompt, read after ``tokens`` and before the new tokens.
+        prompt: a soft prompt, read between ``tokens`` and the new tokens, or before ``tokens`` if its ``front`` is set.
 
     Returns:
         ``[B, T + n]`` with n at most ``max_new_tokens``: the given tokens followed by the new ones.
@@ -44,8 +44,7 @@ def generate(
     """
     embeddings = model.embed_tokens(tokens)
     if prompt is not None:
-        vectors = prompt.vectors.to(embeddings.dtype).expand(len(tokens), -1, -1)
-        embeddings = torch.cat((embeddings, vectors), dim=1)
+        embeddings = prompt.attach(embeddings)
     new = continued(model, embeddings, max_new_tokens, temperature, top_p, stop_token, generator)
     return torch.cat((tokens, new), dim=1)
 
