@@ -10,7 +10,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sparsetrain.cli.compose import compose, defaults, flat, groups
+from sparsetrain.cli.compose import compose, defaults, flat, groups, own_groups
 from sparsetrain.cli.entries import of_other_verbs
 from sparsetrain.cli.overrides import (
     OPEN,
@@ -24,7 +24,7 @@ from sparsetrain.cli.overrides import (
     keys_of,
     parse,
 )
-from sparsetrain.cli.own import check_file, check_names, chosen, unknown_choice
+from sparsetrain.cli.own import check_file, check_names, chosen, is_section, unknown_choice
 from sparsetrain.cli.quoting import plain_value, quoted, text_settings
 from sparsetrain.cli.refusals import refused
 from sparsetrain.cli.schema import schema_of
@@ -56,8 +56,9 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
     """
     parsed = parse(overrides)
     added = added_folders(parsed)
-    known_groups = groups(verb, added)
-    check_names(verb, added)
+    known_groups, own = groups(verb, added), own_groups(verb)
+    if added:
+        check_names(verb, added)
     for override in parsed:
         check_moved(override.key_or_group)
         check_enumerable(override, override.key_or_group in known_groups)
@@ -70,7 +71,7 @@ def check(verb: str, overrides: list[str], sweep: bool = False) -> None:
             continue
         if override.is_sweep_override() and not sweep:
             raise UserError(f"{override.input_line}: several values need a multirun: sparsetrain {verb} -m ...")
-        if key in known_groups:
+        if key in known_groups and not (key in own and is_section(str(override.input_line))):
             for choice in choices(override):
                 if choice not in known_groups[key]:
                     raise unknown_choice(key, choice, known_groups[key], tree)

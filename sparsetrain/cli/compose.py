@@ -52,19 +52,21 @@ def register(verb: str) -> None:
 def groups(verb: str, added: Iterable[Path] = ()) -> dict[str, list[str]]:
     """Return the configuration groups of a verb with their choices; null is one where it is the default.
 
-    The files of the user's directories count (see `folders`). A folder there that is no group of the library is an
-    optional group of every verb.
+    The files of the user's directories count (see `folders`), and so do the groups that only they have.
 
     Args:
         added: directories to search besides the library's own and the user's.
     """
     members = yaml.safe_load((config_directory() / f"{verb}.yaml").read_text(encoding="utf-8"))["defaults"]
     entries = [next(iter(entry.items())) for entry in members if isinstance(entry, dict)]
-    defaults = {name: default for name, default in entries if not name.startswith("override")}
-    own = own_choices([*defaults, *own_groups()], [*folders.places(), *added])
+    usual = {name: default for name, default in entries if not name.startswith("override")}
+    usual |= dict.fromkeys(own_groups(verb))
+    own = own_choices(usual, [*folders.places(), *added])
+    sections = set(defaults(verb)) if own else ()
     return {
-        name: sorted({*options(name), *own.get(name, ())}) + ([] if defaults.get(name) else ["null"])
-        for name in (*defaults, *(name for name in own if name not in defaults))
+        name: sorted({*options(name), *own.get(name, ())})
+        + ([] if default or (name in sections and not options(name)) else ["null"])
+        for name, default in usual.items()
     }
 
 
@@ -78,10 +80,14 @@ def own_choices(names: Iterable[str], places: Iterable[Path] | None = None) -> d
     return {name: choices for name, choices in found.items() if choices}
 
 
-def own_groups() -> list[str]:
-    """Return the names of the groups that only the user's directories have."""
-    known = {path.name for path in config_directory().iterdir() if path.is_dir()} | {"hydra"}
-    return sorted({name for place in folders.places() for name in folders.folders_in(place)} - known)
+def own_groups(verb: str) -> list[str]:
+    """Return the groups that only the user's directories have: folders whose names are no setting with a value."""
+    if not (places := folders.places()):
+        return []
+    names = {name for place in places for name in folders.folders_in(place)}
+    names -= {path.name for path in config_directory().iterdir() if path.is_dir()} | {"hydra"}
+    tree = defaults(verb)
+    return sorted(name for name in names if name not in tree or OmegaConf.is_dict(tree[name]))
 
 
 def options(group: str) -> list[str]:

@@ -62,7 +62,7 @@ def _check_together(verb: str, parsed: Sequence[Override]) -> None:
     """Raise `UserError` if one of several swept experiments has a sweep or launcher of its own, which Hydra ignores."""
     typed = {override.key_or_group for override in parsed}
     for override in parsed:
-        if not override.is_sweep_override() or override.key_or_group not in ("experiment", *own_groups()):
+        if not override.is_sweep_override() or override.key_or_group not in ("experiment", *own_groups(verb)):
             continue
         plain = _hydras(verb, parsed)
         for choice in choices(override):

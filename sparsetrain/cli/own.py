@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from sparsetrain.cli import folders
-from sparsetrain.cli.compose import compose, config_directory, flat, groups, own_choices, own_groups
-from sparsetrain.cli.overrides import keys_of
+from sparsetrain.cli.compose import compose, config_directory, defaults, flat, groups, own_choices, own_groups
+from sparsetrain.cli.overrides import searching
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.reading import parse_yaml, read_text
 
@@ -24,15 +24,24 @@ def chosen(verb: str, overrides: Iterable[str]) -> list[str]:
     Hydra removes a group with ``~group``, so ``group=null`` becomes that. It adds a group that no file of the verb
     names with ``+group=choice``, so the choice of a user's own group becomes that, unless an experiment made it before.
     """
-    known, own = groups(verb), own_groups()
+    overrides = list(overrides)
+    searching(overrides, folders.places())  # raises if Hydra's search path is typed too
+    check_names(verb)
+    known, own = groups(verb), own_groups(verb)
     without = {f"{name}=null": f"~{name}" for name, there in known.items() if "null" in there and name not in own}
     given = [without.get(override, override) for override in overrides]
-    typed = {name for name in own if name in keys_of(given)}
+    typed = {name for name in own if any(text.startswith(f"{name}=") and not is_section(text) for text in given)}
     if not typed:
         return given
     made = _made(verb, given, known)
-    given = [text for text in given if text not in {f"{name}=null" for name in typed if name not in made}]
-    return [f"+{text}" if text.partition("=")[0] in typed - made else text for text in given]
+    nothing = {f"{name}=null" for name in typed - made if "null" in known[name]}
+    new = typed - made
+    return [f"+{text}" if text.partition("=")[0] in new else text for text in given if text not in nothing]
+
+
+def is_section(override: str) -> bool:
+    """Return whether an override gives the settings of a section, ``budget={steps: 3}``, instead of a choice."""
+    return override.partition("=")[2].lstrip().startswith("{")
 
 
 def _made(verb: str, overrides: Sequence[str], known: Mapping[str, Sequence[str]]) -> set[str]:
@@ -40,7 +49,7 @@ def _made(verb: str, overrides: Sequence[str], known: Mapping[str, Sequence[str]
     first: list[str] = []
     for name, _, values in (text.partition("=") for text in overrides):
         choice = values.split(",")[0]
-        if name not in own_groups() and choice in known.get(name, ()):
+        if name not in own_groups(verb) and choice in known.get(name, ()):
             first.append(f"{name}={choice}")
     return set(compose(verb, first, hydras=True).hydra.runtime.choices)
 
@@ -60,7 +69,10 @@ def check_names(verb: str, added: Sequence[Path] = ()) -> None:
             if (place / file).is_file():
                 what = f"{file.parent}={file.stem}" if file.parent != Path() else f"a file of the name {file.name}"
                 raise UserError(f"{place / file}: the library has {what} too; rename yours")
+    settings = {str(name) for name, value in defaults(verb).items() if not OmegaConf.is_dict(value)} - set(groups(verb))
     for place in places:
+        for name in settings.intersection(folders.folders_in(place)):
+            raise UserError(f"{place / name}: {name} is a setting of {verb}; give the folder another name")
         for group in ("launcher", "sweeper"):
             for name in folders.options_in(place, f"hydra/{group}"):
                 if name in hydras(group):

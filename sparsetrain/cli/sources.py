@@ -23,6 +23,12 @@ class FileConfigSource(file_config_source.FileConfigSource):
     latest: Path | None = None
     """The file that was read last: if defaults lists form a circle, this file closes it."""
 
+    def is_group(self, config_path: str) -> bool:
+        """Return whether a folder is a group: a folder without files of configuration may be named as a setting is."""
+        place = Path(self.path) / config_path
+        has_files = any(any(place.glob(inside)) for inside in ("*.yaml", "*/*.yaml"))
+        return super().is_group(config_path) and (has_files or not config_path)
+
     def load_config(self, config_path: str) -> ConfigResult:
         """Return the content of a file.
 

@@ -110,6 +110,8 @@ def smaller(verb: str, words: list[str]) -> list[str]:
     small = SMALL[verb]
     if "pipeline=pretrain" in words:
         small = [word for word in small if not word.startswith("pipeline.stages.")]  # it has one stage
+    if any(word.startswith("runs_dir=") for word in words):
+        small = [word for word in small if not word.startswith("runs_dir=")]
     lengths = {r"^(budget\.tokens)=.*": r"\1=384", r"^(validate)=.*": r"\1=2"}
     for said, made in lengths.items():
         words = [re.sub(said, made, word) for word in words]
