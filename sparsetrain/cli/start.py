@@ -13,8 +13,11 @@ from sparsetrain.cli.verb import named
 from sparsetrain.cli.verbs import find
 from sparsetrain.data import DataConfig, TaskConfig, load_task, prepare_corpora
 from sparsetrain.errors import single_line
+from sparsetrain.report.task import overlap_sentences
+from sparsetrain.runs.origin import Origin
 from sparsetrain.screen import say
 from sparsetrain.stages.pipeline_report import overlap_caveat
+from sparsetrain.stages.text_overlap import text_overlap
 from sparsetrain.training.state import Diverged, Interrupted
 
 
@@ -71,13 +74,18 @@ def data(config: DataVerbConfig) -> None:
         say(console, f"task: {task.describe()}")
         overlap = task.overlap(corpora.train_ids())
         say(console, f"test documents in the training text: {overlap}")
+        for sentence in overlap_sentences(text_overlap(task, config.data, Origin.of_corpora(corpora))):
+            say(console, sentence)
         for sentence in overlap_caveat(corpora, [task.name]):
             say(console, f"warning: {sentence}")
 
 
 def _summary(result: Any) -> None:
-    shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "majority", "seconds")
-    parts = [f"{key} {_number(result.values[key])}" for key in shown if key in result.values]
+    shown = ("loss_last", "bits_per_byte", "accuracy", "ci95", "macro_f1", "token_f1", "bag of words", "majority")
+    values = dict(result.values)
+    if bag := values.get("bag_of_words"):
+        values["bag of words"] = bag["accuracy"]
+    parts = [f"{key} {_number(values[key])}" for key in (*shown, "seconds") if key in values]
     print("; ".join([f"{result.values['stage']}: {result.values['status']}", *([", ".join(parts)] if parts else [])]))
     print(f"run directory: {result.directory}")
 

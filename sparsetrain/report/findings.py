@@ -83,9 +83,11 @@ def cautions(report: Report) -> list[str]:
             result.append(f"{clean(arm['name'])}: pre-training diverged; no later number of this arm means anything.")
         for stage, outcome in scored(arm):
             where = f"{clean(arm['name'])} after {STAGE_NAMES[stage]}"
-            majority, scratch = report["majority"], report["scratch"]
+            majority, scratch, bag = report["majority"], report["scratch"], report.get("bag_of_words")
             if majority is not None and outcome["ci95"][0] <= majority:
                 result.append(f"{where} is not clearly above the majority class ({percent(majority)}).")
+            if bag is not None and outcome["ci95"][0] <= bag["accuracy"]:
+                result.append(f"{where} is not clearly above a bag of words ({percent(bag['accuracy'])}).")
             if scratch is not None and _overlap(outcome["ci95"], scratch["ci95"]):
                 result.append(f"{where} is not clearly different from training without pre-training.")
     return result

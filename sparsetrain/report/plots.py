@@ -179,7 +179,7 @@ def _lines(report: Report, key: str, title: str, label: str, caption: str = "") 
 
 
 def accuracy(report: Report) -> Picture | None:
-    """Return accuracies with 95 % intervals by arm and stage, with the majority class and scratch as lines; or None."""
+    """Return accuracies with 95 % intervals by arm and stage, with the baselines as lines; or None."""
     arms = [(index, arm) for index, arm in enumerate(report["arms"]) if scored(arm)]
     if not arms:
         return None
@@ -200,6 +200,9 @@ def accuracy(report: Report) -> Picture | None:
             axes.axvspan(*scratch["ci95"], color=MUTED, alpha=0.15, linewidth=0)
             label = f"no pre-training, {percent(scratch['accuracy'])}"
             keys.append(axes.axvline(scratch["accuracy"], color=MUTED, linestyle="--", linewidth=1.2, label=label))
+        if (bag := report.get("bag_of_words")) is not None:
+            label = f"bag of words, {percent(bag['accuracy'])}"
+            keys.append(axes.axvline(bag["accuracy"], color=INK, linestyle="-.", linewidth=1.2, label=label))
         if (majority := report["majority"]) is not None:
             label = f"majority class, {percent(majority)}"
             keys.append(axes.axvline(majority, color=INK, linestyle=":", linewidth=1.4, label=label))

@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
-from sparsetrain.runs.result import Adaptation, Prediction
+from sparsetrain.runs.result import Adaptation, BagOfWords, Confusion, LabelScore, OverlapText, Prediction
 from sparsetrain.shapes import Count, Fraction, NonNegative, check
 
 STAGES: tuple[Literal["finetune"], Literal["prompt"]] = ("finetune", "prompt")
@@ -83,7 +83,7 @@ class Scored(Baseline):
 
     task: str
     n_test: Count
-    macro_f1: Fraction
+    macro_f1: NotRequired[Fraction | None]
 
 
 class MaskEnd(TypedDict):
@@ -100,6 +100,11 @@ class MaskEnd(TypedDict):
 class StageEnd(TypedDict):
     """The part of a stage's result that sections read."""
 
+    accuracy: NotRequired[Fraction | None]
+    per_label: NotRequired[dict[str, LabelScore] | None]
+    confusion: NotRequired[Confusion | None]
+    bag_of_words: NotRequired[BagOfWords | None]
+    overlap_text: NotRequired[OverlapText | None]
     adaptation: NotRequired[Adaptation | None]
     step_seconds: NotRequired[NonNegative | None]
     predicted: NotRequired[Prediction | None]
@@ -129,11 +134,12 @@ class Arm(TypedDict):
 
 
 class Report(TypedDict):
-    """A whole pipeline; ``scratch``, ``majority`` and ``commit`` are null if they do not exist or are unknown."""
+    """A whole pipeline; ``scratch``, ``majority``, ``bag_of_words`` and ``commit`` are null if they do not exist."""
 
     arms: Annotated[list[Arm], Meta(min_length=1)]
     scratch: Baseline | None
     majority: Fraction | None
+    bag_of_words: NotRequired[BagOfWords | None]
     peak_rss_bytes: NonNegative
     seconds: NonNegative
     commit: str | None

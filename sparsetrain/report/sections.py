@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparsetrain.report import tables
+from sparsetrain.report import tables, task
 from sparsetrain.report.adaptation import adaptations
 from sparsetrain.report.findings import cautions, findings
 from sparsetrain.report.plots import text_curves
@@ -72,3 +72,8 @@ def provenance(report: Report) -> Mapping[str, Any]:
 @register_section("adaptation", "Adaptation", 25, "sections/adaptation.html.j2")
 def adaptation(report: Report) -> Mapping[str, Any]:
     return {"sheets": adaptations(report)}
+
+
+@register_section("labels", "Labels", 22, "sections/labels.html.j2")
+def labels(report: Report) -> Mapping[str, Any]:
+    return {"sheets": task.labels(report)}

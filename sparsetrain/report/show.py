@@ -13,6 +13,7 @@ from sparsetrain.report.evaluation import evaluation_sheets
 from sparsetrain.report.html import write_html
 from sparsetrain.report.schema import load_report
 from sparsetrain.report.tables import corpora_read, layer_masks, noise_scales, print_report, print_sheets, run_metrics
+from sparsetrain.report.task import task_sheets
 from sparsetrain.report.text import scalar
 from sparsetrain.report.times import sheet, times
 from sparsetrain.runs.layout import BENCH, METRICS, PAGE, REPORT, RESULT, stage_directories
@@ -21,7 +22,10 @@ from sparsetrain.runs.result import load_result
 from sparsetrain.screen import say
 
 _HEADLINES = ("stage", "status", "message", "parameterization", "sparsity", "density", "lr", "seed", "steps", "tokens")
-_RESULTS = ("loss_first", "loss_last", "bits_per_byte", "task", "n_test", "accuracy", "ci95", "macro_f1", "majority")
+_RESULTS = (
+    *("loss_first", "loss_last", "bits_per_byte"),
+    *("task", "n_test", "accuracy", "ci95", "macro_f1", "majority", "overlap_train_test"),
+)
 
 
 def show_report(directory: Path, console: Console) -> None:
@@ -79,6 +83,7 @@ def _show_stage(directory: Path, console: Console) -> None:
         for key in (*_HEADLINES, *_RESULTS):
             if key in result:
                 say(console, f"{key:18} {scalar(result[key])}")
+        print_sheets([found for found in task_sheets(result) if found.rows or found.note], console)
         if corpora := result.get("corpora"):
             console.print(corpora_read(corpora).rich())
         masks = result.get("masks") or {}

@@ -113,7 +113,7 @@ def _wide(console: Console) -> Console:
 
 
 def results(report: Report) -> Sheet:
-    """Return losses and accuracies: one row per arm, then no pre-training and the majority class as baselines."""
+    """Return losses and accuracies: one row per arm, then no pre-training, a bag of words and the majority class."""
     stages = [stage for stage in STAGES if any(arm.get(stage) is not None for arm in report["arms"])]
     corpora = _corpora([arm["pretrain"] for arm in report["arms"]])
     columns = ["Arm", "Sparsity", "Pre-training loss", "Bits per byte", *_titles(corpora)]
@@ -138,6 +138,9 @@ def results(report: Report) -> Sheet:
         if (scratch := report["scratch"]) is not None:
             accuracy = f"{100 * scratch['accuracy']:.1f} {brackets(scratch['ci95'])}"
             rows.append(("no pre-training", *empty, accuracy, *rest))
+        if (bag := report.get("bag_of_words")) is not None:
+            accuracy = f"{100 * bag['accuracy']:.1f}" + (f" {brackets(bag['ci95'])}" if "ci95" in bag else "")
+            rows.append(("bag of words", *empty, accuracy, *rest))
         if (majority := report["majority"]) is not None:
             rows.append(("majority class", *empty, f"{100 * majority:.1f}", *rest))
     return Sheet("Results", tuple(columns), tuple(rows), _results_note(report))
@@ -298,7 +301,8 @@ def _by_term(report: Report, group: Group, title: str, show: Callable[[float], s
 def _accuracy(result: Scored | None) -> list[str]:
     if result is None:
         return [ABSENT, ABSENT]
-    return [f"{100 * result['accuracy']:.1f} {brackets(result['ci95'])}", f"{result['macro_f1']:.3f}"]
+    f1 = result.get("macro_f1")
+    return [f"{100 * result['accuracy']:.1f} {brackets(result['ci95'])}", ABSENT if f1 is None else f"{f1:.3f}"]
 
 
 def _corpora(ends: Sequence[Pretraining | TextEnd]) -> list[str]:

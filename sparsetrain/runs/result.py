@@ -147,6 +147,48 @@ class Prediction(TypedDict):
     notes: NotRequired[list[str]]
 
 
+class LabelScore(TypedDict):
+    """Scores of one label over ``n`` test examples that have it."""
+
+    precision: Fraction
+    recall: Fraction
+    f1: Fraction
+    n: Count
+
+
+class Confusion(TypedDict):
+    """Counts of test examples.
+
+    A row is a true label and a column a predicted one. For several labels there is, for each label,
+    ``[[true negatives, false positives], [false negatives, true positives]]``.
+    """
+
+    labels: list[str]
+    counts: list[list[Count | list[Count]]]
+
+
+class BagOfWords(TypedDict):
+    """What counting words gives on the same test examples, see `sparsetrain.training.bag_of_words`."""
+
+    accuracy: Fraction
+    ci95: NotRequired[list[float]]
+    macro_f1: NotRequired[Fraction]
+    micro_f1: NotRequired[Fraction]
+    n_train: NotRequired[Count]
+    validation_accuracy: NotRequired[Fraction]
+    ngrams: NotRequired[Positive]
+    smoothing: NotRequired[NonNegative]
+
+
+class OverlapText(TypedDict):
+    """How many of the ``compared`` test rows stand in the training text; ``rows`` is null where ``why`` says so."""
+
+    rows: Count | None
+    compared: NotRequired[Count]
+    words: NotRequired[Positive]
+    why: NotRequired[str]
+
+
 class Result(TypedDict):
     """``result.json`` of a stage. Losses are in nats; a loss is null if the run diverged before it was measured."""
 
@@ -173,6 +215,13 @@ class Result(TypedDict):
     ci95: NotRequired[list[float] | None]
     macro_f1: NotRequired[Fraction | None]
     majority: NotRequired[Fraction | None]
+    kind: NotRequired[str | None]
+    micro_f1: NotRequired[Fraction | None]
+    token_f1: NotRequired[Fraction | None]
+    per_label: NotRequired[dict[str, LabelScore] | None]
+    confusion: NotRequired[Confusion | None]
+    bag_of_words: NotRequired[BagOfWords | None]
+    overlap_text: NotRequired[OverlapText | None]
     flops: NotRequired[dict[str, float] | None]
     masks: NotRequired[Masks | None]
     adaptation: NotRequired[Adaptation | None]

@@ -11,6 +11,7 @@ from sparsetrain.data import SOURCES, TASKS, Corpora
 from sparsetrain.report.pairs import divided
 from sparsetrain.report.run_files import moments_of
 from sparsetrain.report.schema import STAGES as TASK_STAGES
+from sparsetrain.report.task import overlap_sentences
 from sparsetrain.runs.layout import METRICS
 from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.provenance import command_line, commit
@@ -26,6 +27,7 @@ Row = dict[str, Any]
 _SCRATCH = ("accuracy", "ci95", "macro_f1", "n_test")
 _SCORED = ("task", "n_test", "accuracy", "ci95", "macro_f1")
 _TEXT = ("tokens", "loss_first", "loss_last", "bits_per_byte")
+_COMPARED = ("file", "hub")  # tasks whose examples are looked for by their text
 _LONG = ("config", "model", "machine")  # entries of a result that the report has elsewhere, or the run's own file has
 
 
@@ -55,11 +57,16 @@ def report(
     pretrained = [runs.runs[first.name] for runs in arms if first is not None and first.name in runs.runs]
     trained = [run for run in every if run["stage"] != "evaluate"]
     shown = next((run for run in [*pretrained, *trained] if run.complete), trained[0])
-    main = scored[0] if scored else None
+    # The stages that stand for the arms in the tables; an earlier one may be on another task.
+    shown_stages = [main_stage(runs.entries, kind) for runs in arms for kind in TASK_STAGES]
+    names = {stage.name for stage in shown_stages if stage is not None}
+    mains = [run for runs in arms for name, run in runs.runs.items() if name in names and run in scored]
+    main = next(iter([*mains, *scored]), None)
     return {
         "arms": entries,
-        "scratch": None if scratch is None else {key: scratch[key] for key in _SCRATCH},
+        "scratch": None if scratch is None else {key: scratch.values.get(key) for key in _SCRATCH},
         "majority": None if main is None else main["majority"],
+        "bag_of_words": None if main is None else main.values.get("bag_of_words"),
         "peak_rss_bytes": max(run["peak_rss_bytes"] for run in timed),
         "seconds": sum(run["seconds"] for run in timed),
         "commit": commit(),
@@ -70,7 +77,10 @@ def report(
         "model": shown["model"],
         "data": _data(corpora),
         "settings": _settings(config),
-        "limits": _limits(config, corpora, shown, {run["task"] for run in scored}, scratch is not None),
+        "limits": [
+            *dict.fromkeys(sentence for run in scored for sentence in overlap_sentences(run.values)),
+            *_limits(config, corpora, shown, {run["task"] for run in scored}, scratch is not None),
+        ],
         **({"once": {name: result_of(run) for name, run in once.items()}} if once else {}),
     }
 
@@ -133,7 +143,7 @@ def _arm_entry(config: PipelineConfig, runs: Runs, once: Mapping[str, RunResult]
         stage = main_stage(runs.entries, kind)
         run = None if stage is None else runs.complete(stage.name)
         if run is not None:
-            entry[kind] = {key: run[key] for key in _SCORED}
+            entry[kind] = {key: run.values.get(key) for key in _SCORED}
             entry[f"{kind}_flops"] = run["flops"]["total"]
     return entry
 
@@ -186,7 +196,11 @@ def _stage_settings(settings: RunConfig) -> Row:
 
 
 def overlap_caveat(corpora: Corpora, tasks: Iterable[str]) -> list[str]:
-    """Return a warning if the ids of the corpus differ in kind from those of tasks, so that an overlap of 0 is void."""
+    """Return a warning if the ids of the corpus differ in kind from those of tasks, so that an overlap of 0 is void.
+
+    Rows of the user's have their texts compared, whatever their ids.
+    """
+    tasks = [name for name in tasks if name not in _COMPARED]
     sources = {corpus.manifest["source"] for corpus in corpora.values()}
     kinds = {SOURCES[name].ids if name in SOURCES else None for name in sources}
     if all(name in TASKS and TASKS[name].ids is not None and kinds == {TASKS[name].ids} for name in tasks):

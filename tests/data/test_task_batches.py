@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.data.tasks.batches import TaskBatches
-from sparsetrain.data.tasks.scoring import answer_tokens, scoring_batches
+from sparsetrain.data.tasks.form import NO_YES, Form
+from sparsetrain.data.tasks.scoring import answer_tokens, scored_tokens, scoring_batches
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError
@@ -134,3 +135,51 @@ def test_the_end_is_scored_where_an_answer_begins_another() -> None:
     nested = Task("t", ("a", "b"), (" no", " none"), asked, asked, asked)
     assert answer_tokens(nested, BYTES) == [[*b" no", EOS], [*b" none", EOS]]
     assert list(scoring_batches([], nested, BYTES, 64)) == []
+
+
+SEVERAL = Form("t", ("a", "b"), NO_YES, "{text} {label}?", "several_labels")
+CHOICE = Form("t", (), (), "{text}", "multiple_choice", choices=("A", "B"))
+FREE = Form("t", (), (), "{text}", "free_answer", max_new_tokens=7)
+
+
+@pytest.mark.parametrize(
+    ("form", "example", "rows"),
+    [
+        (SEVERAL, Example("1", "abc ", after="?", holds=frozenset({1})), [(b"abc a?", b" no"), (b"abc b?", b" yes")]),
+        (CHOICE, Example("1", "abc", 1, choices=(" x", " wide")), [(b"abc", b" wide")]),
+        (FREE, Example("1", "abc", answer=" is it"), [(b"abc", b" is it")]),
+    ],
+)
+def test_rows_of_the_other_kinds_match_ones_built_by_hand(
+    form: Form, example: Example, rows: list[tuple[bytes, bytes]]
+) -> None:
+    batches = TaskBatches([example] * 3, BYTES, form, 64, 2, seed=0, phase="x", n_slots=1)
+    assert batches.examples_per_epoch == 3 * len(rows)
+    batch = batches.batch(0, 3 * len(rows))
+    found = []
+    for index in range(3 * len(rows)):
+        tokens, targets, slots = row(batch, index)
+        source, said = bytes(tokens[: slots.index(0)]), [token for token in targets if token != IGNORED]
+        assert said[-1] == EOS
+        found.append((source, bytes(said[:-1])))
+        assert bytes(tokens[slots.index(0) + 1 :][: len(said) - 1]) == bytes(said[:-1])
+    assert sorted(found) == sorted(rows * 3)
+
+
+def test_a_source_leaves_room_for_the_longest_answer_of_its_question() -> None:
+    choices = [Example("1", "x" * 50, 0, choices=(" x", " wide")), Example("2", "x" * 50, 1, choices=(" x", " y"))]
+    batch = TaskBatches(choices, BYTES, CHOICE, 20, 2, 0, "x").batch(0, 2)
+    kept = sorted(row(batch, index)[0].count(ord("x")) for index in range(2))
+    assert kept == [15 + 1, 18]  # " wide" leaves 15 tokens, and the answer " x" has an x itself; " y" leaves 18
+    free = TaskBatches([Example("1", "x" * 50, answer=" y")], BYTES, FREE, 20, 1, 0, "x").batch(0, 1)
+    assert bytes(row(free, 0)[0][:15]) == b"x" * 13 + b" y"
+    asked = Task("t", (), (), choices, choices, choices, "{text}", "multiple_choice", choices=("A", "B"))
+    lengths = {int(b.examples[0]): b.batch.tokens.shape[1] for b in scoring_batches(choices, asked, BYTES, 20)}
+    assert lengths == {0: 15, 1: 18}
+    with pytest.raises(UserError, match=r"max_new_tokens=7: the answer of example 9 has 9 tokens; use at least 9"):
+        TaskBatches([Example("9", "q", answer=" too long")], BYTES, FREE, 64, 1, 0, "x")
+
+
+def test_answers_with_the_same_tokens_are_refused() -> None:
+    with pytest.raises(UserError, match="the answers ' no' and ' no' have the same tokens"):
+        scored_tokens([" no", " yes", " no"], BYTES)

@@ -206,7 +206,7 @@ def test_a_directory_without_the_files_names_them(tmp_path: Path) -> None:
     [
         ({"name": "section_role"}, "did you mean 'section_roles'"),
         ({"n_test": 0}, r"task\.n_test=0"),
-        ({"path": "somewhere"}, "takes no path; a path is for pubmedqa"),
+        ({"path": "somewhere"}, "takes no path; a path is for file, pubmedqa"),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], message: str) -> None:

@@ -94,7 +94,7 @@ def test_what_may_be_absent_or_null_is_accepted(content: dict[str, Any], change:
         (put("arms", 2, "finetune", "ci95", to=[0.1]), "arms[2].finetune.ci95=[0.1] must be a list of length"),
         (put("arms", 2, "finetune", "ci95", to=[0.1, "x"]), "arms[2].finetune.ci95[1]='x'"),
         (put("arms", 2, "finetune", "ci95", to=[0.9, 0.95]), "arms[2].finetune.ci95=[0.9, 0.95] does not hold"),
-        (drop("arms", 2, "prompt", "macro_f1"), "arms[2].prompt.macro_f1 is missing"),
+        (drop("arms", 2, "prompt", "n_test"), "arms[2].prompt.n_test is missing"),
         (put("arms", 2, "prompt", to=0.7), "arms[2].prompt=0.7 must be a mapping or null"),
         (put("arms", 2, "bytes", "index", to=-4), "arms[2].bytes.index=-4"),
         (put("arms", 2, "curves", "pretrain", to=3), "arms[2].curves.pretrain=3 must be a list"),

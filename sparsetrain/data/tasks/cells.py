@@ -101,7 +101,7 @@ def choices_of(row: Mapping[str, Any], columns: Sequence[str], where: str) -> tu
     if len(choices) < 2:
         raise UserError(f"{where}: {len(choices)} choices; a multiple choice has at least two")
     if len(set(choices)) < len(choices):
-        raise UserError(f"{where}: two choices are the same, {shown(choices)}")
+        raise UserError(f"{where}: two of the choices {shown(choices)} are the same")
     return choices
 
 

@@ -197,13 +197,20 @@ class _Reading:
         return found
 
     def settle(self, rows: list[_Row]) -> None:
-        """Settle what only all rows together say: whether there are any, and how choices are named.
+        """Settle what only all rows together say: whether there are any, how many labels, and how choices are named.
 
         Raises:
-            UserError: there are none, or their texts and their numbers are different choices.
+            UserError: there are no rows or too many labels, or texts and numbers name different choices.
         """
         if not rows:
             raise UserError(f"{self.table.place}: no rows")
+        if self.kind in ("one_label", "several_labels"):
+            labels = {label for row in rows for label in self._of(row)}
+            if len(labels) > _MOST_LABELS:
+                raise UserError(
+                    f"{self.table.place}: {len(labels)} labels in {self.label}, in {len(rows)} rows; at most "
+                    f"{_MOST_LABELS} are compared. For texts that are to be written set task.kind=free_answer"
+                )
         if self.kind != "multiple_choice":
             return
         if {BY_TEXT, BY_NUMBER} <= self._named:
@@ -233,7 +240,7 @@ class _Reading:
             label for row, split in zip(rows, splits, strict=True) if split == "train" for label in self._of(row)
         )
         labels = tuple(sorted(trained) if self.config.labels is None else dict.fromkeys(self.config.labels))
-        self._check_labels(labels, len(rows))
+        self._check_labels(labels)
         allowed = set(labels)
         for row, split in zip(rows, splits, strict=True):
             for label in self._of(row):
@@ -253,17 +260,12 @@ class _Reading:
         found: tuple[str, ...] = row.truth if self.kind == "several_labels" else (row.truth,)
         return found
 
-    def _check_labels(self, labels: tuple[str, ...], count: int) -> None:
+    def _check_labels(self, labels: tuple[str, ...]) -> None:
         place, column = self.table.place, self.label
         least = 1 if self.kind == "several_labels" else 2
         if len(labels) < least:
             named = f"only the label {shown(labels[0])}" if labels else "no label"
             raise UserError(f"{place}: the training rows have {named} in {column}; a task has at least {least}")
-        if len(labels) > _MOST_LABELS:
-            raise UserError(
-                f"{place}: {len(labels)} labels in {column}, in {count} rows; at most {_MOST_LABELS} are compared. For "
-                "texts that are to be written set task.kind=free_answer"
-            )
 
     def form(self, labels: tuple[str, ...]) -> Form:
         """Return the form of the task; raises `UserError` if the answers do not fit the labels."""
