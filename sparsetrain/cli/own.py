@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.config_source import ConfigSource
 from omegaconf import DictConfig, OmegaConf
 
 from sparsetrain.cli import folders
 from sparsetrain.cli.compose import compose, config_directory, defaults, flat, groups, own_choices, own_groups
 from sparsetrain.cli.overrides import searching
 from sparsetrain.errors import UserError, nearest
-from sparsetrain.reading import parse_yaml, read_text
+from sparsetrain.reading import parse_yaml, read_bytes, read_text
 
-_PACKAGE = re.compile(r"^\s*#\s*@package\s", re.MULTILINE)
+# What Hydra does not read as text: numbers without leading zeros, and words with a meaning.
+_NO_TEXT = re.compile(r"[-+]?(?:0|[1-9]\d*)(?:\.\d*)?(?:e[-+]?\d+)?|[-+]?inf|nan|true|false|null", re.IGNORECASE)
 
 
 def chosen(verb: str, overrides: Iterable[str]) -> list[str]:
@@ -84,6 +87,8 @@ def check_names(verb: str, added: Sequence[Path] = ()) -> None:
     for place in places:
         for name, choices in own_choices(names, [place]).items():
             for choice in choices:
+                if _NO_TEXT.fullmatch(choice):
+                    raise UserError(f"{place / name / choice}.yaml: Hydra takes {choice} for a value; rename the file")
                 other = first.setdefault((name, choice), place)
                 if other != place:
                     raise UserError(
@@ -99,6 +104,8 @@ def hydras(group: str) -> list[str]:
 def unknown_choice(group: str, choice: str, known: Sequence[str], tree: DictConfig) -> UserError:
     """Return the error for a choice that a group does not have."""
     for place in folders.places():
+        if (file := place / group / f"{choice}.yaml").is_symlink():
+            return UserError(f"{group}={choice}: {file} is a link that leads nowhere")
         if (file := place / group / f"{choice}.yml").is_file():
             return UserError(f"{group}={choice}: {file} must end with .yaml")
         if (file := place / f"{choice}.yaml").is_file():
@@ -124,6 +131,12 @@ def check_file(group: str, choice: str, tree: DictConfig, added: Sequence[Path] 
     if group not in tree:
         text = read_text(path)
         parse_yaml(text, str(path))  # what is wrong with its YAML comes first
-        if not _PACKAGE.search(text):
-            raise UserError(f"{path} needs the first line '# @package _global_', since no section is named {group}")
+        marked = read_bytes(path).startswith(BOM_UTF8)
+        try:
+            package = ConfigSource._get_header_dict(text[:512])["package"]  # it reads so much of a file
+        except ValueError:
+            return True  # Hydra's reader says what is wrong
+        if package is None or marked:
+            need = f"needs the first line '# @package _global_', since no section is named {group}"
+            raise UserError(f"{path} {need}" + ("; it begins with a byte-order mark" if marked else ""))
     return True

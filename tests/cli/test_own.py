@@ -46,7 +46,7 @@ hydra:
 """,
     "experiment/at_home.yaml": f"{HEAD}defaults: [/hardware: laptop]\nseed: 7\n",
     "experiment/grid.yaml": f"{HEAD}hydra: {{sweeper: {{params: {{hardware: 'laptop,server'}}}}}}\n",
-    "experiment/plain.yaml": f"{HEAD}seed: 9\n",
+    "experiment/plain.yaml": f"\n{HEAD}# A comment.\nseed: 9\n",
 }
 
 
@@ -100,9 +100,10 @@ def test_own_choices_count_in_every_place(shell: Shell, mine: Path, monkeypatch:
     stages = composed(shell, "pipeline", "--config-dir=mine", "pipeline=one")["pipeline"]["stages"]
     assert stages == [{"name": "pretrain"}]
     # A typed choice replaces that of an experiment, as with the library's groups.
-    for words, size in (([], 2), (["hardware=server"], 8), (["hardware=laptop"], 2), (["budget.batch_size=5"], 5)):
+    for words, size in (([], 2), (["hardware=server"], 8)):
         found = composed(shell, "--config-dir", "mine", "pretrain", "experiment=at_home", *words)
         assert (found["budget"]["batch_size"], found["seed"]) == (size, 7)
+    assert composed(shell, "pretrain", "--config-dir=mine", "experiment=plain")["seed"] == 9
     # So is a section that has no group in the library.
     for words, sizes in ((["budget=short"], (5, 32)), (["budget=wide", "budget.steps=4"], (4, 8))):
         budget = composed(shell, "pretrain", "--config-dir=mine", *words)["budget"]
@@ -163,6 +164,9 @@ def test_several_directories_in_any_place_of_the_line(
         (["--config-dir=mine", "budget=null"], "budget=null is not one of short, wide"),
         (["--config-dir=mine", "hardwar=laptop"], "has no setting 'hardwar' (did you mean 'hardware'?)"),
         (["--config-dir=mine", "experiment=bare"], "bare.yaml needs the first line '# @package _global_'"),
+        (["--config-dir=mine", "experiment=below"], "below.yaml needs the first line '# @package _global_'"),
+        (["--config-dir=mine", "experiment=marked"], "named experiment; it begins with a byte-order mark"),
+        (["--config-dir=mine", "experiment=broken"], "broken.yaml is a link that leads nowhere"),
         (["--config-dir=mine", "room=one"], "one.yaml needs the first line '# @package _global_'"),
         (["--config-dir=mine", "experiment=tab"], "tab.yaml, line 2 is not valid YAML: found character"),
         (["--config-dir=mine", "hydra.searchpath=[a]"], "hydra.searchpath: name all directories with --config-dir"),
@@ -178,11 +182,14 @@ def test_what_cannot_be_used_is_one_line(shell: Shell, mine: Path, words: list[s
         "model/low.yml": "",
         "out.yaml": "",
         "experiment/bare.yaml": "seed: 3\n",
+        "experiment/below.yaml": f"# A comment.\n{HEAD}seed: 3\n",
+        "experiment/marked.yaml": f"\ufeff{HEAD}seed: 3\n",
         "room/one.yaml": "seed: 3\n",
         "experiment/tab.yaml": "a:\n\tb: 1\n",
         "experiment/cluster.yaml": f"{HEAD}defaults: [override /hydra/launcher: submitit_slurm]\n",
     }
     write(mine, more)
+    (mine / "experiment" / "broken.yaml").symlink_to("nowhere.yaml")
     assert said in shell.refused("pretrain", *words)
 
 
@@ -191,13 +198,14 @@ def test_what_cannot_be_used_is_one_line(shell: Shell, mine: Path, words: list[s
     [
         ("model/demo.yaml", "the library has model=demo too; rename yours"),
         ("seed/mine.yaml", "/seed: seed is a setting of pretrain; give the folder another name"),
+        ("experiment/1.yaml", "/experiment/1.yaml: Hydra takes 1 for a value; rename the file"),
         ("pretrain.yaml", "the library has a file of the name pretrain.yaml too; rename yours"),
         ("hydra/launcher/joblib.yaml", "Hydra has launcher=joblib too; rename yours"),
         ("experiment/plain.yaml", "other/experiment/plain.yaml and"),
     ],
 )
-def test_two_files_of_one_name_are_refused(shell: Shell, mine: Path, name: str, said: str) -> None:
-    """Hydra would silently read one of them."""
+def test_a_name_that_cannot_count_is_refused(shell: Shell, mine: Path, name: str, said: str) -> None:
+    """Of two files of one name Hydra would silently read one; others it would not find."""
     write(shell.home / "other", {name: f"{HEAD}seed: 1\n"})
     line = shell.refused("plan", "pretrain", "--config-dir=mine", "--config-dir=other")
     assert said in line
