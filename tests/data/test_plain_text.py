@@ -119,6 +119,16 @@ def test_a_separator_needs_plain_text(tmp_path: Path) -> None:
     )
 
 
+def test_sources_take_the_separator_of_all_unless_they_have_their_own(tmp_path: Path) -> None:
+    sources = {"one": {"path": "a.txt"}, "two": {"path": "b.txt", "separator": "<x>"}, "pairs": {"name": "key_values"}}
+    members = DataConfig(sources=sources, separator="blank_line").members()
+    assert {name: member.separator for name, member in members.items()} == {
+        "one": "blank_line",
+        "two": "<x>",
+        "pairs": None,
+    }
+
+
 LINE = b"A line of some words that is not long.\n"
 
 
