@@ -277,7 +277,7 @@ def configure(notes: Path, questions: Path) -> Configure:
     }
     common = {
         "model": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_context": 64},
-        "data": {"path": str(notes), "tokenizer": "bytes", "context": 64},
+        "data": {"path": str(notes), "separator": "blank_line", "tokenizer": "bytes", "context": 64},
         "sparsity": {"sparsity": 0.75},
         "parameterization": {"scheme": "supar", "base_width": 16},
         **run,

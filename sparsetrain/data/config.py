@@ -65,6 +65,7 @@ class DataConfig(SourceConfig):
         separator: how plain text is cut into documents. Null makes each file one document, byte for byte. Any other
             text, such as ``'\\n\\n'`` or ``'<|endoftext|>'``, stands between documents and belongs to none.
             ``blank_line`` is the cut of earlier versions: at blank lines, without the white space around a document.
+            Sources that have none of their own take this one.
         hub_name: the data set on the Hugging Face hub, with ``hub_config`` and ``hub_split``.
         text_field: the field of ``.jsonl``, ``.parquet`` and hub rows that holds the text.
         group_field: the field of such rows that holds the group of a document; documents of one group share a split.
@@ -155,17 +156,22 @@ class DataConfig(SourceConfig):
             raise UserError(f"{key}={weights} needs data.sources, the corpora to be mixed")
         normalised(weights, list(self.sources), key)
 
+    def _has_text(self) -> bool:
+        return self.path is not None or bool(self.sources)
+
     def members(self) -> dict[str, DataConfig]:
         """Return the settings of each corpus by its name; a run with one source has one, named by its source."""
         if not self.sources:
             return {self.kind: self}
-        single = replace(self, sources=None, mixture=None)
+        single = replace(self, sources=None, mixture=None, separator=None)
         found = {}
         for name, corpus in self.sources.items():
             own = {each.name: getattr(corpus, each.name) for each in fields(SourceConfig)}
             for setting in ("max_documents", "fim_rate", "fim_spm_rate"):
                 given = getattr(corpus, setting)
                 own[setting] = getattr(self, setting) if given is None else given
+            if corpus.separator is None and corpus.path is not None:
+                own["separator"] = self.separator
             found[name] = replace(single, **own)
         return found
 

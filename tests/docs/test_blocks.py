@@ -171,6 +171,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:the tokenizer .* may not give a text back")  # as its page says
 @pytest.mark.usefixtures("registries")
 def test_commands_of_the_pages_run(
     small_medline: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -128,7 +128,13 @@ def train(names: Iterable[str], folder: Path) -> dict[str, Any]:
     given = {}
     for name in names:
         verb, start, settings = RUNS[name]
-        settings = {**COMMON, "data.path": text, **settings, "run_dir": folder / name.replace(" ", "-")}
+        settings = {
+            **COMMON,
+            "data.path": text,
+            "data.separator": "blank_line",
+            **settings,
+            "run_dir": folder / name.replace(" ", "-"),
+        }
         if "task" in settings:
             settings["task.path"] = questions
         if start is not None:

@@ -50,7 +50,7 @@ def by_hand(directory: Path, text: list[str], context: int = 16) -> float:
 def validation(directory: Path, name: str, home: Path) -> list[str]:
     """Return the documents of a corpus that the run did not train on."""
     seen = set((directory / "train_ids.txt").read_text().split())
-    source = DataConfig(path=str(home / f"{name[:2]}.txt")).source()
+    source = DataConfig(path=str(home / f"{name[:2]}.txt"), separator="blank_line").source()
     return [document.text for document in source.documents() if document.id not in seen]
 
 

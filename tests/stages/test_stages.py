@@ -78,7 +78,7 @@ def test_results_of_pretraining_match_metrics_and_model(sparse: RunResult) -> No
     # 6 (nnz + V d + 2 L T d) a token
     assert sparse["flops"]["total"] == 6 * (nnz + 257 * 32 + 2 * 2 * 64 * 32) * sparse["tokens"]
     config = yaml.safe_load((sparse.directory / "config.yaml").read_text())
-    about = {"format": 2, "kind": "pretrain", "corpus": sparse["corpus"], "source": None}
+    about = {"format": 3, "kind": "pretrain", "corpus": sparse["corpus"], "source": None}
     assert config == sparse["config"] | about
 
 

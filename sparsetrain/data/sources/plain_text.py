@@ -31,7 +31,7 @@ def separator_of(given: str) -> str:
     for found in re.finditer(r"\\(.?)", given, re.DOTALL):
         if found[1] not in _ESCAPES:
             raise UserError(
-                f"data.separator={given!r:.60}: {found[0]!r} is no escape; allowed are \\n, \\r, \\t, \\f, \\v, and "
+                f"data.separator={given:.60}: {found[0]} is no escape; allowed are \\n, \\r, \\t, \\f, \\v, and "
                 "\\\\ for a backslash"
             )
     return re.sub(r"\\(.)", lambda found: _ESCAPES[found[1]], given, flags=re.DOTALL)

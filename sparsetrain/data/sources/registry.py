@@ -55,8 +55,11 @@ class SourceConfig:
                 raise UserError(f"data.name={self.kind} needs data.{setting}: {meaning}")
         if self.separator is not None:
             separator_of(self.separator)
-            if self.path is None:
+            if not self._has_text():
                 raise UserError(f"data.separator={self.separator!r:.60} needs data.path, the plain text that it cuts")
+
+    def _has_text(self) -> bool:
+        return self.path is not None
 
     @property
     def kind(self) -> str:

@@ -108,7 +108,9 @@ def _library(model: _Model) -> tokenizers.Tokenizer:
     own = [piece.text for piece in pieces if piece.kind == _USER]
     steps: list[Any] = [normalizers.Precompiled(model.characters)] if model.characters else []
     if model.collapse:
-        steps += [normalizers.Strip(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")]
+        # The text between symbols of the user's is normalized part by part, and keeps the spaces at their sides.
+        steps += [] if own else [normalizers.Strip()]
+        steps.append(normalizers.Replace(tokenizers.Regex(" {2,}"), " "))
     if not own:
         # As SentencePiece does it, also before a text that begins with a space.
         steps += [normalizers.Prepend(SPACE)] if model.prefix else []

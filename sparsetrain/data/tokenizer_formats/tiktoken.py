@@ -89,7 +89,9 @@ def from_tiktoken_name(name: str, where: str) -> bytes:
     try:
         import tiktoken
     except ImportError:
-        raise UserError(f"{where}: an encoding of tiktoken needs that package: pip install tiktoken") from None
+        raise UserError(
+            f"{where}: an encoding of tiktoken needs that package: pip install 'sparsetrain[tiktoken]'"
+        ) from None
     try:
         ranks = tiktoken.get_encoding(name)._mergeable_ranks
     except Exception as error:  # those of its HTTP client among them

@@ -32,7 +32,10 @@ def _cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="package")
 def make(home: Path) -> Make:
     """Return the configuration of a run on the two languages; ``sparse`` says which model."""
-    sources = {"english": {"path": str(home / "en.txt")}, "arabic": {"path": str(home / "ar.txt")}}
+    sources = {
+        "english": {"path": str(home / "en.txt"), "separator": "blank_line"},
+        "arabic": {"path": str(home / "ar.txt"), "separator": "blank_line"},
+    }
 
     def configuration(kind: type, sparse: bool = True, **top: Any) -> Any:
         shape = {"d_model": 16, "n_layers": 2, "n_heads": 2, "max_context": 16}
@@ -45,7 +48,7 @@ def make(home: Path) -> Make:
             **copy.deepcopy(SMALL),
         }
         if kind is PretrainConfig:
-            values["data"] = {"path": str(home / "en.txt"), "vocab_size": 320, "context": 16}
+            values["data"] = {"path": str(home / "en.txt"), "separator": "blank_line", "vocab_size": 320, "context": 16}
         given = {key: str(value) if isinstance(value, Path) else value for key, value in top.items()}
         return build(kind, {**values, **given})
 

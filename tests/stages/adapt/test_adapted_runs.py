@@ -24,13 +24,16 @@ from sparsetrain.stages.plan import plan_of
 # Outputs of these tiny layers may lose all weights.
 pytestmark = pytest.mark.filterwarnings("ignore:.* have no weight")
 
+FILES = {"english": "en.txt", "arabic": "ar.txt"}
+
 
 def test_chains_forget_since_their_start_and_other_stages_begin_from_them(
     first: RunResult, home: Path, make: Make, tmp_path: Path, screen: Console, capsys: pytest.CaptureFixture[str]
 ) -> None:
     second = ["adapt", f"init_from={first.directory}", f"run_dir={tmp_path / 'second'}", "data.context=16"]
     second += ["budget.steps=3", "budget.batch_size=4", "loop.eval_every=0"]
-    second += [f"data.sources={{english: {{path: {home / 'en.txt'}}}, arabic: {{path: {home / 'ar.txt'}}}}}"]
+    texts = [f"{name}: {{path: {home / file}, separator: blank_line}}" for name, file in FILES.items()]
+    second += [f"data.sources={{{', '.join(texts)}}}"]
     assert main(["plan", *second]) == 0
     assert ": new\n" in capsys.readouterr().out
     assert main(second) == 0
@@ -65,7 +68,7 @@ def test_a_pipeline_adapts_with_the_tokenizer_of_its_first_stage(
     config = make(
         PipelineConfig,
         run_dir=tmp_path / "pipeline",
-        data={"path": str(home / "en.txt"), "vocab_size": 320, "context": 16},
+        data={"path": str(home / "en.txt"), "separator": "blank_line", "vocab_size": 320, "context": 16},
         pipeline={
             "arms": {},
             "stages": [
@@ -122,7 +125,7 @@ def test_another_tokenizer_keeps_the_rows_of_shared_tokens(
 ) -> None:
     other = Tokenizer.train(ENGLISH + FOREIGN, 400)
     other.save(tmp_path / "other.json")
-    sources = {"arabic": {"path": str(home / "ar.txt")}}
+    sources = {"arabic": {"path": str(home / "ar.txt"), "separator": "blank_line"}}
     data = {"sources": sources, "context": 16, "tokenizer_path": str(tmp_path / "other.json")}
     options = {"vocabulary": {"method": "mean"}, "train": "blocks", "new_blocks": 1}
     config = make(AdaptConfig, False, init_from=bases[False], run_dir=tmp_path / "run", data=data, **options)
@@ -169,7 +172,7 @@ def test_another_tokenizer_keeps_the_rows_of_shared_tokens(
             "new_blocks=1 would change what the old blocks compute: parameterization completep",
         ),
         (
-            {"vocabulary": {"n_tokens": 9}, "data": {"path": "plain.txt", "context": 16}},
+            {"vocabulary": {"n_tokens": 9}, "data": {"path": "plain.txt", "separator": "blank_line", "context": 16}},
             "vocabulary.corpus=file has no letter of a script that the tokenizer has no tokens of yet",
         ),
     ],
@@ -186,7 +189,7 @@ def test_what_cannot_be_adapted_is_one_line_and_leaves_nothing(
 ) -> None:
     monkeypatch.chdir(home)
     if settings.get("vocabulary", {}).get("donor") == "bytes" and not (home / "bytes").exists():
-        data = {"path": str(home / "en.txt"), "tokenizer": "bytes", "context": 16}
+        data = {"path": str(home / "en.txt"), "separator": "blank_line", "tokenizer": "bytes", "context": 16}
         short = {"steps": 1, "batch_size": 2}
         pretrain(make(PretrainConfig, False, data=data, run_dir=home / "bytes", budget=short), screen)
     with pytest.raises(UserError) as raised:
@@ -201,7 +204,12 @@ def test_a_language_of_the_same_script_leaves_the_training_text_split_as_before(
 ) -> None:
     other = [text.replace("\n", " ") for text in documents(words(LATIN, seed=5), 60, seed=6)]
     (tmp_path / "la.txt").write_text("\n\n".join(other))
-    data = {"sources": {"english": {"path": str(home / "en.txt")}, "other": {"path": str(tmp_path / "la.txt")}}}
+    data = {
+        "sources": {
+            "english": {"path": str(home / "en.txt"), "separator": "blank_line"},
+            "other": {"path": str(tmp_path / "la.txt"), "separator": "blank_line"},
+        }
+    }
     config = make(
         AdaptConfig,
         False,
@@ -214,7 +222,7 @@ def test_a_language_of_the_same_script_leaves_the_training_text_split_as_before(
     found = adapt(config, screen)
     old, new = Tokenizer.load(bases[False]), Tokenizer.load(found.directory)
     seen = set((bases[False] / "train_ids.txt").read_text().split())
-    source = DataConfig(path=str(home / "en.txt")).source()
+    source = DataConfig(path=str(home / "en.txt"), separator="blank_line").source()
     kept = [document.text for document in source.documents() if document.id in seen]
     assert len(kept) > 40
     assert all(old.encode(text) == new.encode(text) for text in kept)
