@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from sparsetrain.data import Tokenizer
 from sparsetrain.errors import UserError
@@ -179,6 +180,7 @@ def test_what_no_layout_holds_is_one_line(changes: dict[str, Any], message: str)
 
 
 # Models of transformers themselves: their class and settings.
+LINEAR = {"type": "linear", "factor": 2.0}
 THEIRS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 3, "n_positions": 64, "scale_attn_by_inverse_layer_idx": True},
     "llama": {"intermediate_size": 80, "num_key_value_heads": 1, "rope_theta": 500000.0, "attention_bias": True},
@@ -187,20 +189,20 @@ THEIRS: dict[str, dict[str, Any]] = {
     "mpt": {"d_model": 48, "n_layers": 2, "n_heads": 3, "max_seq_len": 64, "attn_config": {"softmax_scale": 0.1}},
     "bloom": {"n_layer": 2, "n_head": 3},
     "gpt_neox": {"intermediate_size": 80, "use_parallel_residual": False, "rotary_pct": 0.5},
-    "starcoder2": {
-        "intermediate_size": 80,
-        "num_key_value_heads": 1,
-        "rope_scaling": {"type": "linear", "factor": 2.0},
-    },
+    "starcoder2": {"intermediate_size": 80, "num_key_value_heads": 1, "rope_scaling": LINEAR},
     "stablelm": {"intermediate_size": 80, "num_key_value_heads": 3, "use_qkv_bias": True},
 }
 USUAL = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3, "max_position_embeddings": 64}
 
 
-def theirs_of(kind: str) -> PreTrainedModel:
-    settings = THEIRS[kind] if "n_embd" in THEIRS[kind] or "d_model" in THEIRS[kind] else USUAL | THEIRS[kind]
+def config_of(kind: str) -> PreTrainedConfig:
+    usual = {} if kind in ("gpt2", "mpt") else USUAL
     ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=261, **ends, **settings)).eval()
+    return AutoConfig.for_model(kind, vocab_size=261, **ends, **usual, **copy.deepcopy(THEIRS[kind]))
+
+
+def theirs_of(kind: str) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_config(config_of(kind)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -237,10 +239,8 @@ def test_what_a_file_leaves_out_means_what_transformers_takes(kind: str) -> None
 
 
 def settings_of(kind: str, **changes: Any) -> dict[str, Any]:
-    content = AutoConfig.for_model(
-        kind, **(THEIRS[kind] if kind in ("gpt2", "mpt") else USUAL | THEIRS[kind])
-    ).to_dict()
-    return json.loads(json.dumps(content)) | changes
+    content: dict[str, Any] = json.loads(config_of(kind).to_json_string(use_diff=False))
+    return content | changes
 
 
 @pytest.mark.parametrize(

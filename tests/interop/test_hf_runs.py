@@ -13,6 +13,7 @@ import huggingface_hub
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from shell import Shell
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -147,17 +148,14 @@ def test_masks_come_from_the_file_or_from_zeros(trained: Trained, screen: Consol
     assert layers().keys() == before.keys()
 
 
-def test_a_mask_that_would_remove_weights_is_refused(gpt2: Path, trained: Trained, tmp_path: Path) -> None:
+def test_a_mask_that_would_remove_weights_is_refused(trained: Trained, tmp_path: Path, screen: Console) -> None:
     out = tmp_path / "out"
-    quiet_console = Console(file=open(tmp_path / "log", "w"))  # noqa: SIM115
-    export_run(ExportConfig(str(trained()), str(out)), quiet_console)
-    from safetensors.torch import load_file, save_file
-
+    export_run(ExportConfig(str(trained()), str(out)), screen)
     tensors = load_file(out / "model.safetensors")
     tensors["transformer.blocks.0.ffn.up_proj.weight"] += 1.0
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"weights of blocks.0.mlp.up are not zero where its mask file has zeros"):
-        import_run(ImportConfig(str(out), str(tmp_path / "run")), quiet_console)
+        import_run(ImportConfig(str(out), str(tmp_path / "run")), screen)
     assert not (tmp_path / "run").exists()
 
 
@@ -173,9 +171,11 @@ def test_without_transformers_it_is_written_and_said(
     trained: Trained, tmp_path: Path, screen: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *a: None if name == "transformers" else real(name, *a)
-    )
+
+    def without(name: str, package: str | None = None) -> Any:
+        return None if name == "transformers" else real(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without)
     found = export_run(ExportConfig(str(trained()), str(tmp_path / "out")), screen)
     assert found.difference is None
     assert "not compared" in screen.file.getvalue()  # type: ignore[attr-defined]
