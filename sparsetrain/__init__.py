@@ -1,6 +1,9 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.cost.cluster.parallelism import Parallelism
@@ -53,6 +56,10 @@ from sparsetrain.sparsity import (
 )
 from sparsetrain.vocabulary import extend_embeddings
 
+if TYPE_CHECKING:
+    from sparsetrain.interop.hf import Exported
+    from sparsetrain.runs.result import RunResult
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -92,12 +99,14 @@ __all__ = [
     "decay_groups",
     "densify",
     "ema_coefficients",
+    "export_hf",
     "extend_embeddings",
     "extend_tokenizer",
     "fill_in_the_middle",
     "fit_power_law",
     "flops",
     "follow_density",
+    "import_hf",
     "lightning_callback",
     "load_peft_prompt",
     "load_quantized",
@@ -146,3 +155,38 @@ def calibrate(
     from sparsetrain.bench.calibrate import calibrate as measured  # with the benchmarks, which import much
 
     return measured(budget_seconds, threads, dtypes)
+
+
+def export_hf(init_from: str, output: str, **settings: Any) -> Exported:
+    """Write the model of a run as a directory that ``AutoModelForCausalLM.from_pretrained`` loads; ``export`` does so.
+
+    Args:
+        init_from: the run directory.
+        output: the directory to write.
+        settings: of the verb ``export``: ``layout``, ``verify``.
+
+    Returns:
+        What was written: ``layout``, ``parameters``, ``nonzeros``, the largest ``difference`` of a logit, ``notes``.
+
+    Raises:
+        UserError: there is no such run, no layout holds its model, or the directory is taken.
+    """
+    from sparsetrain.interop.hf import ExportConfig, export_run  # with the stages, which import much
+
+    return export_run(ExportConfig(init_from, output, **settings))
+
+
+def import_hf(source: str, run_dir: str, **settings: Any) -> RunResult:
+    """Make a run directory of a Hugging Face model, which every verb takes as ``init_from``; ``import`` does so.
+
+    Args:
+        source: a directory with ``config.json`` and ``model.safetensors``, or a name on the hub.
+        run_dir: the run directory to write.
+        settings: of the verb ``import``: ``tokenizer``, ``masks``, ``sparsity``, ``seed``, ``revision``, ``verify``.
+
+    Raises:
+        UserError: the source cannot be read, or our transformers do not compute what it computes.
+    """
+    from sparsetrain.interop.hf_import import ImportConfig, import_run  # with the stages, which import much
+
+    return import_run(ImportConfig(source, run_dir, **settings))

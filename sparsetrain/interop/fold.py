@@ -49,11 +49,6 @@ class Plain:
         """Return the number of weights, with the zeros, a shared matrix once."""
         return sum(tensor.numel() for tensor in self.tensors.values())
 
-    def nonzeros(self) -> int:
-        """Return the number of weights other than zeros of the masks."""
-        absent = (pattern.shape[0] * pattern.shape[1] - pattern.nnz for pattern in self.masks.values())
-        return self.parameters() - sum(absent)
-
 
 def folded(model: Transformer) -> Plain:
     """Return a model without multipliers; the tensors are copies, on the CPU."""
@@ -166,6 +161,26 @@ def padded(plain: Plain, width: int) -> Plain:
                 masks[name] = pattern_of(torch.nn.functional.pad(masks[name].mask(), sides), masks[name].block)
     note = f"The MLPs have {plain.config.ffn_width} features; {extra} features of zeros bring them to {width}."
     return Plain(replace(plain.config, d_ff=width), tensors, masks, [*plain.notes, note])
+
+
+def narrowed(plain: Plain, width: int) -> Plain:
+    """Return the same function with the first ``width`` features inside the MLPs, if all others are zeros.
+
+    The model is returned as it is, if they are not.
+    """
+    tensors, masks = dict(plain.tensors), dict(plain.masks)
+    for block in range(plain.config.n_layers):
+        up, down = f"blocks.{block}.mlp.up", f"blocks.{block}.mlp.down"
+        for name, columns in ((f"{up}.weight", False), (f"{up}.bias", False), (f"{down}.weight", True)):
+            if name in tensors:
+                kept, rest = tensors[name].split((width, plain.config.ffn_width - width), dim=1 if columns else 0)
+                if bool(rest.any()):
+                    return plain
+                tensors[name] = kept.contiguous()
+        for name, part in ((up, (slice(width), slice(None))), (down, (slice(None), slice(width)))):
+            if name in masks:
+                masks[name] = pattern_of(masks[name].mask()[part], masks[name].block)
+    return Plain(replace(plain.config, d_ff=width), tensors, masks, plain.notes)
 
 
 def pattern_of(mask: Tensor, block: tuple[int, int]) -> SparsityPattern:

@@ -176,14 +176,17 @@ def write_model(
     """
     plain = folded(model)
     chosen = choose(plain.config, layout)
+    width = plain.config.ffn_width
     tensors, masks, plain = to_layout(plain, chosen)
-    content, more = config_json(plain.config, chosen, tokenizer.eos_id)
+    content, more = config_json(plain.config, chosen, tokenizer.eos_id, width)
     notes = [*plain.notes, *more, *notes]
     ids = sample(tokenizer, plain.config.max_context)
     difference = None
-    with whole_directory(output, needed_bytes=4 * plain.parameters()) as directory:
+    parameters = sum(tensor.numel() for tensor in tensors.values())  # with those that only the layout has
+    nonzeros = parameters - sum(mask.shape[0] * mask.shape[1] - mask.nnz for mask in masks.values())
+    with whole_directory(output, needed_bytes=4 * parameters) as directory:
         if masks:
-            content[SECTION] = write_masks(directory, masks, plain.parameters(), pattern)
+            content[SECTION] = write_masks(directory, masks, parameters, pattern)
         weights = directory / "model.safetensors"
         safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
         weights.chmod(0o644)
@@ -193,8 +196,8 @@ def write_model(
         tokenizer_files(tokenizer, directory, plain.config.max_context)
         if verify:
             difference = _compare(model, directory, ids)
-        found = Exported(output, chosen.name, plain.parameters(), plain.nonzeros(), difference, notes)
-        text = card(name, output.name, chosen, plain, found.nonzeros, content.get(SECTION), difference, notes)
+        found = Exported(output, chosen.name, parameters, nonzeros, difference, notes)
+        text = card(name, chosen, plain.config, found, content.get(SECTION))
         (directory / "README.md").write_text(text, encoding="utf-8")
     return found
 

@@ -81,15 +81,20 @@ _ALLOWED: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt_neox": {"use_parallel_residual": (False,)},
     "stablelm": {"use_parallel_residual": (False,), "qk_layernorm": (False,)},
 }
+USED_WIDTH = "used_ffn_size"
+"""Our key for the features of an MLP that are not the zeros by which a layout widens it."""
 _ROPE = ("default", "linear", "dynamic", "yarn")
 
 
-def config_json(config: ModelConfig, layout: Layout, eos_id: int) -> tuple[dict[str, Any], list[str]]:
+def config_json(
+    config: ModelConfig, layout: Layout, eos_id: int, used_width: int | None = None
+) -> tuple[dict[str, Any], list[str]]:
     """Return the content of ``config.json``, and sentences about what it cannot say.
 
     Args:
         config: a model without multipliers that the layout holds.
         eos_id: the token that ends a document.
+        used_width: features of the MLPs that are not zeros, if a layout has widened them.
     """
     ours = {
         "d_model": config.d_model,
@@ -119,6 +124,8 @@ def config_json(config: ModelConfig, layout: Layout, eos_id: int) -> tuple[dict[
         content |= dict.fromkeys(names, config.bias)
     if layout.name == "mpt":
         content |= {"max_seq_len": max(_ALIBI_LENGTH, 8 * config.max_context), "seq_length": config.max_context}
+    if used_width is not None and used_width != config.ffn_width:
+        content[USED_WIDTH] = used_width
     notes = []
     if config.positions == "rope":
         content |= _rope(config, layout)

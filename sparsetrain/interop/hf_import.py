@@ -22,10 +22,10 @@ from torch import Tensor
 from sparsetrain.data import DataConfig, Tokenizer
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path
-from sparsetrain.interop.fold import Plain, masked_share, pattern_of, scale_queries, unfolded
+from sparsetrain.interop.fold import Plain, masked_share, narrowed, pattern_of, scale_queries, unfolded
 from sparsetrain.interop.hf import MOST
 from sparsetrain.interop.hf_check import largest_difference, sample
-from sparsetrain.interop.hf_config import attention_factor, layout_of, model_config_of
+from sparsetrain.interop.hf_config import USED_WIDTH, attention_factor, layout_of, model_config_of
 from sparsetrain.interop.hf_files import (
     CONFIG,
     digest_of,
@@ -118,6 +118,7 @@ def import_run(config: ImportConfig, console: Console | None = None) -> RunResul
                 f"{plain.config.vocab_size}; give the right one, tokenizer=FILE"
             )
         plain.masks = _masks(config, source, settings, layout, plain)
+        plain = without_padding(plain, settings)
         model = unfolded(plain)
         difference = _compared(model, source, tokenizer, plain) if config.verify else None
         section = _section(config, plain)
@@ -152,6 +153,14 @@ def read_model(source: Path, settings: Mapping[str, Any], files: list[Path], lay
     if any(factor != 1.0 for factor in factors):
         plain.notes.append("Its attention scale is multiplied into the queries.")
     return plain
+
+
+def without_padding(plain: Plain, settings: Mapping[str, Any]) -> Plain:
+    """Return a model without the zeros by which our own export widened its MLPs."""
+    used = settings.get(USED_WIDTH)
+    if isinstance(used, bool) or not isinstance(used, int) or not 0 < used < plain.config.ffn_width:
+        return plain
+    return narrowed(plain, used)
 
 
 def _tokenizer(config: ImportConfig, source: Path) -> Tokenizer:

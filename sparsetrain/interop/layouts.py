@@ -54,6 +54,8 @@ class Layout:
         fixed_ffn: whether the MLP has ``4 d_model`` features.
         tied: whether the head is tied where the configuration does not say it.
         embed_norm: name of a norm behind the embedding.
+        head: name of the head.
+        extra: further settings.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Layout:
     fixed_ffn: bool = False
     tied: bool = True
     embed_norm: str | None = None
+    head: str = "lm_head"
     extra: Mapping[str, object] = field(default_factory=dict)
 
     def misfits(self, config: ModelConfig) -> list[str]:
@@ -188,6 +191,7 @@ _NEOX = Layout(
     by_head=True,
     partial=True,
     tied=False,
+    head="embed_out",
     extra={"use_parallel_residual": False, "attention_bias": True, "hidden_dropout": 0.0, "attention_dropout": 0.0},
 )
 _STARCODER2 = Layout(
@@ -272,7 +276,7 @@ def parts(layout: Layout, config: ModelConfig) -> Iterator[Part]:
         yield Part(theirs + layout.down, f"{ours}mlp.down", "linear")
     yield Part(layout.base + layout.final_norm, "final_norm", "norm")
     if not config.tie_embeddings:
-        yield Part("lm_head", "head", "head")
+        yield Part(layout.head, "head", "head")
 
 
 def _rows(layout: Layout, config: ModelConfig) -> list[Tensor | None]:

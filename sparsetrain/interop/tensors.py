@@ -122,7 +122,7 @@ def from_layout(tensors: Mapping[str, Tensor], layout: Layout, config: ModelConf
     plain = Plain(config, found)
     if layout.embed_norm is not None:
         plain = _without_embed_norm(plain, rest, f"{layout.base}{layout.embed_norm}", where)
-    rest.pop("lm_head.weight", None)  # a copy of the embedding, where the configuration ties them
+    rest.pop(f"{layout.head}.weight", None)  # a copy of the embedding, where the configuration ties them
     left = [name for name in rest if not name.endswith(_BUFFERS)]
     if left:
         raise UserError(f"{where}: the tensor {left[0]!r:.80} has no place in a model of ours ({layout.name})")
@@ -140,7 +140,8 @@ def _with_base(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Tenso
     """Return the tensors by their names in the class with a head; files of the class without one lack the prefix."""
     if any(name.startswith(layout.base) for name in tensors):
         return dict(tensors)
-    return {name if name.startswith("lm_head.") else layout.base + name: each for name, each in tensors.items()}
+    head = f"{layout.head}.weight"
+    return {name if name == head else layout.base + name: each for name, each in tensors.items()}
 
 
 def _taken(rest: dict[str, Tensor], name: str, where: str) -> Tensor:

@@ -58,6 +58,8 @@ SMALL = {
     ],
     "mask": [],
     "quantize": [],
+    "export": [],
+    "import": [],
     "evaluate": ["n_probes=3", "blocks=3"],
 }
 SMALL["prompt"] = SMALL["finetune"]
