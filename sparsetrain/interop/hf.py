@@ -30,8 +30,9 @@ from sparsetrain.interop.hf_config import config_json
 from sparsetrain.interop.hf_tokenizer import tokenizer_files
 from sparsetrain.interop.layouts import LAYOUTS, choose
 from sparsetrain.interop.mask_file import SECTION, write_masks
+from sparsetrain.interop.peft_prompt import save_peft_prompt
 from sparsetrain.interop.tensors import to_layout
-from sparsetrain.models import Transformer
+from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.quantized import is_quantized
 from sparsetrain.screen import say
@@ -48,8 +49,8 @@ class ExportConfig:
     """Write the model of a run for another library.
 
     Args:
-        init_from: the run directory: a pre-training, an adaptation, a fine-tuning, or a prompt, whose vectors are left
-            out.
+        init_from: the run directory: a pre-training, an adaptation, a fine-tuning, or a prompt. A prompt in front of
+            the text becomes an adapter of peft in ``prompt/``; one between source and answer is left out.
         output: the directory to write; it must not exist, or be empty.
         format: ``hf``, a directory that ``AutoModelForCausalLM.from_pretrained`` of Hugging Face loads.
         layout: the class of transformers: ``gpt2``, ``llama``, ``mpt``, ``bloom``, ``gpt_neox``, ``starcoder2`` or
@@ -120,16 +121,16 @@ def export_run(config: ExportConfig, console: Console | None = None) -> Exported
         pattern = settings.sparsity.pattern if settings.sparsity.is_sparse else None
         notes = []
         if prompt is not None:
-            notes.append(
-                f"The run has a soft prompt of {len(prompt.vectors)} vectors, which is left out: the model here reads "
-                "text without it."
-            )
+            n, front = len(prompt.vectors), "in front of the text: prompt/ is an adapter of peft with them."
+            lost = "between source and answer, which is left out: the model here reads text without it."
+            notes.append(f"The run has a soft prompt of {n} vectors {front if prompt.front else lost}")
         found = write_model(
             *(model, run_tokenizer(directory), output, config.layout),
             name=directory.absolute().name,
             notes=notes,
             pattern=pattern,
             verify=config.verify,
+            prompt=prompt if prompt is not None and prompt.front else None,
         )
     for note in found.notes:
         say(console, f"note: {note}")
@@ -163,6 +164,7 @@ def write_model(
     notes: Sequence[str] = (),
     pattern: str | None = None,
     verify: bool = True,
+    prompt: SoftPrompt | None = None,
 ) -> Exported:
     """Write a model as a directory of Hugging Face, whole or not at all.
 
@@ -170,6 +172,7 @@ def write_model(
         name, notes: for its README.
         pattern: name of the pattern by which the masks were drawn.
         verify: compare the logits with those of transformers, if it is installed.
+        prompt: a soft prompt in front of the text, to write as an adapter of peft in ``prompt/``.
 
     Raises:
         UserError: no layout holds the model, or transformers computes something else from the directory.
@@ -194,6 +197,8 @@ def write_model(
         generation = {"bos_token_id": tokenizer.eos_id, "eos_token_id": tokenizer.eos_id}
         _write(directory / "generation_config.json", {**generation, "pad_token_id": tokenizer.eos_id})
         tokenizer_files(tokenizer, directory, plain.config.max_context)
+        if prompt is not None:
+            save_peft_prompt(prompt, directory / "prompt", model, base=str(output.absolute()))
         if verify:
             difference = _compare(model, directory, ids)
         found = Exported(output, chosen.name, parameters, nonzeros, difference, notes)

@@ -64,7 +64,9 @@ class SparseLoraLinear(Linear):
         if not names:
             return
         base: Any = self.base_layer
-        dense: Any = base if self._sparse else give_back(base)
+        dense: Any = base
+        if not self._sparse:  # a base that `densify` made dense is copied, since it comes back
+            dense = give_back(base) if isinstance(base, SparseLinear) else copy.deepcopy(base)
         weight: Tensor = dense.weight.detach().clone()
         bias: Tensor | None = None if dense.bias is None else dense.bias.detach().clone()
         for name in names:

@@ -125,7 +125,7 @@ class Attention(nn.Module):
             q, k, v = torch.cat((qkv, extra), dim=-1).chunk(3, dim=2)
         else:
             k, v = self._repeat(k), self._repeat(v)
-        y = self._fused(q, k, v, mask=None)[..., : self.d_head]
+        y = self._fused(q, k, v, causal=True)[..., : self.d_head]
         return rearrange(y, "b h t d -> b t (h d)").to(dtype)
 
     def _attend_to_cache(self, q: Tensor, k: Tensor, v: Tensor, span: Span) -> Tensor:
@@ -136,7 +136,7 @@ class Attention(nn.Module):
         for start in range(0, q.shape[1], _QUERY_BLOCK):
             block = q[:, start : start + _QUERY_BLOCK].to(dtype)
             mask = self._mask(span.first + start, block.shape[1], k.shape[1], block, span.factor)
-            y = self._fused(block, k, v, mask)
+            y = self._fused(block, k, v, mask=mask)
             blocks.append(rearrange(y, "b h t d -> b t (h d)"))
         return torch.cat(blocks, dim=1).to(q.dtype)
 
@@ -153,9 +153,8 @@ class Attention(nn.Module):
             bias = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
         return bias.masked_fill(hidden, -torch.inf)
 
-    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of ``[B, T, H, D]`` to ``[B, S, H, D]``: ``[B, H, T, D]``; causal if S = T and there is no mask."""
-        causal = mask is None and q.shape[1] == k.shape[1]
+    def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """Attention of ``[B, T, H, D]`` to ``[B, S, H, D]``: ``[B, H, T, D]``; ``causal`` needs S = T and no mask."""
         if mask is not None:
             mask = mask.expand(q.shape[0], *mask.shape)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -199,7 +199,12 @@ def test_commands_of_the_pages_run(
     assert "<h2>Energy</h2>" in Path("runs/energy/report.html").read_text(encoding="utf-8")
 
 
+# What torch's exporter, Lightning and peft say about torch, transformers and pages of this size.
+OTHERS = ("treespec, LeafSpec", "is_gradient_checkpointing", "Position ids", "does not have many workers")
+
+
 @pytest.mark.usefixtures("registries")
+@pytest.mark.filterwarnings(*(f"ignore:.*{text}" for text in OTHERS))
 @pytest.mark.parametrize("page", [page for page in PAGES if any(b.language == "python" for b in blocks(page))], ids=str)
 def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page, one after the other in one scope."""

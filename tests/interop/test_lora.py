@@ -129,6 +129,18 @@ def test_two_adapters_merge_one_after_the_other() -> None:
     assert len(list(sparse_layers(model))) == 14
 
 
+def test_a_base_that_is_densified_inside_its_adapter_merges_too() -> None:
+    model, dense = pair(gpt2)
+    expected = dense(TOKENS).logits
+    st.densify(model)
+    before = copy.deepcopy(model.state_dict())
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-5, atol=1e-6)
+    model.merge_adapter()
+    torch.testing.assert_close(model(TOKENS).logits, expected, rtol=1e-5, atol=1e-6)
+    model.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from peft import PeftModel, PromptTuningConfig, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, PromptTuningConfig, get_peft_model
 from rich.console import Console
 from tiny_models import VOCAB, gpt2
 from transformers import AutoModelForCausalLM
 
 import sparsetrain as st
 from sparsetrain.data import Tokenizer
-from sparsetrain.interop.hf import write_model
+from sparsetrain.interop.hf import ExportConfig, export_run, write_model
 from sparsetrain.models import Prompted
 from sparsetrain.stages import PromptConfig, prompt
 from sparsetrain.stages.generate import load_run
@@ -82,9 +82,9 @@ def test_the_prompt_stage_trains_in_front_and_what_peft_reads_scores_alike(
     model, found = load_run(Path(result.directory), torch.device("cpu"))
     assert found is not None
     assert found.front
-    write_model(model, BYTES, tmp_path / "model", verify=False)
-    st.save_peft_prompt(found, tmp_path / "prompt", model)
-    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "prompt")
+    exported = export_run(ExportConfig(result.directory, str(tmp_path / "model")), screen)
+    assert "soft prompt of 3 vectors in front of the text: prompt/ is an adapter of peft" in exported.notes[-1]
+    peft = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "model" / "prompt")
     tokens = torch.tensor([BYTES.encode("Note 3: placebo")])
     expected = peft.generate(input_ids=tokens, max_new_tokens=8, do_sample=False, eos_token_id=None)
     ours = model.generate(tokens, 8, temperature=0.0, prompt=found)
