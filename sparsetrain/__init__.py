@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
@@ -25,6 +25,7 @@ from sparsetrain.optim import ema_coefficients, register_schedule, timescale, we
 from sparsetrain.parameterization import Parameterization, decay_groups, follow_density, param_groups, parameterize
 from sparsetrain.quantization import quantize
 from sparsetrain.runs.quantized import load_quantized, save_quantized
+from sparsetrain.runs.result import RunResult
 from sparsetrain.scaling.law import Law, PowerLaw
 from sparsetrain.scaling.noise import NoiseScale
 from sparsetrain.scaling.power_law import fit_power_law
@@ -82,6 +83,7 @@ __all__ = [
     "PowerLaw",
     "RigL",
     "Rule",
+    "RunResult",
     "SoftPrompt",
     "SparseLinear",
     "SparseMultiheadAttention",
@@ -93,6 +95,7 @@ __all__ = [
     "Transformer",
     "UserError",
     "VariableSparsity",
+    "adapt",
     "alibi_slopes",
     "batch_opt",
     "calibrate",
@@ -100,19 +103,24 @@ __all__ = [
     "densify",
     "ema_coefficients",
     "export_hf",
+    "evaluate",
     "extend_embeddings",
     "extend_tokenizer",
     "fill_in_the_middle",
+    "finetune",
     "fit_power_law",
     "flops",
     "follow_density",
     "import_hf",
+    "generate",
     "lightning_callback",
     "load_peft_prompt",
     "load_quantized",
     "param_groups",
     "parameterize",
     "per_example_norms",
+    "pretrain",
+    "prompt",
     "quantize",
     "register_backend",
     "register_example_gradients",
@@ -190,3 +198,90 @@ def import_hf(source: str, run_dir: str, **settings: Any) -> RunResult:
     from sparsetrain.interop.hf_import import ImportConfig, import_run  # with the stages, which import much
 
     return import_run(ImportConfig(source, run_dir, **settings))
+
+
+def pretrain(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
+    """Train a language model on text, dense or sparse from the first step, and return its result.
+
+    The call makes the run that ``sparsetrain pretrain`` makes with the same settings, with the same bits. A run that
+    exists is resumed, or read if it is finished:
+
+    ```python
+    run = st.pretrain(data="notes.txt", model={"d_model": 64}, sparsity=0.75, steps=200, lr=2e-3, run_dir="runs/notes")
+    run["bits_per_byte"], run.directory
+    ```
+
+    Args:
+        settings: settings by their dotted names: ``{"budget.steps": 200}``.
+        quiet: print nothing.
+        keywords: settings by their last part (``steps=200``), sections as dicts (``model={"d_model": 64}``), and
+            presets by name (``model="demo"``, ``sparsity="rigl"``). ``sparsity`` also takes a number, and ``data`` a
+            path.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: RunResult = call("pretrain", settings, keywords, quiet)
+    return found
+
+
+def adapt(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
+    """Adapt a trained model to another language, and return its result; see `pretrain` for the arguments.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: RunResult = call("adapt", settings, keywords, quiet)
+    return found
+
+
+def finetune(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
+    """Train a model on a labelled task, and return its result; see `pretrain` for the arguments.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: RunResult = call("finetune", settings, keywords, quiet)
+    return found
+
+
+def prompt(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
+    """Learn a soft prompt for a task, and return its result; see `pretrain` for the arguments.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: RunResult = call("prompt", settings, keywords, quiet)
+    return found
+
+
+def evaluate(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
+    """Measure a trained model on text and probes, and return its result; see `pretrain` for the arguments.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: RunResult = call("evaluate", settings, keywords, quiet)
+    return found
+
+
+def generate(settings: Mapping[str, Any] | None = None, /, **keywords: Any) -> str:
+    """Return a text that the model of a run continues: ``st.generate(init_from=RUN_DIR, prompt="The aim")``.
+
+    Raises:
+        UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
+    """
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    found: str = call("generate", settings, keywords)
+    return found

@@ -175,7 +175,7 @@ class _Clock:
     started: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> _Clock:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+        columns = (TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.percentage:.0f} %"))
         self._bar = Progress(
             *columns,
             TimeRemainingColumn(),

@@ -119,9 +119,9 @@ def _measure_all(
             _say(console, f"bench: stopped after {duration(spent)}, {len(todo) - number} cells left; run it again")
             return False
         # Without a measurement there is no estimate.
-        eta = f"  ETA {duration(spent * left / (total - left))}" if left < total else ""
+        eta = f" ETA {duration(spent * left / (total - left))}" if left < total else ""
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        with console.status(plain(f"[{number + 1}/{len(todo)}] {group[0].title}{more}{eta}")):
+        with console.status(plain(f"[{number + 1}/{len(todo)}]{eta}  {group[0].title}{more}")):
             results = measure(group, config)
         left -= sum(effort(cell, config) for cell in group)
         done = time.monotonic() - started

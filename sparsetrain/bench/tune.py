@@ -70,7 +70,7 @@ def tune(config: TuneConfig, console: Console | None = None) -> Path:
 def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
     check_room()  # a measurement takes up to an hour, so a full disk must show before it
     started = time.monotonic()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} cases"))
+    columns = (TextColumn("{task.description}"), BarColumn(16), TextColumn("{task.completed}/{task.total} cases"))
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         tables: dict[str, Crossover] = {}
         for name, dtype in measurable():

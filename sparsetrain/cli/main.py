@@ -146,12 +146,12 @@ def _help() -> str:
     lines = [
         "sparsetrain: train language models whose weights are sparse from the first step",
         "",
-        "usage: sparsetrain VERB [key=value ...]    one run",
-        "       sparsetrain VERB -m key=a,b,c ...   a Hydra multirun over all combinations",
-        "       sparsetrain VERB --plugin FILE.py   use a rule, task, ... that a file registers",
-        "       sparsetrain VERB --config-dir DIR   use the groups and experiments of a directory",
-        "       sparsetrain VERB --force            run even if memory seems too small",
-        "       sparsetrain VERB --help [SETTING]   settings, choices, defaults and examples",
+        "usage: sparsetrain VERB [key=value ...]   one run",
+        "       sparsetrain VERB -m key=a,b,c ...  a multirun over all combinations",
+        "       sparsetrain VERB --plugin FILE.py  use what a file of yours registers",
+        "       sparsetrain VERB --config-dir DIR  use a directory of groups and experiments",
+        "       sparsetrain VERB --force           run even if memory seems too small",
+        "       sparsetrain VERB --help [SETTING]  settings, choices and examples",
         "       sparsetrain --version",
     ]
     for group, heading in GROUPS.items():

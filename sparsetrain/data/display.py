@@ -24,7 +24,7 @@ class Display:
             TimeRemainingColumn,
         )
 
-        columns = (TextColumn("{task.description:>16}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (TextColumn("{task.description:>16}"), BarColumn(24), TaskProgressColumn(), TimeElapsedColumn())
         # The steps take an even time per byte, so the mean speed of the last minutes tells how long the rest takes.
         left = (TextColumn("left"), TimeRemainingColumn())
         shown = enabled and console.is_terminal

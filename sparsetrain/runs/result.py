@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from sparsetrain.files import write_json
 from sparsetrain.reading import read_json
-from sparsetrain.runs.layout import RESULT
+from sparsetrain.runs.layout import METRICS, RESULT
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
 MAX_BYTES = 16 << 20
@@ -249,6 +250,12 @@ class RunResult:
 
     directory: Path
     values: dict[str, Any]
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``: step, loss, learning rate and more; an evaluation has none."""
+        path = self.directory / METRICS
+        return [dict(record) for record in read_metrics(path)] if path.exists() else []
 
     @property
     def complete(self) -> bool:
