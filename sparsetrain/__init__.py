@@ -1,6 +1,8 @@
 """Train language models whose weights are unstructured sparse from the first step."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sparsetrain.process  # noqa: F401 - first of all: see there
 from sparsetrain.cost.cluster.parallelism import Parallelism
@@ -53,6 +55,9 @@ from sparsetrain.sparsity import (
 )
 from sparsetrain.vocabulary import extend_embeddings
 
+if TYPE_CHECKING:
+    from sparsetrain.stages.loaded import Loaded
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -99,6 +104,7 @@ __all__ = [
     "flops",
     "follow_density",
     "lightning_callback",
+    "load",
     "load_peft_prompt",
     "load_quantized",
     "param_groups",
@@ -146,3 +152,24 @@ def calibrate(
     from sparsetrain.bench.calibrate import calibrate as measured  # with the benchmarks, which import much
 
     return measured(budget_seconds, threads, dtypes)
+
+
+def load(run_dir: str | Path, device: str = "cpu", soft_prompt: bool = True) -> "Loaded":
+    """Load a run for use, from its directory alone: its text, its task's data and earlier runs are not needed.
+
+    The result has ``model`` (``model(ids)`` maps ids ``[batch, tokens]`` to logits ``[batch, tokens, vocabulary]``),
+    ``tokenizer`` (``encode`` returns a list of ids), ``task`` (how the run's task asks, or None) and ``prompt`` (its
+    soft prompt, or None). For a run on a task, ``predict(rows)`` labels texts, or rows with the columns of the task;
+    ``generate(text)`` continues a text.
+
+    Args:
+        run_dir: the directory of a run, of a stage of a pipeline, or of a quantized model.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        soft_prompt: whether to load the run's soft prompt, if it has one.
+
+    Raises:
+        UserError: there is no such run, it has no weights, or a file of it is damaged.
+    """
+    from sparsetrain.stages.loaded import load as loaded  # with the stages, which import much
+
+    return loaded(run_dir, device, soft_prompt)
