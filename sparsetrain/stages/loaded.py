@@ -130,7 +130,7 @@ class Loaded:
         ids = torch.tensor([self.tokenizer.encode(text) or [self.tokenizer.eos_id]], device=device)
         embeddings = self.model.embed_tokens(ids)
         if self.prompt is not None:
-            embeddings = torch.cat((embeddings, self.prompt.vectors.to(embeddings.dtype)[None]), dim=1)
+            embeddings = self.prompt.attach(embeddings)
         draws = torch.Generator(device).manual_seed(seed)
         end = self.tokenizer.eos_id
         new = continued(self.model, embeddings, max_new_tokens, temperature, top_p, end, draws)[0].tolist()

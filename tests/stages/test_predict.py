@@ -71,8 +71,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
             "task.template": "{label}? {text}",
         },
     ),
-    "multiple_choice": ("prompt", {"n_tokens": 3, "train": "both", "task.choices": ["a", "b"]}),
-    "free_answer": ("finetune", {"task.kind": "free_answer", "task.max_new_tokens": 14}),
+    "multiple_choice": ("prompt", {"n_tokens": 3, "position": "front", "train": "both", "task.choices": ["a", "b"]}),
+    "free_answer": (
+        "prompt",
+        {"n_tokens": 2, "train": "prompt", "task.kind": "free_answer", "task.max_new_tokens": 14},
+    ),
 }
 
 
