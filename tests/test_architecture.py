@@ -56,10 +56,10 @@ ORDER = [
         "cost",
         *("data.checksums", "data.split", "data.parts", "data.bpe_training", "data.token_sizes", "data.tokenizer_file"),
         *("data.tokenizer_end", "data.tokenizer_formats", "data.tokenizer", "data.tokens"),
-        *("data.tables", "data.sources", "data.medline", "data.tasks", "data"),
+        *("data.tables", "data.table_writing", "data.sources", "data.medline", "data.tasks", "data"),
         "optim",
     ),
-    *("runs", "vocabulary", "scaling", "training", "report", "stages", "interop", "studies", "bench", "cli"),
+    *("runs", "vocabulary", "scaling", "training", "report", "stages", "interop", "studies", "bench", "cli", "calls"),
 ]
 MAX_LINES = 400
 HEAVY = ("numba", "matplotlib", "hydra", "transformers", "rich", "triton", "jinja2")

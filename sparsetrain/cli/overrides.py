@@ -15,7 +15,8 @@ from sparsetrain.cli.quoting import without_interpolation
 from sparsetrain.errors import UserError
 from sparsetrain.runs.recorded import RENAMED
 
-OPEN = ("sparsity.options", "data.sources", "data.mixture")  # sections whose settings no schema names
+OPEN = ("sparsity.options", "data.sources", "data.mixture", "task.answers", "task.hub_splits", "columns")
+"""Sections whose settings no schema names."""
 SEARCH_PATH = "hydra.searchpath"  # Hydra's setting for more directories of configurations
 
 # Renamed settings, sections and groups: {old: new}. A renamed section renames everything in it.

@@ -43,6 +43,8 @@ def _schema(kind: type, rules: Any) -> type:
         if len(arms) > 1 and (str in arms or any(map(dataclasses.is_dataclass, arms))):
             # A number or a section: OmegaConf knows no such type. A number or a word: as text, 2 would become '2'.
             hint = Any
+        if any(get_origin(arm) is dict for arm in arms):
+            hint = Any  # OmegaConf cannot merge names into a mapping that is null
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             section = schema(hint)
             members.append((entry.name, section, dataclasses.field(default_factory=_section(entry, hint, section))))

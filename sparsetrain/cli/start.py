@@ -60,6 +60,11 @@ def generate(config: stages.GenerateConfig) -> None:
     print(stages.generate(config))
 
 
+def predict(config: stages.PredictConfig) -> None:
+    """Write a table with labels, and print where it is."""
+    stages.predict(config)
+
+
 def data(config: DataVerbConfig) -> None:
     """Prepare a corpus and print how much text it holds."""
     console = Console()

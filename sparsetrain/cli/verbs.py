@@ -142,6 +142,15 @@ VERBS: dict[str, Verb] = {
             "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",
         ],
     ),
+    "predict": Verb(
+        about="Label the rows of a CSV, JSON lines or Parquet file with the model of a run on a task.",
+        configuration="sparsetrain.stages:PredictConfig",
+        run="sparsetrain.cli.start:predict",
+        examples=[
+            "sparsetrain predict init_from=RUN_DIR input=new.csv output=predictions.csv",
+            "sparsetrain predict init_from=RUN_DIR input=new.jsonl output=labelled.parquet columns.text=abstract",
+        ],
+    ),
     "quantize": Verb(
         about="Write the model of a run in 4 or 8 bits, with the loss of both.",
         parser="sparsetrain.cli.paths:quantize_arguments",

@@ -9,6 +9,7 @@ from sparsetrain.stages.finetune import finetune
 from sparsetrain.stages.generate import GenerateConfig, generate
 from sparsetrain.stages.pipeline import pipeline
 from sparsetrain.stages.pipeline_config import PipelineConfig
+from sparsetrain.stages.predict import PredictConfig, predict
 from sparsetrain.stages.pretrain import pretrain
 from sparsetrain.stages.prompt import prompt
 
@@ -18,6 +19,7 @@ __all__ = [
     "FinetuneConfig",
     "GenerateConfig",
     "PipelineConfig",
+    "PredictConfig",
     "PretrainConfig",
     "PromptConfig",
     "RunResult",
@@ -26,6 +28,7 @@ __all__ = [
     "finetune",
     "generate",
     "pipeline",
+    "predict",
     "pretrain",
     "prompt",
 ]

@@ -13,17 +13,22 @@ from sparsetrain.cost.footprint import Workload
 from sparsetrain.errors import UserError, check_choice
 from sparsetrain.models import SoftPrompt, Transformer
 from sparsetrain.models.config import ROPE_SCALINGS
-from sparsetrain.runs.layout import TOKENIZER
+from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.quantized import is_quantized, load_quantized
-from sparsetrain.runs.recorded import read_recorded
+from sparsetrain.runs.recorded import Recorded, read_recorded
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
 from sparsetrain.stages.config import RunConfig, model_config
 from sparsetrain.stages.memory import check_memory, memory_errors
 from sparsetrain.stages.stage import restored_model
+from sparsetrain.stages.task_form import cued, run_form
 from sparsetrain.training.state import DEVICES, resolve_device
+
+MODEL_SECTIONS = ("model", "sparsity", "parameterization", "seed")
+"""The settings of a run that its model depends on."""
+_SHOWN = 8  # most runs of a pipeline in an error
 
 
 @dataclass
@@ -50,7 +55,9 @@ class GenerateConfig:
     Args:
         init_from: the run directory, or a directory that ``sparsetrain quantize`` wrote.
         model: settings of its model that may be changed.
-        prompt: the text to continue.
+        prompt: the text to continue; for a run on a task, the text that its template asks about.
+        cue: put the prompt into the template of the run's task, if it has one, so that the answer is generated.
+        columns: for a task whose template has several columns, the texts of the others, ``{question: ...}``.
         max_new_tokens: maximum number of new tokens; generation also ends at the end-of-text token.
         temperature: sampling temperature; 0 takes the most likely token.
         top_p: sample from the smallest set of most likely tokens whose probabilities sum to at least this.
@@ -63,6 +70,8 @@ class GenerateConfig:
     init_from: str | None = None
     model: Adjusted = field(default_factory=Adjusted)
     prompt: str = ""
+    cue: bool = True
+    columns: dict[str, str] | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8
     top_p: float = 0.95
@@ -83,17 +92,41 @@ def run_config(directory: Path) -> RunConfig:
     Raises:
         UserError: the directory holds no run, or an evaluation.
     """
-    common = RunConfig.__dataclass_fields__
+    recorded = _recorded(directory)
+    config = build(
+        RunConfig, {key: recorded.values[key] for key in RunConfig.__dataclass_fields__ & recorded.values.keys()}
+    )
+    if recorded.kind == "adapt":  # its settings say how its tokenizer was made, and its directory has it
+        config.data = replace(config.data, tokenizer_path=str(directory / TOKENIZER))
+    return config
+
+
+def model_settings(directory: Path) -> RunConfig:
+    """Return the settings of a run that its model depends on, with the others at their defaults.
+
+    A plugin that the run was trained with, such as a source of text, is therefore not needed to use the model.
+
+    Raises:
+        UserError: as `run_config`.
+    """
+    values = _recorded(directory).values
+    found = {key: values[key] for key in MODEL_SECTIONS if key in values}
+    if isinstance(found.get("sparsity"), Mapping):
+        found["sparsity"] = {key: value for key, value in found["sparsity"].items() if key != "evolution"}
+    return build(RunConfig, found)
+
+
+def _recorded(directory: Path) -> Recorded:
+    if not (directory / CONFIG).exists() and (found := stage_directories(directory)):
+        names = ", ".join(str(path.relative_to(directory)) for path in found[:_SHOWN])
+        raise UserError(f"{directory} is a pipeline, which has several models; give one of its runs: {names}")
     recorded = read_recorded(directory, RunConfig)
     if recorded.kind == "evaluate":
         measured = recorded.values.get("init_from")
         raise UserError(
             f"{directory} is an evaluation, which has no weights; give the run that it measured, {measured}"
         )
-    config = build(RunConfig, {key: value for key, value in recorded.values.items() if key in common})
-    if recorded.kind == "adapt":  # its settings say how its tokenizer was made, and its directory has it
-        config.data = replace(config.data, tokenizer_path=str(directory / TOKENIZER))
-    return config
+    return recorded
 
 
 def adjusted(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
@@ -117,7 +150,7 @@ def load_run(
     Raises:
         UserError: there is no such run, or its model refuses a change.
     """
-    config = adjusted(run_config(directory), changes or {})
+    config = adjusted(model_settings(directory), changes or {})
     weights = read_weights(directory)
     prompt = None
     if weights.prompt is not None:
@@ -128,20 +161,24 @@ def load_run(
 
 
 def generate(config: GenerateConfig) -> str:
-    """Return the prompt followed by its continuation."""
+    """Return the prompt, in the template of the run's task if it has one, followed by its continuation.
+
+    Raises:
+        UserError: there is no such run, a setting is out of range, or the template needs other columns.
+    """
     assert config.init_from is not None
     directory = Path(config.init_from)
     device = resolve_device(config.device)
     changes = {name: value for name, value in asdict(config.model).items() if value is not None}
     quantized = load_quantized(directory) if is_quantized(directory) else None
     if quantized is None:
-        saved, tokenizer = adjusted(run_config(directory), changes), run_tokenizer(directory)
+        saved, tokenizer = adjusted(model_settings(directory), changes), run_tokenizer(directory)
         shape, sparsity = model_config(saved.model, tokenizer.vocab_size), saved.sparsity
     else:
         # It holds less than the dense model that is counted here.
         quantized.config = replace(quantized.config, **changes)
         tokenizer, shape, sparsity = run_tokenizer(directory), quantized.config, SparsityConfig()
-    ids = tokenizer.encode(config.prompt) or [tokenizer.eos_id]
+    ids = tokenizer.encode(_asked(config, directory)) or [tokenizer.eos_id]
     length = len(ids) + max(0, config.max_new_tokens)
     plan = sparsity if sparsity.is_sparse else None
     workload = Workload(shape, plan, evaluated=1, context=len(ids), cached=length)
@@ -159,3 +196,13 @@ def generate(config: GenerateConfig) -> str:
             prompt=prompt if config.soft_prompt else None,
         )
     return tokenizer.decode(tokens[0].tolist())
+
+
+def _asked(config: GenerateConfig, directory: Path) -> str:
+    form = run_form(directory) if config.cue else None
+    if form is not None:
+        return cued(form, config.prompt, config.columns or {})
+    if config.columns:
+        why = "cue=false" if not config.cue else f"{directory} has no task"
+        raise UserError(f"columns={config.columns}: {why}, so that there is no template to put them into")
+    return config.prompt

@@ -57,6 +57,9 @@ class Scorer:
         context: largest number of tokens of a row, answer included.
         slots: soft-prompt positions in each row.
         autocasting: returns the autocast region that the model computes in.
+
+    Attributes:
+        report: called with the number of questions of each batch that was answered.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Scorer:
     ) -> None:
         self.form, self.tokenizer, self.network, self.module = form, tokenizer, network, module
         self.embed, self.context, self.slots, self.autocasting = embed, context, slots, autocasting
+        self.report: Callable[[int], None] = lambda _count: None
         self._answers: dict[tuple[str, ...], list[list[int]]] = {}
 
     def scores(self, questions: Sequence[Asked], names: Sequence[str] = ()) -> Tensor:
@@ -95,6 +99,7 @@ class Scorer:
 
         def score(batch: ScoringBatch) -> Tensor:
             asked = [questions[index] for index in batch.examples.tolist()]
+            self.report(len(asked))
             with self.autocasting():
                 embeddings = self.embed(batch.batch)
                 if alike:
@@ -153,6 +158,7 @@ class Scorer:
         )
         with evaluating(self.module), torch.no_grad():
             for batch in batches:
+                self.report(len(batch.examples))
                 with self.autocasting():
                     new = continued(self.network, self.embed(batch.batch), max_new_tokens, 0.0, stop_token=end)
                 for index, ids in zip(batch.examples.tolist(), new.tolist(), strict=True):

@@ -42,6 +42,7 @@ SMALL = {
     "pretrain": [*TINY, "data.vocab_size=300", "data.context=64", "budget.batch_size=2", "runs_dir=runs"],
     "finetune": ["task.n_train=20", "task.n_validation=10", "task.n_test=10", "budget.steps=3", "budget.batch_size=4"],
     "generate": ["max_new_tokens=5"],
+    "predict": [],
     "report": [],
     "sweep": [],
     "fit": [],
