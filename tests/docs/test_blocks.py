@@ -1,7 +1,8 @@
 """Every code block of the README and of docs/ runs: commands on a smaller model and corpus, Python as it stands.
 
 A comment of one line above a block says what is special about it: ``<!-- file: PATH -->`` for the content of a file
-that later blocks use, ``<!-- shown only: REASON -->`` for what does not run here.
+that later blocks use, ``<!-- makes: PATHS -->`` for Python that writes files which the commands of its page use, and
+``<!-- shown only: REASON -->`` for what does not run here.
 """
 
 from __future__ import annotations
@@ -92,6 +93,9 @@ def write_files(page: Path) -> None:
         if block.file:
             Path(block.file).parent.mkdir(parents=True, exist_ok=True)
             Path(block.file).write_text(block.code, encoding="utf-8")
+        if block.note.startswith("makes: "):
+            exec(compile(block.code, str(page), "exec", dont_inherit=True), {})
+            assert all(Path(name).exists() for name in block.note.removeprefix("makes: ").split(", "))
 
 
 def lines(program: str) -> Iterator[list[str]]:

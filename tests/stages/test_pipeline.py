@@ -54,7 +54,8 @@ def test_two_arms_write_the_documented_report(configure: Configure, tmp_path: Pa
     for arm in ("dense", "sparse-0.75"):
         assert {path.name for path in (home / arm).iterdir()} == {"pretrain", "finetune", "prompt"}
     for stage in home.glob("*/*/config.yaml"):
-        assert {path.name for path in stage.parent.iterdir()} - {"backends.json"} == STAGE_FILES
+        more = set() if stage.parent.name == "pretrain" else {"task.json", "predictions.csv"}
+        assert {path.name for path in stage.parent.iterdir()} - {"backends.json"} == STAGE_FILES | more
 
     report = json.loads((home / "report.json").read_text())
     validate_report(report)
