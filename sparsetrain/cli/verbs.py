@@ -125,22 +125,28 @@ VERBS: dict[str, Verb] = {
         first=["init_from", "prompt", "max_new_tokens", "temperature", "top_p"],
     ),
     "export": Verb(
-        about="Write the model of a run for Hugging Face transformers, with its tokenizer, zeros and masks.",
+        about="Write the model of a run for Hugging Face transformers.",
         configuration="sparsetrain.interop.hf:ExportConfig",
         run="sparsetrain.interop.hf:export",
         examples=[
             "sparsetrain export init_from=RUN_DIR output=DIR",
             "sparsetrain export init_from=RUN_DIR format=hf layout=llama output=DIR",
         ],
+        group="use",
+        usage="init_from=RUN_DIR output=DIR [key=value ...]",
+        first=["init_from", "output", "layout"],
     ),
     "import": Verb(
-        about="Make a run of a Hugging Face model, which every other verb takes as init_from.",
+        about="Make a run of a Hugging Face model, to start other verbs from.",
         configuration="sparsetrain.interop.hf_import:ImportConfig",
         run="sparsetrain.interop.hf_import:import_run",
         examples=[
             "sparsetrain import source=DIR run_dir=runs/imported",
             "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",
         ],
+        group="use",
+        usage="source=DIR_OR_NAME run_dir=RUN_DIR [key=value ...]",
+        first=["source", "run_dir"],
     ),
     "quantize": Verb(
         about="Write the model of a run in 4 or 8 bits, with the loss of both.",
