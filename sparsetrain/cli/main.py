@@ -149,7 +149,7 @@ def _help() -> str:
         "usage: sparsetrain VERB [key=value ...]   one run",
         "       sparsetrain VERB -m key=a,b,c ...  a multirun over all combinations",
         "       sparsetrain VERB --plugin FILE.py  use what a file of yours registers",
-        "       sparsetrain VERB --config-dir DIR  use a directory of groups and experiments",
+        "       sparsetrain VERB --config-dir DIR  use the presets of a directory",
         "       sparsetrain VERB --force           run even if memory seems too small",
         "       sparsetrain VERB --help [SETTING]  settings, choices and examples",
         "       sparsetrain --version",

@@ -125,7 +125,7 @@ VERBS: dict[str, Verb] = {
         first=["init_from", "prompt", "max_new_tokens", "temperature", "top_p"],
     ),
     "export": Verb(
-        about="Write a run for Hugging Face: weights, masks and tokenizer.",
+        about="Write the model of a run for Hugging Face transformers.",
         configuration="sparsetrain.interop.hf:ExportConfig",
         run="sparsetrain.interop.hf:export",
         examples=[
@@ -134,9 +134,10 @@ VERBS: dict[str, Verb] = {
         ],
         group="use",
         usage="init_from=RUN_DIR output=DIR [key=value ...]",
+        first=["init_from", "output", "layout"],
     ),
     "import": Verb(
-        about="Make a run of a Hugging Face model, to train on or to use.",
+        about="Make a run of a Hugging Face model, to start other verbs from.",
         configuration="sparsetrain.interop.hf_import:ImportConfig",
         run="sparsetrain.interop.hf_import:import_run",
         examples=[
@@ -144,7 +145,8 @@ VERBS: dict[str, Verb] = {
             "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",
         ],
         group="use",
-        usage="source=DIR_OR_NAME run_dir=DIR [key=value ...]",
+        usage="source=DIR_OR_NAME run_dir=RUN_DIR [key=value ...]",
+        first=["source", "run_dir"],
     ),
     "predict": Verb(
         about="Label the rows of a table with the model of a run on a task.",
@@ -156,6 +158,7 @@ VERBS: dict[str, Verb] = {
         ],
         group="use",
         usage="init_from=RUN_DIR input=FILE output=FILE [key=value ...]",
+        first=["init_from", "input", "output"],
     ),
     "quantize": Verb(
         about="Write the model of a run in 4 or 8 bits, with the loss of both.",
