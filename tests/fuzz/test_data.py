@@ -42,7 +42,7 @@ def one(name: str, content: bytes) -> Callable[[Path], Path]:
 
 
 def texts(name: str) -> Callable[[Path], list[str]]:
-    return lambda place: [document.text for document in LocalFiles(str(place / name)).documents()]
+    return lambda place: [document.text for document in LocalFiles(str(place / name), separator="blank_line").documents()]
 
 
 def plain_text(content: bytes) -> list[str]:
