@@ -42,7 +42,11 @@ def one(name: str, content: bytes) -> Callable[[Path], Path]:
 
 
 def texts(name: str) -> Callable[[Path], list[str]]:
-    return lambda place: [document.text for document in LocalFiles(str(place / name)).documents()]
+    def read(place: Path) -> list[str]:
+        source = LocalFiles(str(place / name), separator="blank_line")
+        return [document.text for document in source.documents()]
+
+    return read
 
 
 def plain_text(content: bytes) -> list[str]:
