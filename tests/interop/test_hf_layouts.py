@@ -26,7 +26,7 @@ from sparsetrain.interop.mask_file import read_masks
 from sparsetrain.interop.tensors import masks_from_layout
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.parameterization import Parameterization
-from sparsetrain.sparsity import SparsityPattern, sparse_layers, sparsify
+from sparsetrain.sparsity import SparsityPattern, densify, sparse_layers, sparsify
 from sparsetrain.sparsity.patterns.files import load_masks
 
 SHAPE = {"d_model": 48, "n_layers": 2, "n_heads": 3, "vocab_size": 261, "max_context": 48}
@@ -106,6 +106,8 @@ def test_transformers_computes_the_logits_of_an_exported_model_and_it_comes_back
     ids = tokens(70 if case in ("dynamic", "yarn", "ntk", "linear", "alibi") else 40)
     theirs, expected = load(tmp_path / "out"), logits(model, ids)
     assert type(theirs).__name__ == LAYOUTS[layout].architecture
+    same(logits(theirs, ids), expected)
+    densify(theirs)  # where sparsetrain is imported, the loaded model has sparse layers
     same(logits(theirs, ids), expected)
     assert found.difference is None if case != "alibi" else 0.0 <= found.difference < 1e-5
 

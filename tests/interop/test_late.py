@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from sparsetrain.interop import late
+from sparsetrain.interop import installed, late
 from sparsetrain.interop.late import when_imported
 
 
@@ -50,3 +50,12 @@ def test_a_module_that_does_not_exist_is_not_found(library: str) -> None:
     when_imported("some_library.missing", change)
     with pytest.raises(ModuleNotFoundError, match="No module named"):
         importlib.import_module("some_library.missing")
+
+
+def test_a_library_of_another_version_is_imported_all_the_same(library: str) -> None:
+    def unfit(module: ModuleType) -> None:
+        module.missing.change()
+
+    when_imported(library, installed._guarded(unfit))
+    with pytest.warns(UserWarning, match=r"does not fit this version of some_library.inner: .*'missing'"):
+        assert importlib.import_module(library).value == 1
