@@ -128,9 +128,6 @@ VERBS: dict[str, Verb] = {
         about="Write the model of a run for Hugging Face transformers.",
         configuration="sparsetrain.interop.hf:ExportConfig",
         run="sparsetrain.interop.hf:export",
-        group="use",
-        usage="init_from=RUN_DIR output=DIR [key=value ...]",
-        first=["init_from", "output", "layout", "verify"],
         examples=[
             "sparsetrain export init_from=RUN_DIR output=DIR",
             "sparsetrain export init_from=RUN_DIR format=hf layout=llama output=DIR",
@@ -143,9 +140,6 @@ VERBS: dict[str, Verb] = {
         about="Make a run of a Hugging Face model, to start other verbs from.",
         configuration="sparsetrain.interop.hf_import:ImportConfig",
         run="sparsetrain.interop.hf_import:import_run",
-        group="use",
-        usage="source=DIR_OR_NAME run_dir=RUN [key=value ...]",
-        first=["source", "run_dir", "tokenizer", "masks", "sparsity.sparsity", "sparsity.pattern"],
         examples=[
             "sparsetrain import source=DIR run_dir=runs/imported",
             "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",
