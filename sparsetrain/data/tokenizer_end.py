@@ -15,14 +15,14 @@ from sparsetrain.errors import UserError, nearest
 END_OF_TEXT = "<|endoftext|>"
 # Names that common tokenizers give to the token that ends a document.
 END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>")
-_MARK = "ends_document"
+MARK = "ends_document"
 _SHOWN = 8  # names of special tokens in an error
 
 
 def end_of(layout: Mapping[str, Any]) -> str | None:
     """Return the token that ends a document: the marked one, or the first usual name among the special tokens."""
     special = [token for token in layout.get("added_tokens") or [] if token.get("special")]
-    marked = [token["content"] for token in special if token.get(_MARK) is True]
+    marked = [token["content"] for token in special if token.get(MARK) is True]
     names = {token["content"] for token in special}
     return next(iter(marked), None) or next((name for name in END_NAMES if name in names), None)
 
@@ -45,12 +45,12 @@ def with_end(layout: Mapping[str, Any], name: str, vocabulary: Mapping[str, int]
         raise UserError(
             f"data.eos_token={name!r:.60} is no token of {where}{nearest(name, specials(layout))}; {_listed(layout)}"
         )
-    tokens = [{key: token[key] for key in token if key != _MARK} for token in layout.get("added_tokens") or []]
+    tokens = [{key: token[key] for key in token if key != MARK} for token in layout.get("added_tokens") or []]
     if not any(token["content"] == name for token in tokens):
         plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         tokens.append({"id": vocabulary[name], "content": name, **plain})
         tokens.sort(key=lambda token: token["id"])
-    tokens = [{**token, "special": True, _MARK: True} if token["content"] == name else token for token in tokens]
+    tokens = [{**token, "special": True, MARK: True} if token["content"] == name else token for token in tokens]
     return json.dumps({**layout, "added_tokens": tokens}, ensure_ascii=False, indent=2).encode()
 
 

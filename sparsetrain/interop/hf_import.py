@@ -69,6 +69,7 @@ class ImportConfig:
         run_dir: the run directory to write.
         revision: the branch, tag or commit on the hub.
         tokenizer: a ``tokenizer.json`` or a directory with one; null takes that of the source, ``bytes`` plain bytes.
+        eos_token: the token of it that ends a document; null takes the one that its files name.
         masks: ``auto`` makes the layers sparse whose masks the source has in a file, or, where ``config.json`` has a
             ``sparsity_config`` without one, those with zeros; ``zeros`` takes the zeros of the weights; ``none`` makes
             all layers dense.
@@ -81,6 +82,7 @@ class ImportConfig:
     run_dir: str | None = None
     revision: str | None = None
     tokenizer: str | None = None
+    eos_token: str | None = None
     masks: str = "auto"
     sparsity: SparsityConfig = field(default_factory=SparsityConfig)
     seed: int = 0
@@ -167,10 +169,11 @@ def _tokenizer(config: ImportConfig, source: Path) -> Tokenizer:
     if config.tokenizer == BYTES:
         return Tokenizer.bytes()
     try:
-        return Tokenizer.load(source if config.tokenizer is None else typed_path(config.tokenizer, "tokenizer"))
+        place = source if config.tokenizer is None else typed_path(config.tokenizer, "tokenizer")
+        return Tokenizer.load(place, config.eos_token)
     except UserError as error:
         given = f"tokenizer={config.tokenizer}" if config.tokenizer is not None else f"source={source}: its tokenizer"
-        reason = str(error).removeprefix("data.tokenizer_path=")
+        reason = str(error).removeprefix("data.").removeprefix("tokenizer_path=").replace("data.eos_token", "eos_token")
         raise UserError(f"{given} cannot be used: {reason}; another one is given by tokenizer=FILE") from None
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from sparsetrain.data import Tokenizer
+from sparsetrain.data.tokenizer_end import MARK
 
 
 def tokenizer_files(tokenizer: Tokenizer, directory: Path, max_context: int) -> None:
@@ -19,8 +20,7 @@ def tokenizer_files(tokenizer: Tokenizer, directory: Path, max_context: int) -> 
     Args:
         max_context: tokens in the longest training sequence.
     """
-    tokenizer.save(directory / "tokenizer.json")
-    _drop_added_tokens(directory / "tokenizer.json")
+    (directory / "tokenizer.json").write_text(_plain(tokenizer.content.decode()), encoding="utf-8")
     content = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_context,
@@ -34,11 +34,14 @@ def tokenizer_files(tokenizer: Tokenizer, directory: Path, max_context: int) -> 
     (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _drop_added_tokens(path: Path) -> None:
-    """Remove the step of a ``tokenizer.json`` that puts tokens before and behind a text, if it has one."""
-    text = path.read_text(encoding="utf-8")
-    inner = tokenizers.Tokenizer.from_str(text)
-    if inner.num_special_tokens_to_add(is_pair=False):
-        content = json.loads(text)
+def _plain(text: str) -> str:
+    """Return a ``tokenizer.json`` that puts no tokens before or behind a text, and without our mark of the end.
+
+    A file that does and has neither is returned as it is.
+    """
+    content = json.loads(text)
+    marked = [token for token in content.get("added_tokens") or [] if token.pop(MARK, None) is not None]
+    adds = tokenizers.Tokenizer.from_str(text).num_special_tokens_to_add(is_pair=False) > 0
+    if adds:
         content["post_processor"] = None
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    return json.dumps(content, indent=2, ensure_ascii=False) if marked or adds else text

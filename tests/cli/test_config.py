@@ -33,6 +33,8 @@ FILES = sorted(path.relative_to(CONF) for path in CONF.rglob("*.yaml"))
 # Further overrides that some choices require.
 COMPANIONS = {
     "provision": ["hours=1"],
+    "export": ["init_from=run", "output=out"],
+    "import": ["source=model", "run_dir=run"],
     "data=file": ["data.path=notes.txt"],
     "data=hub": ["data.hub_name=owner/name"],
     "optimizer=sgd": ["parameterization.optimizer=sgd"],

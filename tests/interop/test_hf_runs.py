@@ -11,10 +11,12 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from shell import Shell
+from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from sparsetrain.data import Tokenizer
@@ -23,6 +25,7 @@ from sparsetrain.interop import hf
 from sparsetrain.interop.hf import ExportConfig, export_run, write_model
 from sparsetrain.interop.hf_check import quiet, sample
 from sparsetrain.interop.hf_import import ImportConfig, import_run
+from sparsetrain.interop.hf_tokenizer import tokenizer_files
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import SparsityConfig, sparse_layers
@@ -111,13 +114,13 @@ def test_a_pretraining_makes_a_dense_run_sparse_and_keeps_a_sparse_one(
 ) -> None:
     dense, sparse = trained({"sparsity.sparsity": 0.0}), trained()
     before, _ = load_run(dense, CPU)
-    changes = {"sparsity": {"sparsity": 0.75, "pattern": "magnitude"}, "budget.steps": 6}
+    changes = {"sparsity": {"sparsity": 0.5, "pattern": "magnitude"}, "budget.steps": 6}
     run = tmp_path / "pruned"
     pretrain(configure(PretrainConfig, changes, init_from=dense, run_dir=run), screen)
     layers = dict(sparse_layers(load_run(run, CPU)[0]))
     assert len(layers) == 8
     weight = before.blocks[1].mlp.up.weight
-    largest = weight.abs().flatten().topk(weight.numel() // 4).values[-1]
+    largest = weight.abs().flatten().topk(weight.numel() // 2).values[-1]
     assert torch.equal(layers["blocks.1.mlp.up"].pattern.mask(), weight.abs() >= largest)
 
     words = ["budget.steps=2", "budget.batch_size=2", "data.tokenizer=bytes", "data.context=32", shell.tiny[-1]]
@@ -232,3 +235,23 @@ def test_what_cannot_be_imported_is_one_line(gpt2: Path, shell: Shell, monkeypat
         ([f"source={gpt2}", "run_dir=run", "masks=some"], "masks='some' is not one of auto, zeros, none"),
     ):
         assert message in shell.refused("import", *words), words
+
+
+def test_a_word_piece_tokenizer_comes_along_without_what_adds_tokens(tmp_path: Path) -> None:
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = ["the patients were treated with placebo"] * 3
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    inner.train_from_iterator(words, trainers.WordPieceTrainer(vocab_size=90, special_tokens=special))
+    inner.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    inner.save(str(tmp_path / "pieces.json"))
+    with pytest.warns(UserWarning, match="may not give a text back"):
+        ours = Tokenizer.load(tmp_path / "pieces.json", "[SEP]")
+    tokenizer_files(ours, tmp_path, 64)
+    (tmp_path / "config.json").write_text('{"model_type": "mpt"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "the placebo patients [SEP] were"
+    assert theirs(text)["input_ids"] == ours.encode(text)
+    assert theirs.eos_token_id == ours.eos_id
+    with pytest.warns(UserWarning, match="may not give a text back"):
+        assert Tokenizer.load(tmp_path).eos_token == "[SEP]"
