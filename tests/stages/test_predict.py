@@ -53,7 +53,7 @@ def rows(kind: str) -> list[dict[str, Any]]:
         if kind == "several_labels":
             row["label"] = [name for name in COLOURS if draw.random() < 0.4] or [COLOURS[0]]
         elif kind == "multiple_choice":
-            row |= {"a": f"{number} is it", "b": "this", "label": draw.choice("ab")}
+            row |= {"a": f"{number * 37 % 89} it", "b": f"{number * 53 % 97} at", "label": draw.choice("ab")}
         else:
             row["label"] = colour
         found.append(row)
