@@ -92,7 +92,7 @@ def test_a_task_that_cannot_be_used_is_one_line(changes: dict[str, Any], said: s
 def test_a_taken_name_is_refused_and_the_same_task_again_is_not(own_task: None) -> None:
     st.register_task("parity", parity)
     with pytest.raises(
-        UserError, match=r"^task name 'parity' is taken; registered are pubmedqa, section_roles, parity$"
+        UserError, match=r"^task name 'parity' is taken; registered are file, hub, pubmedqa, section_roles, parity$"
     ):
         st.register_task("parity", lambda config: parity(config))
     assert TASKS["parity"].load is parity
