@@ -139,7 +139,7 @@ VERBS: dict[str, Verb] = {
     "import": Verb(
         about="Make a run of a Hugging Face model, to start other verbs from.",
         configuration="sparsetrain.interop.hf_import:ImportConfig",
-        run="sparsetrain.interop.hf_import:import_run",
+        run="sparsetrain.interop.hf_import:import_model",
         examples=[
             "sparsetrain import source=DIR run_dir=runs/imported",
             "sparsetrain import source=OWNER/NAME run_dir=runs/new sparsity.sparsity=0.75 sparsity.pattern=magnitude",

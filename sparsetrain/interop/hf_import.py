@@ -141,6 +141,12 @@ def import_run(config: ImportConfig, console: Console | None = None) -> RunResul
     return result
 
 
+def import_model(config: ImportConfig) -> None:
+    """Import a model and print where its run is."""
+    console = Console()
+    say(console, f"run directory: {import_run(config, console).directory}")
+
+
 def read_model(source: Path, settings: Mapping[str, Any], files: list[Path], layout: Layout) -> Plain:
     """Return the model of a directory, without masks.
 

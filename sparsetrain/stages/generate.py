@@ -16,7 +16,7 @@ from sparsetrain.models.config import ROPE_SCALINGS
 from sparsetrain.runs.layout import CONFIG, TOKENIZER, stage_directories
 from sparsetrain.runs.origin import run_tokenizer
 from sparsetrain.runs.quantized import is_quantized, load_quantized
-from sparsetrain.runs.recorded import Recorded, read_recorded
+from sparsetrain.runs.recorded import Recorded, entries, read_recorded
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.settings import build
 from sparsetrain.sparsity import SparsityConfig
@@ -110,10 +110,21 @@ def model_settings(directory: Path) -> RunConfig:
         UserError: as `run_config`.
     """
     values = _recorded(directory).values
+    _check_sections(directory, values)
     found = {key: values[key] for key in MODEL_SECTIONS if key in values}
     if isinstance(found.get("sparsity"), Mapping):
         found["sparsity"] = {key: value for key, value in found["sparsity"].items() if key != "evolution"}
     return build(RunConfig, found)
+
+
+def _check_sections(directory: Path, values: Mapping[str, Any]) -> None:
+    """Raise `UserError` if a section of settings is none: the file is damaged, whether or not the model needs it."""
+    for name, entry in entries(RunConfig).items():
+        if entry.section is not None and not isinstance(values.get(name, {}), Mapping):
+            raise UserError(f"{directory / CONFIG}: {name}={values[name]!r:.60} must be a section of settings")
+    evolution = values.get("sparsity", {}).get("evolution", {})
+    if not isinstance(evolution, Mapping):
+        raise UserError(f"{directory / CONFIG}: sparsity.evolution={evolution!r:.60} must be a section of settings")
 
 
 def _recorded(directory: Path) -> Recorded:

@@ -79,7 +79,8 @@ def cued(form: Form, prompt: str, columns: Mapping[str, str]) -> str:
     """Return a prompt in the form's template, to be answered by generation.
 
     Args:
-        prompt: the text of the one column that ``columns`` does not give.
+        prompt: the text of the one column that ``columns`` does not give. Without ``columns`` it stands for all that
+            comes before the end of a template with several.
         columns: the texts of other columns; for ``several_labels``, ``label`` is the label that is asked about.
 
     Raises:
@@ -91,6 +92,8 @@ def cued(form: Form, prompt: str, columns: Mapping[str, str]) -> str:
         if name not in needed:
             raise UserError(f"columns.{name}: the task asks with {_listed(needed)}{nearest(name, needed)}")
     free = [name for name in needed if name not in columns]
+    if len(free) > 1 and not columns and form.kind != "several_labels":
+        return prompt + form.ending
     if len(free) > 1 or (free and free == [LABEL]):
         given = ", ".join(f"{name}: ..." for name in needed if name != free[0])
         raise UserError(

@@ -88,7 +88,7 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
             unfinished.append(directory)
             continue
         result = load_result(directory / RESULT)
-        if result.get("stage") == "pretrain":
+        if result.get("stage") == "pretrain" and "imported" not in result:  # nothing trained an imported model here
             check(result, SweptResult, str(directory / RESULT))
             done[directory] = (_swept(directory), result)
     earlier = {row["run"]: (row, table) for table in tables for row in _table(table)}

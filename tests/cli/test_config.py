@@ -35,6 +35,7 @@ COMPANIONS = {
     "provision": ["hours=1"],
     "export": ["init_from=run", "output=out"],
     "import": ["source=model", "run_dir=run"],
+    "predict": ["init_from=run", "input=new.csv", "output=labelled.csv"],
     "data=file": ["data.path=notes.txt"],
     "data=hub": ["data.hub_name=owner/name"],
     "optimizer=sgd": ["parameterization.optimizer=sgd"],

@@ -10,7 +10,6 @@ import pytest
 from fresh import Fresh
 
 from sparsetrain.cli import multirun
-from sparsetrain.cli.arguments import Arguments
 from sparsetrain.cli.notices import notices_on_stderr
 
 
@@ -41,7 +40,7 @@ def test_a_point_in_a_process_of_a_launcher_shows_its_warnings(
     """Such a process runs the job alone, without `main`."""
     monkeypatch.setattr(multirun, "convert", lambda *_: None)
     monkeypatch.setattr(multirun, "start", lambda *_: logging.getLogger("sparsetrain.runs").warning("damaged") or 0)
-    job = multirun.Job("pretrain", Arguments.of("pretrain", []), [], "sparsetrain pretrain", tmp_path)
+    job = multirun.Job("pretrain", [], "sparsetrain pretrain", tmp_path)
     assert job._run({}) == 0
     assert capsys.readouterr() == ("", "warning: damaged\n")
 

@@ -103,6 +103,8 @@ def test_the_library_of_this_python_and_an_installed_package_are_found() -> None
 class Grouped:
     """Documents of a few groups."""
 
+    long_documents = False
+
     def __init__(self, groups: list[str | None]) -> None:
         self.groups = groups
 

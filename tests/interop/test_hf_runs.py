@@ -31,6 +31,7 @@ from sparsetrain.runs.result import load_result
 from sparsetrain.sparsity import SparsityConfig, sparse_layers
 from sparsetrain.stages import PretrainConfig, PromptConfig, pretrain, prompt
 from sparsetrain.stages.generate import load_run
+from sparsetrain.studies.sweep import read_sweep
 
 Configure = Callable[..., Any]
 Trained = Callable[..., Path]
@@ -79,6 +80,8 @@ def test_an_exported_run_continues_a_text_as_the_run_does_and_comes_back(trained
     result = load_result(Path("back/result.json"))
     assert (result["status"], result["steps"], result["density"]) == ("complete", 0, pytest.approx(0.25, abs=0.01))
     assert "already done" in shell.run("import", "source=out", "run_dir=back")[1]
+    with pytest.raises(UserError, match="no finished pre-training run"):
+        read_sweep([Path("back")])  # nothing was trained
 
 
 def test_a_run_from_an_imported_model_trains_and_says_that_its_text_is_unknown(

@@ -262,12 +262,12 @@ def test_generation_asks_with_the_cue_of_the_task(on_questions: Path, run_on: Ca
     assert told.startswith(asked)
     assert told == text(on_questions, asked, cue=False)
     assert told == asked + load(on_questions).generate("Drug 1.", max_new_tokens=5, question="does it help?")
+    assert text(on_questions, "Drug 1. Does it?") == text(on_questions, "Drug 1. Does it?\nanswer:", cue=False)
     run = run_on("free_answer")
     assert text(run, "red") == text(run, "red\nanswer:", cue=False)
     several = run_on("several_labels")
     assert text(several, "red", columns={"label": "cold"}) == text(several, "cold? red", cue=False)
     for settings, said in (
-        ({}, r"asks with context and question; give what is not the prompt, 'columns=\{question: \.\.\.\}'"),
         ({"columns": {"questions": "?"}}, r"columns\.questions: .* \(did you mean 'question'\?\)"),
         ({"columns": {"question": "?", "context": "!"}}, r"columns gives all that the task asks with"),
         ({"columns": {"question": "?"}, "cue": False}, r"columns=.*: cue=false, so that there is no template"),

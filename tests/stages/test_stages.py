@@ -182,7 +182,7 @@ def test_finetuning_learns_the_answers(
 def test_section_roles_share_no_document_with_the_training_text(
     configure: Configure, tmp_path: Path, screen: Console, small_medline: object
 ) -> None:
-    data = {"data.path": None, "data.name": "medline"}
+    data = {"data.path": None, "data.separator": None, "data.name": "medline"}
     task = {"task.path": None, "task.name": "section_roles", "task.n_test": 30, "task.n_train": 20}
     result = finetune(configure(FinetuneConfig, {**data, **task}, run_dir=tmp_path / "run"), screen)
     assert (result["task"], result["n_test"], result["n_train"]) == ("section_roles", 30, 20)
@@ -315,7 +315,13 @@ def test_generation_uses_the_soft_prompt_of_a_run(
         PromptConfig, changes, run_dir=tmp_path / "p", init_from=sparse.directory, train="prompt", mode="sparse"
     )
     result = prompt(config, screen)
-    settings = {"init_from": str(result.directory), "prompt": "Note", "max_new_tokens": 12, "temperature": 0.0}
+    settings = {
+        "init_from": str(result.directory),
+        "prompt": "Note",
+        "max_new_tokens": 12,
+        "temperature": 0.0,
+        "cue": False,
+    }
     plain = {**settings, "init_from": str(sparse.directory)}
     assert generate(GenerateConfig(**settings, soft_prompt=False)) == generate(GenerateConfig(**plain))
     model, learned = load_run(result.directory, CPU)

@@ -108,6 +108,12 @@ class Form:
         """The columns that a row must have, without the label."""
         return tuple(dict.fromkeys([*(name for name in _fields(self.template) if name != LABEL), *self.choices]))
 
+    @property
+    def ending(self) -> str:
+        """The text of the template behind its last column."""
+        literal, field, _, _ = list(string.Formatter().parse(self.template))[-1]
+        return literal if field is None else ""
+
     def source(self, row: Mapping[str, Any], where: str) -> tuple[str, str]:
         """Return the source of a row: its text before the asked label, and after it; the second is mostly empty.
 
