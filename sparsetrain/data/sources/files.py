@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import glob
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from sparsetrain.data.checksums import sha256_once
 from sparsetrain.data.sources.base import Document, Fields, Source, pick_field
 from sparsetrain.data.sources.plain_text import BLANK_LINE, decoded_line, raw_lines, read_text, readable, separator_of
 from sparsetrain.data.sources.registry import FILE, SourceConfig, register_source
+from sparsetrain.data.tables import ParquetTable
 from sparsetrain.errors import UserError, nearest
 from sparsetrain.files import typed_path
 from sparsetrain.reading import parse_json
@@ -39,48 +38,16 @@ def _read_jsonl(path: Path, fields: Fields) -> Iterator[Document]:
 
 
 def _read_parquet(path: Path, fields: Fields) -> Iterator[Document]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError as error:
-        raise UserError(f"reading {path} needs pyarrow: pip install 'sparsetrain[parquet]'") from error
-    row_number = 0
-    for rows in _parquet_rows(parquet, path, fields):
-        for row in rows:
-            row_number += 1
-            document = fields.document(row, f"{path}, row {row_number}")
-            if document is not None:
-                yield document
-
-
-def _parquet_rows(parquet: Any, path: Path, fields: Fields) -> Iterator[list[dict[str, Any]]]:
-    """Yield the rows of a Parquet file in batches, with the columns of ``fields`` and, if present, ``id``."""
-    # pyarrow raises its own errors, and built-in ones for the file system, for decoding and for numbers out of range.
-    kinds = (importlib.import_module("pyarrow").ArrowException, OSError, ValueError, OverflowError, MemoryError)
-    try:
-        # The checksums of pages are optional in a Parquet file; they are compared if it has them.
-        table = parquet.ParquetFile(path, page_checksum_verification=True)
-        names, count = table.schema_arrow.names, table.metadata.num_rows
-    except kinds as error:
-        raise UserError(f"{path} is not a Parquet file: {_reason(error)}") from error
-    with table:
-        pick_field(dict.fromkeys(names), fields.text, str(path))
-        if fields.group is not None:
-            pick_field(dict.fromkeys(names), fields.group, str(path), "group_field")
-        wanted = dict.fromkeys(name for name in (fields.text, fields.group, "id") if name is not None)
-        if twice := [name for name in wanted if names.count(name) > 1]:
-            raise UserError(f"{path}: the column {twice[0]} occurs twice")
-        columns = [name for name in wanted if name in names]
-        number = 0
-        try:
-            batches = table.iter_batches(batch_size=1024, columns=columns)
-            while (batch := next(batches, None)) is not None:
-                rows = batch.to_pylist()
-                number += len(rows)
-                yield rows
-        except kinds as error:
-            raise UserError(f"{path} is damaged behind row {number}: {_reason(error)}") from error
-        if number != count:  # pyarrow raises no error if a column ends early
-            raise UserError(f"{path} is damaged: it has {number} rows, and its footer says {count}")
+    table = ParquetTable(path, "data.path")
+    names = dict.fromkeys(table.columns)
+    pick_field(names, fields.text, str(path))
+    if fields.group is not None:
+        pick_field(names, fields.group, str(path), "group_field")
+    used = [name for name in (fields.text, fields.group, "id") if name in names]
+    for number, row in table.rows(used):
+        document = fields.document(row, table.where(number))
+        if document is not None:
+            yield document
 
 
 def _reason(error: BaseException) -> str:
