@@ -224,7 +224,7 @@ def _values(predictions: Iterator[Prediction], added: list[Added], labels: Count
 def _told(form: Form, labels: Counter[str]) -> str:
     if form.kind in ("free_answer", "multiple_choice"):
         return f"{len(labels):,} different answers"
-    shown = [f"{label} {labels[label]:,}" for label in form.labels[:_SHOWN]]
+    shown = [f"{' '.join(label.split())} {labels[label]:,}" for label in form.labels[:_SHOWN]]
     return ", ".join(shown) + (", …" if len(form.labels) > _SHOWN else "")
 
 

@@ -138,7 +138,7 @@ def test_columns_template_labels_and_answers_are_set(tmp_path: Path) -> None:
     rows += [{"head": "h", "body": "b{}", "mood": 1, "where": "test"}]
     names = {"label_field": "mood", "split_field": "where", "id_field": "head"}
     path = write(tmp_path / "a.jsonl", rows)
-    task = load(path, **names, template="{head}: {body}\nmood:", labels=["1", "0"], answers={"1": " good"})
+    task = load(path, **names, template="{head}: {body}\\nmood:", labels=["1", "0"], answers={"1": "good"})
     assert (task.labels, task.answers) == (("1", "0"), (" good", " 0"))
     assert task.test == [Example("h", "h: b{}\nmood:", 0, "h", text="h\nb{}")]
     assert task.form.columns == ("head", "body")

@@ -45,6 +45,14 @@ def test_take_is_nested_and_depends_on_the_seed() -> None:
     assert len(take(every, 300, 0)) == 100
 
 
+def test_examples_of_one_id_are_drawn_apart() -> None:
+    every = [Example(str(number % 10), "q", number % 2) for number in range(3000)]
+    drawn = take(every, 100, 0)
+    assert len({example.id for example in drawn}) == 10
+    assert 25 < sum(example.label for example in drawn) < 75
+    assert take(every, 30, 0) == drawn[:30]
+
+
 def test_section_roles_follow_sections_and_the_one_split() -> None:
     documents = [
         Document(

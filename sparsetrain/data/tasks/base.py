@@ -202,5 +202,14 @@ def _ordered(truth: Any) -> Any:
 
 
 def take(examples: Iterable[Example], count: int | None, seed: int) -> list[Example]:
-    """Return at most ``count`` examples, or all, in random order; a smaller count takes the first of a larger one's."""
-    return sorted(examples, key=lambda example: (position(f"{seed}/{example.id}", "task"), example.id))[:count]
+    """Return at most ``count`` examples, or all, in random order; a smaller count takes the first of a larger one's.
+
+    Examples of one id have places of their own, by their order among each other.
+    """
+    met: Counter[str] = Counter()
+    placed = []
+    for example in examples:
+        again = f"#{met[example.id]}" if met[example.id] else ""
+        met[example.id] += 1
+        placed.append((position(f"{seed}/{example.id}{again}", "task"), example.id, len(placed), example))
+    return [example for *_, example in sorted(placed, key=lambda entry: entry[:3])][:count]

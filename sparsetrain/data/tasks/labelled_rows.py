@@ -122,7 +122,8 @@ class _Reading:
 
     def _template(self, kind: str) -> str:
         if self.config.template is not None:
-            return self.config.template
+            # As a shell passes them on; a line end of YAML is one already.
+            return self.config.template.replace("\\n", "\n").replace("\\t", "\t")
         return f"{{{self.config.text_field}}}{CUES[kind]}"
 
     def _probe(self, kind: str) -> Form:
@@ -278,7 +279,8 @@ class _Reading:
                     f"task.answers: {shown(name)} is no label{nearest(name, names)}; there are "
                     f"{', '.join(names[:20]) or 'none'}"
                 )
-        answers = tuple(given.get(name, f" {name}") for name in names)
+        texts = (given.get(name, name) for name in names)
+        answers = tuple(text if text[:1].isspace() else f" {text}" for text in texts)
         for number, answer in enumerate(answers):
             if answer in answers[:number]:
                 raise UserError(f"task.answers: two labels have the answer {shown(answer)}")

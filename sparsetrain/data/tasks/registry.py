@@ -31,11 +31,11 @@ class TaskConfig:
         split_field: column with train, validation or test; null takes ``split``, if there is such a column.
         id_field: column of the ids of rows; null takes ``id``, if there is such a column, or else numbers the rows.
         group_field: column of the groups, whose rows share a split; null takes ``group``, if there is such a column.
-        template: what the model reads, with ``{column}`` for the text of a column.
+        template: what the model reads, with ``{column}`` for the text of a column; ``\\n`` is a line end, ``\\t`` a tab.
         kind: one_label, several_labels, multiple_choice or free_answer; null is several_labels where labels are lists
             or ``label_separator`` is given, multiple_choice where ``choices`` are, and else one_label.
         labels: the labels that are allowed, in their order; null takes all labels of training rows, sorted.
-        answers: the text that stands for a label; without one it is the label behind a space.
+        answers: the text that stands for a label, behind a space; without one it is the label.
         length_rule: how log-likelihoods of answers compare: their sum, or divided by tokens (token) or bytes (byte);
             null takes the task's own, mostly the sum.
         label_separator: the text between the labels of a cell, for several labels.
