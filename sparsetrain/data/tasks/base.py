@@ -207,7 +207,7 @@ def take(examples: Iterable[Example], count: int | None, seed: int) -> list[Exam
     Examples of one id have places of their own, by their order among each other.
     """
     met: Counter[str] = Counter()
-    placed = []
+    placed: list[tuple[float, str, int, Example]] = []
     for example in examples:
         again = f"#{met[example.id]}" if met[example.id] else ""
         met[example.id] += 1

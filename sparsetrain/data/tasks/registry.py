@@ -31,7 +31,7 @@ class TaskConfig:
         split_field: column with train, validation or test; null takes ``split``, if there is such a column.
         id_field: column of the ids of rows; null takes ``id``, if there is such a column, or else numbers the rows.
         group_field: column of the groups, whose rows share a split; null takes ``group``, if there is such a column.
-        template: what the model reads, with ``{column}`` for the text of a column; ``\\n`` is a line end, ``\\t`` a tab.
+        template: what the model reads, with ``{column}`` for the text of a column; ``\\n`` ends a line.
         kind: one_label, several_labels, multiple_choice or free_answer; null is several_labels where labels are lists
             or ``label_separator`` is given, multiple_choice where ``choices`` are, and else one_label.
         labels: the labels that are allowed, in their order; null takes all labels of training rows, sorted.
