@@ -72,6 +72,12 @@ def import_hf(source: str, run_dir: str, **settings: Any) -> RunResult:
     return import_run(ImportConfig(source, run_dir, **settings))
 
 
+def _called(verb: str, settings: Mapping[str, Any] | None, keywords: Mapping[str, Any], quiet: bool = False) -> Any:
+    from sparsetrain.cli.calls import call  # with Hydra, which imports much
+
+    return call(verb, settings, keywords, quiet)
+
+
 def pretrain(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, **keywords: Any) -> RunResult:
     """Train a language model on text, dense or sparse from the first step, and return its result.
 
@@ -93,9 +99,7 @@ def pretrain(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = Fals
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: RunResult = call("pretrain", settings, keywords, quiet)
+    found: RunResult = _called("pretrain", settings, keywords, quiet)
     return found
 
 
@@ -105,9 +109,7 @@ def adapt(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False, 
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: RunResult = call("adapt", settings, keywords, quiet)
+    found: RunResult = _called("adapt", settings, keywords, quiet)
     return found
 
 
@@ -117,9 +119,7 @@ def finetune(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = Fals
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: RunResult = call("finetune", settings, keywords, quiet)
+    found: RunResult = _called("finetune", settings, keywords, quiet)
     return found
 
 
@@ -129,9 +129,7 @@ def prompt(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = False,
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: RunResult = call("prompt", settings, keywords, quiet)
+    found: RunResult = _called("prompt", settings, keywords, quiet)
     return found
 
 
@@ -141,9 +139,7 @@ def evaluate(settings: Mapping[str, Any] | None = None, /, *, quiet: bool = Fals
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: RunResult = call("evaluate", settings, keywords, quiet)
+    found: RunResult = _called("evaluate", settings, keywords, quiet)
     return found
 
 
@@ -153,9 +149,7 @@ def generate(settings: Mapping[str, Any] | None = None, /, **keywords: Any) -> s
     Raises:
         UserError: a setting is unknown, ambiguous, given twice or refused, or the input cannot be used.
     """
-    from sparsetrain.cli.calls import call  # with Hydra, which imports much
-
-    found: str = call("generate", settings, keywords)
+    found: str = _called("generate", settings, keywords)
     return found
 
 

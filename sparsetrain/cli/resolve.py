@@ -51,7 +51,7 @@ def convert(verb: str, tree: DictConfig, overrides: Iterable[str]) -> Any:
     prefer_typed_length(values, keys)
     prefer_typed_arms(values, given)
     if row.inherits and values.get("init_from"):
-        inherit(values, row.inherits, keys, prunes=verb == "pretrain")
+        inherit(values, row.inherits, keys, row.prunes)
     return keep_former_cut(build(row.kind(), values), keys)
 
 

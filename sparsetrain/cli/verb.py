@@ -43,6 +43,7 @@ class Verb:
         configuration: the dataclass of the settings; ``conf/VERB.yaml`` completes its defaults.
         parser: for a verb without settings, a function that adds its arguments to an ``ArgumentParser``.
         inherits: sections of settings that the verb takes from the run ``init_from`` unless they are given.
+        prunes: whether settings of ``sparsity`` make a dense model of ``init_from`` sparse.
         cost: a function that estimates the cost of a multirun from its points; it is printed before the first point.
         together: whether the function takes the list of all points of a sweep; commas then need no ``-m``.
         group: one of `GROUPS`, under which help lists the verb.
@@ -56,6 +57,7 @@ class Verb:
     configuration: str | None = None
     parser: str | None = None
     inherits: Sequence[str] = ()
+    prunes: bool = False
     cost: str | None = None
     together: bool = False
     group: str = "other"

@@ -42,6 +42,7 @@ VERBS: dict[str, Verb] = {
             "sparsetrain pretrain -m sparsity.sparsity=0,0.5,0.75 optimizer.lr=1e-3,2e-3,4e-3",
         ],
         inherits=["parameterization"],
+        prunes=True,
         cost="sparsetrain.stages.estimate:sweep_cost",
         group="train",
     ),

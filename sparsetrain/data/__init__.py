@@ -16,13 +16,7 @@ from sparsetrain.data.tasks.base import Example, Task, take
 from sparsetrain.data.tasks.batches import TaskBatches
 from sparsetrain.data.tasks.form import Asked, Form
 from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_task, register_task
-from sparsetrain.data.tasks.scoring import (
-    ScoringBatch,
-    answer_tokens,
-    question_batches,
-    scored_tokens,
-    scoring_batches,
-)
+from sparsetrain.data.tasks.scoring import ScoringBatch, question_batches, scored_tokens
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import Batch, PackedSamples, Samples, TokenFile, sequential_windows
 
@@ -55,7 +49,6 @@ __all__ = [
     "TaskConfig",
     "TokenFile",
     "Tokenizer",
-    "answer_tokens",
     "fill_in_the_middle",
     "find_corpora",
     "find_task",
@@ -67,7 +60,6 @@ __all__ = [
     "register_source",
     "register_task",
     "scored_tokens",
-    "scoring_batches",
     "sequential_windows",
     "split_of",
     "take",

@@ -222,7 +222,7 @@ def _typed(value: Any, kind: str) -> Any:
 
 
 def _kinds(table: Table) -> dict[str, str]:
-    """Return the kind of each column of JSON lines: ``bool``, ``int``, ``float``, ``text``, or ``null`` of none."""
+    """Return the kind of each column of JSON lines: ``bool``, ``int``, ``float``, ``text``, or ``null`` (no value)."""
     found = dict.fromkeys(table.columns, "null")
     for _, row in table.rows():
         for name, value in row.items():

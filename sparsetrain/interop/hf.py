@@ -25,7 +25,7 @@ from sparsetrain.errors import UserError, check_choice
 from sparsetrain.files import typed_path, whole_directory
 from sparsetrain.interop.fold import folded
 from sparsetrain.interop.hf_card import card
-from sparsetrain.interop.hf_check import largest_difference, sample
+from sparsetrain.interop.hf_check import same_logits, sample
 from sparsetrain.interop.hf_config import config_json
 from sparsetrain.interop.hf_tokenizer import tokenizer_files
 from sparsetrain.interop.layouts import LAYOUTS, choose
@@ -40,8 +40,6 @@ from sparsetrain.stages.generate import Adjusted, load_run, run_config
 from sparsetrain.stages.memory import memory_errors
 
 FORMATS = ("hf",)
-MOST = 1e-4
-"""Largest difference of logits, relative to the largest logit, with which a directory is written."""
 
 
 @dataclass
@@ -84,7 +82,7 @@ class Exported:
         directory: it.
         layout: the class of transformers.
         parameters: weights of the model, with the zeros; a shared matrix counts once.
-        nonzeros: those that no mask makes zero.
+        nonzeros: the weights that no mask makes zero.
         difference: largest difference of a logit between the model and what transformers loads; None if not measured.
         notes: what was folded into the weights, and what was left out.
     """
@@ -185,7 +183,7 @@ def write_model(
     notes = [*plain.notes, *more, *notes]
     ids = sample(tokenizer, plain.config.max_context)
     difference = None
-    parameters = sum(tensor.numel() for tensor in tensors.values())  # with those that only the layout has
+    parameters = sum(tensor.numel() for tensor in tensors.values())  # also the weights that only the layout has
     nonzeros = parameters - sum(mask.shape[0] * mask.shape[1] - mask.nnz for mask in masks.values())
     with whole_directory(output, needed_bytes=4 * parameters) as directory:
         if masks:
@@ -200,7 +198,9 @@ def write_model(
         if prompt is not None:
             save_peft_prompt(prompt, directory / "prompt", model, base=str(output.absolute()))
         if verify:
-            difference = _compare(model, directory, ids)
+            told = "transformers computes other logits from the exported model"
+            anyway = "nothing is written (verify=false writes it anyway)"
+            difference = same_logits(model, directory, ids, told, anyway)
         found = Exported(output, chosen.name, parameters, nonzeros, difference, notes)
         text = card(name, chosen, plain.config, found, content.get(SECTION))
         (directory / "README.md").write_text(text, encoding="utf-8")
@@ -209,17 +209,3 @@ def write_model(
 
 def _write(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _compare(model: Transformer, directory: Path, ids: torch.Tensor) -> float | None:
-    """Return the largest difference of a logit, or None without transformers."""
-    compared = largest_difference(model, directory, ids)
-    if compared is None:
-        return None
-    difference, largest = compared
-    if not difference <= MOST * max(1.0, largest):
-        raise UserError(
-            f"transformers computes other logits from the exported model: they differ by {difference:.1e}, with "
-            f"logits up to {largest:.1e}; nothing is written (verify=false writes it anyway)"
-        )
-    return difference

@@ -292,7 +292,7 @@ def _positions(read: _Reader) -> dict[str, Any]:
         return found
     where = f"{read.where}: rope_scaling"
     if kind not in _ROPE:
-        raise UserError(f"{where}: rope_type={kind!r:.60} is none of those that can be read: {', '.join(_ROPE)}")
+        raise UserError(f"{where}: rope_type={kind!r:.60} cannot be read; allowed are {', '.join(_ROPE)}")
     factor = given.get("factor")
     if isinstance(factor, bool) or not isinstance(factor, int | float) or factor < 1.0:
         raise UserError(f"{where}: factor={factor!r:.60} must be a number of at least 1")

@@ -15,7 +15,7 @@ from sparsetrain.runs.recorded import read_config
 
 MAX_ID_BYTES = 1 << 30
 UNKNOWN_TEXT = "(text of an imported model)"
-"""Stands among the ids of the documents that weights have seen for those that nobody knows."""
+"""An entry among the ids of the documents that weights have seen: it stands for documents that nobody knows."""
 
 
 @dataclass(frozen=True)

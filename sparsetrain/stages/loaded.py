@@ -31,7 +31,7 @@ class Prediction(NamedTuple):
     """What a model says of a row.
 
     Args:
-        label: the label; for several labels, the list of those that hold; for a multiple choice, the text of the
+        label: the label; for several labels, the list of the labels that hold; for a multiple choice, the text of the
             choice; for a free answer, the text.
         scores: the probability of each label; of a choice by its place; empty for a free answer.
     """

@@ -313,7 +313,7 @@ def _merge(values: dict[str, Any], more: Mapping[str, Any]) -> None:
     """Merge the settings ``more`` into ``values``, section by section.
 
     A length replaces a length given in another unit, a rule drops the settings of another rule, and a task
-    those that are special to another task.
+    the settings that are special to another task.
     """
     for name, value in more.items():
         before = values.get(name)

@@ -66,7 +66,7 @@ def row_questions(form: Form, row: Mapping[str, Any], where: str) -> list[Asked]
 def label_of(form: Form, asked: Asked, predicted: Any) -> Any:
     """Return what is predicted of a row, as `Scorer.answered` says it, in words.
 
-    It is a label, the text of a choice, the text of a free answer or, for several labels, the list of those that hold.
+    It is a label, the text of a choice, the text of a free answer or, for several labels, the list of labels that hold.
     """
     if form.kind == "several_labels":
         return [form.labels[index] for index in sorted(predicted)]

@@ -11,7 +11,7 @@ from sparsetrain.errors import UserError
 from sparsetrain.runs.origin import Origin
 
 MOST_BYTES = 64 << 20  # of training text that is read
-_TOKENS, _SHARED = 1 << 20, 256  # tokens of a piece, and those that it shares with the one before it
+_TOKENS, _SHARED = 1 << 20, 256  # tokens of a piece, and how many it shares with the one before it
 
 _known: dict[tuple[str, str], dict[str, Any]] = {}
 """What was found for the text and the task that were asked for last, which the arms of a pipeline share."""

@@ -50,7 +50,7 @@ def said_by(verb: str, name: str) -> str:
 
 
 def test_help_knows_what_the_checks_allow() -> None:
-    """The choices and ranges of help are those that the errors name, although nothing lists them twice."""
+    """Help shows the choices and ranges that the errors name, although nothing lists them twice."""
     for name, choices in {
         "model.mlp": MLPS,
         "model.positions": POSITIONS,

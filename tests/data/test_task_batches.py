@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.data.tasks.batches import TaskBatches
 from sparsetrain.data.tasks.form import NO_YES, Form
-from sparsetrain.data.tasks.scoring import answer_tokens, scored_tokens, scoring_batches
+from sparsetrain.data.tasks.scoring import question_batches, scored_tokens
 from sparsetrain.data.tokenizer import Tokenizer
 from sparsetrain.data.tokens import IGNORED, Batch
 from sparsetrain.errors import UserError
@@ -116,7 +116,7 @@ def test_scoring_batches_hold_every_source_once(count: int, batch_size: int, n_s
     asked = examples(count)
     task = Task("t", ("yes", "no", "maybe"), ANSWERS, asked, asked, asked)
     seen = []
-    for scored in scoring_batches(asked, task, BYTES, 64, n_slots, batch_size):
+    for scored in question_batches(list(task.asked(asked)), BYTES, 64, n_slots, batch_size):
         assert len(scored.batch.tokens) == len(scored.examples) <= batch_size
         for place, index in enumerate(scored.examples.tolist()):
             seen.append(index)
@@ -129,12 +129,9 @@ def test_scoring_batches_hold_every_source_once(count: int, batch_size: int, n_s
 
 
 def test_the_end_is_scored_where_an_answer_begins_another() -> None:
-    asked = examples(1)
-    apart = Task("t", ("a", "b"), ANSWERS[:2], asked, asked, asked)
-    assert answer_tokens(apart, BYTES) == [[*b" yes"], [*b" no"]]
-    nested = Task("t", ("a", "b"), (" no", " none"), asked, asked, asked)
-    assert answer_tokens(nested, BYTES) == [[*b" no", EOS], [*b" none", EOS]]
-    assert list(scoring_batches([], nested, BYTES, 64)) == []
+    assert scored_tokens(ANSWERS[:2], BYTES) == [[*b" yes"], [*b" no"]]
+    assert scored_tokens((" no", " none"), BYTES) == [[*b" no", EOS], [*b" none", EOS]]
+    assert list(question_batches([], BYTES, 64)) == []
 
 
 SEVERAL = Form("t", ("a", "b"), NO_YES, "{text} {label}?", "several_labels")
@@ -174,7 +171,9 @@ def test_a_source_leaves_room_for_the_longest_answer_of_its_question() -> None:
     free = TaskBatches([Example("1", "x" * 50, answer=" y")], BYTES, FREE, 20, 1, 0, "x").batch(0, 1)
     assert bytes(row(free, 0)[0][:15]) == b"x" * 13 + b" y"
     asked = Task("t", (), (), choices, choices, choices, "{text}", "multiple_choice", choices=("A", "B"))
-    lengths = {int(b.examples[0]): b.batch.tokens.shape[1] for b in scoring_batches(choices, asked, BYTES, 20)}
+    lengths = {
+        int(b.examples[0]): b.batch.tokens.shape[1] for b in question_batches(list(asked.asked(choices)), BYTES, 20)
+    }
     assert lengths == {0: 15, 1: 18}
     with pytest.raises(UserError, match=r"max_new_tokens=7: the answer of example 9 has 9 tokens; use at least 9"):
         TaskBatches([Example("9", "q", answer=" too long")], BYTES, FREE, 64, 1, 0, "x")

@@ -19,7 +19,16 @@ from hypothesis import strategies as h
 from tokenizers import AddedToken, models, pre_tokenizers
 from transformers import AutoTokenizer, BertTokenizerFast
 
-from sparsetrain.data import Corpus, DataConfig, open_corpus, prepare, sequential_windows
+from sparsetrain.data import (
+    Corpus,
+    DataConfig,
+    Example,
+    TaskBatches,
+    open_corpus,
+    prepare,
+    scored_tokens,
+    sequential_windows,
+)
 from sparsetrain.data.tokenizer import _NOTES, Tokenizer
 from sparsetrain.data.tokenizer_formats.tiktoken import _CL100K, _O200K, _R50K
 from sparsetrain.errors import UserError
@@ -87,6 +96,17 @@ def test_a_continuation_has_no_second_space(pieces: Pieces) -> None:
         ours.encode_continuation("12"),
         ours.encode_continuation(" the"),
     ]
+
+
+def test_the_answers_of_a_task_are_continuations(pieces: Pieces) -> None:
+    """In training and in scoring, question and answer have the tokens that they have in one text."""
+    ours, _ = pieces
+    question, answers = "a Study of\nthe model:", (" cells", " models")
+    asked = [Example("1", question, 0), Example("2", question, 1)]
+    batch = TaskBatches(asked, ours, answers, 64, 2, 0, "x").batch(0, 2)
+    rows = [[token for token in row if token != ours.eos_id] for row in batch.tokens.tolist()]
+    assert sorted(rows) == sorted(ours.encode(question + answer) for answer in answers)
+    assert scored_tokens(answers, ours) == ours.encode_continuations(answers)
 
 
 def test_normalization_and_symbols_of_a_user(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def settings_of(kind: str, **changes: Any) -> dict[str, Any]:
         ("llama", {"model_type": "mamba"}, "model_type='mamba' is none of the classes that can be read: gpt2, llama"),
         ("llama", {"hidden_act": "relu"}, "hidden_act='relu' is none of the activations that can be read: silu, swish"),
         ("llama", {"head_dim": 32}, "head_dim=32: our heads have hidden_size / heads features"),
-        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' is none of"),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3' cannot be read"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "of rope_type=dynamic only factor=1"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 16}}, "only beta_fast=32"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantized weights are not read"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sparsetrain.data import Batch, ScoringBatch, Tokenizer, answer_tokens, scoring_batches
+from sparsetrain.data import Batch, ScoringBatch, Tokenizer, question_batches, scored_tokens
 from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.training.evaluate import label_likelihoods, macro_f1, score_text, wilson
@@ -58,8 +58,8 @@ def test_label_likelihoods_match_a_loop_of_log_softmax() -> None:
     task = Task("t", ("yes", "no", "noon"), answers, examples, examples, examples)
     found = label_likelihoods(
         model,
-        lambda b: model.continuation_scores(model.embed_tokens(b.batch.tokens), answer_tokens(task, tokenizer)),
-        scoring_batches(examples, task, tokenizer, 48, 0, 2),
+        lambda b: model.continuation_scores(model.embed_tokens(b.batch.tokens), scored_tokens(answers, tokenizer)),
+        question_batches(list(task.asked(examples)), tokenizer, 48, 0, 2),
         len(examples),
     )
     model.eval()

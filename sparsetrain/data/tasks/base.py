@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from sparsetrain.data.sources.base import content_id
@@ -151,6 +152,11 @@ class Task:
             yield from example.asked(form)
 
     def fingerprint(self) -> str:
+        """Return what identifies the task, see `_fingerprint`; many examples take long, so it is computed once."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         """Return 16 hexadecimal digits: a hash of the answers, and of the examples with their splits.
 
         It is that of the JSON of all of it, which is never in memory as a whole.

@@ -145,7 +145,7 @@ class Sources:
         if answers not in self._longest:
             if len(self._longest) >= CHUNK:  # each question may have answers of its own
                 self._longest.clear()
-            self._longest[answers] = max(map(len, self._tokenizer.encode_batch(answers)))
+            self._longest[answers] = max(map(len, self._tokenizer.encode_continuations(answers)))
         return self._rows.room(self._longest[answers])
 
 
@@ -216,7 +216,7 @@ class TaskBatches:
                 for number, each in enumerate(asked)
             ]
             fresh = [text for text in dict.fromkeys(texts) if text not in known]
-            known.update(zip(fresh, tokenizer.encode_batch(fresh), strict=True))
+            known.update(zip(fresh, tokenizer.encode_continuations(fresh), strict=True))
             self._answers += [known[text] for text in texts]
             if form.kind in _OWN_ANSWERS:
                 known.clear()

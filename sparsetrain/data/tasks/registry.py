@@ -107,7 +107,7 @@ class TaskConfig:
 
     @staticmethod
     def renamed(values: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-        """Return plain settings without those that are special to their task, if ``name`` is another task's."""
+        """Return plain settings, without what is special to their task if ``name`` is another task's."""
         dropped = {"path", *SPECIAL} if name is not None and name != values.get("name") else set()
         return {key: value for key, value in values.items() if key not in dropped}
 

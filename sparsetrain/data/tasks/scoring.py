@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsetrain.data.tasks.base import Example, Task
 from sparsetrain.data.tasks.batches import CHUNK, Rows, Sources
 from sparsetrain.data.tasks.form import Asked
 from sparsetrain.data.tokenizer import Tokenizer
@@ -29,11 +28,6 @@ class ScoringBatch:
     examples: torch.Tensor
 
 
-def answer_tokens(task: Task, tokenizer: Tokenizer) -> list[list[int]]:
-    """Return the tokens to score for each label of a task with one label, see `scored_tokens`."""
-    return scored_tokens(task.answers, tokenizer)
-
-
 def scored_tokens(answers: Sequence[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Return the tokens to score for each of the answers that are compared.
 
@@ -43,7 +37,7 @@ def scored_tokens(answers: Sequence[str], tokenizer: Tokenizer) -> list[list[int
     Raises:
         UserError: two answers have the same tokens, so that no score tells them apart.
     """
-    encoded = tokenizer.encode_batch(answers)
+    encoded = tokenizer.encode_continuations(answers)
     ordered = sorted(range(len(encoded)), key=lambda index: encoded[index])
     ends = False
     for one, other in itertools.pairwise(ordered):
@@ -55,21 +49,6 @@ def scored_tokens(answers: Sequence[str], tokenizer: Tokenizer) -> list[list[int
             )
         ends |= after[: len(before)] == before
     return [[*answer, tokenizer.eos_id] for answer in encoded] if ends else encoded
-
-
-def scoring_batches(
-    examples: Sequence[Example],
-    task: Task,
-    tokenizer: Tokenizer,
-    context: int,
-    n_slots: int = 0,
-    batch_size: int = 64,
-) -> Iterator[ScoringBatch]:
-    """Yield the source of every question about the examples once, see `question_batches`."""
-    asked = list(task.asked(examples))
-    each = max(1, len(asked) // max(1, len(examples)))
-    names = [example.id for example in examples for _ in range(each)]
-    return question_batches(asked, tokenizer, context, n_slots, batch_size, names, task.max_new_tokens)
 
 
 def question_batches(
