@@ -18,7 +18,7 @@ from sparsetrain.data.tasks.form import Asked, Form
 from sparsetrain.data.tasks.registry import TASKS, TaskConfig, find_task, load_task, register_task
 from sparsetrain.data.tasks.scoring import ScoringBatch, question_batches, scored_tokens
 from sparsetrain.data.tokenizer import Tokenizer
-from sparsetrain.data.tokens import Batch, PackedSamples, Samples, TokenFile, sequential_windows
+from sparsetrain.data.tokens import Batch, PackedSamples, Samples, TokenFile, document_border, sequential_windows
 
 # The file that defines a source or a task also registers it, so importing every file of these packages is enough.
 for _wing in (medline, sources, tasks):
@@ -49,6 +49,7 @@ __all__ = [
     "TaskConfig",
     "TokenFile",
     "Tokenizer",
+    "document_border",
     "fill_in_the_middle",
     "find_corpora",
     "find_task",

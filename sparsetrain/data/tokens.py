@@ -205,21 +205,35 @@ class PackedSamples:
         return Batch(tokens=rows[:, :-1].contiguous(), targets=rows[:, 1:].contiguous())
 
 
-def sequential_windows(token_file: TokenFile, context: int, limit: int | None = None) -> Batch:
+def document_border(token_file: TokenFile, end_token: int, share: float) -> int | None:
+    """Return the first place, behind ``1 - share`` of the tokens, at which a document begins.
+
+    It is None if no document begins there, so that the file cannot be divided.
+    """
+    tokens = len(token_file)
+    first = min(tokens - 1, int((1.0 - share) * tokens))
+    ends = (token_file.window(first, tokens - 1 - first) == end_token).nonzero().flatten()
+    return first + int(ends[0]) + 1 if len(ends) else None
+
+
+def sequential_windows(
+    token_file: TokenFile, context: int, limit: int | None = None, begin: int = 0, end: int | None = None
+) -> Batch:
     """Return the windows on which a corpus is evaluated, the same at each call: tokens, targets, bytes [N, context].
 
-    Each token of the file except the first is the target of exactly one position. The last window is padded with
+    Each token of the range except the first is the target of exactly one position. The last window is padded with
     zeros, whose targets are ignored.
 
     Args:
         token_file: the tokens.
         context: tokens per window.
-        limit: largest number of windows, spread evenly over the file; None takes all.
+        limit: largest number of windows, spread evenly over the range; None takes all.
+        begin, end: the range of tokens; by default the whole file.
 
     Raises:
-        UserError: the file has fewer than two tokens, or ``context`` or ``limit`` is below 1.
+        UserError: the range has fewer than two tokens, or ``context`` or ``limit`` is below 1.
     """
-    tokens = len(token_file)
+    tokens = (len(token_file) if end is None else end) - begin
     if tokens < 2:
         raise UserError(f"{token_file.path.name} holds {tokens} token; evaluation needs at least 2")
     if context < 1 or (limit is not None and limit < 1):
@@ -232,8 +246,8 @@ def sequential_windows(token_file: TokenFile, context: int, limit: int | None = 
     targets = torch.full((len(indices), context), IGNORED, dtype=torch.int64)
     sizes = None if token_file.bytes(0, 1) is None else torch.zeros_like(inputs)
     for row, index in enumerate(indices.tolist()):
-        start = index * context
-        length = min(context, tokens - 1 - start)
+        length = min(context, tokens - 1 - index * context)
+        start = begin + index * context
         window = token_file.window(start, length + 1)
         inputs[row, :length] = window[:-1]
         targets[row, :length] = window[1:]

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, NotRequired, get_type_hints
 
 from sparsetrain.errors import UserError
-from sparsetrain.reading import read_csv
 from sparsetrain.report.measured import join_measured, read_beside
-from sparsetrain.report.run_files import Flops, Loss, TableRow, table_cell
+from sparsetrain.report.run_files import Flops, Loss, TableRow, read_table, table_cell
 from sparsetrain.report.sweep import write_rows
 from sparsetrain.shapes import Count, Fraction, NonNegative, check
 from sparsetrain.sparsity.evolution.base import RULES
@@ -27,12 +26,12 @@ WAYS = ("finetune", "finetune-sparse", "prompt", "prompt-frozen")
 STAGE_COLUMNS = (
     *("arm", "stage", "task", "status", "density", "tokens", "bits_per_byte"),
     *("accuracy", "ci_low", "ci_high", "macro_f1", "n_test", "majority"),
-    *("train_flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
+    *("flops", "flop_ratio_formula", "seconds", "peak_rss_bytes"),
     *("weights", "nonzeros", "tokens_per_weight", "tokens_per_nonzero"),
 )
 MASK_COLUMNS = (
     *("rule", "status", "tokens", "bits_per_byte", "density", "itop_rate", "mask_overlap", "dead_rows"),
-    *("train_flops", "seconds", "peak_rss_bytes"),
+    *("flops", "seconds", "peak_rss_bytes"),
 )
 """The columns that follow those of every table of an experiment."""
 MOMENTS = ("before", "initialised")
@@ -54,7 +53,7 @@ class _Row(TableRow):
     status: NotRequired[str | None]
     bits_per_byte: Loss | None
     density: NotRequired[Fraction | None]
-    train_flops: Flops | None
+    flops: Flops | None
     seconds: NotRequired[float | None]
     peak_rss_bytes: NotRequired[Count | None]
     step_seconds: NotRequired[NonNegative | None]
@@ -145,7 +144,7 @@ def read_arms(path: Path) -> Arms:
     Raises:
         UserError: the file is no CSV, no table of arms or has no row, or a cell is not valid for its column.
     """
-    cells = read_csv(path)
+    cells = read_table(path)
     if not cells:
         raise UserError(f"{path} has no row")
     columns = tuple(cells[0])

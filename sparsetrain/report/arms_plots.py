@@ -117,7 +117,7 @@ def _masks(rows: Sequence[Row], courses: Mapping[tuple[str, int], Course]) -> Fi
     left.set_xlim(-0.6, len(names) - 0.4)
     left.set_ylabel("validation loss, nats per token")
     seeds = len({row["seed"] for row in rows})
-    flops = [row["train_flops"] for row in rows if row["train_flops"] is not None]
+    flops = [row["flops"] for row in rows if row["flops"] is not None]
     left.set_title(f"at {max(flops, default=0.0):.2e} training FLOPs ({seeds} seeds)")
     if all((row["rule"], row["seed"]) in courses for row in rows):
         _courses(middle, right, courses, colours)

@@ -57,7 +57,7 @@ def means(rows: Sequence[Row]) -> Sheet:
             else:
                 read = (list(select(rows, f"tokens_per_{one}", **same).values()) for one in ("weight", "nonzero"))
                 cells += [f"{np.mean(counts):.3g}" if counts else ABSENT for counts in read]
-            flops = list(select(rows, "train_flops", **same).values())
+            flops = list(select(rows, "flops", **same).values())
             cells.append(si(float(np.mean(flops)), "FLOP") if flops else ABSENT)
             name = ", ".join([arm, stage, *([task] if task else [])])
             body.append((name, str(len(seeds)), *cells))

@@ -60,7 +60,7 @@ def bars(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 def _flop_ratio(rows: Sequence[Row], arm: str) -> tuple[str, str, str]:
     """Return the bar on the FLOP ratio that the runs counted: within 1 % of the formula; one seed is enough."""
     name = f"(e) FLOP ratio of {arm}"
-    dense, sparse = (select(rows, "train_flops", arm=other, stage=PRETRAIN) for other in (DENSE, arm))
+    dense, sparse = (select(rows, "flops", arm=other, stage=PRETRAIN) for other in (DENSE, arm))
     expected = [row.get("flop_ratio_formula") for row in rows if row["arm"] == arm and row["stage"] == PRETRAIN]
     ratios = [dense[seed] / sparse[seed] for seed in sparse if seed in dense and sparse[seed]]
     if not ratios or not expected[0]:

@@ -8,15 +8,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
 from sparsetrain.errors import UserError
+from sparsetrain.reading import read_csv
 from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
 # The first columns of every table of an experiment; a row is a run.
 COLUMNS = ("parameterization", "sparsity", "width", "depth", "lr", "seed", "steps", "loss", "commit")
+FORMER_COLUMNS = {"train_flops": "flops"}  # older names of columns
 
 Seconds = Annotated[float, Meta(ge=1e-12, le=1e9)]
 Loss = Annotated[float, Meta(ge=-1e30, le=1e30)]
@@ -103,14 +106,21 @@ class TableRow(TypedDict):
 
 
 class SweepRow(TableRow):
-    """A row of a sweep's table. ``weights`` and ``nonzeros`` count the hidden matrices, and ``tau`` is theirs."""
+    """A row of a sweep's table.
+
+    ``weights`` and ``nonzeros`` count the hidden matrices, and ``tau`` is theirs. ``reported_loss`` is over text on
+    which nothing was chosen.
+    """
 
     status: str
     seconds: float | None
     precision: str | None
-    train_flops: float | None
+    flops: float | None
+    reported_loss: NotRequired[Loss | None]
     weights: NotRequired[Count | None]
     nonzeros: NotRequired[Count | None]
+    tokens_per_weight: NotRequired[NonNegative | None]
+    tokens_per_nonzero: NotRequired[NonNegative | None]
     tau: NotRequired[Annotated[float, Meta(gt=0.0, le=1e300)] | None]
     run: str
 
@@ -182,6 +192,15 @@ def moments_of(result: Mapping[str, Any]) -> dict[str, dict[str, CorpusScore]]:
     several = texts if len(texts) > 1 else {}
     found["after"] = {**(result.get("corpora") or {}), **several, **found["after"]}
     return found
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Return the cells of each row of an experiment's table, under the present names of its columns.
+
+    Raises:
+        UserError: see `read_csv`.
+    """
+    return [{FORMER_COLUMNS.get(name, name): text for name, text in cells.items()} for cells in read_csv(path)]
 
 
 def table_cell(text: str) -> int | float | str | None:

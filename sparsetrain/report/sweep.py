@@ -33,6 +33,8 @@ from sparsetrain.scaling.transfer import (
     to_run,
 )
 
+CONTROLS = {"sp": "SP", "mup": "muP"}  # that a scheme of sparsity is compared with, and their names
+REPORTED = "reported_loss"
 SHAPE = ("sparsity", "width", "depth")
 # Columns of a sweep, mapped to their configuration keys.
 OVERRIDES = {
@@ -55,22 +57,27 @@ class Line:
 
     Args:
         key: parameterization, sparsity, width, depth and the extra columns, in this order.
-        curve: its losses.
+        curve: its losses, by which its optimum was found.
+        reported: its losses on text on which nothing was chosen, if they are known; else those of ``curve``.
         xs: the swept values as the runs have them.
         optimum: its minimum, or the edge at which it is lowest.
         shift: from the base, the first curve of the same parameterization; None if the base has no optimum.
         at: log2 of the base's optimum; None if unknown.
-        at_base: losses by seed at the base's optimum; empty if it is unknown or outside of this curve's points.
-        cost: gap of these losses to the losses at this curve's own optimum; None if unknown.
+        at_base: reported losses by seed at the base's optimum; empty if it is unknown or outside of this curve's
+            points.
+        at_own: reported losses by seed at this curve's own optimum, or at its best point; empty if it has none.
+        cost: gap of the losses at the base's optimum to those at its own; None if unknown.
     """
 
     key: tuple[Any, ...]
     curve: Curve
+    reported: Curve
     xs: tuple[float, ...]
     optimum: Optimum
     shift: Shift | None
     at: float | None
     at_base: dict[int, float]
+    at_own: dict[int, float]
     cost: Gap | None
 
     @property
@@ -100,8 +107,11 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
     if len({row[x] for row in rows}) < 2:
         raise UserError(f"x={x} has the same value in every run: there is no curve to draw")
     names = [name for name in ("parameterization", *SHAPE, *extra) if name != x]
-    data = [Row(tuple(row[name] for name in names), row[x], row["seed"], _loss(row)) for row in rows]
-    curves = make_curves(data)
+    data, reported = (
+        [Row(tuple(row[name] for name in names), row[x], row["seed"], _loss(row, column)) for row in rows]
+        for column in ("loss", REPORTED if all(_is_reported(row) for row in rows) else "loss")
+    )
+    curves, reported_curves = make_curves(data), make_curves(reported)
     place = {name: index for index, name in enumerate(names)}
     small_first = [place[name] for name in ("depth", "width", "sparsity") if name in place]
     order = sorted(curves, key=lambda key: [str(key[0]), *(key[index] for index in small_first)])  # type: ignore[index]
@@ -111,21 +121,23 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
         assert isinstance(key, tuple)
         curve = curves[key]
         base = bases.setdefault(key[0], curve)
-        lines.append(_line(key, curve, base, tuple(sorted({row.x for row in data if row.curve == key}))))
+        xs = tuple(sorted({row.x for row in data if row.curve == key}))
+        lines.append(_line(key, curve, reported_curves[key], base, xs))
     return lines
 
 
-def _line(key: tuple[Any, ...], curve: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
+def _line(key: tuple[Any, ...], curve: Curve, reported: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
     if not curve.usable:
         nothing = Optimum(None, "low", math.inf, float(curve.log2[0]), False, None, len(curve.seeds))
-        return Line(key, curve, xs, nothing, None, None, {}, None)
+        return Line(key, curve, reported, xs, nothing, None, None, {}, {}, None)
     found = optimum(curve)
+    at_own = losses_at(reported, _own(found))
     if not base.usable:
-        return Line(key, curve, xs, found, None, None, {}, None)
+        return Line(key, curve, reported, xs, found, None, None, {}, at_own, None)
     at = optimum(base).log2
-    at_base = {} if at is None else losses_at(curve, at)
-    cost = relative_gap(at_base, losses_at(curve, _own(found)))
-    return Line(key, curve, xs, found, shift(curve, base), at, at_base, cost)
+    at_base = {} if at is None else losses_at(reported, at)
+    cost = relative_gap(at_base, at_own)
+    return Line(key, curve, reported, xs, found, shift(curve, base), at, at_base, at_own, cost)
 
 
 def _own(found: Optimum) -> float:
@@ -133,8 +145,13 @@ def _own(found: Optimum) -> float:
     return found.best if found.log2 is None else found.log2
 
 
-def _loss(row: Mapping[str, Any]) -> float:
-    return math.inf if row.get("loss") is None else float(row["loss"])
+def _loss(row: Mapping[str, Any], column: str) -> float:
+    return math.inf if row.get(column) is None else float(row[column])
+
+
+def _is_reported(row: Mapping[str, Any]) -> bool:
+    """Whether a run has a reported loss, or none at all since it diverged."""
+    return row.get(REPORTED) is not None or (REPORTED in row and row.get("loss") is None)
 
 
 def labels_of(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
@@ -174,17 +191,27 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
         there = f"{np.mean(list(line.at_base.values())):.4f}" if line.at_base else "-"
         if 0 < len(line.at_base) < found.seeds:
             there += f" ({_seeds(len(line.at_base))})"
-        rows.append((f"{line.scheme}, {label}", where, moved, f"{found.loss:.4f}", there, str(found.seeds)))
+        own = f"{np.mean(list(line.at_own.values())):.4f}" if _is_other(line) and line.at_own else f"{found.loss:.4f}"
+        rows.append((f"{line.scheme}, {label}", where, moved, own, there, str(found.seeds)))
     columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
     note = (
         "Brackets: 95 %, Student's t over the seeds' own minima, shifts paired by seed; open: beyond the grid, or not "
         "known. Base: the first curve of the parameterization. Losses: validation, nats."
     )
+    if any(map(_is_other, lines)):
+        note += " Optima are those of the validation loss; the losses shown are over the reported share of its text."
     return Sheet("Optima", columns, tuple(rows), note)
 
 
+def _is_other(line: Line) -> bool:
+    """Whether the reported losses of a curve are not those by which its optimum was found."""
+    return line.reported is not line.curve and not np.array_equal(
+        line.reported.losses, line.curve.losses, equal_nan=True
+    )
+
+
 def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
-    """Return sentences on the shifts of optima, and on losses at transferred values against those of SP."""
+    """Return sentences on the shifts of optima, and on losses at transferred values against those of SP and of muP."""
     sentences = []
     labels = labels_of(lines, extra)
     for scheme in dict.fromkeys(line.scheme for line in lines):
@@ -197,28 +224,30 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
             )
         elif not moves:
             sentences.append(f"{scheme}: the base has no optimum inside the grid, so no shift is known.")
-    standard = {line.shape: line for line in lines if line.scheme == "sp"}
     bases = {line.scheme: line for line in reversed(lines)}  # the first line of each scheme
-    for line, label in zip(lines, labels, strict=True):
-        other = standard.get(line.shape)
-        if other is None or line.scheme == "sp":
+    for control in CONTROLS:
+        controls = {line.shape: line for line in lines if line.scheme == control}
+        for line, label in zip(lines, labels, strict=True):
+            other = controls.get(line.shape)
+            if other is not None and line.scheme not in {control, "sp"}:
+                sentences += _beside(line, label, other, bases[line.scheme], bases[control])
+    return sentences
+
+
+def _beside(line: Line, label: str, other: Line, first: Line, others_first: Line) -> list[str]:
+    """Return sentences on a curve's loss at its base's best value beside a control's, at its base's and at its own."""
+    sentences = []
+    name = CONTROLS[other.scheme]
+    for text, losses in ((f"{name} with its base's", other.at_base), (f"{name} tuned again", other.at_own)):
+        gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
+        if gap is None or not math.isfinite(gap.relative):
             continue
-        first, others_first = bases[line.scheme], bases["sp"]
-        for text, losses in (
-            ("SP with its base's", other.at_base),
-            ("SP tuned again", losses_at(other.curve, _own(other.optimum))),
-        ):
-            gap = relative_gap(line.at_base, losses) if line.at_base and losses else None
-            if gap is None or not math.isfinite(gap.relative):
-                continue
-            sentences.append(
-                f"{label}: {line.scheme} with its base's best value has a loss {_apart(gap)} {text}{_sure(gap)}."
-            )
-            beyond = gap_beyond(line.at_base, losses, first.at_base, others_first.at_base)
-            if beyond is not None and line is not first and first.shape == others_first.shape:
-                sentences.append(
-                    f"{label}: relative to the gap of the two bases that is {_apart(beyond)}{_sure(beyond)}."
-                )
+        sentences.append(
+            f"{label}: {line.scheme} with its base's best value has a loss {_apart(gap)} {text}{_sure(gap)}."
+        )
+        beyond = gap_beyond(line.at_base, losses, first.at_base, others_first.at_base)
+        if beyond is not None and line is not first and first.shape == others_first.shape:
+            sentences.append(f"{label}: relative to the gap of the two bases that is {_apart(beyond)}{_sure(beyond)}.")
     return sentences
 
 

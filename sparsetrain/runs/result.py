@@ -209,6 +209,8 @@ class Result(TypedDict):
     loss_first: NotRequired[float | None]
     loss_last: NotRequired[float | None]
     bits_per_byte: NotRequired[float | None]
+    reported_loss: NotRequired[float | None]
+    reported_bits_per_byte: NotRequired[float | None]
     corpora: NotRequired[dict[str, CorpusRead] | None]
     task: NotRequired[str | None]
     n_test: NotRequired[Count | None]
@@ -263,6 +265,9 @@ class RunResult:
 
     def __getitem__(self, key: str) -> Any:
         return self.values[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.values
 
 
 def finished(directory: Path) -> RunResult | None:

@@ -107,7 +107,7 @@ def _row(result: Row, columns: Sequence[str], **known: Any) -> Row:
     row = {name: result.get(name) for name in (*COLUMNS, *columns)}
     return (
         row
-        | {"loss": result.get("loss_last"), "train_flops": (result.get("flops") or {}).get("total")}
+        | {"loss": result.get("loss_last"), "flops": (result.get("flops") or {}).get("total")}
         | cells(result)
         | known
     )

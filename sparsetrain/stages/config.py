@@ -160,7 +160,21 @@ class PretrainConfig(RunConfig):
 
     A run ``init_from`` with masks keeps them. A dense one becomes sparse before the first step if settings of
     ``sparsity`` are given; ``sparsity.pattern=magnitude`` keeps its largest weights.
+
+    Args:
+        reported_share: share of the validation text, by whole documents from its end, that only ``reported_loss`` at
+            the end reads. Settings that are chosen by the loss on the rest are then compared on other text.
+
+    Raises:
+        UserError: the share is outside [0, 1).
     """
+
+    reported_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.reported_share < 1.0:
+            raise UserError(f"reported_share={self.reported_share} is outside [0, 1)")
 
 
 @dataclass

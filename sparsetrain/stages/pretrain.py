@@ -15,7 +15,7 @@ from sparsetrain.cost.footprint import Workload
 from sparsetrain.cost.memory import state_bytes
 from sparsetrain.cost.run_flops import RunFlops, planned_flops
 from sparsetrain.cost.run_time import RunWork
-from sparsetrain.data import Batch, Corpora, Samples, prepare_corpora, sequential_windows
+from sparsetrain.data import Batch, Corpora, Samples, document_border, prepare_corpora, sequential_windows
 from sparsetrain.errors import UserError
 from sparsetrain.models.config import ModelConfig
 from sparsetrain.optim.budget import Budget, SamplesPerEpoch
@@ -46,7 +46,12 @@ from sparsetrain.training.evaluate import TextScore, score_text
 from sparsetrain.training.observers import Observer
 from sparsetrain.training.state import TrainState, peak_rss_bytes
 
-FINAL_EVALUATION = 1024  # maximum number of validation sequences for the reported loss
+FINAL_EVALUATION = 1024  # maximum number of validation sequences for the loss at the end
+# Names in ``metrics.jsonl`` of a loss in nats a token and of bits per byte: over the validation text, and over the part
+# of it that is only reported on.
+VALIDATION = {"loss": "val_loss", "bits_per_byte": "bits_per_byte"}
+REPORTED = {"loss": "reported_loss", "bits_per_byte": "reported_bits_per_byte"}
+_LEAST_TOKENS = 2  # of a text that a loss is over
 
 
 def pretrain(config: PretrainConfig, console: Console | None = None, observers: Sequence[Observer] = ()) -> RunResult:
@@ -96,6 +101,7 @@ class Pretraining(Stage[RunConfig]):
         self.budget = budget_of(config, self.model, self.text.samples_per_epoch)
         self.sparsity = sparsity_section(config, self.budget)
         self.text.check(self.budget)
+        self.borders = _borders(config, self.corpora)
 
     def samples(self) -> Sequence[Samples]:
         return self.text.streams(self.budget)
@@ -163,15 +169,20 @@ class Pretraining(Stage[RunConfig]):
             with self.training.autocasting():
                 return model.token_losses(batch.tokens, batch.targets)
 
-        scores = {}
-        for name, corpus in self.corpora.items():
-            windows = sequential_windows(corpus.validation, phase.context, limit)
-            batches = windows.split(phase.batch_size)
-            scores[name] = score_text(model, losses, batches)
-        numbers = _numbers(TextScore.of(list(scores.values())))
-        if len(scores) > 1:
-            for name, score in scores.items():
-                numbers |= _numbers(score, f"_{name}")
+        def numbers_of(names: Mapping[str, str], ranges: Mapping[str, tuple[int, int | None]]) -> dict[str, float]:
+            scores = {}
+            for name, corpus in self.corpora.items():
+                windows = sequential_windows(corpus.validation, phase.context, limit, *ranges[name])
+                scores[name] = score_text(model, losses, windows.split(phase.batch_size))
+            numbers = _numbers(TextScore.of(list(scores.values())), names)
+            if len(scores) > 1:
+                for name, score in scores.items():
+                    numbers |= _numbers(score, names, f"_{name}")
+            return numbers
+
+        numbers = numbers_of(VALIDATION, {name: (0, self.borders.get(name)) for name in self.corpora})
+        if final and self.borders:
+            numbers |= numbers_of(REPORTED, {name: (border, None) for name, border in self.borders.items()})
         return {**numbers, "context": phase.context} if len(self.budget.contexts) > 1 else numbers
 
     def score(self, state: TrainState, directory: Path) -> dict[str, Any]:
@@ -182,6 +193,7 @@ class Pretraining(Stage[RunConfig]):
             "loss_first": records[0]["val_loss"],
             "loss_last": records[-1]["val_loss"],
             "bits_per_byte": records[-1]["bits_per_byte"],
+            **{key: records[-1][key] for key in REPORTED.values() if key in records[-1]},
             **self._by_corpus(records[-1]),
             "density": overall_density(model),
             "flops": self.flops.through(state.step),
@@ -195,7 +207,7 @@ class Pretraining(Stage[RunConfig]):
         if len(self.corpora) == 1:
             return {}
         read = total(self.text.read(self.budget))
-        names = ("val_loss", "bits_per_byte")
+        names = [*VALIDATION.values(), *(key for key in REPORTED.values() if key in last)]
         return {
             "corpora": {
                 name: {**{key: last[f"{key}_{name}"] for key in names}, **vars(read[name])} for name in self.corpora
@@ -238,8 +250,28 @@ def prunes(config: RunConfig) -> bool:
     return not run_config(Path(config.init_from)).sparsity.is_sparse
 
 
-def _numbers(score: TextScore, suffix: str = "") -> dict[str, float]:
-    return {f"val_loss{suffix}": score.loss, f"bits_per_byte{suffix}": score.bits_per_byte}
+def _borders(config: RunConfig, corpora: Corpora) -> dict[str, int]:
+    """Return where the text that is only reported on begins in the validation text of each corpus; empty without one.
+
+    Raises:
+        UserError: a validation text has no border between documents to divide it at.
+    """
+    share = config.reported_share if isinstance(config, PretrainConfig) else 0.0
+    borders = {}
+    for name, corpus in corpora.items() if share else ():
+        border = document_border(corpus.validation, corpus.tokenizer.eos_id, share)
+        if border is None or min(border, len(corpus.validation) - border) < _LEAST_TOKENS:
+            of = f" of {name}" if len(corpora) > 1 else ""
+            raise UserError(
+                f"reported_share={share}: the validation text{of} cannot be divided between two documents; it needs "
+                "more documents, or another share"
+            )
+        borders[name] = border
+    return borders
+
+
+def _numbers(score: TextScore, names: Mapping[str, str], suffix: str = "") -> dict[str, float]:
+    return {f"{names[key]}{suffix}": getattr(score, key) for key in ("loss", "bits_per_byte")}
 
 
 def budget_of(config: RunConfig, model: ModelConfig, samples_per_epoch: SamplesPerEpoch | None) -> Budget:

@@ -17,8 +17,7 @@ from rich.console import Console
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import file_errors
-from sparsetrain.reading import read_csv
-from sparsetrain.report.run_files import COLUMNS, SweepRow, SweptConfig, SweptResult, table_cell
+from sparsetrain.report.run_files import COLUMNS, SweepRow, SweptConfig, SweptResult, read_table, table_cell
 from sparsetrain.report.search import search_figure, search_knobs, search_sheet
 from sparsetrain.report.sweep import (
     findings,
@@ -43,9 +42,11 @@ from sparsetrain.stages.hidden import hidden_of_run, steps_of
 
 # Settings that `COLUMNS` contain, or that follow from them.
 _SAID = ("optimizer.lr", "seed", "model.d_model", "model.n_layers", "model.n_heads", "sparsity.sparsity", "corpus")
-_REQUIRED = ("status", "tokens", "seconds", "precision", "train_flops", "run")  # of a table, with `COLUMNS`
-_HIDDEN = ("weights", "nonzeros", "tau")  # of the hidden matrices; empty in rows of older tables
-_LAST = (*_REQUIRED[:-1], *_HIDDEN, "run")  # the columns after the varied settings
+_REQUIRED = ("status", "tokens", "seconds", "precision", "flops", "run")  # of a table, with `COLUMNS`
+# Of the hidden matrices; the first three are empty in rows of older tables, and the tokens follow from them.
+_HIDDEN = ("weights", "nonzeros", "tau", "tokens_per_weight", "tokens_per_nonzero")
+_REPORTED = "reported_loss"  # a column only if a run has such a loss
+_LAST = (*_REQUIRED[:-1], *_HIDDEN, _REPORTED, "run")  # the columns after the varied settings
 _TEXTS = ("parameterization", "commit", "status", "precision", "run")
 
 
@@ -120,11 +121,13 @@ def read_sweep(places: Sequence[Path], apart: bool = False) -> SweepRows:
         row = {name: result.get(name) for name in COLUMNS}
         row |= {"parameterization": labels[directory], "loss": result.get("loss_last")}
         row |= {name: plain[directory].get(name) for name in varied}
-        row |= {name: result.get(name) for name in _LAST[:4]}
-        row |= {"train_flops": result["flops"]["total"], **_hidden(directory, result), "run": names[directory]}
+        row |= {name: result.get(name) for name in (*_LAST[:4], _REPORTED)}
+        row |= {"flops": result["flops"]["total"], **_hidden(directory, result), "run": names[directory]}
         rows.append(check(row, SweepRow, str(directory / RESULT)))
-    order = (*COLUMNS, *varied, *_LAST)
-    rows += [{name: row.get(name) for name in order} for row, _ in earlier.values()]
+    rows += [row for row, _ in earlier.values()]
+    left_out = {_REPORTED} if all(row.get(_REPORTED) is None for row in rows) else set()
+    order = [name for name in (*COLUMNS, *varied, *_LAST) if name not in left_out]
+    rows = [{name: {**row, **_tokens_per(row)}.get(name) for name in order} for row in rows]
     rows.sort(key=lambda row: [_sortable(row[name]) for name in (*COLUMNS[:6], *varied)])
     return SweepRows(rows, varied, unfinished, {name: directory for directory, name in names.items()})
 
@@ -155,7 +158,7 @@ def _swept(directory: Path) -> dict[str, Any]:
 def _hidden(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
     """Return the columns about the hidden matrices of a run; empty for one whose settings are no longer possible."""
     recorded = read_recorded(directory, PretrainConfig)
-    empty = dict.fromkeys(_HIDDEN)
+    empty = dict.fromkeys(_HIDDEN[:3])
     try:
         config = build(PretrainConfig, recorded.values)
         hidden = hidden_of_run(config)
@@ -167,6 +170,13 @@ def _hidden(directory: Path, result: dict[str, Any]) -> dict[str, Any]:
         return empty
     nonzeros = None if hidden.resizes else hidden.nonzeros
     return {"weights": hidden.weights, "nonzeros": nonzeros, "tau": tau if math.isfinite(tau) else None}
+
+
+def _tokens_per(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokens that trained each hidden weight and each nonzero, as far as they are known."""
+    tokens = row.get("tokens")
+    known = {name: row.get(f"{name}s") for name in ("weight", "nonzero")}
+    return {f"tokens_per_{name}": tokens / count if tokens and count else None for name, count in known.items()}
 
 
 def _leave_paths_out(plain: dict[Path, dict[str, Any]]) -> None:
@@ -184,7 +194,7 @@ def _table(path: Path) -> list[dict[str, Any]]:
         UserError: the file is no CSV, lacks a column, or a cell has the wrong type; the message gives its row.
     """
     rows = []
-    for number, cells in enumerate(read_csv(path), start=1):
+    for number, cells in enumerate(read_table(path), start=1):
         missing = [name for name in (*COLUMNS, *_REQUIRED) if name not in cells]
         if missing:
             raise UserError(f"{path} is not the table of a sweep: it has no column {missing[0]}")

@@ -56,7 +56,7 @@ RESULT: dict[str, Any] = {
 }
 CONFIG = {"parameterization": {"scheme": "sp", "base_width": None}, "optimizer": {"lr": 0.5}, "seed": 0, "corpus": "c"}
 NAMES = "parameterization,sparsity,width,depth,lr,seed,steps,loss,commit,x.y,status,tokens,seconds,precision," + (
-    "train_flops,run"
+    "flops,run"
 )
 
 
@@ -139,7 +139,7 @@ def arms(directory: Path) -> Path:
             finetune = {"stage": "finetune,roles", "loss": "", "bits": "", "accuracy": 0.5 + s * seed}
             rows += [row.format(s=s, seed=seed, arm=arm, **stage) for stage in (pretrain, finetune)]
     path = directory / "results.csv"
-    path.write_text("\n".join([f"{names},accuracy,majority,train_flops", *rows]) + "\n")
+    path.write_text("\n".join([f"{names},accuracy,majority,flops", *rows]) + "\n")
     return path
 
 

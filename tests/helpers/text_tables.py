@@ -25,7 +25,7 @@ def text_rows() -> list[dict[str, Any]]:
                 row |= {"lr": 0.008, "seed": seed, "steps": None if evaluated else 100, "commit": "abc"}
                 row |= {"arm": arm, "stage": stage, "task": None, "status": "complete", "density": 1 - sparsity}
                 row |= {"tokens": None if evaluated else tokens, "accuracy": None, "majority": None}
-                row |= {"train_flops": None if evaluated else 1e12 * (1 - 0.5 * sparsity), "weights": 98304}
+                row |= {"flops": None if evaluated else 1e12 * (1 - 0.5 * sparsity), "weights": 98304}
                 row["tokens_per_weight"] = None if evaluated else tokens / 98304
                 row["tokens_per_nonzero"] = None if evaluated else tokens / (98304 * (1 - sparsity))
                 scores = []

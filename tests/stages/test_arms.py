@@ -25,7 +25,7 @@ MODEL = {"d_model": 128, "n_layers": 4, "n_heads": 4, "vocab_size": 2048, "max_c
 def write_run(directory: Path, row: dict[str, Any], config: dict[str, Any], **result: Any) -> None:
     directory.mkdir(parents=True)
     interval = None if row.get("ci_low") is None else [row["ci_low"], row["ci_high"]]
-    content = {**row, "loss_last": row["loss"], "flops": {"total": row["train_flops"]}, "ci95": interval, **result}
+    content = {**row, "loss_last": row["loss"], "flops": {"total": row["flops"]}, "ci95": interval, **result}
     (directory / "config.yaml").write_text(yaml.safe_dump({"seed": row["seed"], **config}))
     (directory / "result.json").write_text(json.dumps(content))
 

@@ -26,14 +26,14 @@ from sparsetrain.studies.fit import FitRequest, fit_sweep
 from sparsetrain.studies.sweep import read_sweep
 
 ORDER = (*COLUMNS, "optimizer.weight_decay", "budget.batch_size", "budget.tokens", "status", "tokens", "seconds")
-ORDER += ("precision", "train_flops", "weights", "nonzeros", "tau", "run")
+ORDER += ("precision", "flops", "weights", "nonzeros", "tau", "run")
 
 
 def row(**values: Any) -> dict[str, Any]:
     usual = {"parameterization": "supar", "sparsity": 0.0, "width": 32, "depth": 2, "lr": 0.01, "seed": 0, "steps": 100}
     usual |= {"loss": 2.0, "commit": "abc", "optimizer.weight_decay": 0.1, "budget.batch_size": 8}
     usual |= {"budget.tokens": 1000, "status": "complete", "tokens": 1000, "seconds": 1.0, "precision": "fp32"}
-    usual |= {"train_flops": 1.0, "weights": 1000, "nonzeros": 1000, "tau": 1.0, "run": ""}
+    usual |= {"flops": 1.0, "weights": 1000, "nonzeros": 1000, "tau": 1.0, "run": ""}
     return {**usual, **values}
 
 
