@@ -69,7 +69,8 @@ class StageRow(_Row):
 
     A stage of several corpora has the columns ``loss_NAME`` and ``bits_per_byte_NAME`` for
     each, and an adaptation ``bits_per_byte_before_NAME`` and ``bits_per_byte_initialised_NAME``. ``weights`` and
-    ``nonzeros`` count the hidden matrices; ``nonzeros`` is null if they changed in number.
+    ``nonzeros`` count the hidden matrices; ``nonzeros`` is null if they changed in number. Settings of a stage on a
+    task are chosen by its ``validation_accuracy``; ``bag_of_words`` is the test accuracy of counting words.
     """
 
     arm: str
@@ -87,6 +88,9 @@ class StageRow(_Row):
     tokens_per_weight: NotRequired[NonNegative | None]
     tokens_per_nonzero: NotRequired[NonNegative | None]
     forgetting: NotRequired[Loss | None]
+    reported_bits_per_byte: NotRequired[Loss | None]
+    validation_accuracy: NotRequired[Fraction | None]
+    bag_of_words: NotRequired[Fraction | None]
 
 
 class MaskRow(_Row):

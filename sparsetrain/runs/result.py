@@ -218,6 +218,7 @@ class Result(TypedDict):
     ci95: NotRequired[list[float] | None]
     macro_f1: NotRequired[Fraction | None]
     majority: NotRequired[Fraction | None]
+    validation_accuracy: NotRequired[Fraction | None]
     kind: NotRequired[str | None]
     micro_f1: NotRequired[Fraction | None]
     token_f1: NotRequired[Fraction | None]

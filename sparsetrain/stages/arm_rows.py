@@ -61,7 +61,7 @@ def stage_table(directory: Path, result: Row) -> Arms:
     where = str(directory / RESULT)
     name, is_pretraining = stage_name(directory, result), result.get("stage") == PRETRAIN
     low, high = result.get("ci95") or (None, None)
-    scores = _scores(result)
+    scores = {**_scores(result), **_chosen_by(result)}
     row = _row(
         result,
         STAGE_COLUMNS,
@@ -129,6 +129,16 @@ def _scores(result: Row) -> Row:
                 found |= {f"{key}_before_{name}": entry[key]["old"], f"{key}_{name}": entry[key]["new"]}
     forgetting = adapted.get("forgetting")
     return found if forgetting is None else {**found, "forgetting": forgetting}
+
+
+def _chosen_by(result: Row) -> Row:
+    """Return the columns that some stages have: what settings are chosen by, and what a fair comparison needs."""
+    known = {
+        "reported_bits_per_byte": result.get("reported_bits_per_byte"),
+        "validation_accuracy": result.get("validation_accuracy"),
+        "bag_of_words": (result.get("bag_of_words") or {}).get("accuracy"),
+    }
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _hidden(directory: Path, result: Row) -> Row:

@@ -28,7 +28,8 @@ from sparsetrain.data import (
 from sparsetrain.errors import UserError
 from sparsetrain.models import Transformer
 from sparsetrain.optim import Budget
-from sparsetrain.runs.layout import PREDICTIONS, TASK
+from sparsetrain.runs.layout import METRICS, PREDICTIONS, TASK
+from sparsetrain.runs.metrics import read_metrics
 from sparsetrain.runs.origin import Origin
 from sparsetrain.runs.weights import read_weights
 from sparsetrain.screen import say
@@ -233,6 +234,7 @@ class TaskStage(Stage[C]):
             "kind": task.kind,
             **score_task(task, task.test, answered.predicted),
             "majority": task.majority(),
+            "validation_accuracy": read_metrics(directory / METRICS)[-1].get("val_accuracy"),
             **({} if bag is None else {"bag_of_words": bag}),
             "n_train": len(task.train),
             "overlap_train_test": task.overlap(origin.train_ids) if origin.knows_its_text else None,
