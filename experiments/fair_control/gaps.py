@@ -2,8 +2,8 @@
 
     python experiments/fair_control/gaps.py
 
-Every choice (a rate of the grid, a point of the search) is the one with the lowest mean validation loss. Every loss in a
-gap is the reported one, over text that no choice has seen. A gap is a mean log ratio over seeds, paired by seed, with
+Every choice (a rate of the grid, a point of the search) is the one with the lowest mean validation loss. Every loss in
+a gap is the reported one, over text that no choice has seen. A gap is a mean log ratio over seeds, paired by seed, with
 Student's interval.
 """
 
