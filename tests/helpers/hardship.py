@@ -37,6 +37,7 @@ def work_for_every_thread() -> Iterator[None]:
     """Let small products use all threads of torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu_backend, "A_THREAD", 1)
+        patch.setattr(cpu_backend, "NONZEROS_A_THREAD", 1)
         yield
 
 

@@ -269,3 +269,37 @@ def transpose16(typing: Any, source: Any, at: Any, step: Any, target: Any, to: A
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), build
+
+
+def _square(size: int) -> Any:
+    @intrinsic
+    def turn(typing: Any, source: Any, at: Any, step: Any, last: Any, target: Any, to: Any, target_step: Any) -> Any:
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            source, at, step, last, target, to, target_step = arguments
+            kinds, starts = signature.args, []
+            for row in range(size):
+                place = ir.Constant(I64, row)
+                present = builder.select(builder.icmp_signed("<", place, last), place, last)
+                starts.append(builder.add(at, builder.mul(present, step)))
+            side = min(size, NATIVE_LANES)
+            for top in range(0, size, side):
+                for left in range(0, size, side):
+                    shift = ir.Constant(I64, left)
+                    rows = [
+                        read(context, builder, kinds[0], source, builder.add(start, shift), side)
+                        for start in starts[top : top + side]
+                    ]
+                    for row, column in enumerate(_transposed(builder, rows)):
+                        line = builder.mul(target_step, ir.Constant(I64, left + row))
+                        place = builder.add(builder.add(to, line), ir.Constant(I64, top))
+                        write(context, builder, kinds[4], target, place, column)
+            return context.get_dummy_value()
+
+        return types.void(source, *[types.intp] * 3, target, types.intp, types.intp), build
+
+    return turn
+
+
+# Write the transpose of a square of 8 or of 16 elements a side, as `transpose16` does; rows behind row ``last`` do not
+# exist, and that row stands for them.
+turn8, turn16 = _square(8), _square(16)

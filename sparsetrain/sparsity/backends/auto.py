@@ -36,6 +36,7 @@ from sparsetrain.machine import machine_key, processor, torch_simd
 from sparsetrain.reading import read_json
 from sparsetrain.shapes import Fraction, Positive, check
 from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.backends.few_tokens import MOST
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 _log = logging.getLogger(__name__)
@@ -205,13 +206,22 @@ def _kind() -> str:
 
 
 def choose(
-    pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device, density: float | None = None
+    pattern: SparsityPattern,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    density: float | None = None,
+    forward_only: bool = False,
 ) -> str:
     """Return the name of the backend for a pattern and a number of tokens.
 
     Args:
         density: what to decide by in place of the pattern's own, for one that will change.
+        forward_only: whether no backward pass may follow. Few tokens are then bound by the bytes of the matrix, which
+            a dense product would have to write before it reads them.
     """
+    if forward_only and tokens <= MOST and BACKENDS[_SINGLE].refusal(dtype, device, pattern) is None:
+        return _SINGLE
     density = pattern.density if density is None else density
     chosen, highest = FALLBACK, 0.0
     for name in BACKENDS.names():

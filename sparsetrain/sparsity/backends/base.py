@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar, overload
+from typing import Any, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -182,10 +182,15 @@ def check_backend(name: str, key: str = "backend") -> None:
 
 
 # What ``auto`` stands for. It is set from above, since the crossover tables build on this file.
-_Choice = Callable[[SparsityPattern, int, torch.dtype, torch.device], str]
+class _Choice(Protocol):
+    def __call__(
+        self, pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device, *, forward_only: bool
+    ) -> str: ...
 
 
-def _masked_always(pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device) -> str:
+def _masked_always(
+    pattern: SparsityPattern, tokens: int, dtype: torch.dtype, device: torch.device, *, forward_only: bool = False
+) -> str:
     return "masked"
 
 
@@ -193,7 +198,7 @@ _choice: list[_Choice] = [_masked_always]
 
 
 def set_choice(choice: _Choice) -> None:
-    """Make ``choice`` decide what ``auto`` stands for: (pattern, tokens, dtype, device) -> a registered name."""
+    """Make ``choice`` decide what ``auto`` stands for; it returns a registered name, see `auto.choose`."""
     _choice[0] = choice
 
 
@@ -203,8 +208,12 @@ def resolve_backend(
     tokens: int,
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
+    forward_only: bool = False,
 ) -> str:
     """Return the registered backend that ``name`` stands for at this pattern, number of rows, type and device.
+
+    Args:
+        forward_only: whether no backward pass may follow.
 
     Raises:
         UserError: no such backend, or one that was asked for by name and cannot compute this.
@@ -212,7 +221,7 @@ def resolve_backend(
     device = pattern.device if device is None else device
     check_backend(name)
     if name == "auto":
-        return _choice[0](pattern, tokens, dtype, device)
+        return _choice[0](pattern, tokens, dtype, device, forward_only=forward_only)
     if reason := BACKENDS[name].refusal(dtype, device, pattern):
         raise UserError(f"backend '{name}' {reason}; backend='auto' takes another")
     return name

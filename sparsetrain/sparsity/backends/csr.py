@@ -21,6 +21,7 @@ from sparsetrain.sparsity.backends.cpu import (
     with_whole_rows,
     workers,
 )
+from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
@@ -53,6 +54,8 @@ class CsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
+        if 1 <= x.shape[0] <= MOST:
+            return few_tokens(x, values, pattern), x.new_empty(0)
         csr, threads = _kernels().csr, workers(x.shape[0], pattern)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)

@@ -279,8 +279,8 @@ def sparse_linear(
     if torch.is_autocast_enabled(x.device.type):
         x, values = _autocast(x), _autocast(values)
         bias = None if bias is None else _autocast(bias)
-    name = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device)
     keep = torch.is_grad_enabled() and (x.requires_grad or values.requires_grad)
+    name = resolve_backend(backend, pattern, x.numel() // x.shape[-1], x.dtype, x.device, forward_only=not keep)
     if traced:
         y, _ = _sparse_linear(_rows(x), values, *_place(pattern, name), keep)
     elif keep:

@@ -1,0 +1,127 @@
+"""Vectors of elements that stand apart: gathers by 16-bit columns, and the first lanes of a vector.
+
+Intel's processors have an instruction that gathers; on AMD's it takes longer than as many loads, and elsewhere there is
+none. LLVM chooses loads for both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from sparsetrain.kernels.simd.vectors import F32X16, FLOAT, I16, I32, I64, pointer, shuffle
+from sparsetrain.machine import target_features, target_name
+
+LANES = 16
+_FEATURES = f"{target_features()},"
+_BY_HARDWARE = not target_name().startswith(("znver", "bdver", "btver"))
+_AVX512 = _BY_HARDWARE and "+avx512f," in _FEATURES
+_AVX2 = _BY_HARDWARE and "+avx2," in _FEATURES
+_BIT, _BYTES = ir.IntType(1), ir.IntType(8).as_pointer()
+
+
+def _flags(builder: Any, count: Any, lanes: int = LANES) -> Any:
+    """Return whether each lane is among the first ``count``."""
+    wide = ir.VectorType(I32, lanes)
+    first = builder.insert_element(ir.Constant(wide, ir.Undefined), builder.trunc(count, I32), ir.Constant(I32, 0))
+    limit = shuffle(builder, first, first, [0] * lanes)
+    return builder.icmp_signed("<", ir.Constant(wide, list(range(lanes))), limit)
+
+
+def _half(builder: Any, vector: Any, which: int) -> Any:
+    return shuffle(builder, vector, vector, range(8 * which, 8 * which + 8))
+
+
+def _call(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
+    known = builder.module.globals.get(name)
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(known or ir.Function(builder.module, kind, name), operands)
+
+
+def _gathered(builder: Any, base: Any, indices: Any, flags: Any) -> Any:
+    """Return the floats at ``base[indices]`` in the lanes whose flag is set, and zero in the others."""
+    zero = ir.Constant(ir.VectorType(FLOAT, LANES), [0.0] * LANES)
+    start = builder.bitcast(base, _BYTES)
+    if _AVX512:
+        operands = [zero, start, indices, flags, ir.Constant(I32, 4)]
+        return _call(builder, "llvm.x86.avx512.mask.gather.dps.512", zero.type, operands)
+    if _AVX2:
+        none = ir.Constant(ir.VectorType(FLOAT, 8), [0.0] * 8)
+        signs = builder.bitcast(builder.sext(flags, ir.VectorType(I32, LANES)), ir.VectorType(FLOAT, LANES))
+        halves = [
+            _call(
+                builder,
+                "llvm.x86.avx2.gather.d.ps.256",
+                none.type,
+                [none, start, _half(builder, indices, h), _half(builder, signs, h), ir.Constant(ir.IntType(8), 4)],
+            )
+            for h in (0, 1)
+        ]
+        return shuffle(builder, *halves, range(LANES))
+    found = ir.Constant(zero.type, ir.Undefined)
+    for lane in range(LANES):
+        at = ir.Constant(I32, lane)
+        place = builder.zext(builder.extract_element(indices, at), I64)
+        found = builder.insert_element(found, builder.load(builder.gep(base, [place])), at)
+    return builder.select(flags, found, zero)
+
+
+def _indices(context: Any, builder: Any, kind: Any, columns: Any, place: Any) -> Any:
+    value = builder.load(pointer(context, builder, kind, columns, place, ir.VectorType(I16, LANES)))
+    value.align = 2
+    return builder.zext(value, ir.VectorType(I32, LANES))
+
+
+@intrinsic
+def gather(typing: Any, array: Any, at: Any, columns: Any, place: Any) -> Any:
+    """Return ``array[at + columns[place:place + 16]]``, from float32 by uint16."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, columns, place = arguments
+        base = pointer(context, builder, signature.args[0], array, at, FLOAT)
+        indices = _indices(context, builder, signature.args[2], columns, place)
+        every = ir.Constant(ir.VectorType(_BIT, LANES), [1] * LANES)
+        return _gathered(builder, base, indices, every)
+
+    return F32X16(array, types.intp, columns, types.intp), build
+
+
+@intrinsic
+def gather_head(typing: Any, array: Any, at: Any, columns: Any, place: Any, count: Any) -> Any:
+    """Do the same for the first ``count`` lanes; the others are zero. All 16 columns are read and must be columns."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array, at, columns, place, count = arguments
+        base = pointer(context, builder, signature.args[0], array, at, FLOAT)
+        indices = _indices(context, builder, signature.args[2], columns, place)
+        return _gathered(builder, base, indices, _flags(builder, count))
+
+    return F32X16(array, types.intp, columns, types.intp, types.intp), build
+
+
+@intrinsic
+def head(typing: Any, vector: Any, count: Any) -> Any:
+    """Return the first ``count`` lanes of a vector, and zero in the others."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        vector, count = arguments
+        lanes = vector.type.count
+        zero = ir.Constant(vector.type, [0.0] * lanes)
+        return builder.select(_flags(builder, count, lanes), vector, zero)
+
+    return vector(vector, types.intp), build
+
+
+@intrinsic
+def prefetch(typing: Any, array: Any, place: Any) -> Any:
+    """Ask for the cache line of ``array[place]``, which may lie behind the end of the array."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at = pointer(context, builder, signature.args[0], *arguments, ir.IntType(8))
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), build

@@ -1,0 +1,126 @@
+"""The kernels for few tokens against scipy in float64: any shape, any number of tokens, both types of values."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from hardship import fill_with_poison, strided, work_for_every_thread
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsetrain.kernels.few_tokens_layout import WIDTH, build_columns
+from sparsetrain.sparsity import SparseLinear, SparsityPattern
+from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
+
+TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 47, 48)
+
+
+def pattern_of(rows: int, columns: int, density: float, seed: int = 0) -> SparsityPattern:
+    mask = torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) < density
+    return SparsityPattern.from_mask(mask)
+
+
+def check(pattern: SparsityPattern, x: torch.Tensor, values: torch.Tensor) -> None:
+    """Compare with scipy within 2e-6 of the root of the sum of the squares of the terms, times four."""
+    arrays = (values.double().numpy(), pattern.col.numpy(), pattern.row_ptr.numpy())
+    matrix = scipy.sparse.csr_matrix(arrays, shape=pattern.shape)
+    wide = x.double().numpy()
+    expected, size = (matrix @ wide.T).T, np.sqrt((matrix.power(2) @ (wide**2).T).T)
+    found = few_tokens(x, values, pattern)
+    assert found.dtype == x.dtype
+    assert found.shape == (len(x), pattern.shape[0])
+    rounding = 2.0**-8 * np.abs(expected) if x.dtype == torch.bfloat16 else 0.0
+    error = np.abs(found.double().numpy() - expected)
+    assert (error <= 8e-6 * np.maximum(size, 1e-3) + rounding).all(), float(error.max())
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_products_equal_scipy(tokens: int, kind: torch.dtype) -> None:
+    with work_for_every_thread():
+        for threads, (rows, columns, density) in product((1, 2, 3), ((37, 53, 0.3), (130, 96, 0.05), (16, 16, 1.0))):
+            torch.set_num_threads(threads)
+            pattern = pattern_of(rows, columns, density)
+            check(pattern, torch.randn(tokens, columns), torch.randn(pattern.nnz).to(kind))
+            check(pattern, torch.randn(tokens, columns).bfloat16(), torch.randn(pattern.nnz).to(kind))
+
+
+@given(st.integers(1, 40), st.integers(1, 90), st.integers(1, MOST), st.floats(0.0, 1.0), st.integers(0, 99))
+def test_any_shape(rows: int, columns: int, tokens: int, density: float, seed: int) -> None:
+    pattern = pattern_of(rows, columns, density, seed)
+    draws = torch.Generator().manual_seed(seed)
+    x, values = torch.randn(tokens, columns, generator=draws), torch.randn(pattern.nnz, generator=draws)
+    check(pattern, x, values)
+    check(pattern, strided(x, 2, 1, 3), values)
+    check(pattern, strided(x, 1, 3, 0), values)
+    check(pattern, x.T.contiguous().T, values)
+
+
+@pytest.mark.parametrize("columns", [WIDTH, WIDTH + 1, 65536, 70003])
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_wide_inputs(columns: int, tokens: int) -> None:
+    pattern = pattern_of(19, columns, 0.01)
+    check(pattern, torch.randn(tokens, columns), torch.randn(pattern.nnz))
+
+
+def test_segments_hold_every_nonzero_once() -> None:
+    pattern = pattern_of(11, 100, 0.3)
+    found = build_columns(pattern.row_ptr.numpy(), pattern.col.numpy(), 100, width=16)
+    assert found.bounds.shape == (8, 11)
+    for row, segment in product(range(11), range(7)):
+        nonzeros = slice(found.bounds[segment, row], found.bounds[segment + 1, row])
+        columns = segment * 16 + found.places[nonzeros].astype(np.int64)
+        assert columns.tolist() == [
+            column for column in pattern.col[nonzeros].tolist() if segment * 16 <= column < segment * 16 + 16
+        ]
+    assert found.bounds[0].tolist() == pattern.row_ptr[:-1].tolist()
+    assert found.bounds[-1].tolist() == pattern.row_ptr[1:].tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 20])
+def test_empty_rows_are_zero_and_every_element_is_written(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.zeros(70, 40, dtype=torch.bool)
+    mask[5, 3] = mask[69, 39] = True
+    pattern = SparsityPattern.from_mask(mask)
+    fill_with_poison(monkeypatch)
+    with work_for_every_thread():
+        torch.set_num_threads(4)
+        check(pattern, torch.randn(tokens, 40), torch.randn(2))
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 16])
+def test_what_a_row_does_not_read_does_not_reach_it(tokens: int) -> None:
+    """An infinite input or value stays with the rows that have a nonzero there, unlike in a dense product."""
+    pattern = pattern_of(64, 64, 0.2)
+    x, values = torch.randn(tokens, 64), torch.randn(pattern.nnz)
+    x[:, 7], values[100] = math.inf, math.nan
+    found = few_tokens(x, values, pattern).isfinite().all(0)
+    row_of_value = int((pattern.row_ptr <= 100).sum()) - 1
+    for row in range(64):
+        columns = pattern.col[pattern.row_ptr[row] : pattern.row_ptr[row + 1]].tolist()
+        assert bool(found[row]) == (7 not in columns and row != row_of_value), row
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    pattern, x = pattern_of(200, 128, 0.2), torch.randn(16, 128)
+    values = torch.randn(pattern.nnz)
+    found = []
+    with work_for_every_thread():
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found += [few_tokens(x, values, pattern), few_tokens(x[:1], values, pattern)]
+    assert all(torch.equal(found[n], found[n % 2]) for n in range(6))
+
+
+def test_auto_takes_them_where_no_gradient_is_needed() -> None:
+    layer, x = SparseLinear(96, 64, density=0.5, seed=0), torch.randn(3, 96)
+    before = layer(x)
+    assert "few_tokens" not in layer.pattern._derived
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), before)
+    assert "few_tokens" in layer.pattern._derived
