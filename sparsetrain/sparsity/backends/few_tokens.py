@@ -47,7 +47,7 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
     y, narrow = scratch(tokens, out_features), stored.dtype == torch.bfloat16
     if tokens == 1:
         one = kernels.one_bfloat16 if narrow else kernels.one
-        one(threads, x=wide.reshape(-1), y=y, values=stored, **_columns(pattern).arguments)
+        one(threads, x=with_whole_rows(wide), y=y, values=stored, **_columns(pattern).arguments)
     else:
         several = kernels.several_bfloat16 if narrow else kernels.several
         several(
