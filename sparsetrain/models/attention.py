@@ -13,8 +13,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparsetrain.models.config import ModelConfig
-from sparsetrain.models.cpu_attention import fused_attention, suits
-from sparsetrain.models.kv_cache import KVCache
+from sparsetrain.models.cpu_attention import attend_to_cache, fused_attention, suits
+from sparsetrain.models.kv_cache import KVCache, positions_after
 from sparsetrain.models.positions import (
     alibi_bias,
     alibi_features,
@@ -23,6 +23,7 @@ from sparsetrain.models.positions import (
     rope_tables,
     rotate,
 )
+from sparsetrain.sparsity.layers.ops import dispatched
 
 _QUERY_BLOCK = 128  # queries per explicit mask [H, block, S]; a mask for all queries could be too large
 
@@ -32,37 +33,51 @@ class Span:
     """What all layers share in one call: the positions of its tokens, and the tables computed from them.
 
     Attributes:
-        first: position of the first token; above 0 only with a cache.
+        first: position of the first token, in the longest row; above 0 only with a cache.
         length: T.
+        firsts: position of the first token of each row, int64 ``[B]``, if rows differ in it.
         factor: s, by which ALiBi or RoPE is stretched in this call; see `ModelConfig.positions_scale`.
-        rope: cosines and sines ``[T, 1, R]`` for rotary positions.
+        rope: cosines and sines for rotary positions, ``[T, 1, R]``, or ``[B, T, 1, R]`` if rows differ.
         slopes: ALiBi slopes ``[H]``, or zeros without ALiBi; set if `fused_attention` computes the call.
         alibi: extra features ``[T, 3 H, E]`` for ALiBi; set if torch's kernel computes a call without a filled cache.
+        lengths: tokens of each row in the cache, int64 ``[B]``; set if `attend_to_cache` may compute the call.
+        numbers: what `attend_to_cache` takes beside them for ``scale``.
+        scale: the factor of scores that ``numbers`` holds.
     """
 
     first: int
     length: int
+    firsts: Tensor | None = None
     factor: float = 1.0
     rope: tuple[Tensor, Tensor] | None = None
     slopes: Tensor | None = None
     alibi: Tensor | None = None
+    lengths: Tensor | None = None
+    numbers: Tensor | None = None
+    scale: float = 1.0
 
 
-def make_span(config: ModelConfig, scale: float, x: Tensor, first: int) -> Span:
-    """Return the span of tokens ``x`` ``[B, T, d_model]`` whose first position is ``first``."""
+def make_span(config: ModelConfig, scale: float, x: Tensor, first: int, firsts: Tensor | None = None) -> Span:
+    """Return the span of tokens ``x`` ``[B, T, d_model]`` whose first position is ``first``, or ``firsts`` by row."""
     length = x.shape[1]
-    span = Span(first, length, config.positions_factor(first + length))
+    span = Span(first, length, firsts, config.positions_factor(first + length))
     if config.positions == "rope":
         frequencies, multiplier = rope_frequencies(
             config.d_rotary, config.rope_base, config.rope_scaling, span.factor, config.max_context
         )
-        span.rope = rope_tables(first, length, frequencies, x.device, multiplier)
-    if first > 0:
-        return span
+        span.rope = rope_tables(first if firsts is None else firsts, length, frequencies, x.device, multiplier)
     alibi, dtype = config.positions == "alibi", attention_dtype(x)
+    ours = suits(dtype, x.device)
+    if first > 0 and not (ours and length == 1):
+        return span
     slopes = alibi_slopes(config.n_heads) / span.factor
-    if suits(dtype, x.device):
-        span.slopes = slopes.float() if alibi else torch.zeros_like(slopes, dtype=torch.float32)
+    if ours:
+        slopes = slopes.float() if alibi else torch.zeros_like(slopes, dtype=torch.float32)
+    if first > 0:
+        span.lengths = torch.full((len(x),), first) if firsts is None else firsts
+        span.numbers, span.scale = torch.cat((slopes.new_full((1,), scale), slopes)), scale
+    elif ours:
+        span.slopes = slopes
     elif alibi:
         span.alibi = alibi_features(slopes, length, scale, config.d_head, dtype, x.device)
     return span
@@ -99,7 +114,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, span: Span, cache: KVCache | None = None, layer: int = 0) -> Tensor:
         """Map ``x`` ``[B, T, d_model]`` to the same shape; ``layer`` is this layer's index in the cache."""
-        qkv = rearrange(self.qkv(x), "b t (h d) -> b t h d", d=self.d_head)
+        qkv = self.qkv(x)
+        if cache is not None and span.numbers is not None and self._decodes(qkv, span, cache):
+            return self.out(self._decode(qkv, span, cache, layer))
+        qkv = rearrange(qkv, "b t (h d) -> b t h d", d=self.d_head)
         if span.rope is not None:
             turned, v = qkv.split((self.n_heads + self.kv_heads, self.kv_heads), dim=2)
             qkv = torch.cat((rotate(turned, *span.rope), v), dim=2)
@@ -109,6 +127,24 @@ class Attention(nn.Module):
             if span.first > 0:
                 return self.out(self._attend_to_cache(q, k, v, span))
         return self.out(self._attend(qkv, span))
+
+    def _decodes(self, qkv: Tensor, span: Span, cache: KVCache) -> bool:
+        """Return whether a kernel computes the attention of one new token to a cache: without gradients, in float32."""
+        graph = torch.is_grad_enabled() and qkv.requires_grad
+        return self.scale == span.scale and not graph and cache.keys.dtype == torch.float32 and not dispatched(qkv)
+
+    def _decode(self, qkv: Tensor, span: Span, cache: KVCache, layer: int) -> Tensor:
+        """Append one token a row to the cache and return its attention, ``[B, 1, H D]``."""
+        assert span.lengths is not None
+        assert span.numbers is not None
+        if span.rope is not None:
+            turned, v = rearrange(qkv, "b t (h d) -> b t h d", d=self.d_head).split(
+                (self.n_heads + self.kv_heads, self.kv_heads), dim=2
+            )
+            qkv = torch.cat((rotate(turned, *span.rope), v), dim=2).flatten(2)
+        held = cache.room(layer, 1)
+        y = attend_to_cache(qkv[:, 0].float(), *held, span.lengths, span.numbers, self.kv_heads)
+        return y[:, None].to(qkv.dtype)
 
     def _attend(self, qkv: Tensor, span: Span) -> Tensor:
         """Causal attention of tokens ``[B, T, H + 2 K, D]`` to one another: ``[B, T, H D]``."""
@@ -135,28 +171,32 @@ class Attention(nn.Module):
         blocks = []
         for start in range(0, q.shape[1], _QUERY_BLOCK):
             block = q[:, start : start + _QUERY_BLOCK].to(dtype)
-            mask = self._mask(span.first + start, block.shape[1], k.shape[1], block, span.factor)
+            mask = self._mask(span, start, block, k.shape[1])
             y = self._fused(block, k, v, mask=mask)
             blocks.append(rearrange(y, "b h t d -> b t (h d)"))
         return torch.cat(blocks, dim=1).to(q.dtype)
 
-    def _mask(self, first: int, n_queries: int, n_keys: int, like: Tensor, factor: float) -> Tensor | None:
-        """Return the additive mask of queries from position ``first``: ``[1 or H, n_queries, n_keys]``."""
-        alibi = self.positions == "alibi"
-        if not alibi and n_queries == 1 and first == n_keys - 1:
+    def _mask(self, span: Span, start: int, queries: Tensor, n_keys: int) -> Tensor | None:
+        """Return the additive mask of the queries ``[B, Q, H, D]`` of a span from the one at ``start`` on.
+
+        It is ``[1 or B, 1 or H, Q, n_keys]``.
+        """
+        alibi, count = self.positions == "alibi", queries.shape[1]
+        if not alibi and span.firsts is None and count == 1 and span.first + start == n_keys - 1:
             return None
-        shape = (n_queries, n_keys)
-        hidden = torch.ones(shape, dtype=torch.bool, device=like.device).triu(first + 1)
+        firsts = torch.tensor([span.first], device=queries.device) if span.firsts is None else span.firsts
+        places = positions_after(firsts + start, count)[:, None, :, None]
+        keys = torch.arange(n_keys, device=queries.device)
         if alibi:
-            bias = alibi_bias(alibi_slopes(self.n_heads) / factor, first, n_queries, n_keys, like)
+            bias = alibi_bias(alibi_slopes(self.n_heads) / span.factor, places, keys, queries)
         else:
-            bias = torch.zeros(1, *shape, device=like.device, dtype=like.dtype)
-        return bias.masked_fill(hidden, -torch.inf)
+            bias = torch.zeros(1, device=queries.device, dtype=queries.dtype)
+        return bias.masked_fill(keys > places, -torch.inf)
 
     def _fused(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
         """Attention of ``[B, T, H, D]`` to ``[B, S, H, D]``: ``[B, H, T, D]``; ``causal`` needs S = T and no mask."""
         if mask is not None:
-            mask = mask.expand(q.shape[0], *mask.shape)
+            mask = mask.expand(q.shape[0], *mask.shape[1:])
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         # Without this, autocast would cast float32 on a CPU back to 16 bits.
         with torch.autocast(q.device.type, enabled=False):

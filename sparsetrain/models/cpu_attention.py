@@ -15,6 +15,8 @@ from torch import Tensor
 from sparsetrain.errors import UserError
 from sparsetrain.flop_formulas import count_by
 
+_A_THREAD = 1 << 18  # floats of keys in a cache
+
 
 @functools.cache
 def _kernels() -> ModuleType:
@@ -22,6 +24,13 @@ def _kernels() -> ModuleType:
     from sparsetrain.kernels import attention
 
     return attention
+
+
+@functools.cache
+def _decoding() -> ModuleType:
+    from sparsetrain.kernels import one_query
+
+    return one_query
 
 
 def _scratch(threads: int, each: int) -> Tensor:
@@ -60,6 +69,43 @@ def fused_attention(qkv: Tensor, slopes: Tensor, kv_heads: int, scale: float) ->
             f"activations of shape {tuple(qkv.shape)} do not hold {heads} heads of queries and {kv_heads} of keys"
         )
     return _attention(qkv, slopes, kv_heads, scale)[0]
+
+
+def attend_to_cache(
+    qkv: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, numbers: Tensor, kv_heads: int
+) -> Tensor:
+    """Append the keys and values of one new token a row to a cache; return the token's attention, ``[B, H D]``.
+
+    It is not differentiable.
+
+    Args:
+        qkv: float32 ``[B, (H + 2 K) D]`` on a CPU: queries, keys, values.
+        keys, values: of the cache, float32 ``[B, K, S, D]``.
+        lengths: tokens of each row in the cache, int64 ``[B]``, below S.
+        numbers: the scale of scores and the ALiBi slope of each head, float32 ``[1 + H]``.
+    """
+    kernels, (batch, _, capacity, d) = _decoding(), keys.shape
+    heads, each = len(numbers) - 1, kernels.scratch_of(capacity, d)
+    # A thread is not woken for few keys.
+    threads = max(1, min(torch.get_num_threads(), batch * kv_heads, keys.numel() // _A_THREAD))
+    y = qkv.new_empty(batch, heads * d)
+    kernels.attend(
+        threads,
+        qkv=_rows(qkv),
+        keys=keys,
+        values=values,
+        lengths=lengths,
+        numbers=numbers,
+        y=y,
+        scratch=_scratch(threads, each),
+        each=each,
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        d=d,
+        capacity=capacity,
+    )
+    return y
 
 
 def _rows(x: Tensor) -> Tensor:

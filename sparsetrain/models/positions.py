@@ -77,17 +77,17 @@ def alibi_features(
     return features.to(device)
 
 
-def alibi_bias(slopes: Tensor, first_query: int, n_queries: int, n_keys: int, like: Tensor) -> Tensor:
-    """Return the explicit bias ``-m_h |i - j|``, ``[H, n_queries, n_keys]``, in the dtype of ``like``.
+def alibi_bias(slopes: Tensor, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
+    """Return the explicit bias ``-m_h |i - j|`` in the dtype of ``like``, ``[B, H, Q, n_keys]``.
 
     The product is computed in at least float32. The function is meant for decoding, where one query or one block of
     queries meets all keys of a cache.
+
+    Args:
+        queries: positions i, ``[B, 1, Q, 1]``. keys: positions j, ``[n_keys]``.
     """
-    queries = torch.arange(first_query, first_query + n_queries, device=like.device)
-    keys = torch.arange(n_keys, device=like.device)
-    distance = (queries[:, None] - keys[None, :]).abs()
     wide = torch.promote_types(like.dtype, torch.float32)
-    return (-slopes.to(like.device, wide)[:, None, None] * distance).to(like.dtype)
+    return (-slopes.to(like.device, wide)[:, None, None] * (queries - keys).abs()).to(like.dtype)
 
 
 def rope_frequencies(d_rotary: int, base: float, kind: str, factor: float, max_context: int) -> tuple[Tensor, float]:
@@ -131,17 +131,22 @@ def _pair_of_turns(turns: float, d_rotary: int, base: float, max_context: int) -
 
 
 def rope_tables(
-    first: int, length: int, frequencies: Tensor, device: torch.device, factor: float = 1.0
+    first: int | Tensor, length: int, frequencies: Tensor, device: torch.device, factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of the rotary angles, float32 ``[T, 1, R]``, for positions ``first .. first + T - 1``.
+
+    For first positions by row, int64 ``[B]``, they are ``[B, T, 1, R]``.
 
     Pair p consists of features p and p + R/2 and is rotated by ``position * frequencies[p]`` (Su et al. 2021).
 
     Args:
         frequencies: ``[R / 2]``, and ``factor``, by which the tables are multiplied: see `rope_frequencies`.
     """
-    positions = torch.arange(first, first + length, dtype=torch.float64, device="cpu")
-    angles = (positions[:, None] * frequencies).repeat(1, 2)[:, None, :]
+    positions = torch.arange(length, dtype=torch.float64, device="cpu")
+    if isinstance(first, Tensor):
+        first = first.cpu()[:, None]
+    angles = (positions + first)[..., None] * frequencies
+    angles = torch.cat((angles, angles), dim=-1)[..., None, :]
     cos, sin = angles.cos(), angles.sin()
     if factor != 1.0:
         cos, sin = cos * factor, sin * factor

@@ -18,7 +18,7 @@ from sparsetrain.models.config import ModelConfig
 from sparsetrain.models.decoding.generate import generate
 from sparsetrain.models.decoding.score import continuation_scores
 from sparsetrain.models.head import Head, Reduction, head_loss
-from sparsetrain.models.kv_cache import KVCache
+from sparsetrain.models.kv_cache import KVCache, positions_after
 from sparsetrain.models.mlp import MLP
 from sparsetrain.models.norm import LayerNorm, RMSNorm
 from sparsetrain.models.soft_prompt import SoftPrompt
@@ -175,17 +175,18 @@ class Transformer(nn.Module):
             embeddings = self.embed_tokens(tokens)
         asked = embeddings.shape[1]
         x = embeddings if cache is None else cache.inputs(embeddings)
-        first = 0 if cache is None else cache.length
+        first, firsts = (0, None) if cache is None else (cache.length, cache.lengths)
         if self.positions is not None:
             end = first + x.shape[1]
             if end > self.config.max_context:
                 raise UserError(f"{end} tokens are more than the {self.config.max_context} learned positions")
-            x = x + self.positions(torch.arange(first, end, device=x.device)[None])
+            places = torch.arange(first, end, device=x.device)[None]
+            x = x + self.positions(places if firsts is None else positions_after(firsts, x.shape[1]))
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
         if self.config.dropout > 0.0:
             x = F.dropout(x, self.config.dropout, self.training)
-        span = make_span(self.config, self.attention_scale, x, first)
+        span = make_span(self.config, self.attention_scale, x, first, firsts)
         for layer, block in enumerate(self.blocks):
             x = block(x, span, cache, layer)
         if cache is not None:
