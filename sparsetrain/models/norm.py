@@ -40,7 +40,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ``input`` ``[..., *normalized_shape]`` to the same shape."""
-        if _other_shape(input, self.normalized_shape):
+        if _other_shape(input, self.normalized_shape) or input.numel() < LEAST["LayerNorm"]:
             return super().forward(input)
         return normalise(input, self.weight, self.bias, self.eps)
 
@@ -50,7 +50,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``x`` ``[..., *normalized_shape]`` to the same shape."""
-        if _other_shape(x, self.normalized_shape):
+        if _other_shape(x, self.normalized_shape) or x.numel() < LEAST["RMSNorm"]:
             return super().forward(x)
         return normalise(x, self.weight, None, self.eps, rms=True)
 

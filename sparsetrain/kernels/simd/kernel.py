@@ -19,13 +19,13 @@ from __future__ import annotations
 import os
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numba
 
 from sparsetrain.kernels.simd import words
-from sparsetrain.kernels.simd.arguments import Declaration, Elements
+from sparsetrain.kernels.simd.arguments import HEADER, Declaration, Elements
 from sparsetrain.kernels.simd.checks import MISSED, in_words, straight
 from sparsetrain.kernels.simd.compile import OPTIONS, inlined, numba_cache
 from sparsetrain.kernels.simd.threads import Entry, entry_at, run
@@ -88,7 +88,37 @@ class Kernel:
         address, entry = self._entry or self._load()
         run(address, entry, given, threads)
 
+    def bound(self, threads: int, /, arrays: Sequence[str], **arguments: Any) -> Bound:
+        """Check a call, and return it as one in which ``arrays`` can be replaced by their addresses.
+
+        Its own calls check nothing: a small product takes as long as its check. The caller must give addresses of
+        arrays of the size, the type and the strides of those that were checked.
+
+        Raises:
+            ArgumentError: as a call does.
+        """
+        words = in_words(self.declaration, threads, arguments)
+        places = [HEADER + self.declaration.order.index(name) for name in arrays]
+        return Bound(*(self._entry or self._load()), words, places, threads)
+
     def _load(self) -> tuple[int, Entry]:
         address = self.compiled.address
         self._entry = address, entry_at(address)
         return self._entry
+
+
+class Bound:
+    """A call of a kernel that was checked, see `Kernel.bound`."""
+
+    __slots__ = ("_address", "_entry", "_places", "_threads", "_words")
+
+    def __init__(self, address: int, entry: Entry, words: array[int], places: Sequence[int], threads: int) -> None:
+        self._address, self._entry, self._words = address, entry, words
+        self._places, self._threads = tuple(places), threads
+
+    def __call__(self, *addresses: int) -> None:
+        """Run the kernel with these addresses in the places of the arrays that `Kernel.bound` named."""
+        words = self._words[:]  # several threads of Python may make the same call
+        for place, address in zip(self._places, addresses, strict=True):
+            words[place] = address
+        run(self._address, self._entry, words, self._threads)

@@ -15,7 +15,7 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 TILE = 64  # tokens of a tile, as in the kernels, which would import a compiler
 A_THREAD = 1 << 19  # a thread is not woken for fewer multiply-adds
-NONZEROS_A_THREAD = 1 << 16  # nor, where few tokens are bound by memory, for fewer nonzeros
+NONZEROS_A_THREAD = 1 << 14  # nor, where few tokens are bound by memory, for fewer nonzeros
 _DTYPES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")
 

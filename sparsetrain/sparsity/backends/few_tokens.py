@@ -6,6 +6,7 @@ Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparsetrain.sparsity.backends import cpu
-from sparsetrain.sparsity.backends.cpu import scratch, with_whole_rows
+from sparsetrain.sparsity.backends.cpu import scratch
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 MOST = 48  # tokens, as in the kernels, which would import a compiler
@@ -38,29 +39,41 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
     Args:
         x, values: float32 or bfloat16; sums are in float32.
     """
-    kernels, tokens, (out_features, in_features) = _kernels().few_tokens, x.shape[0], pattern.shape
-    threads = max(1, min(torch.get_num_threads(), pattern.nnz // cpu.NONZEROS_A_THREAD))
-    stored = values.detach()
+    wide, stored = x, values
+    if x.dtype != torch.float32:
+        wide = x.float()
+    if not wide.is_contiguous():
+        wide = wide.contiguous()
     if not stored.is_contiguous():
-        stored = stored.contiguous()
-    wide = x if x.dtype == torch.float32 else x.float()
-    y, narrow = scratch(tokens, out_features), stored.dtype == torch.bfloat16
-    if tokens == 1:
-        one = kernels.one_bfloat16 if narrow else kernels.one
-        one(threads, x=with_whole_rows(wide), y=y, values=stored, **_columns(pattern).arguments)
-    else:
-        several = kernels.several_bfloat16 if narrow else kernels.several
-        several(
-            threads,
-            x=with_whole_rows(wide),
-            y=y,
-            tokens=tokens,
-            packed=scratch(threads * (in_features + 16) * MOST),
-            scratch=scratch(threads * (kernels.PANEL + 16) * MOST),
-            values=stored,
-            **_columns(pattern).arguments,
-        )
+        stored = stored.detach().contiguous()
+    tokens, threads = x.shape[0], max(1, min(torch.get_num_threads(), pattern.nnz // cpu.NONZEROS_A_THREAD))
+    y = wide.new_empty(tokens, pattern.shape[0])
+    arrays = {"x": wide, "y": y, "values": stored}
+    if tokens > 1:
+        # Of its own in each call: several threads of Python may make the same one.
+        arrays |= {name: scratch(threads * size) for name, size in _sizes(pattern).items()}
+    calls = pattern.derived("few_tokens_calls", dict)
+    call = calls.get(key := (threads, tokens, stored.dtype))
+    if call is None:
+        call = calls[key] = _bound(threads, tokens, arrays, pattern)
+    call(*[array.data_ptr() for array in arrays.values()])
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def _bound(threads: int, tokens: int, arrays: dict[str, Tensor], pattern: SparsityPattern) -> Callable[..., None]:
+    """Return the call of a kernel that takes the addresses of these arrays, whose sizes follow from the pattern."""
+    kernels, narrow = _kernels().few_tokens, arrays["values"].dtype == torch.bfloat16
+    given: dict[str, Any] = {**arrays, "values": arrays["values"].detach(), **_columns(pattern).arguments}
+    if tokens == 1:
+        return (kernels.one_bfloat16 if narrow else kernels.one).bound(threads, tuple(arrays), **given)
+    several = kernels.several_bfloat16 if narrow else kernels.several
+    return several.bound(threads, tuple(arrays), tokens=tokens, **given)
+
+
+def _sizes(pattern: SparsityPattern) -> dict[str, int]:
+    """Return the floats of scratch that a thread needs for several tokens."""
+    panel = _kernels().few_tokens.PANEL
+    return {"packed": (pattern.shape[1] + 16) * MOST, "scratch": (panel + 16) * MOST}
 
 
 def _columns(pattern: SparsityPattern) -> Any:

@@ -288,7 +288,7 @@ def sparse_linear(
     else:
         if pattern.request is not None:
             pattern.request.passed()
-        y, _ = BACKENDS[name].forward(_rows(x), values, pattern, keep=False)
+        y = BACKENDS[name].product(_rows(x), values, pattern)
     if y.ndim != x.ndim:
         y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias
