@@ -232,9 +232,10 @@ class Transformer(nn.Module):
         stop_token: int | None = None,
         generator: torch.Generator | None = None,
         prompt: SoftPrompt | None = None,
+        lengths: Tensor | None = None,
     ) -> Tensor:
         """Return ``tokens`` followed by up to ``max_new_tokens`` sampled tokens; see `decoding.generate`."""
-        return generate(self, tokens, max_new_tokens, temperature, top_p, stop_token, generator, prompt)
+        return generate(self, tokens, max_new_tokens, temperature, top_p, stop_token, generator, prompt, lengths)
 
     def _loss(self, tokens: Tensor, targets: Tensor, embeddings: Tensor | None, reduction: Reduction) -> Tensor:
         if tokens.shape != targets.shape:

@@ -18,6 +18,7 @@ from sparsetrain.sparsity.layers.allocation import allocate, allocate_densities
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.layers.multihead import SparseMultiheadAttention
 from sparsetrain.sparsity.layers.ops import sparse_linear
+from sparsetrain.sparsity.layers.prepared import prepared
 from sparsetrain.sparsity.layers.replaced import StaleOptimizerWarning
 from sparsetrain.sparsity.layers.summary import Summary, SummaryRow, summary
 from sparsetrain.sparsity.layers.surgery import densify, sparse_layers, sparsify
@@ -75,6 +76,7 @@ __all__ = [
     "make_rule",
     "nm_pattern",
     "pattern_nnz",
+    "prepared",
     "random_pattern",
     "register_backend",
     "register_elementwise_optimizer",

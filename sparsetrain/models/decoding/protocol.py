@@ -17,6 +17,10 @@ class Cache(Protocol):
         """Keep only the first ``length`` tokens."""
         ...
 
+    def cut(self, lengths: Tensor) -> None:
+        """Keep only the first ``lengths`` tokens of each row, int64 ``[B]``."""
+        ...
+
 
 AnyCache = TypeVar("AnyCache", bound=Cache)
 

@@ -6,12 +6,14 @@ Shapes: B rows, T tokens, D features, C continuations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparsetrain.errors import UserError
 from sparsetrain.models.decoding.protocol import AnyCache, Decoder
+from sparsetrain.sparsity import prepared
 
 
 @torch.no_grad()
@@ -31,6 +33,11 @@ def continuation_scores(model: Decoder[AnyCache], embeddings: Tensor, continuati
     """
     if not all(continuations):
         raise UserError("continuations must not be empty: an empty one has no score")
+    with prepared(model) if isinstance(model, nn.Module) else nullcontext():
+        return _scores(model, embeddings, continuations)
+
+
+def _scores(model: Decoder[AnyCache], embeddings: Tensor, continuations: Sequence[Sequence[int]]) -> Tensor:
     rows, length = embeddings.shape[:2]
     capacity = length + max(len(tokens) for tokens in continuations) - 1
     cache = model.new_cache(embeddings, capacity)
@@ -66,6 +73,13 @@ def own_continuation_scores(
     """
     if not all(tokens for row in continuations for tokens in row):
         raise UserError("continuations must not be empty: an empty one has no score")
+    with prepared(model) if isinstance(model, nn.Module) else nullcontext():
+        return _own_scores(model, embeddings, continuations)
+
+
+def _own_scores(
+    model: Decoder[AnyCache], embeddings: Tensor, continuations: Sequence[Sequence[Sequence[int]]]
+) -> Tensor:
     length, device = embeddings.shape[1], embeddings.device
     capacity = length + max(len(tokens) for row in continuations for tokens in row) - 1
     cache = model.new_cache(embeddings, capacity)

@@ -43,8 +43,10 @@ _log = logging.getLogger(__name__)
 
 FALLBACK = "masked"
 _SINGLE = "csr"  # its table stands in for the missing one of another backend
+_DECODING_FILE = "decoding.json"
 SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
+DECODING = f"{_SINGLE} decoding"  # the table by which few tokens are multiplied while weights do not change
 MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
 
 
@@ -181,19 +183,26 @@ def _load() -> dict[str, Crossover]:
     path, shipped = tuned_path(), _shipped()
     if not os.path.exists(path):  # which also says no where the directory may not be entered
         return shipped
-    # A file that is older than the tables for bfloat16 has none: those of the library count.
-    return {name: table for name, table in shipped.items() if name.endswith(_BFLOAT16)} | from_plain(
+    # A file may be older than the tables for bfloat16 and for decoding: those of the library count then.
+    later = (_BFLOAT16, DECODING)
+    return {name: table for name, table in shipped.items() if name.endswith(later)} | from_plain(
         read_json(path, max_bytes=MAX_BYTES), str(path)
     )
 
 
 def _shipped() -> dict[str, Crossover]:
     name = SHIPPED[_kind()]
-    content = json.loads(resources.files("sparsetrain.sparsity.backends").joinpath("tables", name).read_text("utf-8"))
+    content = _content(name)
     # Its tables for bfloat16 were measured with such instructions; without them dense is slower.
     native = content.get("bfloat16_by") in processor().flags
-    tables = from_plain(content, name)
+    # Decoding was measured on one kind only.
+    tables = from_plain(content, name) | from_plain(_content(_DECODING_FILE), _DECODING_FILE)
     return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
+
+
+def _content(name: str) -> Any:
+    place = resources.files("sparsetrain.sparsity.backends").joinpath("tables", name)
+    return json.loads(place.read_text("utf-8"))
 
 
 def _kind() -> str:
@@ -241,6 +250,15 @@ def choose(
         if density <= up_to and up_to > highest:
             chosen, highest = name, up_to
     return chosen
+
+
+def decoding_limit(shape: tuple[int, int], tokens: int) -> float:
+    """Return the density up to which a sparse product of few tokens is faster than one with a dense copy of the matrix.
+
+    Both only multiply: the copy is made beforehand.
+    """
+    table = tables().get(DECODING)
+    return 1.0 if table is None else _limit(table, shape, tokens, torch.get_num_threads())
 
 
 def _table(backend: str, dtype: torch.dtype) -> Crossover | None:

@@ -64,6 +64,8 @@ class SparseLinear(nn.Module):
     _evolves = False  # whether a manager moves the masks
     from_conv1d = False  # whether the dense layer that this one replaced stores its weight ``[K, M]``
     _request: DenseGradientRequest[Any] | None = None
+    # The product of few tokens, while `prepared` says that the weights do not change.
+    prepared: Any = None
     _origin: tuple[_Moves, int, int] | None = None  # of a copy: moves of the original, and versions at that time
 
     def __init__(
@@ -285,6 +287,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, x: Tensor, use: Use | None = None) -> Tensor:
         """Map ``[..., in_features]`` to ``[..., out_features]``; for ``use`` see `sparse_linear`."""
+        if self.prepared is not None and use is None and (y := self.prepared(x)) is not None:
+            return y
         if self._origin is not None and not torch.compiler.is_compiling():
             self._compare_with_origin()
         return sparse_linear(x, self.values, self._current(), self.bias, self.backend, use)
@@ -296,8 +300,8 @@ class SparseLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A request for this layer's gradient is no request for a copy's.
-        return {key: value for key, value in self.__dict__.items() if key != "_request"}
+        # A request for this layer's gradient is no request for a copy's, nor is the copy's product prepared.
+        return {key: value for key, value in self.__dict__.items() if key not in ("_request", "prepared")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
