@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsetrain.sparsity.backends.auto import FALLBACK, Crossover
 from sparsetrain.sparsity.backends.base import BACKENDS
+from sparsetrain.sparsity.backends.few_tokens import few_tokens
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.bfloat16)
 SIDES, TOKENS = (64, 128, 256, 512, 1024), (16, 64, 256, 2048)
+FEW_TOKENS = (1, 2, 4, 8, 16, 32, 48)
+_OUT_OF_CACHE, _MOST_LAYERS = 1 << 26, 64  # bytes of the weights that take turns, and layers at most
 DENSITIES = (0.05, 0.2, 0.5, 0.9)
 _LEAST_SECONDS = 2e-3  # a timing of shorter steps repeats them until it takes this long
 _HOPELESS = 4  # dense is not timed further if it is this many times slower even when nearly all weights are stored
@@ -115,6 +120,70 @@ def measure(
     finally:
         torch.set_num_threads(before)
     return Crossover(list(sides), list(tokens), list(threads), density)
+
+
+def measure_decoding(
+    threads: Sequence[int],
+    sides: Sequence[int] = SIDES,
+    tokens: Sequence[int] = FEW_TOKENS,
+    repeats: int = 5,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Crossover:
+    """Return the densities up to which a sparse product of few tokens is faster than a dense one, forward only.
+
+    The weights of several layers take turns, so that they come from memory as in decoding.
+
+    Args:
+        threads, sides, repeats, progress: as for `measure`.
+        tokens: numbers of tokens, at most `few_tokens.MOST`.
+    """
+    before, done, total = torch.get_num_threads(), 0, len(threads) * len(sides) * len(tokens)
+    found: list[list[list[float]]] = []
+    try:
+        for count in threads:
+            torch.set_num_threads(count)
+            found.append([])
+            for side in sides:
+                layers = {density: _weights(side, density) for density in DENSITIES}
+                found[-1].append([])
+                for rows in tokens:
+                    found[-1][-1].append(round(_decoding_case(layers, torch.randn(rows, side), repeats), 3))
+                    done += 1
+                    progress(done, total)
+    finally:
+        torch.set_num_threads(before)
+    return Crossover(list(sides), list(tokens), list(threads), found)
+
+
+def _weights(side: int, density: float) -> list[SparseLinear]:
+    count = max(1, min(_MOST_LAYERS, _OUT_OF_CACHE // (4 * side * side)))
+    return [_layer(side, density, "csr", "csr", torch.float32) for _ in range(count)]
+
+
+@torch.no_grad()
+def _decoding_case(layers: Mapping[float, Sequence[SparseLinear]], x: Tensor, repeats: int) -> float:
+    dense = [layer.dense_weight() for layer in next(iter(layers.values()))]
+    products = [
+        lambda: [F.linear(x, weight) for weight in dense],
+        *(functools.partial(_products, x, some) for some in layers.values()),
+    ]
+    for product in products:
+        product()  # builds and compiles
+    rounds = []
+    for _ in range(max(2, repeats)):
+        rounds.append([])
+        for product in products:
+            started = time.perf_counter()
+            product()
+            rounds[-1].append(time.perf_counter() - started)
+    first, *sparse = (statistics.median(times) for times in zip(*rounds, strict=True))
+    densities = [some[0].pattern.density for some in layers.values()]
+    return crossing(densities, sparse, [first] * len(sparse))
+
+
+def _products(x: Tensor, layers: Sequence[SparseLinear]) -> None:
+    for layer in layers:
+        few_tokens(x, layer.values, layer.pattern)
 
 
 def _case(backend: str, dtype: torch.dtype, side: int, tokens: int, repeats: int) -> float:

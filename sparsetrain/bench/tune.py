@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsetrain.bench.crossover import SIDES, TOKENS, measurable, measure, tuned
+from sparsetrain.bench.crossover import SIDES, TOKENS, measurable, measure, measure_decoding, tuned
 from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
 from sparsetrain.machine import core_count
 from sparsetrain.runs.provenance import machine
 from sparsetrain.screen import say
-from sparsetrain.sparsity.backends.auto import Crossover, save, table_name
+from sparsetrain.sparsity.backends.auto import DECODING, Crossover, save, table_name
 from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
 
 
@@ -82,6 +82,13 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
             tables[table_name(name, dtype)] = measure(
                 name, threads, dtype, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update
             )
+        task = progress.add_task(f"{DECODING} against dense", total=None)
+        tables[DECODING] = measure_decoding(
+            threads,
+            config.sides or SIDES,
+            repeats=config.repeats,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
     path = save(tables, {"machine": machine(torch.device("cpu"))})
     for name, table in tables.items():
         for index, count in enumerate(threads):

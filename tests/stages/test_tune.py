@@ -26,7 +26,7 @@ def test_a_measured_table_is_saved_shown_and_used(screen: Console) -> None:
     path = tune(TuneConfig(threads=[1, 2], sides=[64], tokens=[16, 64], repeats=1), screen)
     content = json.loads(path.read_text())
     assert path == auto.tuned_path()
-    names = {"csr", "bsr", "csr bfloat16", "bsr bfloat16"}
+    names = {"csr", "bsr", "csr bfloat16", "bsr bfloat16", "csr decoding"}
     assert set(content["backends"]) == names
     for name in names:
         assert auto._tables[name].sides == [64]
@@ -36,6 +36,7 @@ def test_a_measured_table_is_saved_shown_and_used(screen: Console) -> None:
     assert "csr 1x1, threads: 2" in text
     assert "bsr 16x16, threads: 1" in text
     assert "csr 1x1, bfloat16, threads: 1" in text
+    assert "csr 1x1, decoding, threads: 1" in text
     assert "faster from" in text
     assert f"saved in {path}" in text
 

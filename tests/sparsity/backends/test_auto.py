@@ -166,11 +166,12 @@ def test_the_shipped_table_is_that_of_such_a_processor(
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(auto, "processor", lambda: Processor(**about))
-    text = (Path(auto.__file__).parent / "tables" / name).read_text()
-    tables = json.loads(text)["backends"]
+    tables = {}
+    for file in (name, "decoding.json"):
+        tables |= json.loads((Path(auto.__file__).parent / "tables" / file).read_text())["backends"]
     loaded = {name: vars(table) for name, table in auto._load().items()}
     assert loaded == {name: tables[name] for name in loaded}
-    assert "csr" in loaded
+    assert {"csr", "csr decoding"} <= loaded.keys()
 
 
 def test_a_table_with_a_side_of_zero_is_none() -> None:
@@ -187,8 +188,8 @@ def test_a_saved_table_is_used_and_read_again() -> None:
         assert auto._tables == {"csr": TABLE}
         again = auto._load()
         assert vars(again.pop("csr")) == vars(TABLE)
-        # What the file lacks of bfloat16 is the library's.
-        assert set(again) == {name for name in auto._shipped() if name.endswith("bfloat16")}
+        # What the file lacks of bfloat16 and of decoding is the library's.
+        assert set(again) == {name for name in auto._shipped() if name.endswith(("bfloat16", "decoding"))}
         path.write_text("{}")
         with pytest.raises(UserError, match=r"is no crossover table .*; delete it or run: sparsetrain tune"):
             auto._load()
