@@ -45,6 +45,7 @@ PANEL = 64  # rows of Y that are collected before they are turned and written
 AHEAD = 512
 PADDING = 16  # columns behind the last one, so that the last nonzeros can be read like all others
 
+_SHARES = 1 << 20  # of the nonzeros, by which threads get ranges of rows
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
 
 
@@ -55,7 +56,7 @@ def lanes_of(tokens: Int) -> int:
 
 
 @inlined
-def rows_of(bounds: Array, rows: Int, segments: Int, nonzeros: Int, shared: Int, shares: Int) -> int:
+def rows_of(bounds: Array, rows: Int, nonzeros: Int, shared: Int, shares: Int) -> int:
     """Return the first row of share ``shared`` of ``shares``: where that share of the nonzeros has been passed."""
     if shared >= shares:
         return rows
@@ -87,9 +88,9 @@ def _one(
     Args:
         width, segments, bounds, places: of the `few_tokens_layout.Columns` of W. values: in the order of its rows.
     """
-    first, last, _ = share(team, 1 << 20)
-    begin = rows_of(bounds, rows, segments, nonzeros, first, 1 << 20)
-    stop = rows_of(bounds, rows, segments, nonzeros, last, 1 << 20)
+    first, last, _ = share(team, _SHARES)
+    begin = rows_of(bounds, rows, nonzeros, first, _SHARES)
+    stop = rows_of(bounds, rows, nonzeros, last, _SHARES)
     for segment in range(segments):
         at, from_, to = segment * width, segment * rows, (segment + 1) * rows
         for row in range(begin, stop):
@@ -152,15 +153,15 @@ def _several(
         packed: scratch for x, its tokens side by side. scratch: for a panel of y and a square of it.
         width, segments, bounds, places: of the `few_tokens_layout.Columns` of W. values: in the order of its rows.
     """
-    first, last, index = share(team, 1 << 20)
-    begin = rows_of(bounds, rows, segments, nonzeros, first, 1 << 20)
-    stop = rows_of(bounds, rows, segments, nonzeros, last, 1 << 20)
+    first, last, index = share(team, _SHARES)
+    begin = rows_of(bounds, rows, nonzeros, first, _SHARES)
+    stop = rows_of(bounds, rows, nonzeros, last, _SHARES)
     if begin == stop:
         return
     lanes = lanes_of(tokens)
     base, made = index * (columns + 16) * MOST, index * (PANEL + 16) * MOST
     square = made + PANEL * MOST
-    _pack(x, x_step, tokens, columns, lanes, packed, base, scratch, square)
+    pack_tokens(x, x_step, tokens, columns, lanes, packed, base)
     for top in range(begin, stop, PANEL):
         bottom = min(stop, top + PANEL)
         for segment in range(segments):
@@ -177,7 +178,7 @@ def _several(
                     _row_of_32(packed, at, places, values, start, end, scratch, line, fresh)
                 else:
                     _row_of_48(packed, at, places, values, start, end, scratch, line, fresh)
-        _write(scratch, made, square, lanes, bottom - top, tokens, y, top, y_step)
+        write_panel(scratch, made, square, lanes, bottom - top, tokens, y, top, y_step)
 
 
 several = Kernel(_several, "several", float32)
@@ -185,9 +186,7 @@ several_bfloat16 = Kernel(_several, "several_bfloat16", bfloat16)
 
 
 @inlined
-def _pack(
-    x: Array, x_step: Int, tokens: Int, columns: Int, lanes: Int, packed: Array, base: Int, scratch: Array, square: Int
-) -> None:
+def pack_tokens(x: Array, x_step: Int, tokens: Int, columns: Int, lanes: Int, packed: Array, base: Int) -> None:
     """Write x ``[tokens, columns]`` as ``[columns, lanes]``; what lanes behind the last token hold is not used."""
     whole = columns // 16 * 16
     for token in range(0, tokens, 16):
@@ -207,10 +206,10 @@ def _pack(
 
 
 @inlined
-def _write(
+def write_panel(
     scratch: Array, made: Int, square: Int, lanes: Int, rows: Int, tokens: Int, y: Array, top: Int, y_step: Int
 ) -> None:
-    """Write a panel ``[rows, lanes]`` to the columns of y from ``top`` on."""
+    """Write a panel ``[rows, lanes]`` to the columns of y from ``top`` on, by squares that lie at ``square``."""
     whole = rows // 16 * 16
     for row in range(0, whole, 16):
         for token in range(0, tokens, 16):

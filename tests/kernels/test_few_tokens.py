@@ -61,6 +61,24 @@ def test_any_shape(rows: int, columns: int, tokens: int, density: float, seed: i
     check(pattern, x.T.contiguous().T, values)
 
 
+@pytest.mark.parametrize("block", [(4, 4), (16, 16), (5, 8), (64, 32), (7, 11)], ids=str)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_blocks_equal_scipy(block: tuple[int, int], kind: torch.dtype) -> None:
+    coarse = torch.rand(7, 9, generator=torch.Generator().manual_seed(1)) < 0.4
+    mask = coarse.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)
+    pattern = SparsityPattern.from_mask(mask, block)
+    single = SparsityPattern.from_mask(mask)
+    values = torch.randn(pattern.nnz).to(kind)
+    dense = pattern.scatter(values)
+    with work_for_every_thread():
+        for threads, tokens in product((1, 3), TOKENS):
+            torch.set_num_threads(threads)
+            x = torch.randn(tokens, mask.shape[1])
+            # The same matrix by single weights, which are compared with scipy above.
+            expected = few_tokens(x.double().float(), single.gather(dense), single)
+            torch.testing.assert_close(few_tokens(x, values, pattern), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("columns", [WIDTH, WIDTH + 1, 65536, 70003])
 @pytest.mark.parametrize("tokens", [1, 3, 16, 40])
 def test_wide_inputs(columns: int, tokens: int) -> None:

@@ -43,6 +43,7 @@ _log = logging.getLogger(__name__)
 
 FALLBACK = "masked"
 _SINGLE = "csr"  # its table stands in for the missing one of another backend
+FEW_TOKENS = (_SINGLE, "bsr")  # the backends with kernels for few tokens
 _DECODING_FILE = "decoding.json"
 SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
@@ -229,8 +230,10 @@ def choose(
         forward_only: whether no backward pass may follow. Few tokens are then bound by the bytes of the matrix, which
             a dense product would have to write before it reads them.
     """
-    if forward_only and tokens <= MOST and BACKENDS[_SINGLE].refusal(dtype, device, pattern) is None:
-        return _SINGLE
+    if forward_only and tokens <= MOST:
+        for name in FEW_TOKENS:
+            if BACKENDS[name].refusal(dtype, device, pattern) is None:
+                return name
     density = pattern.density if density is None else density
     chosen, highest = FALLBACK, 0.0
     for name in BACKENDS.names():

@@ -21,6 +21,7 @@ from sparsetrain.sparsity.backends.cpu import (
     with_whole_rows,
     workers,
 )
+from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 _MIN_BLOCK, _MAX_BLOCK = 4, 64  # as in the kernels, which would import a compiler
@@ -56,6 +57,8 @@ class BsrBackend(CpuBackend):
         return None
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
+        if 1 <= x.shape[0] <= MOST:
+            return few_tokens(x, values, pattern), x.new_empty(0)
         bsr, threads = _kernels().bsr, workers(x.shape[0], pattern)
         tokens, (out_features, in_features) = x.shape[0], pattern.shape
         y = x.new_empty(tokens, out_features)
@@ -74,6 +77,11 @@ class BsrBackend(CpuBackend):
             **_blocks(pattern).arguments,
         )
         return y, x.new_empty(0)
+
+    def product(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
+        if 1 <= x.shape[0] <= MOST:
+            return few_tokens(x, values, pattern)
+        return self.forward(x, values, pattern, keep=False)[0]
 
     def backward(
         self,

@@ -1,4 +1,4 @@
-"""The product of few tokens and an unstructured sparse matrix, by the kernels of `sparsetrain.kernels.few_tokens`.
+"""The product of few tokens and a sparse matrix, by `sparsetrain.kernels.few_tokens` and `few_tokens_blocks`.
 
 Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 """
@@ -23,14 +23,17 @@ MOST = 48  # tokens, as in the kernels, which would import a compiler
 class _Kernels(NamedTuple):
     few_tokens: ModuleType
     layout: ModuleType
+    blocks: ModuleType
+    arguments: ModuleType
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     # Imported late: importing the library must not import a compiler.
-    from sparsetrain.kernels import few_tokens, few_tokens_layout
+    from sparsetrain.kernels import few_tokens, few_tokens_blocks, few_tokens_layout
+    from sparsetrain.kernels.simd import arguments
 
-    return _Kernels(few_tokens, few_tokens_layout)
+    return _Kernels(few_tokens, few_tokens_layout, few_tokens_blocks, arguments)
 
 
 def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -49,7 +52,7 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
     tokens, threads = x.shape[0], max(1, min(torch.get_num_threads(), pattern.nnz // cpu.NONZEROS_A_THREAD))
     y = wide.new_empty(tokens, pattern.shape[0])
     arrays = {"x": wide, "y": y, "values": stored}
-    if tokens > 1:
+    if tokens > 1 or pattern.block != (1, 1):
         # Of its own in each call: several threads of Python may make the same one.
         arrays |= {name: scratch(threads * size) for name, size in _sizes(pattern).items()}
     calls = pattern.derived("few_tokens_calls", dict)
@@ -62,18 +65,38 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
 
 def _bound(threads: int, tokens: int, arrays: dict[str, Tensor], pattern: SparsityPattern) -> Callable[..., None]:
     """Return the call of a kernel that takes the addresses of these arrays, whose sizes follow from the pattern."""
-    kernels, narrow = _kernels().few_tokens, arrays["values"].dtype == torch.bfloat16
-    given: dict[str, Any] = {**arrays, "values": arrays["values"].detach(), **_columns(pattern).arguments}
+    kernels, narrow = _kernels(), arrays["values"].dtype == torch.bfloat16
+    given: dict[str, Any] = {**arrays, "values": arrays["values"].detach()}
+    if pattern.block != (1, 1):
+        several = kernels.blocks.several_bfloat16 if narrow else kernels.blocks.several
+        return several.bound(threads, tuple(arrays), tokens=tokens, **given, **_blocks(pattern))
+    given |= _columns(pattern).arguments
     if tokens == 1:
-        return (kernels.one_bfloat16 if narrow else kernels.one).bound(threads, tuple(arrays), **given)
-    several = kernels.several_bfloat16 if narrow else kernels.several
+        one = kernels.few_tokens.one_bfloat16 if narrow else kernels.few_tokens.one
+        return one.bound(threads, tuple(arrays), **given)
+    several = kernels.few_tokens.several_bfloat16 if narrow else kernels.few_tokens.several
     return several.bound(threads, tuple(arrays), tokens=tokens, **given)
 
 
 def _sizes(pattern: SparsityPattern) -> dict[str, int]:
     """Return the floats of scratch that a thread needs for several tokens."""
-    panel = _kernels().few_tokens.PANEL
+    kernels = _kernels()
+    panel = (kernels.few_tokens if pattern.block == (1, 1) else kernels.blocks).PANEL
     return {"packed": (pattern.shape[1] + 16) * MOST, "scratch": (panel + 16) * MOST}
+
+
+def _blocks(pattern: SparsityPattern) -> dict[str, Any]:
+    """Return what the kernel takes of the blocks of a pattern; the indices are copies, which nobody writes to."""
+
+    def build() -> dict[str, Any]:
+        buffer, bounds = _kernels().arguments.Buffer, pattern.row_ptr.numpy().copy()
+        index = pattern.col.numpy().copy()
+        sizes = {"columns": pattern.shape[1], "height": pattern.block[0], "width": pattern.block[1]}
+        arrays = {"bounds": buffer(bounds, "bounds"), "index": buffer(index, "index")}
+        return {**sizes, "block_rows": len(bounds) - 1, "blocks": len(index), **arrays}
+
+    found: dict[str, Any] = pattern.derived("few_tokens_blocks", build)
+    return found
 
 
 def _columns(pattern: SparsityPattern) -> Any:

@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparsetrain.sparsity.backends.auto import decoding_limit
+from sparsetrain.sparsity.backends.auto import FEW_TOKENS, decoding_limit
 from sparsetrain.sparsity.backends.base import BACKENDS
 from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.layers.ops import dispatched
 
-_CSR = "csr"
 _lock = threading.Lock()
 
 
@@ -42,7 +41,7 @@ class Prepared:
         density = self._pattern.density
         # By number of tokens: whether the sparse product is the faster one.
         self._sparse = [
-            layer.backend == _CSR or density <= decoding_limit(self._pattern.shape, max(1, tokens))
+            layer.backend != "auto" or density <= decoding_limit(self._pattern.shape, max(1, tokens))
             for tokens in range(MOST + 1)
         ]
         self._copy = None if all(self._sparse) else layer.dense_weight().detach()
@@ -67,7 +66,7 @@ class Prepared:
 def prepared(model: nn.Module) -> Iterator[None]:
     """Prepare the sparse layers of a model while its weights do not change; the layers compute the same as before.
 
-    A layer stays as it is with weights that no kernel for few tokens takes, and with a backend of its own but ``csr``.
+    A layer stays as it is with weights that no kernel for few tokens takes, and with a backend that has none.
     Nothing is prepared under autocast, a compiler, a tracer or a dispatch mode.
     """
     layers = []
@@ -91,9 +90,11 @@ def prepared(model: nn.Module) -> Iterator[None]:
 
 def _suits(layer: SparseLinear) -> bool:
     values, pattern = layer.values, layer.pattern
-    if layer.backend not in ("auto", _CSR) or type(values) is not nn.Parameter or values.dtype != torch.float32:
+    if type(values) is not nn.Parameter or values.dtype != torch.float32:
         return False
     if layer.bias is not None and layer.bias.dtype != torch.float32:
         return False
-    refused = BACKENDS[_CSR].refusal(values.dtype, values.device, pattern)
-    return refused is None and values.is_contiguous() and values.shape == pattern.fit and pattern.request is None
+    names = FEW_TOKENS if layer.backend == "auto" else [name for name in FEW_TOKENS if name == layer.backend]
+    if all(BACKENDS[name].refusal(values.dtype, values.device, pattern) is not None for name in names):
+        return False
+    return values.is_contiguous() and values.shape == pattern.fit and pattern.request is None
