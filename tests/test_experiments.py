@@ -356,29 +356,3 @@ def test_the_stages_of_mediswift_run_and_their_report_has_every_bar(
     filed = (ROOT / "experiments" / "mediswift_pipeline" / "bars.md").read_text()
     named = [line.split("|")[1] for line in filed.splitlines()]
     assert [line.split("|")[1] for line in (tmp_path / "table" / "bars.md").read_text().splitlines()] == named
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_side_by_side_and_a_bad_point_is_one_line(
-    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from joblib.externals.loky import get_reusable_executor
-
-    monkeypatch.chdir(tmp_path)
-    words = ["pretrain", "-m", "experiment=supar_lr_transfer", f"data.path={notes}", *SMALL, *NARROW, "seed=0"]
-    words += ["sparsity.sparsity=0.5", "optimizer.lr=0.002", "parameterization=supar", "sparsity.backend=masked"]
-    words += ["data.max_documents=50,1,60"]
-    # The launcher is that of a file of the user's, which its processes read as well.
-    (tmp_path / "mine" / "place").mkdir(parents=True)
-    launcher = "defaults: [override /hydra/launcher: joblib]\nhydra: {launcher: {n_jobs: 2}}\n"
-    (tmp_path / "mine" / "place" / "here.yaml").write_text(f"# @package _global_\n{launcher}")
-    assert main([*words, "--config-dir", "mine", "place=here"]) == 2
-    get_reusable_executor(reuse=True).shutdown(wait=True)  # its processes would hold a gigabyte for five minutes
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1, err
-    assert "data.max_documents=1 is too small" in err
-    assert err.endswith(" (with --config-dir=mine)\n")
-    assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 2
-    # The same points, wherever they were computed.
-    assert main(words) == 2
-    assert capfd.readouterr().out.count("pretrain: already done") == 2
