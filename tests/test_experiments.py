@@ -1,4 +1,4 @@
-"""Every experiment of ``conf/`` in a tiny form: a real sweep of a few points, then the command that reports it."""
+"""Every experiment of ``conf/`` in a tiny form: all are planned, and some are run and reported."""
 
 from __future__ import annotations
 
@@ -32,11 +32,16 @@ from tests.helpers.text_claims import FURTHER, claims_of_text
 from sparsetrain.cli import main
 from sparsetrain.cli.checks import as_typed, check
 from sparsetrain.cli.compose import config_directory, options
-from sparsetrain.cli.multirun import with_sweep
+from sparsetrain.cli.multirun import points, with_sweep
+from sparsetrain.cli.parsers import parsed
 from sparsetrain.cli.resolve import load
 from sparsetrain.data.sources.wheel import Wheel
+from sparsetrain.errors import UserError
 from sparsetrain.report.sweep import lines_of, write_optima
 from sparsetrain.scaling.law import Law
+from sparsetrain.stages import PretrainConfig
+from sparsetrain.stages.plan import plan_of
+from sparsetrain.stages.plan_inputs import Inputs
 from sparsetrain.studies.sweep import read_sweep
 
 ROOT = Path(__file__).parents[1]
@@ -70,6 +75,8 @@ TINY: dict[str, list[str]] = {
     "dynamic_masks_caveat": [*NARROW, *ONE, "sparsity=static,set", "sparsity.evolution.every=1"],
 }
 SWEEPS = sorted(TINY)
+# Those that are run, one of each kind: a search at random, batch sizes, and learning rates.
+RUN = ["base_tuning", "gns_batch_schedule", "supar_lr_transfer"]
 # Pipelines of text stages: their results.csv, with positions.csv and probes.csv where they evaluate.
 TEXT = ["crystal_two_phase", "btlm_ladder", "arabic_adaptation", "context_curriculum", "alibi_interpolation"]
 # Of those with losses by length, the ranges of lengths whose means are compared.
@@ -132,6 +139,12 @@ def collecting(name: str) -> list[str]:
     return command.split()
 
 
+def axes(words: list[str]) -> dict[str, list[str]]:
+    """Return the values of each setting that is swept."""
+    found = OverridesParser.create().parse_overrides(words)
+    return {each.get_key_element(): list(each.sweep_string_iterator()) for each in found if each.is_sweep_override()}
+
+
 def test_every_experiment_has_a_tiny_form_and_a_folder() -> None:
     others = {"mediswift_pipeline", "arabic_donor"}
     assert set(options("experiment")) == set(FOLDERS) | others
@@ -141,6 +154,28 @@ def test_every_experiment_has_a_tiny_form_and_a_folder() -> None:
 
 
 @pytest.mark.parametrize("name", SWEEPS)
+def test_the_points_of_a_sweep_can_be_run_and_its_command_can_be_typed(name: str, notes: Path) -> None:
+    """Each point of the tiny form is planned, which refuses what a run refuses.
+
+    Of the whole sweep, each value is checked, and the first and the last point are composed; all points would take
+    minutes.
+    """
+    whole = with_sweep("pretrain", [f"experiment={name}"])
+    check("pretrain", whole, sweep=True)
+    for end in (0, -1):
+        point = [f"{key}={values[end]}" for key, values in axes(whole).items()]
+        assert isinstance(load("pretrain", [f"experiment={name}", *point]), PretrainConfig)
+    tiny = with_sweep("pretrain", [f"experiment={name}", f"data.path={notes}", *SMALL, *TINY[name]])
+    refused: list[UserError] = []
+    inputs = Inputs()
+    planned = [plan_of(config, inputs).runs[0] for config in points("pretrain", tiny, refused.append) if config]
+    assert refused == []
+    assert len({run.directory for run in planned}) == math.prod(map(len, axes(tiny).values()))
+    typed = parsed("sweep", collecting(name)[1:])
+    assert typed.search if name == "base_tuning" else typed.x == swept(name)
+
+
+@pytest.mark.parametrize("name", RUN)
 def test_a_sweep_runs_and_its_command_collects_it(
     name: str, notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,9 +222,9 @@ def test_the_commands_of_a_readme_are_valid(name: str) -> None:
 @pytest.mark.parametrize("name", SWEEPS)
 def test_the_number_of_points_in_a_readme_is_that_of_the_sweep(name: str) -> None:
     said = re.findall(r"# (\d+) points", (ROOT / "experiments" / name / "README.md").read_text())
-    parsed = OverridesParser.create().parse_overrides(with_sweep("pretrain", [f"experiment={name}"]))
-    sizes = [len(list(override.sweep_string_iterator())) for override in parsed if override.is_sweep_override()]
-    assert [int(number) for number in said] == [math.prod(sizes)]
+    assert [int(number) for number in said] == [
+        math.prod(map(len, axes(with_sweep("pretrain", [f"experiment={name}"])).values()))
+    ]
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -356,29 +391,3 @@ def test_the_stages_of_mediswift_run_and_their_report_has_every_bar(
     filed = (ROOT / "experiments" / "mediswift_pipeline" / "bars.md").read_text()
     named = [line.split("|")[1] for line in filed.splitlines()]
     assert [line.split("|")[1] for line in (tmp_path / "table" / "bars.md").read_text().splitlines()] == named
-
-
-@pytest.mark.slow
-def test_a_sweep_runs_side_by_side_and_a_bad_point_is_one_line(
-    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    from joblib.externals.loky import get_reusable_executor
-
-    monkeypatch.chdir(tmp_path)
-    words = ["pretrain", "-m", "experiment=supar_lr_transfer", f"data.path={notes}", *SMALL, *NARROW, "seed=0"]
-    words += ["sparsity.sparsity=0.5", "optimizer.lr=0.002", "parameterization=supar", "sparsity.backend=masked"]
-    words += ["data.max_documents=50,1,60"]
-    # The launcher is that of a file of the user's, which its processes read as well.
-    (tmp_path / "mine" / "place").mkdir(parents=True)
-    launcher = "defaults: [override /hydra/launcher: joblib]\nhydra: {launcher: {n_jobs: 2}}\n"
-    (tmp_path / "mine" / "place" / "here.yaml").write_text(f"# @package _global_\n{launcher}")
-    assert main([*words, "--config-dir", "mine", "place=here"]) == 2
-    get_reusable_executor(reuse=True).shutdown(wait=True)  # its processes would hold a gigabyte for five minutes
-    err = capfd.readouterr().err
-    assert err.count("\n") == 1, err
-    assert "data.max_documents=1 is too small" in err
-    assert err.endswith(" (with --config-dir=mine)\n")
-    assert len(list(tmp_path.glob("runs/*/*/result.json"))) == 2
-    # The same points, wherever they were computed.
-    assert main(words) == 2
-    assert capfd.readouterr().out.count("pretrain: already done") == 2

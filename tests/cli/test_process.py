@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from shell import TINY, Shell
+from shell import Shell
 
 from sparsetrain import process
 from sparsetrain.cli import main, multirun
@@ -174,31 +177,56 @@ def test_a_point_that_ignored_a_signal_ends_as_that_signal_says(monkeypatch: pyt
     assert ended.type is KeyboardInterrupt
 
 
-def test_an_interrupted_parallel_sweep_saves_every_run_that_was_going(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, notes: Path
-) -> None:
-    """Ctrl-C reaches all processes: each run saves, and no new one starts."""
+@pytest.fixture
+def workers() -> Iterator[Callable[[], list[int]]]:
+    """Return the processes that joblib computes points in; they end after the test, not five minutes later."""
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    monkeypatch.chdir(tmp_path)
-    words = ["pretrain", "-m", f"data.path={notes}", *TINY[:-1], "budget.steps=20000", "seed=0,1,2,3"]
-    words += ["loop.checkpoint_every=20000", "loop.log_every=1", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    going = "pretrain-*/metrics.jsonl"
-    with Path("log").open("w") as log:
-        running = subprocess.Popen([*COMMAND, *words], stdout=log, stderr=log, start_new_session=True)
-    try:
+    from joblib.externals.loky import get_reusable_executor
+
+    yield lambda: [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+    get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
+
+
+@pytest.mark.slow
+def test_a_sweep_runs_side_by_side_and_an_interrupted_one_saves_every_run_that_was_going(
+    shell: Shell, workers: Callable[[], list[int]]
+) -> None:
+    """One test, because the processes import for seconds: the second sweep is computed in those of the first."""
+    # The launcher is that of a file of the user's, which its processes read as well.
+    place = shell.home / "mine" / "place"
+    place.mkdir(parents=True)
+    launcher = "defaults: [override /hydra/launcher: joblib]\nhydra: {launcher: {n_jobs: 2}}\n"
+    (place / "here.yaml").write_text(f"# @package _global_\n{launcher}")
+    side_by_side = ["--config-dir", "mine", "place=here"]
+
+    words = ["pretrain", "-m", *shell.tiny, "data.max_documents=50,1,60"]
+    status, _, err = shell.run(*words, *side_by_side)
+    assert (status, err.count("\n")) == (2, 1), err  # the point that cannot be is one line
+    assert "data.max_documents=1 is too small" in err
+    assert err.endswith(" (with --config-dir=mine)\n")
+    assert len(list(shell.home.glob("runs/*/result.json"))) == len(workers()) == 2
+    # The same points, wherever they were computed.
+    status, out, _ = shell.run(*words)
+    assert (status, out.count("pretrain: already done")) == (2, 2)
+
+    # Ctrl-C reaches all processes: each run saves, and no new one starts.
+    def interrupt() -> None:
         until = time.monotonic() + 240
-        while time.monotonic() < until and len([run for run in Path("runs").glob(going) if run.stat().st_size]) < 2:
+        begun = (shell.home / "swept").glob
+        while time.monotonic() < until and sum(run.stat().st_size > 0 for run in begun("*/metrics.jsonl")) < 2:
             time.sleep(0.1)
-        os.killpg(running.pid, signal.SIGINT)
-        assert running.wait(120) == 130, Path("log").read_text()
-    finally:
-        if running.poll() is None:
-            os.killpg(running.pid, signal.SIGKILL)
-            running.wait()
-    said = Path("log").read_text()
-    assert "Traceback" not in said
-    assert said.count("saved in runs/") == 2
-    runs = list(Path("runs").glob("pretrain-*"))
+        for number in (*workers(), os.getpid()):
+            os.kill(number, signal.SIGINT)
+
+    words = ["pretrain", "-m", *shell.tiny, "budget.steps=20000", "loop.checkpoint_every=20000", "loop.log_every=1"]
+    presses = threading.Thread(target=interrupt)
+    presses.start()
+    status, out, err = shell.run(*words, "seed=0,1,2,3", "runs_dir=swept", *side_by_side)
+    presses.join()
+    assert status == 130, err
+    assert "Traceback" not in out + err
+    assert (out + err).count("saved in swept/") == 2
+    runs = list((shell.home / "swept").glob("pretrain-*"))
     assert len(runs) == 2
     assert all(any((run / "checkpoints").glob("step-*")) for run in runs)
-    assert not list(Path().glob(".sweep-*"))
+    assert not list(shell.home.glob(".sweep-*"))

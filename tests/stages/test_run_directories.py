@@ -97,7 +97,7 @@ def test_a_killed_process_holds_no_directory_though_a_process_that_it_forked_liv
         "import os, pathlib, sys\n"
         "from sparsetrain.runs.claim import locked\n"
         "with locked(pathlib.Path(sys.argv[1])):\n"
-        "    if os.fork():\n"
+        "    if os.fork() == 0:\n"  # has given up its copy of the lock, which it does when it begins
         "        print('held', flush=True)\n"
         "    sys.stdin.read()\n"
     )

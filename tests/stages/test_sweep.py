@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -25,12 +26,12 @@ from sparsetrain.report.sweep import (
     optima_sheet,
     write_optima,
 )
-from sparsetrain.studies.sweep import read_sweep, show_sweep
+from sparsetrain.studies.sweep import SweepRows, read_sweep, show_sweep
 
 # Best learning rates, log2: SμPar's is constant, SP's shifts by two grid steps from dense to sparse.
 CENTERS = {("supar", 0.0): -8.25, ("supar", 0.75): -8.0, ("sp", 0.0): -9.0, ("sp", 0.75): -7.0}
 FLOORS = {("supar", 0.0): 2.0, ("supar", 0.75): 2.1, ("sp", 0.0): 2.0, ("sp", 0.75): 2.2}
-GRID = range(-11, -4)
+GRID = range(-10, -5)
 
 
 def loss(scheme: str, sparsity: float, log2: float, seed: int) -> float:
@@ -39,7 +40,7 @@ def loss(scheme: str, sparsity: float, log2: float, seed: int) -> float:
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs of a whole sweep: two schemes, two sparsities, seven learning rates, one or two seeds."""
+    """The runs of a whole sweep: two schemes, two sparsities, five learning rates, one or two seeds."""
     place = tmp_path_factory.mktemp("runs")
     template = write_run(place, [])
     plain = yaml.safe_load((template / "config.yaml").read_text())
@@ -62,16 +63,29 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_rows_have_the_columns_of_a_results_file(made_up: Path) -> None:
-    found = read_sweep([made_up])
+@pytest.fixture(scope="module")
+def found(made_up: Path) -> SweepRows:
+    """What is read of that sweep, once for all tests that only look at it."""
+    return read_sweep([made_up])
+
+
+@pytest.fixture(scope="module")
+def shown(made_up: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The files that are written of that sweep, and what the screen says."""
+    place, screen = tmp_path_factory.mktemp("shown"), Console(file=io.StringIO(), width=200)
+    show_sweep([made_up], "lr", place, 3, False, screen)
+    return place, screen.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_rows_have_the_columns_of_a_results_file(made_up: Path, found: SweepRows) -> None:
     assert list(found.rows[0])[: len(COLUMNS)] == list(COLUMNS)
     assert (found.varied, found.unfinished) == ([], [])
     assert {row["parameterization"] for row in found.rows} == {"sp", "supar"}
     assert found.rows == read_sweep(sorted(made_up.iterdir(), reverse=True)).rows  # in any order of arguments
 
 
-def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(made_up: Path) -> None:
-    lines = lines_of(read_sweep([made_up]).rows, "lr")
+def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(found: SweepRows) -> None:
+    lines = lines_of(found.rows, "lr")
     assert [(line.scheme, line.shape[0]) for line in lines] == [
         ("sp", 0.0),
         ("sp", 0.75),
@@ -145,25 +159,24 @@ def test_a_loss_that_fewer_seeds_have_than_the_curve_says_so(tmp_path: Path) -> 
 
 
 def test_show_writes_tables_and_a_figure_that_do_not_depend_on_the_day(
-    made_up: Path, tmp_path: Path, screen: Console
+    made_up: Path, shown: tuple[Path, str], tmp_path: Path, screen: Console
 ) -> None:
-    for name in ("a", "b"):
-        show_sweep([made_up], "lr", tmp_path / name, 3, False, screen)
-    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    place, text = shown
+    show_sweep([made_up], "lr", tmp_path, 3, False, screen)
+    files = sorted(path.name for path in place.iterdir())
     assert files == ["figure.png", "optima.csv", "results.csv"]
-    assert all((tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes() for name in files)
-    with (tmp_path / "a" / "optima.csv").open() as stream:
+    assert all((place / name).read_bytes() == (tmp_path / name).read_bytes() for name in files)
+    with (place / "optima.csv").open() as stream:
         rows = {(row["parameterization"], row["sparsity"]): row for row in csv.DictReader(stream)}
     moved = rows["sp", "0.75"]
     assert (float(moved["optimum"]), float(moved["shift_steps"])) == pytest.approx((2**-7.0, 2.0), rel=1e-5)
     assert (moved["edge"], moved["shift_at_least"], moved["seeds"]) == ("", "0", "2")
-    text = screen.file.getvalue()  # type: ignore[attr-defined]
     assert f"{len(list(made_up.iterdir()))} finished runs, 0 of them diverged; 0 unfinished" in text
     assert "to run next" in text
 
 
-def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_settings(made_up: Path) -> None:
-    lines = lines_of(read_sweep([made_up]).rows, "lr")
+def test_what_to_run_next_uses_the_values_of_the_runs_and_the_names_of_the_settings(found: SweepRows) -> None:
+    lines = lines_of(found.rows, "lr")
     commands = next_commands(lines, "lr", [], (0, 1))
     # Both seeds exist at the three points of each minimum.
     assert commands == []
@@ -259,13 +272,13 @@ def test_a_search_is_ranked(tmp_path: Path, screen: Console) -> None:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure.png", "results.csv"]
 
 
-def test_a_table_stands_for_runs_whose_directories_are_gone(made_up: Path, tmp_path: Path, screen: Console) -> None:
-    whole = read_sweep([made_up]).rows
-    show_sweep([made_up], "lr", tmp_path / "first", 3, False, screen)
-    table = tmp_path / "first" / "results.csv"
-    assert read_sweep([table]).rows == whole
-    part = sorted(made_up.glob("supar-*"))
-    assert read_sweep([*part, table]).rows == whole  # each run once
-    show_sweep([*part, table], "lr", tmp_path / "second", 3, False, screen)
+def test_a_table_stands_for_runs_whose_directories_are_gone(
+    made_up: Path, found: SweepRows, shown: tuple[Path, str], tmp_path: Path, screen: Console
+) -> None:
+    table = shown[0] / "results.csv"
+    assert read_sweep([table]).rows == found.rows
+    part = sorted(made_up.glob("supar-*"))[::4]
+    assert read_sweep([*part, table]).rows == found.rows  # each run once
+    show_sweep([*part, table], "lr", tmp_path, 3, False, screen)
     for name in ("results.csv", "optima.csv"):
-        assert (tmp_path / "second" / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+        assert (tmp_path / name).read_bytes() == (shown[0] / name).read_bytes()
