@@ -96,10 +96,10 @@ def test_alibi_gradients_match_naive_reference(device: torch.device) -> None:
 def test_alibi_depends_on_distance_only(shift: int, n_heads: int) -> None:
     slopes = alibi_slopes(n_heads)
     like = torch.zeros((), dtype=torch.float64)
-    here = alibi_bias(slopes, 9, 1, 10, like)
-    there = alibi_bias(slopes, 9 + shift, 1, 10 + shift, like)[:, :, shift:]
-    assert torch.equal(here, there)
-    assert torch.equal(here[:, 0, :], -slopes[:, None] * torch.arange(9, -1, -1))
+    queries = torch.tensor([9, 9 + shift]).view(2, 1, 1, 1)  # of two rows
+    here, there = alibi_bias(slopes, queries, torch.arange(10 + shift), like)
+    assert torch.equal(here[:, :, :10], there[:, :, shift:])
+    assert torch.equal(here[:, 0, :10], -slopes[:, None] * torch.arange(9, -1, -1))
 
 
 class _LargestTensor(TorchDispatchMode):

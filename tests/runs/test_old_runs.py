@@ -120,14 +120,15 @@ def test_a_sweep_trains_the_new_point_alone(moved: Path, shell: Any) -> None:
 
     # Old runs give the same rows from their directories as from the old table.
     table = moved / "sweep" / "results.csv"
-    before = list(csv.DictReader(table.read_text().splitlines()))
+    before = list(csv.DictReader(table.read_text().replace("train_flops", "flops", 1).splitlines()))  # renamed since
     for places in ([runs], [table, new]):
         status, _, err = shell.run("sweep", *map(str, places), "--out", str(moved / "out"))
         assert status == 0, err
         after = list(csv.DictReader((moved / "out" / "results.csv").read_text().splitlines()))
         assert [{name: row[name] for name in before[0]} for row in after[:2]] == before
-        # Renamed settings and moved files add no column. These three are newer than the table.
-        assert after[0].keys() - before[0].keys() == {"weights", "nonzeros", "tau"}
+        # Renamed settings and moved files add no column. These are newer than the table.
+        newer = {"weights", "nonzeros", "tau", "tokens_per_weight", "tokens_per_nonzero"}
+        assert after[0].keys() - before[0].keys() == newer
         assert (after[0]["tau"] == "") == (places[0] == table)
         assert [row["lr"] for row in after] == ["0.002", "0.004", "0.008"]
 
