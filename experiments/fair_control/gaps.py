@@ -50,15 +50,15 @@ def tuned(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def gap_row(what: str, sparsity: float, gap: Gap | None, **more: Any) -> dict[str, Any]:
-    if gap is None:
-        raise SystemExit(f"{what} at {sparsity}: no common seeds")
-    low, high = gap.interval or (math.nan, math.nan)
+    if gap is None or gap.interval is None:
+        raise SystemExit(f"{what} at {sparsity}: too few common seeds")
+    low, high = gap.interval
     found = {"gap": what, "sparsity": sparsity, "relative": gap.relative, "low": low, "high": high, "seeds": gap.seeds}
     return found | more
 
 
 def gaps() -> list[dict[str, Any]]:
-    """Return a row for each gap of the rule, and for what the dense rate costs."""
+    """Return a row for each gap of the rule, and for what the dense rate costs where it has three seeds."""
     curves = read_sweep([HERE / "results.csv"]).rows
     drawn, more = (read_sweep([HERE / name / "results.csv"], apart=True).rows for name in ("search", "tuned"))
     sparsities = sorted({row["sparsity"] for row in curves})
@@ -73,7 +73,8 @@ def gaps() -> list[dict[str, Any]]:
             best = best_rate(runs)
             own[scheme] = reported(of(runs, lr=best))
             at_dense = reported(of(runs, lr=rate))
-            found.append(gap_row(f"{scheme}: dense rate over own", s, relative_gap(at_dense, own[scheme]), lr=best))
+            if len(at_dense) > 1:
+                found.append(gap_row(f"{scheme}: dense rate over own", s, relative_gap(at_dense, own[scheme]), lr=best))
         found.append(gap_row("supar transferred over mup at its own rate", s, relative_gap(transferred[s], own["mup"])))
     controls = {}
     for s in (0.0, SPARSEST):
@@ -92,7 +93,7 @@ def gaps() -> list[dict[str, Any]]:
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the gaps over sparsity, in percent, with their intervals."""
-    kinds = [name for name in dict.fromkeys(row["gap"] for row in rows) if not name.startswith("supar: ")]
+    kinds = [name for name in dict.fromkeys(row["gap"] for row in rows) if "dense rate" not in name]
     with styled():
         figure = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = figure.subplots()

@@ -191,8 +191,7 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
         there = f"{np.mean(list(line.at_base.values())):.4f}" if line.at_base else "-"
         if 0 < len(line.at_base) < found.seeds:
             there += f" ({_seeds(len(line.at_base))})"
-        own = f"{np.mean(list(line.at_own.values())):.4f}" if _is_other(line) and line.at_own else f"{found.loss:.4f}"
-        rows.append((f"{line.scheme}, {label}", where, moved, own, there, str(found.seeds)))
+        rows.append((f"{line.scheme}, {label}", where, moved, f"{own_loss(line):.4f}", there, str(found.seeds)))
     columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
     note = (
         "Brackets: 95 %, Student's t over the seeds' own minima, shifts paired by seed; open: beyond the grid, or not "
@@ -201,6 +200,11 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
     if any(map(_is_other, lines)):
         note += " Optima are those of the validation loss; the losses shown are over the reported share of its text."
     return Sheet("Optima", columns, tuple(rows), note)
+
+
+def own_loss(line: Line) -> float:
+    """Return the loss at a curve's own optimum: the reported one if it is known, else that of the parabola."""
+    return float(np.mean(list(line.at_own.values()))) if _is_other(line) and line.at_own else line.optimum.loss
 
 
 def _is_other(line: Line) -> bool:

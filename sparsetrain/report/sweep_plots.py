@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
-from sparsetrain.report.sweep import Line, labels_of
+from sparsetrain.report.sweep import Line, labels_of, own_loss
 
 _MOST = 9  # curves whose long names fit below a panel
 _LONG = 30  # letters of a label that leave room for three columns of them
@@ -158,7 +158,7 @@ def _transfer(axes: Axes, lines: Sequence[Line], labels: Sequence[str], order: l
         own = {label: line for line, label in zip(lines, labels, strict=True) if line.scheme == scheme}
         places = [order.index(label) for label in own]
         moved = [float(np.mean(list(line.at_base.values()))) if line.at_base else np.nan for line in own.values()]
-        best = [line.optimum.loss for line in own.values()]
+        best = [own_loss(line) for line in own.values()]
         colour, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
         axes.plot(places, moved, color=colour, marker=marker, ms=5, lw=1.4)
         axes.plot(places, best, color=colour, marker=marker, ms=5, lw=1.0, ls="--", mfc="none")

@@ -218,6 +218,50 @@ def noise_claims(rows: Path) -> list[Claim]:
     return claims
 
 
+def control_claims(folder: Path) -> list[Claim]:
+    """Return the gaps of SμPar to its controls, in percent, from the rows of the curves and of the searches."""
+    curves, drawn, more = (rows_of(folder / name / "results.csv") for name in (".", "search", "tuned"))
+
+    def chosen(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Seeds:
+        """Return the logs of the reported losses at the settings with the lowest mean of the other loss."""
+        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[name] for name in names), []).append(row)
+        whole = [group for group in groups.values() if len(group) == 3]
+        best = min(whole, key=lambda group: float(np.mean([float(row["loss"]) for row in group])))
+        return {int(row["seed"]): math.log(float(row["reported_loss"])) for row in best}
+
+    def of(scheme: str, sparsity: str, **more: str) -> list[Mapping[str, Any]]:
+        wanted = {"parameterization": scheme, "sparsity": sparsity, **more}
+        return [row for row in curves if all(row[name] == value for name, value in wanted.items())]
+
+    def beside(one: Seeds, other: Seeds) -> Claim:
+        middle, low, high = (100.0 * math.expm1(end) for end in student(one[s] - other[s] for s in one))
+        return Claim((middle,), low, high)
+
+    dense = of("supar", "0.0")
+    rate = min({row["lr"] for row in dense}, key=lambda lr: sum(float(r["loss"]) for r in dense if r["lr"] == lr))
+    found, controls = [], {}
+    for sparsity in sorted({row["sparsity"] for row in curves}):
+        transferred = chosen(of("supar", sparsity, lr=rate), ["lr"])
+        if sparsity != "0.0":
+            tuned = chosen(of("mup", sparsity), ["lr"])
+            found += [beside(transferred, tuned), beside(transferred, chosen(of("supar", sparsity), ["lr"]))]
+            given = chosen(of("mup", sparsity, lr=rate), ["lr"]) if len(of("mup", sparsity, lr=rate)) == 3 else None
+            found += [beside(given, tuned)] if given else []
+        points = [row for row in (*drawn, *more) if row["sparsity"] == sparsity]
+        if points:
+            knobs = ["lr", "model.init_std"]  # these tell the draws apart
+            controls[sparsity] = {s: transferred[s] - value for s, value in chosen(points, knobs).items()}
+            found.append(beside(controls[sparsity], dict.fromkeys(controls[sparsity], 0.0)))
+    lines = {line.key[:2]: line for line in lines_of(read_sweep([folder / "results.csv"]).rows, "lr")}
+    for (scheme, sparsity), line in lines.items():
+        if scheme == "mup":
+            pair = lines["supar", sparsity].at_base, line.at_own
+            found.append(beside(*({seed: math.log(loss) for seed, loss in each.items()} for each in pair)))
+    return [*found, beside(controls["0.9375"], controls["0.0"])]
+
+
 def mean_claim(samples: Iterable[float]) -> list[Claim]:
     values = list(samples)
     if len(values) < 2:

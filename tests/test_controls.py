@@ -1,0 +1,31 @@
+"""The experiments that are controls of others, and the table of what all runs cost: remade from the rows on file."""
+
+from __future__ import annotations
+
+import csv
+import runpy
+from pathlib import Path
+
+import pytest
+from tests.helpers.claims import control_claims
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+
+
+def test_the_gaps_of_fair_control_follow_from_its_rows() -> None:
+    """By the script, whose table is on file, and by SciPy."""
+    folder = EXPERIMENTS / "fair_control"
+    with (folder / "gaps.csv").open(newline="", encoding="utf-8") as stream:
+        filed = list(csv.DictReader(stream))
+    made = runpy.run_path(str(folder / "gaps.py"))["gaps"]()
+    claimed = [(claim.points[0], claim.low, claim.high) for claim in control_claims(folder)]
+    for row, there in zip(made, filed, strict=True):
+        assert (row["gap"], row["sparsity"], row["seeds"]) == (there["gap"], float(there["sparsity"]), 3)
+        ends = tuple(100.0 * float(there[name]) for name in ("relative", "low", "high"))
+        assert tuple(100.0 * row[name] for name in ("relative", "low", "high")) == pytest.approx(ends, abs=1e-9)
+        assert any(each == pytest.approx(ends, abs=1e-6) for each in claimed), row["gap"]
+
+
+def test_the_table_of_costs_is_that_of_the_rows() -> None:
+    space = runpy.run_path(str(EXPERIMENTS / "cost.py"))
+    assert (EXPERIMENTS / "cost.md").read_text() == space["HEAD"] + "\n".join(space["lines"]()) + "\n"
