@@ -163,13 +163,13 @@ def _weights(side: int, density: float) -> list[SparseLinear]:
 @torch.no_grad()
 def _decoding_case(layers: Mapping[float, Sequence[SparseLinear]], x: Tensor, repeats: int) -> float:
     dense = [layer.dense_weight() for layer in next(iter(layers.values()))]
-    products = [
+    products: list[Callable[[], object]] = [
         lambda: [F.linear(x, weight) for weight in dense],
         *(functools.partial(_products, x, some) for some in layers.values()),
     ]
     for product in products:
         product()  # builds and compiles
-    rounds = []
+    rounds: list[list[float]] = []
     for _ in range(max(2, repeats)):
         rounds.append([])
         for product in products:

@@ -10,7 +10,7 @@ are in powers of two. The bits of a result do not depend on the number of thread
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -132,7 +132,7 @@ def _powers(scratch: Array, line: Int, count: Int) -> float:
 
 @inlined
 def _mix(
-    values: Array, base: Int, count: Int, d: Int, scratch: Array, line: Int, factor: float, y: Array, to: Int
+    values: Array, base: Int, count: Int, d: Int, scratch: Array, line: Int, factor: Any, y: Array, to: Int
 ) -> None:
     """Write the sum of the values, each times its power."""
     by, feature = splat(factor), 0

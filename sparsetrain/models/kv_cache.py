@@ -29,8 +29,9 @@ class KVCache:
         self, config: ModelConfig, batch: int, capacity: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         shape = (config.n_layers, batch, config.kv_heads, capacity, config.d_head)
-        self.keys = torch.empty(shape, device=device, dtype=dtype)
-        self.values = torch.empty(shape, device=device, dtype=dtype)
+        # What lies behind a row's tokens is hidden by a mask, and must be a number for that.
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity = capacity
         self.length = 0
         self.lengths: Tensor | None = None

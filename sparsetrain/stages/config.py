@@ -164,9 +164,6 @@ class PretrainConfig(RunConfig):
     Args:
         reported_share: share of the validation text, by whole documents from its end, that only ``reported_loss`` at
             the end reads. Settings that are chosen by the loss on the rest are then compared on other text.
-
-    Raises:
-        UserError: the share is outside [0, 1).
     """
 
     reported_share: float = 0.0

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hardship import fill_with_poison
 
 from sparsetrain.errors import UserError
 from sparsetrain.models import ModelConfig, SoftPrompt, Transformer
@@ -35,9 +36,12 @@ def padded(filler: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_each_row_is_continued_as_if_it_were_alone(kind: str, dtype: torch.dtype) -> None:
+def test_each_row_is_continued_as_if_it_were_alone(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float32 a kernel attends to the cache, in float64 torch does."""
     model = model_of(kind).to(dtype)
+    fill_with_poison(monkeypatch)
     tokens, lengths = padded(49)
     found = model.generate(tokens, 9, temperature=0.0, stop_token=0, lengths=lengths)
     for row, whole, length in zip(found, tokens, LENGTHS, strict=True):

@@ -60,7 +60,7 @@ def _gathered(builder: Any, base: Any, indices: Any, flags: Any) -> Any:
             )
             for h in (0, 1)
         ]
-        return shuffle(builder, *halves, range(LANES))
+        return shuffle(builder, halves[0], halves[1], range(LANES))
     found = ir.Constant(zero.type, ir.Undefined)
     for lane in range(LANES):
         at = ir.Constant(I32, lane)
@@ -120,7 +120,8 @@ def prefetch(typing: Any, array: Any, place: Any) -> Any:
     """Ask for the cache line of ``array[place]``, which may lie behind the end of the array."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        at = pointer(context, builder, signature.args[0], *arguments, ir.IntType(8))
+        array, place = arguments
+        at = pointer(context, builder, signature.args[0], array, place, ir.IntType(8))
         _call(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
         return context.get_dummy_value()
 

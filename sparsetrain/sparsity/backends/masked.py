@@ -32,16 +32,16 @@ class MaskedBackend(Backend):
     """
 
     def matmul(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return F.linear(x, _scattered(values, pattern))
+        return F.linear(x, scattered(values, pattern))
 
     def matmul_t(self, g: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        return g @ _scattered(values, pattern)
+        return g @ scattered(values, pattern)
 
     def sampled(self, g: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
         return _gathered(g.t() @ x, pattern)
 
     def forward(self, x: Tensor, values: Tensor, pattern: SparsityPattern, keep: bool) -> tuple[Tensor, Tensor]:
-        dense = _scattered(values, pattern)
+        dense = scattered(values, pattern)
         return F.linear(x, dense), dense if keep else x.new_empty(0)
 
     def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -69,7 +69,7 @@ def _by_kernel(values: Tensor, pattern: SparsityPattern) -> bool:
     return on_cpu and values.itemsize in (2, 4) and pattern.shape[0] * pattern.shape[1] >= _SMALL
 
 
-def _scattered(values: Tensor, pattern: SparsityPattern) -> Tensor:
+def scattered(values: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return what `SparsityPattern.scatter` does, without a graph."""
     if _by_kernel(values, pattern):
         return _moved("scatter", "values", values, values.new_empty(pattern.shape), pattern)

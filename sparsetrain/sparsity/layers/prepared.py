@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsetrain.sparsity.backends.auto import FEW_TOKENS, decoding_limit
 from sparsetrain.sparsity.backends.base import BACKENDS
 from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
+from sparsetrain.sparsity.backends.masked import scattered
 from sparsetrain.sparsity.layers.linear import SparseLinear
 from sparsetrain.sparsity.layers.ops import dispatched
 
@@ -27,7 +28,7 @@ class Prepared:
     """The product of a layer for up to `MOST` tokens in float32 on a CPU.
 
     Where a dense product of some number of tokens is faster (`auto.decoding_limit`), a dense copy of the weights
-    computes it.
+    computes it. It is made when it is first needed.
 
     Attributes:
         users: how many `prepared` are open for the layer.
@@ -44,7 +45,7 @@ class Prepared:
             layer.backend != "auto" or density <= decoding_limit(self._pattern.shape, max(1, tokens))
             for tokens in range(MOST + 1)
         ]
-        self._copy = None if all(self._sparse) else layer.dense_weight().detach()
+        self._copy: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return the layer's output for ``x`` ``[..., K]``; None for an input that the layer itself has to compute."""
@@ -54,7 +55,8 @@ class Prepared:
         if torch.is_grad_enabled():
             return None
         if not self._sparse[tokens]:
-            assert self._copy is not None
+            if self._copy is None:
+                self._copy = scattered(self._values.detach(), self._pattern)
             return F.linear(x, self._copy, self._bias)
         y = few_tokens(x if x.ndim == 2 else x.reshape(tokens, self._columns), self._values, self._pattern)
         if self._bias is not None:
