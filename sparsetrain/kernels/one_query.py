@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from sparsetrain.kernels.simd.arguments import Array, Int, Output, Team, float32, int64, step, where
+from sparsetrain.kernels.simd.arguments import Array, Int, Output, Team, computed, float32, int64, step, where
 from sparsetrain.kernels.simd.compile import inlined
 from sparsetrain.kernels.simd.elementwise import exp2, larger, mul, sub
 from sparsetrain.kernels.simd.kernel import Kernel
@@ -43,7 +43,7 @@ def attend(
     numbers: Annotated[Array, float32["== 1 + heads"]],
     y: Annotated[Output, float32["== batch * heads * d"]],
     scratch: Annotated[Output, float32["threads * scratch_of(capacity, d)"]],
-    each: Annotated[Int, where["each == scratch_of(capacity, d)"]],
+    each: Annotated[Int, computed["scratch_of(capacity, d)"]],
     batch: Int,
     heads: Int,
     kv_heads: Annotated[Int, where["kv_heads > 0 and heads % kv_heads == 0"]],
@@ -54,7 +54,7 @@ def attend(
 
     Args:
         qkv: queries, keys and values of the new tokens. lengths: tokens of each row in the cache, below its capacity.
-        numbers: the scale of scores, and the ALiBi slope of each head, or zeros. each: scratch of a thread.
+        numbers: the scale of scores, and the ALiBi slope of each head, or zeros.
     """
     first, last, index = share(team, batch * kv_heads)
     line = index * each

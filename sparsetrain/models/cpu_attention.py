@@ -85,7 +85,7 @@ def attend_to_cache(
         numbers: the scale of scores and the ALiBi slope of each head, float32 ``[1 + H]``.
     """
     kernels, (batch, _, capacity, d) = _decoding(), keys.shape
-    heads, each = len(numbers) - 1, kernels.scratch_of(capacity, d)
+    heads = len(numbers) - 1
     # A thread is not woken for few keys.
     threads = max(1, min(torch.get_num_threads(), batch * kv_heads, keys.numel() // _A_THREAD))
     y = qkv.new_empty(batch, heads * d)
@@ -97,8 +97,7 @@ def attend_to_cache(
         lengths=lengths,
         numbers=numbers,
         y=y,
-        scratch=_scratch(threads, each),
-        each=each,
+        scratch=_scratch(threads, kernels.scratch_of(capacity, d)),
         batch=batch,
         heads=heads,
         kv_heads=kv_heads,

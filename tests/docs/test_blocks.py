@@ -134,6 +134,8 @@ def smaller(verb: str, words: list[str]) -> list[str]:
     lengths = {r"^(budget\.tokens)=.*": r"\1=384", r"^(validate)=.*": r"\1=2"}
     for said, made in lengths.items():
         words = [re.sub(said, made, word) for word in words]
+    if "budget.steps=3" in small:
+        words = [word for word in words if not word.startswith("budget.epochs=")]
     typed_keys = [word.partition("=")[0] for word in small]
     words = [word for word in words if verb != "calibrate" or word.partition("=")[0] not in typed_keys] + small
     if verb in ("pretrain", "pipeline") and not any(word.startswith("budget.tokens=") for word in words):

@@ -77,13 +77,15 @@ def test_training_leaves_the_base_alone_and_the_adapter_comes_back(make: Any, tm
         optimizer.zero_grad()
     assert loss(model.eval()).item() < first
     model.save_pretrained(tmp_path / "adapter")
-    expected = model(TOKENS).logits
+    with torch.no_grad():
+        expected = model(TOKENS).logits
     fresh = type(base).from_pretrained(tmp_path / "base")
     for loaded in (
         PeftModel.from_pretrained(fresh, tmp_path / "adapter"),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
     ):
-        assert torch.equal(loaded.eval()(TOKENS).logits, expected)
+        with torch.no_grad():  # rounding differs from that of a product with a gradient
+            assert torch.equal(loaded.eval()(TOKENS).logits, expected)
     bare = model.unload()
     assert (len(list(sparse_layers(bare))) == len(before) and False) or all(
         torch.equal(tensor, before[name]) for name, tensor in bare.state_dict().items()
@@ -159,9 +161,11 @@ def test_an_adapter_beside_the_model_leaves_masks_in_its_base(tmp_path: Path) ->
     model.save_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     model.add_adapter(LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False))
-    expected = model(TOKENS).logits
+    with torch.no_grad():
+        expected = model(TOKENS).logits
     model.save_pretrained(tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "masks.npz").exists()
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "base")
     loaded.load_adapter(str(tmp_path / "adapter"))
-    assert torch.equal(loaded(TOKENS).logits, expected)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, expected)
