@@ -95,6 +95,9 @@ def test_layers_are_prepared_only_inside() -> None:
             assert all(layer.prepared is not None for layer in layers)
             torch.testing.assert_close(first(x), first.to_linear()(x))
         assert all(layer.prepared is None for layer in layers)
+        with prepared(model):  # what is not on a CPU, or no plain tensor, is left to the layer
+            assert first.prepared(x.to("meta")) is None
+            assert first.prepared(x.as_subclass(torch.nn.Buffer)) is None
         first.values.mul_(2.0)
         torch.testing.assert_close(first(x), first.to_linear()(x))
     with prepared(model):

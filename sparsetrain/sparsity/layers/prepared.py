@@ -52,7 +52,7 @@ class Prepared:
         tokens = x.numel() // self._columns
         if not 1 <= tokens <= MOST or x.dtype != torch.float32 or x.shape[-1] != self._columns:
             return None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or type(x) is not Tensor or not x.is_cpu:
             return None
         if not self._sparse[tokens]:
             if self._copy is None:
