@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import runpy
 from pathlib import Path
 
 import pytest
 from tests.helpers.claims import control_claims
+
+from sparsetrain.cli import main
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -29,3 +32,15 @@ def test_the_gaps_of_fair_control_follow_from_its_rows() -> None:
 def test_the_table_of_costs_is_that_of_the_rows() -> None:
     space = runpy.run_path(str(EXPERIMENTS / "cost.py"))
     assert (EXPERIMENTS / "cost.md").read_text() == space["HEAD"] + "\n".join(space["lines"]()) + "\n"
+
+
+def test_the_coordinates_experiment_runs(
+    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    narrow = ["model.d_model=32", "parameterization.base_width=32"]
+    words = ["coord-check", "experiment=supar_coordinates", f"data.path={notes}", *narrow, "run_dir=run"]
+    words += ["check.seeds=1", "check.steps=1", "check.values=[0,0.5]", "budget.batch_size=2", "data.context=24"]
+    assert main(words) == 0
+    assert "supar: worst max/min" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "run" / "result.json").read_text())["schemes"]) == {"sp", "mup", "supar"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import functools
-import json
 import math
 import re
 import shlex
@@ -348,17 +347,6 @@ def test_a_loss_of_fewer_seeds_than_stand_beside_it_is_marked(name: str) -> None
     ]
     assert [loss for loss in fewer if loss not in text] == []
     assert text.count(" seed) |") == len(fewer)
-
-
-def test_the_coordinates_experiment_runs(
-    notes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = ["coord-check", "experiment=supar_coordinates", f"data.path={notes}", *NARROW, "run_dir=run"]
-    words += ["check.seeds=1", "check.steps=1", "check.values=[0,0.5]", "budget.batch_size=2", "data.context=24"]
-    assert main(words) == 0
-    assert "supar: worst max/min" in capsys.readouterr().out
-    assert set(json.loads((tmp_path / "run" / "result.json").read_text())["schemes"]) == {"sp", "mup", "supar"}
 
 
 def test_a_sweep_that_was_killed_goes_on(

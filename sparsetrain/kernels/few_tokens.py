@@ -42,10 +42,10 @@ from sparsetrain.kernels.simd.words import share
 
 MOST = 48  # tokens
 PANEL = 64  # rows of Y that are collected before they are turned and written
-AHEAD = 512
+AHEAD = 512  # values between what is computed and the cache lines that are asked for; measured, see the log
 PADDING = 16  # columns behind the last one, so that the last nonzeros can be read like all others
 
-_SHARES = 1 << 20  # of the nonzeros, by which threads get ranges of rows
+SHARES = 1 << 20  # of the nonzeros, by which threads get ranges of rows
 _LOW16, _16, _32, _48 = np.uint64(0xFFFF), np.uint64(16), np.uint64(32), np.uint64(48)
 
 
@@ -88,9 +88,9 @@ def _one(
     Args:
         width, segments, bounds, places: of the `few_tokens_layout.Columns` of W. values: in the order of its rows.
     """
-    first, last, _ = share(team, _SHARES)
-    begin = rows_of(bounds, rows, nonzeros, first, _SHARES)
-    stop = rows_of(bounds, rows, nonzeros, last, _SHARES)
+    first, last, _ = share(team, SHARES)
+    begin = rows_of(bounds, rows, nonzeros, first, SHARES)
+    stop = rows_of(bounds, rows, nonzeros, last, SHARES)
     for segment in range(segments):
         at, from_, to = segment * width, segment * rows, (segment + 1) * rows
         for row in range(begin, stop):
@@ -153,9 +153,9 @@ def _several(
         packed: scratch for x, its tokens side by side. scratch: for a panel of y and a square of it.
         width, segments, bounds, places: of the `few_tokens_layout.Columns` of W. values: in the order of its rows.
     """
-    first, last, index = share(team, _SHARES)
-    begin = rows_of(bounds, rows, nonzeros, first, _SHARES)
-    stop = rows_of(bounds, rows, nonzeros, last, _SHARES)
+    first, last, index = share(team, SHARES)
+    begin = rows_of(bounds, rows, nonzeros, first, SHARES)
+    stop = rows_of(bounds, rows, nonzeros, last, SHARES)
     if begin == stop:
         return
     lanes = lanes_of(tokens)

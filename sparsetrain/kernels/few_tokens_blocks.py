@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from sparsetrain.kernels.bsr_layout import MAX_BLOCK, MIN_BLOCK
-from sparsetrain.kernels.few_tokens import MOST, lanes_of, pack_tokens, rows_of, write_panel
+from sparsetrain.kernels.few_tokens import AHEAD, MOST, SHARES, lanes_of, pack_tokens, rows_of, write_panel
 from sparsetrain.kernels.simd.arguments import (
     Array,
     Int,
@@ -33,8 +33,6 @@ from sparsetrain.kernels.simd.vectors import element, fma, get, load, load8, spl
 from sparsetrain.kernels.simd.words import share
 
 PANEL = MAX_BLOCK  # rows of Y that are collected before they are turned and written
-AHEAD = 512  # values between the block that is computed and the lines that are asked for
-_SHARES = 1 << 20  # of the blocks, by which threads get ranges of rows
 
 
 def _several(
@@ -61,9 +59,9 @@ def _several(
         packed, scratch: as for `few_tokens.several`.
         height, width: of a block. bounds, index, blocks: the blocks by block rows, and the block column of each.
     """
-    first, last, number = share(team, _SHARES)
-    begin = rows_of(bounds, block_rows, blocks, first, _SHARES)
-    stop = rows_of(bounds, block_rows, blocks, last, _SHARES)
+    first, last, number = share(team, SHARES)
+    begin = rows_of(bounds, block_rows, blocks, first, SHARES)
+    stop = rows_of(bounds, block_rows, blocks, last, SHARES)
     if begin == stop:
         return
     lanes = lanes_of(tokens)

@@ -1,7 +1,7 @@
 """Vectors of elements that stand apart: gathers by 16-bit columns, and the first lanes of a vector.
 
 Intel's processors have an instruction that gathers; on AMD's it takes longer than as many loads, and elsewhere there is
-none. LLVM chooses loads for both.
+none. A load for each lane serves both.
 """
 
 from __future__ import annotations

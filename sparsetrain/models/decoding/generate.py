@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sparsetrain.errors import UserError
@@ -94,7 +92,7 @@ def continued(
     was_training = model.training
     model.train(False)
     try:
-        with prepared(model) if isinstance(model, nn.Module) else nullcontext():
+        with prepared(model):
             return _drawn(model, embeddings, max_new_tokens, temperature, top_p, stop_token, generator, lengths)
     finally:
         model.train(was_training)

@@ -6,10 +6,9 @@ Shapes: B rows, T tokens, D features, C continuations.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparsetrain.errors import UserError
 from sparsetrain.models.decoding.protocol import AnyCache, Decoder
@@ -33,7 +32,7 @@ def continuation_scores(model: Decoder[AnyCache], embeddings: Tensor, continuati
     """
     if not all(continuations):
         raise UserError("continuations must not be empty: an empty one has no score")
-    with prepared(model) if isinstance(model, nn.Module) else nullcontext():
+    with prepared(model):
         return _scores(model, embeddings, continuations)
 
 
@@ -73,7 +72,7 @@ def own_continuation_scores(
     """
     if not all(tokens for row in continuations for tokens in row):
         raise UserError("continuations must not be empty: an empty one has no score")
-    with prepared(model) if isinstance(model, nn.Module) else nullcontext():
+    with prepared(model):
         return _own_scores(model, embeddings, continuations)
 
 

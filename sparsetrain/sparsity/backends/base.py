@@ -74,10 +74,6 @@ class Backend(ABC):
         """
         return self.matmul(x, values, pattern), x.new_empty(0)
 
-    def product(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        """Return ``x @ W.T`` after which no `backward` follows."""
-        return self.forward(x, values, pattern, keep=False)[0]
-
     def kept(self, x: Tensor, pattern: SparsityPattern) -> Tensor:
         """Return an uninitialised tensor like the one that `forward` keeps."""
         return x.new_empty(0)

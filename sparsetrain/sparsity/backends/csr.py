@@ -79,11 +79,6 @@ class CsrBackend(CpuBackend):
         )
         return y, x.new_empty(0)
 
-    def product(self, x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
-        if 1 <= x.shape[0] <= MOST:
-            return few_tokens(x, values, pattern)
-        return self.forward(x, values, pattern, keep=False)[0]
-
     def backward(
         self,
         g: Tensor,

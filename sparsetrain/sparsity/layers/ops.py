@@ -288,7 +288,7 @@ def sparse_linear(
     else:
         if pattern.request is not None:
             pattern.request.passed()
-        y = BACKENDS[name].product(_rows(x), values, pattern)
+        y, _ = BACKENDS[name].forward(_rows(x), values, pattern, keep=False)
     if y.ndim != x.ndim:
         y = y.view(*x.shape[:-1], pattern.shape[0])
     return y if bias is None else y + bias

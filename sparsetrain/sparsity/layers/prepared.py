@@ -65,14 +65,14 @@ class Prepared:
 
 
 @contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
+def prepared(model: object) -> Iterator[None]:
     """Prepare the sparse layers of a model while its weights do not change; the layers compute the same as before.
 
     A layer stays as it is with weights that no kernel for few tokens takes, and with a backend that has none.
-    Nothing is prepared under autocast, a compiler, a tracer or a dispatch mode.
+    Nothing is prepared under autocast, a compiler, a tracer or a dispatch mode, nor in what is no module.
     """
     layers = []
-    if not (torch.is_autocast_enabled("cpu") or dispatched()):
+    if isinstance(model, nn.Module) and not (torch.is_autocast_enabled("cpu") or dispatched()):
         layers = [layer for layer in model.modules() if type(layer) is SparseLinear and _suits(layer)]
     with _lock:
         for layer in layers:
