@@ -7,10 +7,13 @@ import json
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy.stats
 from tests.helpers.claims import control_claims
 
 from sparsetrain.cli import main
+from sparsetrain.report.arms import read_arms
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -27,6 +30,39 @@ def test_the_gaps_of_fair_control_follow_from_its_rows() -> None:
         ends = tuple(100.0 * float(there[name]) for name in ("relative", "low", "high"))
         assert tuple(100.0 * row[name] for name in ("relative", "low", "high")) == pytest.approx(ends, abs=1e-9)
         assert any(each == pytest.approx(ends, abs=1e-6) for each in claimed), row["gap"]
+
+
+def test_the_gaps_of_the_pipeline_at_equal_flops_follow_from_its_rows() -> None:
+    """By the script, whose table is on file, and by SciPy."""
+    folder = EXPERIMENTS / "pipeline_equal_flops"
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    with (folder / "gaps.csv").open(newline="", encoding="utf-8") as stream:
+        filed = list(csv.DictReader(stream))
+    made = runpy.run_path(str(folder / "gaps.py"))["gaps"](read_arms(folder / "results.csv").rows)
+    for row, there in zip(made, filed, strict=True):
+        assert (row["what"], row["arm"], row["minus"]) == (there["what"], there["arm"], there["minus"])
+        assert str(row["told_apart"]) == there["told_apart"]
+        for name in ("mean", "seeds_low", "seeds_high"):
+            assert row[name] == pytest.approx(float(there[name]), abs=1e-9)
+
+    def accuracies(arm: str) -> np.ndarray:
+        """``[seeds, samples]``."""
+        where = ("{0}-{1}", "finetune") if arm == "scratch" else ("{0}", "finetune{2}-{1}")
+        kind = "-pruned" if arm == "pruned" else ""
+        names = [tuple(part.format(arm, sample, kind) for part in where) for sample in range(5)]
+        cells = {(row["seed"], row["arm"], row["stage"]): row for row in rows}
+        return np.array([[float(cells[str(seed), *name]["accuracy"]) for name in names] for seed in range(3)])
+
+    primary = next(row for row in made if (row["arm"], row["minus"]) == ("sparse-0.75", "dense-equal"))
+    between = 100.0 * (accuracies("sparse-0.75") - accuracies("dense-equal"))
+    for name, axis in (("seeds", 1), ("samples", 0)):
+        interval = scipy.stats.ttest_1samp(between.mean(axis=axis), 0.0).confidence_interval()
+        assert (row_ends := (primary[f"{name}_low"], primary[f"{name}_high"])) == pytest.approx(tuple(interval)), (
+            row_ends
+        )
+    fresh = next(row for row in made if (row["arm"], row["minus"]) == ("pruned", "scratch"))
+    assert fresh["mean"] == pytest.approx(100.0 * float((accuracies("pruned") - accuracies("scratch")).mean()))
 
 
 def test_the_table_of_costs_is_that_of_the_rows() -> None:

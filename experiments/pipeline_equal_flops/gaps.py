@@ -40,19 +40,22 @@ def accuracies(rows: Sequence[Row]) -> dict[str, np.ndarray]:
     """Return the test accuracies by arm, ``[seeds, samples]``, and those of the bag of words on the same sentences."""
     on_task = [row for row in rows if row["accuracy"] is not None]
     seeds = sorted({row["seed"] for row in on_task})
-    samples = sorted({sample(row) for row in on_task})
-    found = {}
-    for arm in ARMS:
-        cells = {(row["seed"], sample(row)): row["accuracy"] for row in on_task if row["arm"] == arm}
-        found[arm] = np.array([[cells[seed, each] for each in samples] for seed in seeds])
-    words = {sample(row): row["bag_of_words"] for row in on_task}
+    samples = sorted({place(row)[1] for row in on_task})
+    cells = {(row["seed"], *place(row)): row["accuracy"] for row in on_task}
+    found = {arm: np.array([[cells[seed, arm, each] for each in samples] for seed in seeds]) for arm in ARMS}
+    words = {place(row)[1]: row["bag_of_words"] for row in on_task}
     found[WORDS] = np.array([[words[each] for each in samples]] * len(seeds))
     return found
 
 
-def sample(row: Row) -> int:
-    """Return the number of a stage's labelled sample, which ends its name: finetune-3."""
-    return int(row["stage"].rpartition("-")[2])
+def place(row: Row) -> tuple[str, int]:
+    """Return the arm of a row and the number of its labelled sample.
+
+    The sample ends the name of a stage: finetune-3. A stage that runs once has it in the arm's place: scratch-3.
+    """
+    once = row["arm"].startswith("scratch-")
+    sample = int(row["arm" if once else "stage"].rpartition("-")[2])
+    return "scratch" if once else row["arm"], sample
 
 
 def bits(rows: Sequence[Row]) -> dict[str, np.ndarray]:

@@ -9,14 +9,17 @@ from typing import Any
 
 from sparsetrain.bench.config import BenchConfig
 from sparsetrain.bench.contenders import DENSE, Contender, LayerCase, contender, measure_memory, wrong
+from sparsetrain.bench.decoding import GENERATING_PEERS, measure_generation, measure_products
 from sparsetrain.bench.gpt import PlainGPT, TrainingStep, dense_model, profile_dense, sparse_model
 from sparsetrain.bench.machine import with_threads
 from sparsetrain.bench.memory import bytes_per_nonzero
 from sparsetrain.bench.peers import Skipped, missing
-from sparsetrain.bench.timing import Times, Work, interleaved
+from sparsetrain.bench.timing import Work, interleaved
 
 # Kinds of cells: a layer, a layer of the two scaling series, a sparse model, and the dense model beside plain torch.
 LAYER, NNZ, TOKENS, MODEL, REFERENCE = "layer", "nnz", "tokens", "model", "reference"
+# Without gradients: layers with few tokens, and a model that generates.
+DECODING, GENERATION = "decoding", "generation"
 PLAIN = "plain_torch"
 
 
@@ -25,9 +28,9 @@ class Cell:
     """Contenders that are timed in turns; ``dense`` is always one of them.
 
     Attributes:
-        part: `LAYER`, `NNZ`, `TOKENS`, `MODEL` or `REFERENCE`.
+        part: `LAYER`, `NNZ`, `TOKENS`, `MODEL`, `REFERENCE`, `DECODING` or `GENERATION`.
         in_features, out_features: shape of a layer; None for a model.
-        tokens: tokens per step.
+        tokens: tokens per step; of a generation, rows.
         sparsity: None for the reference model.
     """
 
@@ -72,6 +75,8 @@ def cells_of(config: BenchConfig) -> list[Cell]:
                 cells.append(Cell(REFERENCE, threads, (DENSE, PLAIN), tokens))
                 names = (DENSE, *config.gpt.backends)
                 cells += [Cell(MODEL, threads, names, tokens, sparsity) for sparsity in config.sparsities]
+            elif part == "decoding":
+                cells += _decoding_cells(config, threads, peers)
             else:
                 k, m = config.scaling.shape
                 names = (DENSE, *config.scaling.backends)
@@ -79,6 +84,15 @@ def cells_of(config: BenchConfig) -> list[Cell]:
                 counts = config.scaling.token_counts
                 cells += [Cell(TOKENS, threads, names, n, config.scaling.sparsity, k, m) for n in counts]
     return cells
+
+
+def _decoding_cells(config: BenchConfig, threads: int, peers: Sequence[str]) -> list[Cell]:
+    section, each = config.decoding, list(itertools.product(config.decoding.token_counts, config.sparsities))
+    k, m = section.shape
+    names = (DENSE, *section.backends, *peers)
+    whole = (DENSE, *section.backends, *(name for name in peers if name in GENERATING_PEERS))
+    products = [Cell(DECODING, threads, names, tokens, sparsity, k, m) for tokens, sparsity in each]
+    return products + [Cell(GENERATION, threads, whole, rows, sparsity) for rows, sparsity in each]
 
 
 def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
@@ -96,7 +110,12 @@ def together(cells: Sequence[Cell]) -> list[tuple[Cell, ...]]:
 
 def effort(cell: Cell, config: BenchConfig) -> float:
     """Return the relative time that a cell takes, to estimate the remaining time."""
-    if cell.in_features is not None and cell.out_features is not None:
+    section = config.decoding
+    if cell.part == DECODING:
+        size = 1e3 * section.layers * section.shape[0] * section.shape[1] + 1e8
+    elif cell.part == GENERATION:
+        size = 1e2 * section.n_layers * section.d_model**2 * section.new_tokens * section.generations + 1e8
+    elif cell.in_features is not None and cell.out_features is not None:
         size = 6.0 * cell.in_features * cell.out_features * cell.tokens + 1e8
     else:
         gpt = config.gpt
@@ -117,6 +136,8 @@ def measure(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str, Any]]:
     with with_threads(cells[0].threads):
         if cells[0].part in (MODEL, REFERENCE):
             found = [_measure_model(cell, config) for cell in cells]
+        elif cells[0].part in (DECODING, GENERATION):
+            found = [_measure_decoding(cell, config) for cell in cells]
         else:
             found = _measure_layers(cells, config)
     return [
@@ -137,18 +158,14 @@ def _measure_layers(cells: Sequence[Cell], config: BenchConfig) -> list[dict[str
         for name, entry in entries.items():
             taken = times[number, name]
             memory = measure_memory(entry) if config.memory and not taken.given_up else {}
-            results[name] = _result(taken, entry.note) | {"stored_weights": entry.stored} | memory
+            results[name] = taken.plain(entry.note) | {"stored_weights": entry.stored} | memory
         found.append({"results": results, "skipped": skipped})
     return found
 
 
 def _contenders(cell: Cell, config: BenchConfig) -> tuple[dict[str, Contender], dict[str, str]]:
     """Return the contenders of a layer whose result is correct, and the reason for each of the others."""
-    assert cell.in_features is not None
-    assert cell.out_features is not None
-    assert cell.sparsity is not None
-    block = (config.block[0], config.block[1])
-    case = LayerCase(cell.in_features, cell.out_features, cell.tokens, cell.sparsity, block, config.seed)
+    case = _case(cell, config)
     entries: dict[str, Contender] = {}
     skipped: dict[str, str] = {}
     for name in cell.contenders:
@@ -160,6 +177,21 @@ def _contenders(cell: Cell, config: BenchConfig) -> tuple[dict[str, Contender], 
         except Skipped as reason:
             skipped[name] = str(reason)
     return entries, skipped
+
+
+def _case(cell: Cell, config: BenchConfig) -> LayerCase:
+    assert cell.in_features is not None
+    assert cell.out_features is not None
+    assert cell.sparsity is not None
+    block = (config.block[0], config.block[1])
+    return LayerCase(cell.in_features, cell.out_features, cell.tokens, cell.sparsity, block, config.seed)
+
+
+def _measure_decoding(cell: Cell, config: BenchConfig) -> dict[str, Any]:
+    if cell.part == DECODING:
+        return measure_products(cell.contenders, _case(cell, config), config)
+    assert cell.sparsity is not None
+    return measure_generation(cell.contenders, cell.tokens, cell.sparsity, config)
 
 
 def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:
@@ -175,7 +207,7 @@ def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:
     times = interleaved(works, config.repeats, config.least_seconds, config.patience)
     results = {}
     for name, step in steps.items():
-        entry = _result(times[name], "") | {"stored_weights": sum(p.numel() for p in step.parameters)}
+        entry = times[name].plain() | {"stored_weights": sum(p.numel() for p in step.parameters)}
         if config.memory:
             entry["peak_activation_bytes"] = step.peak_activation_bytes()
             if (held := bytes_per_nonzero(step.model)) is not None:
@@ -190,15 +222,8 @@ def _measure_model(cell: Cell, config: BenchConfig) -> dict[str, Any]:
 
 def _model(name: str, cell: Cell, config: BenchConfig) -> Any:
     if name == DENSE:
-        return dense_model(config.gpt)
+        return dense_model(config.gpt.model_config())
     if name == PLAIN:
         return PlainGPT(config.gpt.model_config())
     assert cell.sparsity is not None
-    return sparse_model(config.gpt, cell.sparsity, name, (config.block[0], config.block[1]))
-
-
-def _result(times: Times, note: str) -> dict[str, Any]:
-    if times.given_up:
-        note = "; ".join(filter(None, [note, "much slower than dense in some cells, so it was timed once there"]))
-    found: dict[str, Any] = {"forward_seconds": times.forward, "calls": times.calls, "note": note}
-    return found | ({"step_seconds": times.step} if times.step else {})
+    return sparse_model(config.gpt.model_config(), cell.sparsity, name, (config.block[0], config.block[1]))

@@ -11,7 +11,7 @@ from sparsetrain.models import ModelConfig
 from sparsetrain.sparsity.backends.base import backend_names
 from sparsetrain.sparsity.patterns.spec import check_sparsity
 
-PARTS = ("layers", "model", "scaling")
+PARTS = ("layers", "model", "scaling", "decoding")
 PEERS = ("dense_bf16", "torch_csr", "scipy", "sparselab", "sparseprop")
 # Accepted even if they are not registered: the same command is valid on every machine and reports what it skips.
 BACKENDS = ("csr", "bsr", "masked")
@@ -78,11 +78,57 @@ class ScalingSection:
 
 
 @dataclass
-class BenchConfig:
-    """Measure the speed of layers, a whole model and two scaling series, each beside dense float32 in the same rounds.
+class DecodingSection:
+    """Few tokens without gradients, as in decoding: layers whose weights come from memory, and whole generations.
 
     Args:
-        what: layers, model, scaling or all.
+        shape: (in_features, out_features) of the layers.
+        layers: number of layers that take turns in a measurement.
+        token_counts: tokens of a product, and rows of a generation, at most 48 for the kernels for few tokens.
+        backends: backends to measure beside dense float32 and the ``peers`` of the top level.
+        repeats: rounds per cell of layers.
+        d_model, n_layers, n_heads, vocab_size: shape of the `sparsetrain.Transformer` that generates.
+        prompt, new_tokens: tokens that each row of a generation begins with, and gets.
+        generations: rounds per cell of generations.
+    """
+
+    shape: list[int] = field(default_factory=lambda: [768, 3072])
+    layers: int = 24
+    token_counts: list[int] = field(default_factory=lambda: [1, 4, 16])
+    backends: list[str] = field(default_factory=lambda: ["csr", "bsr", "auto"])
+    repeats: int = 15
+    d_model: int = 768
+    n_layers: int = 10
+    n_heads: int = 12
+    vocab_size: int = 8192
+    prompt: int = 32
+    new_tokens: int = 64
+    generations: int = 5
+
+    def __post_init__(self) -> None:
+        _shape("decoding.shape", self.shape)
+        _counts("decoding.token_counts", self.token_counts)
+        for name in ("layers", "repeats", "prompt", "new_tokens", "generations"):
+            _counts(f"decoding.{name}", [getattr(self, name)])
+        _names("decoding.backends", self.backends, (*BACKENDS, *backend_names()))
+        try:
+            self.model_config()
+        except UserError as error:
+            raise UserError(f"decoding: {error}") from None
+
+    def model_config(self) -> ModelConfig:
+        """Return the configuration of the dense model."""
+        context = self.prompt + self.new_tokens
+        shape = (self.d_model, self.n_layers, self.n_heads, self.vocab_size)
+        return ModelConfig(*shape, max_context=context, sparsity=0.0, seed=0)
+
+
+@dataclass
+class BenchConfig:
+    """Measure the speed of layers, a whole model, two scaling series and decoding, each beside dense float32.
+
+    Args:
+        what: layers, model, scaling, decoding or all.
         sparsities: sparsities of the layers and models, each in [0, 1).
         shapes: (in_features, out_features) of the layers.
         tokens: rows of a layer's input.
@@ -120,6 +166,7 @@ class BenchConfig:
     memory: bool = True
     gpt: GptSection = field(default_factory=GptSection)
     scaling: ScalingSection = field(default_factory=ScalingSection)
+    decoding: DecodingSection = field(default_factory=DecodingSection)
     max_seconds: float | None = None
     seed: int = 0
     run_dir: str | None = None

@@ -5,7 +5,6 @@ Shapes: N tokens, K in_features, M out_features, nnz stored values.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from sparsetrain import seeds
 from sparsetrain.bench.config import BLOCK_BACKENDS, PEERS
 from sparsetrain.bench.memory import STATE_BYTES, layer_bytes, peak_bytes
-from sparsetrain.bench.peers import PEER_LAYERS, Skipped, step_of
+from sparsetrain.bench.peers import Skipped, peer_layer, step_of
 from sparsetrain.bench.timing import Work
 from sparsetrain.errors import UserError
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
@@ -77,6 +76,10 @@ class LayerCase:
         coarse = random_pattern((rows // block[0], columns // block[1]), 1.0 - self.sparsity, generator)
         return SparsityPattern((rows, columns), coarse.row_ptr, coarse.col, block)
 
+    def values(self, pattern: SparsityPattern) -> Tensor:
+        """Return normal numbers for the nonzeros of an unstructured pattern."""
+        return torch.randn(pattern.nnz, generator=seeds.generator(self.seed, "bench", "weight"))
+
 
 def contender(name: str, case: LayerCase) -> Contender:
     """Return the layer of ``case`` in the implementation ``name``: dense, a backend, or a peer.
@@ -92,11 +95,13 @@ def contender(name: str, case: LayerCase) -> Contender:
         return _dense(case, x, g, torch.bfloat16)
     if name in PEERS:
         pattern = case.pattern()
-        values = torch.randn(pattern.nnz, generator=seeds.generator(case.seed, "bench", "weight"))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # beta features, and the way other libraries create arrays
-            work, weight, state, note = PEER_LAYERS[name](pattern, values, x, g)
-        return Contender(work, pattern.nnz, weight, state, state is not None, note)
+        values = case.values(pattern)
+        peer = peer_layer(name, pattern, values)
+        work, note = peer.step(x, g)
+        if peer.index_bytes is None or work.backward is None:
+            return Contender(work, pattern.nnz, peer.dense, note=note)
+        held = STATE_BYTES * pattern.nnz + peer.index_bytes
+        return Contender(work, pattern.nnz, peer.dense, lambda: held, torch_memory=True, note=note)
     return _backend(name, case, x, g)
 
 
@@ -119,10 +124,14 @@ def wrong(entry: Contender, case: LayerCase) -> str | None:
     """Return the relative error against a dense product with the same weight as a message, or None if it is small."""
     if entry.weight is None:
         return None
-    x = case.draw(case.tokens, case.in_features, "input")[:64]
-    expected = x.double() @ entry.weight.double().t()
-    result = torch.as_tensor(entry.work.forward()).detach().double()
-    error = float((result[:64] - expected).norm() / expected.norm())
+    x = case.draw(case.tokens, case.in_features, "input")
+    return error_of(torch.as_tensor(entry.work.forward()), x, entry.weight)
+
+
+def error_of(result: Tensor, x: Tensor, weight: Tensor) -> str | None:
+    """Return the relative error of the first 64 rows of ``x @ weight.T`` as a message, or None if it is small."""
+    expected = x[:64].double() @ weight.double().t()
+    error = float((result[:64].detach().double() - expected).norm() / expected.norm())
     return None if error <= _TOLERANCE else f"wrong result: relative error {error:.1e}"
 
 
@@ -138,18 +147,27 @@ def _dense(case: LayerCase, x: Tensor, g: Tensor, dtype: torch.dtype) -> Contend
 
 
 def _backend(name: str, case: LayerCase, x: Tensor, g: Tensor) -> Contender:
+    layer, notes = backend_layer(name, case, x.dtype)
+    # A separate pattern, because `scatter` caches positions that are not part of the layer's state.
+    own = layer.pattern
+    weight = SparsityPattern(own.shape, own.row_ptr, own.col, own.block).scatter(layer.values.detach())
+    work = step_of(layer, [layer.values], x, g)
+    return Contender(work, own.nnz, weight, lambda: layer_bytes(layer), torch_memory=True, note=", ".join(notes))
+
+
+def backend_layer(name: str, case: LayerCase, dtype: torch.dtype = torch.float32) -> tuple[SparseLinear, list[str]]:
+    """Return the layer of ``case`` with a backend of the library, and notes about it.
+
+    Raises:
+        Skipped: the backend cannot compute it here; the message says why.
+    """
     if name != "auto" and name not in BACKENDS:
         raise Skipped(f"backend '{name}' does not exist in this version")
     pattern = case.pattern(case.block if name in BLOCK_BACKENDS else (1, 1))
     try:
-        chosen = resolve_backend(name, pattern, case.tokens, x.dtype, x.device)
+        chosen = resolve_backend(name, pattern, case.tokens, dtype, torch.device("cpu"))
     except UserError as error:
         raise Skipped(str(error)) from None
     layer = SparseLinear(case.in_features, case.out_features, pattern=pattern, bias=False, backend=name, seed=case.seed)
-    # A separate pattern, because `scatter` caches positions that are not part of the layer's state.
-    own = layer.pattern
-    weight = SparsityPattern(own.shape, own.row_ptr, own.col, own.block).scatter(layer.values.detach())
     notes = [f"blocks of {case.block[0]}x{case.block[1]}"] if name in BLOCK_BACKENDS else []
-    notes += [f"chose {chosen}"] if name == "auto" else []
-    work = step_of(layer, [layer.values], x, g)
-    return Contender(work, pattern.nnz, weight, lambda: layer_bytes(layer), torch_memory=True, note=", ".join(notes))
+    return layer, notes + ([f"chose {chosen}"] if name == "auto" else [])

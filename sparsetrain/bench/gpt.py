@@ -111,32 +111,41 @@ class TrainingStep:
         return peak
 
 
-def dense_model(gpt: GptSection) -> Transformer:
+def dense_model(config: ModelConfig) -> Transformer:
     """Return the dense model, which contains only ``nn.Linear`` layers."""
-    return Transformer(gpt.model_config())
+    return Transformer(config)
 
 
-def sparse_model(gpt: GptSection, sparsity: float, backend: str, block: tuple[int, int]) -> Transformer:
+def sparse_model(config: ModelConfig, sparsity: float, backend: str, block: tuple[int, int]) -> Transformer:
     """Return the model with sparse hidden matrices, made by the library's own surgery or in blocks.
 
     Raises:
         Skipped: this backend cannot be measured here; the message says why.
     """
-    config = gpt.model_config()
     if backend != "auto" and backend not in BACKENDS:
         raise Skipped(f"backend '{backend}' does not exist in this version")
     if backend not in BLOCK_BACKENDS:
         return Transformer(config, plan=SparsityConfig(sparsity=sparsity, backend=backend))
-    model = Transformer(config)
-    for number, (name, linear) in enumerate(hidden_linears(model).items()):
-        case = LayerCase(linear.in_features, linear.out_features, 1, sparsity, block, number)
+
+    def made(linear: nn.Linear, case: LayerCase) -> nn.Module:
         pattern = case.pattern(block)
         try:
             resolve_backend(backend, pattern, 1, torch.float32, torch.device("cpu"))
         except UserError as error:
             raise Skipped(str(error)) from None
+        return SparseLinear.from_linear(linear, pattern, backend)
+
+    return replaced(Transformer(config), sparsity, block, made)
+
+
+def replaced(
+    model: Transformer, sparsity: float, block: tuple[int, int], made: Callable[[nn.Linear, LayerCase], nn.Module]
+) -> Transformer:
+    """Return ``model`` with each hidden matrix replaced by ``made(linear, case)``; each case has a seed of its own."""
+    for number, (name, linear) in enumerate(hidden_linears(model).items()):
+        case = LayerCase(linear.in_features, linear.out_features, 1, sparsity, block, number)
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, SparseLinear.from_linear(linear, pattern, backend))
+        setattr(model.get_submodule(parent), leaf, made(linear, case))
     return model
 
 
@@ -174,7 +183,7 @@ def profile_dense(gpt: GptSection, seed: int, repeats: int) -> dict[str, float]:
         ``update_share``: share of clipping and AdamW.
         ``hidden_share``: share of the hidden matrices in the parameters that these update.
     """
-    model = dense_model(gpt)
+    model = dense_model(gpt.model_config())
     clock = [0.0]
     hidden = hidden_linears(model)
     for linear in hidden.values():

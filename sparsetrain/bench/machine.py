@@ -47,8 +47,8 @@ def code_fingerprint() -> str:
     root = Path(sparsetrain.__file__).parent
     digest = hashlib.blake2b(digest_size=8)
     for part in _MEASURED:
-        for path in sorted((root / part).glob("*.py")):
-            digest.update(path.name.encode() + path.read_bytes())
+        for path in sorted((root / part).rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return digest.hexdigest()
 
 

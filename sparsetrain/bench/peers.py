@@ -7,18 +7,60 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparsetrain.bench.memory import STATE_BYTES
 from sparsetrain.bench.timing import Work
 from sparsetrain.sparsity import SparsityPattern
 
-# The step, its dense weight, its persistent bytes, and a note.
-_Peer = tuple[Work, Tensor | None, Callable[[], int] | None, str]
+
+@dataclass(frozen=True)
+class PeerLayer:
+    """A sparse layer of another library.
+
+    Attributes:
+        call: ``[N, K] -> [N, M]``.
+        weights: what a backward pass gives a gradient besides the input; empty if there is none.
+        dense: the matrix ``[M, K]`` that it multiplies by, to check the result; None if unavailable.
+        index_bytes: bytes of all indices; None if unknown.
+        note: what a reader must know to compare it.
+    """
+
+    call: Callable[[Tensor], Any]
+    weights: Sequence[Tensor]
+    dense: Tensor | None = None
+    index_bytes: int | None = None
+    note: str = ""
+
+    def step(self, x: Tensor, g: Tensor) -> tuple[Work, str]:
+        """Return the training step and a note; without a backward pass the step is the forward pass alone.
+
+        Raises:
+            Skipped: the forward pass fails as well.
+        """
+        work = step_of(self.call, self.weights, x, g)
+        with _quiet():
+            return self._checked(work)
+
+    def _checked(self, work: Work) -> tuple[Work, str]:
+        try:
+            result = work.forward()
+        except Exception as error:
+            raise Skipped(f"forward fails: {_first_line(error)}") from None
+        if not self.weights:
+            return Work(work.forward), self.note
+        try:
+            assert work.backward is not None
+            work.backward(result)
+        except Exception as error:
+            return Work(work.forward), f"forward only, backward is not supported: {_first_line(error)}"
+        return work, self.note
 
 
 class Skipped(Exception):
@@ -61,43 +103,52 @@ def step_of(layer: Callable[[Tensor], Tensor], weights: Sequence[Tensor], x: Ten
     return Work(lambda: layer(x), backward, fresh)
 
 
-def _torch_csr(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
+def peer_layer(name: str, pattern: SparsityPattern, values: Tensor) -> PeerLayer:
+    """Return the layer of another library with this pattern and these values, as far as the library takes them.
+
+    Raises:
+        Skipped: it cannot be used here; the message says why.
+    """
+    with _quiet():
+        return _PEERS[name](pattern, values)
+
+
+def _torch_csr(pattern: SparsityPattern, values: Tensor) -> PeerLayer:
     index = (pattern.row_ptr, pattern.col.to(torch.int64))
     weight = torch.sparse_csr_tensor(*index, values.clone(), pattern.shape).requires_grad_()
-    size = STATE_BYTES * pattern.nnz + sum(part.numel() * part.element_size() for part in index)
-    work, note = _checked(step_of(lambda rows: torch.sparse.mm(weight, rows.t()).t(), [weight], x, g))
-    return work, _dense(pattern, values), lambda: size, note or "torch.sparse.mm, int64 indices"
+    size = sum(part.numel() * part.element_size() for part in index)
+    note = "torch.sparse.mm, int64 indices"
+    return PeerLayer(lambda x: torch.sparse.mm(weight, x.t()).t(), [weight], pattern.scatter(values), size, note)
 
 
-def _scipy(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
+def _scipy(pattern: SparsityPattern, values: Tensor) -> PeerLayer:
     from scipy.sparse import csr_array
 
     parts = (values.numpy(), pattern.col.numpy(), pattern.row_ptr.numpy().astype("int32"))
     weight: Any = csr_array(parts, shape=pattern.shape)
-    columns = x.detach().numpy().T
-    return Work(lambda: (weight @ columns).T), _dense(pattern, values), None, "forward only, one thread"
+    size = 4 * (pattern.nnz + pattern.shape[0] + 1)
+    dense = pattern.scatter(values)
+    return PeerLayer(lambda x: (weight @ x.detach().numpy().T).T, [], dense, size, "forward only, one thread")
 
 
-def _sparselab(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
+def _sparselab(pattern: SparsityPattern, values: Tensor) -> PeerLayer:
     module = _load("sparselab")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         rows, columns = pattern.shape
         layer = module.SparseLinear(columns, rows, bias=False, sparsity=1.0 - pattern.density)
-    work, note = _checked(step_of(layer, list(layer.parameters()), x, g))
-    return work, None, None, note or "its own random mask of the same sparsity"
+    return PeerLayer(layer, list(layer.parameters()), note="its own random mask of the same sparsity")
 
 
-def _sparseprop(pattern: SparsityPattern, values: Tensor, x: Tensor, g: Tensor) -> _Peer:
+def _sparseprop(pattern: SparsityPattern, values: Tensor) -> PeerLayer:
     _load("sparseprop")
     module = _load("sparseprop.modules.linear")
-    weight = _dense(pattern, values)
+    weight = pattern.scatter(values)
     layer = module.SparseLinear(weight)
-    work, note = _checked(step_of(layer, list(layer.parameters()), x, g))
-    return work, weight, None, note
+    return PeerLayer(layer, list(layer.parameters()), weight)
 
 
-PEER_LAYERS: dict[str, Callable[[SparsityPattern, Tensor, Tensor, Tensor], _Peer]] = {
+_PEERS: dict[str, Callable[[SparsityPattern, Tensor], PeerLayer]] = {
     "torch_csr": _torch_csr,
     "scipy": _scipy,
     "sparselab": _sparselab,
@@ -105,22 +156,11 @@ PEER_LAYERS: dict[str, Callable[[SparsityPattern, Tensor, Tensor, Tensor], _Peer
 }
 
 
-def _checked(work: Work) -> tuple[Work, str]:
-    """Return ``work`` and a note. If the library has no backward pass, drop it and give the reason in the note.
-
-    Raises:
-        Skipped: the forward pass fails as well.
-    """
-    try:
-        result = work.forward()
-    except Exception as error:
-        raise Skipped(f"forward fails: {_first_line(error)}") from None
-    try:
-        assert work.backward is not None
-        work.backward(result)
-    except Exception as error:
-        return Work(work.forward), f"forward only, backward is not supported: {_first_line(error)}"
-    return work, ""
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # beta features, and the way other libraries create arrays
+        yield
 
 
 def _load(name: str) -> Any:
@@ -132,7 +172,3 @@ def _load(name: str) -> Any:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _dense(pattern: SparsityPattern, values: Tensor) -> Tensor:
-    return pattern.scatter(values)

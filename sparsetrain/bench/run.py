@@ -14,6 +14,7 @@ from rich.console import Console
 
 from sparsetrain.bench.cells import Cell, cells_of, effort, measure, together
 from sparsetrain.bench.config import BenchConfig
+from sparsetrain.bench.decoding import READ_BYTES
 from sparsetrain.bench.machine import code_fingerprint, describe_machine
 from sparsetrain.bench.peers import missing
 from sparsetrain.cost.footprint import Workload
@@ -21,6 +22,8 @@ from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file, write_json, write_text
 from sparsetrain.report.bench import FORMAT, load_bench, print_bench, rows_of, summarise
 from sparsetrain.report.bench_plots import bench_figure
+from sparsetrain.report.contenders import DECODING
+from sparsetrain.report.decoding_plots import decoding_figure
 from sparsetrain.report.text import duration
 from sparsetrain.runs.claim import locked
 from sparsetrain.runs.identity import digest, value_differences
@@ -30,12 +33,12 @@ from sparsetrain.runs.recorded import Recorded
 from sparsetrain.screen import plain, say
 from sparsetrain.stages.memory import check_footprint, check_memory, footprint_of, memory_errors
 
-FIGURE, TABLE = "bench.png", "results.csv"
+FIGURE, DECODING_FIGURE, TABLE = "bench.png", "decoding.png", "results.csv"
 
 # Settings that a cell depends on besides its key; cells with other settings are not mixed.
-_FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed", "gpt")
-# Entries of the section gpt that only decide which cells there are.
-_LISTS = ("backends",)
+_FIXED = ("repeats", "least_seconds", "patience", "memory", "block", "seed")
+# Sections of such settings, without the entries that only decide which cells there are.
+_SECTIONS = {"gpt": ("backends",), "decoding": ("backends", "token_counts", "shape")}
 _INCIDENTAL = ("run_dir", "runs_dir", "max_seconds", "force")
 
 
@@ -53,7 +56,9 @@ class BenchResult:
 
 
 def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
-    """Measure the configured cells, show them, and write ``bench.json``, ``results.csv`` and ``bench.png``.
+    """Measure the configured cells, show them, and write ``bench.json``, ``results.csv`` and the figures.
+
+    ``bench.png`` shows training, ``decoding.png`` few tokens without gradients.
 
     Each finished cell or series is saved at once. The same command skips cells that were measured on this machine with
     this code.
@@ -76,11 +81,19 @@ def bench(config: BenchConfig, console: Console | None = None) -> BenchResult:
         values["summary"] = summarise(values)
         write_json(directory / BENCH, values)
         write_text(directory / TABLE, _csv(values))
-        with whole_file(directory / FIGURE) as temporary:
-            temporary.write_bytes(bench_figure(values))
+        _draw(values, directory)
         print_bench(values, console)
         _say(console, f"run directory: {directory}")
     return BenchResult(directory, values)
+
+
+def _draw(values: dict[str, Any], directory: Path) -> None:
+    parts = {cell["part"] for cell in values["cells"].values()}
+    figures = {FIGURE: bench_figure} if parts - set(DECODING) or not parts else {}
+    figures |= {DECODING_FIGURE: decoding_figure} if parts & set(DECODING) else {}
+    for name, figure in figures.items():
+        with whole_file(directory / name) as temporary:
+            temporary.write_bytes(figure(values))
 
 
 def _check_memory(config: BenchConfig) -> None:
@@ -93,6 +106,17 @@ def _check_memory(config: BenchConfig) -> None:
         # The dense float32 baseline of every cell: weight and gradient; input, result and both gradients.
         needed = footprint_of({"the weights": 2 * k * m * 4, "inputs and gradients": 2 * tokens * (k + m) * 4})
         check_footprint(needed, f"a layer of shape [{k},{m}] with tokens={tokens}", config.force)
+    if "decoding" in parts:
+        few = config.decoding
+        (k, m), model = few.shape, few.model_config()
+        # Of a layer's weights: dense, the least sparse of all contenders, and one dense matrix to check a result by.
+        sparse = (1.0 - min(config.sparsities)) * (len(few.backends) + len(config.peers)) * 3
+        needed = footprint_of({"the weights": int(4 * few.layers * k * m * (1 + sparse)), "to read": READ_BYTES})
+        check_footprint(needed, f"decoding.layers={few.layers} layers of decoding.shape=[{k},{m}]", config.force)
+        whole = 12 * model.n_layers * model.d_model**2 + model.vocab_size * model.d_model
+        needed = footprint_of({"the models": int(4 * whole * (1 + sparse)), "to read": READ_BYTES})
+        what = f"models with decoding.d_model={few.d_model} and decoding.n_layers={few.n_layers}"
+        check_footprint(needed, what, config.force)
     if "model" in parts:
         model = gpt.model_config()
         workload = Workload(model, batch_size=gpt.batch, micro_batch=gpt.batch, context=gpt.context)
@@ -139,10 +163,9 @@ def _measure_all(
 
 def _gist(found: dict[str, Any]) -> str:
     """Return the speed-ups of a cell, and what it skipped, on one line."""
-    rows = rows_of(found)
-    parts = [
-        f"{row['contender']} {row['speedup']:.2f}x" for row in rows if row["speedup"] and row["contender"] != "dense"
-    ]
+    speed = "forward_speedup" if found["part"] in DECODING else "speedup"
+    rows = [row for row in rows_of(found) if row[speed] and row["contender"] != "dense"]
+    parts = [f"{row['contender']} {row[speed]:.2f}x" for row in rows]
     parts += [f"{name} skipped ({reason})" for name, reason in found["skipped"].items()]
     return ", ".join(parts)
 
@@ -163,7 +186,9 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
     if not path.exists():
         return values
     before = load_bench(path)
-    changed = value_differences(_fixed(plain), _fixed(before["config"]), BenchConfig, ())
+    theirs = before["config"]
+    ours = {key: value for key, value in plain.items() if key in theirs or key not in _SECTIONS}
+    changed = value_differences(_fixed(ours), _fixed(theirs), BenchConfig, ())
     changed += [
         f"{key}={machine[key]} (there: {before['machine'].get(key)})"
         for key in machine
@@ -183,7 +208,11 @@ def _opened(path: Path, config: BenchConfig, console: Console) -> dict[str, Any]
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:
     kept = {key: config[key] for key in _FIXED if key in config}
-    return kept | {"gpt": {key: value for key, value in config.get("gpt", {}).items() if key not in _LISTS}}
+    for section, lists in _SECTIONS.items():
+        # An earlier version knew fewer sections; what it measured is measured anew, since the code has changed.
+        if section in config:
+            kept[section] = {key: value for key, value in config[section].items() if key not in lists}
+    return kept
 
 
 def _place(config: BenchConfig) -> Path:

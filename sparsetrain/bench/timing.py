@@ -40,6 +40,13 @@ class Times:
     calls: int = 1
     given_up: bool = False
 
+    def plain(self, note: str = "") -> dict[str, Any]:
+        """Return the times as plain values, with a note about the contender."""
+        if self.given_up:
+            note = "; ".join(filter(None, [note, "much slower than dense in some cells, so it was timed once there"]))
+        found: dict[str, Any] = {"forward_seconds": self.forward, "calls": self.calls, "note": note}
+        return found | ({"step_seconds": self.step} if self.step else {})
+
 
 def run_once(work: Work) -> tuple[float, float]:
     """Return the seconds of the forward pass and of the whole step."""

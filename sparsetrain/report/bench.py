@@ -9,7 +9,6 @@ import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -17,37 +16,16 @@ from rich.text import Text
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_json
+from sparsetrain.report.contenders import DECODING, DENSE, Values, geometric_mean, grouped, times, title
+from sparsetrain.report.decoding import bound, decoding_sheets, summarise_decoding
 from sparsetrain.report.run_files import Bench, check_times
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import ABSENT, byte_size, clean, percent
 from sparsetrain.shapes import check
 
 FORMAT = 1
-DENSE = "dense"
 
 _FILE_WIDTH = 120
-TITLES = {
-    "csr": "sparsetrain csr",
-    "bsr": "sparsetrain bsr",
-    "sparselab": "SparseLab",
-    "sparseprop": "SparseProp",
-    "torch_csr": "torch.sparse CSR",
-    "dense_bf16": "torch bf16",
-    "masked": "sparsetrain masked",
-    "auto": "sparsetrain auto",
-    "scipy": "scipy CSR",
-    "dense": "torch dense",
-    "plain_torch": "plain torch GPT",
-}
-"""Titles of contenders, in the order of the figure's colours."""
-
-
-Values = dict[str, Any]
-
-
-def title(name: str) -> str:
-    """Return the title of a contender in tables and figures."""
-    return TITLES.get(name, clean(name))
 
 
 def rows_of(cell: Values) -> list[Values]:
@@ -55,7 +33,7 @@ def rows_of(cell: Values) -> list[Values]:
 
     ``speedup`` is the median step of dense over the median step of the contender. ``speedup_low`` and ``speedup_high``
     are the quartiles of this ratio taken round by round. They are None for a contender without a backward pass, which
-    has only ``forward_speedup``.
+    has only ``forward_speedup``. ``limit`` is 1/density, and in decoding what memory gives (`decoding.bound`).
     """
     dense = cell["results"][DENSE]
     place = {key: cell[key] for key in ("part", "threads", "in_features", "out_features", "tokens", "sparsity")}
@@ -63,8 +41,12 @@ def rows_of(cell: Values) -> list[Values]:
     for name, result in cell["results"].items():
         row: Values = {**place, "contender": name, "stored_weights": result["stored_weights"]}
         for kind in ("step", "forward"):
-            row |= _compared(kind, result.get(f"{kind}_seconds"), dense[f"{kind}_seconds"])
-        row["limit"] = None if cell["sparsity"] is None else 1.0 / (1.0 - cell["sparsity"])
+            row |= _compared(kind, result.get(f"{kind}_seconds"), dense.get(f"{kind}_seconds") or ())
+        if (bandwidth := cell.get("bandwidth")) is None:
+            row["limit"] = None if cell["sparsity"] is None else 1.0 / (1.0 - cell["sparsity"])
+        else:
+            row |= bound(row, result.get("bytes"), bandwidth, dense["forward_seconds"])
+            row["new_tokens"] = cell.get("new_tokens")
         row["state_bytes_per_weight"] = result.get("state_bytes_per_weight")
         own, other = result.get("peak_activation_bytes"), dense.get("peak_activation_bytes")
         row["peak_activation_bytes"] = own
@@ -97,16 +79,17 @@ def summarise(values: Values) -> Values:
         "layers": _layers([row for row in rows if row["part"] == "layer"]),
         "models": _models([row for row in rows if row["part"] in ("model", "reference")], profiles),
         "scaling": _scaling([row for row in rows if row["part"] in ("nnz", "tokens")]),
+        "decoding": summarise_decoding([row for row in rows if row["part"] in DECODING]),
     }
 
 
 def _layers(rows: list[Values]) -> list[Values]:
     found = []
-    for (threads, sparsity, name), members in _grouped(rows, "threads", "sparsity", "contender"):
+    for (threads, sparsity, name), members in grouped(rows, "threads", "sparsity", "contender"):
         entry: Values = {"threads": threads, "sparsity": sparsity, "contender": name, "shapes": len(members)}
         for kind in ("speedup", "forward_speedup"):
             ratios = [row[kind] for row in members if row[kind] is not None]
-            entry[kind] = _geometric_mean(ratios)
+            entry[kind] = geometric_mean(ratios)
             entry[f"{kind}_min"], entry[f"{kind}_max"] = (min(ratios), max(ratios)) if ratios else (None, None)
         for kind in ("state_bytes_per_weight", "activation_ratio"):
             entry[kind] = max((row[kind] for row in members if row[kind] is not None), default=None)
@@ -140,7 +123,7 @@ def _models(rows: list[Values], profiles: dict[int, Values]) -> list[Values]:
 
 def _scaling(rows: list[Values]) -> list[Values]:
     found = []
-    for (threads, name), members in _grouped(rows, "threads", "contender"):
+    for (threads, name), members in grouped(rows, "threads", "contender"):
         entry: Values = {"threads": threads, "contender": name}
         for part, x in (("nnz", "stored_weights"), ("tokens", "tokens")):
             points = sorted((row[x], row["step_seconds"]) for row in members if row["part"] == part)
@@ -228,7 +211,7 @@ def _short(commit: str | None) -> str:
 
 
 def bench_sheets(values: Values) -> list[Sheet]:
-    """Return the tables: layer steps, forward passes, models, scaling, memory."""
+    """Return the tables: layer steps, forward passes, models, scaling, memory, decoding."""
     summary = values["summary"]
     note = "Geometric mean over shapes (lowest to highest), against torch dense float32 in the same rounds."
     sheets = [
@@ -237,6 +220,7 @@ def bench_sheets(values: Values) -> list[Sheet]:
         _model_sheet(summary["models"]),
         _scaling_sheet(summary["scaling"]),
         _memory_sheet(summary["layers"]),
+        *decoding_sheets(summary["decoding"]),
     ]
     return [sheet for sheet in sheets if sheet.rows]
 
@@ -244,9 +228,9 @@ def bench_sheets(values: Values) -> list[Sheet]:
 def _ratios(entries: list[Values], kind: str, heading: str, note: str) -> Sheet:
     names = list(dict.fromkeys(e["contender"] for e in entries if e[kind] is not None and e["contender"] != DENSE))
     rows = []
-    for (threads, sparsity), members in _grouped(entries, "threads", "sparsity"):
+    for (threads, sparsity), members in grouped(entries, "threads", "sparsity"):
         by_name = {entry["contender"]: entry for entry in members}
-        cells = [f"{threads}, {percent(sparsity)}", _times(members[0]["limit"])]
+        cells = [f"{threads}, {percent(sparsity)}", times(members[0]["limit"])]
         rows.append((*cells, *(_range(by_name.get(name), kind) for name in names)))
     notes = dict.fromkeys(
         f"{title(e['contender'])}: {e['note']}." for e in entries if e["note"] and e[kind] is not None
@@ -267,10 +251,10 @@ def _model_sheet(entries: list[Values]) -> Sheet:
             (
                 where,
                 f"{1e3 * entry['step_seconds']:.0f} ms",
-                _times(entry["speedup"]) + spread,
-                _times(entry["amdahl_limit"]),
+                times(entry["speedup"]) + spread,
+                times(entry["amdahl_limit"]),
                 ABSENT if entry["state_bytes_per_weight"] is None else f"{entry['state_bytes_per_weight']:.1f}",
-                _times(entry["activation_ratio"]),
+                times(entry["activation_ratio"]),
             )
         )
         if profile := entry.get("profile"):
@@ -309,12 +293,12 @@ def _scaling_sheet(entries: list[Values]) -> Sheet:
 
 def _memory_sheet(entries: list[Values]) -> Sheet:
     rows = []
-    for (name, sparsity), members in _grouped(entries, "contender", "sparsity"):
+    for (name, sparsity), members in grouped(entries, "contender", "sparsity"):
         state = max((e["state_bytes_per_weight"] for e in members if e["state_bytes_per_weight"]), default=None)
         ratio = max((e["activation_ratio"] for e in members if e["activation_ratio"]), default=None)
         if state is not None:
             bytes_of_dense = state * (1.0 - sparsity if name != DENSE else 1.0)
-            cells = (f"{state:.1f}", byte_size(bytes_of_dense), _times(ratio))
+            cells = (f"{state:.1f}", byte_size(bytes_of_dense), times(ratio))
             rows.append((f"{title(name)}, {percent(sparsity)}", *cells))
     columns = ("Layer, sparsity", "Bytes per nonzero", "Per dense weight", "Peak activations / dense")
     note = (
@@ -324,23 +308,8 @@ def _memory_sheet(entries: list[Values]) -> Sheet:
     return Sheet("Memory of a layer in training", columns, tuple(rows), note)
 
 
-def _grouped(rows: Iterable[Values], *keys: str) -> list[tuple[tuple[Any, ...], list[Values]]]:
-    groups: dict[tuple[Any, ...], list[Values]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    return list(groups.items())
-
-
-def _geometric_mean(ratios: Sequence[float]) -> float | None:
-    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-
-
-def _times(ratio: float | None) -> str:
-    return ABSENT if ratio is None else f"{ratio:.2f}x"
-
-
 def _range(entry: Values | None, kind: str) -> str:
     if entry is None or entry[kind] is None:
         return ABSENT
-    text = _times(entry[kind])
+    text = times(entry[kind])
     return text if entry["shapes"] == 1 else f"{text} ({entry[f'{kind}_min']:.2f}-{entry[f'{kind}_max']:.2f})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,13 +12,13 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from sparsetrain.report.bench import DENSE, TITLES, amdahl, machine_line, title
+from sparsetrain.report.bench import amdahl, machine_line
+from sparsetrain.report.contenders import DENSE, TITLES, Values, title
 from sparsetrain.report.plots import INK, MARKERS, MUTED, SERIES, styled
 from sparsetrain.report.text import percent, shorten, si, tick
 
 _PANEL_INCHES = (4.2, 5.0)
 
-Values = dict[str, Any]
 Draw = Callable[[Axes], None]
 
 
@@ -49,24 +48,32 @@ def _panels(summary: Values, profiles: dict[int, Values]) -> list[Draw]:
     for threads in _threads(summary["layers"]):
         entries = [e for e in summary["layers"] if e["threads"] == threads and e["speedup"] is not None]
         heading = f"Layer training step, {_count(threads)}"
-        panels.append(partial(_speedups, entries=entries, heading=heading, limit=lambda density: 1.0 / density))
+        panels.append(partial(speedups, entries=entries, heading=heading, limit=lambda density: 1.0 / density))
     sparse = [entry for entry in summary["models"] if entry["sparsity"] is not None]
     for threads in _threads(sparse):
         entries = [entry for entry in sparse if entry["threads"] == threads]
         limit = partial(amdahl, profiles[threads]) if threads in profiles else None
         heading = f"GPT training step, {_count(threads)}"
-        panels.append(partial(_speedups, entries=entries, heading=heading, limit=limit, limit_name="Amdahl limit"))
+        panels.append(partial(speedups, entries=entries, heading=heading, limit=limit, limit_name="Amdahl limit"))
     return panels
 
 
-def _speedups(
+def speedups(
     axes: Axes,
-    entries: list[Values],
+    entries: Sequence[Values],
     heading: str,
     limit: Callable[[float], float] | None,
     limit_name: str = "limit, 1/density",
+    key: str = "speedup",
+    legend: bool = True,
 ) -> None:
-    """Draw speed-ups over 1/density on logarithmic axes, where the limit of a layer is a straight line."""
+    """Draw speed-ups over 1/density on logarithmic axes, where a limit of 1/density is a straight line.
+
+    Args:
+        entries: with ``contender``, ``sparsity`` and the speed-up under ``key``.
+        limit: the limit by density; None to draw none.
+        legend: whether a legend stands below the panel.
+    """
     names = [name for name in dict.fromkeys(entry["contender"] for entry in entries) if name != DENSE]
     sparsities = sorted({entry["sparsity"] for entry in entries})
     x_of = {sparsity: 1.0 / (1.0 - sparsity) for sparsity in sparsities}
@@ -76,7 +83,7 @@ def _speedups(
     axes.axhline(1.0, color=MUTED, linewidth=1.0)
     for name in names:
         number = _place(name)
-        points = sorted((x_of[e["sparsity"]], e["speedup"]) for e in entries if e["contender"] == name)
+        points = sorted((x_of[e["sparsity"]], e[key]) for e in entries if e["contender"] == name)
         axes.plot(
             *zip(*points, strict=True),
             color=SERIES[number % len(SERIES)],
@@ -98,7 +105,8 @@ def _speedups(
     axes.set_xlabel("sparsity")
     axes.set_ylabel("times as fast as torch dense float32")
     axes.set_title(heading)
-    _legend(axes)
+    if legend:
+        _legend(axes)
 
 
 def _ticks(axes: Axes, places: Sequence[float], labels: Sequence[str]) -> None:

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from sparsetrain.errors import UserError
 from sparsetrain.reading import read_csv
+from sparsetrain.report.contenders import DECODING
 from sparsetrain.shapes import Count, Fraction, NonNegative, Positive
 
 # The first columns of every table of an experiment; a row is a run.
@@ -134,6 +135,14 @@ class Contender(TypedDict):
     note: str
     state_bytes_per_weight: NotRequired[NonNegative | None]
     peak_activation_bytes: NotRequired[Count | None]
+    bytes: NotRequired[Count | None]
+
+
+class Bandwidth(TypedDict):
+    """A plain read of memory: its bytes, and its seconds in each round."""
+
+    bytes: Positive
+    seconds: list[Seconds]
 
 
 class Profile(TypedDict):
@@ -155,6 +164,8 @@ class Cell(TypedDict):
     sparsity: Annotated[float, Meta(ge=0.0, le=1.0 - 1e-6)] | None
     results: dict[str, Contender]
     profile: NotRequired[Profile]
+    bandwidth: NotRequired[Bandwidth]
+    new_tokens: NotRequired[Positive]
 
 
 class Machine(TypedDict):
@@ -220,6 +231,8 @@ def check_times(cells: dict[str, Cell], dense: str) -> None:
     for name, cell in cells.items():
         if cell["sparsity"] is None and cell["part"] != "reference":
             raise UserError(f"cells[{name!r:.60}].sparsity is null in the part {cell['part']!r:.60}")
+        if cell["part"] in DECODING and not ("bandwidth" in cell and cell["bandwidth"]["seconds"]):
+            raise UserError(f"cells[{name!r:.60}] has no bandwidth, which bounds the part {cell['part']!r}")
         results = cell["results"]
         if dense not in results:
             raise UserError(f"cells[{name!r:.60}].results has no {dense!r}, the baseline of the others")

@@ -25,6 +25,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 TINY = [
     *("preset=quick", "backends=[masked]", "peers=[torch_csr,scipy]", "shapes=[[32,48]]", "tokens=64"),
     *("gpt.backends=[masked]", "gpt.d_model=32", "scaling.backends=[masked]", "scaling.shape=[32,32]", "repeats=2"),
+    *("decoding.backends=[masked]", "decoding.shape=[32,48]", "decoding.token_counts=[1]"),
 ]
 
 
@@ -52,9 +53,13 @@ def test_every_part_leaves_its_raw_times(whole: Path) -> None:
     assert set(values) == {
         *("format", "config", "machine", "code", "commit", "complete", "unavailable", "cells", "summary")
     }
-    assert {cell["part"] for cell in values["cells"].values()} == {"layer", "nnz", "tokens", "model", "reference"}
+    assert {cell["part"] for cell in values["cells"].values()} == {
+        *("layer", "nnz", "tokens", "model", "reference", "decoding", "generation")
+    }
     for cell in values["cells"].values():
         assert {"part", "threads", "tokens", "sparsity", "in_features", "out_features"} < set(cell)
+        if cell["part"] in ("decoding", "generation"):
+            continue
         for name, result in cell["results"].items():
             assert len(result["forward_seconds"]) == 2
             assert all(seconds > 0 for seconds in result["forward_seconds"])
@@ -79,13 +84,16 @@ def test_ratios_use_the_dense_times_of_the_same_cell(whole: Path) -> None:
     rows = list(csv.DictReader((whole / run.TABLE).read_text().splitlines()))
     assert len(rows) == sum(len(cell["results"]) for cell in values["cells"].values())
     for cell in values["cells"].values():
-        dense = cell["results"]["dense"]["step_seconds"]
+        kind, ratio = ("step_seconds", "speedup")
+        if "step_seconds" not in cell["results"]["dense"]:
+            kind, ratio = ("forward_seconds", "forward_speedup")
+        dense = cell["results"]["dense"][kind]
         for row in rows_of(cell):
-            own = cell["results"][row["contender"]].get("step_seconds")
-            if own is not None:
-                assert row["speedup"] == pytest.approx(sum(dense) / sum(own))  # for two rounds the median is the mean
+            own = cell["results"][row["contender"]].get(kind)
+            if own is not None and len(own) == 2:
+                assert row[ratio] == pytest.approx(sum(dense) / sum(own))  # the median of two is their mean
             if row["contender"] == "dense":
-                assert row["speedup"] == 1.0
+                assert row[ratio] == 1.0
 
 
 def test_the_summary_holds_limits_beside_results(whole: Path) -> None:
@@ -105,7 +113,9 @@ def test_the_summary_holds_limits_beside_results(whole: Path) -> None:
 
 
 def test_the_files_are_whole(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == sorted([LOCK, BENCH, run.FIGURE, run.TABLE])
+    assert sorted(path.name for path in whole.iterdir()) == sorted(
+        [LOCK, BENCH, run.FIGURE, run.DECODING_FIGURE, run.TABLE]
+    )
     figure = (whole / run.FIGURE).read_bytes()
     assert figure.startswith(PNG)
     assert len(figure) > 10_000

@@ -180,7 +180,7 @@ SMALL = GptSection(d_model=32, n_layers=2, n_heads=2, vocab_size=64, context=16,
 
 
 def test_plain_gpt_has_the_shape_of_the_dense_model() -> None:
-    plain, ours = gpt.PlainGPT(SMALL.model_config()), gpt.dense_model(SMALL)
+    plain, ours = gpt.PlainGPT(SMALL.model_config()), gpt.dense_model(SMALL.model_config())
     assert isinstance(ours, Transformer)
     sizes = [sum(p.numel() for p in model.parameters()) for model in (plain, ours)]
     assert sizes[0] - sizes[1] == 16 * 32  # learned positions, which our model does not have
@@ -210,14 +210,14 @@ def test_profile_shares_are_parts_of_a_step() -> None:
 
 
 def test_sparse_models_hide_no_dense_matrix() -> None:
-    model = gpt.sparse_model(SMALL, 0.75, "masked", (16, 16))
+    model = gpt.sparse_model(SMALL.model_config(), 0.75, "masked", (16, 16))
     assert gpt.hidden_linears(model) == {}
     with pytest.raises(Skipped, match="'nowhere' does not exist"):
-        gpt.sparse_model(SMALL, 0.75, "nowhere", (16, 16))
+        gpt.sparse_model(SMALL.model_config(), 0.75, "nowhere", (16, 16))
 
 
 def test_a_training_step_moves_the_weights_and_drops_the_gradients() -> None:
-    step = gpt.TrainingStep(gpt.dense_model(SMALL), SMALL, seed=0)
+    step = gpt.TrainingStep(gpt.dense_model(SMALL.model_config()), SMALL, seed=0)
     before = step.parameters[0].detach().clone()
     step.backward(step.forward())
     assert not torch.equal(step.parameters[0], before)

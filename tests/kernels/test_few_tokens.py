@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from sparsetrain.kernels.few_tokens_layout import WIDTH, build_columns
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
-from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
+from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens, few_tokens_gradients
 
 TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 47, 48)
 
@@ -142,3 +142,50 @@ def test_auto_takes_them_where_no_gradient_is_needed() -> None:
     with torch.no_grad():
         torch.testing.assert_close(layer(x), before)
     assert "few_tokens" in layer.pattern._derived
+
+
+def check_gradients(pattern: SparsityPattern, g: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> None:
+    """Compare both gradients with scipy within the same bounds; each alone has the same bits as together."""
+    rows, columns = np.repeat(np.arange(pattern.shape[0]), np.diff(pattern.row_ptr.numpy())), pattern.col.numpy()
+    matrix = scipy.sparse.csr_matrix((values.double().numpy(), (rows, columns)), shape=pattern.shape)
+    wide, inputs = g.double().numpy(), x.double().numpy()
+    expected = [(matrix.T @ wide.T).T, np.einsum("tn,tn->n", wide[:, rows], inputs[:, columns])]
+    sizes = [
+        np.sqrt((matrix.power(2).T @ (wide**2).T).T),
+        np.sqrt(np.einsum("tn,tn->n", wide[:, rows] ** 2, inputs[:, columns] ** 2)),
+    ]
+    found = few_tokens_gradients(g, x, values, pattern, need_x=True, need_values=True)
+    assert (found[0].dtype, found[1].dtype) == (g.dtype, values.dtype)
+    assert (found[0].shape, found[1].shape) == (x.shape, values.shape)
+    for one, there, size in zip(found, expected, sizes, strict=True):
+        rounding = 2.0**-8 * np.abs(there) if one.dtype == torch.bfloat16 else 0.0
+        error = np.abs(one.double().numpy() - there)
+        assert (error <= 8e-6 * np.maximum(size, 1e-3) + rounding).all(), float(error.max())
+    alone = few_tokens_gradients(g, x, values, pattern, need_x=True, need_values=False)
+    assert torch.equal(alone[0], found[0])
+    assert alone[1].numel() == 0
+    alone = few_tokens_gradients(g, x, values, pattern, need_x=False, need_values=True)
+    assert torch.equal(alone[1], found[1])
+    assert alone[0].numel() == 0
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_equal_scipy(tokens: int, kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill_with_poison(monkeypatch)
+    with work_for_every_thread():
+        for threads, (rows, columns, density) in product((1, 2, 3), ((37, 53, 0.3), (130, 96, 0.05), (16, 16, 1.0))):
+            torch.set_num_threads(threads)
+            pattern = pattern_of(rows, columns, density)
+            g, x, values = torch.randn(tokens, rows), torch.randn(tokens, columns), torch.randn(pattern.nnz)
+            check_gradients(pattern, g, x, values.to(kind))
+            check_gradients(pattern, g.bfloat16(), x.bfloat16(), values.to(kind))
+            check_gradients(pattern, strided(g, 2, 1, 3), strided(x, 1, 3, 0), values)
+
+
+def test_gradients_of_wide_inputs_and_empty_rows() -> None:
+    mask = torch.rand(9, 3 * WIDTH + 5, generator=torch.Generator().manual_seed(0)) < 0.01
+    mask[4] = False
+    pattern = SparsityPattern.from_mask(mask)
+    for tokens in (1, 8, 40):
+        check_gradients(pattern, torch.randn(tokens, 9), torch.randn(tokens, mask.shape[1]), torch.randn(pattern.nnz))

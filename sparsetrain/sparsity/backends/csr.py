@@ -21,7 +21,7 @@ from sparsetrain.sparsity.backends.cpu import (
     with_whole_rows,
     workers,
 )
-from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens
+from sparsetrain.sparsity.backends.few_tokens import MOST, MOST_BACKWARD, few_tokens, few_tokens_gradients
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 
@@ -89,6 +89,8 @@ class CsrBackend(CpuBackend):
         need_x: bool,
         need_values: bool,
     ) -> tuple[Tensor, Tensor]:
+        if 1 <= g.shape[0] <= MOST_BACKWARD:
+            return few_tokens_gradients(g, x, values, pattern, need_x, need_values)
         csr, threads, rows = _kernels().csr, workers(g.shape[0], pattern), with_whole_rows(g)
         tokens, (out_features, in_features) = g.shape[0], pattern.shape
         grad_x = g.new_empty(tokens, in_features) if need_x else g.new_empty(0)

@@ -14,26 +14,28 @@ import torch
 from torch import Tensor
 
 from sparsetrain.sparsity.backends import cpu
-from sparsetrain.sparsity.backends.cpu import scratch
+from sparsetrain.sparsity.backends.cpu import nothing, scratch, with_whole_rows
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 MOST = 48  # tokens, as in the kernels, which would import a compiler
+MOST_BACKWARD = 32  # tokens; with more the kernels for tiles of 64 were as fast or faster, see the log
 
 
 class _Kernels(NamedTuple):
     few_tokens: ModuleType
     layout: ModuleType
     blocks: ModuleType
+    backward: ModuleType
     arguments: ModuleType
 
 
 @functools.cache
 def _kernels() -> _Kernels:
     # Imported late: importing the library must not import a compiler.
-    from sparsetrain.kernels import few_tokens, few_tokens_blocks, few_tokens_layout
+    from sparsetrain.kernels import few_tokens, few_tokens_backward, few_tokens_blocks, few_tokens_layout
     from sparsetrain.kernels.simd import arguments
 
-    return _Kernels(few_tokens, few_tokens_layout, few_tokens_blocks, arguments)
+    return _Kernels(few_tokens, few_tokens_layout, few_tokens_blocks, few_tokens_backward, arguments)
 
 
 def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -61,6 +63,43 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         call = calls[key] = _bound(threads, tokens, arrays, pattern)
     call(*[array.data_ptr() for array in arrays.values()])
     return y if x.dtype == torch.float32 else y.to(x.dtype)
+
+
+def few_tokens_gradients(
+    g: Tensor, x: Tensor, values: Tensor, pattern: SparsityPattern, need_x: bool, need_values: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``G W``, ``[N, K]``, and ``G^T X`` at the nonzeros of W, for N from 1 to `MOST` and single weights.
+
+    Args:
+        g, x, values: float32 or bfloat16; sums are in float32.
+        need_x, need_values: which of the two are needed; the other one is empty.
+    """
+    kernels, (rows, columns), tokens = _kernels(), pattern.shape, g.shape[0]
+    threads = max(1, min(torch.get_num_threads(), pattern.nnz // cpu.NONZEROS_A_THREAD))
+    lanes = kernels.few_tokens.lanes_of(tokens)
+    sums = scratch(threads * columns * MOST if need_x else 0)
+    grad_values = scratch(pattern.nnz if need_values else 0)
+    narrow = values.dtype == torch.bfloat16
+    gradients = kernels.backward.gradients_bfloat16 if narrow else kernels.backward.gradients
+    gradients(
+        threads,
+        g=with_whole_rows(g.float()),
+        x=with_whole_rows(x.float()) if need_values else nothing(torch.float32),
+        tokens=tokens,
+        need_dx=int(need_x),
+        need_values=int(need_values),
+        g_packed=scratch(threads * (rows + 16) * MOST),
+        x_packed=scratch(threads * (columns + 16) * MOST if need_values else 0),
+        dx=sums,
+        values=values.detach().contiguous(),
+        dvalues=grad_values,
+        **_columns(pattern).arguments,
+    )
+    if not need_x:
+        return g.new_empty(0), grad_values.to(values.dtype)
+    shares = sums[: threads * columns * lanes].view(threads, columns, lanes)[:, :, :tokens]
+    grad_x = (shares[0] if threads == 1 else shares.sum(0)).t().contiguous()
+    return grad_x.to(g.dtype), grad_values.to(values.dtype) if need_values else values.new_empty(0)
 
 
 def _bound(threads: int, tokens: int, arrays: dict[str, Tensor], pattern: SparsityPattern) -> Callable[..., None]:
