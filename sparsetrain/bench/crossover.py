@@ -22,7 +22,7 @@ from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.bfloat16)
-SIDES, TOKENS = (64, 128, 256, 512, 1024), (16, 64, 256, 2048)
+SIDES, TOKENS = (64, 128, 256, 512, 1024), (1, 16, 64, 256, 2048)
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 48)
 _OUT_OF_CACHE, _MOST_LAYERS = 1 << 26, 64  # bytes of the weights that take turns, and layers at most
 DENSITIES = (0.05, 0.2, 0.5, 0.9)
@@ -105,21 +105,13 @@ def measure(
         repeats: number of timings; the median counts.
         progress: called with the number of cases done and the number of all cases.
     """
-    before, done, total = torch.get_num_threads(), 0, len(threads) * len(sides) * len(tokens)
-    density: list[list[list[float]]] = []
-    try:
-        for count in threads:
-            torch.set_num_threads(count)
-            density.append([])
-            for side in sides:
-                density[-1].append([])
-                for rows in tokens:
-                    density[-1][-1].append(round(_case(backend, dtype, side, rows, repeats), 3))
-                    done += 1
-                    progress(done, total)
-    finally:
-        torch.set_num_threads(before)
-    return Crossover(list(sides), list(tokens), list(threads), density)
+    return _measured(
+        threads,
+        sides,
+        tokens,
+        lambda side: lambda rows: _case(backend, dtype, side, rows, repeats),
+        progress,
+    )
 
 
 def measure_decoding(
@@ -137,22 +129,38 @@ def measure_decoding(
         threads, sides, repeats, progress: as for `measure`.
         tokens: numbers of tokens, at most `few_tokens.MOST`.
     """
+
+    def of_side(side: int) -> Callable[[int], float]:
+        layers = {density: _weights(side, density) for density in DENSITIES}
+        return lambda rows: _decoding_case(layers, torch.randn(rows, side), repeats)
+
+    return _measured(threads, sides, tokens, of_side, progress)
+
+
+def _measured(
+    threads: Sequence[int],
+    sides: Sequence[int],
+    tokens: Sequence[int],
+    of_side: Callable[[int], Callable[[int], float]],
+    progress: Callable[[int, int], None],
+) -> Crossover:
+    """Return the table of the densities that ``of_side(side)(tokens)`` measures on each number of threads."""
     before, done, total = torch.get_num_threads(), 0, len(threads) * len(sides) * len(tokens)
-    found: list[list[list[float]]] = []
+    density: list[list[list[float]]] = []
     try:
         for count in threads:
             torch.set_num_threads(count)
-            found.append([])
+            density.append([])
             for side in sides:
-                layers = {density: _weights(side, density) for density in DENSITIES}
-                found[-1].append([])
+                case = of_side(side)
+                density[-1].append([])
                 for rows in tokens:
-                    found[-1][-1].append(round(_decoding_case(layers, torch.randn(rows, side), repeats), 3))
+                    density[-1][-1].append(round(case(rows), 3))
                     done += 1
                     progress(done, total)
     finally:
         torch.set_num_threads(before)
-    return Crossover(list(sides), list(tokens), list(threads), found)
+    return Crossover(list(sides), list(tokens), list(threads), density)
 
 
 def _weights(side: int, density: float) -> list[SparseLinear]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -20,10 +20,11 @@ from sparsetrain import seeds
 from sparsetrain.bench.config import PEERS, BenchConfig, DecodingSection
 from sparsetrain.bench.contenders import DENSE, LayerCase, backend_layer, error_of
 from sparsetrain.bench.gpt import dense_model, replaced, sparse_model
-from sparsetrain.bench.peers import Skipped, peer_layer
+from sparsetrain.bench.peers import Skipped, first_line, peer_layer
 from sparsetrain.bench.timing import Work, interleaved
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, prepared
+from sparsetrain.sparsity.backends.auto import FEW_TOKENS
 
 DENSE_BF16 = "dense_bf16"
 GENERATING_PEERS = ("torch_csr", "sparselab")
@@ -33,6 +34,7 @@ READ_BYTES = 1 << 28
 """Bytes of the plain read, more than the caches hold."""
 
 _READ = "read"
+_KNOWN = (DENSE, *FEW_TOKENS)  # those whose bytes are known; the others may read dense copies, or make them
 _VALUE, _COLUMN, _BLOCK_INDEX = 4, 2, 4  # bytes
 
 Product = Callable[[Tensor], Any]
@@ -76,7 +78,7 @@ def measure_products(names: Sequence[str], case: LayerCase, config: BenchConfig)
                 stacks[name] = _stack(name, case, section.layers, while_open)
             except Skipped as reason:
                 skipped[name] = str(reason)
-        works = {name: Work(stack.run) for name, stack in stacks.items()}
+        works = {name: stack.run for name, stack in stacks.items()}
         results, bandwidth = _timed(works, section.repeats, config.patience)
     for name, stack in stacks.items():
         results[name]["note"] = "; ".join(filter(None, [stack.note, results[name]["note"]]))
@@ -101,14 +103,12 @@ def measure_generation(names: Sequence[str], rows: int, sparsity: float, config:
     generator = seeds.generator(config.seed, "bench", "prompt")
     tokens = torch.randint(section.vocab_size, (rows, section.prompt), generator=generator)
     works = {
-        name: Work(partial(model.generate, tokens, section.new_tokens, temperature=0.0))
-        for name, model in models.items()
+        name: partial(model.generate, tokens, section.new_tokens, temperature=0.0) for name, model in models.items()
     }
     results, bandwidth = _timed(works, section.generations, config.patience)
     for name, model in models.items():
-        known = name not in (*PEERS, "auto")
-        results[name]["stored_weights"] = sum(p.numel() for p in model.parameters())
-        results[name]["bytes"] = bytes_of_generation(model, section, rows) if known else None
+        results[name]["stored_weights"] = _stored(model)
+        results[name]["bytes"] = bytes_of_generation(model, section, rows) if name in _KNOWN else None
     return {"results": results, "skipped": skipped, "bandwidth": bandwidth, "new_tokens": section.new_tokens}
 
 
@@ -139,15 +139,18 @@ def bytes_of(module: nn.Module) -> int:
     return _VALUE * nnz + (_COLUMN * nnz if height * width == 1 else _BLOCK_INDEX * (nnz // (height * width)))
 
 
-def _timed(works: dict[str, Work], repeats: int, patience: float) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the times of all works, and those of a plain read of memory in the same rounds.
+def _timed(
+    calls: Mapping[str, Callable[[], Any]], repeats: int, patience: float
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the times of all calls, and those of a plain read of memory in the same rounds.
 
-    Each runs once a round. Before its next turn all others have read their weights, and the plain read more than the
-    caches hold, so that nobody finds weights in a cache.
+    Each runs once a round, and before it, outside of its time, more memory is read than the caches hold: no call finds
+    its weights in a cache. A generation may find them there from its second token on.
     """
     memory = torch.ones(READ_BYTES // _VALUE)
-    reading = {_READ: Work(memory.sum)}
-    times = interleaved({**works, **reading}, repeats, 0.0, patience, dict.fromkeys(works, DENSE) | {_READ: _READ})
+    every: dict[str, Callable[[], Any]] = {**calls, _READ: memory.sum}
+    works = {name: Work(call, before=memory.sum) for name, call in every.items()}
+    times = interleaved(works, repeats, 0.0, patience, dict.fromkeys(calls, DENSE) | {_READ: _READ})
     bandwidth = {"bytes": READ_BYTES, "seconds": times.pop(_READ).forward}
     return {name: taken.plain() for name, taken in times.items()}, bandwidth
 
@@ -166,9 +169,10 @@ def _stack(name: str, case: LayerCase, count: int, while_open: ExitStack) -> Sta
         own = layer.pattern  # a separate one, since `scatter` caches positions
         _check(layer, x, SparsityPattern(own.shape, own.row_ptr, own.col, own.block).scatter(layer.values))
     stored = sum(layer.pattern.nnz for layer, _ in made)
-    if name == "auto":  # it may read dense copies
+    if name == "auto":
         return Stack(list(layers), x, stored, None, "as `st.prepared` chooses by the number of tokens")
-    return Stack(list(layers), x, stored, sum(bytes_of(layer) for layer in layers), ", ".join(made[0][1]))
+    known = sum(bytes_of(layer) for layer in layers) if name in _KNOWN else None
+    return Stack(list(layers), x, stored, known, ", ".join(made[0][1]))
 
 
 def _dense(cases: Sequence[LayerCase], x: Tensor, dtype: torch.dtype) -> Stack:
@@ -198,7 +202,7 @@ def _check(product: Product, x: Tensor, weight: Tensor | None) -> None:
         try:
             result = torch.as_tensor(product(x))
         except Exception as error:
-            raise Skipped(f"forward fails: {str(error).splitlines()[:1]}") from None
+            raise Skipped(f"forward fails: {first_line(error)}") from None
     if weight is not None and (reason := error_of(result, x, weight)):
         raise Skipped(reason)
 
@@ -211,15 +215,27 @@ def _model(name: str, config: ModelConfig, sparsity: float, block: tuple[int, in
     return sparse_model(config, sparsity, name, block)
 
 
+def _stored(model: Transformer) -> int:
+    """Return the number of trained weights; a layer of another library may hide them from ``parameters``."""
+    peers = [module for module in model.modules() if isinstance(module, PeerLinear)]
+    inside = {id(parameter) for peer in peers for parameter in peer.parameters()}
+    outside = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in inside)
+    return outside + sum(peer.stored for peer in peers)
+
+
 class PeerLinear(nn.Module):
-    """A layer of another library in place of ``linear``."""
+    """A layer of another library in place of ``linear``.
+
+    Attributes:
+        stored: its trained weights, without the bias.
+    """
 
     def __init__(self, name: str, linear: nn.Linear, case: LayerCase) -> None:
         super().__init__()
         pattern = case.pattern()
         layer = peer_layer(name, pattern, case.values(pattern) * linear.weight.std())
         _check(layer.call, case.draw(case.tokens, case.in_features, "input"), None)
-        self.call, self.bias = layer.call, linear.bias
+        self.call, self.bias, self.stored = layer.call, linear.bias, pattern.nnz
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.as_tensor(self.call(x.flatten(0, -2))).view(*x.shape[:-1], -1)

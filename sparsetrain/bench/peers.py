@@ -52,14 +52,14 @@ class PeerLayer:
         try:
             result = work.forward()
         except Exception as error:
-            raise Skipped(f"forward fails: {_first_line(error)}") from None
+            raise Skipped(f"forward fails: {first_line(error)}") from None
         if not self.weights:
             return Work(work.forward), self.note
         try:
             assert work.backward is not None
             work.backward(result)
         except Exception as error:
-            return Work(work.forward), f"forward only, backward is not supported: {_first_line(error)}"
+            return Work(work.forward), f"forward only, backward is not supported: {first_line(error)}"
         return work, self.note
 
 
@@ -167,8 +167,9 @@ def _load(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except Exception as error:
-        raise Skipped(f"cannot be imported: {_first_line(error)}") from None
+        raise Skipped(f"cannot be imported: {first_line(error)}") from None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -107,16 +107,7 @@ def _check_memory(config: BenchConfig) -> None:
         needed = footprint_of({"the weights": 2 * k * m * 4, "inputs and gradients": 2 * tokens * (k + m) * 4})
         check_footprint(needed, f"a layer of shape [{k},{m}] with tokens={tokens}", config.force)
     if "decoding" in parts:
-        few = config.decoding
-        (k, m), model = few.shape, few.model_config()
-        # Of a layer's weights: dense, the least sparse of all contenders, and one dense matrix to check a result by.
-        sparse = (1.0 - min(config.sparsities)) * (len(few.backends) + len(config.peers)) * 3
-        needed = footprint_of({"the weights": int(4 * few.layers * k * m * (1 + sparse)), "to read": READ_BYTES})
-        check_footprint(needed, f"decoding.layers={few.layers} layers of decoding.shape=[{k},{m}]", config.force)
-        whole = 12 * model.n_layers * model.d_model**2 + model.vocab_size * model.d_model
-        needed = footprint_of({"the models": int(4 * whole * (1 + sparse)), "to read": READ_BYTES})
-        what = f"models with decoding.d_model={few.d_model} and decoding.n_layers={few.n_layers}"
-        check_footprint(needed, what, config.force)
+        _check_decoding(config)
     if "model" in parts:
         model = gpt.model_config()
         workload = Workload(model, batch_size=gpt.batch, micro_batch=gpt.batch, context=gpt.context)
@@ -124,6 +115,32 @@ def _check_memory(config: BenchConfig) -> None:
         what = f"a step with gpt.batch={gpt.batch}, gpt.context={gpt.context}, gpt.d_model={gpt.d_model}"
         knobs = {name: f"gpt.{ours}" for name, ours in (*names, ("vocab_size", "vocab_size"))}
         check_memory(workload, f"{what} and gpt.n_layers={gpt.n_layers}", knobs, force=config.force)
+
+
+def _check_decoding(config: BenchConfig) -> None:
+    few, model = config.decoding, config.decoding.model_config()
+    (k, m), rows, hidden = few.shape, max(few.token_counts), 12 * model.n_layers * model.d_model**2
+    # A nonzero of the least sparse contenders: its value, columns of up to 64 bits, and what checks it.
+    sparse = int(12 * (1.0 - min(config.sparsities)) * (len(few.backends) + len(config.peers)))
+    layers = {
+        "the weights": few.layers * k * m * (6 + sparse),  # dense in float32 and bfloat16
+        "a dense matrix to check by": 8 * k * m,
+        "inputs and results": 8 * rows * (k + m),
+        "memory to read": READ_BYTES,
+    }
+    what = f"decoding.layers={few.layers} layers of decoding.shape=[{k},{m}] with decoding.token_counts up to {rows}"
+    check_footprint(footprint_of(layers), what, config.force)
+    models = 1 + len(few.backends) + len(config.peers)
+    length = few.prompt + few.new_tokens
+    whole = {
+        "the hidden weights": hidden * (4 + sparse),
+        "embeddings": 4 * models * model.vocab_size * model.d_model,
+        "keys and values": 8 * rows * length * model.n_layers * model.d_model,
+        "activations": 4 * rows * few.prompt * (6 * model.d_model + model.vocab_size),
+        "memory to read": READ_BYTES,
+    }
+    what = f"models with decoding.d_model={few.d_model}, decoding.n_layers={few.n_layers}, rows up to {rows}"
+    check_footprint(footprint_of(whole), what, config.force)
 
 
 def _measure_all(

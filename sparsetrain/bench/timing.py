@@ -24,11 +24,13 @@ class Work:
             there is no backward pass.
         fresh: the whole step on a new input, to measure its memory; returns the gradients of the weights. None if its
             memory cannot be measured.
+        before: called before each step, outside of what is timed. None for nothing.
     """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], None] | None = None
     fresh: Callable[[], list[Tensor]] | None = None
+    before: Callable[[], Any] | None = None
 
 
 @dataclass
@@ -50,6 +52,8 @@ class Times:
 
 def run_once(work: Work) -> tuple[float, float]:
     """Return the seconds of the forward pass and of the whole step."""
+    if work.before is not None:
+        work.before()
     start = time.perf_counter()
     result = work.forward()
     middle = time.perf_counter()

@@ -1,9 +1,10 @@
 """Both gradients of ``Y = X W^T`` for up to 48 tokens with an unstructured sparse matrix W ``[rows, columns]``.
 
-In training on few tokens the bytes of W bind too. One pass over the nonzeros computes both gradients: it reads a value
-and a 16-bit column, adds to dX at that column, and writes the gradient of the value, 10 bytes a nonzero, where dense
-products read 4 and write 4 a weight. The tokens of a column of X and of dX stand side by side, as in `few_tokens`, so
-that the transpose of W is not needed, nor its layout: dX is summed where it lies, by each thread in a copy of its own.
+In training on few tokens the bytes of W bind too. One pass over the rows of W computes both gradients. While the
+nonzeros of a row are in L1, their values are read for dX and their gradients are written: 10 bytes a nonzero come from
+memory, where dense products read 4 and write 4 a weight. The tokens of a column of X and dX stand side by side, as in
+`few_tokens`, so that the transpose of W is not needed, nor its layout: dX is summed where it lies, by each thread in a
+copy of its own.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from sparsetrain.kernels.simd.kernel import Kernel
 from sparsetrain.kernels.simd.lanes import add_sums8, sum_lanes
 from sparsetrain.kernels.simd.tiles import clear
 from sparsetrain.kernels.simd.vectors import element, fma, get, load, load8, load_quad, splat, splat8, store
-from sparsetrain.kernels.simd.words import share
+from sparsetrain.kernels.simd.words import share, sharers
 
 __all__ = ["MOST", "PADDING", "gradients", "gradients_bfloat16"]  # the first two are named in the signature
 
@@ -61,6 +62,7 @@ def _gradients(
     nonzeros: Int,
     values: Annotated[Array, element_type["== nonzeros"]],
     dvalues: Annotated[Output, float32["== nonzeros if need_values"]],
+    sharing: Annotated[Output, int64["== 1"]],
 ) -> None:
     """Write each thread's share of ``dX = G W``, its tokens side by side, and ``G^T X`` at the nonzeros of W.
 
@@ -68,11 +70,14 @@ def _gradients(
         need_dx, need_values: 0 or 1; what is not needed is not touched, nor is what it alone is computed from.
         g_packed, x_packed: scratch for G and X, their tokens side by side.
         dx: ``[threads, columns, lanes]`` from its start on, with the lanes that `few_tokens.lanes_of` gives.
+        sharing: receives the number of threads that wrote a share of dX.
         width, segments, bounds, places: of the `few_tokens_layout.Columns` of W. values: in the order of its rows.
     """
     first, last, index = share(team, SHARES)
     begin = rows_of(bounds, rows, nonzeros, first, SHARES)
     stop = rows_of(bounds, rows, nonzeros, last, SHARES)
+    if index == 0:
+        sharing[0] = sharers(team)
     lanes = lanes_of(tokens)
     own, beside, sums = index * (rows + 16) * MOST, index * (columns + 16) * MOST, index * columns * lanes
     if need_dx:

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from sparsetrain.report.bench import machine_line
 from sparsetrain.report.bench_plots import speedups
-from sparsetrain.report.contenders import DECODING, Values, grouped
+from sparsetrain.report.contenders import DECODING, DENSE, Values, grouped, title
 from sparsetrain.report.plots import MUTED, styled
 from sparsetrain.report.text import shorten
 
 _PANEL_INCHES = (3.6, 3.2)
 _NAMES = {"decoding": ("Layers", "token"), "generation": ("Generation", "row")}
-_SINGLE = "csr"  # the contender whose limit is drawn: 6 bytes a nonzero
+_LIMITED = ("csr", "bsr", DENSE)  # the first of these that was measured is the contender whose limit is drawn
 
 
 def decoding_figure(values: Values) -> bytes:
@@ -32,7 +32,10 @@ def decoding_figure(values: Values) -> bytes:
             row, column = rows.index((DECODING.index(part), threads)), columns.index(tokens)
             axes = figure.add_subplot(len(rows), len(columns), row * len(columns) + column + 1)
             heading = f"{_NAMES[part][0]}, {_count(tokens, _NAMES[part][1])}, {_count(threads, 'thread')}"
-            speedups(axes, members, heading, _limit(members), "limit of memory, csr", "forward_speedup", legend=False)
+            limited = next(name for name in _LIMITED if any(entry["contender"] == name for entry in members))
+            limit = _limit([entry for entry in members if entry["contender"] == limited])
+            text = f"limit of memory, {title(limited)}"
+            speedups(axes, members, heading, limit, text, "forward_speedup", legend=False)
         lines = {
             text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)
         }
@@ -44,10 +47,8 @@ def decoding_figure(values: Values) -> bytes:
 
 
 def _limit(entries: Sequence[Values]) -> Callable[[float], float] | None:
-    """Return the limit of single weights by density, through the measured sparsities; None if it was not measured."""
-    points = sorted(
-        (np.log(1.0 - e["sparsity"]), np.log(e["limit"])) for e in entries if e["contender"] == _SINGLE and e["limit"]
-    )
+    """Return the limit of a contender by density, through the measured sparsities; None if its bytes are not known."""
+    points = sorted((np.log(1.0 - entry["sparsity"]), np.log(entry["limit"])) for entry in entries if entry["limit"])
     if not points:
         return None
     places, limits = zip(*points, strict=True)

@@ -135,7 +135,7 @@ class Contender(TypedDict):
     note: str
     state_bytes_per_weight: NotRequired[NonNegative | None]
     peak_activation_bytes: NotRequired[Count | None]
-    bytes: NotRequired[Count | None]
+    bytes: NotRequired[Positive | None]
 
 
 class Bandwidth(TypedDict):
@@ -233,6 +233,8 @@ def check_times(cells: dict[str, Cell], dense: str) -> None:
             raise UserError(f"cells[{name!r:.60}].sparsity is null in the part {cell['part']!r:.60}")
         if cell["part"] in DECODING and not ("bandwidth" in cell and cell["bandwidth"]["seconds"]):
             raise UserError(f"cells[{name!r:.60}] has no bandwidth, which bounds the part {cell['part']!r}")
+        if cell["part"] == "generation" and "new_tokens" not in cell:
+            raise UserError(f"cells[{name!r:.60}] has no new_tokens, by which a generation is counted")
         results = cell["results"]
         if dense not in results:
             raise UserError(f"cells[{name!r:.60}].results has no {dense!r}, the baseline of the others")

@@ -60,6 +60,8 @@ def test_each_contender_has_its_times_and_the_bytes_that_it_reads(measured: Path
     expected |= {"torch_csr": 12 * nonzeros + 2 * 8 * 49, "scipy": 8 * nonzeros + 2 * 4 * 49}
     assert {name: result["bytes"] for name, result in layers["results"].items()} == expected
     assert whole["results"]["dense"]["bytes"] > whole["results"]["csr"]["bytes"]
+    assert whole["results"]["torch_csr"]["stored_weights"] == whole["results"]["csr"]["stored_weights"]
+    assert whole["results"]["torch_csr"]["bytes"] is None
 
 
 def test_its_files_are_a_table_and_a_figure_of_its_own(measured: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,15 +131,20 @@ def test_a_library_with_a_wrong_product_is_skipped(fault: str, monkeypatch: pyte
         decoding._peer("scipy", [CASE], CASE.draw(4, 48, "input"))
 
 
-def test_a_file_without_the_rate_of_memory_is_refused(
-    measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("fault", ["bandwidth", "new_tokens", "bytes"])
+def test_a_damaged_file_is_refused(
+    fault: str, measured: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values = read(measured)
     for cell in values["cells"].values():
-        del cell["bandwidth"]
+        cell.pop(fault, None)
+        if fault == "bytes":
+            cell["results"]["csr"]["bytes"] = 0
     (tmp_path / BENCH).write_text(json.dumps(values))
     assert main(["report", str(tmp_path)]) == 2
-    assert "has no bandwidth" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert fault in err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -148,6 +155,7 @@ def test_a_file_without_the_rate_of_memory_is_refused(
         (["decoding.token_counts=[4,4]"], ["decoding.token_counts", "twice"]),
         (["decoding.d_model=33"], ["decoding: d_model=33"]),
         (["decoding.layers=10000000"], ["decoding.layers=10000000", "memory"]),
+        (["decoding.token_counts=[2000000000]"], ["decoding.token_counts up to 2000000000", "memory"]),
         (["decoding.d_model=1000000"], ["decoding.d_model=1000000", "memory"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else None,

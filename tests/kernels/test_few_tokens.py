@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 import torch
-from hardship import fill_with_poison, strided, work_for_every_thread
+from hardship import fill_with_poison, lend_at_most, strided, work_for_every_thread
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,6 +181,16 @@ def test_gradients_equal_scipy(tokens: int, kind: torch.dtype, monkeypatch: pyte
             check_gradients(pattern, g, x, values.to(kind))
             check_gradients(pattern, g.bfloat16(), x.bfloat16(), values.to(kind))
             check_gradients(pattern, strided(g, 2, 1, 3), strided(x, 1, 3, 0), values)
+
+
+def test_gradients_of_fewer_threads_than_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    pattern = pattern_of(130, 96, 0.3)
+    asked = lend_at_most(2, monkeypatch)
+    fill_with_poison(monkeypatch)
+    torch.set_num_threads(5)
+    with work_for_every_thread():
+        check_gradients(pattern, torch.randn(9, 130), torch.randn(9, 96), torch.randn(pattern.nnz))
+    assert asked == [5, 5, 5]
 
 
 def test_gradients_of_wide_inputs_and_empty_rows() -> None:

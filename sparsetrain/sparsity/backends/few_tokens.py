@@ -79,7 +79,7 @@ def few_tokens_gradients(
     lanes = kernels.few_tokens.lanes_of(tokens)
     sums = scratch(threads * columns * MOST if need_x else 0)
     grad_values = scratch(pattern.nnz if need_values else 0)
-    narrow = values.dtype == torch.bfloat16
+    narrow, sharing = values.dtype == torch.bfloat16, torch.empty(1, dtype=torch.int64, device="cpu")
     gradients = kernels.backward.gradients_bfloat16 if narrow else kernels.backward.gradients
     gradients(
         threads,
@@ -93,12 +93,14 @@ def few_tokens_gradients(
         dx=sums,
         values=values.detach().contiguous(),
         dvalues=grad_values,
+        sharing=sharing,
         **_columns(pattern).arguments,
     )
     if not need_x:
         return g.new_empty(0), grad_values.to(values.dtype)
     shares = sums[: threads * columns * lanes].view(threads, columns, lanes)[:, :, :tokens]
-    grad_x = (shares[0] if threads == 1 else shares.sum(0)).t().contiguous()
+    count = int(sharing)  # a runtime may lend fewer threads than were asked for
+    grad_x = (shares[0] if count == 1 else shares[:count].sum(0)).t().contiguous()
     return grad_x.to(g.dtype), grad_values.to(values.dtype) if need_values else values.new_empty(0)
 
 
