@@ -41,38 +41,51 @@ def _call(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
     return builder.call(known or ir.Function(builder.module, kind, name), operands)
 
 
-def _gathered(builder: Any, base: Any, indices: Any, flags: Any) -> Any:
-    """Return the floats at ``base[indices]`` in the lanes whose flag is set, and zero in the others."""
+def _gathered(builder: Any, base: Any, columns: Any, flags: Any) -> Any:
+    """Return the floats at ``base[columns]`` in the lanes whose flag is set, and zero in the others.
+
+    Args:
+        columns: the address of the first of 16 columns.
+    """
     zero = ir.Constant(ir.VectorType(FLOAT, LANES), [0.0] * LANES)
+    if not (_AVX512 or _AVX2):
+        return builder.select(flags, _loaded(builder, base, columns), zero)
+    value = builder.load(builder.bitcast(columns, ir.VectorType(I16, LANES).as_pointer()))
+    value.align = 2
+    indices = builder.zext(value, ir.VectorType(I32, LANES))
     start = builder.bitcast(base, _BYTES)
     if _AVX512:
         operands = [zero, start, indices, flags, ir.Constant(I32, 4)]
         return _call(builder, "llvm.x86.avx512.mask.gather.dps.512", zero.type, operands)
-    if _AVX2:
-        none = ir.Constant(ir.VectorType(FLOAT, 8), [0.0] * 8)
-        signs = builder.bitcast(builder.sext(flags, ir.VectorType(I32, LANES)), ir.VectorType(FLOAT, LANES))
-        halves = [
-            _call(
-                builder,
-                "llvm.x86.avx2.gather.d.ps.256",
-                none.type,
-                [none, start, _half(builder, indices, h), _half(builder, signs, h), ir.Constant(ir.IntType(8), 4)],
-            )
-            for h in (0, 1)
-        ]
-        return shuffle(builder, halves[0], halves[1], range(LANES))
-    found = ir.Constant(zero.type, ir.Undefined)
-    for lane in range(LANES):
-        at = ir.Constant(I32, lane)
-        place = builder.zext(builder.extract_element(indices, at), I64)
-        found = builder.insert_element(found, builder.load(builder.gep(base, [place])), at)
-    return builder.select(flags, found, zero)
+    none = ir.Constant(ir.VectorType(FLOAT, 8), [0.0] * 8)
+    signs = builder.bitcast(builder.sext(flags, ir.VectorType(I32, LANES)), ir.VectorType(FLOAT, LANES))
+    halves = [
+        _call(
+            builder,
+            "llvm.x86.avx2.gather.d.ps.256",
+            none.type,
+            [none, start, _half(builder, indices, h), _half(builder, signs, h), ir.Constant(ir.IntType(8), 4)],
+        )
+        for h in (0, 1)
+    ]
+    return shuffle(builder, halves[0], halves[1], range(LANES))
 
 
-def _indices(context: Any, builder: Any, kind: Any, columns: Any, place: Any) -> Any:
-    value = builder.load(pointer(context, builder, kind, columns, place, ir.VectorType(I16, LANES)))
-    value.align = 2
-    return builder.zext(value, ir.VectorType(I32, LANES))
+def _loaded(builder: Any, base: Any, columns: Any) -> Any:
+    """Return the floats at ``base[columns]``, by a load for each.
+
+    Four columns are read as one word and taken apart by shifts: out of a vector they would come one a cycle.
+    """
+    found = ir.Constant(ir.VectorType(FLOAT, LANES), ir.Undefined)
+    words = builder.bitcast(columns, I64.as_pointer())
+    for quad in range(LANES // 4):
+        word = builder.load(builder.gep(words, [ir.Constant(I64, quad)]))
+        word.align = 2
+        for lane in range(4):
+            place = builder.and_(builder.lshr(word, ir.Constant(I64, 16 * lane)), ir.Constant(I64, 0xFFFF))
+            value = builder.load(builder.gep(base, [place]))
+            found = builder.insert_element(found, value, ir.Constant(I32, 4 * quad + lane))
+    return found
 
 
 @intrinsic
@@ -82,9 +95,9 @@ def gather(typing: Any, array: Any, at: Any, columns: Any, place: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, at, columns, place = arguments
         base = pointer(context, builder, signature.args[0], array, at, FLOAT)
-        indices = _indices(context, builder, signature.args[2], columns, place)
+        first = pointer(context, builder, signature.args[2], columns, place, I16)
         every = ir.Constant(ir.VectorType(_BIT, LANES), [1] * LANES)
-        return _gathered(builder, base, indices, every)
+        return _gathered(builder, base, first, every)
 
     return F32X16(array, types.intp, columns, types.intp), build
 
@@ -96,8 +109,8 @@ def gather_head(typing: Any, array: Any, at: Any, columns: Any, place: Any, coun
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, at, columns, place, count = arguments
         base = pointer(context, builder, signature.args[0], array, at, FLOAT)
-        indices = _indices(context, builder, signature.args[2], columns, place)
-        return _gathered(builder, base, indices, _flags(builder, count))
+        first = pointer(context, builder, signature.args[2], columns, place, I16)
+        return _gathered(builder, base, first, _flags(builder, count))
 
     return F32X16(array, types.intp, columns, types.intp, types.intp), build
 

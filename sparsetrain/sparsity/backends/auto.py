@@ -44,8 +44,12 @@ _log = logging.getLogger(__name__)
 FALLBACK = "masked"
 _SINGLE = "csr"  # its table stands in for the missing one of another backend
 FEW_TOKENS = (_SINGLE, "bsr")  # the backends with kernels for few tokens
-_DECODING_FILE = "decoding.json"
-SHIPPED = {"AVX2": "crossover.json", "AVX-512": "crossover_avx512.json", "Zen 4": "crossover_zen4.json"}
+# Files by kind of processor: of training, and of decoding. On Zen 4 the latter was not measured: it gathers as Zen 3 does.
+SHIPPED = {
+    "AVX2": ("crossover.json", "decoding_avx2.json"),
+    "AVX-512": ("crossover_avx512.json", "decoding_avx512.json"),
+    "Zen 4": ("crossover_zen4.json", "decoding_avx2.json"),
+}
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 DECODING = f"{_SINGLE} decoding"  # the table by which few tokens are multiplied while weights do not change
 MAX_BYTES = 1 << 20  # of a file of tables; ours have some 10 kB
@@ -192,12 +196,11 @@ def _load() -> dict[str, Crossover]:
 
 
 def _shipped() -> dict[str, Crossover]:
-    name = SHIPPED[_kind()]
+    name, decoding = SHIPPED[_kind()]
     content = _content(name)
     # Its tables for bfloat16 were measured with such instructions; without them dense is slower.
     native = content.get("bfloat16_by") in processor().flags
-    # Decoding was measured on one kind only.
-    tables = from_plain(content, name) | from_plain(_content(_DECODING_FILE), _DECODING_FILE)
+    tables = from_plain(content, name) | from_plain(_content(decoding), decoding)
     return {name: table for name, table in tables.items() if native or not name.endswith(_BFLOAT16)}
 
 
