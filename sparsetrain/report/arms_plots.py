@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -81,28 +82,42 @@ def _one_task(rows: Sequence[Row]) -> Figure:
 
 
 def _tasks(rows: Sequence[Row]) -> Figure:
-    """Return the figure of several tasks or ways of tuning: one panel per task, one colour per way."""
+    """Return the figure of several tasks or ways of tuning: one panel per task, one colour per way.
+
+    Ways that differ in a number at their end, as labelled samples do, have one colour.
+    """
     arms, ways, tasks = arm_names(rows), way_names(rows), task_names(rows)
     figure = Figure(figsize=(4 + 4.5 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, 1 + len(tasks), width_ratios=(1, *[2] * len(tasks)), squeeze=False)[0]
     for place, arm in enumerate(pretrained(rows)):
         bits = list(select(rows, "bits_per_byte", arm=arm, stage=PRETRAIN).values())
         mark(panels[0], place, bits, COLOURS[place % len(COLOURS)], narrow=True)
-    panels[0].set_xticks(range(len(pretrained(rows))), pretrained(rows), rotation=20)
+    _name_arms(panels[0], pretrained(rows))
     panels[0].set_ylabel("bits per byte, validation text")
+    kinds = list(dict.fromkeys(map(_unnumbered, ways)))
+    colours = {kind: COLOURS[index % len(COLOURS)] for index, kind in enumerate(kinds)}
     for axes, task in zip(panels[1:], tasks, strict=True):
-        for index, way in enumerate(ways):
-            colour = COLOURS[index % len(COLOURS)]
-            for place, arm in enumerate(arms):
-                beside = place + 0.18 * (index - (len(ways) - 1) / 2)
-                mark(axes, beside, _accuracies(rows, arm, way, task), colour, narrow=True)
-            axes.plot([], [], "o", color=colour, label=way)
+        for place, arm in enumerate(arms):
+            found = {way: values for way in ways if (values := _accuracies(rows, arm, way, task))}
+            apart = min(0.18, 0.8 / max(1, len(found)))
+            for index, (way, values) in enumerate(found.items()):
+                beside = place + apart * (index - (len(found) - 1) / 2)
+                mark(axes, beside, values, colours[_unnumbered(way)], narrow=True)
         _majority(axes, rows, task)
-        axes.set_xticks(range(len(arms)), arms)
+        _name_arms(axes, arms)
         axes.set_ylabel("accuracy, %")
         axes.set_title(f"{task} (dotted: majority class)")
-        axes.legend(fontsize=8)
+    marks = [panels[-1].plot([], [], "o", color=colour, label=kind)[0] for kind, colour in colours.items()]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
     return figure
+
+
+def _unnumbered(name: str) -> str:
+    return re.sub(r"-\d+$", "", name)
+
+
+def _name_arms(axes: Axes, arms: Sequence[str]) -> None:
+    axes.set_xticks(range(len(arms)), arms, rotation=20, ha="right", rotation_mode="anchor")
 
 
 def _masks(rows: Sequence[Row], courses: Mapping[tuple[str, int], Course]) -> Figure:

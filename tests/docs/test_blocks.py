@@ -15,6 +15,7 @@ import shlex
 import statistics
 import sys
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -241,6 +242,26 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         assert scope["manager"].watch()["itop_rate"] == pytest.approx(0.3, abs=0.02)
         grouped = sum(len(group["params"]) for group in scope["groups"])
         assert grouped == len(list(scope["my_model"].parameters()))
+
+
+def test_the_decoding_table_of_the_kernels_follows_from_the_rows() -> None:
+    """Each ratio with its quartiles, in italics where it is below its bar."""
+    folder, sparsities = ROOT / "experiments" / "kernels", ("0.5", "0.75", "0.9", "0.95")
+    with (folder / "results_zen3_decoding.csv").open(newline="") as stream:
+        rows = {
+            (r["part"], r["tokens"], r["threads"], r["sparsity"], r["contender"]): r for r in csv.DictReader(stream)
+        }
+    lines = re.findall(
+        r"^\| (layers|generation), (\d+) \w+ \| (\d) \| (.*) \|$", (folder / "README.md").read_text(), re.M
+    )
+    assert len(lines) == 8
+    for part, tokens, threads, rest in lines:
+        *cells, bars = rest.split(" | ")
+        for sparsity, cell, bar in zip_longest(sparsities, cells, bars.rstrip("x").split(" / "), fillvalue=""):
+            row = rows["decoding" if part == "layers" else part, tokens, threads, sparsity, "csr"]
+            ratio, low, high = (float(row[f"forward_speedup{end}"]) for end in ("", "_low", "_high"))
+            missed = bar not in ("", "-", "none") and ratio < float(bar)
+            assert cell == f"{'*' * missed}{ratio:.2f}x{'*' * missed} ({low:.2f}-{high:.2f})"
 
 
 @pytest.mark.parametrize(("host", "name"), [("Zen 4", "results.csv"), ("Emerald Rapids", "results_emerald_rapids.csv")])

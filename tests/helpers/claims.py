@@ -101,13 +101,13 @@ def sweep_claims(rows: Path, x: str) -> list[Claim]:
         claims.append(Claim((mean, one.optimum.log2 - other.optimum.log2), low, high))
     logs = {(index, where): losses for index, line in enumerate(lines) for where, losses in _logs(line).items()}
     for one_place, other_place in itertools.permutations(logs, 2):
-        claims += _percent(_minus(logs[one_place], logs[other_place]))
+        claims += _percent(minus(logs[one_place], logs[other_place]))
     for (index, where), (other_index, other_where) in itertools.permutations(logs, 2):
         line, other = lines[index], lines[other_index]
         if line.shape == other.shape and line.scheme != other.scheme:
             base, other_base = (lines.index(bases[scheme]) for scheme in (line.scheme, other.scheme))
-            gap = _minus(logs[index, where], logs[other_index, other_where])
-            claims += _percent(_minus(gap, _minus(logs[base, "own"], logs[other_base, "own"])))
+            gap = minus(logs[index, where], logs[other_index, other_where])
+            claims += _percent(minus(gap, minus(logs[base, "own"], logs[other_base, "own"])))
     return claims
 
 
@@ -152,7 +152,7 @@ def exponent_claims(rows: Path, budget: int, batch: int) -> list[Claim]:
         whole = float(np.mean(slopes[0.0])) * math.log2(1.0 / (1.0 - sparsity)) if 0.0 in slopes else 0.0
         if whole:
             dense = {tokens: best[0.0, tokens, batch].own for tokens in of_budgets if (0.0, tokens, batch) in best}
-            apart = [_minus(of_budgets[tokens], own) for tokens, own in dense.items()]
+            apart = [minus(of_budgets[tokens], own) for tokens, own in dense.items()]
             claims += mean_claim(float(np.mean([each[seed] for each in apart])) / whole for seed in _common(apart))
     return claims
 
@@ -182,13 +182,13 @@ def gap_claims(rows: Path, *names: str) -> list[Claim]:
     gaps: dict[tuple[str, str], list[Seeds]] = {}
     for one, other in itertools.permutations(logs, 2):
         if one[1:] == other[1:]:
-            gap = {seed: 100 * -math.expm1(apart) for seed, apart in _minus(logs[one], logs[other]).items()}
+            gap = {seed: 100 * -math.expm1(apart) for seed, apart in minus(logs[one], logs[other]).items()}
             gaps.setdefault((one[0], other[0]), []).append(gap)
     return [
         claim
         for of in gaps.values()
         for first, second in itertools.permutations(of, 2)
-        for claim in mean_claim(_minus(first, second).values())
+        for claim in mean_claim(minus(first, second).values())
     ]
 
 
@@ -216,50 +216,6 @@ def noise_claims(rows: Path) -> list[Claim]:
         mean, low, high = student(logs)
         claims.append(Claim((math.exp(mean),), math.exp(low), math.exp(high)))
     return claims
-
-
-def control_claims(folder: Path) -> list[Claim]:
-    """Return the gaps of SμPar to its controls, in percent, from the rows of the curves and of the searches."""
-    curves, drawn, more = (rows_of(folder / name / "results.csv") for name in (".", "search", "tuned"))
-
-    def chosen(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Seeds:
-        """Return the logs of the reported losses at the settings with the lowest mean of the other loss."""
-        groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row[name] for name in names), []).append(row)
-        whole = [group for group in groups.values() if len(group) == 3]
-        best = min(whole, key=lambda group: float(np.mean([float(row["loss"]) for row in group])))
-        return {int(row["seed"]): math.log(float(row["reported_loss"])) for row in best}
-
-    def of(scheme: str, sparsity: str, **more: str) -> list[Mapping[str, Any]]:
-        wanted = {"parameterization": scheme, "sparsity": sparsity, **more}
-        return [row for row in curves if all(row[name] == value for name, value in wanted.items())]
-
-    def beside(one: Seeds, other: Seeds) -> Claim:
-        middle, low, high = (100.0 * math.expm1(end) for end in student(one[s] - other[s] for s in one))
-        return Claim((middle,), low, high)
-
-    dense = of("supar", "0.0")
-    rate = min({row["lr"] for row in dense}, key=lambda lr: sum(float(r["loss"]) for r in dense if r["lr"] == lr))
-    found, controls = [], {}
-    for sparsity in sorted({row["sparsity"] for row in curves}):
-        transferred = chosen(of("supar", sparsity, lr=rate), ["lr"])
-        if sparsity != "0.0":
-            tuned = chosen(of("mup", sparsity), ["lr"])
-            found += [beside(transferred, tuned), beside(transferred, chosen(of("supar", sparsity), ["lr"]))]
-            given = chosen(of("mup", sparsity, lr=rate), ["lr"]) if len(of("mup", sparsity, lr=rate)) == 3 else None
-            found += [beside(given, tuned)] if given else []
-        points = [row for row in (*drawn, *more) if row["sparsity"] == sparsity]
-        if points:
-            knobs = ["lr", "model.init_std"]  # these tell the draws apart
-            controls[sparsity] = {s: transferred[s] - value for s, value in chosen(points, knobs).items()}
-            found.append(beside(controls[sparsity], dict.fromkeys(controls[sparsity], 0.0)))
-    lines = {line.key[:2]: line for line in lines_of(read_sweep([folder / "results.csv"]).rows, "lr")}
-    for (scheme, sparsity), line in lines.items():
-        if scheme == "mup":
-            pair = lines["supar", sparsity].at_base, line.at_own
-            found.append(beside(*({seed: math.log(loss) for seed, loss in each.items()} for each in pair)))
-    return [*found, beside(controls["0.9375"], controls["0.0"])]
 
 
 def mean_claim(samples: Iterable[float]) -> list[Claim]:
@@ -311,7 +267,7 @@ def _logs(line: Line) -> dict[str, Seeds]:
     return {where: {seed: math.log(loss) for seed, loss in losses.items()} for where, losses in places.items()}
 
 
-def _minus(one: Seeds, other: Seeds) -> Seeds:
+def minus(one: Seeds, other: Seeds) -> Seeds:
     return {seed: one[seed] - other[seed] for seed in one if seed in other}
 
 
@@ -348,9 +304,9 @@ def pairs_of(found: Mapping[Any, Seeds]) -> Iterable[tuple[tuple[Any, Any], tupl
 
 def difference(one: Seeds, other: Seeds, in_percent: bool) -> list[Claim]:
     """Return the paired difference, also in percent of the second."""
-    claims = mean_claim(_minus(one, other).values())
+    claims = mean_claim(minus(one, other).values())
     if in_percent:
-        claims += _percent(_minus(*({s: math.log(v) for s, v in of.items()} for of in (one, other))))
+        claims += _percent(minus(*({s: math.log(v) for s, v in of.items()} for of in (one, other))))
     return claims
 
 

@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 FALLBACK = "masked"
 _SINGLE = "csr"  # its table stands in for the missing one of another backend
 FEW_TOKENS = (_SINGLE, "bsr")  # the backends with kernels for few tokens
-# Files by kind of processor: of training, and of decoding. On Zen 4 the latter was not measured: it gathers as Zen 3 does.
+# Files by kind of processor, of training and of decoding. Zen 4 gathers as Zen 3 does; its decoding was not measured.
 SHIPPED = {
     "AVX2": ("crossover.json", "decoding_avx2.json"),
     "AVX-512": ("crossover_avx512.json", "decoding_avx512.json"),
