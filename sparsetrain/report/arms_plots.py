@@ -89,10 +89,10 @@ def _tasks(rows: Sequence[Row]) -> Figure:
     arms, ways, tasks = arm_names(rows), way_names(rows), task_names(rows)
     figure = Figure(figsize=(4 + 4.5 * len(tasks), 4), layout="constrained")
     panels = figure.subplots(1, 1 + len(tasks), width_ratios=(1, *[2] * len(tasks)), squeeze=False)[0]
-    for place, arm in enumerate(pretrained(rows)):
-        bits = list(select(rows, "bits_per_byte", arm=arm, stage=PRETRAIN).values())
-        mark(panels[0], place, bits, COLOURS[place % len(COLOURS)], narrow=True)
-    _name_arms(panels[0], pretrained(rows))
+    texts = sorted({(row["arm"], row["stage"]) for row in rows if row["bits_per_byte"] is not None})
+    for place, (arm, stage) in enumerate(texts):
+        mark(panels[0], place, list(select(rows, "bits_per_byte", arm=arm, stage=stage).values()), MUTED, narrow=True)
+    _name_arms(panels[0], [arm if stage == PRETRAIN else f"{arm}, {stage}" for arm, stage in texts])
     panels[0].set_ylabel("bits per byte, validation text")
     kinds = list(dict.fromkeys(map(_unnumbered, ways)))
     colours = {kind: COLOURS[index % len(COLOURS)] for index, kind in enumerate(kinds)}

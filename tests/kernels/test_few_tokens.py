@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import mmap
 from itertools import product
 
 import numpy as np
@@ -84,6 +86,24 @@ def test_blocks_equal_scipy(block: tuple[int, int], kind: torch.dtype) -> None:
 def test_wide_inputs(columns: int, tokens: int) -> None:
     pattern = pattern_of(19, columns, 0.01)
     check(pattern, torch.randn(tokens, columns), torch.randn(pattern.nnz))
+
+
+def test_nothing_behind_the_end_of_the_input_is_read() -> None:
+    """The nonzeros behind those of a row may belong to another segment; their columns lie behind the input there."""
+    columns, page = WIDTH + 8, mmap.PAGESIZE
+    mask = torch.zeros(64, columns, dtype=torch.bool)
+    mask[:, [WIDTH - 192, WIDTH - 92, WIDTH]] = True
+    pattern = SparsityPattern.from_mask(mask)
+    readable = -(-4 * columns // page) * page
+    memory = mmap.mmap(-1, readable + 16 * page)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable
+    protect = ctypes.CDLL(None, use_errno=True).mprotect
+    protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    assert protect(behind, 16 * page, 0) == 0
+    x = torch.frombuffer(memory, dtype=torch.float32, count=columns, offset=readable - 4 * columns).view(1, columns)
+    x.copy_(torch.arange(columns))
+    y = few_tokens(x, torch.ones(pattern.nnz), pattern)
+    assert y.tolist() == (x @ mask.float().t()).tolist()
 
 
 def test_segments_hold_every_nonzero_once() -> None:

@@ -41,15 +41,18 @@ def _call(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
     return builder.call(known or ir.Function(builder.module, kind, name), operands)
 
 
-def _gathered(builder: Any, base: Any, columns: Any, flags: Any) -> Any:
-    """Return the floats at ``base[columns]`` in the lanes whose flag is set, and zero in the others.
+def _gathered(builder: Any, base: Any, columns: Any, count: Any = None) -> Any:
+    """Return the floats at ``base[columns]`` in the first ``count`` lanes, and zero in the others, which read nothing.
 
     Args:
         columns: the address of the first of 16 columns.
+        count: None for all lanes.
     """
     zero = ir.Constant(ir.VectorType(FLOAT, LANES), [0.0] * LANES)
+    every = ir.Constant(ir.VectorType(_BIT, LANES), [1] * LANES)
+    flags = every if count is None else _flags(builder, count)
     if not (_AVX512 or _AVX2):
-        return builder.select(flags, _loaded(builder, base, columns), zero)
+        return builder.select(flags, _loaded(builder, base, columns, count), zero)
     value = builder.load(builder.bitcast(columns, ir.VectorType(I16, LANES).as_pointer()))
     value.align = 2
     indices = builder.zext(value, ir.VectorType(I32, LANES))
@@ -71,10 +74,11 @@ def _gathered(builder: Any, base: Any, columns: Any, flags: Any) -> Any:
     return shuffle(builder, halves[0], halves[1], range(LANES))
 
 
-def _loaded(builder: Any, base: Any, columns: Any) -> Any:
-    """Return the floats at ``base[columns]``, by a load for each.
+def _loaded(builder: Any, base: Any, columns: Any, count: Any) -> Any:
+    """Return the floats at ``base[columns]``, by a load for each; lanes from ``count`` on read ``base[0]``.
 
-    Four columns are read as one word and taken apart by shifts: out of a vector they would come one a cycle.
+    Four columns are read as one little-endian word and taken apart by shifts: out of a vector they would come one a
+    cycle. A column behind the last one of a row may belong to another segment, and lie behind the end of the array.
     """
     found = ir.Constant(ir.VectorType(FLOAT, LANES), ir.Undefined)
     words = builder.bitcast(columns, I64.as_pointer())
@@ -83,6 +87,9 @@ def _loaded(builder: Any, base: Any, columns: Any) -> Any:
         word.align = 2
         for lane in range(4):
             place = builder.and_(builder.lshr(word, ir.Constant(I64, 16 * lane)), ir.Constant(I64, 0xFFFF))
+            if count is not None:
+                within = builder.icmp_signed("<", ir.Constant(count.type, 4 * quad + lane), count)
+                place = builder.select(within, place, ir.Constant(I64, 0))
             value = builder.load(builder.gep(base, [place]))
             found = builder.insert_element(found, value, ir.Constant(I32, 4 * quad + lane))
     return found
@@ -96,21 +103,20 @@ def gather(typing: Any, array: Any, at: Any, columns: Any, place: Any) -> Any:
         array, at, columns, place = arguments
         base = pointer(context, builder, signature.args[0], array, at, FLOAT)
         first = pointer(context, builder, signature.args[2], columns, place, I16)
-        every = ir.Constant(ir.VectorType(_BIT, LANES), [1] * LANES)
-        return _gathered(builder, base, first, every)
+        return _gathered(builder, base, first)
 
     return F32X16(array, types.intp, columns, types.intp), build
 
 
 @intrinsic
 def gather_head(typing: Any, array: Any, at: Any, columns: Any, place: Any, count: Any) -> Any:
-    """Do the same for the first ``count`` lanes; the others are zero. All 16 columns are read and must be columns."""
+    """Do the same for the first ``count`` lanes; the others are zero. All 16 columns are read, and no other input."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, at, columns, place, count = arguments
         base = pointer(context, builder, signature.args[0], array, at, FLOAT)
         first = pointer(context, builder, signature.args[2], columns, place, I16)
-        return _gathered(builder, base, first, _flags(builder, count))
+        return _gathered(builder, base, first, count)
 
     return F32X16(array, types.intp, columns, types.intp, types.intp), build
 
