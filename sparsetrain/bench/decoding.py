@@ -25,6 +25,7 @@ from sparsetrain.bench.timing import Work, interleaved
 from sparsetrain.models import ModelConfig, Transformer
 from sparsetrain.sparsity import SparseLinear, SparsityPattern, prepared
 from sparsetrain.sparsity.backends.auto import FEW_TOKENS
+from sparsetrain.sparsity.backends.few_tokens import index_bytes
 
 DENSE_BF16 = "dense_bf16"
 GENERATING_PEERS = ("torch_csr", "sparselab")
@@ -35,7 +36,7 @@ READ_BYTES = 1 << 28
 
 _READ = "read"
 _KNOWN = (DENSE, *FEW_TOKENS)  # those whose bytes are known; the others may read dense copies, or make them
-_VALUE, _COLUMN, _BLOCK_INDEX = 4, 2, 4  # bytes
+_VALUE = 4  # bytes
 
 Product = Callable[[Tensor], Any]
 
@@ -119,24 +120,19 @@ def bytes_of_generation(model: Transformer, section: DecodingSection, rows: int)
     token, reads the weights once and computes its keys.
     """
     config = model.config
-    weights = sum(bytes_of(module) for module in model.modules())  # of an embedding only a row is read
+    weights = sum(bytes_of(module, rows) for module in model.modules())  # of an embedding only a row is read
     a_token = 2 * _VALUE * config.n_layers * config.kv_heads * config.d_head
     cached = sum(range(section.prompt + 1, section.prompt + section.new_tokens))
     return section.new_tokens * weights + rows * cached * a_token
 
 
-def bytes_of(module: nn.Module) -> int:
-    """Return the bytes of weights and indices that a product of few tokens reads, 0 for another module.
-
-    A nonzero has a value and a column of 16 bits; a block has one index.
-    """
+def bytes_of(module: nn.Module, tokens: int) -> int:
+    """Return the bytes of weights and indices that a product of few tokens reads, 0 for another module."""
     if isinstance(module, nn.Linear):
         return _VALUE * module.weight.numel()
     if not isinstance(module, SparseLinear):
         return 0
-    height, width = module.pattern.block
-    nnz = module.pattern.nnz
-    return _VALUE * nnz + (_COLUMN * nnz if height * width == 1 else _BLOCK_INDEX * (nnz // (height * width)))
+    return _VALUE * module.pattern.nnz + index_bytes(module.pattern, tokens)
 
 
 def _timed(
@@ -171,7 +167,7 @@ def _stack(name: str, case: LayerCase, count: int, while_open: ExitStack) -> Sta
     stored = sum(layer.pattern.nnz for layer, _ in made)
     if name == "auto":
         return Stack(list(layers), x, stored, None, "as `st.prepared` chooses by the number of tokens")
-    known = sum(bytes_of(layer) for layer in layers) if name in _KNOWN else None
+    known = sum(bytes_of(layer, case.tokens) for layer in layers) if name in _KNOWN else None
     return Stack(list(layers), x, stored, known, ", ".join(made[0][1]))
 
 

@@ -1,4 +1,4 @@
-"""Where the nonzeros of an unstructured matrix stand for the kernels of `few_tokens`."""
+"""Where the nonzeros of an unstructured matrix stand for the kernels of `few_tokens` and `few_tokens_bitmap`."""
 
 from __future__ import annotations
 
@@ -69,3 +69,49 @@ def _divide(row_ptr: Array, col: Array, width: int, bounds: Array, places: Array
                 places[at] = col[at] - start
                 at += 1
             bounds[segment + 1, row] = at
+
+
+@dataclass(frozen=True)
+class Bitmap:
+    """A bit of each weight of a matrix that says whether it is stored.
+
+    Attributes:
+        rows, columns, nonzeros: of the matrix.
+        pieces: of 16 columns, in a row.
+        bounds: int64 ``[rows + 1]``: row r has the values from ``bounds[r]`` to ``bounds[r + 1]``.
+        bitmap: uint16 ``[rows, pieces]``: bit b of piece p is set where there is a value at column ``16 p + b``.
+    """
+
+    rows: int
+    columns: int
+    nonzeros: int
+    pieces: int
+    bounds: np.ndarray
+    bitmap: np.ndarray
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Any]:
+        """What the kernels take of a layout, by keyword."""
+        return {
+            "rows": self.rows,
+            "columns": self.columns,
+            "nonzeros": self.nonzeros,
+            "pieces": self.pieces,
+            "bounds": Buffer(self.bounds, "bounds"),
+            "bitmap": Buffer(self.bitmap, "bitmap"),
+        }
+
+
+def build_bitmap(row_ptr: Array, col: Array, columns: int) -> Bitmap:
+    """Return the layout of a CSR matrix: ``row_ptr`` int64 ``[rows + 1]``, ``col`` int32 ``[nnz]``, sorted in rows."""
+    rows, pieces = len(row_ptr) - 1, -(-columns // 16)
+    bounds, bitmap = np.array(row_ptr, np.int64), np.zeros((rows, pieces), np.uint16)
+    _mark(bounds, col, bitmap)
+    return Bitmap(rows, columns, len(col), pieces, bounds, bitmap)
+
+
+@compiled
+def _mark(bounds: Array, col: Array, bitmap: Array) -> None:
+    for row in range(len(bounds) - 1):
+        for at in range(bounds[row], bounds[row + 1]):
+            bitmap[row, col[at] // 16] |= np.uint16(1) << np.uint16(col[at] % 16)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,8 +18,11 @@ from hardship import fill_with_poison, lend_at_most, strided, work_for_every_thr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsetrain.kernels.few_tokens_layout import WIDTH, build_columns
+from sparsetrain.kernels.few_tokens_bitmap import MOST as MOST_BY_BITMAP
+from sparsetrain.kernels.few_tokens_bitmap import SPREADS, SPREADS_BFLOAT16
+from sparsetrain.kernels.few_tokens_layout import WIDTH, build_bitmap, build_columns
 from sparsetrain.sparsity import SparseLinear, SparsityPattern
+from sparsetrain.sparsity.backends import few_tokens as backend
 from sparsetrain.sparsity.backends.few_tokens import MOST, few_tokens, few_tokens_gradients
 
 TOKENS = (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 47, 48)
@@ -27,18 +33,29 @@ def pattern_of(rows: int, columns: int, density: float, seed: int = 0) -> Sparsi
     return SparsityPattern.from_mask(mask)
 
 
+@contextmanager
+def way(bitmap: bool, *patterns: SparsityPattern) -> Iterator[None]:
+    """Let a bit of each weight, or 16 bits of each nonzero, say where the nonzeros are, on any processor."""
+    for pattern in patterns:
+        pattern._derived.pop("few_tokens_calls", None)
+    with mock.patch.object(backend, "_by_bitmap", lambda density, tokens, narrow: bitmap and tokens <= MOST_BY_BITMAP):
+        yield
+
+
 def check(pattern: SparsityPattern, x: torch.Tensor, values: torch.Tensor) -> None:
-    """Compare with scipy within 2e-6 of the root of the sum of the squares of the terms, times four."""
+    """Compare both ways with scipy within 2e-6 of the root of the sum of the squares of the terms, times four."""
     arrays = (values.double().numpy(), pattern.col.numpy(), pattern.row_ptr.numpy())
     matrix = scipy.sparse.csr_matrix(arrays, shape=pattern.shape)
     wide = x.double().numpy()
     expected, size = (matrix @ wide.T).T, np.sqrt((matrix.power(2) @ (wide**2).T).T)
-    found = few_tokens(x, values, pattern)
-    assert found.dtype == x.dtype
-    assert found.shape == (len(x), pattern.shape[0])
     rounding = 2.0**-8 * np.abs(expected) if x.dtype == torch.bfloat16 else 0.0
-    error = np.abs(found.double().numpy() - expected)
-    assert (error <= 8e-6 * np.maximum(size, 1e-3) + rounding).all(), float(error.max())
+    for bitmap in (False, True):
+        with way(bitmap, pattern):
+            found = few_tokens(x, values, pattern)
+        assert found.dtype == x.dtype
+        assert found.shape == (len(x), pattern.shape[0])
+        error = np.abs(found.double().numpy() - expected)
+        assert (error <= 8e-6 * np.maximum(size, 1e-3) + rounding).all(), (bitmap, float(error.max()))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -88,22 +105,43 @@ def test_wide_inputs(columns: int, tokens: int) -> None:
     check(pattern, torch.randn(tokens, columns), torch.randn(pattern.nnz))
 
 
-def test_nothing_behind_the_end_of_the_input_is_read() -> None:
-    """The nonzeros behind those of a row may belong to another segment; their columns lie behind the input there."""
-    columns, page = WIDTH + 8, mmap.PAGESIZE
-    mask = torch.zeros(64, columns, dtype=torch.bool)
-    mask[:, [WIDTH - 192, WIDTH - 92, WIDTH]] = True
-    pattern = SparsityPattern.from_mask(mask)
-    readable = -(-4 * columns // page) * page
+def before_a_page_without_access(count: int) -> torch.Tensor:
+    """Return ``count`` floats behind which nothing can be read."""
+    page = mmap.PAGESIZE
+    readable = -(-4 * count // page) * page
     memory = mmap.mmap(-1, readable + 16 * page)
     behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + readable
     protect = ctypes.CDLL(None, use_errno=True).mprotect
     protect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     assert protect(behind, 16 * page, 0) == 0
-    x = torch.frombuffer(memory, dtype=torch.float32, count=columns, offset=readable - 4 * columns).view(1, columns)
-    x.copy_(torch.arange(columns))
-    y = few_tokens(x, torch.ones(pattern.nnz), pattern)
+    return torch.frombuffer(memory, dtype=torch.float32, count=count, offset=readable - 4 * count)
+
+
+@pytest.mark.parametrize("bitmap", [False, True], ids=["columns", "bitmap"])
+@pytest.mark.parametrize("tokens", [1, 3, 7])
+def test_nothing_behind_the_end_of_an_array_is_read(bitmap: bool, tokens: int) -> None:
+    """The nonzeros behind those of a row may belong to another segment; their columns lie behind the input there."""
+    columns = WIDTH + 8
+    mask = torch.zeros(64, columns, dtype=torch.bool)
+    mask[:, [WIDTH - 192, WIDTH - 92, WIDTH]] = True
+    pattern = SparsityPattern.from_mask(mask)
+    x = before_a_page_without_access(tokens * columns).view(tokens, columns)
+    x.copy_(torch.arange(tokens * columns).view(tokens, columns) % 999)
+    values = before_a_page_without_access(pattern.nnz).fill_(1.0)
+    with way(bitmap, pattern):
+        y = few_tokens(x, values, pattern)
     assert y.tolist() == (x @ mask.float().t()).tolist()
+
+
+def test_a_bitmap_has_a_bit_of_every_weight() -> None:
+    mask = torch.rand(11, 40, generator=torch.Generator().manual_seed(0)) < 0.3
+    pattern = SparsityPattern.from_mask(mask)
+    found = build_bitmap(pattern.row_ptr.numpy(), pattern.col.numpy(), 40)
+    bits = np.unpackbits(found.bitmap.astype("<u2").view(np.uint8), axis=1, bitorder="little")
+    assert bits.shape == (11, 48)
+    assert (bits[:, :40] == mask.numpy()).all()
+    assert not bits[:, 40:].any()
+    assert found.bounds.tolist() == pattern.row_ptr.tolist()
 
 
 def test_segments_hold_every_nonzero_once() -> None:
@@ -131,37 +169,50 @@ def test_empty_rows_are_zero_and_every_element_is_written(tokens: int, monkeypat
         check(pattern, torch.randn(tokens, 40), torch.randn(2))
 
 
+@pytest.mark.parametrize("bitmap", [False, True], ids=["columns", "bitmap"])
 @pytest.mark.parametrize("tokens", [1, 4, 16])
-def test_what_a_row_does_not_read_does_not_reach_it(tokens: int) -> None:
+def test_what_a_row_does_not_read_does_not_reach_it(tokens: int, bitmap: bool) -> None:
     """An infinite input or value stays with the rows that have a nonzero there, unlike in a dense product."""
     pattern = pattern_of(64, 64, 0.2)
     x, values = torch.randn(tokens, 64), torch.randn(pattern.nnz)
     x[:, 7], values[100] = math.inf, math.nan
-    found = few_tokens(x, values, pattern).isfinite().all(0)
+    with way(bitmap, pattern):
+        found = few_tokens(x, values, pattern).isfinite().all(0)
     row_of_value = int((pattern.row_ptr <= 100).sum()) - 1
     for row in range(64):
         columns = pattern.col[pattern.row_ptr[row] : pattern.row_ptr[row + 1]].tolist()
         assert bool(found[row]) == (7 not in columns and row != row_of_value), row
 
 
-def test_threads_do_not_change_a_bit() -> None:
+@pytest.mark.parametrize("bitmap", [False, True], ids=["columns", "bitmap"])
+def test_threads_do_not_change_a_bit(bitmap: bool) -> None:
     pattern, x = pattern_of(200, 128, 0.2), torch.randn(16, 128)
     values = torch.randn(pattern.nnz)
     found = []
-    with work_for_every_thread():
+    with work_for_every_thread(), way(bitmap, pattern):
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
             found += [few_tokens(x, values, pattern), few_tokens(x[:1], values, pattern)]
     assert all(torch.equal(found[n], found[n % 2]) for n in range(6))
 
 
-def test_auto_takes_them_where_no_gradient_is_needed() -> None:
-    layer, x = SparseLinear(96, 64, density=0.5, seed=0), torch.randn(3, 96)
-    before = layer(x)
-    assert "few_tokens" not in layer.pattern._derived
+@pytest.mark.parametrize(
+    ("density", "tokens", "kind", "by"),
+    [
+        *((0.9, tokens, torch.float32, "few_tokens_bitmap") for tokens in (1, 2, 3, 8, 16)),
+        *((0.05, tokens, torch.float32, "few_tokens") for tokens in (1, 2, 3, 8, 16)),
+        (0.9, 17, torch.float32, "few_tokens"),
+        (0.9, 3, torch.bfloat16, "few_tokens_bitmap"),
+    ],
+)
+def test_auto_takes_them_where_no_gradient_is_needed(density: float, tokens: int, kind: torch.dtype, by: str) -> None:
+    layer, x = SparseLinear(96, 64, density=density, seed=0, dtype=kind), torch.randn(tokens, 96, dtype=kind)
+    before, derived = layer(x), layer.pattern._derived
+    assert not derived.keys() & {"few_tokens", "few_tokens_bitmap"}
     with torch.no_grad():
         torch.testing.assert_close(layer(x), before)
-    assert "few_tokens" in layer.pattern._derived
+    spreads = SPREADS if kind == torch.float32 else SPREADS_BFLOAT16
+    assert derived.keys() & {"few_tokens", "few_tokens_bitmap"} == {by if spreads else "few_tokens"}
 
 
 def check_gradients(pattern: SparsityPattern, g: torch.Tensor, x: torch.Tensor, values: torch.Tensor) -> None:

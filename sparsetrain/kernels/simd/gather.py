@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from sparsetrain.kernels.simd.vectors import F32X16, FLOAT, I16, I32, I64, pointer, shuffle
+from sparsetrain.kernels.simd.vectors import F32X16, FLOAT, I16, I32, I64, call, pointer, shuffle
 from sparsetrain.machine import target_features, target_name
 
 LANES = 16
@@ -35,12 +35,6 @@ def _half(builder: Any, vector: Any, which: int) -> Any:
     return shuffle(builder, vector, vector, range(8 * which, 8 * which + 8))
 
 
-def _call(builder: Any, name: str, result: Any, operands: list[Any]) -> Any:
-    known = builder.module.globals.get(name)
-    kind = ir.FunctionType(result, [operand.type for operand in operands])
-    return builder.call(known or ir.Function(builder.module, kind, name), operands)
-
-
 def _gathered(builder: Any, base: Any, columns: Any, count: Any = None) -> Any:
     """Return the floats at ``base[columns]`` in the first ``count`` lanes, and zero in the others, which read nothing.
 
@@ -59,11 +53,11 @@ def _gathered(builder: Any, base: Any, columns: Any, count: Any = None) -> Any:
     start = builder.bitcast(base, _BYTES)
     if _AVX512:
         operands = [zero, start, indices, flags, ir.Constant(I32, 4)]
-        return _call(builder, "llvm.x86.avx512.mask.gather.dps.512", zero.type, operands)
+        return call(builder, "llvm.x86.avx512.mask.gather.dps.512", zero.type, operands)
     none = ir.Constant(ir.VectorType(FLOAT, 8), [0.0] * 8)
     signs = builder.bitcast(builder.sext(flags, ir.VectorType(I32, LANES)), ir.VectorType(FLOAT, LANES))
     halves = [
-        _call(
+        call(
             builder,
             "llvm.x86.avx2.gather.d.ps.256",
             none.type,
@@ -141,7 +135,7 @@ def prefetch(typing: Any, array: Any, place: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array, place = arguments
         at = pointer(context, builder, signature.args[0], array, place, ir.IntType(8))
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [at, *(ir.Constant(I32, flag) for flag in (0, 3, 1))])
         return context.get_dummy_value()
 
     return types.void(array, types.intp), build

@@ -21,6 +21,7 @@ from sparsetrain.kernels.simd.vectors import (
     I64,
     NATIVE_LANES,
     Vector,
+    call,
     pointer,
     read,
     shuffle,
@@ -43,22 +44,19 @@ def _masked(kind: Vector) -> Any:
 
 def _masked_call(builder: Any, what: str, operands: list[Any], count: Any, lanes: int) -> Any:
     """Call LLVM's masked load or store for the first ``count`` lanes."""
-    vector, flags = ir.VectorType(FLOAT, lanes), ir.VectorType(ir.IntType(1), lanes)
+    vector = ir.VectorType(FLOAT, lanes)
     wide = ir.VectorType(I64, lanes)
     first = builder.insert_element(ir.Constant(wide, ir.Undefined), count, ir.Constant(I32, 0))
     limit = shuffle(builder, first, first, [0] * lanes)
     mask = builder.icmp_signed("<", ir.Constant(wide, list(range(lanes))), limit)
     align = ir.Constant(I32, 4)
-    pointer = vector.as_pointer()
     if what == "load":
-        result, kinds = vector, [pointer, I32, flags, vector]
+        result = vector
         operands = [*operands, align, mask, ir.Constant(vector, [0.0] * lanes)]
     else:
-        result, kinds = ir.VoidType(), [vector, pointer, I32, flags]
+        result = ir.VoidType()
         operands = [*operands, align, mask]
-    name = f"llvm.masked.{what}.v{lanes}f32.p0v{lanes}f32"
-    known = builder.module.globals.get(name)
-    return builder.call(known or ir.Function(builder.module, ir.FunctionType(result, kinds), name), operands)
+    return call(builder, f"llvm.masked.{what}.v{lanes}f32.p0v{lanes}f32", result, operands)
 
 
 load_head = _masked(F32X16)
@@ -182,6 +180,53 @@ def add_sums_2x4(
         return context.get_dummy_value()
 
     return types.void(array, types.intp, types.intp, *[a] * 8), build
+
+
+@intrinsic
+def write_sums4(typing: Any, array: Any, at: Any, step: Any, last: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Write the sums of the lanes of vectors 0 to ``last`` of four to ``array[at]``, ``array[at + step]`` and so on."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _write_apart(context, builder, signature, arguments, _fold(builder, _sums(builder, arguments[4:]), 4))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, types.intp, *[a] * 4), build
+
+
+@intrinsic
+def write_sums8(
+    typing: Any,
+    array: Any,
+    at: Any,
+    step: Any,
+    last: Any,
+    a: Any,
+    b: Any,
+    c: Any,
+    d: Any,
+    e: Any,
+    f: Any,
+    g: Any,
+    h: Any,
+) -> Any:
+    """Do the same for eight vectors."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _write_apart(context, builder, signature, arguments, _sums_of_eight(builder, arguments[4:]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, types.intp, types.intp, *[a] * 8), build
+
+
+def _write_apart(context: Any, builder: Any, signature: Any, arguments: Sequence[Any], sums: Any) -> None:
+    array, at, step, last = arguments[:4]
+    # From the last lane on: those behind ``last`` are written in its place first, and then it is.
+    for lane in reversed(range(sums.type.count)):
+        place = ir.Constant(I64, lane)
+        place = builder.select(builder.icmp_signed("<", place, last), place, last)
+        offset = builder.add(at, builder.mul(place, step))
+        value = builder.extract_element(sums, ir.Constant(I32, lane))
+        builder.store(value, pointer(context, builder, signature.args[0], array, offset, FLOAT))
 
 
 def _sums_of_eight(builder: Any, vectors: Sequence[Any]) -> Any:

@@ -48,27 +48,41 @@ def pointer(context: Any, builder: Any, kind: Any, array: Any, offset: Any, to: 
     return builder.bitcast(builder.gep(data, [offset]), to.as_pointer())
 
 
+def call(builder: Any, name: str, result: Any, operands: Sequence[Any]) -> Any:
+    """Call a function that LLVM knows by its name."""
+    known = builder.module.globals.get(name)
+    kind = ir.FunctionType(result, [operand.type for operand in operands])
+    return builder.call(known or ir.Function(builder.module, kind, name), operands)
+
+
 def read(context: Any, builder: Any, kind: Any, array: Any, offset: Any, lanes: int) -> Any:
     """Return ``lanes`` floats from an array of float32, or of bfloat16 passed as uint16."""
-    stored = _stored(kind)
-    value = builder.load(pointer(context, builder, kind, array, offset, ir.VectorType(stored, lanes)))
-    value.align = stored.width // 8 if stored is I16 else 4
-    if stored is FLOAT:
-        return value
-    wide = builder.zext(value, ir.VectorType(I32, lanes))
+    element = stored(kind)
+    value = builder.load(pointer(context, builder, kind, array, offset, ir.VectorType(element, lanes)))
+    value.align = 2 if element is I16 else 4
+    return widened(builder, value)
+
+
+def widened(builder: Any, vector: Any) -> Any:
+    """Return a vector of floats as it is, and one of the bits of bfloat16 as floats."""
+    if vector.type.element is FLOAT:
+        return vector
+    lanes = vector.type.count
+    wide = builder.zext(vector, ir.VectorType(I32, lanes))
     return builder.bitcast(builder.shl(wide, _same(I32, 16, lanes)), ir.VectorType(FLOAT, lanes))
 
 
 def write(context: Any, builder: Any, kind: Any, array: Any, offset: Any, vector: Any) -> None:
     """Store a vector into an array of float32, or, rounded to nearest even, of bfloat16 passed as uint16."""
-    stored, lanes = _stored(kind), vector.type.count
-    if stored is I16:
+    element, lanes = stored(kind), vector.type.count
+    if element is I16:
         vector = _rounded(builder, vector)
-    written = builder.store(vector, pointer(context, builder, kind, array, offset, ir.VectorType(stored, lanes)))
-    written.align = 2 if stored is I16 else 4
+    written = builder.store(vector, pointer(context, builder, kind, array, offset, ir.VectorType(element, lanes)))
+    written.align = 2 if element is I16 else 4
 
 
-def _stored(kind: Any) -> Any:
+def stored(kind: Any) -> Any:
+    """Return the LLVM type of an array's elements: a float, or the 16 bits of a bfloat16."""
     if kind.dtype == types.float32:
         return FLOAT
     if kind.dtype == types.uint16:
@@ -233,10 +247,7 @@ def fma(typing: Any, x: Any, y: Any, z: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         kind = ir.VectorType(FLOAT, signature.return_type.lanes)
-        name = f"llvm.fmuladd.v{kind.count}f32"
-        known = builder.module.globals.get(name)
-        function = known or ir.Function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
-        return builder.call(function, arguments)
+        return call(builder, f"llvm.fmuladd.v{kind.count}f32", kind, arguments)
 
     return x(x, x, x), build
 

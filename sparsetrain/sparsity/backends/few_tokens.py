@@ -1,4 +1,7 @@
-"""The product of few tokens and a sparse matrix, by `sparsetrain.kernels.few_tokens` and `few_tokens_blocks`.
+"""The product of few tokens and a sparse matrix, by `sparsetrain.kernels.few_tokens` and its siblings.
+
+Which of them is the fastest depends on the density: a bit of each weight, or 16 bits of each nonzero, say where the
+nonzeros are.
 
 Legend: N rows (tokens), K in_features, M out_features, nnz stored values.
 """
@@ -20,9 +23,14 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 MOST = 48  # tokens, as in the kernels, which would import a compiler
 MOST_BACKWARD = 32  # tokens; with more the kernels for tiles of 64 were as fast or faster, see the log
 
+# The density from which on a bit of each weight is faster than a column of each nonzero, by the number of tokens up to
+# which it holds; measured on a Xeon with AVX-512, see the log.
+BITMAP_FROM = {1: 0.2, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.6}
+
 
 class _Kernels(NamedTuple):
     few_tokens: ModuleType
+    bitmap: ModuleType
     layout: ModuleType
     blocks: ModuleType
     backward: ModuleType
@@ -32,10 +40,16 @@ class _Kernels(NamedTuple):
 @functools.cache
 def _kernels() -> _Kernels:
     # Imported late: importing the library must not import a compiler.
-    from sparsetrain.kernels import few_tokens, few_tokens_backward, few_tokens_blocks, few_tokens_layout
+    from sparsetrain.kernels import (
+        few_tokens,
+        few_tokens_backward,
+        few_tokens_bitmap,
+        few_tokens_blocks,
+        few_tokens_layout,
+    )
     from sparsetrain.kernels.simd import arguments
 
-    return _Kernels(few_tokens, few_tokens_layout, few_tokens_blocks, few_tokens_backward, arguments)
+    return _Kernels(few_tokens, few_tokens_bitmap, few_tokens_layout, few_tokens_blocks, few_tokens_backward, arguments)
 
 
 def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
@@ -53,15 +67,13 @@ def few_tokens(x: Tensor, values: Tensor, pattern: SparsityPattern) -> Tensor:
         stored = stored.detach().contiguous()
     tokens, threads = x.shape[0], max(1, min(torch.get_num_threads(), pattern.nnz // cpu.NONZEROS_A_THREAD))
     y = wide.new_empty(tokens, pattern.shape[0])
-    arrays = {"x": wide, "y": y, "values": stored}
-    if tokens > 1 or pattern.block != (1, 1):
-        # Of its own in each call: several threads of Python may make the same one.
-        arrays |= {name: scratch(threads * size) for name, size in _sizes(pattern).items()}
-    calls = pattern.derived("few_tokens_calls", dict)
+    calls: dict[Any, _Call] = pattern.derived("few_tokens_calls", dict)
     call = calls.get(key := (threads, tokens, stored.dtype))
     if call is None:
-        call = calls[key] = _bound(threads, tokens, arrays, pattern)
-    call(*[array.data_ptr() for array in arrays.values()])
+        call = calls[key] = _bound(threads, {"x": wide, "y": y, "values": stored.detach()}, pattern)
+    # Scratch of its own in each call: several threads of Python may make the same one.
+    shared = [scratch(size) for size in call.scratch]
+    call.run(wide.data_ptr(), y.data_ptr(), stored.data_ptr(), *[array.data_ptr() for array in shared])
     return y if x.dtype == torch.float32 else y.to(x.dtype)
 
 
@@ -104,26 +116,54 @@ def few_tokens_gradients(
     return grad_x.to(g.dtype), grad_values.to(values.dtype) if need_values else values.new_empty(0)
 
 
-def _bound(threads: int, tokens: int, arrays: dict[str, Tensor], pattern: SparsityPattern) -> Callable[..., None]:
-    """Return the call of a kernel that takes the addresses of these arrays, whose sizes follow from the pattern."""
-    kernels, narrow = _kernels(), arrays["values"].dtype == torch.bfloat16
-    given: dict[str, Any] = {**arrays, "values": arrays["values"].detach()}
+def index_bytes(pattern: SparsityPattern, tokens: int) -> int:
+    """Return the bytes that say where the nonzeros are and that a product of float32 reads, for N from 1 to `MOST`."""
     if pattern.block != (1, 1):
-        several = kernels.blocks.several_bfloat16 if narrow else kernels.blocks.several
-        return several.bound(threads, tuple(arrays), tokens=tokens, **given, **_blocks(pattern))
-    given |= _columns(pattern).arguments
-    if tokens == 1:
-        one = kernels.few_tokens.one_bfloat16 if narrow else kernels.few_tokens.one
-        return one.bound(threads, tuple(arrays), **given)
-    several = kernels.few_tokens.several_bfloat16 if narrow else kernels.few_tokens.several
-    return several.bound(threads, tuple(arrays), tokens=tokens, **given)
+        return int(pattern.col.nbytes)
+    if _by_bitmap(pattern.density, tokens, narrow=False):
+        return int(_bitmap(pattern).bitmap.nbytes)
+    return int(_columns(pattern).places[: pattern.nnz].nbytes)
 
 
-def _sizes(pattern: SparsityPattern) -> dict[str, int]:
-    """Return the floats of scratch that a thread needs for several tokens."""
+class _Call(NamedTuple):
+    """A call of a kernel that takes the addresses of x, y, values and scratch, whose sizes follow from the pattern."""
+
+    run: Callable[..., None]
+    scratch: list[int]
+
+
+def _bound(threads: int, arrays: dict[str, Tensor], pattern: SparsityPattern) -> _Call:
+    """Return the call of the fastest kernel for such arrays."""
+    kernels, tokens, narrow = _kernels(), len(arrays["x"]), arrays["values"].dtype == torch.bfloat16
+    sizes: dict[str, int] = {}
+    if pattern.block != (1, 1):
+        kernel = kernels.blocks.several_bfloat16 if narrow else kernels.blocks.several
+        given, sizes = {"tokens": tokens, **_blocks(pattern)}, _sizes(kernels.blocks, pattern)
+    elif _by_bitmap(pattern.density, tokens, narrow):
+        kernel = kernels.bitmap.product_bfloat16 if narrow else kernels.bitmap.product
+        given = {"tokens": tokens, **_bitmap(pattern).arguments}
+    elif tokens == 1:
+        kernel = kernels.few_tokens.one_bfloat16 if narrow else kernels.few_tokens.one
+        given = _columns(pattern).arguments
+    else:
+        kernel = kernels.few_tokens.several_bfloat16 if narrow else kernels.few_tokens.several
+        given, sizes = {"tokens": tokens, **_columns(pattern).arguments}, _sizes(kernels.few_tokens, pattern)
+    needed = [threads * size for size in sizes.values()]
+    arrays |= {name: scratch(size) for name, size in zip(sizes, needed, strict=True)}
+    return _Call(kernel.bound(threads, tuple(arrays), **arrays, **given), needed)
+
+
+def _by_bitmap(density: float, tokens: int, narrow: bool) -> bool:
+    """Return whether a bit of each weight is the faster way to a product; never where a processor cannot spread."""
     kernels = _kernels()
-    panel = (kernels.few_tokens if pattern.block == (1, 1) else kernels.blocks).PANEL
-    return {"packed": (pattern.shape[1] + 16) * MOST, "scratch": (panel + 16) * MOST}
+    if tokens > kernels.bitmap.MOST or not (kernels.bitmap.SPREADS_BFLOAT16 if narrow else kernels.bitmap.SPREADS):
+        return False
+    return density >= next(least for most, least in BITMAP_FROM.items() if tokens <= most)
+
+
+def _sizes(kernels: ModuleType, pattern: SparsityPattern) -> dict[str, int]:
+    """Return the floats of scratch that a thread of a kernel for several tokens needs."""
+    return {"packed": (pattern.shape[1] + 16) * MOST, "scratch": (kernels.PANEL + 16) * MOST}
 
 
 def _blocks(pattern: SparsityPattern) -> dict[str, Any]:
@@ -145,3 +185,10 @@ def _columns(pattern: SparsityPattern) -> Any:
         return _kernels().layout.build_columns(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
 
     return pattern.derived("few_tokens", build)
+
+
+def _bitmap(pattern: SparsityPattern) -> Any:
+    def build() -> Any:
+        return _kernels().layout.build_bitmap(pattern.row_ptr.numpy(), pattern.col.numpy(), pattern.shape[1])
+
+    return pattern.derived("few_tokens_bitmap", build)
