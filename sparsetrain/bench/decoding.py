@@ -127,7 +127,7 @@ def bytes_of_generation(model: Transformer, section: DecodingSection, rows: int)
 
 
 def bytes_of(module: nn.Module, tokens: int) -> int:
-    """Return the bytes of weights and indices that a product of few tokens reads, 0 for another module."""
+    """Return the bytes of weights and indices that a product of at most 48 tokens reads, 0 for another module."""
     if isinstance(module, nn.Linear):
         return _VALUE * module.weight.numel()
     if not isinstance(module, SparseLinear):

@@ -75,6 +75,8 @@ INSIDE_BLOCK = (Role.HIDDEN, Role.OUTPUT, Role.NORM, Role.BIAS)
 UNDECAYED = (Role.NORM, Role.BIAS, Role.FINAL_NORM, Role.FINAL_BIAS, Role.PROMPT, Role.KEEP)
 
 SCHEMES = ("sp", "mup", "supar", "completep", "supar_completep")
+# Those with the same rules for a dense model, where the base is dense too.
+SAME_WHEN_DENSE = {"mup": "supar", "supar": "mup", "completep": "supar_completep", "supar_completep": "completep"}
 ATTENTION_SCALES = ("auto", "sqrt", "linear")
 WD_RULES = ("coupled", "width", "width_density")
 EPS_RULES = ("auto", "fixed", "table", "everywhere")

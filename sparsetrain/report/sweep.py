@@ -15,6 +15,7 @@ import numpy as np
 
 from sparsetrain.errors import UserError
 from sparsetrain.files import whole_file
+from sparsetrain.parameterization.rules import SAME_WHEN_DENSE
 from sparsetrain.reading import parse_yaml
 from sparsetrain.report.tables import Sheet
 from sparsetrain.report.text import percent
@@ -61,7 +62,8 @@ class Line:
         reported: its losses on text on which nothing was chosen, if they are known; else those of ``curve``.
         xs: the swept values as the runs have them.
         optimum: its minimum, or the edge at which it is lowest.
-        shift: from the base, the first curve of the same parameterization; None if the base has no optimum.
+        shift: from the base, the smallest dense curve of the same parameterization, or of one with the same rules for
+            dense models; without such a curve, from the first one. None if the base has no optimum.
         at: log2 of the base's optimum; None if unknown.
         at_base: reported losses by seed at the base's optimum; empty if it is unknown or outside of this curve's
             points.
@@ -116,14 +118,21 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
     small_first = [place[name] for name in ("depth", "width", "sparsity") if name in place]
     order = sorted(curves, key=lambda key: [str(key[0]), *(key[index] for index in small_first)])  # type: ignore[index]
     lines: list[Line] = []
-    bases: dict[str, Curve] = {}
     for key in order:
         assert isinstance(key, tuple)
-        curve = curves[key]
-        base = bases.setdefault(key[0], curve)
+        curve, base = curves[key], curves[_base_of(str(key[0]), order, place.get("sparsity"))]
         xs = tuple(sorted({row.x for row in data if row.curve == key}))
         lines.append(_line(key, curve, reported_curves[key], base, xs))
     return lines
+
+
+def _base_of(scheme: str, order: Sequence[Any], sparsity: int | None) -> Any:
+    """Return the key of a parameterization's base; ``order`` has small models first, and dense before sparse."""
+    first = next(key for key in order if key[0] == scheme)
+    if sparsity is None or not first[sparsity]:
+        return first
+    dense = (key for key in order if key[0] == SAME_WHEN_DENSE.get(scheme) and not key[sparsity])
+    return next(dense, first)
 
 
 def _line(key: tuple[Any, ...], curve: Curve, reported: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
@@ -195,7 +204,8 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
     columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
     note = (
         "Brackets: 95 %, Student's t over the seeds' own minima, shifts paired by seed; open: beyond the grid, or not "
-        "known. Base: the first curve of the parameterization. Losses: validation, nats."
+        "known. Base: the smallest dense curve of the parameterization, or of one that is the same for dense models, "
+        "else its first curve. Losses: validation, nats."
     )
     if any(map(_is_other, lines)):
         note += " Optima are those of the validation loss; the losses shown are over the reported share of its text."
@@ -220,7 +230,7 @@ def findings(lines: Sequence[Line], extra: Sequence[str] = ()) -> list[str]:
     labels = labels_of(lines, extra)
     for scheme in dict.fromkeys(line.scheme for line in lines):
         moves = [line.shift for line in lines if line.scheme == scheme and line.shift is not None]
-        if len(moves) > 1:
+        if len(moves) > 1 or any(move.steps for move in moves):
             farthest = max(moves, key=lambda move: abs(move.steps))
             sign = "at least " if farthest.at_least else ""
             sentences.append(

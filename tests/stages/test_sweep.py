@@ -105,6 +105,22 @@ def test_optima_and_shifts_of_made_up_curves_are_the_ones_they_were_made_with(fo
     assert [text for text in said if text.startswith("sparsity 0.75") and gap in text]
 
 
+@pytest.mark.parametrize(("control", "steps"), [("mup", 2.25), ("sp", 0.0)])
+def test_a_parameterization_without_dense_runs_starts_from_those_that_are_the_same_when_dense(
+    control: str, steps: float, found: SweepRows
+) -> None:
+    """A dense model under muP is one under SμPar, but not one under SP."""
+    rows = [row for row in found.rows if row["parameterization"] == "supar"]
+    sparse = [row for row in found.rows if (row["parameterization"], row["sparsity"]) == ("sp", 0.75)]
+    rows += [{**row, "parameterization": control, "lr": 2 * row["lr"]} for row in sparse]
+    lines = lines_of(rows, "lr")
+    (line,) = (line for line in lines if line.scheme == control)
+    assert line.shift is not None
+    assert line.shift.steps == pytest.approx(steps)
+    said = [text for text in findings(lines) if text.startswith(f"{control}: ")]
+    assert said == ([f"{control}: the farthest optimum is 2.25 grid steps from the base's."] if steps else [])
+
+
 def made_of(
     floors: dict[tuple[str, float], list[float]], log2s: tuple[int, ...] = (-9, -8, -7)
 ) -> list[dict[str, Any]]:

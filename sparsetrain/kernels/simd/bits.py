@@ -1,7 +1,7 @@
 """Vectors by bits: sixteen of them say which lanes of a vector there are.
 
-AVX-512 has an instruction that reads as many elements as bits are set and spreads them over those lanes. Elsewhere LLVM
-makes a branch and a load of each lane, which is right and slow.
+AVX-512 has an instruction that reads as many floats as bits are set and spreads them over those lanes, its later part
+VBMI2 one for elements of 16 bits. Elsewhere LLVM makes a branch and a load of each lane, which is right and slow.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from sparsetrain.kernels.simd.vectors import F32X16, FLOAT, I16, I32, call, poin
 from sparsetrain.machine import target_features, target_name
 
 LANES = 16
-# Whether the processor spreads float32 and bfloat16 by one instruction. AMD's has not been measured.
-_KNOWN = "+avx512f" in target_features() and not target_name().startswith("znver")
-SPREADS, SPREADS_BFLOAT16 = _KNOWN, _KNOWN and "+avx512vbmi2" in target_features()
+_FEATURES = f"{target_features()},"
+_MEASURED = not target_name().startswith("znver")  # AMD's later processors have the instruction; its speed is not known
+# Whether float32 and bfloat16 are spread fast.
+SPREADS = _MEASURED and "+avx512f," in _FEATURES
+SPREADS_BFLOAT16 = SPREADS and "+avx512vbmi2," in _FEATURES
 
 
 def _flags(builder: Any, bits: Any) -> Any:

@@ -44,12 +44,13 @@ _log = logging.getLogger(__name__)
 FALLBACK = "masked"
 _SINGLE = "csr"  # its table stands in for the missing one of another backend
 FEW_TOKENS = (_SINGLE, "bsr")  # the backends with kernels for few tokens
-# Files by kind of processor: of training, and of decoding, which was measured on Zen 3 and on a Xeon with AVX-512. Zen
-# 4 takes the Xeon's, which leaves more to dense products.
+# Files by kind of processor: of training, and of decoding, which was measured on Zen 3 and on a Xeon with AVX-512. AMD
+# processors with AVX-512 take what the Xeon gave without a bitmap of the weights, which they do not use.
 SHIPPED = {
     "AVX2": ("crossover.json", "decoding_avx2.json"),
     "AVX-512": ("crossover_avx512.json", "decoding_avx512.json"),
-    "Zen 4": ("crossover_zen4.json", "decoding_avx512.json"),
+    "AVX-512, AMD": ("crossover_avx512.json", "decoding_avx512_columns.json"),
+    "Zen 4": ("crossover_zen4.json", "decoding_avx512_columns.json"),
 }
 _BFLOAT16 = "bfloat16"  # what the name of a table of that type ends with
 DECODING = f"{_SINGLE} decoding"  # the table by which few tokens are multiplied while weights do not change
@@ -214,9 +215,10 @@ def _kind() -> str:
     """Return the kind of processor, among the kinds with a shipped table, that this one is most like."""
     if "AVX512" not in torch_simd():
         return "AVX2"
+    if processor().vendor != "AuthenticAMD":
+        return "AVX-512"
     # Of AMD's family 25, Zen 3 has no AVX-512. Zen 4 computes 16 lanes as two halves, so that dense products gain less.
-    zen4 = (processor().vendor, processor().family) == ("AuthenticAMD", "25")
-    return "Zen 4" if zen4 else "AVX-512"
+    return "Zen 4" if processor().family == "25" else "AVX-512, AMD"
 
 
 def choose(

@@ -119,14 +119,14 @@ def few_tokens_gradients(
 def index_bytes(pattern: SparsityPattern, tokens: int) -> int:
     """Return the bytes that say where the nonzeros are and that a product of float32 reads, for N from 1 to `MOST`."""
     if pattern.block != (1, 1):
-        return int(pattern.col.nbytes)
+        return 4 * len(pattern.col)
     if _by_bitmap(pattern.density, tokens, narrow=False):
-        return int(_bitmap(pattern).bitmap.nbytes)
-    return int(_columns(pattern).places[: pattern.nnz].nbytes)
+        return 2 * pattern.shape[0] * -(-pattern.shape[1] // 16)
+    return 2 * pattern.nnz
 
 
 class _Call(NamedTuple):
-    """A call of a kernel that takes the addresses of x, y, values and scratch, whose sizes follow from the pattern."""
+    """A call of a kernel that takes the addresses of x, y, values and scratch, and the floats of each scratch array."""
 
     run: Callable[..., None]
     scratch: list[int]
@@ -154,7 +154,7 @@ def _bound(threads: int, arrays: dict[str, Tensor], pattern: SparsityPattern) ->
 
 
 def _by_bitmap(density: float, tokens: int, narrow: bool) -> bool:
-    """Return whether a bit of each weight is the faster way to a product; never where a processor cannot spread."""
+    """Return whether a bit of each weight is the faster way to a product, as it was measured."""
     kernels = _kernels()
     if tokens > kernels.bitmap.MOST or not (kernels.bitmap.SPREADS_BFLOAT16 if narrow else kernels.bitmap.SPREADS):
         return False
