@@ -62,8 +62,7 @@ class Line:
         reported: its losses on text on which nothing was chosen, if they are known; else those of ``curve``.
         xs: the swept values as the runs have them.
         optimum: its minimum, or the edge at which it is lowest.
-        shift: from the base, the smallest dense curve of the same parameterization, or of one with the same rules for
-            dense models; without such a curve, from the first one. None if the base has no optimum.
+        shift: from the base, see `_base_of`; None if the base has no optimum.
         at: log2 of the base's optimum; None if unknown.
         at_base: reported losses by seed at the base's optimum; empty if it is unknown or outside of this curve's
             points.
@@ -127,7 +126,7 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
 
 
 def _base_of(scheme: str, order: Sequence[Any], sparsity: int | None) -> Any:
-    """Return the key of a parameterization's base; ``order`` has small models first, and dense before sparse."""
+    """Return the key of a parameterization's base: the smallest dense curve of its rules, else its first curve."""
     first = next(key for key in order if key[0] == scheme)
     if sparsity is None or not first[sparsity]:
         return first
