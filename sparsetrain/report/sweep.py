@@ -130,8 +130,7 @@ def _base_of(scheme: str, order: Sequence[Any], sparsity: int | None) -> Any:
     first = next(key for key in order if key[0] == scheme)
     if sparsity is None or not first[sparsity]:
         return first
-    dense = (key for key in order if key[0] == SAME_WHEN_DENSE.get(scheme) and not key[sparsity])
-    return next(dense, first)
+    return next((key for key in order if key[0] == SAME_WHEN_DENSE.get(scheme) and not key[sparsity]), first)
 
 
 def _line(key: tuple[Any, ...], curve: Curve, reported: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
