@@ -86,12 +86,10 @@ RANGES = {"context_curriculum": [(96, 256)], "alibi_interpolation": [(192, 256)]
 # Sweeps whose rows lie in the folder of another experiment, and searches, which have no curves.
 INSIDE = {"fair_control_search": "fair_control/search"}
 SEARCHES = ["base_tuning", "fair_control_search"]
-# Experiments whose runs are still to come: question, design and rule stand in their folders.
-DESIGNED = ["long_horizon"]
 PIPELINES = ["demo", "dynamic_masks", "pipeline_equal_flops"]
-FOLDERS = sorted({*SWEEPS, "supar_coordinates", *PIPELINES, *TEXT} - {*INSIDE, *DESIGNED})
+FOLDERS = sorted({*SWEEPS, "supar_coordinates", *PIPELINES, *TEXT} - set(INSIDE))
 PAGES = [name for name in SWEEPS if name not in INSIDE]
-CURVES = [name for name in SWEEPS if name not in (*SEARCHES, *DESIGNED)]
+CURVES = [name for name in SWEEPS if name not in SEARCHES]
 DOCUMENTS = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 # The swept settings other than the rate.
 SWEPT = {"supar_init_transfer": "model.init_std", "batch_power_laws": "optimizer.weight_decay"}
@@ -155,7 +153,7 @@ def axes(words: list[str]) -> dict[str, list[str]]:
 
 
 def test_every_experiment_has_a_tiny_form_and_a_folder() -> None:
-    others = {"mediswift_pipeline", *DESIGNED}
+    others = {"mediswift_pipeline"}
     # The donor belongs to arabic_adaptation, a tuning to what it tunes.
     parts = {"arabic_donor", "pipeline_equal_flops_tuning", *INSIDE}
     assert set(options("experiment")) == set(FOLDERS) | others | parts
@@ -206,7 +204,7 @@ def test_a_sweep_runs_and_its_command_collects_it(
     assert written == {"results.csv", "figure.png"} | (set() if name == "base_tuning" else {"optima.csv"})
 
 
-@pytest.mark.parametrize("name", [*FOLDERS, *DESIGNED, "mediswift_pipeline"])
+@pytest.mark.parametrize("name", [*FOLDERS, "mediswift_pipeline"])
 def test_the_commands_of_a_readme_are_valid(name: str) -> None:
     text = (ROOT / "experiments" / name / "README.md").read_text().replace("\\\n", "")
     blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sparsetrain.report.plots import MARKERS, MUTED, SERIES, log_axis, save_png, styled
-from sparsetrain.report.sweep import Line, labels_of, own_loss
+from sparsetrain.report.sweep import SHAPE, Line, labels_of, own_loss
 
 _MOST = 9  # curves whose long names fit below a panel
 _LONG = 30  # letters of a label that leave room for three columns of them
@@ -30,7 +30,9 @@ def sweep_figure(lines: Sequence[Line], x: str, path: Path, extra: Sequence[str]
     if len(lines) > 1 and (crowded or not any(line.shift for line in lines)):
         _apart_figure(lines, labels, x, path)
         return
-    order = list(dict.fromkeys(labels))
+    # As in each parameterization: by depth, width and sparsity. One may have no model that is dense.
+    by_size = sorted(zip(lines, labels, strict=True), key=lambda pair: pair[0].shape[: len(SHAPE)][::-1])
+    order = list(dict.fromkeys(label for _, label in by_size))
     with styled():
         figure = Figure(figsize=(3.4 * (len(schemes) + 2), 4.6), layout="constrained")
         grid = figure.subplots(1, len(schemes) + 2)

@@ -201,9 +201,11 @@ def test_threads_do_not_change_a_bit(bitmap: bool) -> None:
 @pytest.mark.parametrize(
     ("density", "tokens", "kind", "by"),
     [
-        *((0.9, tokens, torch.float32, "few_tokens_bitmap") for tokens in (1, 2, 3, 8, 16)),
-        *((0.05, tokens, torch.float32, "few_tokens") for tokens in (1, 2, 3, 8, 16)),
-        (0.9, 17, torch.float32, "few_tokens"),
+        *((0.9, tokens, torch.float32, "few_tokens_bitmap") for tokens in (1, 4, 5, 8, 9, 12)),
+        *((0.9, tokens, torch.float32, "few_tokens") for tokens in (13, 16, 17)),
+        *((0.3, tokens, torch.float32, "few_tokens_bitmap") for tokens in (1, 4)),
+        *((0.3, tokens, torch.float32, "few_tokens") for tokens in (5, 9, 17)),
+        *((0.2, tokens, torch.float32, "few_tokens") for tokens in (1, 4)),
         (0.9, 3, torch.bfloat16, "few_tokens_bitmap"),
     ],
 )

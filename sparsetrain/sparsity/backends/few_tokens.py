@@ -24,8 +24,8 @@ MOST = 48  # tokens, as in the kernels, which would import a compiler
 MOST_BACKWARD = 32  # tokens; with more the kernels for tiles of 64 were as fast or faster, see the log
 
 # The density from which on a bit of each weight is faster than a column of each nonzero, by the number of tokens up to
-# which it holds; measured on a Xeon with AVX-512, see the log.
-BITMAP_FROM = {1: 0.2, 2: 0.2, 4: 0.3, 8: 0.4, 16: 0.6}
+# which it holds; measured with float32 on a Xeon with AVX-512, see the log.
+BITMAP_FROM = {4: 0.25, 8: 0.45, 12: 0.7, 16: 0.95}
 
 
 class _Kernels(NamedTuple):
