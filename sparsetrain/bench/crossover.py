@@ -22,7 +22,8 @@ from sparsetrain.sparsity.patterns.draw import random_pattern
 from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 
 DTYPES = (torch.float32, torch.bfloat16)
-SIDES, TOKENS = (64, 128, 256, 512, 1024), (1, 16, 64, 256, 2048)
+SIDES = (64, 128, 256, 512, 1024)
+TOKENS = (1, 16, 32, 48, 64, 256, 2048)  # up to 32 and up to 48 there are other kernels
 FEW_TOKENS = (1, 2, 4, 8, 16, 32, 48)
 _OUT_OF_CACHE, _MOST_LAYERS = 1 << 26, 64  # bytes of the weights that take turns, and layers at most
 DENSITIES = (0.05, 0.2, 0.5, 0.9)

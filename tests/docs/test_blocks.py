@@ -244,16 +244,23 @@ def test_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
         assert grouped == len(list(scope["my_model"].parameters()))
 
 
-def test_the_decoding_table_of_the_kernels_follows_from_the_rows() -> None:
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("**Decoding on Zen 3.**", "results_zen3_decoding.csv"),
+        ("**Decoding on an Emerald Rapids Xeon.**", "results_emerald_rapids_decoding.csv"),
+    ],
+)
+def test_a_decoding_table_of_the_kernels_follows_from_the_rows(title: str, name: str) -> None:
     """Each ratio with its quartiles, in italics where it is below its bar."""
     folder, sparsities = ROOT / "experiments" / "kernels", ("0.5", "0.75", "0.9", "0.95")
-    with (folder / "results_zen3_decoding.csv").open(newline="") as stream:
+    with (folder / name).open(newline="") as stream:
         rows = {
             (r["part"], r["tokens"], r["threads"], r["sparsity"], r["contender"]): r for r in csv.DictReader(stream)
         }
-    lines = re.findall(
-        r"^\| (layers|generation), (\d+) \w+ \| (\d) \| (.*) \|$", (folder / "README.md").read_text(), re.M
-    )
+    section = (folder / "README.md").read_text().partition(title)[2].partition("\n**Results on ")[0]
+    section = section.partition("\n**Decoding on ")[0]
+    lines = re.findall(r"^\| (layers|generation), (\d+) \w+ \| (\d) \| (.*) \|$", section, re.M)
     assert len(lines) == 8
     for part, tokens, threads, rest in lines:
         *cells, bars = rest.split(" | ")

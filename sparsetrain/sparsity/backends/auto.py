@@ -7,9 +7,9 @@ bfloat16 have tables of their own, since dense products in bfloat16 are much fas
 on others.
 
 `sparsetrain tune` measures a table and puts it into the cache. Without one, a shipped table is used: Zen 4 on Zen 4;
-Emerald Rapids on any other CPU where torch uses AVX-512; Zen 3 otherwise. Each AVX-512 entry is the least of three
-measurements on a shared host, so that doubt favours dense. Tables for bfloat16 count only where the processor has the
-instructions that they were measured with; elsewhere the table for float32 counts.
+Emerald Rapids on any other CPU where torch uses AVX-512; Zen 3 otherwise. Entries of ``csr`` on Emerald Rapids are
+medians of three measurements on a shared host, other AVX-512 entries the least of three. Tables for bfloat16 count only
+where the processor has the instructions that they were measured with; elsewhere the table for float32 counts.
 """
 
 from __future__ import annotations
