@@ -261,9 +261,9 @@ def _vertices(line: Line) -> dict[int, float]:
 
 
 def _logs(line: Line) -> dict[str, Seeds]:
-    """Return log losses by seed, at a line's own optimum and at its base's optimum."""
+    """Return the logs of the reported losses by seed, at a line's own optimum and at its base's optimum."""
     assert line.optimum.log2 is not None
-    places = {"own": losses_at(line.curve, line.optimum.log2), "base": line.at_base}
+    places = {"own": losses_at(line.reported, line.optimum.log2), "base": line.at_base}
     return {where: {seed: math.log(loss) for seed, loss in losses.items()} for where, losses in places.items()}
 
 
