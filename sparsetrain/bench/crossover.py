@@ -24,7 +24,8 @@ from sparsetrain.sparsity.patterns.pattern import SparsityPattern
 DTYPES = (torch.float32, torch.bfloat16)
 SIDES = (64, 128, 256, 512, 1024)
 TOKENS = (1, 16, 32, 48, 64, 256, 2048)  # up to 32 and up to 48 there are other kernels
-FEW_TOKENS = (1, 2, 4, 8, 16, 32, 48)
+FEW_TOKENS = (1, 2, 4, 8, 12, 16, 32, 48)
+DECODING_SIDES = (*SIDES, 2048)
 _OUT_OF_CACHE, _MOST_LAYERS = 1 << 26, 64  # bytes of the weights that take turns, and layers at most
 DENSITIES = (0.05, 0.2, 0.5, 0.9)
 _LEAST_SECONDS = 2e-3  # a timing of shorter steps repeats them until it takes this long
@@ -117,7 +118,7 @@ def measure(
 
 def measure_decoding(
     threads: Sequence[int],
-    sides: Sequence[int] = SIDES,
+    sides: Sequence[int] = DECODING_SIDES,
     tokens: Sequence[int] = FEW_TOKENS,
     repeats: int = 5,
     progress: Callable[[int, int], None] = lambda done, total: None,

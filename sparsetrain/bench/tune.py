@@ -13,13 +13,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sparsetrain.bench.crossover import SIDES, TOKENS, measurable, measure, measure_decoding, tuned
+from sparsetrain.bench.crossover import (
+    DECODING_SIDES,
+    FEW_TOKENS,
+    SIDES,
+    TOKENS,
+    measurable,
+    measure,
+    measure_decoding,
+    tuned,
+)
 from sparsetrain.cache import check_room
 from sparsetrain.errors import UserError
 from sparsetrain.machine import core_count
 from sparsetrain.runs.provenance import machine
 from sparsetrain.screen import say
 from sparsetrain.sparsity.backends.auto import DECODING, Crossover, save, table_name
+from sparsetrain.sparsity.backends.few_tokens import MOST
 from sparsetrain.stages.memory import check_footprint, footprint_of, memory_errors
 
 
@@ -32,7 +42,7 @@ class TuneConfig:
     Args:
         threads: thread counts to measure; null for one thread and all cores.
         sides: sizes of the square layers to time, multiples of 16 from 32 on.
-        tokens: numbers of input rows to time.
+        tokens: numbers of input rows to time; of those up to 48, products without gradients too, as in decoding.
         repeats: number of timings; the median counts.
         force: run even if the estimated memory exceeds the free memory; the option ``--force`` sets it.
     """
@@ -82,13 +92,15 @@ def _tune(config: TuneConfig, threads: list[int], console: Console) -> Path:
             tables[table_name(name, dtype)] = measure(
                 name, threads, dtype, config.sides or SIDES, config.tokens or TOKENS, config.repeats, update
             )
-        task = progress.add_task(f"{DECODING} against dense", total=None)
-        tables[DECODING] = measure_decoding(
-            threads,
-            config.sides or SIDES,
-            repeats=config.repeats,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
+        if few := [rows for rows in config.tokens or FEW_TOKENS if rows <= MOST]:
+            task = progress.add_task(f"{DECODING} against dense", total=None)
+            tables[DECODING] = measure_decoding(
+                threads,
+                config.sides or DECODING_SIDES,
+                few,
+                config.repeats,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
     path = save(tables, {"machine": machine(torch.device("cpu"))})
     for name, table in tables.items():
         for index, count in enumerate(threads):

@@ -236,8 +236,7 @@ def _row_of_one_vector(lanes: int, load: Any, splat: Any) -> Any:
     def row(
         x: Array, at: Int, places: Array, values: Array, start: Int, end: Int, y: Array, line: Int, fresh: bool
     ) -> None:
-        a = splat(np.float32(0.0)) if fresh else load(y, line)
-        b = c = d = splat(np.float32(0.0))
+        a = b = c = d = splat(np.float32(0.0))
         place = start
         while place + 4 <= end:
             prefetch(values, place + AHEAD)
@@ -251,9 +250,16 @@ def _row_of_one_vector(lanes: int, load: Any, splat: Any) -> Any:
         while place < end:
             a = fma(splat(get(values, place)), load(x, at + np.int64(element(places, place)) * lanes), a)
             place += 1
-        store(y, line, add(add(a, b), add(c, d)))
+        total = add(add(a, b), add(c, d))
+        store(y, line, total if fresh else add(load(y, line), total))
 
     return row
+
+
+@inlined
+def _add_to(y: Array, line: Int, total: Any, fresh: bool) -> None:
+    """Add the sums of a segment to those before it; a sum that ran on through a wide row would lose more digits."""
+    store(y, line, total if fresh else add(load(y, line), total))
 
 
 _row_of_8 = _row_of_one_vector(8, load8, splat8)
@@ -265,9 +271,7 @@ def _row_of_32(
     x: Array, at: Int, places: Array, values: Array, start: Int, end: Int, y: Array, line: Int, fresh: bool
 ) -> None:
     """Do the same for two vectors of tokens; nonzeros alternate between two sets of accumulators."""
-    zero = splat(np.float32(0.0))
-    a, b = (zero, zero) if fresh else (load(y, line), load(y, line + 16))
-    c = d = zero
+    a = b = c = d = splat(np.float32(0.0))
     place = start
     while place + 4 <= end:
         prefetch(values, place + AHEAD)
@@ -286,8 +290,8 @@ def _row_of_32(
         o, w = at + np.int64(element(places, place)) * 32, splat(get(values, place))
         a, b = fma(w, load(x, o), a), fma(w, load(x, o + 16), b)
         place += 1
-    store(y, line, add(a, c))
-    store(y, line + 16, add(b, d))
+    _add_to(y, line, add(a, c), fresh)
+    _add_to(y, line + 16, add(b, d), fresh)
 
 
 @inlined
@@ -295,9 +299,7 @@ def _row_of_48(
     x: Array, at: Int, places: Array, values: Array, start: Int, end: Int, y: Array, line: Int, fresh: bool
 ) -> None:
     """Do the same for three vectors of tokens."""
-    zero = splat(np.float32(0.0))
-    a, b, c = (zero, zero, zero) if fresh else (load(y, line), load(y, line + 16), load(y, line + 32))
-    d = e = f = zero
+    a = b = c = d = e = f = splat(np.float32(0.0))
     place = start
     while place + 4 <= end:
         prefetch(values, place + AHEAD)
@@ -316,6 +318,6 @@ def _row_of_48(
         o, w = at + np.int64(element(places, place)) * 48, splat(get(values, place))
         a, b, c = fma(w, load(x, o), a), fma(w, load(x, o + 16), b), fma(w, load(x, o + 32), c)
         place += 1
-    store(y, line, add(a, d))
-    store(y, line + 16, add(b, e))
-    store(y, line + 32, add(c, f))
+    _add_to(y, line, add(a, d), fresh)
+    _add_to(y, line + 16, add(b, e), fresh)
+    _add_to(y, line + 32, add(c, f), fresh)

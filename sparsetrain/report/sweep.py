@@ -126,11 +126,11 @@ def lines_of(rows: Sequence[Mapping[str, Any]], x: str, extra: Sequence[str] = (
 
 
 def _base_of(scheme: str, order: Sequence[Any], sparsity: int | None) -> Any:
-    """Return the key of a parameterization's base: the smallest dense curve of its rules, else its first curve."""
-    first = next(key for key in order if key[0] == scheme)
-    if sparsity is None or not first[sparsity]:
-        return first
-    return next((key for key in order if key[0] == SAME_WHEN_DENSE.get(scheme) and not key[sparsity]), first)
+    """Return the key of a parameterization's base: its first, or, if it has no dense one, that of the same rules."""
+    own, others = ([key for key in order if key[0] == one] for one in (scheme, SAME_WHEN_DENSE.get(scheme)))
+    if sparsity is None or not all(key[sparsity] for key in own):
+        return own[0]
+    return next((key for key in others if not key[sparsity] and key[4:] == own[0][4:]), own[0])  # extra columns alike
 
 
 def _line(key: tuple[Any, ...], curve: Curve, reported: Curve, base: Curve, xs: tuple[float, ...]) -> Line:
@@ -202,8 +202,8 @@ def optima_sheet(lines: Sequence[Line], x: str, extra: Sequence[str] = ()) -> Sh
     columns = ("curve", f"best {x}", "shift in grid steps", "loss there", "loss at the base's best", "seeds")
     note = (
         "Brackets: 95 %, Student's t over the seeds' own minima, shifts paired by seed; open: beyond the grid, or not "
-        "known. Base: the smallest dense curve of the parameterization, or of one that is the same for dense models, "
-        "else its first curve. Losses: validation, nats."
+        "known. Base: a parameterization's first curve; if none is dense, that of one with the same dense rules. "
+        "Losses: validation, nats."
     )
     if any(map(_is_other, lines)):
         note += " Optima are those of the validation loss; the losses shown are over the reported share of its text."
