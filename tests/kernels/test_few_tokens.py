@@ -211,10 +211,10 @@ def test_threads_do_not_change_a_bit(bitmap: bool) -> None:
     ],
 )
 def test_auto_takes_them_where_no_gradient_is_needed(density: float, tokens: int, kind: torch.dtype, by: str) -> None:
-    # So small that a training step is dense on every processor.
+    # So small that a training step in float32 is dense on every processor.
     layer, x = SparseLinear(48, 32, density=density, seed=0, dtype=kind), torch.randn(tokens, 48, dtype=kind)
     before, derived = layer(x), layer.pattern._derived
-    assert not derived.keys() & {"few_tokens", "few_tokens_bitmap"}
+    assert kind != torch.float32 or not derived.keys() & {"few_tokens", "few_tokens_bitmap"}
     with torch.no_grad():
         torch.testing.assert_close(layer(x), before)
     spreads = SPREADS if kind == torch.float32 else SPREADS_BFLOAT16
